@@ -1,0 +1,53 @@
+"""regrow: make a smaller language model out of a large one, and prove it is good."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from regrow.checkpoint import Checkpoint, load, save
+    from regrow.data import DataConfig, SourceConfig
+    from regrow.stages.distill import DistillConfig, distill
+    from regrow.errors import UserError
+    from regrow.stages.evaluate import EvaluateConfig, evaluate
+    from regrow.options import Options
+    from regrow.plan import Plan
+    from regrow.stages.profile import ProfileConfig, profile
+    from regrow.recipe import Recipe, run
+    from regrow.search import prune
+    from regrow.stages.prune import PruneConfig
+    from regrow.stages.report import ReportConfig, report
+
+_HOME = {
+    "Checkpoint": "checkpoint",
+    "load": "checkpoint",
+    "save": "checkpoint",
+    "DataConfig": "data",
+    "SourceConfig": "data",
+    "DistillConfig": "stages.distill",
+    "distill": "stages.distill",
+    "EvaluateConfig": "stages.evaluate",
+    "evaluate": "stages.evaluate",
+    "Options": "options",
+    "Plan": "plan",
+    "ProfileConfig": "stages.profile",
+    "profile": "stages.profile",
+    "PruneConfig": "stages.prune",
+    "prune": "search",
+    "Recipe": "recipe",
+    "ReportConfig": "stages.report",
+    "report": "stages.report",
+    "run": "recipe",
+    "UserError": "errors",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'regrow' has no attribute {name!r}")
+    return getattr(import_module(f"regrow.{_HOME[name]}"), name)

@@ -1,0 +1,321 @@
+"""A Hugging Face checkpoint: a folder in, a folder out, its tensors read when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regrow import manifest
+from regrow.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+INDEX = "model.safetensors.index.json"
+CARRIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Checkpoint:
+    """A Hugging Face folder whose tensors are read lazily from safetensors.
+
+    Raises UserError when the folder has no config, no readable safetensors, or is of a kind that
+    is not pruned: quantized, multimodal, hybrid, pickled.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config = _read_config(self.folder)
+        refuse_kind(self.config, self.folder)
+        self._shard_of, self._headers = _read_headers(self.folder)
+        self._open: tuple[str, Any] | None = None
+
+    def names(self) -> list[str]:
+        """Names of the tensors, in the order of the shards."""
+        return list(self._shard_of)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor, without reading it."""
+        return {name: tuple(self._headers[name]["shape"]) for name in self._shard_of}
+
+    def dtype(self, name: str) -> str:
+        """The tensor's dtype as torch spells it, for instance bfloat16."""
+        stored = self._headers[name]["dtype"]
+        if stored not in DTYPES:
+            raise UserError(f"{self.folder}: {name} is stored as {stored}; allowed: {list(DTYPES)}")
+        return DTYPES[stored]
+
+    def bytes(self, name: str) -> int:
+        """Bytes the tensor takes on disk."""
+        begin, end = self._headers[name]["data_offsets"]
+        return int(end - begin)
+
+    def shard_bytes(self) -> int:
+        """Bytes of the largest shard."""
+        totals: dict[str, int] = {}
+        for name, shard in self._shard_of.items():
+            totals[shard] = totals.get(shard, 0) + self.bytes(name)
+        return max(totals.values())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor; its shard stays mapped until a tensor of another one is read."""
+        from safetensors import safe_open
+
+        shard = self._shard_of[name]
+        if self._open is None or self._open[0] != shard:
+            self._open = (shard, safe_open(self.folder / shard, framework="pt"))
+        tensor: torch.Tensor = self._open[1].get_tensor(name)
+        return tensor
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the config, the tensors' names and shapes, and a sample of their bytes."""
+        seen = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for shard in sorted(set(self._shard_of.values())):
+            path = self.folder / shard
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                for place in range(0, size, max(size // 64, 1)):
+                    file.seek(place)
+                    seen.update(file.read(4096))
+        return seen.hexdigest()
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer lies in the folder."""
+        return any((self.folder / name).exists() for name in TOKENIZER_FILES)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The folder's tokenizer; raises UserError when it has none."""
+        from transformers import AutoTokenizer
+
+        if not self.has_tokenizer:
+            raise UserError(
+                f"no tokenizer in {self.folder}: expected one of {', '.join(TOKENIZER_FILES)}; "
+                "copy the parent model's tokenizer files there"
+            )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(self.folder), local_files_only=True, trust_remote_code=False
+        )
+        return tokenizer
+
+    def model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+        """The whole model by the stock reader, in eval mode."""
+        from transformers import AutoModelForCausalLM
+
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            str(self.folder),
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+        return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def load(source: str | Path) -> Checkpoint:
+    """Open a Hugging Face folder, a hub id, a GGUF file or `package:NAME` (a GGUF inside a package).
+
+    Raises UserError, in one line, for what is missing, broken or of a kind that is not pruned.
+    """
+    from regrow.origin import resolve_model
+
+    return Checkpoint(resolve_model(str(source)))
+
+
+def save(model: PreTrainedModel, out: str | Path, like: Checkpoint) -> Path:
+    """Write an in-memory model as a Hugging Face folder, with `like`'s tokenizer and templates.
+
+    Tied weights are written once; the folder appears only when it is whole.
+    """
+    out = Path(out)
+    manifest.refuse_foreign(out)
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    write_model(model, partial, like)
+    manifest.replace_folder(partial, out)
+    return out
+
+
+def write_model(model: PreTrainedModel, folder: Path, like: Checkpoint) -> None:
+    """`save` without the rename: for a stage that already writes into a folder of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest.require_space(folder, sum(p.numel() * p.element_size() for p in model.parameters()))
+    model.save_pretrained(str(folder), safe_serialization=True)
+    carry(like.folder, folder)
+
+
+def write(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    like: Checkpoint | None = None,
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Write a Hugging Face folder from a stream of tensors, holding one shard at a time.
+
+    Shards are at most `max_shard_bytes` (default: as `like`'s largest, else 5 GB). Config,
+    tokenizer, chat template and generation config are carried along from `like`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    limit = max_shard_bytes or (like.shard_bytes() if like else 5_000_000_000)
+    shards: list[dict[str, int]] = []
+    waiting: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        tensor_bytes = tensor.numel() * tensor.element_size()
+        if waiting and size + tensor_bytes > limit:
+            shards.append(_write_shard(folder, len(shards), waiting))
+            waiting, size = {}, 0
+        waiting[name] = tensor.contiguous()
+        size += tensor_bytes
+        del tensor
+    shards.append(_write_shard(folder, len(shards), waiting))
+    _name_shards(folder, shards)
+    manifest.write_json(folder / "config.json", config)
+    if like is not None:
+        carry(like.folder, folder)
+
+
+def carry(source: Path, folder: Path) -> None:
+    """Copy tokenizer, chat templates, generation config and licence files; keep those there are."""
+    for pattern in CARRIED:
+        for path in source.glob(pattern):
+            target = folder / path.relative_to(source)
+            if path.is_file() and not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+def refuse_kind(config: dict[str, Any], folder: Path) -> None:
+    """Raise UserError for kinds of checkpoints that cannot be pruned, with the reason."""
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UserError(
+            f"{folder} is quantized ({method}): prune first and quantize last; "
+            "give the unquantized checkpoint"
+        )
+    parts = [key for key in ("vision_config", "audio_config", "text_config") if key in config]
+    if parts:
+        raise UserError(
+            f"{folder} is multimodal (its config has {parts[0]}): only text models are supported; "
+            "give its language model as a checkpoint of its own"
+        )
+    other = sorted(set(config.get("layer_types") or []) - ATTENTION_LAYERS)
+    state_space = [key for key in config if re.match(r"(mamba|ssm|rwkv)_", key)]
+    if other or state_space:
+        raise UserError(
+            f"{folder} is a hybrid model ({(other + state_space)[0]}): only attention layers are "
+            "supported, state-space and linear-attention layers are not"
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(f"no such model folder: {folder}")
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"no config.json in {folder}: give a Hugging Face model folder")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f"{path} names no model_type: give a Hugging Face model folder")
+    return config
+
+
+def _read_headers(folder: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    shard_of: dict[str, str] = {}
+    headers: dict[str, dict[str, Any]] = {}
+    for shard in _shards(folder):
+        header = _read_header(folder / shard)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if not name.endswith("rotary_emb.inv_freq"):
+                shard_of[name], headers[name] = shard, entry
+    if not headers:
+        raise UserError(f"no tensors in {folder}: the safetensors files are empty")
+    return shard_of, headers
+
+
+def _shards(folder: Path) -> list[str]:
+    index = folder / INDEX
+    if index.exists():
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError):
+            raise UserError(f"{index} is broken: fetch the model again") from None
+        missing = [shard for shard in shards if not (folder / shard).exists()]
+        if missing:
+            raise UserError(f"{folder / missing[0]} is missing: fetch the model again")
+        return shards
+    if (folder / "model.safetensors").exists():
+        return ["model.safetensors"]
+    if list(folder.glob("*.bin")) + list(folder.glob("*.pt*")):
+        raise UserError(
+            f"{folder} has pickled weights only, which can run code when opened: "
+            "save them as safetensors first (model.save_pretrained of transformers does)"
+        )
+    raise UserError(f"no model.safetensors in {folder}")
+
+
+def _read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """The JSON header of a safetensors file, checked against the file's size."""
+    broken = UserError(f"{path} is truncated or no safetensors file: fetch or write it again")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise broken
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise broken from None
+    if 8 + length + end != size:
+        raise broken
+    return dict(header)
+
+
+def _write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    from safetensors.torch import save_file
+
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    save_file(tensors, folder / f"shard-{number:05d}", metadata={"format": "pt"})
+    return sizes
+
+
+def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
+    if len(shards) == 1:
+        (folder / "shard-00000").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, sizes in enumerate(shards):
+        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number:05d}").rename(folder / final)
+        weight_map.update(dict.fromkeys(sizes, final))
+    total = sum(sum(sizes.values()) for sizes in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    manifest.write_json(folder / INDEX, index)

@@ -1,0 +1,72 @@
+"""Blocks of exactly T tokens.  Shapes: n blocks, T = sequence length."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+IGNORED = -100
+"""The label of a token that is not scored."""
+
+
+class Blocks(Dataset[dict[str, Tensor]]):
+    """Packed token blocks: input_ids, position_ids, labels int64 [n, T] and real bool [n, T].
+
+    Positions start over at 0 with each document and with each block. labels[t] is input_ids[t], or
+    -100 where that token is not scored, which a document's first token in a block never is: like
+    Hugging Face models expect, not shifted. `real` is False on padding.
+    """
+
+    def __init__(
+        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, real: Tensor
+    ) -> None:
+        assert input_ids.shape == position_ids.shape == labels.shape == real.shape
+        self.input_ids, self.position_ids = input_ids, position_ids
+        self.labels, self.real = labels, real
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: tensor[index] for name, tensor in self._tensors().items()}
+
+    @property
+    def num_documents(self) -> int:
+        """Documents as a model sees them: one that goes on in the next block counts again there."""
+        return int(((self.position_ids == 0) & self.real).sum())
+
+    @property
+    def scored_tokens(self) -> int:
+        """How many labels are not -100."""
+        return int((self.labels != IGNORED).sum())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, as hex, of the four tensors and their shape."""
+        digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
+        for tensor in self._tensors().values():
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """The blocks in order, `batch_size` at a time; the last batch may be smaller."""
+        for start in range(0, len(self), batch_size):
+            rows = slice(start, start + batch_size)
+            yield {name: tensor[rows] for name, tensor in self._tensors().items()}
+
+    def select(self, indices: range) -> Blocks:
+        """The blocks at these indices."""
+        rows = torch.tensor(list(indices), dtype=torch.int64)
+        return Blocks(**{name: tensor[rows] for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "labels": self.labels,
+            "real": self.real,
+        }

@@ -1,0 +1,103 @@
+"""Conversations through a tokenizer's chat template, with the assistant's tokens marked."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from regrow.errors import UserError
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Messages = list[dict[str, Any]]
+
+
+def render(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+    """Token ids of the rendered conversation, and for each whether it is the assistant's.
+
+    A template with {% generation %} marks says so itself. Otherwise a turn runs from the end of the
+    prompt for it (`add_generation_prompt`) to the end of what the template renders up to and with
+    that turn, white space after its end mark left out.
+    Raises UserError without a chat template, or for turns that the template does not take.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the tokenizer has no chat template, which rows with `messages` need; use an "
+            "instruction-tuned model's tokenizer, or rows with `prompt` and `completion`"
+        )
+    try:
+        if GENERATION.search(tokenizer.get_chat_template()):
+            return _marked(messages, tokenizer)
+        text = _text(messages, tokenizer)
+        spans = _spans(messages, text, tokenizer)
+    except TemplateError as error:
+        roles = ", ".join(str(turn["role"]) for turn in messages)
+        raise UserError(f"the chat template refuses turns by {roles}: {error}") from None
+    if not tokenizer.is_fast:
+        raise UserError(
+            "marking the assistant's tokens needs a fast tokenizer or a chat template with "
+            "{% generation %} marks; this tokenizer has neither"
+        )
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    scored = [
+        any(start < end_of and end > start_of for start_of, end_of in spans)
+        for start, end in encoding["offset_mapping"]
+    ]
+    return list(encoding["input_ids"]), scored
+
+
+def _marked(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+    encoding: Any = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return list(encoding["input_ids"]), [bool(mark) for mark in encoding["assistant_masks"]]
+
+
+def _text(messages: Messages, tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    assert isinstance(text, str)
+    return text
+
+
+def _spans(
+    messages: Messages, text: str, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, int]]:
+    """Start and end character of each assistant turn in the rendered `text`."""
+    spans = []
+    for at, turn in enumerate(messages):
+        if turn["role"] != "assistant":
+            continue
+        before = _text(messages[:at], tokenizer, prompt=True) if at else ""
+        start = len(_common(before, text))
+        through = _text(messages[: at + 1], tokenizer)
+        if text.startswith(through):
+            end = start + len(text[start : len(through)].rstrip())
+        else:
+            end = _end_of_content(turn, text, start, tokenizer)
+        spans.append((start, end))
+    return spans
+
+
+def _end_of_content(
+    turn: dict[str, Any], text: str, start: int, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """End of a turn that the template renders otherwise when more follows (dropped thoughts)."""
+    content = str(turn["content"]).rpartition("</think>")[2].strip()
+    at = text.find(content, start)
+    if at < 0:
+        raise UserError(
+            "the chat template changes what the assistant said; give the tokenizer a template with "
+            "{% generation %} marks, or use rows with one answer each"
+        )
+    end = at + len(content)
+    marks = [mark for mark in tokenizer.all_special_tokens if text.startswith(mark, end)]
+    return end + max(map(len, marks), default=0)
+
+
+def _common(a: str, b: str) -> str:
+    for at, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return a[:at]
+    return a[: len(b)]

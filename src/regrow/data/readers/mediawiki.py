@@ -1,0 +1,67 @@
+"""MediaWiki XML dumps (enwik8 and its kin) as prose."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from regrow.data.files import open_text
+from regrow.data.wikitext import to_prose
+from regrow.errors import UserError
+
+ENDINGS = (".xml", "enwik8", "enwik9")
+MIN_CHARACTERS = 300
+"""Shorter articles are stubs: mostly a definition and a list of links."""
+
+TITLE = re.compile(r"<title>(.*?)</title>")
+NAMESPACE = re.compile(r"<namespace key=[^>]*>([^<]+)</namespace>")
+TEXT = re.compile(r"<text\b[^>]*>")
+REDIRECT = re.compile(r"\s*#redirect", re.IGNORECASE)
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows {title, text}: articles of at least 300 characters of prose, in the dump's order.
+
+    Redirects, pages outside the article namespace and a last page cut off in the middle are left
+    out. UserError when there is no page at all.
+    """
+    pages = 0
+    with open_text(path, errors="replace") as file:  # a cut-off dump may end within a character
+        for title, markup in _pages(file):
+            pages += 1
+            text = to_prose(markup)
+            if len(text) >= MIN_CHARACTERS:
+                yield {"title": title, "text": text}
+    if pages == 0:
+        raise UserError(f"{path}: no <page> with text in it; is it a MediaWiki XML dump?")
+
+
+def _pages(file: TextIO) -> Iterator[tuple[str, str]]:
+    """Title and markup of each article; by line, as enwik8 is not well-formed XML."""
+    namespaces = {"Media", "Special", "Talk", "User", "Wikipedia", "Image", "File", "MediaWiki"}
+    namespaces |= {"Template", "Help", "Category", "Portal"}
+    title = ""
+    for line in file:
+        if (found := TITLE.search(line)) is not None:
+            title = html.unescape(found.group(1))
+        if (found := NAMESPACE.search(line)) is not None:
+            namespaces.add(html.unescape(found.group(1)))
+        if (found := TEXT.search(line)) is not None and not found.group().endswith("/>"):
+            body = _body(line[found.end() :], file)
+            outside = ":" in title and title.partition(":")[0] in namespaces
+            if body is not None and not outside and not REDIRECT.match(body):
+                yield title, html.unescape(body)
+
+
+def _body(first: str, file: TextIO) -> str | None:
+    """The page's text up to its closing tag; None when the file ends before that."""
+    lines = [first]
+    while "</text>" not in lines[-1]:
+        line = file.readline()
+        if not line:
+            return None
+        lines.append(line)
+    return "".join(lines).partition("</text>")[0]

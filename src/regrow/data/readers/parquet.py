@@ -1,0 +1,28 @@
+"""Parquet tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from regrow.data.files import open_seekable
+from regrow.errors import UserError
+
+ENDINGS = (".parquet",)
+BATCH_ROWS = 1_024
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The table's rows in order, 1,024 at a time; UserError when it is no Parquet file."""
+    import pyarrow  # here: every reader is imported to compare endings, this one is slow to
+    from pyarrow import parquet
+
+    with open_seekable(path) as file:
+        try:
+            table = parquet.ParquetFile(file)
+        except pyarrow.ArrowInvalid as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path}: not a Parquet file ({reason}); fetch it again") from None
+        for batch in table.iter_batches(batch_size=BATCH_ROWS):
+            yield from batch.to_pylist()

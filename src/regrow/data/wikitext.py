@@ -1,0 +1,131 @@
+"""MediaWiki markup to prose."""
+
+from __future__ import annotations
+
+import html
+import re
+
+COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
+# Elements whose content is no prose. A <ref/> goes first, or it would reach to the next </ref>.
+EMPTY_REF = re.compile(r"<ref\b[^<>]*/>", re.IGNORECASE)
+NO_PROSE = re.compile(
+    r"<(ref|references|math|gallery|timeline|table|pre|code|source|imagemap|hiero)\b[^<>]*>"
+    r".*?</\1\s*>",
+    re.DOTALL | re.IGNORECASE,
+)
+BREAK = re.compile(r"<(?:br|p|/p)\b[^<>]*>", re.IGNORECASE)
+TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
+TEMPLATE = re.compile(r"\{\{(?:[^{}]|\{(?!\{)|\}(?!\}))*\}\}")
+LINK = re.compile(r"\[\[([^\[\]]*)\]\]")
+WEB_LINK = re.compile(r"\[(?:https?:|ftp:|news:|mailto:|//)[^\s\[\]]*[ \t]*([^\[\]\n]*)\]")
+BARE_URL = re.compile(r"(?:https?|ftp)://[^\s<>\"]+")
+DROPPED_LINK = re.compile(r"\s*(?:image|file|media|category|bild|special)\s*:", re.IGNORECASE)
+LANGUAGE_LINK = re.compile(r"\s*(?:[a-z]{2,3}|simple)(?:-[a-z]+)*\s*:[^|]*\Z")
+MAGIC_WORD = re.compile(r"__[A-Z]+__")
+QUOTES = re.compile(r"'{2,}")
+HEADING = re.compile(r"(={1,6})\s*(.*?)\s*=+\Z")
+HOLLOW = re.compile(r"\(\s*[,;:]?\s*\)|\[\s*\]")  # what a removed template or reference leaves
+SPACES = re.compile(r"[ \t\u00a0]+")
+SPACE_BEFORE = re.compile(r" +([,.;:)])(?=\s|\Z)")
+SPACE_AFTER = re.compile(r"\(\s*[,;]?\s+")
+DROPPED_LINES = ("*", "#", ";", "|", "!", "{", "}")  # items of lists, rows of broken tables
+NESTING = 12  # more than any article nests; bounds the work on broken markup
+
+
+def to_prose(markup: str) -> str:
+    """Paragraphs and headings with blank lines between them; lists and tables are dropped.
+
+    `markup` is wikitext after XML unescaping. Templates, references, comments, images, categories
+    and links to other languages are removed, other links become their label, entities characters. A
+    heading stays only when prose follows it; lines of one paragraph stay lines. Broken markup never
+    fails; its remains are dropped.
+    """
+    text = COMMENT.sub("", markup) if "<!--" in markup else markup
+    if "<" in text:
+        text = EMPTY_REF.sub("", text)
+        text = NO_PROSE.sub("", text)
+    text = _until_stable(TEMPLATE, "", text)
+    if "{|" in text:
+        text = _without_tables(text)
+    text = _links(text)
+    if "<" in text:
+        text = TAG.sub("", BREAK.sub("\n", text))
+    text = QUOTES.sub("", BARE_URL.sub("", MAGIC_WORD.sub("", text)))
+    return _lines(html.unescape(text))
+
+
+def _until_stable(pattern: re.Pattern[str], by: str, text: str) -> str:
+    """Substitute innermost matches again and again, for markup that nests."""
+    for _ in range(NESTING):
+        text, count = pattern.subn(by, text)
+        if count == 0:
+            break
+    return text
+
+
+def _without_tables(text: str) -> str:
+    kept: list[str] = []
+    opened: list[int] = []
+    for line in text.split("\n"):
+        start = line.lstrip(" :*#")
+        if start.startswith("{|"):
+            opened.append(len(kept))
+        if opened and start.startswith("|}"):
+            del kept[opened.pop() :]
+            kept.append(start[2:].lstrip("}"))
+        else:
+            kept.append(line)
+    return "\n".join(kept)  # rows of a table never closed start with | or ! and go with the lists
+
+
+def _links(text: str) -> str:
+    for _ in range(NESTING):
+        text, inner = LINK.subn(_label, text)
+        text, outer = WEB_LINK.subn(r"\1", text)
+        if inner + outer == 0:
+            break
+    return text
+
+
+def _label(link: re.Match[str]) -> str:
+    target, bar, label = link.group(1).partition("|")
+    if DROPPED_LINK.match(target) or (not bar and LANGUAGE_LINK.match(target)):
+        return ""
+    if not bar:
+        return target.lstrip(": ")
+    return label if label.strip() else re.sub(r"\s*\([^()]*\)|,.*", "", target.rpartition(":")[2])
+
+
+def _lines(text: str) -> str:
+    """The lines worth keeping; what only leads to dropped ones (a heading, "such as:") goes too."""
+    kept: list[tuple[str, bool]] = []  # line with the gap before it, is it a heading
+    gap = ""
+    for raw in text.split("\n"):
+        if raw.startswith(DROPPED_LINES):
+            if kept and kept[-1][0].endswith(":"):
+                kept.pop()
+            gap = "\n\n"
+            continue
+        line = _tidy(raw.lstrip(": \t"))
+        heading = HEADING.match(line)
+        if heading is not None and kept and kept[-1][1]:
+            kept.pop()
+        line = heading.group(2) if heading is not None else line
+        if any(map(str.isalnum, line)) and not DROPPED_LINK.match(line):
+            apart = "\n\n" if heading is not None else gap
+            kept.append((apart + line, heading is not None))
+            gap = "\n\n" if heading is not None else "\n"
+        else:
+            gap = "\n\n"
+    while kept and kept[-1][1]:
+        kept.pop()
+    return "".join(line for line, _ in kept).strip("\n")
+
+
+def _tidy(line: str) -> str:
+    line = SPACES.sub(" ", line).strip()
+    if "(" in line or "[" in line:
+        line = HOLLOW.sub("", line)
+        line = SPACE_AFTER.sub("(", line)
+    line = line.replace("{{", "").replace("}}", "").replace("[[", "").replace("]]", "")
+    return SPACE_BEFORE.sub(r"\1", SPACES.sub(" ", line)).strip()

@@ -1,0 +1,36 @@
+"""A model family is a table of named dimensions: data, one file per `model_type`."""
+
+from __future__ import annotations
+
+from regrow import plugins
+from regrow.errors import UserError, nearest
+from regrow.checkpoint import Checkpoint
+from regrow.families._table import Family, Tensor, rows, unit_rows
+
+__all__ = ["Family", "Tensor", "get", "of", "rows", "unit_rows"]
+
+
+def get(model_type: str) -> Family:
+    """The table of the family `model_type`, the key of that name in a model's config.json.
+
+    Raises UserError for a family that has no file here, naming those there are.
+    """
+    known = plugins.names(__name__)
+    if model_type not in known:
+        raise UserError(
+            f"no family named {model_type!r}{nearest(model_type, known)}; there are: "
+            f"{', '.join(known)}; to add one, read docs/add-a-family.md"
+        )
+    family = plugins.load(__name__, model_type).FAMILY
+    assert isinstance(family, Family) and family.model_type == model_type
+    return family
+
+
+def of(checkpoint: Checkpoint) -> Family:
+    """The family of an opened checkpoint, whose tensors are checked against the table.
+
+    Raises UserError for an unknown family or tensors that do not fit it.
+    """
+    family = get(checkpoint.config["model_type"])
+    family.check_tensors(checkpoint.config, checkpoint.shapes)
+    return family

@@ -1,0 +1,193 @@
+"""What a stage did, and the folder it did it in.
+
+A stage writes into a hidden neighbour of its output folder and renames it when complete; its
+`manifest.json` holds a digest of its config and its inputs, so that running again skips what is
+complete and unchanged, and a kill at any moment leaves either the old folder or the new one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import platform
+import shutil
+import time
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import regrow
+from regrow.config import Config
+from regrow.errors import UserError
+
+NAME = "manifest.json"
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
+
+
+class Figure(Config):
+    """One measured number, with what is needed to compare it."""
+
+    name: str
+    """What was measured, for instance perplexity."""
+    value: float
+    """The number."""
+    unit: str = ""
+    """Unit, for instance nats, bytes, tokens/s."""
+    n: int | None = None
+    """How many items (tokens, runs, …) the number is taken over."""
+    stderr: float | None = None
+    """Standard error of the mean, in the same unit."""
+    convention: str = ""
+    """How it was measured: corpus, windows, what is scored."""
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 over the canonical JSON of `parts`, as hex."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The manifest in `folder`, or None when there is none or it cannot be read."""
+    try:
+        found = json.loads((folder / NAME).read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of regrow, Python and the packages whose changes change figures."""
+    found = {"regrow": regrow.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON, by rename, so that a reader never sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+class Stage:
+    """One stage's output folder: begun in a hidden neighbour, renamed when complete.
+
+    `with Stage(...) as folder:` gives the folder to write into. Test `.complete` first: a finished
+    stage with the same digest need not run. `resumable=True` keeps an interrupted folder of the
+    same digest, so that its work can go on.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        name: str,
+        config: Config,
+        inputs: dict[str, str],
+        resumable: bool = False,
+        resume_digest: str | None = None,
+    ) -> None:
+        self.out, self.name, self.config, self.inputs = out, name, config, inputs
+        self.resumable = resumable
+        self.digest = digest(name, config.model_dump(mode="json"), inputs, regrow.__version__)
+        self.resume_digest = resume_digest or self.digest
+        self.figures: list[Figure] = []
+        self.extra: dict[str, Any] = {}
+        self.started = time.time()
+        self.partial = out.parent / f".{out.name}.partial"
+        refuse_foreign(out)
+
+    @property
+    def complete(self) -> bool:
+        """Whether `out` already holds this stage's result for this config and these inputs."""
+        found = read(self.out)
+        return found is not None and found.get("digest") == self.digest
+
+    def __enter__(self) -> Path:
+        mark = self.partial / ".digest"
+        same = mark.exists() and mark.read_text() == self.resume_digest
+        if self.partial.exists() and not (self.resumable and same):
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True, exist_ok=True)
+        mark.write_text(self.resume_digest)
+        return self.partial
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self._finish()
+            return
+        if not self.resumable:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        if is_full_disk(error):
+            raise UserError(
+                f"no disk space left while writing {self.out}: free some and run the command again"
+            ) from error
+
+    def _finish(self) -> None:
+        (self.partial / ".digest").unlink()
+        write_json(self.partial / NAME, self.manifest())
+        replace_folder(self.partial, self.out)
+
+    def manifest(self) -> dict[str, Any]:
+        """What was done, as written to manifest.json."""
+        return {
+            "stage": self.name,
+            "digest": self.digest,
+            "resume_digest": self.resume_digest,
+            "config": self.config.model_dump(mode="json"),
+            "inputs": self.inputs,
+            "figures": [f.model_dump(mode="json", exclude_none=True) for f in self.figures],
+            "versions": versions(),
+            "machine": {"processor": platform.machine(), "system": platform.system()},
+            "seconds": round(time.time() - self.started, 1),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **self.extra,
+        }
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raise UserError when `out` is a file or holds what no stage of regrow wrote."""
+    if out.is_file():
+        raise UserError(f"{out} is a file: give --out a folder that is new or empty")
+    if out.is_dir() and any(out.iterdir()) and read(out) is None:
+        raise UserError(f"{out} holds something else: give --out a folder that is new or empty")
+
+
+def replace_folder(new: Path, out: Path) -> None:
+    """Put the folder `new` in the place of `out` by renames; what was in `out` goes last."""
+    old = out.parent / f".{out.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    new.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def require_space(folder: Path, bytes_needed: int) -> None:
+    """Raise UserError when the disk that holds `folder` has fewer than `bytes_needed` bytes free."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < bytes_needed:
+        raise UserError(
+            f"no disk space for {folder}: {bytes_needed / 1e9:.2f} GB are needed and "
+            f"{free / 1e9:.2f} GB free; free some or give --out another disk"
+        )
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether `error` says that a disk or quota is full (also through a library's own exception)."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return error is not None and "No space left on device" in str(error)

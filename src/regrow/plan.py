@@ -1,0 +1,219 @@
+"""A plan says which units of a model are kept; it travels with the student as plan.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regrow.config import Config, parse
+from regrow.errors import UserError
+
+if TYPE_CHECKING:
+    from regrow.checkpoint import Checkpoint
+
+PER_LAYER = ("mlp", "heads", "kv_heads")
+WHOLE = ("layers", "hidden")
+
+
+class Plan(Config):
+    """Kept units per dimension, by their ids in the parent model; None keeps all.
+
+    Ids ascend. mlp, heads and kv_heads are given for every kept layer, under the layer's id in the
+    parent. Every kept KV head keeps the same number of its query heads.
+    """
+
+    format: int = 1
+    """Version of this file's layout."""
+    model_type: str
+    """Family of the model, as in its config.json."""
+    fingerprint: str
+    """Fingerprint of the checkpoint that the ids belong to."""
+    before: dict[str, int]
+    """Units per dimension in that checkpoint."""
+    after: dict[str, int]
+    """Units per dimension after the cut."""
+    layers: list[int] | None = None
+    """Kept layers."""
+    hidden: list[int] | None = None
+    """Kept channels of the residual stream."""
+    mlp: dict[int, list[int]] | None = None
+    """Kept MLP channels per kept layer."""
+    heads: dict[int, list[int]] | None = None
+    """Kept query heads per kept layer."""
+    kv_heads: dict[int, list[int]] | None = None
+    """Kept key/value heads per kept layer."""
+    criterion: str | None = None
+    """How the units were chosen, for the reader."""
+    seed: int | None = None
+    """Seed of that choice, for the reader."""
+    parents: tuple[str, ...] = ()
+    """Fingerprints of the models in between, when plans were composed."""
+
+    def kept_layers(self) -> list[int]:
+        """Ids in the parent of the kept layers, ascending."""
+        return list(range(self.before["layers"])) if self.layers is None else self.layers
+
+    def kept(self, dim: str, layer: int | None = None) -> list[int] | None:
+        """Ids in the parent of the kept units of `dim` (in parent layer `layer`); None for all.
+
+        Without `heads`, the query heads follow their kept KV heads.
+        """
+        if dim in WHOLE:
+            return self.layers if dim == "layers" else self.hidden
+        if dim not in PER_LAYER or layer is None:
+            return None
+        chosen = {"mlp": self.mlp, "heads": self.heads, "kv_heads": self.kv_heads}[dim]
+        if chosen is not None:
+            return chosen[layer]
+        if dim == "heads" and self.kv_heads is not None:
+            group = self.group
+            return [kv * group + q for kv in self.kv_heads[layer] for q in range(group)]
+        return None
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head in the parent."""
+        return self.before["heads"] // self.before["kv_heads"]
+
+    def check(self, sizes: dict[str, int]) -> None:
+        """Raise UserError when the plan contradicts itself or a parent of these `sizes`."""
+        if self.format != 1:
+            raise UserError(f"plan: format {self.format} is not known; this version reads format 1")
+        if self.before != sizes:
+            odd = sorted(
+                dim for dim in {*sizes, *self.before} if sizes.get(dim) != self.before.get(dim)
+            )
+            raise UserError(
+                f"plan: before.{odd[0]} is {self.before.get(odd[0])}, but the model has "
+                f"{sizes.get(odd[0])}: the plan was made for another model"
+            )
+        if set(self.after) != set(self.before):
+            raise UserError(
+                f"plan: after must name the dimensions {', '.join(sorted(self.before))}"
+            )
+        for dim in WHOLE:
+            self._check_ids(dim, self.kept(dim), dim)
+        for dim in PER_LAYER:
+            self._check_layers(dim)
+        for dim in set(self.after) - {*WHOLE, *PER_LAYER}:
+            self._check_ids(dim, None, dim)
+        for layer in self.kept_layers():
+            self._check_groups(layer)
+
+    def _check_layers(self, dim: str) -> None:
+        chosen = {"mlp": self.mlp, "heads": self.heads, "kv_heads": self.kv_heads}[dim]
+        if chosen is not None and set(chosen) != set(self.kept_layers()):
+            odd = sorted(set(chosen) ^ set(self.kept_layers()))
+            raise UserError(
+                f"plan: {dim} must list exactly the kept layers; these differ: {odd[:8]}"
+            )
+        for layer in self.kept_layers():
+            self._check_ids(dim, self.kept(dim, layer), f"{dim}.{layer}")
+
+    def _check_ids(self, dim: str, ids: Sequence[int] | None, where: str) -> None:
+        before, after = self.before[dim], self.after[dim]
+        count = before if ids is None else len(ids)
+        if ids is not None and (wrong := [i for i in ids if not 0 <= i < before]):
+            raise UserError(f"plan: {where} names {wrong[0]}; allowed are 0 to {before - 1}")
+        if ids is not None and any(a >= b for a, b in pairwise(ids)):
+            raise UserError(f"plan: {where} must ascend, without an id twice")
+        if count != after or count == 0:
+            raise UserError(
+                f"plan: {where} keeps {count} units, but after.{dim} is {after}; all layers must "
+                "have the same width, at least 1"
+            )
+
+    def _check_groups(self, layer: int) -> None:
+        heads, kv_heads = self.kept("heads", layer), self.kept("kv_heads", layer)
+        if heads is None:
+            return
+        counts = dict.fromkeys(range(self.before["kv_heads"]) if kv_heads is None else kv_heads, 0)
+        for head in heads:
+            if head // self.group not in counts:
+                raise UserError(
+                    f"plan: heads.{layer} keeps query head {head}, but its key/value head "
+                    f"{head // self.group} is not kept"
+                )
+            counts[head // self.group] += 1
+        if len(set(counts.values())) > 1:
+            raise UserError(
+                f"plan: heads.{layer} must keep the same number of query heads for each kept "
+                f"key/value head; it keeps {counts}"
+            )
+
+    def check_fingerprint(self, checkpoint: Checkpoint) -> None:
+        """Raise UserError when the plan was made for another checkpoint."""
+        if checkpoint.fingerprint != self.fingerprint:
+            raise UserError(
+                f"plan: it was made for the model {self.fingerprint[:12]}, but {checkpoint.folder} "
+                f"is {checkpoint.fingerprint[:12]}: make a plan for this model"
+            )
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """The plan in a JSON file; raises UserError for a missing, broken or unknown one."""
+        try:
+            fields = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"no plan at {path}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is no JSON: {error}") from None
+        return parse(cls, fields, str(path))
+
+    def write(self, path: Path) -> None:
+        """Write JSON with one line per list, layers in order of their number."""
+        fields = self.model_dump(mode="json", exclude_none=True)
+        path.write_text(_indented(fields) + "\n")
+
+
+def compose(earlier: Plan, later: Plan) -> Plan:
+    """One plan for two cuts in a row: `later`'s kept units by their ids in `earlier`'s parent.
+
+    Raises UserError when `later` was not made for a model of the shape that `earlier` leaves.
+    """
+    if later.before != earlier.after or later.model_type != earlier.model_type:
+        raise UserError(
+            f"plans do not follow each other: the earlier one leaves {earlier.after}, the later "
+            f"one starts from {later.before}"
+        )
+    old_layers = earlier.kept_layers()
+    layers = [(old_layers[new], new) for new in later.kept_layers()]
+
+    def both(dim: str) -> dict[int, list[int]] | None:
+        pairs = {old: (earlier.kept(dim, old), later.kept(dim, new)) for old, new in layers}
+        found = {old: _through(*pair) for old, pair in pairs.items()}
+        return {old: ids for old, ids in found.items() if ids is not None} or None
+
+    return Plan(
+        model_type=earlier.model_type,
+        fingerprint=earlier.fingerprint,
+        before=earlier.before,
+        after=later.after,
+        layers=_through(earlier.layers, later.layers),
+        hidden=_through(earlier.hidden, later.hidden),
+        mlp=both("mlp"),
+        heads=both("heads"),
+        kv_heads=both("kv_heads"),
+        criterion=later.criterion,
+        seed=later.seed,
+        parents=(*earlier.parents, later.fingerprint, *later.parents),
+    )
+
+
+def _through(earlier: list[int] | None, later: list[int] | None) -> list[int] | None:
+    if earlier is None or later is None:
+        return later if earlier is None else earlier
+    return [earlier[i] for i in later]
+
+
+def _indented(value: Any, indent: str = "") -> str:
+    """JSON with objects spread over lines and each list on one line."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value)
+    inner = indent + "  "
+    keys = sorted(value, key=int) if all(key.isdigit() for key in value) else list(value)
+    lines = [f"{inner}{json.dumps(key)}: {_indented(value[key], inner)}" for key in keys]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"

@@ -1,0 +1,28 @@
+"""A file's name is its public name: find the plug-ins of a folder and load one."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from regrow.errors import UserError, nearest
+
+
+def names(package: str) -> list[str]:
+    """Public names in `package` (dotted), sorted; files that begin with `_` are not plug-ins."""
+    module = importlib.import_module(package)
+    return sorted(m.name for m in pkgutil.iter_modules(module.__path__) if not m.name.startswith("_"))
+
+
+def load(package: str, name: str) -> ModuleType:
+    """Import the plug-in `name` of `package`.
+
+    Raises UserError when there is no such file, naming those there are.
+    """
+    known = names(package)
+    if name not in known:
+        kind = package.rpartition(".")[2]
+        hint = nearest(name, known)
+        raise UserError(f"no {kind} named {name!r}{hint}; there are: {', '.join(known)}")
+    return importlib.import_module(f"{package}.{name}")

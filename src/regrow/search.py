@@ -1,0 +1,187 @@
+"""Choice of shape: cut every candidate in memory, score it untrained, keep the best.
+
+A first version: a handful of shapes, scored by KL to the dense model on calibration text that was
+not profiled. It stands above the stages, because it joins cutting and measuring.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regrow import families
+from regrow.checkpoint import Checkpoint, load
+from regrow.data import Blocks, DataConfig, build_blocks
+from regrow.errors import UserError
+from regrow.manifest import Stage, digest, read
+from regrow.options import Options
+from regrow.progress import say
+from regrow.stages.prune import PruneConfig
+from regrow.stages.prune.choose import choose
+from regrow.stages.prune.cut import cut_model
+from regrow.stages.prune.repair import Repair
+from regrow.stages.prune.shapes import Shape, candidates
+from regrow.stages.prune.stage import check_target
+from regrow.stages.prune.stage import prune as prune_to
+from regrow.statistics import Profile
+from regrow.training.head import Mix, head_loss, head_of
+from regrow.training.teacher import final_hidden, scored
+
+SEARCH_BLOCKS = 8
+RIDGE = (1e-1,)  # one ridge strength is enough to rank shapes
+
+
+def prune(
+    model: str | Path | Checkpoint,
+    out: str | Path,
+    config: PruneConfig,
+    profile: str | Path | Profile,
+    data: DataConfig | None = None,
+    options: Options | None = None,
+) -> Path:
+    """Prune to a share of the parameters (the shape is searched for), to sizes, or by a plan.
+
+    Raises UserError for an impossible target and for keep_params without `data` to choose on.
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else load(model)
+    if config.keep_params is None:
+        return prune_to(checkpoint, out, config, profile)
+    found = profile if isinstance(profile, Profile) else Profile(profile)
+    shapes = check_keep_params(checkpoint, config)
+    table = _earlier_choice(Path(out), checkpoint, found, config)
+    if table is None:
+        if len(shapes) > 1 and data is None:
+            raise UserError("keep_params needs data to choose a shape on: give --data, or sizes")
+        table = choose_shape(checkpoint, shapes, found, config, data, options or Options())
+    chosen = next(row for row in table if row["chosen"])
+    return prune_to(
+        checkpoint, out, with_sizes(config, chosen["sizes"]), found, extra={"candidates": table}
+    )
+
+
+def check_keep_params(checkpoint: Checkpoint, config: PruneConfig) -> list[Shape]:
+    """The candidate shapes for `config.keep_params`; raises UserError when none meets it."""
+    if config.keep_params is None:
+        check_target(checkpoint, config)
+        return []
+    if config.sizes() or config.plan:
+        raise UserError("give keep_params, or sizes, or a plan: one of them")
+    family = families.of(checkpoint)
+    return candidates(family, checkpoint.config, config.keep_params, config.multiple_of)
+
+
+def with_sizes(config: PruneConfig, sizes: dict[str, int]) -> PruneConfig:
+    """`config` with explicit sizes by dimension in place of keep_params."""
+    keys = {"layers": "num_layers", "hidden": "hidden_size", "mlp": "intermediate_size"}
+    keys |= {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
+    named = {keys[dim]: size for dim, size in sizes.items()}
+    return config.model_copy(update={"keep_params": None, **named})
+
+
+@torch.no_grad()
+def choose_shape(
+    checkpoint: Checkpoint,
+    shapes: list[Shape],
+    profile: Profile,
+    config: PruneConfig,
+    data: DataConfig | None,
+    options: Options,
+) -> list[dict[str, Any]]:
+    """Score the shapes, print and return the table: name, sizes, parameters, keep, kl, chosen."""
+    total = families.of(checkpoint).count(checkpoint.config)
+    rows: list[dict[str, Any]] = []
+    dense: PreTrainedModel | None = None
+    for shape in shapes:
+        kl = 0.0
+        if data is not None and len(shapes) > 1:
+            if dense is None:
+                dense, blocks, reference = _dense(checkpoint, profile, data, options)
+            start = time.monotonic()
+            kl = _score(checkpoint, dense, blocks, reference, shape, profile, config, options)
+            say(
+                f"search: {shape.name:<16} {shape.parameters / total:6.1%} kept  "
+                f"KL {kl:.3f} nats  ({time.monotonic() - start:.0f} s)  {shape.sizes}"
+            )
+        rows.append(
+            {
+                "name": shape.name,
+                "sizes": shape.sizes,
+                "parameters": shape.parameters,
+                "keep": shape.parameters / total,
+                "kl": kl,
+                "chosen": False,
+            }
+        )
+    best = min(rows, key=lambda row: row["kl"])
+    best["chosen"] = True
+    say(f"search: chose {best['name']}")
+    return rows
+
+
+def _dense(
+    checkpoint: Checkpoint, profile: Profile, data: DataConfig, options: Options
+) -> tuple[PreTrainedModel, Blocks, list[Tensor]]:
+    """The dense model, calibration blocks beyond the profiled ones, and its hidden states there."""
+    model = checkpoint.model(torch.bfloat16, options.torch_device())
+    used = int(profile.info["samples"])
+    blocks = build_blocks(data, checkpoint.tokenizer(), "calibration", used + SEARCH_BLOCKS)
+    if len(blocks) < used + SEARCH_BLOCKS:
+        raise UserError(
+            f"too little calibration text to choose a shape on: {len(blocks)} blocks, of which the "
+            f"profile takes {used} and the choice {SEARCH_BLOCKS}; lower samples or add text"
+        )
+    blocks = blocks.select(range(used, used + SEARCH_BLOCKS))
+    batches = blocks.batches(options.batch_size)
+    return model, blocks, [final_hidden(model, batch)[scored(batch)] for batch in batches]
+
+
+def _score(
+    checkpoint: Checkpoint,
+    dense: PreTrainedModel,
+    blocks: Blocks,
+    reference: list[Tensor],
+    shape: Shape,
+    profile: Profile,
+    config: PruneConfig,
+    options: Options,
+) -> float:
+    """KL(dense ‖ candidate) in nats per scored token, untrained, repaired if the cut will be."""
+    family = families.of(checkpoint)
+    plan = choose(
+        checkpoint, family, profile, shape.sizes, config.criterion, config.layer_criterion
+    )
+    repair = Repair(checkpoint, family, profile, plan, RIDGE) if config.repair else None
+    student = cut_model(dense, plan, replace=repair)
+    kl, tokens = 0.0, 0
+    for batch, teacher_NH in zip(blocks.batches(options.batch_size), reference, strict=True):
+        mask = scored(batch)
+        hidden_NH = final_hidden(student, batch)[mask]
+        targets_N = batch["labels"][:, 1:][mask].to(hidden_NH.device)
+        mix = Mix({"forward_kl": 1.0})
+        value, _ = head_loss(
+            hidden_NH, head_of(student), targets_N, mix, teacher_NH, head_of(dense)
+        )
+        kl, tokens = kl + float(value), tokens + len(targets_N)
+    return kl / tokens
+
+
+def _earlier_choice(
+    out: Path, checkpoint: Checkpoint, profile: Profile, config: PruneConfig
+) -> list[dict[str, Any]] | None:
+    """The table of an earlier run of this very search, so that a resumed job need not repeat it."""
+    import json
+
+    found = read(out)
+    path = out / "candidates.json"
+    if found is None or not path.exists() or found["inputs"].get("profile") != digest(profile.info):
+        return None
+    table: list[dict[str, Any]] = json.loads(path.read_text())
+    chosen = next(row for row in table if row["chosen"])
+    stage = Stage(out, "prune", with_sizes(config, chosen["sizes"]), found["inputs"])
+    same = found["inputs"]["model"] == checkpoint.fingerprint and stage.complete
+    return table if same else None

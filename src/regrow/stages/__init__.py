@@ -1,0 +1,1 @@
+"""The stages: each reads a folder and writes a folder; none imports another."""

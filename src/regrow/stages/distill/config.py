@@ -1,0 +1,43 @@
+"""What to distil, for how long, and how."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from regrow.config import Config
+
+
+class DistillConfig(Config):
+    """Budget, loss and schedule of a distillation."""
+
+    tokens: int = Field(default=1_000_000, ge=1)
+    """Tokens to train on; raising it later extends a finished run."""
+    batch_tokens: int = Field(default=2048, ge=1)
+    """Tokens per optimizer step, over all devices and accumulation."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Where the cosine ends, as a share of the peak."""
+    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    beta2: float = Field(default=0.95, gt=0, lt=1)
+    """AdamW's second-moment decay; short runs want a short memory."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradient norm to clip at."""
+    alpha: float = Field(default=0.0, ge=0, le=1)
+    """Loss = alpha · cross-entropy + (1 − alpha) · T² · KL(teacher ‖ student)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """T, by which the logits of both models are divided in the KL."""
+    eval_tokens: int = Field(default=25_000, ge=1)
+    """Measure held-out KL, and keep a checkpoint, about every so many training tokens."""
+    heldout_blocks: int = Field(default=16, ge=1)
+    """Held-out blocks to measure on."""
+    seed: int = 0
+    """Seed of dropout and of a fresh student's weights."""
+
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss by name; the KL comes first, it is what is reported and kept by."""
+        weights = {"forward_kl": 1.0 - self.alpha, "cross_entropy": self.alpha}
+        return {name: weight for name, weight in weights.items() if weight > 0 or name == "forward_kl"}

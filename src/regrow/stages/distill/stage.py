@@ -1,0 +1,259 @@
+"""The distill stage: a student, its teacher and text in, a better student out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import TrainingArguments
+
+from regrow import checkpoint as checkpoints
+from regrow.checkpoint import Checkpoint, load
+from regrow.data import Blocks, DataConfig, build_blocks
+from regrow.data.digest import data_digest
+from regrow.errors import UserError
+from regrow.manifest import Figure, Stage, read, require_space
+from regrow.options import Options
+from regrow.progress import progress, say
+from regrow.stages.distill.config import DistillConfig
+from regrow.training.head import Mix
+from regrow.training.teacher import Teacher
+from regrow.training.trainer import DistillTrainer, Journal, Pace, bind_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TRAINER = "trainer"
+METRICS = "metrics.jsonl"
+CARRIED = ("plan.json",)
+
+
+def distill(
+    student: str | Path | Checkpoint,
+    teacher: str | Path | Checkpoint,
+    data: DataConfig,
+    out: str | Path,
+    config: DistillConfig | None = None,
+    options: Options | None = None,
+    journal: Path | None = None,
+) -> Path:
+    """Train `student` towards `teacher` on the train split of `data`; write the best student.
+
+    bf16 compute over float32 master weights; the checkpoint with the lowest held-out KL is kept.
+    Metrics go to `metrics.jsonl` in the folder and, if given, to `journal` as well.
+    An interrupted run goes on from its last checkpoint, a raised `tokens` extends a finished one.
+    Raises UserError for tokenizers that differ, too little text, a loss that is no number.
+    """
+    out, config, options = Path(out), config or DistillConfig(), options or Options()
+    pupil = student if isinstance(student, Checkpoint) else load(student)
+    master = teacher if isinstance(teacher, Checkpoint) else load(teacher)
+    check_tokenizers(pupil, master)
+    inputs = {
+        "student": pupil.fingerprint,
+        "teacher": master.fingerprint,
+        "data": data_digest(data),
+    }
+    stage = _stage(out, config, inputs)
+    if stage.complete:
+        say(f"distill: {out} is complete and unchanged")
+        return out
+    steps, accumulation = steps_of(config, data, options)
+    parameters = sum(pupil.bytes(name) for name in pupil.names()) // 2
+    require_space(out, parameters * (2 * 16 + 2))
+    heldout = build_blocks(data, master.tokenizer(), "heldout", config.heldout_blocks)
+    blocks = build_blocks(
+        data, master.tokenizer(), "train", steps * config.batch_tokens // data.sequence_length
+    )
+    with stage as folder:
+        _adopt_finished(out, folder, stage)
+        model = pupil.model(torch.float32)
+        torch.manual_seed(config.seed)
+        trainer = _trainer(model, blocks, heldout, folder, config, options, steps, accumulation)
+        _train(trainer, master, folder, out, config, steps, journal)
+        _write(trainer, pupil, folder)
+        stage.figures += _figures(trainer, steps * config.batch_tokens)
+    return out
+
+
+def check_tokenizers(student: Checkpoint, teacher: Checkpoint) -> None:
+    """Raise UserError unless both models map the same tokens to the same ids."""
+    ours, theirs = student.tokenizer().get_vocab(), teacher.tokenizer().get_vocab()
+    if ours != theirs:
+        different = len(set(ours.items()) ^ set(theirs.items()))
+        raise UserError(
+            f"student {student.folder} and teacher {teacher.folder} have different tokenizers "
+            f"({different} entries differ): distillation needs the same token ids in both"
+        )
+
+
+def steps_of(config: DistillConfig, data: DataConfig, options: Options) -> tuple[int, int]:
+    """Optimizer steps of the budget, and micro-batches per step on each device.
+
+    Raises UserError when batch_tokens cannot be made of whole blocks and micro-batches.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = options.batch_size * data.sequence_length * ranks
+    if config.batch_tokens % micro:
+        raise UserError(
+            f"batch_tokens {config.batch_tokens} is no multiple of {micro} (batch_size "
+            f"{options.batch_size} × sequence_length {data.sequence_length} × {ranks} devices); "
+            "change one of them"
+        )
+    return max(1, round(config.tokens / config.batch_tokens)), config.batch_tokens // micro
+
+
+def _stage(out: Path, config: DistillConfig, inputs: dict[str, str]) -> Stage:
+    # Without the budget, so that a run with a raised one is known as the same run, extended.
+    same_run = config.model_copy(update={"tokens": 1})
+    resume = Stage(out, "distill", same_run, inputs).digest
+    return Stage(out, "distill", config, inputs, resumable=True, resume_digest=resume)
+
+
+def _adopt_finished(out: Path, folder: Path, stage: Stage) -> None:
+    """Take over the trainer state of a finished run with a smaller budget, to extend it."""
+    found = read(out)
+    if found is None or found.get("resume_digest") != stage.resume_digest:
+        return
+    if (folder / TRAINER).exists() or found["config"]["tokens"] > stage.config.tokens:  # type: ignore[attr-defined]
+        return
+    say(f"distill: extends {found['config']['tokens']:,} tokens")
+    shutil.copytree(out / TRAINER, folder / TRAINER, copy_function=os.link)
+    shutil.copyfile(out / METRICS, folder / METRICS)
+
+
+def _trainer(
+    model: PreTrainedModel,
+    blocks: Blocks,
+    heldout: Blocks,
+    folder: Path,
+    config: DistillConfig,
+    options: Options,
+    steps: int,
+    accumulation: int,
+) -> DistillTrainer:
+    device = options.torch_device()
+    every = max(1, min(steps, round(config.eval_tokens / config.batch_tokens)))
+    arguments = TrainingArguments(
+        output_dir=str(folder / TRAINER),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": config.min_learning_rate_ratio},
+        warmup_steps=max(1, round(config.warmup_ratio * steps)),
+        weight_decay=config.weight_decay,
+        adam_beta2=config.beta2,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=True,
+        use_cpu=device.type == "cpu",
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=every,
+        eval_on_start=True,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_forward_kl",
+        greater_is_better=False,
+        report_to=_trackers(folder),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=device.type == "cuda",
+        average_tokens_across_devices=True,
+        ignore_data_skip=False,
+        disable_tqdm=True,
+        seed=config.seed,
+    )
+    return DistillTrainer(
+        model=model, args=arguments, train_dataset=blocks, eval_dataset=heldout
+    )
+
+
+def _trackers(folder: Path) -> list[str]:
+    from importlib.util import find_spec
+
+    if find_spec("tensorboard") is None:
+        return []
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    return ["tensorboard"]
+
+
+def _train(
+    trainer: DistillTrainer,
+    master: Checkpoint,
+    folder: Path,
+    out: Path,
+    config: DistillConfig,
+    steps: int,
+    journal: Path | None,
+) -> None:
+    from transformers.trainer_callback import PrinterCallback
+    from transformers.trainer_utils import get_last_checkpoint
+
+    device = trainer.args.device
+    teacher = Teacher(master.model(torch.bfloat16, device))
+    mix = Mix(config.loss_weights(), config.temperature)
+    undo = bind_loss(trainer.model, teacher, mix)
+    (folder / TRAINER).mkdir(exist_ok=True)
+    last = get_last_checkpoint(str(folder / TRAINER))
+    if last is not None:
+        say(f"distill: goes on from {Path(last).name}")
+    trainer.remove_callback(PrinterCallback)
+    with progress("distill", steps * config.batch_tokens) as counter:
+        for path in filter(None, (folder / METRICS, journal)):
+            trainer.add_callback(Journal(path, out.name, config.batch_tokens))
+        trainer.add_callback(Pace(config.batch_tokens, counter))
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*pin_memory.*")
+                trainer.train(resume_from_checkpoint=last)
+        except UserError as error:
+            raise UserError(f"{error}; {_rescue(folder, out)}; lower the learning rate") from None
+    undo()
+
+
+def _rescue(folder: Path, out: Path) -> str:
+    """Keep the last good checkpoint of a run that failed, and say where."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last = get_last_checkpoint(str(folder / TRAINER))
+    if last is None:
+        return "no checkpoint had been made yet, the student is as it was"
+    kept = out.parent / f"{out.name}-stopped"
+    shutil.rmtree(kept, ignore_errors=True)
+    Path(last).rename(kept)
+    return f"the last good checkpoint ({Path(last).name}) is kept in {kept}"
+
+
+def _write(trainer: DistillTrainer, pupil: Checkpoint, folder: Path) -> None:
+    """Write the best student in the parent's dtype, with what travels beside it."""
+    dtype = getattr(torch, pupil.dtype(pupil.names()[0]))
+    model = trainer.model.to(dtype)  # type: ignore[union-attr]
+    model.config.use_cache = True
+    checkpoints.write_model(model, folder, pupil)
+    for name in CARRIED:
+        if (pupil.folder / name).exists():
+            shutil.copyfile(pupil.folder / name, folder / name)
+
+
+def _figures(trainer: DistillTrainer, tokens: int) -> list[Figure]:
+    rows = [row for row in trainer.state.log_history if "eval_forward_kl" in row]
+    convention = "KL(teacher || student) on held-out blocks, bf16"
+    first = Figure(
+        name="held-out KL before", value=rows[0]["eval_forward_kl"], unit="nats", convention=convention
+    )
+    best = Figure(
+        name="held-out KL",
+        value=min(row["eval_forward_kl"] for row in rows),
+        unit="nats",
+        convention=convention,
+    )
+    return [first, best, Figure(name="training tokens", value=tokens, unit="tokens")]

@@ -1,0 +1,66 @@
+"""What to measure of a model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from regrow import plugins
+from regrow.config import Config
+from regrow.errors import nearest
+
+METRICS = "regrow.stages.evaluate.metrics"
+HELDOUT = "heldout"
+
+
+class EvaluateConfig(Config):
+    """What to measure, on which text, and how much of it."""
+
+    metrics: tuple[str, ...] = Field(default_factory=lambda: tuple(plugins.names(METRICS)))
+    """What to measure: names of files in evaluate/metrics; all of them by default."""
+    heldout_blocks: int = Field(default=32, ge=1)
+    """Held-out blocks of `data` to score."""
+    texts: dict[str, str] = Field(default_factory=dict)
+    """Further texts by name: a .txt file is scored as it stands; rows of a .jsonl or .parquet file
+    (`text`, or `context` + `continuation`) are joined by blank lines. Each may end in .gz."""
+    text_tokens: int = Field(default=16384, ge=2)
+    """First tokens of each further text to score."""
+    window: int = Field(default=512, ge=2)
+    """Tokens per window of a further text; windows do not overlap."""
+    prompts: tuple[str, ...] = (
+        "What is the capital of France?",
+        "Explain in two sentences why the sky is blue.",
+        "Write a short story about a robot that learns to paint.",
+    )
+    """Prompts to continue greedily."""
+    new_tokens: int = Field(default=64, ge=1)
+    """Tokens to generate for each prompt, at most."""
+    prefill_tokens: int = Field(default=512, ge=1)
+    """Length of the prompt whose reading is timed."""
+    decode_tokens: int = Field(default=32, ge=1)
+    """Tokens whose generation is timed, after that prompt."""
+    repeats: int = Field(default=3, ge=1)
+    """Timed runs, after one run to warm up."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Data type to compute in."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_metrics(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
+        known = plugins.names(METRICS)
+        for name in metrics:
+            if name not in known:
+                raise ValueError(
+                    f"no metric named {name!r}{nearest(name, known)}; there are: {', '.join(known)}"
+                )
+        return metrics
+
+    @field_validator("texts")
+    @classmethod
+    def _free_names(cls, texts: dict[str, str]) -> dict[str, str]:
+        if HELDOUT in texts:
+            raise ValueError(
+                f"{HELDOUT!r} is the name of the held-out text of `data`; take another"
+            )
+        return texts

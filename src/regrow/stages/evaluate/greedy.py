@@ -1,0 +1,29 @@
+"""Greedy generation with the KV cache, one token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, ids_1T: Tensor) -> tuple[int, DynamicCache]:
+    """The likeliest token after the prompt [1, T], and the cache that holds the prompt."""
+    cache = DynamicCache(config=model.config)
+    return _next(model, ids_1T, cache), cache
+
+
+def decode(model: PreTrainedModel, token: int, cache: DynamicCache) -> Iterator[int]:
+    """The tokens that follow `token`, without end; the cache grows with them."""
+    while True:
+        token = _next(model, torch.tensor([[token]], device=model.device), cache)
+        yield token
+
+
+@torch.no_grad()
+def _next(model: PreTrainedModel, ids_1T: Tensor, cache: DynamicCache) -> int:
+    output = model(input_ids=ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return int(output.logits[0, -1].argmax())

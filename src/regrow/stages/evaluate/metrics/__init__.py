@@ -1,0 +1,7 @@
+"""Metrics, one file each, named by the file.
+
+A metric is `measure(subject, context) -> Measured`: figures of one loaded model, and generations
+if it makes any. `subject.windows(text)` are the model's final hidden states on a text, computed
+once for all metrics; `context.teacher` is None when there is nothing to compare with. A figure is
+named `what` or `what/text`.
+"""

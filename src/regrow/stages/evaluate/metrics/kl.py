@@ -1,0 +1,28 @@
+"""KL divergence from the teacher, exact over the whole vocabulary, on every text."""
+
+from __future__ import annotations
+
+from regrow.manifest import Figure
+from regrow.stages.evaluate.subject import Context, Measured, Subject, mean_loss
+
+
+def measure(subject: Subject, context: Context) -> Measured:
+    """Mean Σ_v p (log p − log q) in nats per scored token; p the teacher's, q this model's."""
+    teacher = context.teacher
+    if teacher is None:
+        return Measured()
+    figures = []
+    for text in subject.texts:
+        mean, stderr, tokens = mean_loss(subject, text, "forward_kl", teacher)
+        how = f"KL({teacher.label} || model) per scored token over all token ids that both have"
+        figures.append(
+            Figure(
+                name=f"kl/{text.name}",
+                value=mean,
+                unit="nats",
+                n=tokens,
+                stderr=stderr,
+                convention=f"{how}; {text.convention}; {context.config.dtype}",
+            )
+        )
+    return Measured(figures)

@@ -1,0 +1,136 @@
+"""The text that models are scored on: held-out blocks of the data, and windows of further texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from regrow import plugins
+from regrow.data import Blocks, DataConfig, SourceConfig, build_blocks
+from regrow.data.files import open_text, plain_name
+from regrow.data.sources import READERS, reader_of, resolve
+from regrow.errors import UserError
+from regrow.stages.evaluate.config import HELDOUT, EvaluateConfig
+
+IGNORED = -100
+ROW_SEPARATOR = "\n\n"
+CHARACTERS_PER_TOKEN = 8
+MARGIN = 64
+"""Tokens at the end of a cut text that may come out otherwise when more follows."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text in one tokenizer's tokens; `labels` of its blocks say what is scored."""
+
+    name: str
+    blocks: Blocks
+    convention: str
+
+
+def build_texts(
+    data: DataConfig | None, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig
+) -> list[Text]:
+    """The held-out blocks of `data`, if any, then each further text of the config.
+
+    Raises UserError for a text that is missing, of an unknown kind or too short.
+    """
+    texts = []
+    if data is not None:
+        blocks = build_blocks(data, tokenizer, "heldout", config.heldout_blocks)
+        how = (
+            f"{len(blocks)} held-out blocks of {data.sequence_length} tokens of the data; "
+            "documents do not attend to each other; prompts, padding and first tokens not scored"
+        )
+        texts.append(Text(HELDOUT, blocks, how))
+    for name, source in config.texts.items():
+        ids = first_tokens(text_files(source), tokenizer, config.text_tokens)
+        if len(ids) < 2:
+            raise UserError(
+                f"text {name!r}: {source} holds {len(ids)} tokens; at least 2 are needed"
+            )
+        blocks = windows(ids, config.window)
+        how = (
+            f"first {len(ids):,} tokens of {Path(source).name}{_joined(source)}, windows of "
+            f"{config.window} without overlap, no BOS added, the first token of a window not scored"
+        )
+        texts.append(Text(name, blocks, how))
+    return texts
+
+
+def windows(ids: list[int], window: int) -> Blocks:
+    """`ids` cut into blocks of `window` tokens, all but each block's first token scored.
+
+    The rest that fills no window is padded on the right, where causal attention does not see it.
+    """
+    count = -(-len(ids) // window)
+    real = (torch.arange(count * window) < len(ids)).view(count, window)
+    flat = torch.tensor(ids + [ids[0]] * (count * window - len(ids)))
+    input_ids = flat.view(count, window)
+    position_ids = torch.arange(window).repeat(count, 1)
+    labels = torch.where(real, input_ids, IGNORED)
+    labels[:, 0] = IGNORED
+    return Blocks(input_ids, position_ids, labels, real)
+
+
+def text_files(source: str) -> list[Path]:
+    """The local files of a text; raises UserError when there are none."""
+    return resolve(SourceConfig(source=source))
+
+
+def first_tokens(paths: list[Path], tokenizer: PreTrainedTokenizerBase, wanted: int) -> list[int]:
+    """The first `wanted` tokens of the text in `paths` (fewer if it ends), without special tokens.
+
+    Reads no further than it needs: a text cut well behind the last wanted token has the same ones.
+    """
+    characters = CHARACTERS_PER_TOKEN * (wanted + MARGIN)
+    while True:
+        text = _beginning(paths, characters)
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(text) < characters or len(ids) >= wanted + MARGIN:
+            return ids[:wanted]
+        characters *= 2
+
+
+def _beginning(paths: list[Path], characters: int) -> str:
+    """The first `characters` of the files: raw text as it stands, rows joined by blank lines."""
+    parts: list[str] = []
+    size = 0
+    for part in chain.from_iterable(_parts(path, characters) for path in paths):
+        if parts:
+            part = ROW_SEPARATOR + part
+        parts.append(part)
+        size += len(part)
+        if size >= characters:
+            break
+    return "".join(parts)[:characters]
+
+
+def _parts(path: Path, characters: int) -> Any:
+    if plain_name(path).endswith(".txt"):
+        with open_text(path) as file:
+            yield file.read(characters)
+        return
+    for number, row in enumerate(plugins.load(READERS, reader_of(path)).read(path), start=1):
+        yield _row_text(row, f"{path}, row {number}")
+
+
+def _row_text(row: dict[str, Any], where: str) -> str:
+    if isinstance(row.get("text"), str):
+        return str(row["text"])
+    if isinstance(row.get("context"), str) and isinstance(row.get("continuation"), str):
+        return f"{row['context']} {row['continuation']}"
+    raise UserError(
+        f"{where}: has {', '.join(sorted(row))}; a text to score needs `text`, or `context` and "
+        "`continuation`"
+    )
+
+
+def _joined(source: str) -> str:
+    raw = plain_name(Path(source)).endswith(".txt")
+    return " as it stands" if raw else " (rows joined by blank lines)"

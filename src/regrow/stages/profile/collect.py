@@ -1,0 +1,167 @@
+"""Gather statistics with hooks while a model, or one layer of it, runs over calibration text.
+
+B blocks, T tokens, N real tokens, d channels. Padding is dropped before anything is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from regrow.families import Family
+from regrow.statistics import Gram
+
+Split = Literal["fit", "validate"]
+LAYER = "model.layers.{layer}"
+
+
+@dataclass
+class Batch:
+    """What the hooks must know of the batch that runs: its real tokens and the Gram set it is in."""
+
+    real_BT: Tensor
+    gram: Split | None = None
+
+
+@dataclass
+class _GramSums:
+    sums: dict[Split, Tensor] = field(default_factory=dict)
+
+    def add(self, split: Split, rows_Nd: Tensor) -> None:
+        if not self.sums:
+            d = rows_Nd.shape[1]
+            empty = torch.zeros(d, d, dtype=rows_Nd.dtype, device=rows_Nd.device)
+            self.sums = {"fit": empty, "validate": empty.clone()}
+        self.sums[split].addmm_(rows_Nd.T, rows_Nd)
+
+
+class Collector:
+    """Sums per dimension and layer, over every batch that runs while the hooks are attached.
+
+    `needs` maps each observed dimension to the names of the statistics to gather for it;
+    `grams` are the dimensions whose readers' Gram matrices are summed.
+    """
+
+    def __init__(
+        self, family: Family, needs: dict[str, set[str]], grams: Iterable[str], weighted: bool
+    ) -> None:
+        self.family, self.needs, self.gram_dims, self.weighted = family, needs, tuple(grams), weighted
+        self.sums: dict[str, Tensor] = {}
+        self.grams: dict[tuple[str, int], _GramSums] = {}
+        self.tokens = 0
+        self.batch: Batch | None = None
+        self._token_weights: dict[str, Tensor] = {}
+
+    def start(self, batch: Batch) -> None:
+        """Say which batch runs next."""
+        self.batch = batch
+
+    def attach(self, model: nn.Module, layers: Iterable[int], final: bool) -> list[Any]:
+        """Hook the modules of `layers` (and, if `final`, the last norm); returns the handles."""
+        handles = []
+        for layer in layers:
+            for dim in ("mlp", "heads"):
+                handles += self._attach_reader(model, dim, layer)
+            if "hidden" in self.needs:
+                for template in self._hidden_modules(per_layer=True):
+                    module = model.get_submodule(template.format(layer=layer))
+                    handles.append(module.register_forward_hook(self._see_hidden))
+            if "input_output_distance" in self.needs.get("layers", set()):
+                module = model.get_submodule(LAYER.format(layer=layer))
+                handles.append(module.register_forward_hook(self._layer_hook(layer)))
+        if final and "hidden" in self.needs:
+            for name in self._hidden_modules(per_layer=False):
+                handles.append(model.get_submodule(name).register_forward_hook(self._see_hidden))
+        return handles
+
+    def take_grams(self, layer: int) -> dict[str, Gram]:
+        """Hand over the Gram matrices of one layer, by dimension, and forget them."""
+        taken = {}
+        for dim in self.gram_dims:
+            sums = self.grams.pop((dim, layer), None)
+            if sums is not None:
+                taken[dim] = Gram(fit=sums.sums["fit"].cpu(), validate=sums.sums["validate"].cpu())
+        return taken
+
+    def _hidden_modules(self, per_layer: bool) -> list[str]:
+        return [name for name in self.family.observe["hidden"] if ("{layer}" in name) == per_layer]
+
+    def _attach_reader(self, model: nn.Module, dim: str, layer: int) -> list[Any]:
+        wants_gram = dim in self.gram_dims
+        if dim not in self.needs and not wants_gram:
+            return []
+        handles = []
+        if wants_gram and self.weighted:
+            name = self.family.residual[dim].format(layer=layer)
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(self._residual_hook(dim)))
+        (template,) = self.family.observe[dim]
+        module = model.get_submodule(template.format(layer=layer))
+        handles.append(module.register_forward_pre_hook(self._reader_hook(dim, layer)))
+        return handles
+
+    def _residual_hook(self, dim: str) -> Any:
+        def see(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            assert self.batch is not None
+            if self.batch.gram is not None:
+                rows_Nd = self._real(inputs[0]).float()
+                # A floor keeps an all-zero residual from weighing infinitely much.
+                norm = torch.linalg.vector_norm(rows_Nd, dim=-1, keepdim=True)
+                self._token_weights[dim] = 1.0 / norm.clamp_min(1e-6)
+
+        return see
+
+    def _reader_hook(self, dim: str, layer: int) -> Any:
+        def see(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            assert self.batch is not None
+            if dim in self.needs:
+                self._add_activations(f"{dim}/{layer}", self.needs[dim], inputs[0])
+            if dim in self.gram_dims and self.batch.gram is not None:
+                rows_Nd = self._real(inputs[0]).to(_exact(inputs[0]))
+                if self.weighted:
+                    rows_Nd = rows_Nd * self._token_weights.pop(dim)
+                sums = self.grams.setdefault((dim, layer), _GramSums())
+                sums.add(self.batch.gram, rows_Nd)
+
+        return see
+
+    def _see_hidden(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        self._add_activations("hidden/all", self.needs["hidden"], output)
+
+    def _layer_hook(self, layer: int) -> Any:
+        def see(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            before, after = self._real(inputs[0]).float(), self._real(output).float()
+            cosine_N = torch.cosine_similarity(before, after, dim=-1)
+            self._add(f"input_output_distance/layers/{layer}", (1 - cosine_N).sum()[None])
+
+        return see
+
+    def _add_activations(self, place: str, names: set[str], x_BTd: Tensor) -> None:
+        if "square_sum" in names:
+            # vector_norm over the first dimension takes ten times as long on CPUs.
+            rows_Nd = self._real(x_BTd).to(_exact(x_BTd))
+            self._add(f"square_sum/{place}", rows_Nd.square().sum(0))
+        if "mean_abs_square_sum" in names:
+            assert self.batch is not None
+            real_BT1 = self.batch.real_BT[..., None]
+            sums_Bd = (x_BTd.abs() * real_BT1).sum(1, dtype=_exact(x_BTd))
+            means_Bd = sums_Bd / real_BT1.sum(1).clamp_min(1)
+            self._add(f"mean_abs_square_sum/{place}", means_Bd.square().sum(0))
+        if "count" in names and f"count/{place}" not in self.sums:
+            self.sums[f"count/{place}"] = torch.ones(x_BTd.shape[-1])
+
+    def _add(self, key: str, value: Tensor) -> None:
+        self.sums[key] = value if key not in self.sums else self.sums[key] + value
+
+    def _real(self, x_BTd: Tensor) -> Tensor:
+        assert self.batch is not None
+        real_BT = self.batch.real_BT
+        return x_BTd.flatten(0, 1) if bool(real_BT.all()) else x_BTd[real_BT]
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.float32, x.dtype)

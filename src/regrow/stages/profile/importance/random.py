@@ -1,0 +1,16 @@
+"""A random order: the floor every criterion has to beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regrow.stages.profile.importance import WIDTHS, Stats, Weights
+
+DIMS = WIDTHS | {"layers"}
+NEEDS = frozenset({"count"})
+
+
+def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
+    """Uniform numbers in [0, 1), the same for the same seed."""
+    return torch.rand(stats["count"].shape[0], generator=generator)

@@ -1,0 +1,250 @@
+"""The profile stage: text and a checkpoint in, a folder of statistics, scores and Grams out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from regrow import families, plugins
+from regrow.checkpoint import Checkpoint, load
+from regrow.data import Blocks, DataConfig, build_blocks
+from regrow.data.digest import data_digest
+from regrow.errors import UserError
+from regrow.manifest import Figure, Stage, require_space, write_json
+from regrow.options import Options
+from regrow.stages.profile.collect import Batch, Collector, Split
+from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile.importance import Weights
+from regrow.stages.profile.orders import Batches, layer_major, resident
+from regrow.progress import progress, say
+from regrow.statistics import INFO, SCORES, STATISTICS, Gram, Profile
+
+if TYPE_CHECKING:
+    from regrow.families import Family
+
+IMPORTANCE = "regrow.stages.profile.importance"
+VALIDATE_EVERY = 8  # every 8th Gram block is held out, to choose the ridge strength on
+
+
+def profile(
+    model: str | Path | Checkpoint,
+    data: DataConfig,
+    out: str | Path,
+    config: ProfileConfig | None = None,
+    options: Options | None = None,
+) -> Profile:
+    """Measure a checkpoint on the calibration split of `data`; write and return the profile.
+
+    Statistics are those the chosen criteria need, over `config.samples` blocks; Gram matrices of
+    the inputs of down_proj (mlp) and o_proj (heads) over the first `config.gram_tokens` tokens.
+    Raises UserError for an unknown criterion, a checkpoint outside the families, too little text.
+    """
+    config, options = config or ProfileConfig(), options or Options()
+    checkpoint = model if isinstance(model, Checkpoint) else load(model)
+    family = families.of(checkpoint)
+    needs = statistics_needed(config.criteria)
+    inputs = {"model": checkpoint.fingerprint, "data": data_digest(data)}
+    stage = Stage(Path(out), "profile", config, inputs)
+    if stage.complete:
+        say(f"profile: {out} is complete and unchanged")
+        return Profile(out)
+    tokenizer = checkpoint.tokenizer()
+    require_space(Path(out), estimate_bytes(checkpoint, config))
+    blocks = build_blocks(data, tokenizer, "calibration", config.samples)
+    with stage as folder:
+        gram_blocks = min(config.gram_tokens // data.sequence_length, len(blocks))
+        grams = config.grams if gram_blocks else ()
+        collector = Collector(family, needs, grams, config.token_weight == "inverse_residual")
+        _run(checkpoint, blocks, gram_blocks, collector, folder, options)
+        statistics = _tidy(collector.sums, family.sizes(checkpoint.config), _count(blocks))
+        save_file(statistics, folder / STATISTICS)
+        save_file(_scores(config, statistics, checkpoint, family), folder / SCORES)
+        info = {
+            "fingerprint": checkpoint.fingerprint,
+            "model_type": checkpoint.config["model_type"],
+            "criteria": list(config.criteria),
+            "samples": len(blocks),
+            "tokens": _count(blocks),
+            "sequence_length": data.sequence_length,
+            "grams": list(grams),
+            "gram_tokens": gram_blocks * data.sequence_length,
+            "token_weight": config.token_weight,
+        }
+        write_json(folder / INFO, info)
+        stage.figures.append(Figure(name="calibration tokens", value=_count(blocks), unit="tokens"))
+    return Profile(out)
+
+
+def statistics_needed(criteria: tuple[str, ...]) -> dict[str, set[str]]:
+    """Statistics to gather per observed dimension: the union of what the criteria declare."""
+    needs: dict[str, set[str]] = {}
+    for name in criteria:
+        module = plugins.load(IMPORTANCE, name)
+        for dim in module.DIMS:
+            observed = "heads" if dim == "kv_heads" else dim
+            needs.setdefault(observed, set()).update(module.NEEDS - {"count"})
+    return {dim: names for dim, names in needs.items() if names}
+
+
+def estimate_bytes(checkpoint: Checkpoint, config: ProfileConfig) -> int:
+    """Bytes of the Gram matrices, which are nearly all of a profile: two float32 d² per reader."""
+    sizes = families.of(checkpoint).sizes(checkpoint.config)
+    width = {"mlp": sizes["mlp"], "heads": sizes["heads"] * sizes["head_dim"]}
+    grams = config.grams if config.gram_tokens else ()
+    return sum(sizes["layers"] * 2 * 4 * width[dim] ** 2 for dim in grams)
+
+
+def _run(
+    checkpoint: Checkpoint,
+    blocks: Blocks,
+    gram_blocks: int,
+    collector: Collector,
+    folder: Path,
+    options: Options,
+) -> None:
+    device, dtype = options.torch_device(), compute_dtype(checkpoint)
+    gram_folder = folder / "grams"
+    gram_folder.mkdir()
+
+    def take_grams(layer: int) -> None:
+        for dim, gram in collector.take_grams(layer).items():
+            _save_gram(gram, gram_folder / f"{dim}-{layer}.safetensors")
+
+    batches = _batches(blocks, gram_blocks, options.batch_size)
+    resident_order = options.order == "resident" or (
+        options.order == "auto" and _fits(checkpoint, collector, device)
+    )
+    passes = 1 if resident_order else checkpoint.config["num_hidden_layers"]
+    with progress("profile", _count(blocks) * passes) as counter:
+        if resident_order:
+            resident(checkpoint, batches, collector, take_grams, device, dtype, counter)
+            return
+        spill = folder / "spill"
+        layer_major(checkpoint, batches, collector, take_grams, device, dtype, counter, spill)
+        shutil.rmtree(spill)
+
+
+def compute_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """bfloat16 for half-precision checkpoints, else as stored: what the forward passes run in."""
+    stored = checkpoint.dtype(checkpoint.names()[0])
+    return torch.bfloat16 if stored == "float16" else getattr(torch, stored)  # type: ignore[no-any-return]
+
+
+def _fits(checkpoint: Checkpoint, collector: Collector, device: torch.device) -> bool:
+    """Whether the weights (and the Grams of all layers) take less than 0.7 of the device's memory."""
+    sizes = collector.family.sizes(checkpoint.config)
+    width = {"mlp": sizes["mlp"], "heads": sizes["heads"] * sizes["head_dim"]}
+    grams = sum(sizes["layers"] * 2 * 4 * width[dim] ** 2 for dim in collector.gram_dims)
+    weights = sum(checkpoint.bytes(name) for name in checkpoint.names())
+    return weights + grams < 0.7 * memory_bytes(device)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory of the device in bytes: free on a GPU, available to new programs on the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _batches(blocks: Blocks, gram_blocks: int, batch_size: int) -> Batches:
+    """Batches of blocks that never mix the two Gram sets or blocks outside them."""
+    groups: dict[Split | None, list[int]] = {"fit": [], "validate": [], None: []}
+    for number in range(len(blocks)):
+        held_out = number % VALIDATE_EVERY == VALIDATE_EVERY - 1
+        split: Split = "validate" if held_out else "fit"
+        groups[split if number < gram_blocks else None].append(number)
+    if gram_blocks and not groups["validate"]:
+        raise UserError(
+            f"{gram_blocks} blocks for the Gram matrices are too few: {VALIDATE_EVERY} or more are "
+            "needed; raise samples and gram_tokens, or set gram_tokens to 0"
+        )
+    return list(_grouped(blocks, groups, batch_size))
+
+
+def _grouped(
+    blocks: Blocks, groups: dict[Split | None, list[int]], batch_size: int
+) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+    for gram, numbers in groups.items():
+        for begin in range(0, len(numbers), batch_size):
+            some = numbers[begin : begin + batch_size]
+            inputs = {"input_ids": blocks.input_ids[some], "position_ids": blocks.position_ids[some]}
+            yield Batch(blocks.real[some], gram), inputs
+
+
+def _count(blocks: Blocks) -> int:
+    return int(blocks.real.sum())
+
+
+def _save_gram(gram: Gram, path: Path) -> None:
+    save_file({"fit": gram.fit, "validate": gram.validate}, path)
+
+
+def _tidy(sums: dict[str, Tensor], sizes: dict[str, int], tokens: int) -> dict[str, Tensor]:
+    """Per key `statistic/dim/layer`: [units, width]; layers gathered into one tensor; kv_heads too."""
+    found: dict[str, Tensor] = {}
+    distances = {k: v for k, v in sums.items() if k.startswith("input_output_distance/")}
+    for key, value in sums.items():
+        if key in distances:
+            continue
+        name, dim, layer = key.split("/")
+        channels = value.float().cpu()
+        found[key] = channels.reshape(sizes[dim], -1).contiguous()
+        if dim == "heads":
+            kv_key = f"{name}/kv_heads/{layer}"
+            found[kv_key] = channels.reshape(sizes["kv_heads"], -1).clone()
+    if distances:
+        ordered = [distances[f"input_output_distance/layers/{n}"] for n in range(sizes["layers"])]
+        found["input_output_distance/layers/all"] = torch.stack(ordered).float().cpu() / tokens
+    return found
+
+
+def _scores(
+    config: ProfileConfig, statistics: dict[str, Tensor], checkpoint: Checkpoint, family: Family
+) -> dict[str, Tensor]:
+    """Score of every unit, by `criterion/dim/layer`."""
+    sizes = family.sizes(checkpoint.config)
+    scores: dict[str, Tensor] = {}
+    for criterion in config.criteria:
+        module = plugins.load(IMPORTANCE, criterion)
+        generator = torch.Generator().manual_seed(config.seed)
+        for dim in sorted(module.DIMS):
+            for layer in ["all"] if dim in ("hidden", "layers") else range(sizes["layers"]):
+                place = f"{dim}/{layer}"
+                stats = {
+                    key.split("/")[0]: value
+                    for key, value in statistics.items()
+                    if key.endswith("/" + place)
+                }
+                stats["count"] = torch.ones(sizes[dim], 1)
+                weights = _weights_of(checkpoint, family, dim, layer)
+                scores[f"{criterion}/{place}"] = module.score(stats, weights, dim, generator)
+    return scores
+
+
+def _weights_of(checkpoint: Checkpoint, family: Family, dim: str, layer: int | str) -> Weights:
+    """Every tensor part that carries `dim` (in `layer`, or anywhere for all), as [units, rest]."""
+    sizes = family.sizes(checkpoint.config)
+
+    def weights() -> Iterator[Tensor]:
+        for name in checkpoint.names():
+            found = family.find(name)
+            if found is None or layer not in ("all", found[1]):
+                continue
+            for axis, dims in enumerate(family.tensors[found[0]].axes):
+                parts = (dims,) if isinstance(dims, str) else dims
+                if dim in parts:
+                    lengths = [families.rows(part, sizes) for part in parts]
+                    pieces = checkpoint.tensor(name).split(lengths, axis)
+                    for part, piece in zip(parts, pieces, strict=True):
+                        if part == dim:
+                            yield piece.movedim(axis, 0).reshape(sizes[dim], -1)
+
+    return weights

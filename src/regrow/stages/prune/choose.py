@@ -1,0 +1,91 @@
+"""Choose which units are kept: the best-scored ones, by layer, in their old order."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from regrow.families import Family
+from regrow.plan import Plan
+from regrow.statistics import Profile
+from regrow.checkpoint import Checkpoint
+
+
+def full_sizes(family: Family, before: dict[str, int], sizes: dict[str, int]) -> dict[str, int]:
+    """All dimensions after a cut to `sizes`; KV heads cut alone take their query heads along."""
+    after = {**before, **sizes}
+    if "kv_heads" in sizes and "heads" not in sizes:
+        after["heads"] = before["heads"] // before["kv_heads"] * sizes["kv_heads"]
+    return after
+
+
+def choose(
+    checkpoint: Checkpoint,
+    family: Family,
+    profile: Profile,
+    sizes: dict[str, int],
+    criterion: str,
+    layer_criterion: str,
+    multiple_of: int = 1,
+) -> Plan:
+    """A plan that keeps the `sizes` best-scored units of each dimension.
+
+    Query heads are ranked inside their kept KV head. Raises UserError for a shape the model cannot
+    have or a criterion without scores.
+    """
+    before = family.sizes(checkpoint.config)
+    after = full_sizes(family, before, sizes)
+    family.check_sizes(checkpoint.config, after, multiple_of)
+    cut = {dim for dim in before if after[dim] != before[dim]}
+    layers = list(range(before["layers"]))
+    if "layers" in cut:
+        layers = best(profile.scores(layer_criterion, "layers")["all"], after["layers"])
+    hidden = None
+    if "hidden" in cut:
+        hidden = best(profile.scores(criterion, "hidden")["all"], after["hidden"])
+    kv_heads = _per_layer(profile, criterion, "kv_heads", layers, after) if "kv_heads" in cut else None
+    heads = None
+    if "heads" in cut:
+        scores = profile.scores(criterion, "heads")
+        everything = list(range(before["kv_heads"]))
+        heads = {
+            layer: best_heads(
+                scores[str(layer)],
+                everything if kv_heads is None else kv_heads[layer],
+                before["heads"] // before["kv_heads"],
+                after["heads"] // after["kv_heads"],
+            )
+            for layer in layers
+        }
+    return Plan(
+        model_type=family.model_type,
+        fingerprint=checkpoint.fingerprint,
+        before=before,
+        after=after,
+        layers=layers if "layers" in cut else None,
+        hidden=hidden,
+        mlp=_per_layer(profile, criterion, "mlp", layers, after) if "mlp" in cut else None,
+        heads=heads,
+        kv_heads=kv_heads,
+        criterion=criterion,
+    )
+
+
+def best(scores_n: Tensor, count: int) -> list[int]:
+    """Ids of the `count` highest scores, ascending; of equal scores the lower id is kept."""
+    order = scores_n.argsort(descending=True, stable=True)
+    return sorted(order[:count].tolist())
+
+
+def best_heads(scores_n: Tensor, kv_heads: list[int], group: int, keep: int) -> list[int]:
+    """The `keep` best query heads of each of `kv_heads`, each of which reads `group` of them."""
+    kept = []
+    for kv in kv_heads:
+        kept += [kv * group + head for head in best(scores_n[kv * group : (kv + 1) * group], keep)]
+    return kept
+
+
+def _per_layer(
+    profile: Profile, criterion: str, dim: str, layers: list[int], after: dict[str, int]
+) -> dict[int, list[int]]:
+    scores = profile.scores(criterion, dim)
+    return {layer: best(scores[str(layer)], after[dim]) for layer in layers}

@@ -1,0 +1,95 @@
+"""Candidate shapes of a given size: where the parameters could be taken from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from regrow.errors import UserError
+from regrow.families import Family
+
+TOLERANCE = 0.01  # a candidate keeps the asked share of parameters within this
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A named set of sizes (only those that change) and the parameters it leaves."""
+
+    name: str
+    sizes: dict[str, int]
+    parameters: int
+
+
+def candidates(
+    family: Family, config: dict[str, Any], keep_params: float, multiple_of: int
+) -> list[Shape]:
+    """Shapes that keep `keep_params` ± 0.01 of the parameters: MLP, depth, hidden, and mixes.
+
+    Each fixes one cut (as many layers as the target allows, as much of hidden, a few layers, one
+    KV head) and meets the target with the MLP. Raises UserError when no shape meets the target.
+    """
+    full = family.sizes(config)
+    target = keep_params * family.count(config)
+    fixed: list[tuple[str, dict[str, int], str]] = [
+        ("mlp", {}, "mlp"),
+        ("depth-heavy", _least(family, config, target, multiple_of, "layers"), "mlp"),
+        ("hidden-heavy", _least(family, config, target, multiple_of, "hidden"), "mlp"),
+        ("mlp + kv_heads", {"kv_heads": full["kv_heads"] - 1}, "mlp"),
+    ]
+    for share in (30, 15, 10):
+        cut = max(1, round(full["layers"] / share))
+        fixed.append((f"mlp + {cut} layers", {"layers": full["layers"] - cut}, "mlp"))
+    found: dict[tuple[tuple[str, int], ...], Shape] = {}
+    for name, sizes, free in fixed:
+        shape = _meet(family, config, target, multiple_of, name, sizes, free)
+        if shape is not None and abs(shape.parameters / target - 1) * keep_params <= TOLERANCE:
+            found.setdefault(tuple(sorted(shape.sizes.items())), shape)
+    if not found:
+        raise UserError(
+            f"keep_params {keep_params}: no shape with widths that are multiples of {multiple_of} "
+            f"keeps that share within {TOLERANCE}; change it or lower multiple_of"
+        )
+    return list(found.values())
+
+
+def _meet(
+    family: Family,
+    config: dict[str, Any],
+    target: float,
+    multiple_of: int,
+    name: str,
+    sizes: dict[str, int],
+    free: str,
+) -> Shape | None:
+    """The fixed `sizes` with `free` set so that the parameters come nearest to the target."""
+    full = family.sizes(config)
+    if sizes.get("kv_heads") == 0:
+        return None
+    if "kv_heads" in sizes:
+        sizes = {**sizes, "heads": full["heads"] // full["kv_heads"] * sizes["kv_heads"]}
+    step = family.step(free, config, multiple_of, **sizes)
+    widths = [*range(step, full[free], step), full[free]]
+    best = min(
+        widths,
+        key=lambda width: abs(family.count(config, {**sizes, free: width}) - target),
+        default=None,
+    )
+    if best is None:
+        return None
+    chosen = {dim: size for dim, size in {**sizes, free: best}.items() if size != full[dim]}
+    try:
+        family.check_sizes(config, chosen, multiple_of)
+    except UserError:
+        return None
+    return Shape(name, chosen, family.count(config, chosen))
+
+
+def _least(
+    family: Family, config: dict[str, Any], target: float, multiple_of: int, dim: str
+) -> dict[str, int]:
+    """The smallest size of `dim` that alone stays above the target; the MLP takes the rest."""
+    full = family.sizes(config)
+    step = family.step(dim, config, multiple_of)
+    sizes = range(step, full[dim] + 1, step)
+    enough = [size for size in sizes if family.count(config, {dim: size}) >= target]
+    return {dim: enough[0]} if enough else {}

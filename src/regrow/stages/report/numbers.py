@@ -1,0 +1,72 @@
+"""Numbers and names as a reader likes them."""
+
+from __future__ import annotations
+
+NAMES = {
+    "parameters": "parameters",
+    "bytes": "size",
+    "perplexity": "perplexity",
+    "kl": "KL to teacher",
+    "prefill": "prefill tokens/s",
+    "decode": "decode tokens/s",
+}
+ORDER = tuple(NAMES)
+
+
+def millions(value: float) -> str:
+    """A count with its unit: 134.5 M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value:.0f}"
+
+
+def megabytes(value: float) -> str:
+    """Bytes as MB or GB (powers of 1,000)."""
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+
+
+def plain(value: float) -> str:
+    """Four significant digits at most, thousands apart."""
+    if value == 0 or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def figure(name: str, value: float) -> str:
+    """The value of a figure by its name (`what` or `what/text`)."""
+    kind = name.partition("/")[0]
+    if kind == "parameters":
+        return millions(value)
+    if kind == "bytes":
+        return megabytes(value)
+    if kind == "kl":
+        return f"{value:.3f}"
+    if kind == "perplexity":
+        return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def title(name: str) -> str:
+    """A figure's title for people: `perplexity, heldout`."""
+    kind, _, text = name.partition("/")
+    return f"{NAMES.get(kind, kind)}, {text}" if text else NAMES.get(kind, kind)
+
+
+def in_order(names: list[str]) -> list[str]:
+    """Figures' names, those of ORDER first, without repeats."""
+    unique = list(dict.fromkeys(names))
+    kinds = [name.partition("/")[0] for name in unique]
+    place = {
+        n: ORDER.index(k) if k in ORDER else len(ORDER) for n, k in zip(unique, kinds, strict=True)
+    }
+    return sorted(unique, key=place.__getitem__)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 42 s, 3 min 5 s or 1 h 20 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

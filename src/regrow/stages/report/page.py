@@ -1,0 +1,85 @@
+"""Sections to HTML: everything escaped, plotly embedded, nothing fetched.
+
+Two walls against text that tries to be markup: the template escapes all of it, and the page's
+content security policy runs exactly the scripts below, by their hashes, and loads nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import time
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+
+import regrow
+from regrow.stages.report.blocks import Chart, Section
+
+DRAW = """
+const style = {displayModeBar: false, responsive: true};
+for (const place of document.querySelectorAll(".plot")) {
+  const figure = JSON.parse(document.getElementById(place.id + "-data").textContent);
+  Plotly.newPlot(place, figure.data, figure.layout, style);
+}
+const all = (open) => document.querySelectorAll("details").forEach((d) => { d.open = open; });
+addEventListener("beforeprint", () => all(true));
+addEventListener("afterprint", () => all(false));
+"""
+
+
+def render(title: str, headline: str, sections: list[Section]) -> str:
+    """The whole page."""
+    scripts = [plotly_js(), DRAW] if any(_charts(section) for section in sections) else []
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["embedded"] = embedded
+    template = environment.from_string(_resource("page.html.j2"))
+    return template.render(
+        title=title,
+        headline=headline,
+        sections=sections,
+        style=Markup(_resource("style.css")),
+        scripts=[Markup(script) for script in scripts],
+        policy=policy(scripts),
+        version=regrow.__version__,
+        date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    )
+
+
+def embedded(value: Any) -> Markup:
+    """JSON that is safe inside a script element, whatever the strings in it hold."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def policy(scripts: list[str]) -> str:
+    """A content security policy that lets exactly these inline scripts run and loads nothing."""
+    hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
+    allowed = " ".join(f"'sha256-{value}'" for value in hashes) or "'none'"
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def plotly_js() -> str:
+    """The plotly.js that comes with the plotly package."""
+    from plotly.offline import get_plotlyjs
+
+    script = str(get_plotlyjs())
+    assert "</script" not in script, "plotly.js would end its own element"
+    assert "\r" not in script, "browsers change line ends, and with them the hash"
+    return script
+
+
+def _charts(section: Section) -> list[Chart]:
+    return [block for block in section.blocks if isinstance(block, Chart)]
+
+
+def _resource(name: str) -> str:
+    return (files("regrow.stages.report") / name).read_text(encoding="utf-8")

@@ -1,0 +1,120 @@
+"""What a run left on disk, as far as it is there; nothing of it is required."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from regrow import manifest
+from regrow.errors import UserError
+from regrow.plan import Plan
+from regrow.statistics import INFO, SCORES, Profile
+
+EVALUATION = "evaluation.json"
+CANDIDATES = "candidates.json"
+METRICS = "metrics.jsonl"
+RECIPE = "recipe.yaml"
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One pruning: its plan, the candidates it was chosen from, the profile it was chosen by."""
+
+    name: str
+    plan: Plan
+    candidates: list[dict[str, Any]]
+    profile: Profile | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """The pieces of a run folder, in the order of its stages."""
+
+    folder: Path
+    recipe: str = ""
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluation: dict[str, Any] | None = None
+    cuts: list[Cut] = field(default_factory=list)
+    profiles: dict[str, Profile] = field(default_factory=dict)
+
+
+def read(folder: Path) -> Run:
+    """Gather what there is; raises UserError when it is no run, or a file of it is broken."""
+    stages = _stage_folders(folder)
+    metrics = _rows(folder / METRICS)
+    if not stages and not metrics:
+        raise UserError(
+            f"{folder} holds no run: expected stages/ or {METRICS} in it; give the folder that "
+            "regrow run wrote"
+        )
+    profiles = {path.name: Profile(path) for path in stages if (path / INFO).exists()}
+    evaluations = [path / EVALUATION for path in stages if (path / EVALUATION).exists()]
+    return Run(
+        folder=folder,
+        recipe=_text(folder / RECIPE),
+        metrics=metrics or [row for path in stages for row in _rows(path / METRICS)],
+        manifests={path.name: found for path in stages if (found := manifest.read(path))},
+        evaluation=_json(evaluations[-1]) if evaluations else None,
+        cuts=_cuts(stages, profiles),
+        profiles={name: found for name, found in profiles.items() if has_scores(found)},
+    )
+
+
+def has_scores(profile: Profile) -> bool:
+    """Whether its scores are still there: a run may have dropped what is heavy."""
+    return (profile.folder / SCORES).exists()
+
+
+def _stage_folders(folder: Path) -> list[Path]:
+    """stages/NN-name/ in order, or the folder itself if it is a single stage's."""
+    inside = sorted(path for path in folder.glob("stages/*") if path.is_dir())
+    found = [path for path in inside if (path / manifest.NAME).exists()]
+    return found or ([folder] if (folder / manifest.NAME).exists() else [])
+
+
+def _cuts(stages: list[Path], profiles: dict[str, Profile]) -> list[Cut]:
+    """Prunings; a plan applied twice (once plain, once with repair) counts once."""
+    found: dict[str, Cut] = {}
+    profile: Profile | None = None
+    for path in stages:
+        profile = profiles.get(path.name, profile)
+        made = manifest.read(path)
+        # A distilled model carries its plan too.
+        if made is None or made["stage"] != "prune" or not (path / PLAN).exists():
+            continue
+        plan = Plan.read(path / PLAN)
+        table = _json(path / CANDIDATES) if (path / CANDIDATES).exists() else []
+        earlier = found.get(plan.digest())
+        if earlier is not None:
+            table = table or earlier.candidates
+        name = path.name if earlier is None else earlier.name
+        usable = profile is not None and has_scores(profile)
+        matches = usable and profile is not None and profile.fingerprint == plan.fingerprint
+        found[plan.digest()] = Cut(name, plan, table, profile if matches else None)
+    return list(found.values())
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """JSON lines; a last line that a kill cut short is left out."""
+    lines = [line for line in _text(path).splitlines() if line.strip()]
+    if lines and not lines[-1].endswith("}"):
+        lines.pop()
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is no JSON lines: {error}") from None
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is no JSON: {error}; run its stage again") from None
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""

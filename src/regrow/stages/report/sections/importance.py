@@ -1,0 +1,117 @@
+"""How important the units are, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from regrow.stages.report import charts
+from regrow.stages.report.blocks import Block, Chart, Section
+from regrow.stages.report.run_folder import Cut, Run
+from regrow.statistics import SCORES, Profile
+
+QUANTILES = 50
+MANY = 96
+"""More units than this in a layer are shown by quantiles."""
+POINTS = 400
+NAMES = {"mlp": "MLP channels", "heads": "query heads", "kv_heads": "key/value heads"}
+NOTE = "What the profile measured on calibration text: a higher score is more worth keeping."
+
+
+def section(run: Run) -> Section | None:
+    """Block influence as bars, units as heat maps, hidden channels as a curve; per profile."""
+    blocks: list[Block] = []
+    for name, profile in run.profiles.items():
+        cut = next((c for c in run.cuts if c.profile and c.profile.folder == profile.folder), None)
+        blocks += _charts(profile, cut, f" ({name})" if len(run.profiles) > 1 else "")
+    return Section("importance", "What matters in the model", NOTE, blocks) if blocks else None
+
+
+def criteria(profile: Profile) -> dict[str, str]:
+    """Per dimension the first criterion of the profile that scored it."""
+    with safe_open(profile.folder / SCORES, framework="pt") as file:
+        keys = [key.split("/") for key in file.keys()]  # noqa: SIM118  (no dict: cannot be iterated)
+    order = profile.info["criteria"]
+    return {dim: criterion for criterion, dim, _ in sorted(keys, key=lambda k: -order.index(k[0]))}
+
+
+def _charts(profile: Profile, cut: Cut | None, where: str) -> list[Block]:
+    blocks: list[Block] = []
+    scored = criteria(profile)
+    for dim in ("layers", *NAMES, "hidden"):
+        if dim not in scored:
+            continue
+        scores = profile.scores(scored[dim], dim)
+        how = f"{scored[dim]}{where}"
+        if dim == "layers":
+            blocks.append(_layers(scores["all"], cut, how))
+        elif dim == "hidden":
+            blocks.append(_hidden(scores["all"], cut, how))
+        else:
+            blocks.append(_heat(dim, scores, how))
+    return blocks
+
+
+def _layers(score_L: Tensor, cut: Cut | None, how: str) -> Chart:
+    layers = list(range(len(score_L)))
+    kept = set(cut.plan.kept_layers()) if cut is not None else set(layers)
+    colours = [charts.ACCENT if layer in kept else "#c9d0d8" for layer in layers]
+    bars = charts.bars(layers, rounded(score_L), colours)
+    removed = "; layers in grey were removed" if len(kept) < len(layers) else ""
+    y = charts.axis("score", **_scale(score_L))
+    figure = charts.figure([bars], charts.axis("layer"), y)
+    return Chart(figure, f"Layers, by {how}{removed}", 280)
+
+
+def _hidden(score_d: Tensor, cut: Cut | None, how: str) -> Chart:
+    ranked = score_d.double().sort(descending=True).values
+    at = torch.linspace(0, len(ranked) - 1, min(POINTS, len(ranked))).long()
+    line = {**charts.line("hidden", (at + 1).tolist(), rounded(ranked[at])), "mode": "lines"}
+    more: dict[str, Any] = {}
+    if cut is not None and cut.plan.hidden is not None:
+        end = len(cut.plan.hidden) + 0.5
+        style = {"color": charts.SOFT, "width": 1.5, "dash": "dash"}
+        more["shapes"] = [
+            {"type": "line", "x0": end, "x1": end, "yref": "paper", "y0": 0, "y1": 1, "line": style}
+        ]
+    y = charts.axis("score", **_scale(ranked))
+    figure = charts.figure([line], charts.axis("channels, best first"), y, **more)
+    ending = "; kept up to the dashed line" if more else ""
+    return Chart(figure, f"Channels of the residual stream, by {how}{ending}", 280)
+
+
+def _heat(dim: str, scores: dict[str, Tensor], how: str) -> Chart:
+    layers = sorted(scores, key=int)
+    units = len(scores[layers[0]])
+    by_rank = units > MANY
+    at = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
+    rows = [scores[layer].double() for layer in layers]
+    if by_rank:
+        rows = [row.quantile(at) for row in rows]
+    z_LU = torch.stack(rows)
+    # Scores span decades and their unit means nothing: show them against the middle of the model.
+    z_LU = (z_LU / z_LU.median().clamp_min(1e-30)).clamp_min(1e-6).log10()
+    x = [round(100 * q) for q in at.tolist()] if by_rank else list(range(units))
+    heat = charts.heat(x, [int(layer) for layer in layers], [rounded(row) for row in z_LU])
+    heat["hovertemplate"] = "layer %{y}, %{x}: %{z:.2f}<extra></extra>"
+    heat["colorbar"]["title"] = {"text": "log10", "font": {"size": 11}}
+    title = "percentile of the layer's units, least important left" if by_rank else "unit"
+    y = charts.axis("layer", autorange="reversed")
+    height = max(220, 12 * len(layers) + 90)
+    caption = f"{NAMES[dim]}, by {how}: log10 of the score over the model's median"
+    return Chart(charts.figure([heat], charts.axis(title), y), caption, height)
+
+
+def _scale(values: Tensor) -> dict[str, Any]:
+    positive = values[values > 0]
+    wide = len(positive) == len(values) and float(values.max()) > 30 * float(values.min())
+    return {"type": "log"} if wide else {"rangemode": "tozero"}
+
+
+def rounded(values: Tensor) -> list[float]:
+    """Floats with four significant digits, to keep the page small; all finite."""
+    return [float(f"{v:.4g}") if math.isfinite(v) else 0.0 for v in values.tolist()]

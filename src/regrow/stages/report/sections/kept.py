@@ -1,0 +1,106 @@
+"""Which units were kept, layer by layer."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from regrow.plan import PER_LAYER, Plan
+from regrow.stages.report import charts
+from regrow.stages.report.blocks import Block, Cell, Chart, Section, Table, text
+from regrow.stages.report.run_folder import Cut, Run
+from regrow.stages.report.sections.importance import NAMES, criteria
+
+BINS = 96
+NOTE = (
+    "All layers keep the same number of units, each its own best ones. Dark is kept, light is cut, "
+    "blank rows are removed layers."
+)
+
+
+def section(run: Run) -> Section | None:
+    """Per pruning a table of sizes, and a map of kept units for each pruned dimension."""
+    blocks: list[Block] = []
+    for cut in run.cuts:
+        blocks.append(_sizes(cut))
+        blocks += [_map(cut.plan, dim) for dim in PER_LAYER if _pruned(cut.plan, dim)]
+        if (chart := _mass(cut)) is not None:
+            blocks.append(chart)
+    return Section("kept", "What was kept", NOTE, blocks) if blocks else None
+
+
+def _pruned(plan: Plan, dim: str) -> bool:
+    return plan.after[dim] != plan.before[dim] and plan.kept(dim, plan.kept_layers()[0]) is not None
+
+
+def _sizes(cut: Cut) -> Table:
+    plan = cut.plan
+    rows = [
+        [
+            text(dim),
+            Cell(f"{plan.before[dim]:,}"),
+            Cell(f"{plan.after[dim]:,}"),
+            Cell(f"{plan.after[dim] / plan.before[dim]:.1%}"),
+        ]
+        for dim in plan.before
+    ]
+    changed = frozenset(
+        n for n, dim in enumerate(plan.before) if plan.after[dim] != plan.before[dim]
+    )
+    return Table([cut.name, "before", "after", "kept"], rows, changed)
+
+
+def shares(plan: Plan, dim: str, bins: int = BINS) -> list[list[float | None]]:
+    """Kept share [layers, bins] of neighbouring units by their ids; None in removed layers."""
+    units = plan.before[dim]
+    bins = min(bins, units)
+    edges = [units * b // bins for b in range(bins + 1)]
+    found: list[list[float | None]] = []
+    for layer in range(plan.before["layers"]):
+        if layer not in set(plan.kept_layers()):
+            found.append([None] * bins)
+            continue
+        kept = set(plan.kept(dim, layer) or [])
+        found.append(
+            [
+                round(sum(unit in kept for unit in range(a, b)) / (b - a), 3)
+                for a, b in pairwise(edges)
+            ]
+        )
+    return found
+
+
+def _map(plan: Plan, dim: str) -> Chart:
+    z = shares(plan, dim)
+    bins, units = len(z[0]), plan.before[dim]
+    starts = [units * b // bins for b in range(bins)]
+    heat = charts.heat(starts, list(range(len(z))), z, zmin=0, zmax=1)
+    heat["colorbar"]["tickformat"] = ".0%"
+    heat["hovertemplate"] = "layer %{y}, from unit %{x}: %{z:.0%} kept<extra></extra>"
+    y = charts.axis("layer", autorange="reversed")
+    height = max(220, 12 * len(z) + 90)
+    grouped = f", in groups of {units / bins:.0f}" if bins < units else ""
+    caption = f"Kept {NAMES[dim]}: {plan.after[dim]} of {units} in each layer{grouped}"
+    return Chart(charts.figure([heat], charts.axis("unit"), y), caption, height)
+
+
+def _mass(cut: Cut) -> Chart | None:
+    """Share of a layer's summed score that its kept units hold: where the cut hurt most."""
+    if cut.profile is None:
+        return None
+    plan, scored, traces = cut.plan, criteria(cut.profile), []
+    for number, dim in enumerate(dim for dim in PER_LAYER if _pruned(plan, dim)):
+        if dim not in scored:
+            continue
+        scores = cut.profile.scores(scored[dim], dim)
+        layers = plan.kept_layers()
+        values = [
+            float(score[plan.kept(dim, layer)].sum() / score.sum().clamp_min(1e-30))
+            for layer in layers
+            for score in [scores[str(layer)].double()]
+        ]
+        traces.append(charts.line(NAMES[dim], layers, [round(v, 4) for v in values], number))
+    if not traces:
+        return None
+    y = charts.axis("share of score kept", tickformat=".0%")
+    caption = "Share of each layer's importance that its kept units hold"
+    return Chart(charts.figure(traces, charts.axis("layer"), y), caption, 280)

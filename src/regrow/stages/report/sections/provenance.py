@@ -1,0 +1,60 @@
+"""The manifest: what ran, on what, with which versions."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from regrow.stages.report.blocks import Block, Cell, Details, Section, Table, text
+from regrow.stages.report.numbers import duration, plain
+from regrow.stages.report.run_folder import Run
+
+FIRST = ("stage", "config", "inputs", "figures", "versions", "machine", "seconds", "finished")
+
+
+def section(run: Run) -> Section | None:
+    """A table of the stages, then everything their manifests say, folded away."""
+    blocks: list[Block] = []
+    if run.manifests:
+        blocks.append(_table(run.manifests))
+        blocks += [
+            Details(f"Stage {name}", _readable(made)) for name, made in run.manifests.items()
+        ]
+    if run.recipe:
+        blocks.append(Details("Recipe", run.recipe.strip()))
+    return Section("provenance", "Manifest", _versions(run), blocks) if blocks else None
+
+
+def _table(manifests: dict[str, dict[str, Any]]) -> Table:
+    rows = [
+        [
+            text(name),
+            text(str(made.get("digest", ""))[:12]),
+            text(", ".join(_figure(row) for row in made.get("figures", [])[:3]) or "–"),
+            Cell(duration(made.get("seconds", 0.0))),
+            text(str(made.get("finished", "")).replace("T", " ")),
+        ]
+        for name, made in manifests.items()
+    ]
+    return Table(["stage", "digest", "figures", "took", "finished"], rows)
+
+
+def _figure(row: dict[str, Any]) -> str:
+    return f"{row['name']} {plain(row['value'])} {row.get('unit', '')}".strip()
+
+
+def _versions(run: Run) -> str:
+    """Versions and machine of the last stage, and the sum of all stages' time."""
+    if not run.manifests:
+        return ""
+    last = list(run.manifests.values())[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in last.get("versions", {}).items())
+    machine = " ".join(last.get("machine", {}).values())
+    total = duration(sum(made.get("seconds", 0.0) for made in run.manifests.values()))
+    return f"{total} in all. Made with {versions} on {machine}."
+
+
+def _readable(made: dict[str, Any]) -> str:
+    """The manifest as JSON, the parts that matter first."""
+    keys = [key for key in FIRST if key in made] + [key for key in made if key not in FIRST]
+    return json.dumps({key: made[key] for key in keys}, indent=2, ensure_ascii=False)

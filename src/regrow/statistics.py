@@ -1,0 +1,81 @@
+"""What a profile holds, on disk: statistics and scores per dimension and layer, Gram matrices.
+
+Keys are `name/dim/layer`; `layer` is a number, or `all` for what belongs to the whole model
+(`hidden`, `layers`). A statistic has shape [units, width]: for heads, width is head_dim.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regrow.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STATISTICS = "statistics.safetensors"
+SCORES = "scores.safetensors"
+INFO = "profile.json"
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Σ_t w_t x_t x_tᵀ over the inputs of a reader of `dim`, on two disjoint sets of blocks.
+
+    `fit` and `validate` are float32 [d, d]; the token weights w_t are as the profile states.
+    """
+
+    fit: Tensor
+    validate: Tensor
+
+
+class Profile:
+    """A profile folder; its files are read when asked for."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / INFO
+        if not path.exists():
+            raise UserError(f"no profile in {self.folder}: make one with regrow profile")
+        self.info: dict[str, Any] = json.loads(path.read_text())
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the checkpoint that was profiled."""
+        return str(self.info["fingerprint"])
+
+    def scores(self, criterion: str, dim: str) -> dict[str, Tensor]:
+        """Score of each unit [n] by layer (`all` for hidden and layers); higher = keep.
+
+        Raises UserError when the profile has no such scores.
+        """
+        from safetensors.torch import load_file
+
+        found = load_file(self.folder / SCORES)
+        start = f"{criterion}/{dim}/"
+        chosen = {k.removeprefix(start): v for k, v in found.items() if k.startswith(start)}
+        if not chosen:
+            known = sorted({key.split("/")[0] for key in found if f"/{dim}/" in key})
+            hint = nearest(criterion, known)
+            raise UserError(
+                f"{self.folder} has no {criterion!r} scores for {dim}{hint}; it has: "
+                f"{', '.join(known) or 'none'}; profile again with --criteria {criterion}"
+            )
+        return chosen
+
+    def gram_path(self, dim: str, layer: int) -> Path:
+        """Where the Gram matrices of one reader lie."""
+        return self.folder / "grams" / f"{dim}-{layer}.safetensors"
+
+    def has_gram(self, dim: str) -> bool:
+        """Whether Gram matrices were gathered for `dim`."""
+        return dim in self.info["grams"]
+
+    def gram(self, dim: str, layer: int) -> Gram:
+        """The Gram matrices of the reader of `dim` in `layer`, mapped from disk."""
+        from safetensors.torch import load_file
+
+        return Gram(**load_file(self.gram_path(dim, layer)))

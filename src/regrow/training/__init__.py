@@ -1,0 +1,1 @@
+"""What training stages share: the chunked head, the losses, the teacher, the trainer."""

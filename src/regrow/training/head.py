@@ -1,0 +1,208 @@
+"""lm_head and loss in chunks over the scored tokens; [batch, time, vocabulary] is never made.
+
+Shapes: N scored tokens, H hidden, V vocabulary; `student_NH` is a tensor of that shape.
+The gradients are computed in the forward pass, chunk by chunk: matrix products in the compute
+dtype, softmax and accumulation in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from regrow import plugins
+from regrow.errors import UserError
+
+Loss = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+CHUNK_ELEMENTS = 1 << 24  # logits of a chunk: 64 MB in float32
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output projection: weight [V, H] and the cap of Gemma's logit soft-capping, if any."""
+
+    weight_VH: Tensor
+    softcap: float | None = None
+
+    def logits(self, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
+        """Float32 logits [N, V] of final hidden states, `weight_VH` in the compute dtype."""
+        logits_NV = (hidden_NH @ weight_VH.T).float()
+        if self.softcap is not None:
+            logits_NV = logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_NV
+
+    def through_cap(self, gradient_NV: Tensor, logits_NV: Tensor) -> Tensor:
+        """Gradient by the raw logits, from the gradient by the capped ones."""
+        if self.softcap is None:
+            return gradient_NV
+        return gradient_NV * (1 - (logits_NV / self.softcap) ** 2)
+
+
+def head_of(model: Any) -> Head:
+    """The output head of a stock causal language model; UserError for one we cannot reproduce."""
+    config = model.config
+    for key in ("logit_scale", "logits_scaling"):
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            raise UserError(f"{config.model_type} scales its logits ({key}): not supported")
+    output = model.get_output_embeddings()
+    if output.bias is not None:
+        raise UserError(f"{config.model_type} has a bias in its output head: not supported")
+    return Head(output.weight, getattr(config, "final_logit_softcapping", None))
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A weighted sum of losses at one temperature; `weights` maps a loss's file name to its weight."""
+
+    weights: dict[str, float]
+    temperature: float = 1.0
+
+    def terms(self) -> list[tuple[str, float, Loss, bool]]:
+        """(name, weight, function, whether it needs the teacher) of each loss in use."""
+        found = []
+        for name, weight in self.weights.items():
+            module = plugins.load("regrow.training.losses", name)
+            found.append((name, weight, module.loss, module.NEEDS_TEACHER))
+        return found
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any loss of the mix reads the teacher's logits."""
+        return any(needs for *_, needs in self.terms())
+
+
+def head_loss(
+    student_NH: Tensor,
+    student: Head,
+    targets_N: Tensor,
+    mix: Mix,
+    teacher_NH: Tensor | None = None,
+    teacher: Head | None = None,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of the mixed loss over N tokens, differentiable by `student_NH` and the student's head.
+
+    Also returns the plain sum of each loss by name, in nats. Vocabularies of different (padded)
+    size are compared on the ids both have. N may be 0: then the sum is a zero with a graph.
+    """
+    compute = torch.get_autocast_dtype(student_NH.device.type)
+    if not torch.is_autocast_enabled(student_NH.device.type):
+        compute = student_NH.dtype
+    chunk = chunk_tokens or max(16, CHUNK_ELEMENTS // student.weight_VH.shape[0])
+    job = _Job(student, teacher, mix, compute, chunk)
+    names = list(mix.weights)
+    total, *parts = _HeadLoss.apply(student_NH, student.weight_VH, targets_N, teacher_NH, job)
+    return total, dict(zip(names, parts, strict=True))
+
+
+@dataclass(frozen=True)
+class _Job:
+    student: Head
+    teacher: Head | None
+    mix: Mix
+    compute: torch.dtype
+    chunk: int
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_NH: Tensor,
+        weight_VH: Tensor,
+        targets_N: Tensor,
+        teacher_NH: Tensor | None,
+        job: _Job,
+    ) -> tuple[Tensor, ...]:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        sums = _Sums(student_NH, weight_VH, job, wants_hidden, wants_weight)
+        with torch.autocast(student_NH.device.type, enabled=False):
+            for begin in range(0, len(targets_N), job.chunk):
+                sums.add_chunk(slice(begin, begin + job.chunk), targets_N, teacher_NH)
+        ctx.gradients = (sums.hidden_gradient, sums.weight_gradient)
+        values = sums.values.to(torch.promote_types(torch.float32, student_NH.dtype))
+        weights = values.new_tensor(list(job.mix.weights.values()))
+        parts = [part.clone() for part in values]
+        ctx.mark_non_differentiable(*parts)
+        return (values @ weights, *parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight = ctx.gradients
+        ctx.gradients = (None, None)
+        return (
+            None if hidden is None else hidden.mul_(scale.to(hidden.dtype)),
+            None if weight is None else weight.mul_(scale.to(weight.dtype)),
+            None,
+            None,
+            None,
+        )
+
+
+class _Sums:
+    """The running sums of values and gradients over the chunks."""
+
+    def __init__(
+        self, student_NH: Tensor, weight_VH: Tensor, job: _Job, wants_hidden: bool, wants_weight: bool
+    ) -> None:
+        self.job, self.student_NH = job, student_NH
+        self.exact = torch.promote_types(torch.float32, student_NH.dtype)
+        self.weight_VH = weight_VH.detach().to(job.compute)
+        self.teacher_VH = None if job.teacher is None else job.teacher.weight_VH.to(job.compute)
+        self.shared = min(len(w) for w in (self.weight_VH, self.teacher_VH) if w is not None)
+        self.terms = job.mix.terms()
+        self.values = torch.zeros(len(self.terms), dtype=torch.float64, device=student_NH.device)
+        self.hidden_gradient = torch.empty_like(student_NH) if wants_hidden else None
+        self.weight_gradient = (
+            torch.zeros(weight_VH.shape, dtype=self.exact, device=weight_VH.device)
+            if wants_weight
+            else None
+        )
+
+    def add_chunk(self, part: slice, targets_N: Tensor, teacher_NH: Tensor | None) -> None:
+        hidden_NH = self.student_NH[part].detach().to(self.job.compute)
+        logits_NV = self._logits(self.job.student, hidden_NH, self.weight_VH)
+        gradient_NV = self._gradient(part, logits_NV, targets_N, teacher_NH)
+        if self.hidden_gradient is None and self.weight_gradient is None:
+            return
+        gradient_NV = self.job.student.through_cap(gradient_NV, logits_NV).to(self.job.compute)
+        weight_VH = self.weight_VH[: self.shared]
+        if self.hidden_gradient is not None:
+            self.hidden_gradient[part] = (gradient_NV @ weight_VH).to(self.hidden_gradient.dtype)
+        if self.weight_gradient is not None:
+            self.weight_gradient[: self.shared] += gradient_NV.T @ hidden_NH
+
+    def _logits(self, head: Head, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
+        return head.logits(hidden_NH, weight_VH[: self.shared])
+
+    def _gradient(
+        self, part: slice, logits_NV: Tensor, targets_N: Tensor, teacher_NH: Tensor | None
+    ) -> Tensor:
+        """Gradient of the mix by the student's logits; adds each loss's value on the way."""
+        teacher_NV = logits_NV
+        if self.job.teacher is not None and teacher_NH is not None:
+            assert self.teacher_VH is not None
+            hidden_NH = teacher_NH[part].to(self.job.compute)
+            teacher_NV = self._logits(self.job.teacher, hidden_NH, self.teacher_VH)
+        # Losses may overwrite what they read: only the last one gets the originals.
+        keep = self.job.student.softcap is not None
+        total: Tensor | None = None
+        for place, (_, weight, loss, _) in enumerate(self.terms):
+            last = place == len(self.terms) - 1
+            student_in = logits_NV if last and not keep else logits_NV.clone()
+            teacher_in = teacher_NV if last else teacher_NV.clone()
+            value_N, gradient_NV = loss(
+                student_in, teacher_in, targets_N[part], self.job.mix.temperature
+            )
+            self.values[place] += value_N.sum(dtype=torch.float64)
+            if weight != 1.0:
+                gradient_NV = gradient_NV.mul_(weight)
+            total = gradient_NV if total is None else total.add_(gradient_NV)
+        assert total is not None, "a mix holds at least one loss"
+        return total

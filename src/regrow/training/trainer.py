@@ -1,0 +1,213 @@
+"""The distillation trainer: transformers' Trainer with the loss inside the student's forward."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from regrow.errors import UserError
+from regrow.progress import Progress
+from regrow.training.head import Mix, head_loss, head_of
+from regrow.training.teacher import Teacher, final_hidden, scored
+
+
+HELDOUT = {"eval_forward_kl": "heldout_kl", "eval_cross_entropy": "heldout_cross_entropy"}
+
+
+def bind_loss(student: PreTrainedModel, teacher: Teacher | None, mix: Mix) -> Callable[[], None]:
+    """Make `student(**batch)` return the summed loss; returns what undoes it.
+
+    The loss is computed inside the student's forward, so that it goes through whatever wraps the
+    student (DDP, FSDP), and the student itself stays the stock model that Trainer saves. Outputs:
+    `loss` (sum of the mix), `parts` {loss name: sum in nats}, `tokens` (how many were scored).
+    """
+    stock = student.forward
+
+    def forward(
+        self: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, labels: Tensor, **_: Any
+    ) -> dict[str, Any]:
+        batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+        mask = scored(batch)
+        targets_N = labels[:, 1:][mask]
+        teacher_NH = teacher_head = None
+        if teacher is not None and mix.needs_teacher:
+            teacher_NH, teacher_head = teacher.hidden(batch)[mask], teacher.head
+        student_NH = final_hidden(self, batch)[mask]
+        total, parts = head_loss(
+            student_NH, head_of(self), targets_N, mix, teacher_NH, teacher_head
+        )
+        return {"loss": total, "parts": parts, "tokens": mask.sum()}
+
+    student.forward = types.MethodType(forward, student)  # type: ignore[method-assign]
+
+    def undo() -> None:
+        student.forward = stock  # type: ignore[method-assign]
+
+    return undo
+
+
+class DistillTrainer(Trainer):
+    """Sum of the loss ÷ the scored tokens of the whole step, over accumulation and ranks.
+
+    Blocks are read in their own order: a longer budget goes on where a shorter one ended.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # asks Trainer to count the scored tokens
+        self.loss_is_scaled_for_ga = True
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The mixed loss of one micro-batch, as its share of the step's mean per scored token."""
+        outputs = model(**_model_inputs(inputs))
+        if num_items_in_batch is None:
+            num_items_in_batch = outputs["tokens"]
+        # A step without scored tokens has the sum 0, and must not become 0 / 0.
+        count = torch.as_tensor(num_items_in_batch, device=outputs["loss"].device).clamp_min(1)
+        loss = outputs["loss"] / count
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; raises UserError when the loss is no number any more."""
+        loss = super().training_step(*args, **kwargs)
+        if not bool(loss.isfinite()):
+            raise UserError(f"the loss became {float(loss)} at step {self.state.global_step + 1}")
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Mean of each loss over the held-out blocks, in nats per scored token, over all ranks."""
+        self.model.eval()
+        sums: dict[str, Tensor] = {}
+        dataloader = self.get_eval_dataloader()
+        for inputs in dataloader:
+            inputs = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                outputs = self.model_wrapped(**_model_inputs(inputs))
+            row = {**outputs["parts"], "tokens": outputs["tokens"]}
+            for name, value in row.items():
+                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value
+        gathered = {k: float(self.accelerator.reduce(v.double(), "sum")) for k, v in sums.items()}
+        tokens = gathered.pop("tokens")
+        metrics = {f"eval_{name}": value / tokens for name, value in gathered.items()}
+        main = next(iter(metrics.values()))
+        if not math.isfinite(main):
+            raise UserError(f"the held-out loss became {main} at step {self.state.global_step}")
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+
+class Pace(TrainerCallback):
+    """Tells tokens/s and ETA; asks for a last evaluation and checkpoint at the last step."""
+
+    def __init__(self, tokens_per_step: int, progress: Progress) -> None:
+        self.tokens_per_step, self.progress, self.note = tokens_per_step, progress, ""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Count on from the step that an earlier process reached."""
+        self.progress.resume_at(state.global_step * self.tokens_per_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Count the step's tokens."""
+        if state.is_world_process_zero:
+            self.progress.advance(self.tokens_per_step, self.note)
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = control.should_log = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Remember the last losses, to be shown with the progress."""
+        for key, name in (("loss", "loss"), ("eval_forward_kl", "held-out KL")):
+            if logs and key in logs:
+                self.note = f"{name} {logs[key]:.3f}"
+
+
+class Journal(TrainerCallback):
+    """Writes metrics.jsonl: one JSON object per logged step."""
+
+    def __init__(self, path: Path, stage: str, tokens_per_step: int) -> None:
+        self.path, self.stage, self.tokens_per_step = path, stage, tokens_per_step
+        self.start = time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Drop the rows of steps that will be done again, after a kill."""
+        if state.is_world_process_zero:
+            _drop_later_rows(self.path, self.stage, state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Append {stage, step, tokens, seconds in this process, name: value …}."""
+        numbers = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float)}
+        if not state.is_world_process_zero or "train_runtime" in numbers:
+            return
+        row = {
+            "stage": self.stage,
+            "step": state.global_step,
+            "tokens": state.global_step * self.tokens_per_step,
+            "seconds": round(time.monotonic() - self.start, 2),
+            **{HELDOUT.get(name, name): value for name, value in numbers.items()},
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _drop_later_rows(path: Path, stage: str, step: int) -> None:
+    """Rows of steps that will be done again, after a kill, go."""
+    if not path.exists():
+        return
+    rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    kept = [r for r in rows if json.loads(r)["stage"] != stage or json.loads(r)["step"] <= step]
+    path.write_text("".join(row + "\n" for row in kept))
+
+
+def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {key: inputs[key] for key in ("input_ids", "position_ids", "labels")}

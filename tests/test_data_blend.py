@@ -1,0 +1,256 @@
+"""Whole builds: splits, shares, the prefix property, running dry."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from regrow.data import DataConfig, Split, build_blocks
+from regrow.data import blend as blend_module
+from regrow.data.blend import Job, blend, shuffled
+from regrow.data.documents import Passage
+from regrow.data.readers import jsonl
+from regrow.errors import UserError
+from tiny_tokenizer import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+EOS = 0
+WORDS = ["The", "quick", "fox", "is", "Paris", "model", "then", "dog", "answers", "one", "blank"]
+
+
+def write(path: Path, word: str, count: int, seed: int, words: int = 30) -> str:
+    """A .jsonl of `count` distinct documents that begin with `word`."""
+    dice = Random(seed)
+    lines = []
+    for number in range(count):
+        body = " ".join(dice.choice(WORDS) for _ in range(dice.randrange(2, words)))
+        lines.append(json.dumps({"text": f"{word}{number} {body}"}))
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def config(*sources: Any, **fields: Any) -> DataConfig:
+    fields = {"sequence_length": 32, **fields}
+    return DataConfig.model_validate({"sources": list(sources), **fields})
+
+
+def texts(data: DataConfig, split: Split, limit: int | None = None) -> list[str]:
+    """The documents that a build would pack, as text without the end token."""
+    found = []
+    for document in blend(Job(data, TOKENIZER, split, None)):
+        found.append(str(TOKENIZER.decode(document.ids[:-1])))
+        if len(found) == limit:
+            break
+    return found
+
+
+def test_splits_share_no_document_and_lose_none(tmp_path: Path) -> None:
+    data = config(write(tmp_path / "a.jsonl", "a", 400, 1))
+    written = [row["text"] for row in jsonl.read(tmp_path / "a.jsonl")]
+    calibration, heldout = texts(data, "calibration"), texts(data, "heldout")
+    train = texts(data, "train", len(written) - len(calibration) - len(heldout))
+    assert Counter(calibration + heldout + train) == Counter(written)
+    assert 10 <= len(heldout) <= 35
+    assert 40 <= len(calibration) <= 80
+
+
+def test_splits_do_not_depend_on_order_or_company(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", "a", 300, 1)
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    (tmp_path / "b.jsonl").write_text("\n".join(lines[::-1] + lines[:100]))
+    split: Split
+    for split in ("heldout", "calibration"):
+        alone = set(texts(config(first), split))
+        assert set(texts(config(str(tmp_path / "b.jsonl")), split)) == alone
+        assert set(texts(config(first, str(tmp_path / "b.jsonl")), split)) == alone
+
+
+def test_fewer_blocks_are_the_first_of_more(tmp_path: Path) -> None:
+    data = config(
+        {"source": write(tmp_path / "a.jsonl", "a", 120, 1), "weight": 3},
+        write(tmp_path / "b.jsonl", "b", 2_000, 2),
+    )
+    split: Split
+    for split in get_args(Split):
+        many = build_blocks(data, TOKENIZER, split, 150)
+        for count in (1, 2, 33, 149):
+            few = build_blocks(data, TOKENIZER, split, count)
+            expected = many.select(range(min(count, len(many))))
+            assert len(few) == len(expected)
+            assert few.fingerprint == expected.fingerprint
+
+
+def test_the_seed_changes_the_order(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", "a", 200, 1)
+    same = build_blocks(config(source), TOKENIZER, "train", 20).fingerprint
+    assert build_blocks(config(source), TOKENIZER, "train", 20).fingerprint == same
+    assert build_blocks(config(source, seed=1), TOKENIZER, "train", 20).fingerprint != same
+
+
+def test_order_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", "a", 80, 1)
+    second = write(tmp_path / "b.jsonl", "b", 80, 2)
+    here = build_blocks(config(first, second), TOKENIZER, "train", 20).fingerprint
+    code = (
+        "import sys; from tiny_tokenizer import tiny_tokenizer; from regrow.data import *\n"
+        "data = DataConfig.model_validate({'sources': sys.argv[1:], 'sequence_length': 32})\n"
+        "print(build_blocks(data, tiny_tokenizer(), 'train', 20).fingerprint)"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    env = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": path}
+    command = [sys.executable, "-c", code, first, second]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == here
+
+
+def test_token_shares_follow_the_weights_at_every_prefix(tmp_path: Path) -> None:
+    weights = {"a": 1.0, "b": 6.0, "c": 3.0}
+    words = {"a": 12, "b": 60, "c": 30}
+    data = config(
+        *(
+            {
+                "source": write(tmp_path / f"{name}.jsonl", name, 4_000, 5, words[name]),
+                "weight": weight,
+            }
+            for name, weight in weights.items()
+        )
+    )
+    given: Counter[str] = Counter()
+    longest = 0
+    for count, document in enumerate(blend(Job(data, TOKENIZER, "train", None)), start=1):
+        given[str(TOKENIZER.decode(document.ids[:1]))] += len(document.ids)
+        longest = max(longest, len(document.ids))
+        total = given.total()
+        for name, weight in weights.items():  # never off by more than a document or two
+            assert abs(given[name] - weight / 10 * total) <= 2 * longest
+        if count == 3_000:
+            break
+    for name, weight in weights.items():
+        assert given[name] / given.total() == pytest.approx(weight / 10, abs=0.002)
+        assert given[name] / given.total() == pytest.approx(weight / 10, rel=0.02)
+
+
+def test_train_starts_over_in_another_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = config(write(tmp_path / "a.jsonl", "a", 50, 1))
+    size = len(set(texts(data, "train", 200)))
+    found = texts(data, "train", 3 * size)
+    epochs = [found[n * size : (n + 1) * size] for n in range(3)]
+    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    capsys.readouterr()
+    texts(data, "train", 10 * size)
+    assert capsys.readouterr().err.count("starts over") == 1
+
+
+def test_a_dry_source_is_left_out_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = write(tmp_path / "a.jsonl", "a", 40, 1)
+    large = write(tmp_path / "b.jsonl", "b", 400, 2)
+    found = texts(config(small, large), "calibration")
+    assert len(found) == len(set(found))
+    assert Counter(text[0] for text in found) == {
+        "a": len(texts(config(small), "calibration")),
+        "b": len(texts(config(large), "calibration")),
+    }
+    assert f"{small} has no more calibration text" in capsys.readouterr().err
+
+
+def test_fewer_than_asked_for_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = config(write(tmp_path / "a.jsonl", "a", 200, 1))
+    blocks = build_blocks(data, TOKENIZER, "heldout", 10_000)
+    assert 1 <= len(blocks) < 100
+    err = capsys.readouterr().err
+    assert f"text for {len(blocks)} heldout blocks, not for 10000" in err
+
+
+def test_too_little_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("  \n\n ")
+    split: Split
+    for split in get_args(Split):
+        with pytest.raises(UserError) as caught:
+            build_blocks(config(str(tmp_path / "a.txt")), TOKENIZER, split, 4)
+        assert str(caught.value) == (
+            f"too little text: the {split} split has 0 documents with 0 tokens, none to score, "
+            "and 4 blocks of 32 tokens are needed; add text or change the split's fraction"
+        )
+
+
+def test_one_text_file_fills_every_split(tmp_path: Path) -> None:
+    dice = Random(0)
+    paragraphs = [" ".join(dice.choices(WORDS, k=80)) for _ in range(3_000)]
+    (tmp_path / "a.txt").write_text("\n\n".join(paragraphs))
+    data = config(str(tmp_path / "a.txt"))
+    split: Split
+    for split in get_args(Split):
+        assert len(build_blocks(data, TOKENIZER, split, 20)) == 20
+
+
+def test_documents_are_whole_and_masked_in_the_blocks(tmp_path: Path) -> None:
+    data = config(write(tmp_path / "a.jsonl", "a", 100, 1))
+    blocks = build_blocks(data, TOKENIZER, "train", 40)
+    documents = blend(Job(data, TOKENIZER, "train", None))
+    flat: list[int] = []
+    starts = set()
+    while len(flat) < 40 * 32:
+        starts.add(len(flat))
+        flat += next(documents).ids
+    assert blocks.input_ids.flatten().tolist() == flat[: 40 * 32]
+    for at, (position, label) in enumerate(
+        zip(blocks.position_ids.flatten().tolist(), blocks.labels.flatten().tolist(), strict=True)
+    ):
+        first = at in starts or at % 32 == 0
+        assert (position == 0) == first
+        assert label == (-100 if first else flat[at])
+
+
+def test_reads_no_further_than_it_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "a.jsonl", "a", 5_000, 1)
+    reads: list[str] = []
+    original = blend_module.read_row
+
+    def counting(row: dict[str, Any], where: str) -> Passage:
+        reads.append(where)
+        return original(row, where)
+
+    monkeypatch.setattr(blend_module, "read_row", counting)
+    build_blocks(config(source), TOKENIZER, "train", 4)
+    assert 1_000 < len(reads) < 1_500  # the buffer's 1,000 documents are 80 % of those read
+
+
+def test_shuffle_keeps_all_and_holds_little() -> None:
+    held = 0
+    taken: list[int] = []
+
+    def numbers() -> Any:
+        nonlocal held
+        for number in range(5_000):
+            held = max(held, number - len(taken))
+            yield Passage(f"{number:010d}")
+
+    for passage in shuffled(numbers(), Random(3), characters=3_000):
+        taken.append(int(passage.text))
+    assert sorted(taken) == list(range(5_000))
+    assert 299 <= held <= 301  # 10 characters each
+    near = sum(abs(a - b) <= 2 for a, b in pairwise(taken))
+    assert near < 100
+    ranks = torch.tensor(taken, dtype=torch.float64)
+    assert (ranks - torch.arange(5_000)).abs().mean() > 100
+
+
+def test_a_wrong_row_names_its_place(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl, row 2: has the keys txt"):
+        build_blocks(config(str(tmp_path / "a.jsonl")), TOKENIZER, "train", 1)

@@ -1,0 +1,217 @@
+"""Row kinds → ids and masks, by hand-made expectations on a real tokenizer."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+from regrow.data.config import DataConfig, SourceConfig
+from regrow.data.documents import Document, Passage, pieces, read_row, split_of, tokenize
+from regrow.errors import UserError
+from tiny_tokenizer import GENERATION_TEMPLATE, PLAIN_TEMPLATE, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+EOS = "<|endoftext|>"
+
+
+def document(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast = TOKENIZER) -> Document:
+    return tokenize([read_row(row, "here")], tokenizer)[0]
+
+
+def scored_text(found: Document, tokenizer: PreTrainedTokenizerFast = TOKENIZER) -> str:
+    kept = [i for i, scored in zip(found.ids, found.scored, strict=True) if scored]
+    return str(tokenizer.decode(kept))
+
+
+def test_text_is_scored_whole_and_ends() -> None:
+    found = document({"text": "The capital of France", "title": "x"})
+    assert found.ids == [*TOKENIZER("The capital of France")["input_ids"], 0]
+    assert found.scored == [True] * len(found.ids)
+
+
+@pytest.mark.parametrize(
+    ("row", "whole", "scored"),
+    [
+        ({"prompt": "Capital?", "completion": "Paris"}, "Capital? Paris", " Paris"),
+        ({"prompt": "Capital?\n", "completion": "Paris"}, "Capital?\nParis", "Paris"),
+        ({"prompt": "Capital?", "completion": " Paris"}, "Capital? Paris", " Paris"),
+        ({"prompt": "", "completion": "Paris"}, "Paris", "Paris"),
+        ({"question": "One and two?", "answer": "three 3"}, "One and two?\nthree 3", "three 3"),
+        ({"prompt": "Größe", "completion": "12 µm"}, "Größe 12 µm", " 12 µm"),
+    ],
+)
+def test_prompts_are_not_scored(row: dict[str, str], whole: str, scored: str) -> None:
+    found = document(row)
+    assert found.ids == [*TOKENIZER(whole)["input_ids"], 0]
+    # A completion after a space: the space belongs to its first token, or is a token of its own.
+    assert scored_text(found).removesuffix(EOS).strip() == scored.strip()
+    assert found.scored[-1]
+    assert scored_text(found).endswith(EOS)
+    assert found.scored == sorted(found.scored)  # False … True
+
+
+def test_token_over_the_border_is_scored() -> None:
+    passage = Passage("The quick brown fox", prompt=len("The quick br"))
+    joint = tokenize([passage], TOKENIZER)[0]
+    assert joint.ids == [*TOKENIZER("The quick brown fox")["input_ids"], 0]
+    assert scored_text(joint) == " brown fox" + EOS  # one token: " brown"
+
+
+def test_without_offsets_the_common_prefix_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"prompt": "What is the capital of France?", "completion": "Paris."},
+        {"question": "What is", "answer": "again 1 2"},
+        {"text": "Hello there!"},
+    ]
+    passages = [read_row(row, "here") for row in rows]
+    expected = tokenize(passages, TOKENIZER)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+    assert tokenize(passages, TOKENIZER) == expected
+
+
+def test_tokenizer_that_adds_bos_and_eos_itself() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A <|endoftext|>",
+        special_tokens=[("<|im_start|>", 2), ("<|endoftext|>", 0)],
+    )
+    plain = TOKENIZER("What is the answer")["input_ids"]
+    found = document({"prompt": "What is", "completion": "the answer"}, tokenizer)
+    assert found.ids == [2, *plain, 0]  # one end, not two
+    assert found.scored == [False, False, False] + [True] * (len(plain) - 2) + [True]
+    assert document({"text": "What is the answer"}, tokenizer).ids == [2, *plain, 0]
+
+
+TURNS = [
+    {"role": "system", "content": "Paris and then 1"},
+    {"role": "user", "content": "What is it?"},
+    {"role": "assistant", "content": "The dog."},
+    {"role": "user", "content": "Again The dog."},
+    {"role": "assistant", "content": "A fox"},
+]
+RENDERED = (
+    "<|im_start|>system\nParis and then 1<|im_end|>\n<|im_start|>user\nWhat is it?<|im_end|>\n"
+    "<|im_start|>assistant\nThe dog.<|im_end|>\n<|im_start|>user\nAgain The dog.<|im_end|>\n"
+    "<|im_start|>assistant\nA fox<|im_end|>\n"
+)
+
+
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, GENERATION_TEMPLATE])
+def test_only_the_assistant_is_scored(template: str) -> None:
+    tokenizer = tiny_tokenizer(chat_template=template)
+    found = document({"messages": TURNS, "text": "not this"}, tokenizer)
+    assert found.ids == tokenizer(RENDERED)["input_ids"]
+    assert scored_text(found) == "The dog.<|im_end|>A fox<|im_end|>"
+
+
+def test_marks_of_the_template_are_taken_at_their_word() -> None:
+    template = GENERATION_TEMPLATE.replace(
+        "{{ m['content'] }}<|im_end|>{% endgeneration %}",
+        "{{ m['content'] }}{% endgeneration %}<|im_end|>",
+    )
+    tokenizer = tiny_tokenizer(chat_template=template)
+    found = document({"messages": TURNS}, tokenizer)
+    assert found.ids == tokenizer(RENDERED)["input_ids"]
+    assert scored_text(found) == "The dog.A fox"
+
+
+def test_template_that_drops_earlier_thoughts() -> None:
+    template = PLAIN_TEMPLATE.replace(
+        "{{ m['content'] }}",
+        "{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}"
+        "{{ m['content'].split('</think>')[-1] }}",
+    )
+    assert template != PLAIN_TEMPLATE
+    tokenizer = tiny_tokenizer(chat_template=template)
+    turns = [dict(turn) for turn in TURNS]
+    turns[2]["content"] = "<think>so</think>The dog."
+    found = document({"messages": turns}, tokenizer)
+    assert scored_text(found) == "The dog.<|im_end|><think></think>A fox<|im_end|>"
+
+
+def test_conversation_without_an_assistant_scores_nothing() -> None:
+    assert not any(document({"messages": TURNS[:2]}).scored)
+
+
+def test_chat_errors() -> None:
+    with pytest.raises(UserError, match="has no chat template"):
+        document({"messages": TURNS}, tiny_tokenizer(chat_template=None))
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    with pytest.raises(UserError, match=r"refuses turns by system, user.*no system"):
+        document({"messages": TURNS}, tiny_tokenizer(chat_template=strict))
+    shouting = PLAIN_TEMPLATE.replace("m['content']", "(m['content'] | upper if loop.last else '')")
+    with pytest.raises(UserError, match="changes what the assistant said"):
+        document({"messages": TURNS}, tiny_tokenizer(chat_template=shouting))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"body": 1, "titel": 2}, "has the keys body, titel; a row needs `text`"),
+        ({}, "has the keys none"),
+        ({"prompt": "only"}, "has the keys prompt;"),
+        ({"text": None}, "`text` is of type NoneType"),
+        ({"question": "a", "answer": 4}, "`answer` is of type int"),
+        ({"messages": "hello"}, "`messages` must be a list"),
+        ({"messages": []}, "`messages` must be a list"),
+        ({"messages": [{"from": "human"}]}, "`messages` must be a list"),
+    ],
+)
+def test_rows_of_no_kind(row: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=r"^a file, row 3: ") as caught:
+        read_row(row, "a file, row 3")
+    assert said in str(caught.value)
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark() -> None:
+    assert read_row({"text": "a\ud800b"}, "here").text == "a?b"
+
+
+def test_long_text_is_cut_in_pieces_and_only_the_last_ends() -> None:
+    text = "\n\n".join(f"Paragraph {n} " + "word " * 20 for n in range(50))
+    cut = list(pieces(Passage(text), 1_000))
+    assert [piece.ends for piece in cut] == [False] * (len(cut) - 1) + [True]
+    assert re.sub(r"\s+", " ", " ".join(piece.text for piece in cut)) == re.sub(r"\s+", " ", text)
+    ends = [found.ids[-1] == 0 for found in tokenize(cut, TOKENIZER)]
+    assert ends == [piece.ends for piece in cut]
+    whole = Passage(text, prompt=5)
+    assert list(pieces(whole, 1_000)) == [whole]
+    assert list(pieces(Passage(text[:2_000]), 1_000)) == [Passage(text[:2_000])]
+
+
+def test_splits_have_their_shares_and_do_not_change() -> None:
+    data = DataConfig(sources=[SourceConfig(source="x")])
+    splits = [split_of(f"document {n}", data) for n in range(20_000)]
+    assert abs(splits.count("heldout") / 20_000 - 0.05) < 0.005
+    assert abs(splits.count("calibration") / 20_000 - 0.15) < 0.008
+    # Written down: a changed hash would put a user's training text into his held-out text.
+    assert splits[:12] == FIRST
+    other = data.model_copy(update={"seed": 1})
+    assert [split_of(f"document {n}", other) for n in range(200)] != splits[:200]
+    # A larger held-out share takes what it had and more.
+    wider = data.model_copy(update={"heldout_fraction": 0.3})
+    assert all(
+        split_of(f"document {n}", wider) == "heldout"
+        for n, split in enumerate(splits)
+        if split == "heldout"
+    )
+
+
+FIRST = [
+    "train",
+    "calibration",
+    "train",
+    "train",
+    "train",
+    "heldout",
+    "train",
+    "train",
+    "train",
+    "train",
+    "train",
+    "train",
+]

@@ -1,0 +1,319 @@
+"""Evaluate: every metric against a slow, obvious version; the stage from folders to JSON."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from regrow.data import DataConfig, build_blocks
+from regrow.errors import UserError
+from regrow.stages.evaluate import EvaluateConfig, evaluate
+from regrow.stages.evaluate.greedy import decode, prefill
+from regrow.stages.evaluate.metrics.generations import continuation
+from regrow.stages.evaluate.stage import EVALUATION, conventions
+from regrow.stages.evaluate.subject import ratio
+from regrow.stages.evaluate.texts import first_tokens, text_files, windows
+from tiny_models import tiny_ids, tiny_model
+from tiny_tokenizer import SENTENCES, tiny_tokenizer
+
+TEXT = " ".join(f"{n} {sentence}" for n in range(12) for sentence in SENTENCES)
+QUICK: dict[str, Any] = {
+    "dtype": "float32",
+    "new_tokens": 5,
+    "prefill_tokens": 24,
+    "decode_tokens": 3,
+    "repeats": 2,
+    "prompts": ("Hello there", "1 2 3"),
+}
+
+
+def write_model(folder: Path, model: PreTrainedModel, **tokenizer: Any) -> Path:
+    model.to(torch.float32).save_pretrained(str(folder))
+    tiny_tokenizer(**tokenizer).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders teacher, copy and student (another random model), and texts in three formats."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    write_model(folder / "teacher", tiny_model("llama", seed=1))
+    shutil.copytree(folder / "teacher", folder / "copy")
+    write_model(folder / "student", tiny_model("llama", seed=2, intermediate_size=40))
+    (folder / "raw.txt").write_text(TEXT)
+    with gzip.open(folder / "rows.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps({"text": s}) + "\n" for s in SENTENCES))
+    rows = [{"context": s[:9], "continuation": s[10:]} for s in SENTENCES]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "data.txt").write_text("\n\n".join(f"Story {n}. {TEXT}" for n in range(60)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluation(place: Path) -> dict[str, Any]:
+    """All metrics on all models, held-out blocks and two further texts."""
+    config = EvaluateConfig(
+        texts={"raw": f"{place}/raw.txt", "pairs": f"{place}/pairs.jsonl"},
+        text_tokens=150,
+        window=32,
+        heldout_blocks=3,
+        **QUICK,
+    )
+    models = {"copy": place / "copy", "student": place / "student"}
+    out = evaluate(models, place / "out", data_of(place), place / "teacher", config)
+    found: dict[str, Any] = json.loads((out / EVALUATION).read_text())
+    return found
+
+
+def data_of(place: Path) -> DataConfig:
+    return DataConfig.model_validate(
+        {"sources": [f"{place}/data.txt"], "sequence_length": 48, "heldout_fraction": 0.3}
+    )
+
+
+def figures(evaluation: dict[str, Any], label: str) -> dict[str, dict[str, Any]]:
+    return {figure["name"]: figure for figure in evaluation["figures"][label]}
+
+
+def log_probabilities(folder: Path, ids: list[int]) -> torch.Tensor:
+    """Float64 log softmax [T, V] of one sequence on its own, by the stock model."""
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float64)
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+
+
+def per_window(place: Path, name: str, ids: list[int], window: int) -> list[tuple[float, float]]:
+    """(Σ nll, Σ KL from the teacher) of each window of the raw text, one token at a time."""
+    found = []
+    for begin in range(0, len(ids), window):
+        part = ids[begin : begin + window]
+        log_q, log_p = (
+            log_probabilities(place / name, part),
+            log_probabilities(place / "teacher", part),
+        )
+        nll = kl = 0.0
+        for t in range(len(part) - 1):
+            nll -= float(log_q[t, part[t + 1]])
+            kl += float((log_p[t].exp() * (log_p[t] - log_q[t])).sum())
+        found.append((nll, kl))
+    return found
+
+
+def test_perplexity_and_kl_on_raw_text(place: Path, evaluation: dict[str, Any]) -> None:
+    ids = tiny_tokenizer()(TEXT)["input_ids"][:150]
+    assert len(ids) == 150
+    slow = per_window(place, "student", ids, 32)  # 4 full windows and one of 22 tokens
+    scored = 150 - 5
+    found = figures(evaluation, "student")
+    mean = sum(nll for nll, _ in slow) / scored
+    assert found["perplexity/raw"]["value"] == pytest.approx(math.exp(mean), rel=1e-4)
+    assert found["perplexity/raw"]["n"] == found["kl/raw"]["n"] == scored
+    assert found["kl/raw"]["value"] == pytest.approx(sum(kl for _, kl in slow) / scored, rel=1e-4)
+    assert found["kl/raw"]["value"] > 0.1
+    residuals = [nll - mean * n for (nll, _), n in zip(slow, [31] * 4 + [21], strict=True)]
+    stderr = math.sqrt(5 / 4 * sum(r * r for r in residuals)) / scored * math.exp(mean)
+    assert found["perplexity/raw"]["stderr"] == pytest.approx(stderr, rel=1e-3)
+
+
+def test_heldout_scores_only_labels_and_keeps_documents_apart(
+    place: Path, evaluation: dict[str, Any]
+) -> None:
+    blocks = build_blocks(data_of(place), tiny_tokenizer(), "heldout", 3)
+    assert len(blocks) == 3
+    total, count = 0.0, 0
+    for ids, positions, labels in zip(
+        blocks.input_ids, blocks.position_ids, blocks.labels, strict=True
+    ):
+        starts = [t for t, p in enumerate(positions.tolist()) if p == 0] + [len(ids)]
+        for begin, end in pairwise(starts):
+            document = ids[begin:end].tolist()
+            log_q = log_probabilities(place / "student", document)
+            for t in range(1, len(document)):
+                if labels[begin + t] != -100:
+                    total -= float(log_q[t - 1, document[t]])
+                    count += 1
+    found = figures(evaluation, "student")["perplexity/heldout"]
+    assert found["n"] == count == blocks.scored_tokens
+    assert found["value"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_an_equal_model_is_at_no_distance(evaluation: dict[str, Any]) -> None:
+    found = figures(evaluation, "copy")
+    for name in ("kl/heldout", "kl/raw", "kl/pairs"):
+        assert found[name]["value"] == 0.0
+        assert found[name]["stderr"] == 0.0
+    assert found["perplexity/raw"] == figures(evaluation, "teacher")["perplexity/raw"]
+
+
+def test_the_teacher_comes_first_and_has_no_distance(evaluation: dict[str, Any]) -> None:
+    assert evaluation["labels"] == ["teacher", "copy", "student"]
+    assert evaluation["teacher"] == "teacher"
+    assert not [name for name in figures(evaluation, "teacher") if name.startswith("kl/")]
+
+
+def test_size_counts_tied_weights_once(place: Path, evaluation: dict[str, Any]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(str(place / "student"))
+    seen = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
+    found = figures(evaluation, "student")
+    assert found["parameters"]["value"] == sum(seen.values())
+    assert found["bytes"]["value"] == 4 * sum(seen.values())
+    assert model.config.tie_word_embeddings
+
+
+def test_speed_is_a_median_with_its_spread(evaluation: dict[str, Any]) -> None:
+    for name in ("prefill", "decode"):
+        figure = figures(evaluation, "student")[name]
+        low, high = figure["convention"].rpartition("runs from ")[2].split(" to ")
+        low, high = float(low.replace(",", "")), float(high.replace(",", ""))
+        assert low - 0.06 <= figure["value"] <= high + 0.06
+        assert figure["n"] == 2
+        assert "float32 on cpu with" in figure["convention"]
+        assert "runs from" not in evaluation["conventions"][name]
+        assert "warm-up" in evaluation["conventions"][name]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen2"])
+def test_greedy_with_the_cache_equals_without(model_type: str) -> None:
+    model = tiny_model(model_type, seed=3)
+    prompt = tiny_ids(1, 20)
+    ids = prompt.clone()
+    with torch.no_grad():
+        for _ in range(9):
+            ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    expected = ids[0, 20:].tolist()
+    token, cache = prefill(model, prompt)
+    follow = decode(model, token, cache)
+    assert [token, *(next(follow) for _ in range(8))] == expected
+    assert continuation(model, prompt[0].tolist(), 9, ends=set()) == expected
+    first = expected.index(expected[4])
+    assert continuation(model, prompt[0].tolist(), 9, ends={expected[4]}) == expected[:first]
+
+
+def test_generations_go_through_the_chat_template(place: Path, evaluation: dict[str, Any]) -> None:
+    tokenizer = tiny_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(str(place / "student"), dtype=torch.float32)
+    asked = "<|im_start|>user\n1 2 3<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(asked, return_tensors="pt").input_ids
+    output = model.generate(ids, do_sample=False, max_new_tokens=5, eos_token_id=0, pad_token_id=1)
+    expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    found = evaluation["generations"]["student"][1]
+    assert found == {"prompt": "1 2 3", "text": expected}
+
+
+def test_a_base_model_goes_on_from_the_plain_prompt(place: Path, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", tiny_model("llama", seed=2), chat_template=None)
+    config = EvaluateConfig(metrics=("generations",), **QUICK)
+    out = evaluate({"base": base}, tmp_path / "out", config=config)
+    found = json.loads((out / EVALUATION).read_text())["generations"]["base"][0]
+    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("Hello there", return_tensors="pt").input_ids
+    output = model.generate(ids, do_sample=False, max_new_tokens=5, pad_token_id=1)
+    assert (
+        found["text"]
+        == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    )
+
+
+def test_text_is_read_as_far_as_needed_and_no_otherwise(place: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    every = tokenizer(TEXT)["input_ids"]
+    for wanted in (1, 7, 200, len(every), len(every) + 99):
+        assert first_tokens(text_files(f"{place}/raw.txt"), tokenizer, wanted) == every[:wanted]
+    rows = first_tokens(text_files(f"{place}/rows.jsonl.gz"), tokenizer, 9999)
+    assert tokenizer.decode(rows) == "\n\n".join(SENTENCES)
+    pairs = first_tokens(text_files(f"{place}/pairs.jsonl"), tokenizer, 9999)
+    assert tokenizer.decode(pairs) == "\n\n".join(f"{s[:9]} {s[10:]}" for s in SENTENCES)
+
+
+def test_windows_score_all_but_their_first_token() -> None:
+    blocks = windows([5, 6, 7, 8, 9], 3)
+    assert blocks.input_ids.tolist()[0] == [5, 6, 7]
+    assert blocks.labels.tolist() == [[-100, 6, 7], [-100, 9, -100]]
+    assert blocks.real.tolist() == [[True] * 3, [True, True, False]]
+    assert blocks.position_ids.tolist() == [[0, 1, 2]] * 2
+
+
+def test_ratio_by_hand() -> None:
+    # m = 12/4 = 3; residuals 2−3 = −1 and 10−9 = 1; sqrt(2/1 · 2)/4 = 0.5
+    assert ratio([2.0, 10.0], [1, 3]) == (3.0, 0.5)
+    assert ratio([6.0], [3]) == (2.0, 0.0)
+
+
+def test_conventions_keep_what_models_share() -> None:
+    def named(convention: str) -> list[dict[str, Any]]:
+        return [{"name": "decode", "convention": convention}]
+
+    same = conventions({"a": named("batch 1; x"), "b": named("batch 1; x")})
+    assert same == {"decode": "batch 1; x"}
+    differ = conventions({"a": named("batch 1; runs 1"), "b": named("batch 1; runs 12")})
+    assert differ == {"decode": "batch 1"}
+
+
+def test_the_table_and_an_unchanged_second_run(
+    place: Path, evaluation: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = EvaluateConfig(metrics=("size",))
+    models = {"my [red]model": place / "teacher", "student": place / "student"}
+    evaluate(models, tmp_path / "out", against=place / "teacher", config=config)
+    first = capsys.readouterr().out
+    parameters = f"{figures(evaluation, 'student')['parameters']['value']:,.0f}"
+    assert "my [red]model" in first
+    assert parameters in first
+    written = (tmp_path / "out" / EVALUATION).stat().st_mtime_ns
+    evaluate(models, tmp_path / "out", against=place / "teacher", config=config)
+    again = capsys.readouterr()
+    assert again.out == first
+    assert "unchanged" in again.err
+    assert (tmp_path / "out" / EVALUATION).stat().st_mtime_ns == written
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    names = [figure["name"] for figure in manifest["figures"]]
+    assert names[0] == "my [red]model/parameters"
+    assert len(names) == 4
+
+
+def test_another_tokenizer_has_no_kl(place: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", tiny_model("llama"), vocab_size=300)
+    config_path = other / "tokenizer.json"
+    tokens = json.loads(config_path.read_text())
+    vocabulary = tokens["model"]["vocab"]
+    a, b = list(vocabulary)[200:202]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    config_path.write_text(json.dumps(tokens))
+    config = EvaluateConfig(texts={"raw": f"{place}/raw.txt"}, window=32, **QUICK)
+    with pytest.raises(UserError, match="no KL between other and teacher: token 20") as caught:
+        evaluate({"other": other}, tmp_path / "out", against=place / "teacher", config=config)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_is_told_in_one_line(place: Path, tmp_path: Path) -> None:
+    def run(match: str, **fields: Any) -> None:
+        with pytest.raises(UserError, match=match) as caught:
+            evaluate(
+                {"m": place / "student"}, tmp_path / "out", config=EvaluateConfig(**QUICK, **fields)
+            )
+        assert "\n" not in str(caught.value)
+        assert list(tmp_path.glob("out*")) == list(tmp_path.glob(".out*")) == []
+
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "odd.jsonl").write_text('{"body": "x"}\n')
+    run("no such file", texts={"t": f"{tmp_path}/missing.txt"}, window=32)
+    run("0 tokens; at least 2", texts={"t": f"{tmp_path}/empty.txt"}, window=32)
+    run("row 1: has body", texts={"t": f"{tmp_path}/odd.jsonl"}, window=32)
+    run("512 is longer than m was made for .256", texts={"t": f"{place}/raw.txt"})
+    with pytest.raises(UserError, match="name at least one model"):
+        evaluate({}, tmp_path / "out")
+    with pytest.raises(ValueError, match="did you mean 'perplexity'"):
+        EvaluateConfig(metrics=("perplexty",))
+    with pytest.raises(ValueError, match="'heldout' is the name"):
+        EvaluateConfig(texts={"heldout": "x.txt"})

@@ -1,0 +1,299 @@
+"""One contract for every file in regrow/families, held in float64: a unit that is zero can go."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from tiny_models import SPECIAL, float64_norms, random_plan, tiny_config, tiny_ids, tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from regrow import checkpoint, families, plugins
+from regrow.errors import UserError
+from regrow.families import Family, Tensor
+from regrow.plan import Plan
+from regrow.stages.prune.cut import cut_folder, cut_model
+
+logging.disable_progress_bar()
+NAMES = plugins.names("regrow.families")
+ROUNDING = 1e-13  # relative to the largest logit; measured: 1.5e-15 at most
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+
+
+def variants(family: Family) -> Iterator[dict[str, Any]]:
+    """Config fields: head tied or not, and every bias the family can have on or off."""
+    conditions = {row.when for row in family.tensors.values() if row.when is not None}
+    biases = sorted(key for key in conditions if "bias" in key)
+    for tied, bias in itertools.product((True, False), (True, False) if biases else (False,)):
+        yield {"tie_word_embeddings": tied, **dict.fromkeys(biases, bias)}
+
+
+CASES = [(name, variant) for name in NAMES for variant in variants(families.get(name))]
+IDS = [f"{name}-{'-'.join(k for k, v in variant.items() if v)}" for name, variant in CASES]
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model(tiny_ids()).logits
+    return found
+
+
+@torch.no_grad()
+def zero(model: Any, plan: Plan) -> Any:
+    """Set to zero what writes the units that `plan` drops, by hand, without the family's table."""
+    model.get_input_embeddings().weight[:, gone(plan, "hidden")] = 0
+    width = plan.before["head_dim"]
+    for number, layer in enumerate(model.model.layers):
+        for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            rows = slice(None) if number not in plan.kept_layers() else gone(plan, "hidden")
+            writer.weight[rows] = 0
+            if writer.bias is not None:
+                writer.bias[rows] = 0
+        if number in plan.kept_layers():
+            layer.mlp.down_proj.weight[:, gone(plan, "mlp", number)] = 0
+            for head in gone(plan, "heads", number):
+                layer.self_attn.o_proj.weight[:, head * width : (head + 1) * width] = 0
+    return model
+
+
+def gone(plan: Plan, dim: str, layer: int | None = None) -> list[int]:
+    kept = plan.kept(dim, layer)
+    return [] if kept is None else sorted(set(range(plan.before[dim])) - set(kept))
+
+
+def check_table(family: Family, variant: dict[str, Any], folder: Path) -> None:
+    """The table has exactly the tensors that transformers writes, in their shapes."""
+    model = tiny_model(family.model_type, **variant)
+    model.save_pretrained(folder)
+    saved = checkpoint.load(folder)
+    assert family.expected(saved.config) == saved.shapes
+    assert family.count(saved.config) == sum(p.numel() for p in model.parameters())
+    assert len(saved.shapes) > 10
+    for name, parameter in model.named_parameters():
+        assert family.find(name) is not None
+        if parameter.dim() == 2:
+            module = model.get_submodule(name.removesuffix(".weight"))
+            check_reader(family, name, module, family.sizes(saved.config))
+
+
+def check_reader(family: Family, name: str, module: nn.Module, sizes: dict[str, int]) -> None:
+    found = family.find(name)
+    assert found is not None
+    dims = [dim for dim in ("hidden", "mlp", "heads") if found[0] in family.readers(dim)]
+    if isinstance(module, nn.Linear):
+        width = sizes["head_dim"] if dims == ["heads"] else 1
+        assert len(dims) == 1 and module.in_features == sizes[dims[0]] * width
+    else:
+        assert isinstance(module, nn.Embedding) and not dims
+
+
+def check_defaults(family: Family, variant: dict[str, Any], folder: Path) -> None:
+    """`defaults` are what the config class takes, and cover all that the table asks for."""
+    kind = type(tiny_config(family.model_type))
+    real = {f.name: f.default for f in dataclasses.fields(kind)}
+    for key, value in family.defaults.items():
+        assert value == real.get(key), key
+    asked = {row.when.removeprefix("!") for row in family.tensors.values() if row.when}
+    assert asked | {"num_key_value_heads", "head_dim", "rms_norm_eps"} <= set(family.defaults)
+    bare = {key: getattr(kind(), key) for key in (*SIZES, "vocab_size")}
+    assert family.sizes(bare) == family.sizes(kind().to_dict())
+
+
+@torch.no_grad()
+def check_observe(family: Family, variant: dict[str, Any], folder: Path) -> None:
+    """`observe` names what carries a dimension, `residual` the stream that a block adds to."""
+    model = tiny_model(family.model_type, **variant)
+    sizes = family.sizes(model.config.to_dict())
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(
+            lambda _m, args, kwargs, out, name=name: seen.__setitem__(
+                name,
+                ((args or tuple(kwargs.values()))[0], out[0] if isinstance(out, tuple) else out),
+            ),
+            with_kwargs=True,
+        )
+    logits(model)
+    for dim, templates in family.observe.items():
+        for template in templates:
+            tensor = seen[template.format(layer=1)][1 if dim == "hidden" else 0]
+            assert tensor.shape[-1] == sizes[dim] * (sizes["head_dim"] if dim == "heads" else 1)
+    into = {dim: seen[name.format(layer=1)][0].clone() for dim, name in family.residual.items()}
+    assert torch.equal(into["heads"], seen["model.layers.1"][0])
+    down = model.model.layers[1].mlp.down_proj
+    for parameter in down.parameters():
+        parameter.zero_()
+    logits(model)
+    assert torch.equal(into["mlp"], seen["model.layers.1"][1])
+
+
+def check_keep_all(family: Family, variant: dict[str, Any], folder: Path) -> None:
+    model = tiny_model(family.model_type, **variant)
+    config = model.config.to_dict()
+    sizes = family.sizes(config)
+    every = {dim: sizes[dim] for dim in ("layers", "hidden", "mlp", "heads", "kv_heads")}
+    for plan in (random_plan(config), random_plan(config, "", 0, **every)):
+        assert torch.equal(logits(cut_model(model, plan, family=family)), logits(model))
+
+
+def plans(family: Family, config: dict[str, Any]) -> Iterator[Plan]:
+    count = config["num_hidden_layers"]
+    yield random_plan(config, mlp=41)
+    yield random_plan(config, hidden=42)
+    yield random_plan(config, heads=4)
+    yield random_plan(config, kv_heads=1)
+    for dropped in range(count):
+        yield random_plan(config, layers=[i for i in range(count) if i != dropped])
+    kept = [i for i in range(count) if i != 1]
+    yield random_plan(config, hidden=38, mlp=33, kv_heads=1, heads=2, layers=kept)
+
+
+def check_removal(family: Family, variant: dict[str, Any], folder: Path) -> None:
+    """Units that are zero can be removed, of each dimension and of all at once."""
+    config = tiny_config(family.model_type, **variant).to_dict()
+    for plan in plans(family, config):
+        parent = zero(float64_norms(tiny_model(family.model_type, **variant)), plan)
+        student = float64_norms(cut_model(parent, plan, family=family))
+        assert student.num_parameters() == family.count(config, plan.after)
+        assert student.num_parameters() < parent.num_parameters()
+        before = logits(parent)
+        difference = (logits(student) - before).abs().max() / before.abs().max()
+        assert difference < ROUNDING, (plan.after, float(difference))
+
+
+def check_reload(family: Family, variant: dict[str, Any], folder: Path) -> None:
+    """The cut folder opens with the stock reader, equals the cut in memory, and generates."""
+    model = tiny_model(family.model_type, **variant)
+    model.save_pretrained(folder / "parent")
+    saved = checkpoint.load(folder / "parent")
+    *_, plan = plans(family, saved.config)
+    plan = plan.model_copy(update={"fingerprint": saved.fingerprint})
+    cut_folder(saved, plan, folder / "cut", family=family)
+    stock = AutoModelForCausalLM.from_pretrained(folder / "cut", dtype="auto")
+    assert stock.dtype == torch.float64
+    assert torch.equal(logits(stock), logits(cut_model(model, plan, family=family)))
+    config = json.loads((folder / "cut/config.json").read_text())
+    assert config["head_dim"] == plan.before["head_dim"]
+    assert checkpoint.load(folder / "cut").shapes == family.expected(config)
+    head, embedding = stock.get_output_embeddings(), stock.get_input_embeddings()
+    assert (head.weight is embedding.weight) == variant["tie_word_embeddings"]
+    check_generates(stock)
+
+
+def check_generates(model: Any) -> None:
+    runs = [
+        model.generate(
+            tiny_ids(length=9),
+            attention_mask=torch.ones(2, 9, dtype=torch.long),
+            max_new_tokens=6,
+            min_new_tokens=6,
+            do_sample=False,
+            use_cache=use_cache,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(runs[0].sequences, runs[1].sequences) and runs[0].sequences.shape == (2, 15)
+    for cached, plain in zip(runs[0].logits, runs[1].logits, strict=True):
+        torch.testing.assert_close(cached, plain, rtol=1e-5, atol=1e-5)
+
+
+Check = Callable[[Family, dict[str, Any], Path], None]
+CHECKS: list[Check] = [check_table, check_defaults, check_observe]
+CHECKS += [check_keep_all, check_removal, check_reload]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(("name", "variant"), CASES, ids=IDS)
+def test_contract(name: str, variant: dict[str, Any], check: Check, tmp_path: Path) -> None:
+    check(families.get(name), variant, tmp_path)
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert set(NAMES) == set(SPECIAL)
+    assert len(CASES) >= 2 * len(NAMES)
+
+
+def broken(name: str, template: str = "", row: Tensor | None = None, **fields: Any) -> Family:
+    family = families.get(name)
+    tensors = dict(family.tensors)
+    if template:
+        tensors.pop(template)
+        if row is not None:
+            tensors[template] = row
+    return dataclasses.replace(family, tensors=tensors, **fields)
+
+
+LAYER = "model.layers.{layer}."
+FUSED = (("kv_heads", "heads", "kv_heads"), "hidden")
+OTHER_DEFAULT = {**families.get("qwen3").defaults, "head_dim": 64}
+OTHER_STREAM = {dim: LAYER + "input_layernorm" for dim in ("mlp", "heads")}
+BROKEN = {
+    "wrong dimension": (
+        broken("mistral", LAYER + "self_attn.k_proj.weight", Tensor(("heads", "hidden"))),
+        check_table,
+    ),
+    "axes swapped": (
+        broken("qwen3", LAYER + "mlp.down_proj.weight", Tensor(("mlp", "hidden"))),
+        check_table,
+    ),
+    "missing tensor": (broken("qwen2", LAYER + "self_attn.v_proj.bias"), check_table),
+    "tied head counted": (
+        broken("llama", "lm_head.weight", Tensor(("vocab", "hidden"))),
+        check_table,
+    ),
+    "fused parts in another order": (
+        broken("phi3", LAYER + "self_attn.qkv_proj.weight", Tensor(FUSED)),
+        check_removal,
+    ),
+    "norm without its factor": (
+        broken("llama", "model.norm.weight", Tensor(("hidden",))),
+        check_removal,
+    ),
+    "factor for a norm over heads": (
+        broken("qwen3", LAYER + "self_attn.q_norm.weight", Tensor(("head_dim",), norm=True)),
+        check_removal,
+    ),
+    "offset that is not there": (broken("llama", norm_offset=1.0), check_removal),
+    "no offset": (broken("gemma3_text", norm_offset=0.0), check_removal),
+    "embedding not scaled": (broken("gemma3_text", scaled_embedding=False), check_removal),
+    "layer types stay behind": (broken("gemma3_text", per_layer_config={}), check_removal),
+    "wrong default": (broken("qwen3", defaults=OTHER_DEFAULT), check_defaults),
+    "wrong module observed": (
+        broken("llama", observe={"mlp": (LAYER + "mlp.gate_proj",)}),
+        check_observe,
+    ),
+    "stream of the wrong block": (broken("gemma3_text", residual=OTHER_STREAM), check_observe),
+}
+
+
+@pytest.mark.parametrize(("family", "check"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_table_fails(family: Family, check: Check, tmp_path: Path) -> None:
+    variant = next(iter(variants(family)))
+    check(families.get(family.model_type), variant, tmp_path / "whole")
+    with pytest.raises((AssertionError, UserError, StrictDataclassError)):
+        check(family, variant, tmp_path / "broken")
+
+
+def test_an_unknown_family_names_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"'gemma3'.*did you mean 'gemma3_text'.*docs/add-a-family"):
+        families.get("gemma3")
+
+
+def test_import_is_quick_and_needs_no_torch() -> None:
+    program = "import sys, regrow.plan, regrow.families; regrow.families.get('llama'); "
+    subprocess.run(
+        [sys.executable, "-c", program + "assert 'torch' not in sys.modules"], check=True
+    )
