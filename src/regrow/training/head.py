@@ -96,7 +96,10 @@ def head_loss(
     chunk = chunk_tokens or max(16, CHUNK_ELEMENTS // student.weight_VH.shape[0])
     job = _Job(student, teacher, mix, compute, chunk)
     names = list(mix.weights)
-    total, *parts = _HeadLoss.apply(student_NH, student.weight_VH, targets_N, teacher_NH, job)
+    weight_VH = student.weight_VH
+    if not torch.is_grad_enabled():  # a Function is told to give gradients even then
+        student_NH, weight_VH = student_NH.detach(), weight_VH.detach()
+    total, *parts = _HeadLoss.apply(student_NH, weight_VH, targets_N, teacher_NH, job)
     return total, dict(zip(names, parts, strict=True))
 
 

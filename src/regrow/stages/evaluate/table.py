@@ -9,7 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 ORDER = ("parameters", "bytes", "perplexity", "kl", "prefill", "decode")
-TITLES = {"perplexity": "ppl", "kl": "KL", "bytes": "MB", "prefill": "prefill tok/s"}
+TITLES = {
+    "perplexity": "ppl",
+    "kl": "KL",
+    "bytes": "MB",
+    "prefill": "prefill tok/s",
+    "decode": "decode tok/s",
+}
 
 
 def show(evaluation: dict[str, Any]) -> None:
@@ -46,8 +52,7 @@ def column_names(evaluation: dict[str, Any]) -> list[str]:
 def title(name: str) -> str:
     """A column's title, for instance `ppl heldout`."""
     kind, _, text = name.partition("/")
-    titles = {**TITLES, "decode": "decode tok/s"}
-    return _plain(f"{titles.get(kind, kind)} {text}".strip())
+    return _plain(f"{TITLES.get(kind, kind)} {text}".strip())
 
 
 def cell(name: str, value: float) -> str:

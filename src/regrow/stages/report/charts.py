@@ -39,7 +39,10 @@ def figure(
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
     """An axis with a title."""
-    return {"title": {"text": label(title), "font": {"size": 12, "color": SOFT}}, **more}
+    return {
+        "title": {"text": label(title), "font": {"size": 12, "color": SOFT}, "standoff": 10},
+        **more,
+    }
 
 
 def line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import shorten
 from typing import Any
 
 from regrow.stages.report import charts
@@ -53,7 +54,7 @@ def _scatter(rows: list[dict[str, Any]]) -> Chart:
         "mode": "markers+text",
         "x": [100 * row["keep"] for row in rows],
         "y": [row["kl"] for row in rows],
-        "text": [charts.label(row["name"]) for row in rows],
+        "text": [charts.label(shorten(row["name"], 28, placeholder="…")) for row in rows],
         "textposition": "top center",
         "cliponaxis": False,
         "marker": {

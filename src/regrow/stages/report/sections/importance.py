@@ -17,6 +17,8 @@ from regrow.statistics import SCORES, Profile
 QUANTILES = 50
 MANY = 96
 """More units than this in a layer are shown by quantiles."""
+FEW = 20
+"""Up to so many units each has its tick."""
 POINTS = 400
 NAMES = {"mlp": "MLP channels", "heads": "query heads", "kv_heads": "key/value heads"}
 NOTE = "What the profile measured on calibration text: a higher score is more worth keeping."
@@ -100,16 +102,18 @@ def _heat(dim: str, scores: dict[str, Tensor], how: str) -> Chart:
     heat["hovertemplate"] = "layer %{y}, %{x}: %{z:.2f}<extra></extra>"
     heat["colorbar"]["title"] = {"text": "log10", "font": {"size": 11}}
     title = "percentile of the layer's units, least important left" if by_rank else "unit"
+    x_axis = charts.axis(title, **({"dtick": 1} if units <= FEW else {}))
     y = charts.axis("layer", autorange="reversed")
-    height = max(220, 12 * len(layers) + 90)
-    caption = f"{NAMES[dim]}, by {how}: log10 of the score over the model's median"
-    return Chart(charts.figure([heat], charts.axis(title), y), caption, height)
+    height = max(220, 10 * len(layers) + 90)
+    name = NAMES[dim][0].upper() + NAMES[dim][1:]
+    caption = f"{name}, by {how}: log10 of the score over the model's median"
+    return Chart(charts.figure([heat], x_axis, y), caption, height)
 
 
 def _scale(values: Tensor) -> dict[str, Any]:
     positive = values[values > 0]
     wide = len(positive) == len(values) and float(values.max()) > 30 * float(values.min())
-    return {"type": "log"} if wide else {"rangemode": "tozero"}
+    return {"type": "log", "dtick": "D2"} if wide else {"rangemode": "tozero"}
 
 
 def rounded(values: Tensor) -> list[float]:

@@ -8,7 +8,7 @@ from regrow.plan import PER_LAYER, Plan
 from regrow.stages.report import charts
 from regrow.stages.report.blocks import Block, Cell, Chart, Section, Table, text
 from regrow.stages.report.run_folder import Cut, Run
-from regrow.stages.report.sections.importance import NAMES, criteria
+from regrow.stages.report.sections.importance import FEW, NAMES, criteria
 
 BINS = 96
 NOTE = (
@@ -75,12 +75,14 @@ def _map(plan: Plan, dim: str) -> Chart:
     starts = [units * b // bins for b in range(bins)]
     heat = charts.heat(starts, list(range(len(z))), z, zmin=0, zmax=1)
     heat["colorbar"]["tickformat"] = ".0%"
+    heat["showscale"] = bins < units
     heat["hovertemplate"] = "layer %{y}, from unit %{x}: %{z:.0%} kept<extra></extra>"
+    x = charts.axis("unit", **({"dtick": 1} if units <= FEW else {}))
     y = charts.axis("layer", autorange="reversed")
-    height = max(220, 12 * len(z) + 90)
+    height = max(220, 10 * len(z) + 90)
     grouped = f", in groups of {units / bins:.0f}" if bins < units else ""
     caption = f"Kept {NAMES[dim]}: {plan.after[dim]} of {units} in each layer{grouped}"
-    return Chart(charts.figure([heat], charts.axis("unit"), y), caption, height)
+    return Chart(charts.figure([heat], x, y), caption, height)
 
 
 def _mass(cut: Cut) -> Chart | None:

@@ -40,7 +40,9 @@ def _chart(found: Evaluated, kind: str, title: str) -> Block | None:
     # A collapse right after the cut would flatten everything else on a linear axis.
     spread = [value for trace in traces for value in trace["y"] if value > 0]
     wide = kind == "perplexity" and max(spread) > 8 * min(spread)
-    scale = {"type": "log"} if wide else {"rangemode": "tozero"}
+    scale = {"type": "log", "dtick": "D2"} if wide else {"rangemode": "tozero"}
     axis = charts.axis(title + (" (log scale)" if wide else ""), **scale)
     texts = "; bars are standard errors"
-    return Chart(charts.figure(traces, {"type": "category"}, axis), title.capitalize() + texts)
+    return Chart(
+        charts.figure(traces, {"type": "category"}, axis), title[0].upper() + title[1:] + texts
+    )

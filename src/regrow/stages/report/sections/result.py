@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from regrow.stages.report.blocks import Cell, Section, Table, text
 from regrow.stages.report.evaluated import Evaluated, of
-from regrow.stages.report.numbers import figure, millions, title
+from regrow.stages.report.numbers import figure, millions, plain, title
 from regrow.stages.report.run_folder import Run
 
 
@@ -32,14 +32,14 @@ def headline(run: Run) -> str:
     if name is not None:
         steps = [(label, found.value(label, name)) for label in found.labels]
         values = [
-            figure(name, value) + ("" if label == found.reference else f" {label}")
+            plain(value) + ("" if label == found.reference else f" {label}")
             for label, value in steps
             if value is not None
         ]
         parts.append(f"perplexity ({name.partition('/')[2]}) {' → '.join(values)}")
     parts += [
-        f"{kind} {ratio:.2f}× as fast"
-        for kind in ("prefill", "decode")
+        f"{does} {ratio:.2f}× as fast"
+        for kind, does in (("prefill", "reads prompts"), ("decode", "generates"))
         if (ratio := found.ratio(found.result, kind)) is not None
     ]
     return "; ".join(part for part in parts if part)

