@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from tiny_tokenizer import tiny_tokenizer
 
 from regrow.data import DataConfig, Split, build_blocks
 from regrow.data import blend as blend_module
@@ -21,7 +22,6 @@ from regrow.data.blend import Job, blend, shuffled
 from regrow.data.documents import Passage
 from regrow.data.readers import jsonl
 from regrow.errors import UserError
-from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 EOS = 0

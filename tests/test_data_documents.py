@@ -6,13 +6,13 @@ import re
 from typing import Any
 
 import pytest
+from tiny_tokenizer import GENERATION_TEMPLATE, PLAIN_TEMPLATE, tiny_tokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from regrow.data.config import DataConfig, SourceConfig
 from regrow.data.documents import Document, Passage, pieces, read_row, split_of, tokenize
 from regrow.errors import UserError
-from tiny_tokenizer import GENERATION_TEMPLATE, PLAIN_TEMPLATE, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 EOS = "<|endoftext|>"

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model
+from tiny_tokenizer import SENTENCES, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from regrow.data import DataConfig, build_blocks
 from regrow.errors import UserError
 from regrow.stages.evaluate import EvaluateConfig, evaluate
 from regrow.stages.evaluate.stage import EVALUATION
-from tiny_models import tiny_model
-from tiny_tokenizer import SENTENCES, tiny_tokenizer
 
 TEXT = " ".join(f"{n} {sentence}" for n in range(12) for sentence in SENTENCES)
 QUICK: dict[str, Any] = {

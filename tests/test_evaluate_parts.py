@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_ids, tiny_model
+from tiny_tokenizer import SENTENCES, tiny_tokenizer
 
 from regrow.stages.evaluate.greedy import decode, prefill
 from regrow.stages.evaluate.metrics.generations import continuation
 from regrow.stages.evaluate.stage import conventions
 from regrow.stages.evaluate.subject import ratio
 from regrow.stages.evaluate.texts import first_tokens, text_files, windows
-from tiny_models import tiny_ids, tiny_model
-from tiny_tokenizer import SENTENCES, tiny_tokenizer
 
 TEXT = " ".join(f"{n} {sentence}" for n in range(12) for sentence in SENTENCES)
 

@@ -239,7 +239,7 @@ def broken(name: str, template: str = "", row: Tensor | None = None, **fields: A
 LAYER = "model.layers.{layer}."
 FUSED = (("kv_heads", "heads", "kv_heads"), "hidden")
 OTHER_DEFAULT = {**families.get("qwen3").defaults, "head_dim": 64}
-OTHER_STREAM = {dim: LAYER + "input_layernorm" for dim in ("mlp", "heads")}
+OTHER_STREAM = dict.fromkeys(("mlp", "heads"), LAYER + "input_layernorm")
 BROKEN = {
     "wrong dimension": (
         broken("mistral", LAYER + "self_attn.k_proj.weight", Tensor(("heads", "hidden"))),

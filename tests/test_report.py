@@ -13,6 +13,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 import pytest
+from report_run import write_evaluation, write_manifest, write_metrics, write_run
 
 from regrow.errors import UserError
 from regrow.plan import Plan
@@ -22,7 +23,6 @@ from regrow.stages.report.numbers import duration, figure, millions, title
 from regrow.stages.report.page import embedded
 from regrow.stages.report.sections.kept import shares
 from regrow.stages.report.sections.result import headline
-from report_run import write_evaluation, write_manifest, write_metrics, write_run
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)></script><!--&amp;"
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -10,14 +10,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint, load, save
     from regrow.data import DataConfig, SourceConfig
-    from regrow.stages.distill import DistillConfig, distill
     from regrow.errors import UserError
-    from regrow.stages.evaluate import EvaluateConfig, evaluate
     from regrow.options import Options
     from regrow.plan import Plan
-    from regrow.stages.profile import ProfileConfig, profile
     from regrow.recipe import Recipe, run
     from regrow.search import prune
+    from regrow.stages.distill import DistillConfig, distill
+    from regrow.stages.evaluate import EvaluateConfig, evaluate
+    from regrow.stages.profile import ProfileConfig, profile
     from regrow.stages.prune import PruneConfig
     from regrow.stages.report import ReportConfig, report
 
@@ -44,7 +44,29 @@ _HOME = {
     "UserError": "errors",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]
+__all__ = [
+    "Checkpoint",
+    "DataConfig",
+    "DistillConfig",
+    "EvaluateConfig",
+    "Options",
+    "Plan",
+    "ProfileConfig",
+    "PruneConfig",
+    "Recipe",
+    "ReportConfig",
+    "SourceConfig",
+    "UserError",
+    "__version__",
+    "distill",
+    "evaluate",
+    "load",
+    "profile",
+    "prune",
+    "report",
+    "run",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from regrow import manifest
 from regrow.errors import UserError
+from regrow.shards import read_headers, write_shards
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-INDEX = "model.safetensors.index.json"
 CARRIED = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -47,7 +47,9 @@ class Checkpoint:
         self.folder = Path(folder)
         self.config = _read_config(self.folder)
         refuse_kind(self.config, self.folder)
-        self._shard_of, self._headers = _read_headers(self.folder)
+        # The stock class is used, so that what we write must not ask for code that is not there.
+        self.has_remote_code = self.config.pop("auto_map", None) is not None
+        self._shard_of, self._headers = read_headers(self.folder)
         self._open: tuple[str, Any] | None = None
 
     def names(self) -> list[str]:
@@ -115,9 +117,15 @@ class Checkpoint:
                 f"no tokenizer in {self.folder}: expected one of {', '.join(TOKENIZER_FILES)}; "
                 "copy the parent model's tokenizer files there"
             )
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(self.folder), local_files_only=True, trust_remote_code=False
-        )
+        for path in sorted(self.folder.glob("tokenizer*.json")):
+            _read_json(path)
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(self.folder), local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"the tokenizer in {self.folder} cannot be read: {reason}") from error
         return tokenizer
 
     def model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -135,7 +143,7 @@ class Checkpoint:
 
 
 def load(source: str | Path) -> Checkpoint:
-    """Open a Hugging Face folder, a hub id, a GGUF file or `package:NAME` (a GGUF inside a package).
+    """Open a Hugging Face folder, a hub id, a GGUF file or `package:NAME` (a GGUF in a package).
 
     Raises UserError, in one line, for what is missing, broken or of a kind that is not pruned.
     """
@@ -153,8 +161,11 @@ def save(model: PreTrainedModel, out: str | Path, like: Checkpoint) -> Path:
     manifest.refuse_foreign(out)
     partial = out.parent / f".{out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    write_model(model, partial, like)
-    manifest.replace_folder(partial, out)
+    try:
+        write_model(model, partial, like)
+        manifest.replace_folder(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
@@ -162,6 +173,7 @@ def write_model(model: PreTrainedModel, folder: Path, like: Checkpoint) -> None:
     """`save` without the rename: for a stage that already writes into a folder of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     manifest.require_space(folder, sum(p.numel() * p.element_size() for p in model.parameters()))
+    model.config.__dict__.pop("auto_map", None)
     model.save_pretrained(str(folder), safe_serialization=True)
     carry(like.folder, folder)
 
@@ -180,19 +192,7 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     limit = max_shard_bytes or (like.shard_bytes() if like else 5_000_000_000)
-    shards: list[dict[str, int]] = []
-    waiting: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        tensor_bytes = tensor.numel() * tensor.element_size()
-        if waiting and size + tensor_bytes > limit:
-            shards.append(_write_shard(folder, len(shards), waiting))
-            waiting, size = {}, 0
-        waiting[name] = tensor.contiguous()
-        size += tensor_bytes
-        del tensor
-    shards.append(_write_shard(folder, len(shards), waiting))
-    _name_shards(folder, shards)
+    write_shards(folder, tensors, limit)
     manifest.write_json(folder / "config.json", config)
     if like is not None:
         carry(like.folder, folder)
@@ -210,13 +210,13 @@ def carry(source: Path, folder: Path) -> None:
 
 def refuse_kind(config: dict[str, Any], folder: Path) -> None:
     """Raise UserError for kinds of checkpoints that cannot be pruned, with the reason."""
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown")
         raise UserError(
             f"{folder} is quantized ({method}): prune first and quantize last; "
             "give the unquantized checkpoint"
         )
-    parts = [key for key in ("vision_config", "audio_config", "text_config") if key in config]
+    parts = [key for key in ("vision_config", "audio_config", "text_config") if config.get(key)]
     if parts:
         raise UserError(
             f"{folder} is multimodal (its config has {parts[0]}): only text models are supported; "
@@ -237,85 +237,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"no config.json in {folder}: give a Hugging Face model folder")
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
+    config = _read_json(path)
     if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(f"{path} names no model_type: give a Hugging Face model folder")
     return config
 
 
-def _read_headers(folder: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    shard_of: dict[str, str] = {}
-    headers: dict[str, dict[str, Any]] = {}
-    for shard in _shards(folder):
-        header = _read_header(folder / shard)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if not name.endswith("rotary_emb.inv_freq"):
-                shard_of[name], headers[name] = shard, entry
-    if not headers:
-        raise UserError(f"no tensors in {folder}: the safetensors files are empty")
-    return shard_of, headers
-
-
-def _shards(folder: Path) -> list[str]:
-    index = folder / INDEX
-    if index.exists():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError):
-            raise UserError(f"{index} is broken: fetch the model again") from None
-        missing = [shard for shard in shards if not (folder / shard).exists()]
-        if missing:
-            raise UserError(f"{folder / missing[0]} is missing: fetch the model again")
-        return shards
-    if (folder / "model.safetensors").exists():
-        return ["model.safetensors"]
-    if list(folder.glob("*.bin")) + list(folder.glob("*.pt*")):
-        raise UserError(
-            f"{folder} has pickled weights only, which can run code when opened: "
-            "save them as safetensors first (model.save_pretrained of transformers does)"
-        )
-    raise UserError(f"no model.safetensors in {folder}")
-
-
-def _read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """The JSON header of a safetensors file, checked against the file's size."""
-    broken = UserError(f"{path} is truncated or no safetensors file: fetch or write it again")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise broken
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise broken from None
-    if 8 + length + end != size:
-        raise broken
-    return dict(header)
-
-
-def _write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    from safetensors.torch import save_file
-
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-    save_file(tensors, folder / f"shard-{number:05d}", metadata={"format": "pt"})
-    return sizes
-
-
-def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
-    if len(shards) == 1:
-        (folder / "shard-00000").rename(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, sizes in enumerate(shards):
-        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number:05d}").rename(folder / final)
-        weight_map.update(dict.fromkeys(sizes, final))
-    total = sum(sum(sizes.values()) for sizes in shards)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    manifest.write_json(folder / INDEX, index)
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no JSON ({error}): fetch or write it again") from None

@@ -2,263 +2,52 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from contextlib import redirect_stderr
+from typing import Any
 
 import tyro
 from pydantic import ValidationError
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
-from regrow.config import parse
-from regrow.data.config import DataConfig
+import regrow
+from regrow import commands
 from regrow.errors import UserError
 from regrow.manifest import is_full_disk
-from regrow.options import Options
-from regrow.recipe import LATER, KeepStages
-from regrow.stages.distill import DistillConfig
-from regrow.stages.evaluate import EvaluateConfig
-from regrow.stages.profile import ProfileConfig
-from regrow.stages.prune import PruneConfig
-from regrow.stages.report import ReportConfig
+from regrow.steps import LATER
 
-Model = Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
-Sources = tuple[str, ...]
-
-
-def inspect(model: Model) -> None:
-    """Print a model's family, its axes with their legal widths, and sizes at a few targets.
-
-    Args:
-        model: Hugging Face folder, hub id, GGUF file, or package:NAME.
-    """
-    from regrow.inspect import describe_model
-
-    describe_model(model)
-
-
-def run(
-    recipe: Positional[Path],
-    out: Path,
-    options: OmitArgPrefixes[Options] = Options(),
-    set: UseAppendAction[tuple[str, ...]] = (),
-    keep_stages: KeepStages = "all",
-    dry_run: bool = False,
-) -> None:
-    """Run a recipe: a whole job, resumable by the same command.
-
-    Args:
-        recipe: YAML file with model, data and stages.
-        out: Folder for stages/, metrics.jsonl, model/ and report.html.
-        options: Device and portions.
-        set: Override a field of the recipe: stages.prune.keep_params=0.7.
-        keep_stages: Keep the weights of all stages, or of the final model only.
-        dry_run: Check everything and print what would be done.
-    """
-    from regrow import estimate
-    from regrow import recipe as recipes
-
-    job = recipes.read(recipe, list(set))
-    if dry_run:
-        recipes.check(job, options)
-        print("\n".join(estimate.of_recipe(job, options)))
-        return
-    recipes.run(job, out, options, keep_stages)
-
-
-def profile(
-    model: Model,
-    data: Sources,
-    out: Path,
-    config: OmitArgPrefixes[ProfileConfig] = ProfileConfig(),
-    options: OmitArgPrefixes[Options] = Options(),
-    data_weights: tuple[float, ...] = (),
-    sequence_length: int = 512,
-    dry_run: bool = False,
-) -> None:
-    """Measure what matters in a model on calibration text.
-
-    Args:
-        model: Hugging Face folder, hub id, GGUF file, or package:NAME.
-        data: Text: files, folders, hub ids, package:NAME==VERSION/path.
-        out: Folder to write the profile to.
-        config: What to measure.
-        options: Device and portions.
-        data_weights: Share of each source in the blend.
-        sequence_length: Tokens per block.
-        dry_run: Check everything and print what would be done.
-    """
-    from regrow import estimate
-    from regrow.checkpoint import load
-    from regrow.stages.profile import profile as stage
-
-    blend = _data(data, data_weights, sequence_length)
-    if dry_run:
-        print("\n".join(estimate.of_profile(load(model), blend, config)))
-        return
-    stage(model, blend, out, config, options)
-
-
-def prune(
-    model: Model,
-    out: Path,
-    profile: Path | None = None,
-    data: Sources = (),
-    config: OmitArgPrefixes[PruneConfig] = PruneConfig(),
-    options: OmitArgPrefixes[Options] = Options(),
-    data_weights: tuple[float, ...] = (),
-    sequence_length: int = 512,
-    dry_run: bool = False,
-) -> None:
-    """Cut a model to a share of its parameters, to sizes, or by a plan, and repair what is left.
-
-    Args:
-        model: Hugging Face folder, hub id, GGUF file, or package:NAME.
-        out: Folder to write the smaller model to.
-        profile: Folder that regrow profile wrote for this model.
-        data: Text to choose a shape on, for --keep-params.
-        config: What to prune to, and how.
-        options: Device and portions.
-        data_weights: Share of each source in the blend.
-        sequence_length: Tokens per block.
-        dry_run: Check everything and print what would be done.
-    """
-    from regrow import estimate
-    from regrow.checkpoint import load
-    from regrow.search import prune as to_target
-
-    if dry_run:
-        print("\n".join(estimate.of_prune(load(model), config)))
-        return
-    blend = _data(data, data_weights, sequence_length) if data else None
-    to_target(model, out, config, profile, blend, options)
-
-
-def distill(
-    student: Annotated[Positional[str], tyro.conf.arg(metavar="STUDENT")],
-    teacher: str,
-    data: Sources,
-    out: Path,
-    config: OmitArgPrefixes[DistillConfig] = DistillConfig(),
-    options: OmitArgPrefixes[Options] = Options(),
-    data_weights: tuple[float, ...] = (),
-    sequence_length: int = 512,
-    dry_run: bool = False,
-) -> None:
-    """Train a student to give its teacher's next-token distribution.
-
-    Args:
-        student: A pruned or otherwise smaller model, or a config.json for one made fresh.
-        teacher: The model to learn from, of the same tokenizer.
-        data: Text: files, folders, hub ids, package:NAME==VERSION/path.
-        out: Folder to write the distilled model to.
-        config: Budget, loss and schedule.
-        options: Device and portions.
-        data_weights: Share of each source in the blend.
-        sequence_length: Tokens per block.
-        dry_run: Check everything and print what would be done.
-    """
-    from regrow import estimate
-    from regrow.checkpoint import load
-    from regrow.stages.distill import distill as stage
-
-    blend = _data(data, data_weights, sequence_length)
-    if dry_run:
-        lines = estimate.of_distill(load(student), load(teacher), blend, config, options)
-        print("\n".join(lines))
-        return
-    stage(student, teacher, blend, out, config, options)
-
-
-def evaluate(
-    models: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL")],
-    out: Path,
-    data: Sources = (),
-    against: str | None = None,
-    config: OmitArgPrefixes[EvaluateConfig] = EvaluateConfig(),
-    options: OmitArgPrefixes[Options] = Options(),
-    data_weights: tuple[float, ...] = (),
-    sequence_length: int = 512,
-    dry_run: bool = False,
-) -> None:
-    """Measure models side by side: perplexity, KL to the teacher, size, speed, generations.
-
-    Args:
-        models: Model folders; NAME=FOLDER gives one a name.
-        out: Folder to write the evaluation to.
-        data: Text whose held-out part is measured on.
-        against: The teacher, for KL and ratios.
-        config: What to measure.
-        options: Device and portions.
-        data_weights: Share of each source in the blend.
-        sequence_length: Tokens per block.
-        dry_run: Check everything and print what would be done.
-    """
-    from regrow import estimate
-    from regrow.stages.evaluate import evaluate as stage
-
-    named = _named(models)
-    if dry_run:
-        print("\n".join(estimate.of_evaluate(named, config)))
-        return
-    blend = _data(data, data_weights, sequence_length) if data else None
-    stage(named, out, blend, against, config, options)
-
-
-def report(
-    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")],
-    out: Path | None = None,
-    config: OmitArgPrefixes[ReportConfig] = ReportConfig(),
-) -> None:
-    """Write a run's one-page HTML report.
-
-    Args:
-        run: Folder that regrow run wrote.
-        out: HTML file to write; default RUN/report.html.
-        config: What to show.
-    """
-    from regrow.stages.report import report as stage
-
-    print(stage(run, out, config))
-
-
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "run": run,
-    "inspect": inspect,
-    "profile": profile,
-    "prune": prune,
-    "distill": distill,
-    "evaluate": evaluate,
-    "report": report,
+COMMANDS: dict[str, Callable[..., None]] = {
+    "run": commands.run,
+    "inspect": commands.inspect,
+    "profile": commands.profile,
+    "prune": commands.prune,
+    "distill": commands.distill,
+    "evaluate": commands.evaluate,
+    "report": commands.report,
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns 0 when done, 2 for the user's input (one line, no traceback)."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments in (["--version"], ["-V"]):
+        print(f"regrow {regrow.__version__}")
+        return 0
     try:
-        if arguments and arguments[0] in LATER:
-            raise UserError(f"{arguments[0]} is not built yet; there are: {', '.join(COMMANDS)}")
-        if arguments in (["--version"], ["-V"]):
-            import regrow
-
-            print(f"regrow {regrow.__version__}")
-            return 0
         _quiet()
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="regrow", description=__doc__, args=arguments
-        )
+        _parse(arguments)()
     except UserError as error:
         return _refuse(str(error))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = "-".join(map(str, first["loc"])).replace("_", "-")
-        return _refuse(f"--{field}: {first['msg']} (given: {first['input']!r})")
+    except (PermissionError, NotADirectoryError) as error:
+        return _refuse(f"{error.filename}: {error.strerror}; give a place that can be written to")
     except OSError as error:
         if is_full_disk(error):
-            return _refuse(f"no disk space left: {error.filename or error}")
+            return _refuse(
+                f"no disk space left: {error.filename or error}; free some and run again"
+            )
         raise
     except KeyboardInterrupt:
         print("\nregrow: stopped; the same command goes on from here", file=sys.stderr)
@@ -271,27 +60,54 @@ def entry() -> None:
     sys.exit(main())
 
 
+def _parse(arguments: list[str]) -> Callable[[], None]:
+    """The command that is asked for, ready to run.
+
+    Raises UserError for a value that a config refuses, SystemExit(2) with tyro's advice for flags.
+    """
+    if arguments and arguments[0] in LATER:
+        raise UserError(f"{arguments[0]} is not built yet; there are: {', '.join(COMMANDS)}")
+    told = io.StringIO()
+    try:
+        with redirect_stderr(told):
+            chosen: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
+                {name: _later(command) for name, command in COMMANDS.items()},
+                prog="regrow",
+                description=regrow.__doc__,
+                args=arguments,
+            )
+            return chosen
+    except SystemExit as stop:
+        refused = _validation_error(stop)
+        if refused is None:
+            sys.stderr.write(told.getvalue())
+            raise
+    first = refused.errors()[0]
+    flag = "-".join(map(str, first["loc"])).replace("_", "-")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    raise UserError(f"--{flag}: {message} (given: {first['input']!r})")
+
+
+def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """`command` with its flags and help, returning the call instead of making it."""
+
+    @functools.wraps(command)
+    def call(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(command, *args, **kwargs)
+
+    return call
+
+
+def _validation_error(error: BaseException | None) -> ValidationError | None:
+    """The config's refusal that made tyro stop, if it was one."""
+    while error is not None and not isinstance(error, ValidationError):
+        error = error.__context__
+    return error
+
+
 def _refuse(message: str) -> int:
     print(f"regrow: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
-
-
-def _data(sources: Sources, weights: tuple[float, ...], sequence_length: int) -> DataConfig:
-    if weights and len(weights) != len(sources):
-        raise UserError(f"{len(weights)} --data-weights for {len(sources)} --data: give one each")
-    shares = weights or (1.0,) * len(sources)
-    blend = [{"source": s, "weight": w} for s, w in zip(sources, shares, strict=True)]
-    return parse(DataConfig, {"sources": blend, "sequence_length": sequence_length}, "--data")
-
-
-def _named(models: tuple[str, ...]) -> dict[str, str | Path]:
-    named: dict[str, str | Path] = {}
-    for model in models:
-        name, equals, folder = model.partition("=")
-        named[name if equals else Path(model).name] = folder if equals else model
-    if len(named) < len(models):
-        raise UserError("two models have the same name: give NAME=FOLDER for each")
-    return named
 
 
 def _quiet() -> None:
@@ -299,3 +115,4 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")

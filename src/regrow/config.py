@@ -26,7 +26,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def parse(kind: type[ConfigT], fields: Any, where: str) -> ConfigT:
-    """Validate `fields` as a `kind`; raise UserError in one line that names the place and the mend."""
+    """Validate `fields` as a `kind`; raises UserError, one line with the place and the mend."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -37,9 +37,15 @@ def parse(kind: type[ConfigT], fields: Any, where: str) -> ConfigT:
             name = str(first["loc"][-1])
             hint = nearest(name, allowed) or f"; allowed: {', '.join(sorted(allowed))}"
             raise UserError(f"{path}: unknown key{hint}") from None
-        given = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
+        given = "" if first["type"] == "missing" else f" (given: {_short(first['input'])})"
         message = str(first["msg"]).removeprefix("Value error, ")
         raise UserError(f"{path}: {message}{given}") from None
+
+
+def _short(value: Any) -> str:
+    """How `value` was written, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:99] + "…"
 
 
 def _fields_at(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +10,10 @@ import torch
 from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.data.config import DataConfig
-from regrow.errors import UserError
 from regrow.options import Options
 from regrow.progress import clock
 from regrow.recipe import Recipe
-from regrow.search import check_keep_params
+from regrow.search import SEARCH_BLOCKS, check_keep_params
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import check_tokenizers, steps_of
 from regrow.stages.evaluate.config import EvaluateConfig
@@ -23,6 +21,9 @@ from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.stage import estimate_bytes, statistics_needed
 from regrow.stages.prune.choose import full_sizes
 from regrow.stages.prune.config import PruneConfig
+from regrow.stages.prune.shapes import Shape
+from regrow.stages.prune.stage import make_plan
+from regrow.steps import check_one_target
 
 
 def of_profile(checkpoint: Checkpoint, data: DataConfig, config: ProfileConfig) -> list[str]:
@@ -38,23 +39,28 @@ def of_profile(checkpoint: Checkpoint, data: DataConfig, config: ProfileConfig) 
     ]
 
 
-def of_prune(checkpoint: Checkpoint, config: PruneConfig) -> list[str]:
-    """Sizes of the shape asked for, or of each candidate."""
+def of_prune(checkpoint: Checkpoint, config: PruneConfig, sequence_length: int = 512) -> list[str]:
+    """Sizes of the shape asked for, or of each candidate, and the time to choose among them."""
     family = families.of(checkpoint)
     before = family.count(checkpoint.config)
+    check_one_target(config)
+    disk = sum(map(checkpoint.bytes, checkpoint.names())) / before
     shapes = check_keep_params(checkpoint, config)
-    lines = [f"prune: {before:,} parameters now; {'one of' if len(shapes) > 1 else 'to'}"]
     if not shapes:
         sizes = full_sizes(family, family.sizes(checkpoint.config), config.sizes())
-        if not config.sizes() and config.plan is None:
-            raise UserError("nothing to prune to: give --keep-params, sizes, or --plan")
-        after = family.count(checkpoint.config, sizes)
-        named = config.plan or f"{after:,} ({after / before:.1%})  {config.sizes()}"
-        return [*lines, f"  {named}"]
+        if config.plan is not None:
+            sizes = make_plan(checkpoint, config, None).after
+        changed = {dim: sizes[dim] for dim in config.sizes()}
+        shapes = [Shape("to", changed, family.count(checkpoint.config, sizes))]
+    lines = [f"prune: {before:,} parameters now; {'one of' if len(shapes) > 1 else 'to'}"]
     for shape in shapes:
-        share = shape.parameters / before
-        lines.append(f"  {shape.name:<16} {shape.parameters:,} ({share:.1%})  {shape.sizes}")
-    return lines
+        lines.append(
+            f"  {shape.name:<16} {shape.parameters:,} ({shape.parameters / before:.1%})  "
+            f"{shape.parameters * disk / 1e6:,.1f} MB  {shape.sizes or config.plan}"
+        )
+    tokens = SEARCH_BLOCKS * sequence_length * len(shapes) if len(shapes) > 1 else 0
+    seconds = tokens * 2 * before / matmul_rate()
+    return [*lines, f"  time about {clock(seconds)} to choose, and that of copying the files"]
 
 
 def of_distill(
@@ -69,11 +75,26 @@ def of_distill(
     return _distill_lines(_parameters(student), _parameters(teacher), data, config, options)
 
 
-def of_evaluate(models: dict[str, str | Path], config: EvaluateConfig) -> list[str]:
-    """What would be measured of which models."""
-    for model in models.values():
-        load(model)
-    return [f"evaluate: {', '.join(config.metrics)} of {', '.join(models)}"]
+def of_evaluate(
+    models: dict[str, Checkpoint],
+    against: Checkpoint | None,
+    data: DataConfig | None,
+    config: EvaluateConfig,
+) -> list[str]:
+    """What would be measured of which models, their sizes, and the time to read the text."""
+    tokens = len(config.texts) * config.text_tokens
+    tokens += config.heldout_blocks * data.sequence_length if data is not None else 0
+    lines = [f"evaluate: {', '.join(config.metrics)} on {tokens:,} tokens"]
+    rate = matmul_rate()
+    for label, checkpoint in {**models, **({"against": against} if against else {})}.items():
+        checkpoint.tokenizer()
+        size = sum(map(checkpoint.bytes, checkpoint.names()))
+        seconds = 2 * _parameters(checkpoint) * tokens / rate
+        lines.append(
+            f"  {label}: {_parameters(checkpoint):,} parameters, {size / 1e6:,.1f} MB, about "
+            f"{clock(seconds)} for the text, speed and generations on top"
+        )
+    return lines
 
 
 def of_recipe(recipe: Recipe, options: Options) -> list[str]:
@@ -86,13 +107,29 @@ def of_recipe(recipe: Recipe, options: Options) -> list[str]:
         if isinstance(config, ProfileConfig):
             lines += of_profile(checkpoint, recipe.data, config)
         elif isinstance(config, PruneConfig):
-            lines += of_prune(checkpoint, config)
-            student = int(student * (config.keep_params or 1.0))
+            lines += (
+                of_prune(checkpoint, config, recipe.data.sequence_length)
+                if student == teacher
+                else []
+            )
+            after = _after(checkpoint, config, student)
+            if student != teacher:
+                lines.append(f"prune: {student:,} parameters then; to about {after:,}")
+            student = after
         elif isinstance(config, DistillConfig):
             lines += _distill_lines(student, teacher, recipe.data, config, options)
         else:
-            lines.append(step.name)
+            lines.append(f"{step.name}: of what is there by then")
     return lines
+
+
+def _after(checkpoint: Checkpoint, config: PruneConfig, before: int) -> int:
+    """Parameters after a cut of a model that has `before` now and came from `checkpoint`."""
+    if config.keep_params is not None:
+        return int(before * config.keep_params)
+    family = families.of(checkpoint)
+    sizes = full_sizes(family, family.sizes(checkpoint.config), config.sizes())
+    return min(before, family.count(checkpoint.config, sizes))
 
 
 def matmul_rate() -> float:
@@ -109,10 +146,11 @@ def matmul_rate() -> float:
 def _distill_lines(
     student: int, teacher: int, data: DataConfig, config: DistillConfig, options: Options
 ) -> list[str]:
-    steps, accumulation = steps_of(config, data, options)
+    steps, micro, accumulation = steps_of(config, data, options)
     seconds = config.tokens * (2 * teacher + 6 * student) / matmul_rate()
     return [
-        f"distill: {steps} steps of {config.batch_tokens:,} tokens ({accumulation} micro-batches)",
+        f"distill: {steps} steps of {config.batch_tokens:,} tokens "
+        f"({accumulation} micro-batches of {micro} blocks)",
         f"  memory {(16 * student + 2 * teacher) / 1e9:.2f} GB for weights, gradients, optimizer "
         f"and teacher, activations on top; time at best {clock(seconds)}",
     ]

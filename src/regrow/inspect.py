@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from rich.console import Console
 from rich.table import Table
 
@@ -32,12 +34,13 @@ def describe_model(source: str) -> None:
     console = Console()
     size = sum(map(checkpoint.bytes, checkpoint.names()))
     parameters = family.count(checkpoint.config)
-    tied = "tied" if checkpoint.config.get("tie_word_embeddings") else "untied"
+    tied = "tied" if family.value(checkpoint.config, "tie_word_embeddings") else "untied"
     console.print(
         f"{source}: family [b]{family.model_type}[/b], {parameters:,} parameters ({tied} "
-        f"embeddings counted {'once' if tied == 'tied' else 'both'}), {size / 1e6:,.0f} MB in "
+        f"embeddings counted {'once' if tied == 'tied' else 'both'}), {size / 1e6:,.1f} MB in "
         f"{checkpoint.dtype(checkpoint.names()[0])}",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(_axes(checkpoint, family))
     console.print(_targets(checkpoint, family, parameters))
@@ -61,11 +64,13 @@ def _legal(checkpoint: Checkpoint, family: Family, dim: str) -> str:
         if dim == "kv_heads":
             sizes["heads"] = full["heads"] // full["kv_heads"] * width
         try:
-            family.check_sizes(checkpoint.config, sizes, MULTIPLE if dim in ("mlp", "hidden") else 1)
+            family.check_sizes(
+                checkpoint.config, sizes, MULTIPLE if dim in ("mlp", "hidden") else 1
+            )
         except UserError:
             continue
         legal.append(width)
-    steps = {b - a for a, b in zip(legal, legal[1:], strict=False)}
+    steps = {b - a for a, b in pairwise(legal)}
     if len(legal) > 6 and len(steps) == 1:
         return f"{legal[0]} to {legal[-1]} in steps of {steps.pop()}"
     if len(legal) > 12:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import platform
 import shutil
 import time
@@ -19,10 +20,12 @@ from types import TracebackType
 from typing import Any
 
 import regrow
+from regrow import ranks
 from regrow.config import Config
 from regrow.errors import UserError
 
 NAME = "manifest.json"
+MARK = ".digest"
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
 
 
@@ -55,6 +58,13 @@ def read(folder: Path) -> dict[str, Any] | None:
     except (OSError, json.JSONDecodeError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def forget(folder: Path) -> None:
+    """Make the stage in `folder` count as not done, while its figures can still be read."""
+    found = read(folder)
+    if found is not None:
+        write_json(folder / NAME, {**found, "digest": None, "resume_digest": None})
 
 
 def versions() -> dict[str, str]:
@@ -100,7 +110,9 @@ class Stage:
         self.extra: dict[str, Any] = {}
         self.started = time.time()
         self.partial = out.parent / f".{out.name}.partial"
-        refuse_foreign(out)
+        if ranks.is_main():
+            recover(out)
+        refuse_foreign(out, name)
 
     @property
     def complete(self) -> bool:
@@ -109,13 +121,19 @@ class Stage:
         return found is not None and found.get("digest") == self.digest
 
     def __enter__(self) -> Path:
-        mark = self.partial / ".digest"
+        if ranks.is_main():
+            self._begin()
+        ranks.wait()
+        return self.partial
+
+    def _begin(self) -> None:
+        mark = self.partial / MARK
         same = mark.exists() and mark.read_text() == self.resume_digest
         if self.partial.exists() and not (self.resumable and same):
             shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
-        mark.write_text(self.resume_digest)
-        return self.partial
+        if not mark.exists():
+            mark.write_text(self.resume_digest)
 
     def __exit__(
         self,
@@ -123,10 +141,19 @@ class Stage:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None:
-            self._finish()
+        if error is not None:
+            self._abandon(error)
             return
-        if not self.resumable:
+        ranks.wait()
+        try:
+            if ranks.is_main():
+                self._finish()
+        except OSError as caught:
+            self._abandon(caught)
+            raise
+
+    def _abandon(self, error: BaseException) -> None:
+        if not self.resumable and ranks.is_main():
             shutil.rmtree(self.partial, ignore_errors=True)
         if is_full_disk(error):
             raise UserError(
@@ -134,8 +161,8 @@ class Stage:
             ) from error
 
     def _finish(self) -> None:
-        (self.partial / ".digest").unlink()
         write_json(self.partial / NAME, self.manifest())
+        (self.partial / MARK).unlink()
         replace_folder(self.partial, self.out)
 
     def manifest(self) -> dict[str, Any]:
@@ -155,12 +182,20 @@ class Stage:
         }
 
 
-def refuse_foreign(out: Path) -> None:
-    """Raise UserError when `out` is a file or holds what no stage of regrow wrote."""
-    if out.is_file():
-        raise UserError(f"{out} is a file: give --out a folder that is new or empty")
-    if out.is_dir() and any(out.iterdir()) and read(out) is None:
+def refuse_foreign(out: Path, stage: str | None = None) -> None:
+    """Raise UserError when `out` is a file or holds what no stage (or not `stage`) wrote."""
+    blocked = next((place for place in (out, *out.parents) if place.is_file()), None)
+    if blocked is not None:
+        raise UserError(f"{blocked} is a file: give --out a folder that is new or empty")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    found = read(out) or {}
+    if "digest" not in found or "stage" not in found:
         raise UserError(f"{out} holds something else: give --out a folder that is new or empty")
+    if stage is not None and found["stage"] != stage:
+        raise UserError(
+            f"{out} holds the result of {found['stage']}: give {stage} a new or empty folder"
+        )
 
 
 def replace_folder(new: Path, out: Path) -> None:
@@ -173,8 +208,23 @@ def replace_folder(new: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def link(source: str, target: str) -> None:
+    """A hard link where the disk can, else a copy: for files that are replaced, never changed."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def recover(out: Path) -> None:
+    """Finish what a kill between the two renames of `replace_folder` left: no folder at `out`."""
+    old, new = out.parent / f".{out.name}.old", out.parent / f".{out.name}.partial"
+    if old.exists() and not out.exists():
+        (new if read(new) is not None and not (new / MARK).exists() else old).rename(out)
+
+
 def require_space(folder: Path, bytes_needed: int) -> None:
-    """Raise UserError when the disk that holds `folder` has fewer than `bytes_needed` bytes free."""
+    """Raise UserError when the disk of `folder` has fewer than `bytes_needed` bytes free."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
@@ -187,7 +237,7 @@ def require_space(folder: Path, bytes_needed: int) -> None:
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Whether `error` says that a disk or quota is full (also through a library's own exception)."""
+    """Whether `error` says that a disk or quota is full, if only by a library's own exception."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return error is not None and "No space left on device" in str(error)

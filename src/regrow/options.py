@@ -44,4 +44,4 @@ class Options(Config):
 
 def cache_folder() -> Path:
     """Where fetched and converted inputs are kept: $REGROW_CACHE or ~/.cache/regrow."""
-    return Path(os.environ.get("REGROW_CACHE", "~/.cache/regrow")).expanduser()
+    return Path(os.environ.get("REGROW_CACHE") or "~/.cache/regrow").expanduser()

@@ -1,13 +1,16 @@
-"""Where a model comes from: a folder, a hub id, a GGUF file, or a GGUF inside an installed package."""
+"""Where a model comes from: a folder, a hub id, a GGUF file, or one in an installed package."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import re
 import shutil
+from contextlib import redirect_stderr
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from regrow import manifest
 from regrow.errors import UserError
@@ -53,33 +56,36 @@ def convert_gguf(path: Path) -> Path:
     partial = out.parent / f".{out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _dequantize(path, partial)
-    manifest.replace_folder(partial, out)
+    try:
+        _dequantize(path, partial)
+        manifest.replace_folder(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
 def _dequantize(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=torch.bfloat16
-        )
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    except (ValueError, OSError, KeyError, IndexError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as GGUF: {reason}") from None
-    finally:
-        logging.enable_progress_bar()
-    # The weights are plain now; these markers would make save_pretrained write GGUF's quantizer.
-    model.hf_quantizer = None
-    model.config.__dict__.pop("quantization_config", None)
-    model.config._name_or_path = ""
-    model.save_pretrained(str(folder), safe_serialization=True)
-    tokenizer.save_pretrained(str(folder))
+    source = {"gguf_file": path.name, "local_files_only": True}
+    with redirect_stderr(
+        io.StringIO()
+    ):  # bars and advice of transformers, which know no off switch
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(path.parent), dtype=torch.float32, **source
+            )
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **source)
+        except (ValueError, OSError, KeyError, IndexError, NotImplementedError) as error:
+            raise UserError(f"{path} cannot be read as GGUF: {_first_line(error)}") from None
+        # The weights are plain now; these would make save_pretrained write GGUF's quantizer.
+        model.hf_quantizer = None
+        for marker in ("quantization_config", "_model_name_or_path"):
+            model.config.__dict__.pop(marker, None)
+        model.config._name_or_path = ""
+        model.to(torch.bfloat16).save_pretrained(str(folder), safe_serialization=True)
+        tokenizer.save_pretrained(str(folder))
 
 
 def _sample(path: Path) -> str:
@@ -107,18 +113,23 @@ def _gguf_in_package(name: str) -> Path:
 
 def _from_hub(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise UserError(
             f"no folder {hub_id!r} here, and the hub cannot be reached to look for a model of that "
             "name: check the path or the connection"
         ) from None
-    except HfHubHTTPError as error:
+    except (HfHubHTTPError, HFValidationError) as error:
         raise UserError(f"the hub has no model {hub_id!r} for you: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

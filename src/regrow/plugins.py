@@ -12,7 +12,8 @@ from regrow.errors import UserError, nearest
 def names(package: str) -> list[str]:
     """Public names in `package` (dotted), sorted; files that begin with `_` are not plug-ins."""
     module = importlib.import_module(package)
-    return sorted(m.name for m in pkgutil.iter_modules(module.__path__) if not m.name.startswith("_"))
+    found = (entry.name for entry in pkgutil.iter_modules(module.__path__))
+    return sorted(name for name in found if not name.startswith("_"))
 
 
 def load(package: str, name: str) -> ModuleType:

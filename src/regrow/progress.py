@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from regrow import ranks
+
 
 class Progress:
     """Counts units (tokens, documents, …) towards a total and tells how it goes on stderr."""
@@ -23,7 +25,7 @@ class Progress:
         self.done = self.first_done = done
 
     def advance(self, units: int, note: str = "") -> None:
-        """Count `units` more as done and, when it is time, print title, share, rate, ETA and `note`."""
+        """Count `units` more as done; when it is time, print share, rate, ETA and `note`."""
         self.done += units
         now = time.monotonic()
         if now - self.last >= self.every:
@@ -46,12 +48,14 @@ class Progress:
         """Print the last line, with the time taken."""
         seconds = self.seconds()
         rate = (self.done - self.first_done) / max(seconds, 1e-9)
-        text = f"{self.title}: {self.done:,} {self.unit} in {clock(seconds)} ({rate:,.0f} {self.unit}/s)"
+        text = f"{self.title}: {self.done:,} {self.unit} in {clock(seconds)}"
+        text += f" ({rate:,.0f} {self.unit}/s)"
         self._print(f"{text}  {note}".rstrip(), end="\n")
 
     def _print(self, text: str, end: str) -> None:
         pad = " " * max(0, 100 - len(text)) if self.live else ""
-        print(text + pad, end=end, file=sys.stderr, flush=True)
+        if ranks.is_main():
+            print(text + pad, end=end, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -64,7 +68,8 @@ def progress(title: str, total: int, unit: str = "tokens") -> Iterator[Progress]
 
 def say(text: str) -> None:
     """One line of news for the person at the terminal (stderr, so stdout stays for results)."""
-    print(text, file=sys.stderr, flush=True)
+    if ranks.is_main():
+        print(text, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

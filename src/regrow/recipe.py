@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from regrow import manifest
+from regrow.checkpoint import load
 from regrow.config import Config, parse
 from regrow.data.config import DataConfig
-from regrow.errors import UserError, nearest
+from regrow.data.digest import data_digest
+from regrow.data.files import sha256_of
+from regrow.errors import UserError
 from regrow.options import Options
+from regrow.overrides import override
 from regrow.progress import say
+from regrow.steps import Step, check_steps, parse_step
 
-CONFIGS = {
-    "profile": "ProfileConfig",
-    "prune": "PruneConfig",
-    "distill": "DistillConfig",
-    "evaluate": "EvaluateConfig",
-    "report": "ReportConfig",
-}
-LATER = ("cache", "generate", "quantize", "export", "advise")
 KeepStages = Literal["all", "last"]
-
-
-class Step(Config):
-    """One stage of a recipe, with its fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-    name: str
-    config: Config
-    teacher: str | None = None
+RECIPE = "recipe.yaml"
 
 
 class Recipe(Config):
@@ -53,11 +39,11 @@ class Recipe(Config):
 
     def steps(self) -> list[Step]:
         """The stages with their configs checked; raises UserError for what is unknown."""
-        return [_step(entry, f"stages.{n}") for n, entry in enumerate(self.stages)]
+        return [parse_step(entry, number) for number, entry in enumerate(self.stages)]
 
 
 def read(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe from YAML; `overrides` are `key=value`, keys dotted: stages.1.prune.keep_params.
+    """Read a recipe from YAML; `overrides` are key=value, as stages.1.prune.keep_params=0.7.
 
     Raises UserError for a missing or broken file and for unknown keys, with the nearest valid one.
     """
@@ -71,8 +57,8 @@ def read(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise UserError(f"{path} is no YAML: {reason}") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path} is no recipe: it needs the keys model, data and stages")
-    for override in overrides or []:
-        _override(fields, override)
+    for given in overrides or []:
+        override(fields, given)
     recipe = parse(Recipe, fields, "")
     recipe.steps()
     return recipe
@@ -92,6 +78,9 @@ def run(
     recipe = recipe if isinstance(recipe, Recipe) else read(recipe)
     job = _Job(recipe, Path(out), options or Options())
     job.check()
+    if job.finished():
+        say(f"run: {job.out} is complete and unchanged")
+        return job.out
     job.begin()
     for number, step in enumerate(job.steps, start=1):
         say(f"── {number}/{len(job.steps)} {step.name}")
@@ -129,18 +118,40 @@ class _Job:
 
     def check(self) -> None:
         """Raise UserError for whatever can be known to fail before any slow work."""
-        if self.out.is_file():
-            raise UserError(f"{self.out} is a file: give --out a folder that is new or empty")
-        foreign = self.out.is_dir() and any(self.out.iterdir())
-        if foreign and not (self.out / "recipe.yaml").exists():
-            raise UserError(f"{self.out} holds something else: give --out a new or empty folder")
+        if not (self.out / RECIPE).exists():
+            manifest.refuse_foreign(self.out, "run")
         check(self.recipe, self.options)
+
+    def finished(self) -> bool:
+        """Whether this job was done and its intermediate weights dropped: nothing to look up."""
+        found = manifest.read(self.out)
+        return found is not None and found.get("digest") == self.digest()
+
+    def digest(self) -> str:
+        """Of the recipe and all that it reads."""
+        from regrow.stages.evaluate.texts import text_files
+
+        models = {self.recipe.model, *(step.teacher for step in self.steps if step.teacher)}
+        texts = [
+            sha256_of(path)
+            for step in self.steps
+            if step.name == "evaluate"
+            for source in step.config.texts.values()
+            for path in text_files(source)
+        ]
+        return manifest.digest(
+            self.recipe.model_dump(mode="json"),
+            [load(model).fingerprint for model in sorted(models)],
+            data_digest(self.recipe.data),
+            texts,
+        )
 
     def begin(self) -> None:
         """Make the run folder and write down the recipe."""
         (self.out / "stages").mkdir(parents=True, exist_ok=True)
+        (self.out / manifest.NAME).unlink(missing_ok=True)
         text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
-        (self.out / "recipe.yaml").write_text(text)
+        (self.out / RECIPE).write_text(text)
 
     def finish(self, keep_stages: KeepStages) -> None:
         """Put the final model at model/, and drop intermediate weights if asked to."""
@@ -149,47 +160,16 @@ class _Job:
             say(f"model:  {self.out / 'model'}")
         if keep_stages == "last":
             for path in self.out.glob("stages/*"):
-                for heavy in [*path.glob("*.safetensors"), path / "trainer", path / "grams"]:
-                    shutil.rmtree(heavy) if heavy.is_dir() else heavy.unlink(missing_ok=True)
+                _drop_weights(path)
+            record = {"stage": "run", "digest": self.digest(), "versions": manifest.versions()}
+            manifest.write_json(self.out / manifest.NAME, record)
         if self.reported:
             say(f"report: {self.out / 'report.html'}")
 
 
 def check(recipe: Recipe, options: Options) -> None:
     """Raise UserError, before any slow work, for what in a recipe cannot succeed."""
-    from regrow import families
-    from regrow.checkpoint import load
-    from regrow.data.sources import check_source
-    from regrow.search import check_keep_params
-    from regrow.stages.distill.stage import steps_of
-    from regrow.stages.profile.stage import statistics_needed
-
-    checkpoint = load(recipe.model)
-    families.of(checkpoint)
-    checkpoint.tokenizer()
-    options.torch_device()
-    for source in recipe.data.sources:
-        check_source(source)
-    profiled = pruned = False
-    for number, step in enumerate(recipe.steps()):
-        where = f"stages.{number}.{step.name}"
-        config: Any = step.config
-        if step.teacher is not None:
-            load(step.teacher).tokenizer()
-        if step.name == "profile":
-            statistics_needed(config.criteria)
-            profiled = True
-        elif step.name == "prune":
-            if not profiled:
-                raise UserError(f"{where}: put a profile stage of the same model before it")
-            if not pruned:
-                check_keep_params(checkpoint, config)
-            profiled, pruned = False, True
-        elif step.name == "distill":
-            steps_of(config, recipe.data, options)
-            profiled = False
-        elif step.name == "report":
-            import_module("regrow.stages.report.stage").check_extra()
+    check_steps(recipe.model, recipe.data, recipe.steps(), options)
 
 
 def _profile(job: _Job, step: Step, name: str) -> None:
@@ -201,12 +181,13 @@ def _profile(job: _Job, step: Step, name: str) -> None:
 
 
 def _prune(job: _Job, step: Step, name: str) -> None:
-    """Cut, then repair: two folders of one plan, so that the evaluation can show what repair brings."""
+    """Cut, then repair: two folders of one plan, so that evaluation can show what repair brings."""
     from regrow.search import prune
     from regrow.stages.prune import PruneConfig
 
     config = step.config
-    assert isinstance(config, PruneConfig) and job.profile is not None
+    assert isinstance(config, PruneConfig)
+    assert job.profile is not None
     folder, parent = job.folder(name), job.current
     if not config.repair:
         prune(parent, folder, config, job.profile, job.recipe.data, job.options)
@@ -240,8 +221,10 @@ def _evaluate(job: _Job, step: Step, name: str) -> None:
     from regrow.stages.evaluate import EvaluateConfig, evaluate
 
     assert isinstance(step.config, EvaluateConfig)
-    against = step.teacher or job.recipe.model
-    evaluate(job.models, job.folder(name), job.recipe.data, against, step.config, job.options)
+    against, models = step.teacher or job.recipe.model, job.models
+    if against != job.recipe.model:  # the model that all began with is another than the teacher
+        models = {"original" if label == "teacher" else label: m for label, m in models.items()}
+    evaluate(models, job.folder(name), job.recipe.data, against, step.config, job.options)
 
 
 def _report(job: _Job, step: Step, name: str) -> None:
@@ -261,73 +244,20 @@ _RUNNERS: dict[str, Callable[[_Job, Step, str], None]] = {
 }
 
 
-def _step(entry: dict[str, Any] | str, where: str) -> Step:
-    if isinstance(entry, str):
-        entry = {entry: {}}
-    if len(entry) != 1:
-        raise UserError(f"{where}: one stage per entry, as `- name: {{fields}}`; given: {list(entry)}")
-    ((name, fields),) = entry.items()
-    if name in LATER:
-        raise UserError(f"{where}: the stage {name} is not built yet; there are: {list(CONFIGS)}")
-    if name not in CONFIGS:
-        hint = nearest(name, CONFIGS)
-        raise UserError(f"{where}: no stage named {name!r}{hint}; there are: {', '.join(CONFIGS)}")
-    if not isinstance(fields or {}, dict):
-        raise UserError(f"{where}.{name}: give its fields as `key: value` (given: {fields!r})")
-    fields = dict(fields or {})
-    teacher = fields.pop("teacher", None) if name in ("distill", "evaluate") else None
-    kind = getattr(import_module(f"regrow.stages.{name}"), CONFIGS[name])
-    return Step(name=name, config=parse(kind, fields, f"{where}.{name}"), teacher=teacher)
-
-
-def _override(fields: dict[str, Any], override: str) -> None:
-    """Set one dotted key; list positions are numbers, and a stage may be named instead."""
-    key, equals, value = override.partition("=")
-    if not equals:
-        raise UserError(f"--set {override}: write key=value, for instance data.seed=1")
-    *path, last = key.split(".")
-    place: Any = fields
-    for part in path:
-        place = _enter(place, part, override)
-    parsed = yaml.safe_load(value)
-    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
-        place[int(last)] = parsed
-    elif isinstance(place, dict):
-        place[last] = parsed
-    else:
-        raise UserError(f"--set {override}: there is no {key} in the recipe")
-
-
-def _enter(place: Any, part: str, override: str) -> Any:
-    if isinstance(place, list) and part.isdigit() and int(part) < len(place):
-        if isinstance(place[int(part)], str):
-            place[int(part)] = {place[int(part)]: {}}
-        return place[int(part)]
-    if isinstance(place, list):  # the first stage of that name
-        for number, entry in enumerate(place):
-            if entry == part:
-                place[number] = entry = {part: {}}
-            if isinstance(entry, dict) and part in entry:
-                entry[part] = entry[part] if isinstance(entry[part], dict) else {}
-                return entry[part]
-    if isinstance(place, dict):
-        if not isinstance(place.get(part), dict | list):
-            place[part] = {}
-        return place[part]
-    raise UserError(f"--set {override}: the recipe has no {part!r} there")
-
-
 def _publish(folder: Path, out: Path) -> None:
     """A copy of a stage's model folder, by hard links where the disk can, put in place at once."""
     partial = out.parent / f".{out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     skip = shutil.ignore_patterns("trainer", "tensorboard")
-    shutil.copytree(folder, partial, copy_function=_link, ignore=skip)
+    shutil.copytree(folder, partial, copy_function=manifest.link, ignore=skip)
     manifest.replace_folder(partial, out)
 
 
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _drop_weights(folder: Path) -> None:
+    """What is large goes; the stage then counts as not done: the next one could not read it."""
+    heavy = [*folder.glob("model*.safetensors*"), folder / "trainer", folder / "grams"]
+    there = [path for path in heavy if path.exists()]
+    if there:
+        manifest.forget(folder)
+    for path in there:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

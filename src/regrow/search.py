@@ -6,6 +6,8 @@ not profiled. It stands above the stages, because it joins cutting and measuring
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.data import Blocks, DataConfig, build_blocks
+from regrow.data.digest import data_digest
 from regrow.errors import UserError
 from regrow.manifest import Stage, digest, read
 from regrow.options import Options
@@ -40,7 +43,7 @@ def prune(
     model: str | Path | Checkpoint,
     out: str | Path,
     config: PruneConfig,
-    profile: str | Path | Profile,
+    profile: str | Path | Profile | None = None,
     data: DataConfig | None = None,
     options: Options | None = None,
 ) -> Path:
@@ -51,17 +54,19 @@ def prune(
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     if config.keep_params is None:
         return prune_to(checkpoint, out, config, profile)
+    if profile is None:
+        raise UserError("keep_params needs a profile: make one with regrow profile, give --profile")
     found = profile if isinstance(profile, Profile) else Profile(profile)
     shapes = check_keep_params(checkpoint, config)
-    table = _earlier_choice(Path(out), checkpoint, found, config)
+    asked = digest(config.model_dump(mode="json"), None if data is None else data_digest(data))
+    table = _earlier_choice(Path(out), asked, checkpoint, found, config)
     if table is None:
         if len(shapes) > 1 and data is None:
             raise UserError("keep_params needs data to choose a shape on: give --data, or sizes")
         table = choose_shape(checkpoint, shapes, found, config, data, options or Options())
     chosen = next(row for row in table if row["chosen"])
-    return prune_to(
-        checkpoint, out, with_sizes(config, chosen["sizes"]), found, extra={"candidates": table}
-    )
+    sizes = with_sizes(config, chosen["sizes"])
+    return prune_to(checkpoint, out, sizes, found, extra={"candidates": table}, search=asked)
 
 
 def check_keep_params(checkpoint: Checkpoint, config: PruneConfig) -> list[Shape]:
@@ -117,7 +122,7 @@ def choose_shape(
                 "chosen": False,
             }
         )
-    best = min(rows, key=lambda row: row["kl"])
+    best = min(rows, key=lambda row: row["kl"] if math.isfinite(row["kl"]) else math.inf)
     best["chosen"] = True
     say(f"search: chose {best['name']}")
     return rows
@@ -171,17 +176,17 @@ def _score(
 
 
 def _earlier_choice(
-    out: Path, checkpoint: Checkpoint, profile: Profile, config: PruneConfig
+    out: Path, asked: str, checkpoint: Checkpoint, profile: Profile, config: PruneConfig
 ) -> list[dict[str, Any]] | None:
     """The table of an earlier run of this very search, so that a resumed job need not repeat it."""
-    import json
-
-    found = read(out)
-    path = out / "candidates.json"
-    if found is None or not path.exists() or found["inputs"].get("profile") != digest(profile.info):
+    found, path = read(out), out / "candidates.json"
+    if found is None or not path.exists():
+        return None
+    inputs = found.get("inputs", {})
+    known = {"search": asked, "model": checkpoint.fingerprint, "profile": digest(profile.info)}
+    if any(inputs.get(name) != value for name, value in known.items()):
         return None
     table: list[dict[str, Any]] = json.loads(path.read_text())
     chosen = next(row for row in table if row["chosen"])
-    stage = Stage(out, "prune", with_sizes(config, chosen["sizes"]), found["inputs"])
-    same = found["inputs"]["model"] == checkpoint.fingerprint and stage.complete
-    return table if same else None
+    stage = Stage(out, "prune", with_sizes(config, chosen["sizes"]), inputs)
+    return table if stage.complete else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from regrow.data import hub, packages
 from regrow.data.config import SourceConfig
 from regrow.data.files import check_sha256, plain_name, sha256_of
 from regrow.errors import UserError
+from regrow.options import cache_folder
 
 READERS = "regrow.data.readers"
 
@@ -57,12 +57,6 @@ def check_source(source: SourceConfig) -> None:
     """Raise UserError for a local source that is not there or has no reader; fetches nothing."""
     if not source.source.startswith(packages.PREFIX) and not _is_hub(source):
         resolve(source)
-
-
-def cache_folder() -> Path:
-    """REGROW_CACHE, or ~/.cache/regrow."""
-    given = os.environ.get("REGROW_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "regrow"
 
 
 def reader_of(path: Path) -> str:

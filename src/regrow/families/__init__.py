@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from regrow import plugins
-from regrow.errors import UserError, nearest
 from regrow.checkpoint import Checkpoint
+from regrow.errors import UserError, nearest
 from regrow.families._table import Family, Tensor, rows, unit_rows
 
 __all__ = ["Family", "Tensor", "get", "of", "rows", "unit_rows"]
@@ -22,7 +22,8 @@ def get(model_type: str) -> Family:
             f"{', '.join(known)}; to add one, read docs/add-a-family.md"
         )
     family = plugins.load(__name__, model_type).FAMILY
-    assert isinstance(family, Family) and family.model_type == model_type
+    assert isinstance(family, Family)
+    assert family.model_type == model_type
     return family
 
 
@@ -31,6 +32,14 @@ def of(checkpoint: Checkpoint) -> Family:
 
     Raises UserError for an unknown family or tensors that do not fit it.
     """
+    model_type = checkpoint.config["model_type"]
+    known = plugins.names(__name__)
+    if checkpoint.has_remote_code and model_type not in known:
+        raise UserError(
+            f"{checkpoint.folder} would need remote code (auto_map in its config), which is never "
+            f"run; {model_type!r} is none of the families there are: {', '.join(known)}; to add "
+            "one, read docs/add-a-family.md"
+        )
     family = get(checkpoint.config["model_type"])
     family.check_tensors(checkpoint.config, checkpoint.shapes)
     return family

@@ -151,7 +151,7 @@ class Family:
         return None
 
     def check_tensors(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raise UserError when tensors of these shapes are not the family's, by name or by shape."""
+        """Raise UserError when these tensors are not the family's, by name or by shape."""
         expected = self.expected(config)
         for name, shape in shapes.items():
             if name not in expected and name != self.head:
@@ -164,7 +164,9 @@ class Family:
                     f"{name}: shape {shape}, but by config.json it must be {expected[name]}"
                 )
         if missing := sorted(set(expected) - set(shapes)):
-            raise UserError(f"{missing[0]} is missing ({len(missing)} in all): fetch the model again")
+            raise UserError(
+                f"{missing[0]} is missing ({len(missing)} in all): fetch the model again"
+            )
 
     def readers(self, dim: str) -> list[str]:
         """Templates of the projections that read `dim` (their axis 1): what repair may re-solve."""

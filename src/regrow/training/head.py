@@ -30,8 +30,9 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
-        """Float32 logits [N, V] of final hidden states, `weight_VH` in the compute dtype."""
-        logits_NV = (hidden_NH @ weight_VH.T).float()
+        """Logits [N, V] of final hidden states, float32 at least; `weight_VH` as wide as those."""
+        logits_NV = hidden_NH @ weight_VH.T
+        logits_NV = logits_NV.to(exact_dtype(logits_NV.dtype))
         if self.softcap is not None:
             logits_NV = logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits_NV
@@ -41,6 +42,11 @@ class Head:
         if self.softcap is None:
             return gradient_NV
         return gradient_NV * (1 - (logits_NV / self.softcap) ** 2)
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax and accumulation over products in `dtype`: float32, or float64 if so."""
+    return torch.promote_types(torch.float32, dtype)
 
 
 def head_of(model: Any) -> Head:
@@ -57,7 +63,7 @@ def head_of(model: Any) -> Head:
 
 @dataclass(frozen=True)
 class Mix:
-    """A weighted sum of losses at one temperature; `weights` maps a loss's file name to its weight."""
+    """A weighted sum of losses at one temperature; `weights` are by the loss's file name."""
 
     weights: dict[str, float]
     temperature: float = 1.0
@@ -128,11 +134,12 @@ class _HeadLoss(torch.autograd.Function):
             for begin in range(0, len(targets_N), job.chunk):
                 sums.add_chunk(slice(begin, begin + job.chunk), targets_N, teacher_NH)
         ctx.gradients = (sums.hidden_gradient, sums.weight_gradient)
-        values = sums.values.to(torch.promote_types(torch.float32, student_NH.dtype))
+        values = sums.values.to(exact_dtype(student_NH.dtype))
         weights = values.new_tensor(list(job.mix.weights.values()))
         parts = [part.clone() for part in values]
         ctx.mark_non_differentiable(*parts)
-        return (values @ weights, *parts)
+        # No product: autocast would round the sum to half precision.
+        return ((values * weights).sum(), *parts)
 
     @staticmethod
     @once_differentiable
@@ -152,10 +159,14 @@ class _Sums:
     """The running sums of values and gradients over the chunks."""
 
     def __init__(
-        self, student_NH: Tensor, weight_VH: Tensor, job: _Job, wants_hidden: bool, wants_weight: bool
+        self,
+        student_NH: Tensor,
+        weight_VH: Tensor,
+        job: _Job,
+        wants_hidden: bool,
+        wants_weight: bool,
     ) -> None:
         self.job, self.student_NH = job, student_NH
-        self.exact = torch.promote_types(torch.float32, student_NH.dtype)
         self.weight_VH = weight_VH.detach().to(job.compute)
         self.teacher_VH = None if job.teacher is None else job.teacher.weight_VH.to(job.compute)
         self.shared = min(len(w) for w in (self.weight_VH, self.teacher_VH) if w is not None)
@@ -163,7 +174,7 @@ class _Sums:
         self.values = torch.zeros(len(self.terms), dtype=torch.float64, device=student_NH.device)
         self.hidden_gradient = torch.empty_like(student_NH) if wants_hidden else None
         self.weight_gradient = (
-            torch.zeros(weight_VH.shape, dtype=self.exact, device=weight_VH.device)
+            torch.zeros_like(weight_VH, dtype=exact_dtype(student_NH.dtype))
             if wants_weight
             else None
         )

@@ -34,7 +34,7 @@ class Teacher:
 
 def final_hidden(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """The hidden states [B, T, H] that the output head reads, after the last norm."""
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     outputs = model.base_model(
         input_ids=batch["input_ids"].to(device),
         position_ids=batch["position_ids"].to(device),

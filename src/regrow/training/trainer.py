@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -26,7 +26,6 @@ from regrow.errors import UserError
 from regrow.progress import Progress
 from regrow.training.head import Mix, head_loss, head_of
 from regrow.training.teacher import Teacher, final_hidden, scored
-
 
 HELDOUT = {"eval_forward_kl": "heldout_kl", "eval_cross_entropy": "heldout_cross_entropy"}
 
@@ -73,9 +72,19 @@ class DistillTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # asks Trainer to count the scored tokens
         self.loss_is_scaled_for_ga = True
+        if self.args.world_size > 1 and self.eval_dataset is not None:
+            share = self.args.world_size * self.args.per_device_eval_batch_size
+            self.eval_dataset = _EvenShares(self.eval_dataset, share)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(dataset)
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The model in training, unwrapped."""
+        assert isinstance(self.model, PreTrainedModel)
+        return self.model
 
     def compute_loss(
         self,
@@ -105,7 +114,7 @@ class DistillTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean of each loss over the held-out blocks, in nats per scored token, over all ranks."""
-        self.model.eval()
+        self.student.eval()
         sums: dict[str, Tensor] = {}
         dataloader = self.get_eval_dataloader()
         for inputs in dataloader:
@@ -175,7 +184,8 @@ class Journal(TrainerCallback):
     ) -> None:
         """Drop the rows of steps that will be done again, after a kill."""
         if state.is_world_process_zero:
-            _drop_later_rows(self.path, self.stage, state.global_step)
+            # From the start, the row of step 0 will be written again too.
+            _drop_later_rows(self.path, self.stage, state.global_step or -1)
 
     def on_log(
         self,
@@ -198,6 +208,25 @@ class Journal(TrainerCallback):
         }
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+class _EvenShares(Dataset[dict[str, Tensor]]):
+    """Blocks, and some in which nothing is scored, so that their number is a multiple of `share`.
+
+    Every rank then has as many batches as the others, and no block is counted twice to fill up.
+    """
+
+    def __init__(self, blocks: Any, share: int) -> None:
+        self.blocks, self.length = blocks, -(-len(blocks) // share) * share
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index < len(self.blocks):
+            block: dict[str, Tensor] = self.blocks[index]
+            return block
+        return {**self.blocks[0], "labels": torch.full_like(self.blocks[0]["labels"], -100)}
 
 
 def _drop_later_rows(path: Path, stage: str, step: int) -> None:

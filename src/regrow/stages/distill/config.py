@@ -12,11 +12,11 @@ class DistillConfig(Config):
 
     tokens: int = Field(default=1_000_000, ge=1)
     """Tokens to train on; raising it later extends a finished run."""
-    batch_tokens: int = Field(default=2048, ge=1)
+    batch_tokens: int = Field(default=512, ge=1)
     """Tokens per optimizer step, over all devices and accumulation."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate of AdamW."""
-    min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
+    min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
     """Where the cosine ends, as a share of the peak."""
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
@@ -40,4 +40,4 @@ class DistillConfig(Config):
     def loss_weights(self) -> dict[str, float]:
         """Weight of each loss by name; the KL comes first, it is what is reported and kept by."""
         weights = {"forward_kl": 1.0 - self.alpha, "cross_entropy": self.alpha}
-        return {name: weight for name, weight in weights.items() if weight > 0 or name == "forward_kl"}
+        return {name: w for name, w in weights.items() if w > 0 or name == "forward_kl"}

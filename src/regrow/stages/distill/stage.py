@@ -6,30 +6,28 @@ import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import TrainingArguments
 
 from regrow import checkpoint as checkpoints
+from regrow import ranks
 from regrow.checkpoint import Checkpoint, load
-from regrow.data import Blocks, DataConfig, build_blocks
+from regrow.data import DataConfig, build_blocks
 from regrow.data.digest import data_digest
 from regrow.errors import UserError
 from regrow.manifest import Figure, Stage, read, require_space
 from regrow.options import Options
 from regrow.progress import progress, say
 from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.student import Student, open_student
 from regrow.training.head import Mix
 from regrow.training.teacher import Teacher
 from regrow.training.trainer import DistillTrainer, Journal, Pace, bind_loss
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 TRAINER = "trainer"
 METRICS = "metrics.jsonl"
-CARRIED = ("plan.json",)
+CARRIED = ("plan.json", "plan-from-first.json")
 
 
 def distill(
@@ -43,15 +41,16 @@ def distill(
 ) -> Path:
     """Train `student` towards `teacher` on the train split of `data`; write the best student.
 
+    A student given as a config.json is made fresh, with the teacher's tokenizer.
     bf16 compute over float32 master weights; the checkpoint with the lowest held-out KL is kept.
     Metrics go to `metrics.jsonl` in the folder and, if given, to `journal` as well.
     An interrupted run goes on from its last checkpoint, a raised `tokens` extends a finished one.
     Raises UserError for tokenizers that differ, too little text, a loss that is no number.
     """
     out, config, options = Path(out), config or DistillConfig(), options or Options()
-    pupil = student if isinstance(student, Checkpoint) else load(student)
     master = teacher if isinstance(teacher, Checkpoint) else load(teacher)
-    check_tokenizers(pupil, master)
+    pupil = open_student(student, master)
+    check_tokenizers(pupil.like, master)
     inputs = {
         "student": pupil.fingerprint,
         "teacher": master.fingerprint,
@@ -61,20 +60,28 @@ def distill(
     if stage.complete:
         say(f"distill: {out} is complete and unchanged")
         return out
-    steps, accumulation = steps_of(config, data, options)
-    parameters = sum(pupil.bytes(name) for name in pupil.names()) // 2
-    require_space(out, parameters * (2 * 16 + 2))
+    steps, micro, accumulation = steps_of(config, data, options)
+    # Weights and optimizer of the best, the last and the next checkpoint, and the result.
+    require_space(out, pupil.parameters * (3 * 12 + pupil.dtype.itemsize))
     heldout = build_blocks(data, master.tokenizer(), "heldout", config.heldout_blocks)
     blocks = build_blocks(
         data, master.tokenizer(), "train", steps * config.batch_tokens // data.sequence_length
     )
+    ranks.join(cpu=options.torch_device().type == "cpu")
     with stage as folder:
-        _adopt_finished(out, folder, stage)
-        model = pupil.model(torch.float32)
-        torch.manual_seed(config.seed)
-        trainer = _trainer(model, blocks, heldout, folder, config, options, steps, accumulation)
-        _train(trainer, master, folder, out, config, steps, journal)
-        _write(trainer, pupil, folder)
+        if ranks.is_main():
+            _adopt_finished(out, folder, stage)
+        ranks.wait()
+        model = pupil.model(config.seed)
+        device = options.torch_device()
+        teacher_model = master.model(torch.bfloat16, device)
+        arguments = _arguments(folder, config, device, steps, micro, accumulation)
+        trainer = DistillTrainer(
+            model=model, args=arguments, train_dataset=blocks, eval_dataset=heldout
+        )
+        _train(trainer, Teacher(teacher_model), folder, out, config, steps, journal)
+        if ranks.is_main():
+            _write(trainer, pupil, folder)
         stage.figures += _figures(trainer, steps * config.batch_tokens)
     return out
 
@@ -90,20 +97,22 @@ def check_tokenizers(student: Checkpoint, teacher: Checkpoint) -> None:
         )
 
 
-def steps_of(config: DistillConfig, data: DataConfig, options: Options) -> tuple[int, int]:
-    """Optimizer steps of the budget, and micro-batches per step on each device.
+def steps_of(config: DistillConfig, data: DataConfig, options: Options) -> tuple[int, int, int]:
+    """Optimizer steps of the budget, blocks per micro-batch, and micro-batches per step and device.
 
-    Raises UserError when batch_tokens cannot be made of whole blocks and micro-batches.
+    A micro-batch has at most `options.batch_size` blocks. Raises UserError when batch_tokens cannot
+    be made of whole blocks on every device.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = options.batch_size * data.sequence_length * ranks
-    if config.batch_tokens % micro:
+    devices = ranks.world_size()
+    unit = data.sequence_length * devices
+    if config.batch_tokens % unit:
         raise UserError(
-            f"batch_tokens {config.batch_tokens} is no multiple of {micro} (batch_size "
-            f"{options.batch_size} × sequence_length {data.sequence_length} × {ranks} devices); "
-            "change one of them"
+            f"batch_tokens {config.batch_tokens} is no multiple of {unit} (sequence_length "
+            f"{data.sequence_length} × {devices} devices); change one of them"
         )
-    return max(1, round(config.tokens / config.batch_tokens)), config.batch_tokens // micro
+    blocks = config.batch_tokens // unit
+    micro = max(n for n in range(1, min(options.batch_size, blocks) + 1) if blocks % n == 0)
+    return max(1, round(config.tokens / config.batch_tokens)), micro, blocks // micro
 
 
 def _stage(out: Path, config: DistillConfig, inputs: dict[str, str]) -> Stage:
@@ -125,23 +134,20 @@ def _adopt_finished(out: Path, folder: Path, stage: Stage) -> None:
     shutil.copyfile(out / METRICS, folder / METRICS)
 
 
-def _trainer(
-    model: PreTrainedModel,
-    blocks: Blocks,
-    heldout: Blocks,
+def _arguments(
     folder: Path,
     config: DistillConfig,
-    options: Options,
+    device: torch.device,
     steps: int,
+    micro: int,
     accumulation: int,
-) -> DistillTrainer:
-    device = options.torch_device()
+) -> TrainingArguments:
     every = max(1, min(steps, round(config.eval_tokens / config.batch_tokens)))
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(folder / TRAINER),
         max_steps=steps,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
         gradient_accumulation_steps=accumulation,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
@@ -159,7 +165,7 @@ def _trainer(
         eval_on_start=True,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=1,
+        save_total_limit=2,  # the best and the last; with 1 Trainer drops the last when it ends
         load_best_model_at_end=True,
         metric_for_best_model="eval_forward_kl",
         greater_is_better=False,
@@ -171,9 +177,6 @@ def _trainer(
         ignore_data_skip=False,
         disable_tqdm=True,
         seed=config.seed,
-    )
-    return DistillTrainer(
-        model=model, args=arguments, train_dataset=blocks, eval_dataset=heldout
     )
 
 
@@ -188,7 +191,7 @@ def _trackers(folder: Path) -> list[str]:
 
 def _train(
     trainer: DistillTrainer,
-    master: Checkpoint,
+    teacher: Teacher,
     folder: Path,
     out: Path,
     config: DistillConfig,
@@ -198,12 +201,11 @@ def _train(
     from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_utils import get_last_checkpoint
 
-    device = trainer.args.device
-    teacher = Teacher(master.model(torch.bfloat16, device))
     mix = Mix(config.loss_weights(), config.temperature)
-    undo = bind_loss(trainer.model, teacher, mix)
+    undo = bind_loss(trainer.student, teacher, mix)
     (folder / TRAINER).mkdir(exist_ok=True)
     last = get_last_checkpoint(str(folder / TRAINER))
+    trainer.args.eval_on_start = last is None  # a run that goes on has that row
     if last is not None:
         say(f"distill: goes on from {Path(last).name}")
     trainer.remove_callback(PrinterCallback)
@@ -233,26 +235,31 @@ def _rescue(folder: Path, out: Path) -> str:
     return f"the last good checkpoint ({Path(last).name}) is kept in {kept}"
 
 
-def _write(trainer: DistillTrainer, pupil: Checkpoint, folder: Path) -> None:
+def _write(trainer: DistillTrainer, pupil: Student, folder: Path) -> None:
     """Write the best student in the parent's dtype, with what travels beside it."""
-    dtype = getattr(torch, pupil.dtype(pupil.names()[0]))
-    model = trainer.model.to(dtype)  # type: ignore[union-attr]
+    model = trainer.student.to(pupil.dtype)  # type: ignore[arg-type]
     model.config.use_cache = True
-    checkpoints.write_model(model, folder, pupil)
+    checkpoints.write_model(model, folder, pupil.like)
     for name in CARRIED:
-        if (pupil.folder / name).exists():
-            shutil.copyfile(pupil.folder / name, folder / name)
+        path = pupil.carried(name)
+        if path is not None:
+            shutil.copyfile(path, folder / name)
 
 
 def _figures(trainer: DistillTrainer, tokens: int) -> list[Figure]:
     rows = [row for row in trainer.state.log_history if "eval_forward_kl" in row]
     convention = "KL(teacher || student) on held-out blocks, bf16"
     first = Figure(
-        name="held-out KL before", value=rows[0]["eval_forward_kl"], unit="nats", convention=convention
+        name="held-out KL before",
+        value=rows[0]["eval_forward_kl"],
+        unit="nats",
+        convention=convention,
     )
+    # Of the checkpoint that was kept: none is made at step 0, which is measured too.
+    assert trainer.state.best_metric is not None
     best = Figure(
         name="held-out KL",
-        value=min(row["eval_forward_kl"] for row in rows),
+        value=trainer.state.best_metric,
         unit="nats",
         convention=convention,
     )

@@ -21,7 +21,7 @@ LAYER = "model.layers.{layer}"
 
 @dataclass
 class Batch:
-    """What the hooks must know of the batch that runs: its real tokens and the Gram set it is in."""
+    """What the hooks must know of the running batch: its real tokens, and its Gram set if any."""
 
     real_BT: Tensor
     gram: Split | None = None
@@ -49,7 +49,8 @@ class Collector:
     def __init__(
         self, family: Family, needs: dict[str, set[str]], grams: Iterable[str], weighted: bool
     ) -> None:
-        self.family, self.needs, self.gram_dims, self.weighted = family, needs, tuple(grams), weighted
+        self.family, self.needs = family, needs
+        self.gram_dims, self.weighted = tuple(grams), weighted
         self.sums: dict[str, Tensor] = {}
         self.grams: dict[tuple[str, int], _GramSums] = {}
         self.tokens = 0

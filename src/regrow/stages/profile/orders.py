@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from regrow.checkpoint import Checkpoint
-from regrow.stages.profile.collect import LAYER, Batch, Collector
 from regrow.progress import Progress
+from regrow.stages.profile.collect import LAYER, Batch, Collector
 
 Batches = list[tuple[Batch, dict[str, Tensor]]]
 """Per batch: what the hooks must know, and the model's inputs (input_ids, position_ids)."""

@@ -18,11 +18,11 @@ from regrow.data.digest import data_digest
 from regrow.errors import UserError
 from regrow.manifest import Figure, Stage, require_space, write_json
 from regrow.options import Options
+from regrow.progress import progress, say
 from regrow.stages.profile.collect import Batch, Collector, Split
 from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.importance import Weights
 from regrow.stages.profile.orders import Batches, layer_major, resident
-from regrow.progress import progress, say
 from regrow.statistics import INFO, SCORES, STATISTICS, Gram, Profile
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def profile(
         save_file(statistics, folder / STATISTICS)
         save_file(_scores(config, statistics, checkpoint, family), folder / SCORES)
         info = {
+            "digest": stage.digest,  # tells this profile from one on other text
             "fingerprint": checkpoint.fingerprint,
             "model_type": checkpoint.config["model_type"],
             "criteria": list(config.criteria),
@@ -137,7 +138,7 @@ def compute_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _fits(checkpoint: Checkpoint, collector: Collector, device: torch.device) -> bool:
-    """Whether the weights (and the Grams of all layers) take less than 0.7 of the device's memory."""
+    """Whether weights and the Grams of all layers take less than 0.7 of the device's memory."""
     sizes = collector.family.sizes(checkpoint.config)
     width = {"mlp": sizes["mlp"], "heads": sizes["heads"] * sizes["head_dim"]}
     grams = sum(sizes["layers"] * 2 * 4 * width[dim] ** 2 for dim in collector.gram_dims)
@@ -175,8 +176,8 @@ def _grouped(
     for gram, numbers in groups.items():
         for begin in range(0, len(numbers), batch_size):
             some = numbers[begin : begin + batch_size]
-            inputs = {"input_ids": blocks.input_ids[some], "position_ids": blocks.position_ids[some]}
-            yield Batch(blocks.real[some], gram), inputs
+            ids, positions = blocks.input_ids[some], blocks.position_ids[some]
+            yield Batch(blocks.real[some], gram), {"input_ids": ids, "position_ids": positions}
 
 
 def _count(blocks: Blocks) -> int:
@@ -188,7 +189,7 @@ def _save_gram(gram: Gram, path: Path) -> None:
 
 
 def _tidy(sums: dict[str, Tensor], sizes: dict[str, int], tokens: int) -> dict[str, Tensor]:
-    """Per key `statistic/dim/layer`: [units, width]; layers gathered into one tensor; kv_heads too."""
+    """Sums as [units, width] by `statistic/dim/layer`; layers in one tensor; kv_heads added."""
     found: dict[str, Tensor] = {}
     distances = {k: v for k, v in sums.items() if k.startswith("input_output_distance/")}
     for key, value in sums.items():

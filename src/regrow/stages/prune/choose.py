@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from regrow.checkpoint import Checkpoint
 from regrow.families import Family
 from regrow.plan import Plan
 from regrow.statistics import Profile
-from regrow.checkpoint import Checkpoint
 
 
 def full_sizes(family: Family, before: dict[str, int], sizes: dict[str, int]) -> dict[str, int]:
@@ -42,8 +42,9 @@ def choose(
     hidden = None
     if "hidden" in cut:
         hidden = best(profile.scores(criterion, "hidden")["all"], after["hidden"])
-    kv_heads = _per_layer(profile, criterion, "kv_heads", layers, after) if "kv_heads" in cut else None
-    heads = None
+    kv_heads = heads = None
+    if "kv_heads" in cut:
+        kv_heads = _per_layer(profile, criterion, "kv_heads", layers, after)
     if "heads" in cut:
         scores = profile.scores(criterion, "heads")
         everything = list(range(before["kv_heads"]))

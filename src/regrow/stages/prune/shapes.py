@@ -77,6 +77,8 @@ def _meet(
     if best is None:
         return None
     chosen = {dim: size for dim, size in {**sizes, free: best}.items() if size != full[dim]}
+    if not chosen:  # the whole model meets the target, and there is nothing to cut
+        return None
     try:
         family.check_sizes(config, chosen, multiple_of)
     except UserError:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.errors import UserError
 from regrow.manifest import Figure, Stage, digest, require_space, write_json
-from regrow.plan import Plan
+from regrow.plan import Plan, compose
 from regrow.progress import say
 from regrow.stages.prune.choose import choose, full_sizes
 from regrow.stages.prune.config import PruneConfig
@@ -19,6 +20,8 @@ from regrow.stages.prune.repair import Repair
 from regrow.statistics import Profile
 
 PLAN = "plan.json"
+FROM_FIRST = "plan-from-first.json"
+RUN_BYTES = 1_000_000_000
 
 
 def prune(
@@ -27,11 +30,14 @@ def prune(
     config: PruneConfig,
     profile: str | Path | Profile | None = None,
     extra: dict[str, object] | None = None,
+    search: str | None = None,
 ) -> Path:
     """Cut a checkpoint, tensor by tensor from disk to disk, to explicit sizes or a given plan.
 
-    `extra` (the table of a shape search) is kept beside the plan. Raises UserError for an
-    impossible shape, a profile or plan of another model, or what is missing for the job.
+    `extra` (the table of a shape search) is kept beside the plan, `search` is a digest of what was
+    searched for. A model that is itself the result of a cut gets a second plan, by the ids of the
+    first model. Raises UserError for an impossible shape, a profile or plan of another model, or
+    what is missing for the job.
     """
     out = Path(out)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
@@ -46,10 +52,13 @@ def prune(
     inputs = {"model": checkpoint.fingerprint, "plan": plan.digest()}
     if found is not None:
         inputs["profile"] = digest(found.info)
+    if search is not None:
+        inputs["search"] = search
     stage = Stage(out, "prune", config, inputs)
     if stage.complete:
         say(f"prune: {out} is complete and unchanged")
         return out
+    from_first = _from_first(checkpoint, plan)
     after = family.count(checkpoint.config, plan.after)
     before = family.count(checkpoint.config)
     require_space(out, sum(map(checkpoint.bytes, checkpoint.names())) * after // before)
@@ -58,12 +67,25 @@ def prune(
         repair = Repair(checkpoint, family, found, plan) if repaired and found else None
         cut_folder(checkpoint, plan, folder, replace=repair)
         plan.write(folder / PLAN)
+        if from_first is not None:
+            from_first.write(folder / FROM_FIRST)
         for name, value in (extra or {}).items():
             write_json(folder / f"{name}.json", value)
         stage.figures += _figures(before, after, repair)
         stage.extra["repair"] = {} if repair is None else repair.solutions
         prove_reload(folder)
     return out
+
+
+def _from_first(checkpoint: Checkpoint, plan: Plan) -> Plan | None:
+    """All cuts since the first model as one plan; None when this is the first."""
+    for name in (FROM_FIRST, PLAN):
+        path = checkpoint.folder / name
+        if path.exists():
+            earlier = Plan.read(path)
+            # A plan for this very model, put beside it to be applied, is no history of it.
+            return None if earlier.fingerprint == checkpoint.fingerprint else compose(earlier, plan)
+    return None
 
 
 def make_plan(checkpoint: Checkpoint, config: PruneConfig, profile: Profile | None) -> Plan:
@@ -111,14 +133,24 @@ def describe(plan: Plan) -> str:
 
 
 def prove_reload(folder: Path) -> None:
-    """Open the folder with the stock reader and run it; an assertion of ours, not of the user's."""
-    if sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 4e9:
-        return  # headers and names are checked for every size; running needs the model in memory
+    """Open what was written with the stock reader; an assertion of ours, not of the user's.
+
+    A model up to 1 GB is loaded and run. Of a larger one, which was cut with the memory of two
+    shards, the stock class is made without memory and its tensors' names and shapes are compared.
+    """
     checkpoint = Checkpoint(folder)
-    model = checkpoint.model(torch.bfloat16)
-    with torch.no_grad():
-        logits = model(torch.arange(8)[None] % model.config.vocab_size).logits
-    assert bool(logits.isfinite().all()), f"{folder} computes values that are not finite"
+    families.of(checkpoint)
+    if sum(map(checkpoint.bytes, checkpoint.names())) <= RUN_BYTES:
+        model = checkpoint.model(torch.bfloat16)
+        with torch.no_grad():
+            logits = model(torch.arange(8)[None] % model.config.vocab_size).logits
+        assert bool(logits.isfinite().all()), f"{folder} computes values that are not finite"
+        return
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    with torch.device("meta"):
+        stock = AutoModelForCausalLM.from_config(config).state_dict()
+    shapes = {name: tuple(value.shape) for name, value in stock.items()}
+    assert checkpoint.shapes.items() <= shapes.items(), f"{folder} is not what its config says"
 
 
 def _profile_for(checkpoint: Checkpoint, profile: str | Path | Profile | None) -> Profile | None:
@@ -127,8 +159,8 @@ def _profile_for(checkpoint: Checkpoint, profile: str | Path | Profile | None) -
     found = profile if isinstance(profile, Profile) else Profile(profile)
     if found.fingerprint != checkpoint.fingerprint:
         raise UserError(
-            f"{found.folder} is the profile of another model ({found.fingerprint[:12]}, this one is "
-            f"{checkpoint.fingerprint[:12]}): profile {checkpoint.folder} first"
+            f"{found.folder} is the profile of another model ({found.fingerprint[:12]}, this one "
+            f"is {checkpoint.fingerprint[:12]}): profile {checkpoint.folder} first"
         )
     return found
 

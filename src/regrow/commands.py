@@ -1,0 +1,262 @@
+"""The commands, one function each: its parameters are the flags, its docstring is the help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
+
+from regrow.config import parse
+from regrow.data.config import DataConfig
+from regrow.errors import UserError
+from regrow.manifest import refuse_foreign
+from regrow.options import Options
+from regrow.recipe import KeepStages
+from regrow.stages.distill import DistillConfig
+from regrow.stages.evaluate import EvaluateConfig
+from regrow.stages.profile import ProfileConfig
+from regrow.stages.prune import PruneConfig
+from regrow.stages.report import ReportConfig
+
+if TYPE_CHECKING:
+    from regrow.checkpoint import Checkpoint
+
+Model = Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
+Sources = tuple[str, ...]
+
+
+def inspect(model: Model) -> None:
+    """Print a model's family, its axes with their legal widths, and sizes at a few targets.
+
+    Args:
+        model: Hugging Face folder, hub id, GGUF file, or package:NAME.
+    """
+    from regrow.inspect import describe_model
+
+    describe_model(model)
+
+
+def run(
+    recipe: Positional[Path],
+    out: Path,
+    options: OmitArgPrefixes[Options] = Options(),
+    set: UseAppendAction[tuple[str, ...]] = (),
+    keep_stages: KeepStages = "all",
+    dry_run: bool = False,
+) -> None:
+    """Run a recipe: a whole job, resumable by the same command.
+
+    Args:
+        recipe: YAML file with model, data and stages.
+        out: Folder for stages/, metrics.jsonl, model/ and report.html.
+        options: Device and portions.
+        set: Override a field of the recipe: stages.prune.keep_params=0.7.
+        keep_stages: Keep the weights of all stages, or of the final model only.
+        dry_run: Check everything and print what would be done.
+    """
+    from regrow import estimate
+    from regrow import recipe as recipes
+
+    job = recipes.read(recipe, list(set))
+    if dry_run:
+        recipes.check(job, options)
+        _print(estimate.of_recipe(job, options))
+        return
+    recipes.run(job, out, options, keep_stages)
+
+
+def profile(
+    model: Model,
+    data: Sources,
+    out: Path,
+    config: OmitArgPrefixes[ProfileConfig] = ProfileConfig(),
+    options: OmitArgPrefixes[Options] = Options(),
+    data_weights: tuple[float, ...] = (),
+    sequence_length: int = 512,
+    dry_run: bool = False,
+) -> None:
+    """Measure what matters in a model on calibration text.
+
+    Args:
+        model: Hugging Face folder, hub id, GGUF file, or package:NAME.
+        data: Text: files, folders, hub ids, package:NAME==VERSION/path.
+        out: Folder to write the profile to.
+        config: What to measure.
+        options: Device and portions.
+        data_weights: Share of each source in the blend.
+        sequence_length: Tokens per block.
+        dry_run: Check everything and print what would be done.
+    """
+    from regrow import estimate
+    from regrow.checkpoint import load
+    from regrow.stages.profile import profile as stage
+
+    blend = _data(data, data_weights, sequence_length)
+    if dry_run:
+        _print(estimate.of_profile(load(model), blend, config), out)
+        return
+    stage(model, blend, out, config, options)
+
+
+def prune(
+    model: Model,
+    out: Path,
+    profile: Path | None = None,
+    data: Sources = (),
+    config: OmitArgPrefixes[PruneConfig] = PruneConfig(),
+    options: OmitArgPrefixes[Options] = Options(),
+    data_weights: tuple[float, ...] = (),
+    sequence_length: int = 512,
+    dry_run: bool = False,
+) -> None:
+    """Cut a model to a share of its parameters, to sizes, or by a plan, and repair what is left.
+
+    Args:
+        model: Hugging Face folder, hub id, GGUF file, or package:NAME.
+        out: Folder to write the smaller model to.
+        profile: Folder that regrow profile wrote for this model.
+        data: Text to choose a shape on, for --keep-params.
+        config: What to prune to, and how.
+        options: Device and portions.
+        data_weights: Share of each source in the blend.
+        sequence_length: Tokens per block.
+        dry_run: Check everything and print what would be done.
+    """
+    from regrow import estimate
+    from regrow.checkpoint import load
+    from regrow.search import prune as to_target
+
+    if dry_run:
+        _print(estimate.of_prune(load(model), config, sequence_length), out)
+        return
+    blend = _data(data, data_weights, sequence_length) if data else None
+    to_target(model, out, config, profile, blend, options)
+
+
+def distill(
+    student: Annotated[Positional[str], tyro.conf.arg(metavar="STUDENT")],
+    teacher: str,
+    data: Sources,
+    out: Path,
+    config: OmitArgPrefixes[DistillConfig] = DistillConfig(),
+    options: OmitArgPrefixes[Options] = Options(),
+    data_weights: tuple[float, ...] = (),
+    sequence_length: int = 512,
+    dry_run: bool = False,
+) -> None:
+    """Train a student to give its teacher's next-token distribution.
+
+    Args:
+        student: A pruned or otherwise smaller model, or a config.json for one made fresh.
+        teacher: The model to learn from, of the same tokenizer.
+        data: Text: files, folders, hub ids, package:NAME==VERSION/path.
+        out: Folder to write the distilled model to.
+        config: Budget, loss and schedule.
+        options: Device and portions.
+        data_weights: Share of each source in the blend.
+        sequence_length: Tokens per block.
+        dry_run: Check everything and print what would be done.
+    """
+    from regrow import estimate
+    from regrow.stages.distill import distill as stage
+
+    pupil, master = _open(student), _open(teacher)
+    blend = _data(data, data_weights, sequence_length)
+    if dry_run:
+        _print(estimate.of_distill(pupil, master, blend, config, options), out)
+        return
+    stage(pupil, master, blend, out, config, options)
+
+
+def evaluate(
+    models: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL")],
+    out: Path,
+    data: Sources = (),
+    against: str | None = None,
+    config: OmitArgPrefixes[EvaluateConfig] = EvaluateConfig(),
+    options: OmitArgPrefixes[Options] = Options(),
+    data_weights: tuple[float, ...] = (),
+    sequence_length: int = 512,
+    dry_run: bool = False,
+) -> None:
+    """Measure models side by side: perplexity, KL to the teacher, size, speed, generations.
+
+    Args:
+        models: Model folders; NAME=FOLDER gives one a name.
+        out: Folder to write the evaluation to.
+        data: Text whose held-out part is measured on.
+        against: The teacher, for KL and ratios.
+        config: What to measure.
+        options: Device and portions.
+        data_weights: Share of each source in the blend.
+        sequence_length: Tokens per block.
+        dry_run: Check everything and print what would be done.
+    """
+    from regrow import estimate
+    from regrow.stages.evaluate import evaluate as stage
+
+    named = {name: _open(model) for name, model in _named(models).items()}
+    master = None if against is None else _open(against)
+    blend = _data(data, data_weights, sequence_length) if data else None
+    if dry_run:
+        _print(estimate.of_evaluate(named, master, blend, config), out)
+        return
+    stage(named, out, blend, master, config, options)
+
+
+def report(
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")],
+    out: Path | None = None,
+    config: OmitArgPrefixes[ReportConfig] = ReportConfig(),
+    dry_run: bool = False,
+) -> None:
+    """Write a run's one-page HTML report.
+
+    Args:
+        run: Folder that regrow run wrote.
+        out: HTML file to write; default RUN/report.html.
+        config: What to show.
+        dry_run: Print what would be written.
+    """
+    from regrow.stages.report import report as stage
+
+    if dry_run:
+        print(f"report: of {run} to {out or run / 'report.html'}")
+        return
+    print(stage(run, out, config))
+
+
+def _print(lines: list[str], out: Path | None = None) -> None:
+    if out is not None:
+        refuse_foreign(out)
+    print("\n".join(lines))
+
+
+def _data(sources: Sources, weights: tuple[float, ...], sequence_length: int) -> DataConfig:
+    if weights and len(weights) != len(sources):
+        raise UserError(f"{len(weights)} --data-weights for {len(sources)} --data: give one each")
+    shares = weights or (1.0,) * len(sources)
+    blend = [{"source": s, "weight": w} for s, w in zip(sources, shares, strict=True)]
+    return parse(DataConfig, {"sources": blend, "sequence_length": sequence_length}, "--data")
+
+
+def _open(model: str) -> Checkpoint:
+    """A checkpoint of a known family: the stages take any, and find out late."""
+    from regrow import families
+    from regrow.checkpoint import load
+
+    checkpoint = load(model)
+    families.of(checkpoint)
+    return checkpoint
+
+
+def _named(models: tuple[str, ...]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for model in models:
+        name, equals, folder = model.partition("=")
+        named[name if equals else Path(model).name] = folder if equals else model
+    if len(named) < len(models):
+        raise UserError("two models have the same name: give NAME=FOLDER for each")
+    return named

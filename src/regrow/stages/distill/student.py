@@ -1,0 +1,118 @@
+"""What a distillation begins with: a checkpoint, or the config.json of a model to be made fresh."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from regrow.checkpoint import Checkpoint, load, refuse_kind
+from regrow.errors import UserError
+from regrow.manifest import digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student to be; it has the tokenizer and the dtype of `like`."""
+
+    like: Checkpoint
+    """The student itself, or the teacher of a fresh one."""
+    config: PretrainedConfig | None = None
+    """Config of a fresh student."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the checkpoint, or of the config."""
+        if self.config is None:
+            return self.like.fingerprint
+        return digest("fresh", self.config.to_dict())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the result is written in."""
+        found: torch.dtype = getattr(torch, self.like.dtype(self.like.names()[0]))
+        return found
+
+    @property
+    def parameters(self) -> int:
+        """How many there are, tied weights once."""
+        if self.config is None:
+            shapes = self.like.shapes.values()
+            return sum(torch.Size(shape).numel() for shape in shapes)
+        return sum(p.numel() for p in _on_meta(self.config).parameters())
+
+    def model(self, seed: int) -> PreTrainedModel:
+        """The float32 model, in eval mode; random weights of a fresh one follow from `seed`."""
+        torch.manual_seed(seed)
+        if self.config is None:
+            return self.like.model(torch.float32)
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        return made.eval()
+
+    def carried(self, name: str) -> Path | None:
+        """The file `name` beside the student's weights, if there is one."""
+        path = self.like.folder / name
+        return path if self.config is None and path.exists() else None
+
+
+def open_student(student: str | Path | Checkpoint, teacher: Checkpoint) -> Student:
+    """The student behind a folder, a hub id, a GGUF file, or a config.json (made fresh).
+
+    Raises UserError for what cannot be opened or made, or lacks token ids that the teacher has.
+    """
+    if isinstance(student, Checkpoint):
+        return Student(student)
+    if Path(student).suffix != ".json":
+        return Student(load(student))
+    path = Path(student).expanduser()
+    config = _config(path, _read(path), teacher)
+    needed = max(teacher.tokenizer().get_vocab().values()) + 1
+    if config.vocab_size < needed:
+        raise UserError(
+            f"{path}: vocab_size {config.vocab_size} is too small for the teacher's tokenizer; "
+            f"give {needed} or more"
+        )
+    return Student(teacher, config)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no config for a fresh student at {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise UserError(f"{path} names no model_type: give the config.json of a Hugging Face model")
+    refuse_kind(fields, path)
+    return fields
+
+
+def _config(path: Path, fields: dict[str, Any], teacher: Checkpoint) -> PretrainedConfig:
+    """The stock config, with the teacher's special tokens where the file names none."""
+    special = {key: teacher.config[key] for key in SPECIAL_IDS if key in teacher.config}
+    given = {k: v for k, v in fields.items() if k not in ("model_type", "auto_map")}
+    try:
+        config = AutoConfig.for_model(fields["model_type"], **{**special, **given})
+        _on_meta(config)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{path} is no config of a causal language model: {reason[:200]}") from None
+    return config
+
+
+def _on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return made

@@ -1,0 +1,196 @@
+"""One stage of a recipe: its fields checked, and whether it can succeed where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regrow.config import Config, parse
+from regrow.data.config import DataConfig
+from regrow.errors import UserError, nearest
+from regrow.options import Options
+
+if TYPE_CHECKING:
+    from regrow.checkpoint import Checkpoint
+    from regrow.families import Family
+    from regrow.stages.prune.config import PruneConfig
+
+CONFIGS = {
+    "profile": "ProfileConfig",
+    "prune": "PruneConfig",
+    "distill": "DistillConfig",
+    "evaluate": "EvaluateConfig",
+    "report": "ReportConfig",
+}
+LATER = ("cache", "generate", "quantize", "export", "advise")
+WITH_TEACHER = ("distill", "evaluate")
+
+
+class Step(Config):
+    """One stage of a recipe, with its fields."""
+
+    name: str
+    """The stage."""
+    config: Any
+    """Its config, of the class that CONFIGS names."""
+    teacher: str | None = None
+    """The model it learns from or is compared with; the recipe's own when None."""
+    where: str = ""
+    """Its place in the recipe, for errors."""
+
+
+def parse_step(entry: dict[str, Any] | str, number: int) -> Step:
+    """The stage `name` or `{name: {its fields}}`; raises UserError for what is unknown."""
+    entry = {entry: {}} if isinstance(entry, str) else entry
+    where = f"stages.{number}"
+    if len(entry) != 1:
+        raise UserError(
+            f"{where}: one stage per entry, as `- name: {{fields}}`; given: {list(entry)}"
+        )
+    ((name, fields),) = entry.items()
+    if name in LATER:
+        raise UserError(f"{where}: the stage {name} is not built yet; there are: {list(CONFIGS)}")
+    if name not in CONFIGS:
+        hint = nearest(str(name), CONFIGS)
+        raise UserError(f"{where}: no stage named {name!r}{hint}; there are: {', '.join(CONFIGS)}")
+    where = f"{where}.{name}"
+    if not isinstance(fields or {}, dict):
+        raise UserError(f"{where}: give its fields as `key: value` (given: {fields!r})")
+    fields = dict(fields or {})
+    teacher = fields.pop("teacher", None) if name in WITH_TEACHER else None
+    if teacher is not None and not isinstance(teacher, str):
+        raise UserError(f"{where}.teacher: give a model folder or hub id (given: {teacher!r})")
+    kind = getattr(import_module(f"regrow.stages.{name}"), CONFIGS[name])
+    config = parse(kind, fields, where)
+    return Step(name=name, config=config, teacher=teacher, where=where)
+
+
+def check_steps(model: str, data: DataConfig, steps: list[Step], options: Options) -> None:
+    """Raise UserError, before any slow work, for what in a job cannot succeed."""
+    from regrow import families
+    from regrow.checkpoint import load
+    from regrow.data.sources import check_source
+
+    checkpoint = load(model)
+    families.of(checkpoint)
+    checkpoint.tokenizer()
+    options.torch_device()
+    for source in data.sources:
+        check_source(source)
+    _check_order(steps)
+    for step in steps:
+        with _in_place(step):
+            _check_step(step, checkpoint, data, options)
+    searched = _check_cuts([step for step in steps if step.name == "prune"], checkpoint)
+    _check_text(steps, checkpoint, data, searched)
+
+
+@contextmanager
+def _in_place(step: Step) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{step.where}: {error}") from None
+
+
+def _check_order(steps: list[Step]) -> None:
+    """A prune stage needs a profile of the model that it gets."""
+    profiled = False
+    for step in steps:
+        if step.name == "prune" and not profiled:
+            raise UserError(f"{step.where}: put a profile stage of the same model before it")
+        profiled = step.name == "profile" or (profiled and step.name in ("evaluate", "report"))
+
+
+def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: Options) -> None:
+    from regrow import families
+    from regrow.checkpoint import load
+    from regrow.stages.distill.stage import check_tokenizers, steps_of
+    from regrow.stages.evaluate.texts import text_files
+    from regrow.stages.profile.stage import statistics_needed
+
+    if step.name == "profile":
+        statistics_needed(step.config.criteria)
+    elif step.name == "distill":
+        steps_of(step.config, data, options)
+    elif step.name == "evaluate":
+        for source in step.config.texts.values():
+            text_files(source)
+    elif step.name == "report":
+        import_module("regrow.stages.report.stage").check_extra()
+    if step.teacher is not None:
+        teacher = load(step.teacher)
+        families.of(teacher)
+        check_tokenizers(checkpoint, teacher)
+
+
+def _check_cuts(prunes: list[Step], checkpoint: Checkpoint) -> bool:
+    """Follow the sizes from cut to cut, as far as they are known; whether the first is searched."""
+    from regrow import families
+    from regrow.search import check_keep_params
+    from regrow.stages.prune.stage import make_plan
+
+    family = families.of(checkpoint)
+    now: dict[str, Any] | None = checkpoint.config
+    searched = False
+    for number, step in enumerate(prunes):
+        config: PruneConfig = step.config
+        with _in_place(step):
+            check_one_target(config)
+            if number == 0 and config.plan is not None:
+                make_plan(checkpoint, config, None)
+            elif number == 0:
+                searched = len(check_keep_params(checkpoint, config)) > 1
+            now = _cut(now, family, config)
+    return searched
+
+
+def check_one_target(config: PruneConfig) -> None:
+    """Raise UserError unless exactly one of keep_params, sizes and plan is given."""
+    given = (config.keep_params is not None, bool(config.sizes()), config.plan is not None)
+    if sum(given) != 1:
+        what = "nothing to prune to" if not any(given) else "more than one target"
+        raise UserError(f"{what}: give keep_params, or sizes such as num_layers, or a plan")
+
+
+def _cut(now: dict[str, Any] | None, family: Family, config: PruneConfig) -> dict[str, Any] | None:
+    """The model's config after a cut to explicit sizes; None when they are not known yet."""
+    from regrow.stages.prune.choose import full_sizes
+
+    if now is None or not config.sizes():
+        return None
+    before = family.sizes(now)
+    after = full_sizes(family, before, config.sizes())
+    family.check_sizes(now, after, config.multiple_of)
+    sizes = {key: after[dim] for dim, key in family.config_keys.items()}
+    return {**now, **sizes, "head_dim": before["head_dim"]}
+
+
+def _check_text(
+    steps: list[Step], checkpoint: Checkpoint, data: DataConfig, searched: bool
+) -> None:
+    """Text that is at hand must fill a block of every split that is read; a search needs more."""
+    from regrow.data import build_blocks
+    from regrow.search import SEARCH_BLOCKS
+
+    if not all(Path(source.source).expanduser().exists() for source in data.sources):
+        return
+    names = {step.name for step in steps}
+    if names & {"distill", "evaluate"}:
+        build_blocks(data, checkpoint.tokenizer(), "heldout", 1)
+    if "distill" in names:
+        build_blocks(data, checkpoint.tokenizer(), "train", 1)
+    for step in steps:
+        if step.name == "profile":
+            wanted = step.config.samples + SEARCH_BLOCKS if searched else 1
+            found = len(build_blocks(data, checkpoint.tokenizer(), "calibration", wanted))
+            if found < wanted:
+                raise UserError(
+                    f"too little calibration text: {found} blocks, but {step.where} takes "
+                    f"{step.config.samples} and the choice of a shape {SEARCH_BLOCKS} more; lower "
+                    "samples, or add text"
+                )
+            return

@@ -1,0 +1,227 @@
+"""Checkpoints: read lazily, written sharded and whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_folders import write_model
+from tiny_models import tiny_ids, tiny_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from regrow import families, shards
+from regrow.checkpoint import Checkpoint, load, save, write
+from regrow.errors import UserError
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "untied": {"model_type": "qwen3", "tie_word_embeddings": False},
+    "fused": {"model_type": "phi3"},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_model(tmp_path / "model", tie_word_embeddings=True)
+    return tmp_path / "model"
+
+
+def tensors_of(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    return ((name, checkpoint.tensor(name)) for name in checkpoint.names())
+
+
+@torch.no_grad()
+def logits(folder: Path) -> Tensor:
+    found: Tensor = AutoModelForCausalLM.from_pretrained(folder)(tiny_ids()).logits
+    return found
+
+
+def set_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_reads_what_the_stock_reader_reads(folder: Path) -> None:
+    checkpoint = load(folder)
+    state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    del state["lm_head.weight"]
+    assert set(checkpoint.names()) == set(state)
+    for name, value in state.items():
+        assert torch.equal(checkpoint.tensor(name), value)
+        assert checkpoint.shapes[name] == tuple(value.shape)
+        assert checkpoint.dtype(name) == "float32"
+        assert checkpoint.bytes(name) == 4 * value.numel()
+    assert checkpoint.shard_bytes() == sum(4 * value.numel() for value in state.values())
+
+
+def test_opening_reads_headers_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tensor is read when it is asked for, and its file is opened once."""
+    opened: list[str] = []
+
+    def watched(path: Path, *args: Any, **kwargs: Any) -> Any:
+        opened.append(Path(path).name)
+        return safe_open(path, *args, **kwargs)
+
+    monkeypatch.setattr("safetensors.safe_open", watched)
+    checkpoint = load(folder)
+    families.of(checkpoint)
+    assert checkpoint.fingerprint
+    assert opened == []
+    for name in checkpoint.names():
+        checkpoint.tensor(name)
+    assert opened == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("limit", [1, 12_000, 60_000, 10**9])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_sharded_write(kind: str, limit: int, tmp_path: Path) -> None:
+    """No file over the limit unless one tensor is; the index is right; stock reads it equal."""
+    source = write_model(tmp_path / "model", **CONFIGS[kind])
+    out = tmp_path / "out"
+    write(out, source.config, tensors_of(source), source, max_shard_bytes=limit)
+    files = sorted(out.glob("*.safetensors"))
+    for path in files:
+        sizes = [tensor.numel() * 4 for tensor in load_file(path).values()]
+        assert sum(sizes) <= limit or len(sizes) == 1
+    if len(files) == 1:
+        assert files[0].name == "model.safetensors"
+        assert not (out / shards.INDEX).exists()
+    else:
+        count = len(files)
+        named = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+        assert [path.name for path in files] == named
+        index = json.loads((out / shards.INDEX).read_text())
+        assert index["weight_map"] == {name: p.name for p in files for name in load_file(p)}
+        assert index["metadata"]["total_size"] == sum(map(source.bytes, source.names()))
+    assert len(files) == 1 if limit == 10**9 else len(files) > 1
+    assert list(load(out).names()) == source.names()
+    assert torch.equal(logits(out), logits(source.folder))
+
+
+def test_write_keeps_the_parents_shard_size(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model")
+    write(tmp_path / "many", source.config, tensors_of(source), source, max_shard_bytes=20_000)
+    many = load(tmp_path / "many")
+    write(tmp_path / "again", many.config, tensors_of(many), many)
+    assert load(tmp_path / "again").shard_bytes() <= many.shard_bytes()
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
+
+
+def test_write_holds_one_shard(tmp_path: Path) -> None:
+    """When the next tensor is made, those of earlier files are gone."""
+    import weakref
+
+    alive: list[weakref.ref[Tensor]] = []
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for number in range(12):
+            assert sum(ref() is not None for ref in alive) <= 3
+            tensor = torch.full((1000,), float(number))
+            alive.append(weakref.ref(tensor))
+            yield f"t{number}", tensor
+            del tensor
+
+    write(tmp_path / "out", {}, stream(), max_shard_bytes=8000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 6
+
+
+def test_what_travels_along(folder: Path, tmp_path: Path) -> None:
+    """Tokenizer, chat templates, generation config and licence; neither logs nor code."""
+    GenerationConfig(eos_token_id=3, temperature=0.3, do_sample=True).save_pretrained(folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (folder / "LICENSE").write_text("mine")
+    (folder / "training.log").write_text("not theirs")
+    (folder / "modeling_llama.py").write_text("import os")
+    source, out = load(folder), tmp_path / "out"
+    write(out, source.config, tensors_of(source), source)
+    assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == {
+        *("config.json", "model.safetensors", "generation_config.json", "LICENSE"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        "additional_chat_templates/tools.jinja",
+    }
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    messages = [{"role": "user", "content": "Hello"}]
+    asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert asked == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.generation_config.temperature == 0.3
+    assert model.generation_config.eos_token_id == 3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_save(tied: bool, tmp_path: Path) -> None:
+    """Tied weights are written once and are still one parameter; the files around travel along."""
+    source = write_model(tmp_path / "model", tie_word_embeddings=tied)
+    model = tiny_model("llama", torch.float32, seed=5, tie_word_embeddings=tied, rms_norm_eps=1e-6)
+    out = save(model, tmp_path / "out", like=source)
+    assert ("lm_head.weight" in load(out).names()) is not tied
+    back = AutoModelForCausalLM.from_pretrained(out)
+    assert (back.lm_head.weight is back.model.embed_tokens.weight) is tied
+    with torch.no_grad():
+        assert torch.equal(logits(out), model(tiny_ids()).logits)
+    assert AutoTokenizer.from_pretrained(out).chat_template is not None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_write_ties(tied: bool, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", tie_word_embeddings=tied)
+    write(tmp_path / "out", source.config, tensors_of(source), source)
+    assert ("lm_head.weight" in load(tmp_path / "out").names()) is not tied
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (back.lm_head.weight is back.model.embed_tokens.weight) is tied
+
+
+def test_save_is_all_or_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("regrow.checkpoint.carry", full)
+    with pytest.raises(OSError, match="No space"):
+        save(tiny_model("llama"), tmp_path / "out", like=load(folder))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_save_refuses_a_folder_in_use(folder: Path) -> None:
+    with pytest.raises(UserError, match="holds something else"):
+        save(tiny_model("llama"), folder, like=load(folder))
+    assert load(folder).tokenizer() is not None
+
+
+def test_fingerprint(folder: Path, tmp_path: Path) -> None:
+    """Of what the model is, not of where it lies or when it was written."""
+    first = load(folder).fingerprint
+    moved = Path(shutil.copytree(folder, tmp_path / "moved"))
+    os.utime(moved / "model.safetensors", (0, 0))
+    (moved / "README.md").write_text("words")
+    assert load(moved).fingerprint == first
+    whole = bytearray((moved / "model.safetensors").read_bytes())
+    whole[-5] ^= 1
+    (moved / "model.safetensors").write_bytes(whole)
+    assert load(moved).fingerprint != first
+    again = Path(shutil.copytree(folder, tmp_path / "again"))
+    set_config(again, rope_theta=5.0)
+    assert load(again).fingerprint != first
+
+
+def test_remote_code_of_a_known_family_is_left_behind(folder: Path, tmp_path: Path) -> None:
+    """The stock class reads it, and what we write does not ask for code either."""
+    set_config(folder, auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})
+    source = load(folder)
+    families.of(source)
+    write(tmp_path / "cut", source.config, tensors_of(source), source)
+    save(source.model(torch.float32), tmp_path / "saved", like=source)
+    for out in (tmp_path / "cut", tmp_path / "saved"):
+        assert "auto_map" not in json.loads((out / "config.json").read_text())
+        assert torch.equal(logits(out), logits(folder))

@@ -1,0 +1,317 @@
+"""The command line: each command's good path on a tiny model, dry runs, inspect, exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_job import LENGTH, recipe_fields, write_model, write_recipe, write_text
+from tiny_models import tiny_ids
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import regrow
+from regrow.cli import COMMANDS, main
+from regrow.steps import LATER
+
+SMALL = ["--intermediate-size", "40", "--multiple-of", "8"]
+QUICK = ["--heldout-blocks", "4", "--new-tokens", "4", "--prefill-tokens", "16"]
+QUICK += ["--decode-tokens", "2", "--repeats", "1"]
+
+
+def call(*arguments: object) -> None:
+    """A command that must succeed."""
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every command in turn: model → profile → student → taught → evaluation."""
+    place = tmp_path_factory.mktemp("cli")
+    model = write_model(place / "model")
+    data = ["--data", write_text(place / "text.jsonl"), "--sequence-length", LENGTH]
+    profile, student, taught = place / "profile", place / "student", place / "taught"
+    call("profile", model, *data, "--samples", 16, "--gram-tokens", 512, "--out", profile)
+    call("prune", model, "--profile", profile, *SMALL, "--out", student)
+    share = ["--keep-params", 0.8, "--multiple-of", 4]
+    call("prune", model, "--profile", profile, *data, *share, "--out", place / "searched")
+    budget = ["--tokens", 1280, "--batch-tokens", 128, "--eval-tokens", 256]
+    budget += ["--heldout-blocks", 4]
+    call("distill", student, "--teacher", model, *data, *budget, "--out", taught)
+    models = [f"pruned={student}", f"distilled={taught}"]
+    call("evaluate", *models, "--against", model, *data, *QUICK, "--out", place / "evaluation")
+    return place
+
+
+def test_profile(place: Path) -> None:
+    info = read(place / "profile" / "profile.json")
+    assert (info["samples"], info["tokens"], info["gram_tokens"]) == (16, 16 * LENGTH, 512)
+    assert len(list((place / "profile" / "grams").iterdir())) == 2 * 3
+
+
+def test_prune(place: Path) -> None:
+    """The stock reader opens it; the plan is of the size asked for and the parent's."""
+    student = AutoModelForCausalLM.from_pretrained(place / "student")
+    assert student.config.intermediate_size == 40
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+    plan = read(place / "student" / "plan.json")
+    assert plan["fingerprint"] == regrow.load(place / "model").fingerprint
+    kept = plan["mlp"]["0"]
+    parent = AutoModelForCausalLM.from_pretrained(place / "model")
+    gates = (m.model.layers[0].mlp.gate_proj.weight for m in (student, parent))
+    small, large = gates
+    assert torch.equal(small, large[kept])
+
+
+def test_search(place: Path) -> None:
+    """Of several shapes of the share asked for, the one of the lowest KL was cut."""
+    table = read(place / "searched" / "candidates.json")
+    assert len(table) > 1
+    assert all(abs(row["keep"] - 0.8) <= 0.01 for row in table)
+    (chosen,) = [row for row in table if row["chosen"]]
+    assert chosen["kl"] == min(row["kl"] for row in table)
+    assert read(place / "searched" / "plan.json")["after"]["mlp"] == chosen["sizes"]["mlp"]
+    student = AutoModelForCausalLM.from_pretrained(place / "searched")
+    assert sum(weight.numel() for weight in student.parameters()) == chosen["parameters"]
+
+
+@torch.no_grad()
+def test_distill(place: Path) -> None:
+    """Nearer to the teacher than before; what was written is what was measured."""
+    lines = (place / "taught" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    kl = {row["step"]: row["heldout_kl"] for row in rows if "heldout_kl" in row}
+    assert list(kl) == [0, 2, 4, 6, 8, 10]
+    assert kl[10] < 0.95 * kl[0]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
+    figures = {row["name"]: row["value"] for row in read(place / "taught/manifest.json")["figures"]}
+    assert figures == {
+        "held-out KL before": kl[0],
+        "held-out KL": min(kl.values()),
+        "training tokens": 1280,
+    }
+    models = [AutoModelForCausalLM.from_pretrained(place / n) for n in ("student", "taught")]
+    assert models[1].dtype == torch.bfloat16
+    assert not torch.equal(*(model(tiny_ids()).logits for model in models))
+    assert read(place / "taught" / "plan.json") == read(place / "student" / "plan.json")
+
+
+def test_evaluate(place: Path) -> None:
+    evaluation = read(place / "evaluation" / "evaluation.json")
+    assert evaluation["labels"] == ["teacher", "pruned", "distilled"]
+    kl = {
+        label: {figure["name"]: figure["value"] for figure in figures}.get("kl/heldout")
+        for label, figures in evaluation["figures"].items()
+    }
+    assert kl["teacher"] is None
+    assert 0 < kl["distilled"] < kl["pruned"]
+
+
+@pytest.mark.parametrize("name", ["student", "searched", "taught"])
+def test_outputs_stand_alone(name: str, place: Path) -> None:
+    """Tokenizer and chat template came along; text goes in and text comes out."""
+    tokenizer = AutoTokenizer.from_pretrained(place / name)
+    parent = AutoTokenizer.from_pretrained(place / "model")
+    assert tokenizer.get_vocab() == parent.get_vocab()
+    assert tokenizer.chat_template == parent.chat_template
+    model = AutoModelForCausalLM.from_pretrained(place / name)
+    ids = tokenizer("The quick brown", return_tensors="pt").input_ids
+    answer = model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert answer.shape[1] == ids.shape[1] + 3
+
+
+def test_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same command finds its work done."""
+    before = (place / "student" / "manifest.json").stat().st_mtime_ns
+    call(
+        "prune", place / "model", "--profile", place / "profile", *SMALL, "--out", place / "student"
+    )
+    assert "student is complete and unchanged" in capsys.readouterr().err
+    assert (place / "student" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_run_and_report(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = recipe_fields(place / "model", place / "text.jsonl")
+    fields["stages"].append("report")
+    recipe = write_recipe(tmp_path / "recipe.yaml", fields)
+    out = tmp_path / "run"
+    call("run", recipe, "--out", out, "--set", "stages.distill.tokens=512")
+    names = {"stages", "model", "report.html", "metrics.jsonl", "recipe.yaml"}
+    assert {path.name for path in out.iterdir()} == names
+    stages = ["01-profile", "02-prune", "02-prune-repaired", "03-distill", "04-evaluate"]
+    assert sorted(path.name for path in (out / "stages").iterdir()) == stages
+    assert "distill: 512 tokens" in capsys.readouterr().err
+    call("report", out, "--out", tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
+    assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
+
+
+def test_dry_runs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each says what would happen, with sizes and time, and writes nothing."""
+    model, data = place / "model", ["--data", place / "text.jsonl", "--sequence-length", LENGTH]
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_fields(model, place / "text.jsonl"))
+    before = sorted(tmp_path.rglob("*"))
+    dry = ["--out", tmp_path / "out", "--dry-run"]
+    budget = ["--tokens", 1280, "--batch-tokens", 128]
+
+    def said(*arguments: object) -> str:
+        call(*arguments, *dry)
+        return capsys.readouterr().out
+
+    profile = said("profile", model, *data, "--samples", 16)
+    assert "16 blocks of 32 = 512 tokens" in profile
+    assert re.search(r"disk 0\.00 GB, time about 0:0\d", profile)
+    prune = said("prune", model, *SMALL)
+    parameters = sum(w.numel() for w in AutoModelForCausalLM.from_pretrained(model).parameters())
+    after = parameters - 3 * 16 * 3 * 48
+    assert f"prune: {parameters:,} parameters now" in prune
+    assert (
+        f"{after:,} ({after / parameters:.1%})  {2 * after / 1e6:,.1f} MB  {{'mlp': 40}}" in prune
+    )
+    search = said("prune", model, "--keep-params", 0.8, "--multiple-of", 4)
+    assert "one of" in search
+    assert "mlp + kv_heads" in search
+    distill = said("distill", place / "student", "--teacher", model, *data, *budget)
+    assert "10 steps of 128 tokens (1 micro-batches)" in distill
+    assert "time at best 0:0" in distill
+    evaluate = said("evaluate", model, f"b={place / 'student'}", *data, "--heldout-blocks", 4)
+    assert "on 128 tokens" in evaluate
+    assert f"b: {after:,} parameters, 0.1 MB, about 0:0" in evaluate
+    job = said("run", recipe)
+    assert [line.split(":")[0] for line in job.splitlines() if line[0] != " "] == [
+        *("profile", "prune", "distill", "evaluate")
+    ]
+    assert "report: of " in said("report", place)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call("inspect", place / "model")
+    said = capsys.readouterr().out
+    assert "family llama" in said
+    assert "(tied" in said
+    assert re.search(r"layers +│ 3 +│ 1, 2, 3 +│ --num-layers", said)
+    assert re.search(r"mlp +│ 56 +│ 32, 56 +│ --intermediate-size", said)
+    assert re.search(r"heads +│ 6 +│ 2, 4, 6 +│ --num-attention-heads", said)
+    assert re.search(r"kv_heads +│ 2 +│ 1, 2 +│ --num-key-value-heads", said)
+    assert "80%" in said
+
+
+def test_inspect_names_sizes_at_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table's parameters are those of models of these sizes."""
+    write_model(tmp_path / "m", intermediate_size=512, num_hidden_layers=4)
+    call("inspect", tmp_path / "m")
+    rows = re.findall(
+        r"│ 50% +│ mlp +│ ([\d,]+) \(([\d.]+)%\) │ mlp (\d+)", capsys.readouterr().out
+    )
+    ((parameters, share, width),) = rows
+    made = write_model(
+        tmp_path / "n", intermediate_size=int(width), num_hidden_layers=4, head_dim=8
+    )
+    model = AutoModelForCausalLM.from_pretrained(made)
+    assert sum(weight.numel() for weight in model.parameters()) == int(parameters.replace(",", ""))
+    assert 49 <= float(share) <= 51
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_not_built_yet(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "model", "--out", "x"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"regrow: error: {name} is not built yet; there are: run, inspect")
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "regrow"])
+def test_unknown_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--no-such-flag"] if name == "regrow" else [name, "x", "--no-such-flag", "3"]
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "--no-such-flag" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every flag's help is there: of arguments from the docstring, of fields from theirs."""
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    said = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert COMMANDS[name].__doc__ is not None
+    assert COMMANDS[name].__doc__.splitlines()[0] in said
+    if name == "prune":
+        assert "Round changed widths to a multiple of this" in said
+
+
+def test_stopped_by_the_user(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("regrow.stages.prune.stage.cut_folder", stop)
+    prune = ["prune", place / "model", "--profile", place / "profile", *SMALL]
+    assert main([str(part) for part in (*prune, "--out", tmp_path / "out")]) == 130
+    assert "regrow: stopped; the same command goes on from here" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_our_own_bug_is_not_hidden(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise AssertionError("ours")
+
+    monkeypatch.setattr("regrow.inspect.describe_model", broken)
+    with pytest.raises(AssertionError, match="ours"):
+        main(["inspect", str(place / "model")])
+
+
+def test_folder_that_may_not_be_written(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    prune = ["prune", place / "model", "--profile", place / "profile", *SMALL]
+    assert main([str(part) for part in (*prune, "--out", place / "new")]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("regrow: error: ")
+    assert "Permission denied; give a place that can be written to" in last
+
+
+def test_as_a_module(tmp_path: Path) -> None:
+    """In a process of its own: exit code, one line, nothing of other libraries."""
+    script = [sys.executable, "-m", "regrow"]
+    done = subprocess.run([*script, "inspect", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == f"regrow: error: no config.json in {tmp_path}: give a Hugging Face model folder\n"
+    )
+    done = subprocess.run([*script, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"regrow {regrow.__version__}\n")
+
+
+def test_quiet(place: Path, tmp_path: Path) -> None:
+    """Only our own lines on stderr, also where transformers has bars and advice."""
+    shutil.copytree(place / "student", tmp_path / "student")
+    data = ["--data", place / "text.jsonl", "--sequence-length", LENGTH]
+    budget = ["--tokens", 256, "--batch-tokens", 128, "--eval-tokens", 128, "--heldout-blocks", 2]
+    arguments = ["distill", tmp_path / "student", "--teacher", place / "model", *data, *budget]
+    script = [sys.executable, "-m", "regrow", *arguments, "--out", tmp_path / "taught"]
+    done = subprocess.run([str(part) for part in script], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["distill"]
+    assert done.stdout == ""

@@ -1,0 +1,227 @@
+"""Bad input through the command line: exit 2, one clear line, nothing half-written."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_job
+from tiny_job import (
+    COMMANDS,
+    LENGTH,
+    PROFILE,
+    command,
+    recipe_fields,
+    write_job,
+    write_recipe,
+    write_text,
+)
+
+Refused = Callable[..., str]
+BLEND = ["--sequence-length", str(LENGTH)]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good model, its profile, and text."""
+    return write_job(tmp_path_factory.mktemp("bad_input"))
+
+
+@pytest.fixture
+def place(shared: Path, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(shared, tmp_path / "in"))
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a command that must be refused; returns what it said."""
+    return functools.partial(tiny_job.refused, capsys)
+
+
+@pytest.fixture
+def untouched(tmp_path: Path) -> Iterator[Path]:
+    """A folder to write into, in which nothing may appear, nor beside it."""
+    before = sorted(tmp_path.iterdir())
+    yield tmp_path / "out"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def no_folder(model: Path) -> None:
+    shutil.rmtree(model)
+
+
+def no_config(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def set_config(model: Path, **fields: Any) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def unknown_family(model: Path) -> None:
+    set_config(model, model_type="lama")
+
+
+def truncated(model: Path) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def corrupt(model: Path) -> None:
+    weights = model / "model.safetensors"
+    whole = bytearray(weights.read_bytes())
+    whole[8:40] = b"\xff" * 32
+    weights.write_bytes(whole)
+
+
+def no_tokenizer(model: Path) -> None:
+    for path in model.glob("*token*"):
+        path.unlink()
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no folder": (no_folder, "no such model folder"),
+    "no config": (no_config, "no config.json in"),
+    "unknown family": (
+        unknown_family,
+        "no family named 'lama' — did you mean 'llama'?; there are: gemma3_text, llama, mistral, "
+        "phi3, qwen2, qwen3; to add one, read docs/add-a-family.md",
+    ),
+    "truncated": (truncated, "model.safetensors is truncated or no safetensors file"),
+    "corrupt": (corrupt, "model.safetensors is truncated or no safetensors file"),
+    "no tokenizer": (no_tokenizer, "no tokenizer in"),
+}
+
+
+NEEDS_NO_TOKENIZER = ("inspect", "prune")
+BROKEN_FOR = [
+    (kind, name)
+    for kind in BROKEN
+    for name in ("inspect", *COMMANDS)
+    if kind != "no tokenizer" or name not in NEEDS_NO_TOKENIZER
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), BROKEN_FOR)
+def test_model(kind: str, name: str, place: Path, untouched: Path, refused: Refused) -> None:
+    spoil, expected = BROKEN[kind]
+    spoil(place / "model")
+    assert expected in refused(*command(name, place, place / "model", untouched))
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("name", ["profile", "distill", "evaluate"])
+def test_text(name: str, rows: int, place: Path, untouched: Path, refused: Refused) -> None:
+    """None at all, and three documents of which none is held out or for calibration."""
+    write_text(place / "text.jsonl", rows, seed=1)
+    said = refused(*command(name, place, place / "model", untouched), at_once=False)
+    assert said.startswith("too little text: the ")
+    assert "add text" in said
+
+
+def test_text_for_gram_matrices(place: Path, untouched: Path, refused: Refused) -> None:
+    """Some blocks, but none left to choose the ridge strength on."""
+    write_text(place / "text.jsonl", 10)
+    said = refused(*command("profile", place, place / "model", untouched), at_once=False)
+    assert "blocks for the Gram matrices are too few" in said
+
+
+def test_text_for_a_search(place: Path, untouched: Path, refused: Refused) -> None:
+    """The profile would take all there is; the shape must be chosen on text beyond that."""
+    write_text(place / "text.jsonl", 60)
+    prune = {"prune": {"keep_params": 0.8, "multiple_of": 4}}
+    fields = recipe_fields(place / "model", place / "text.jsonl", PROFILE, prune)
+    write_recipe(place / "recipe.yaml", fields)
+    said = refused("run", place / "recipe.yaml", "--out", untouched, at_once=False)
+    assert "too little calibration text" in said
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_text_of_a_recipe(rows: int, place: Path, untouched: Path, refused: Refused) -> None:
+    write_text(place / "text.jsonl", rows, seed=1)
+    arguments = command("run", place, place / "model", untouched)
+    assert "too little" in refused(*arguments, at_once=False)
+
+
+UNKNOWN_KEYS = {
+    "dta": (["dta=1"], "dta: unknown key — did you mean 'data'?"),
+    "data.seqence_length": (["data.seqence_length=8"], "did you mean 'sequence_length'?"),
+    "a source's": (["data.sources=[{source: a.txt, wight: 2}]"], "did you mean 'weight'?"),
+    "a stage's": (
+        ["stages.prune.keep_parms=0.5"],
+        "stages.1.prune.keep_parms: unknown key — did you mean 'keep_params'?",
+    ),
+    "a stage": (["stages=[profile, prun]"], "no stage named 'prun' — did you mean 'prune'?"),
+    "a stage to come": (["stages=[quantize]"], "the stage quantize is not built yet"),
+    "no key": (["keep_params"], "--set keep_params: write key=value"),
+    "no place": (["stages.finetune.tokens=3"], "the recipe has no 'finetune' there"),
+    "no YAML": (["data.seed=["], "'[' is no YAML value"),
+    "two stages in one": (["stages=[{profile: {}, prune: {}}]"], "one stage per entry"),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN_KEYS)
+def test_recipe_key(kind: str, place: Path, untouched: Path, refused: Refused) -> None:
+    changes, expected = UNKNOWN_KEYS[kind]
+    flags = [part for change in changes for part in ("--set", change)]
+    assert expected in refused(*command("run", place, place / "model", untouched), *flags)
+
+
+@pytest.mark.parametrize("text", ["model: [", "- profile", "", "model: x\n"])
+def test_no_recipe(text: str, place: Path, untouched: Path, refused: Refused) -> None:
+    (place / "recipe.yaml").write_text(text)
+    refused("run", place / "recipe.yaml", "--out", untouched)
+    assert "no such recipe" in refused("run", place / "none.yaml", "--out", untouched)
+
+
+TARGETS: dict[str, tuple[dict[str, Any], str]] = {
+    "heads and groups": (
+        {"num_attention_heads": 3},
+        "num_attention_heads 3 with 2 key/value heads: each of those has the same number of query "
+        "heads, at most 3; allowed: 2, 4, 6",
+    ),
+    "more layers": ({"num_layers": 4}, "num_hidden_layers 4: allowed are 1 to 3"),
+    "multiple": ({"intermediate_size": 40, "multiple_of": 32}, "must be a multiple of 32; use 32"),
+    "share": ({"keep_params": 0.02}, "keep_params 0.02: no shape with widths that are multiples"),
+    "multiple and share": ({"keep_params": 0.83, "multiple_of": 64}, "keep_params 0.83: no shape"),
+    "nothing": ({}, "nothing to prune to"),
+    "two targets": ({"keep_params": 0.8, "num_layers": 2}, "keep_params, or sizes"),
+    "no plan": ({"plan": "nowhere.json"}, "no plan at nowhere.json"),
+    "share over one": ({"keep_params": 1.5}, "less than 1 (given: 1.5)"),
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_target(kind: str, place: Path, untouched: Path, refused: Refused) -> None:
+    """Refused by the stage's command, by its dry run, and by a recipe before its first stage."""
+    fields, expected = TARGETS[kind]
+    flags = [str(p) for k, v in fields.items() for p in (f"--{k.replace('_', '-')}", v)]
+    prune = ["prune", place / "model", "--profile", place / "profile", "--out", untouched, *flags]
+    assert expected in refused(*prune, "--data", place / "text.jsonl", *BLEND)
+    assert expected in refused(*prune, "--dry-run")
+    recipe = recipe_fields(place / "model", place / "text.jsonl", PROFILE, {"prune": fields})
+    write_recipe(place / "recipe.yaml", recipe)
+    assert expected in refused("run", place / "recipe.yaml", "--out", untouched)
+
+
+def test_second_target(place: Path, untouched: Path, refused: Refused) -> None:
+    """The second cut starts from what the first leaves, and that is known before any work."""
+    first, second = {"prune": {"num_layers": 2}}, {"prune": {"num_layers": 3}}
+    fields = recipe_fields(place / "model", place / "text.jsonl", PROFILE, first, PROFILE, second)
+    write_recipe(place / "recipe.yaml", fields)
+    said = refused("run", place / "recipe.yaml", "--out", untouched)
+    assert "stages.3.prune: num_hidden_layers 3: allowed are 1 to 2" in said
+
+
+def test_prune_before_profile(place: Path, untouched: Path, refused: Refused) -> None:
+    fields = recipe_fields(place / "model", place / "text.jsonl", {"prune": {"num_layers": 2}})
+    write_recipe(place / "recipe.yaml", fields)
+    said = refused("run", place / "recipe.yaml", "--out", untouched)
+    assert "stages.0.prune: put a profile stage" in said

@@ -1,0 +1,134 @@
+"""Outputs that cannot be, by the command line: a folder in use, a full disk, a loss of NaN."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny_job
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_job import COMMANDS, command, write_job
+from transformers import AutoModelForCausalLM
+
+from regrow.training.trainer import DistillTrainer
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good model, its profile, and text."""
+    return write_job(tmp_path_factory.mktemp("bad_input"))
+
+
+@pytest.fixture
+def place(shared: Path, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(shared, tmp_path / "in"))
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a command that must be refused; returns what it said."""
+    return functools.partial(tiny_job.refused, capsys)
+
+
+@pytest.fixture
+def untouched(tmp_path: Path) -> Iterator[Path]:
+    """A folder to write into, in which nothing may appear, nor beside it."""
+    before = sorted(tmp_path.iterdir())
+    yield tmp_path / "out"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "holds", ["notes", "a foreign manifest", "another stage", "a file", "under"]
+)
+def test_output_folder(
+    name: str, holds: str, place: Path, tmp_path: Path, refused: Refused
+) -> None:
+    out = tmp_path / "out"
+    if holds in ("a file", "under"):
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        (out / "mine").write_text("mine")
+    if holds == "a foreign manifest":
+        (out / "manifest.json").write_text('{"name": "a browser extension"}')
+    if holds == "another stage":
+        made = {"stage": "quantize", "digest": "0", "config": {}, "inputs": {}}
+        (out / "manifest.json").write_text(json.dumps(made))
+    target = out / "model" if holds == "under" else out
+    said = refused(*command(name, place, place / "model", target), at_once=False)
+    expected = {"a file": "is a file", "under": "is a file", "another stage": "result of quantize"}
+    assert expected.get(holds, "holds something else") in said
+    assert (out if out.is_file() else out / "mine").read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == [place, out]
+
+
+@pytest.mark.parametrize("name", ["profile", "prune", "distill"])
+def test_no_disk_space(
+    name: str, place: Path, untouched: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    said = refused(*command(name, place, place / "model", untouched))
+    assert said.startswith(f"no disk space for {untouched}: ")
+    assert "and 0.00 GB free; free some or give --out another disk" in said
+
+
+def test_disk_fills_up(
+    place: Path, untouched: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While writing, told by safetensors in its own exception."""
+    from safetensors import SafetensorError
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    said = refused(*command("prune", place, place / "model", untouched), at_once=False)
+    assert said.startswith(f"no disk space left while writing {untouched}: free some")
+
+
+def test_loss_is_nan_from_the_start(place: Path, tmp_path: Path, refused: Refused) -> None:
+    weights = load_file(place / "model" / "model.safetensors")
+    shutil.copytree(place / "model", place / "student")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, place / "student" / "model.safetensors", {"format": "pt"})
+    arguments = command("distill", place, place / "student", tmp_path / "out")
+    arguments[3] = place / "model"
+    said = refused(*arguments, at_once=False)
+    assert "loss became nan at step 0; no checkpoint had been made yet" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["distill", "run"])
+def test_loss_turns_nan(
+    name: str, place: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At step 4: it says so, and the checkpoint of step 2 is where it says, and loads."""
+    step = DistillTrainer.training_step
+
+    def spoilt(self: DistillTrainer, model: Any, *rest: Any, **named: Any) -> torch.Tensor:
+        if self.state.global_step == 3:
+            model.get_input_embeddings().weight.data.fill_(torch.inf)
+        return step(self, model, *rest, **named)
+
+    monkeypatch.setattr(DistillTrainer, "training_step", spoilt)
+    arguments = command(name, place, place / "model", tmp_path / "out")
+    said = refused(*arguments, at_once=False)
+    out = tmp_path / "out" if name == "distill" else tmp_path / "out" / "stages" / "03-distill"
+    kept = out.with_name(f"{out.name}-stopped")
+    assert "the loss became nan at step 4" in said
+    assert f"the last good checkpoint (checkpoint-2) is kept in {kept}" in said
+    assert not out.exists()
+    model = AutoModelForCausalLM.from_pretrained(kept)
+    assert all(bool(weight.isfinite().all()) for weight in model.parameters())

@@ -1,0 +1,153 @@
+"""Configs: an unknown key is told in one line with its place and the nearest valid one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import Field, ValidationError, field_validator
+
+from regrow.config import Config, parse
+from regrow.errors import UserError, nearest
+
+
+class Leaf(Config):
+    """The innermost."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Weight."""
+    name: str = ""
+    """Name."""
+
+    @field_validator("name")
+    @classmethod
+    def _short(cls, name: str) -> str:
+        if len(name) > 5:
+            raise ValueError("at most 5 letters")
+        return name
+
+
+class Branch(Config):
+    """Holds leaves in every way."""
+
+    leaf: Leaf = Leaf()
+    """One."""
+    leaves: tuple[Leaf, ...] = ()
+    """Several."""
+    maybe: Leaf | None = None
+    """One or none."""
+    by_name: dict[str, Leaf] = Field(default_factory=dict)
+    """By name."""
+    length: int = 8
+    """A number."""
+
+
+class Root(Config):
+    """The outermost."""
+
+    branch: Branch = Branch()
+    """A branch."""
+    needed: int
+    """Must be given."""
+
+
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "top": ({"needed": 1, "brnch": {}}, "recipe.brnch: unknown key — did you mean 'branch'?"),
+    "inside": (
+        {"needed": 1, "branch": {"lenght": 3}},
+        "recipe.branch.lenght: unknown key — did you mean 'length'?",
+    ),
+    "two deep": (
+        {"needed": 1, "branch": {"leaf": {"wieght": 3}}},
+        "recipe.branch.leaf.wieght: unknown key — did you mean 'weight'?",
+    ),
+    "in a list": (
+        {"needed": 1, "branch": {"leaves": [{}, {"weigth": 2}]}},
+        "recipe.branch.leaves.1.weigth: unknown key — did you mean 'weight'?",
+    ),
+    "in an optional": (
+        {"needed": 1, "branch": {"maybe": {"nme": "x"}}},
+        "recipe.branch.maybe.nme: unknown key — did you mean 'name'?",
+    ),
+    "in a dict": (
+        {"needed": 1, "branch": {"by_name": {"branch": {"nam": "x"}}}},
+        "recipe.branch.by_name.branch.nam: unknown key — did you mean 'name'?",
+    ),
+    "nothing near": (
+        {"needed": 1, "branch": {"leaf": {"zzzz": 3}}},
+        "recipe.branch.leaf.zzzz: unknown key; allowed: name, weight",
+    ),
+    "missing": ({}, "recipe.needed: Field required"),
+    "range": (
+        {"needed": 1, "branch": {"leaf": {"weight": -1}}},
+        "recipe.branch.leaf.weight: Input should be greater than 0 (given: -1)",
+    ),
+    "kind": (
+        {"needed": "x"},
+        "recipe.needed: Input should be a valid integer, unable to parse string as an integer "
+        "(given: 'x')",
+    ),
+    "our own check": (
+        {"needed": 1, "branch": {"leaf": {"name": "abcdefgh"}}},
+        "recipe.branch.leaf.name: at most 5 letters (given: 'abcdefgh')",
+    ),
+    "several at once": ({"needed": "x", "brnch": {}, "zzz": 1}, "recipe."),
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_refused(kind: str) -> None:
+    fields, expected = CASES[kind]
+    with pytest.raises(UserError) as raised:
+        parse(Root, fields, "recipe")
+    said = str(raised.value)
+    assert said.startswith(expected) if kind == "several at once" else said == expected
+    assert "\n" not in said
+
+
+def test_long_input_is_cut_short() -> None:
+    with pytest.raises(UserError) as raised:
+        parse(Root, {"needed": ["x" * 10_000, "a\nb"]}, "recipe")
+    assert len(str(raised.value)) < 300
+    assert "\n" not in str(raised.value)
+
+
+def test_without_a_place() -> None:
+    with pytest.raises(UserError, match=r"^brnch: unknown key"):
+        parse(Root, {"brnch": 1, "needed": 1}, "")
+
+
+@pytest.mark.parametrize("given", [None, 3, "text", ["a"]])
+def test_no_fields_at_all(given: Any) -> None:
+    with pytest.raises(UserError, match=r"^recipe: "):
+        parse(Root, given, "recipe")
+
+
+def test_accepted() -> None:
+    root = parse(Root, {"needed": 2, "branch": {"leaves": [{"weight": 3}]}}, "recipe")
+    assert root.branch.leaves == (Leaf(weight=3),)
+
+
+def test_frozen() -> None:
+    leaf = Leaf()
+    with pytest.raises(ValidationError, match="frozen"):
+        leaf.weight = 3.0  # type: ignore[misc]
+
+
+def test_docstrings_are_the_help() -> None:
+    assert Root.model_fields["needed"].description == "Must be given."
+
+
+def test_digest() -> None:
+    """The same for equal fields, however they were given; another for any other value."""
+    assert Leaf(weight=1).digest() == Leaf.model_validate({"weight": "1.0", "name": ""}).digest()
+    assert Leaf(weight=2).digest() != Leaf().digest()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("keep_parms", "keep_params"), ("tokns", "tokens"), ("xyz", None), ("", None)],
+)
+def test_nearest(name: str, expected: str | None) -> None:
+    said = nearest(name, ["keep_params", "tokens", "multiple_of"])
+    assert said == (f" — did you mean {expected!r}?" if expected else "")

@@ -1,0 +1,335 @@
+"""lm_head and loss in chunks, against full logits and autograd in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from regrow.errors import UserError
+from regrow.training.head import Head, Mix, head_loss, head_of
+
+N, H, V = 13, 6, 11
+MIXES = {
+    "kl": Mix({"forward_kl": 1.0}),
+    "ce": Mix({"cross_entropy": 1.0}),
+    "hot": Mix({"forward_kl": 1.0}, temperature=2.5),
+    "mix": Mix({"forward_kl": 0.7, "cross_entropy": 0.3}, temperature=3.0),
+    "mix turned": Mix({"cross_entropy": 0.4, "forward_kl": 0.6}, temperature=0.5),
+    "measured only": Mix({"forward_kl": 0.0, "cross_entropy": 1.0}),
+}
+
+
+class Case:
+    """Random hidden states, heads and targets; the gradients are asked for anew by each run."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float64,
+        sizes: tuple[int, int, int, int] = (N, H, V, V),
+        softcap: float | None = None,
+        teacher_softcap: float | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        n, h, v, teacher_v = sizes
+        draw = torch.Generator().manual_seed(3)
+
+        def random(*shape: int) -> Tensor:
+            return (scale * torch.randn(shape, generator=draw, dtype=torch.float64)).to(dtype)
+
+        self.student_NH = random(n, h).requires_grad_()
+        self.student = Head(random(v, h).requires_grad_(), softcap)
+        self.teacher_NH, self.teacher = (
+            random(n, h + 2),
+            Head(random(teacher_v, h + 2), teacher_softcap),
+        )
+        self.targets_N = torch.randint(0, min(v, teacher_v), (n,), generator=draw)
+
+    def chunked(self, mix: Mix, chunk: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        return head_loss(
+            self.student_NH,
+            self.student,
+            self.targets_N,
+            mix,
+            self.teacher_NH,
+            self.teacher,
+            chunk_tokens=chunk,
+        )
+
+    def gradients(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, weight = torch.autograd.grad(value, (self.student_NH, self.student.weight_VH))
+        return hidden, weight
+
+
+def slow_parts(case: Case, temperature: float) -> dict[str, Tensor]:
+    """Each loss by its definition, on full logits over the shared ids, in float64."""
+    shared = min(len(case.student.weight_VH), len(case.teacher.weight_VH))
+    logits = []
+    for hidden, head in ((case.student_NH, case.student), (case.teacher_NH, case.teacher)):
+        full = hidden.double() @ head.weight_VH.double()[:shared].T
+        logits.append(full if head.softcap is None else head.softcap * (full / head.softcap).tanh())
+    log_q, log_p = (functional.log_softmax(x / temperature, -1) for x in logits)
+    log_q_1 = functional.log_softmax(logits[0], -1)
+    chosen = log_q_1[torch.arange(len(case.targets_N)), case.targets_N]
+    return {
+        "forward_kl": temperature**2 * (log_p.exp() * (log_p - log_q)).sum(),
+        "cross_entropy": -chosen.sum(),
+    }
+
+
+def slow(case: Case, mix: Mix) -> Tensor:
+    parts = slow_parts(case, mix.temperature)
+    return torch.stack([weight * parts[name] for name, weight in mix.weights.items()]).sum()
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES.keys())
+@pytest.mark.parametrize("cap", [None, 1.5], ids=["plain", "softcap"])
+def test_value_and_gradients_equal_the_slow_version(mix: Mix, cap: float | None) -> None:
+    case = Case(softcap=cap, teacher_softcap=cap)
+    expected = slow(case, mix)
+    hidden, weight = case.gradients(expected)
+    for chunk in range(1, N + 2):
+        value, parts = case.chunked(mix, chunk)
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+        for name, part in slow_parts(case, mix.temperature).items():
+            if name in mix.weights:
+                torch.testing.assert_close(parts[name], part, rtol=1e-12, atol=1e-12)
+        found = case.gradients(value)
+        torch.testing.assert_close(found[0], hidden, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(found[1], weight, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES.keys())
+@pytest.mark.parametrize("cap", [None, 2.0], ids=["plain", "softcap"])
+def test_gradients_by_finite_differences(mix: Mix, cap: float | None) -> None:
+    case = Case(sizes=(4, 3, 5, 5), softcap=cap, teacher_softcap=cap)
+    gradients = case.gradients(case.chunked(mix, 3)[0])
+    for tensor, gradient in zip((case.student_NH, case.student.weight_VH), gradients, strict=True):
+        with torch.no_grad():
+            flat = tensor.view(-1)
+            for place in range(len(flat)):
+                old, step, values = float(flat[place]), 1e-5, []
+                for sign in (1, -1):
+                    flat[place] = old + sign * step
+                    values.append(float(case.chunked(mix, 3)[0]))
+                flat[place] = old
+                slope = (values[0] - values[1]) / (2 * step)
+                assert slope == pytest.approx(float(gradient.view(-1)[place]), rel=1e-6, abs=1e-8)
+
+
+def test_temperature_counts_once_in_value_and_in_gradient() -> None:
+    """T² · KL at T: for small logits the factor of both is one, whatever T is (Hinton, 2015)."""
+    case = Case(scale=0.01)
+    values, gradients = [], []
+    for temperature in (1.0, 10.0):
+        value = case.chunked(Mix({"forward_kl": 1.0}, temperature))[0]
+        values.append(value.detach())
+        gradients.append(case.gradients(value)[0])
+    torch.testing.assert_close(values[0], values[1], rtol=2e-3, atol=0)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=2e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize(("v", "teacher_v"), [(11, 16), (16, 11)])
+@pytest.mark.parametrize("name", ["kl", "mix", "ce"])
+def test_padded_vocabularies_are_cut_to_the_shared_ids(v: int, teacher_v: int, name: str) -> None:
+    case = Case(sizes=(N, H, v, teacher_v))
+    expected = slow(case, MIXES[name])
+    value, _ = case.chunked(MIXES[name], 4)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    for found, wanted in zip(case.gradients(value), case.gradients(expected), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_padding_the_vocabulary_does_not_part_identical_models() -> None:
+    case = Case()
+    padded = torch.cat([case.student.weight_VH.detach(), torch.zeros(5, H, dtype=torch.float64)])
+    value, _ = head_loss(
+        case.student_NH,
+        case.student,
+        case.targets_N,
+        MIXES["kl"],
+        case.student_NH.detach(),
+        Head(padded),
+    )
+    assert float(value.detach()) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_equal_models_give_exactly_zero(dtype: torch.dtype) -> None:
+    case = Case(dtype, sizes=(50, 16, 97, 97), scale=3.0)
+    for temperature in (1.0, 2.0):
+        value, parts = head_loss(
+            case.student_NH,
+            case.student,
+            case.targets_N,
+            Mix({"forward_kl": 1.0}, temperature),
+            case.student_NH.detach().clone(),
+            Head(case.student.weight_VH.detach().clone()),
+            chunk_tokens=7,
+        )
+        assert float(value.detach()) == 0.0
+        assert float(parts["forward_kl"]) == 0.0
+        hidden, weight = case.gradients(value)
+        assert not hidden.any()
+        assert not weight.any()
+
+
+def test_no_token_gives_a_zero_with_a_graph() -> None:
+    case = Case(sizes=(0, H, V, V))
+    value, parts = case.chunked(MIXES["mix"])
+    assert float(value.detach()) == 0.0
+    assert {name: float(part) for name, part in parts.items()} == {
+        "forward_kl": 0.0,
+        "cross_entropy": 0.0,
+    }
+    hidden, weight = case.gradients(value)
+    assert hidden.shape == (0, H)
+    assert torch.equal(weight, torch.zeros(V, H, dtype=torch.float64))
+
+
+def test_only_the_tokens_given_count() -> None:
+    """Masking means leaving rows out: the rows left give what they give alone."""
+    case, mask = Case(), torch.rand(N, generator=torch.Generator().manual_seed(1)) < 0.5
+    value, _ = head_loss(
+        case.student_NH[mask],
+        case.student,
+        case.targets_N[mask],
+        MIXES["mix"],
+        case.teacher_NH[mask],
+        case.teacher,
+    )
+    hidden, _ = case.gradients(value)
+    assert not hidden[~mask].any()
+    rest = Case()
+    rest.student_NH = rest.student_NH.detach()[mask].requires_grad_()
+    rest.teacher_NH, rest.targets_N = rest.teacher_NH[mask], rest.targets_N[mask]
+    expected = slow(rest, MIXES["mix"])
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(hidden[mask], rest.gradients(expected)[0])
+
+
+def test_upstream_scale_and_frozen_parts() -> None:
+    case = Case()
+    once = case.gradients(case.chunked(MIXES["mix"])[0])
+    scaled = case.gradients(0.25 * case.chunked(MIXES["mix"])[0])
+    for one, quarter in zip(once, scaled, strict=True):
+        torch.testing.assert_close(quarter, one / 4)
+    frozen = Head(case.student.weight_VH.detach())
+    value, _ = head_loss(
+        case.student_NH, frozen, case.targets_N, MIXES["mix"], case.teacher_NH, case.teacher
+    )
+    (hidden,) = torch.autograd.grad(value, (case.student_NH,))
+    torch.testing.assert_close(hidden, once[0])
+
+
+def frobenius(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def autocast_errors(
+    hidden: Tensor, student_VH: Tensor, teacher_VH: Tensor
+) -> dict[str, tuple[float, float]]:
+    """Relative error of the gradients by (hidden, weight): ours, and with a softmax in bfloat16.
+
+    Against float64 over the same inputs, rounded to bfloat16.
+    """
+    x, w, t = hidden.bfloat16(), student_VH.bfloat16(), teacher_VH.bfloat16()
+    q, p = ((x.double() @ y.double().T).softmax(-1) for y in (w, t))
+    exact = (q - p) @ w.double(), (q - p).T @ x.double()
+    student_NH, student = hidden.clone().requires_grad_(), Head(student_VH.clone().requires_grad_())
+    targets = torch.zeros(len(hidden), dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        value, _ = head_loss(student_NH, student, targets, MIXES["kl"], x, Head(t), chunk_tokens=16)
+    ours = torch.autograd.grad(value, (student_NH, student.weight_VH))
+    assert [found.dtype for found in (value, *ours)] == [torch.float32] * 3
+    low = (x @ w.T).softmax(-1) - (x @ t.T).softmax(-1)
+    coarse = low @ w, low.T @ x
+    return {
+        "ours": (frobenius(ours[0], exact[0]), frobenius(ours[1], exact[1])),
+        "bf16 softmax": (frobenius(coarse[0], exact[0]), frobenius(coarse[1], exact[1])),
+    }
+
+
+def test_gradient_error_of_bfloat16_products() -> None:
+    """1.0 % by hidden and 0.9 % by weight at 0.5 nats from the teacher: logits rounded to bf16."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(96, 64), torch.randn(4096, 64) / 8
+    errors = autocast_errors(hidden, weight, weight + torch.randn(4096, 64) / 8)
+    assert max(errors["ours"]) < 2e-2, errors
+
+
+def test_softmax_and_accumulation_are_float32() -> None:
+    """Where bf16 holds the logits exactly, 0.2 % is left (rounding q − p); bf16 softmax: 9 %."""
+    torch.manual_seed(0)
+    hidden = torch.eye(64)  # so that a logit is a weight, and a small multiple of 1/32
+    weight = torch.randint(-64, 65, (4096, 64)) / 32
+    errors = autocast_errors(hidden, weight, weight + torch.randint(-1, 2, (4096, 64)) / 32)
+    assert max(errors["ours"]) < 3e-3, errors
+    assert min(errors["bf16 softmax"]) > 10 * max(errors["ours"]), errors
+
+
+def test_the_loss_is_not_rounded_by_autocast() -> None:
+    case = Case(torch.float32, sizes=(200, 16, 97, 97))
+    with torch.autocast("cpu", torch.bfloat16):
+        value, parts = case.chunked(MIXES["mix"])
+    expected = 0.7 * parts["forward_kl"] + 0.3 * parts["cross_entropy"]
+    assert float(value.detach()) == pytest.approx(float(expected), rel=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Records the elements of the largest tensor that any operation makes."""
+
+    def __init__(self, ignored: set[torch.Size]) -> None:
+        super().__init__()
+        self.elements, self.shape, self.ignored = 0, torch.Size(), ignored
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for found in result if isinstance(result, tuple | list) else (result,):
+            if (
+                isinstance(found, Tensor)
+                and found.shape not in self.ignored
+                and found.numel() > self.elements
+            ):
+                self.elements, self.shape = found.numel(), found.shape
+        return result
+
+
+def largest_of_head(n: int, v: int) -> tuple[int, torch.Size]:
+    case = Case(torch.float32, sizes=(n, 8, v, v))
+    weight = case.student.weight_VH.shape
+    with Largest({weight, weight[::-1], case.teacher.weight_VH.shape}) as seen:
+        value, _ = case.chunked(MIXES["mix"])
+        case.gradients(value)
+    return seen.elements, seen.shape
+
+
+def test_no_tensor_grows_with_tokens_times_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor beside the weights is one chunk of logits, whatever N and V are."""
+    budget = 1 << 12
+    monkeypatch.setattr("regrow.training.head.CHUNK_ELEMENTS", budget)
+    small, big = largest_of_head(100, 128), largest_of_head(200, 256)
+    assert small[0] <= budget, small
+    assert big[0] <= budget, big
+    assert small[0] >= budget // 2  # and the chunk is used, not one token at a time
+
+
+def test_head_of_reads_the_cap_and_refuses_what_it_cannot_reproduce() -> None:
+    model = tiny_model("gemma3_text", final_logit_softcapping=3.0)
+    assert head_of(model).softcap == 3.0
+    hidden = torch.randn(2, model.config.hidden_size, dtype=torch.float64)
+    head = head_of(model)
+    expected = 3.0 * torch.tanh(model.lm_head(hidden) / 3.0)
+    torch.testing.assert_close(head.logits(hidden, head.weight_VH), expected)
+    plain = tiny_model("llama")
+    assert head_of(plain).softcap is None
+    plain.config.logit_scale = 0.5
+    with pytest.raises(UserError, match="logit_scale"):
+        head_of(plain)

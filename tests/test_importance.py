@@ -1,0 +1,162 @@
+"""The contract of every criterion: a unit that does nothing comes last, scores are reproducible."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from tiny_folders import data_of, write_model, write_text
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regrow import families, plugins
+from regrow.checkpoint import Checkpoint
+from regrow.errors import UserError
+from regrow.options import Options
+from regrow.stages.profile import ProfileConfig, profile
+from regrow.statistics import Profile
+
+FOLDER = "regrow.stages.profile.importance"
+CRITERIA = plugins.names(FOLDER)
+DIMS = {"layers", "hidden", "mlp", "heads", "kv_heads"}
+STATISTICS = {"square_sum", "mean_abs_square_sum", "input_output_distance", "count"}
+CASES = [
+    (name, dim) for name in CRITERIA for dim in sorted(plugins.load(FOLDER, name).DIMS & DIMS)
+]
+USELESS = {"layers": 1, "hidden": 17, "mlp": 5, "heads": 4, "kv_heads": 1}
+LAYER = 1
+OPTIONS = Options(device="cpu", batch_size=4, order="resident")
+HEAD_DIM = 8
+
+
+def kill(model: PreTrainedModel, dim: str) -> None:
+    """Set to zero whatever writes or reads one unit, so that the model never uses it."""
+    unit = USELESS[dim]
+    rows = slice(unit * HEAD_DIM, (unit + 1) * HEAD_DIM)
+    weights = dict(model.named_parameters())
+    here = f"model.layers.{LAYER}."
+    if dim == "mlp":
+        weights[here + "mlp.gate_proj.weight"][unit] = 0
+        weights[here + "mlp.up_proj.weight"][unit] = 0
+        weights[here + "mlp.down_proj.weight"][:, unit] = 0
+    elif dim == "heads":
+        weights[here + "self_attn.q_proj.weight"][rows] = 0
+        weights[here + "self_attn.v_proj.weight"][rows] = 0
+        weights[here + "self_attn.o_proj.weight"][:, rows] = 0
+    elif dim == "kv_heads":
+        weights[here + "self_attn.k_proj.weight"][rows] = 0
+        weights[here + "self_attn.v_proj.weight"][rows] = 0
+    elif dim == "layers":
+        weights[here + "self_attn.o_proj.weight"].zero_()
+        weights[here + "mlp.down_proj.weight"].zero_()
+    else:
+        for name, weight in weights.items():
+            writes = name.endswith(("o_proj.weight", "down_proj.weight", "norm.weight"))
+            (weight if writes else weight.T)[unit] = 0
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl", documents=120)
+
+
+@pytest.fixture(scope="module")
+def planted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Profile]:
+    """Per dimension a profile, by every criterion, of a model with one useless unit in it."""
+    found = {}
+    for dim in sorted(DIMS):
+        folder = tmp_path_factory.mktemp(dim)
+        # Query heads share their group's values, so that only without groups can one do nothing.
+        kv_heads = {"num_key_value_heads": 6} if dim == "heads" else {}
+        checkpoint = write_model(folder / "model", head_dim=HEAD_DIM, **kv_heads)
+        model = checkpoint.model(torch.float32)
+        with torch.no_grad():
+            kill(model, dim)
+        model.save_pretrained(str(checkpoint.folder))
+        found[dim] = scored(Checkpoint(checkpoint.folder), text, folder / "profile")
+    return found
+
+
+def scored(checkpoint: Checkpoint, text: Path, out: Path, seed: int = 0) -> Profile:
+    config = ProfileConfig(criteria=tuple(CRITERIA), samples=6, gram_tokens=0, seed=seed)
+    return profile(checkpoint, data_of(text), out, config, OPTIONS)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_what_a_criterion_declares(name: str) -> None:
+    module = plugins.load(FOLDER, name)
+    assert module.DIMS
+    assert module.DIMS <= DIMS
+    assert module.NEEDS <= STATISTICS
+    assert module.__doc__
+
+
+@pytest.mark.parametrize(("name", "dim"), CASES)
+def test_scores_of_every_unit_are_finite_numbers(
+    planted: dict[str, Profile], name: str, dim: str
+) -> None:
+    found = planted[dim]
+    checkpoint = Checkpoint(found.folder.parent / "model")
+    sizes = families.of(checkpoint).sizes(checkpoint.config)
+    scores = found.scores(name, dim)
+    layers = {"all"} if dim in ("hidden", "layers") else set(map(str, range(sizes["layers"])))
+    assert set(scores) == layers
+    for value in scores.values():
+        assert value.shape == (sizes[dim],)
+        assert value.dtype == torch.float32
+        assert bool(value.isfinite().all())
+        assert len(value.unique()) > 1
+
+
+@pytest.mark.parametrize(("name", "dim"), [case for case in CASES if case[0] != "random"])
+def test_a_useless_unit_comes_last(planted: dict[str, Profile], name: str, dim: str) -> None:
+    scores = planted[dim].scores(name, dim)
+    here = scores["all" if "all" in scores else str(LAYER)]
+    others = torch.cat([here[: USELESS[dim]], here[USELESS[dim] + 1 :]])
+    assert int(here.argmin()) == USELESS[dim]
+    assert abs(float(here[USELESS[dim]])) < 1e-3 * float(others.min())
+
+
+def test_seeds(planted: dict[str, Profile], text: Path, tmp_path: Path) -> None:
+    """The same seed gives the same scores, another seed changes those of random and no others."""
+    checkpoint = Checkpoint(planted["mlp"].folder.parent / "model")
+    again, other = (scored(checkpoint, text, tmp_path / str(seed), seed) for seed in (0, 1))
+    for name, dim in CASES:
+        first = planted["mlp"].scores(name, dim)
+        for layer, value in again.scores(name, dim).items():
+            assert torch.equal(value, first[layer])
+        for layer, value in other.scores(name, dim).items():
+            assert torch.equal(value, first[layer]) == (name != "random")
+    layers = again.scores("random", "mlp")
+    assert not torch.equal(layers["0"], layers["1"])
+
+
+def score_of(name: str, stats: dict[str, Tensor], weights: list[Tensor], dim: str) -> list[float]:
+    def read() -> Iterator[Tensor]:
+        yield from weights
+
+    module: ModuleType = plugins.load(FOLDER, name)
+    found: Tensor = module.score(stats, read, dim, torch.Generator().manual_seed(0))
+    return found.tolist()
+
+
+def test_hand_written_numbers() -> None:
+    squares = torch.tensor([[4.0, 5.0], [16.0, 0.0]])
+    assert score_of("activation_l2", {"square_sum": squares}, [], "heads") == [3.0, 4.0]
+    assert score_of("minitron", {"mean_abs_square_sum": squares}, [], "heads") == [3.0, 4.0]
+    distance = torch.tensor([[0.25], [0.5]])
+    stats = {"input_output_distance": distance}
+    assert score_of("block_influence", stats, [], "layers") == [0.25, 0.5]
+    weights = [torch.tensor([[1.0, 1.0], [0.0, 2.0]]), torch.tensor([[1.0], [0.0]])]
+    assert score_of("magnitude", {}, weights, "mlp") == pytest.approx([math.sqrt(3), 2.0])
+
+
+def test_unknown_scores_are_refused_with_those_there_are(planted: dict[str, Profile]) -> None:
+    with pytest.raises(UserError, match="did you mean 'magnitude'"):
+        planted["mlp"].scores("magnitud", "mlp")
+    with pytest.raises(UserError, match="it has: block_influence, random"):
+        planted["mlp"].scores("magnitude", "layers")

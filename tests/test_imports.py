@@ -1,0 +1,177 @@
+"""Imports point down, stages do not know each other, and what must be quick stays light."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import regrow
+
+SOURCE = Path(regrow.__file__).parent
+# From the top down. A module imports only what stands on a lower line, or its own package.
+LEVELS = (
+    ("__main__",),
+    ("cli",),
+    ("commands",),
+    ("estimate", "inspect"),
+    ("recipe",),
+    ("steps", "overrides"),
+    ("search",),
+    ("stages",),
+    ("training",),
+    ("families", "data"),
+    ("checkpoint",),
+    ("origin", "shards", "plan", "statistics"),
+    ("manifest",),
+    ("plugins", "options", "progress"),
+    ("config", "ranks"),
+    ("errors",),
+)
+"""`plan` names Checkpoint as a type only; see MAY."""
+MAY = {("plan", "checkpoint")}
+LEVEL = {name: number for number, names in enumerate(reversed(LEVELS)) for name in names}
+
+
+def modules() -> list[Path]:
+    """Every module but the package's own front, which names all that is public."""
+    return [path for path in sorted(SOURCE.rglob("*.py")) if path != SOURCE / "__init__.py"]
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names inside regrow that a file imports anywhere: inside functions, for types too."""
+    found: set[str] = set()
+    package = ("regrow", *path.relative_to(SOURCE).with_suffix("").parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            found.update(f"{module}.{alias.name}" for alias in node.names)
+    found |= {name for name in strings(path) if re.fullmatch(r"regrow(\.\w+)+\.?", name)}
+    return {name.removeprefix("regrow.") for name in found if name.startswith("regrow.")}
+
+
+def strings(path: Path) -> set[str]:
+    """Names that could be given to import_module, plugins.load and plugins.names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+    return found
+
+
+def unit(name: str) -> str:
+    return name.split(".")[0]
+
+
+def test_every_module_has_a_level() -> None:
+    units = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in modules()}
+    assert units == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_point_down(path: Path) -> None:
+    own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    for name in imported(path):
+        other = unit(name)
+        if other != own and other in LEVEL and (own, other) not in MAY:
+            assert LEVEL[other] < LEVEL[own], f"{path} imports regrow.{name}"
+
+
+STAGES = sorted(path.name for path in (SOURCE / "stages").iterdir() if (path / "stage.py").exists())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_imports_no_other_stage(stage: str) -> None:
+    for path in (SOURCE / "stages" / stage).rglob("*.py"):
+        others = {name.split(".")[1] for name in imported(path) if name.startswith("stages.")}
+        assert others <= {stage}, f"{path} imports {others - {stage}}"
+
+
+def test_the_stages_are_found() -> None:
+    assert {"distill", "evaluate", "profile", "prune", "report"} <= set(STAGES)
+
+
+def test_what_the_tests_see(tmp_path: Path) -> None:
+    """Imports in functions, for types, of a module from its package, and relative ones."""
+    (tmp_path / "x.py").write_text(
+        "import regrow.a\n"
+        "from regrow import b\n"
+        "if TYPE_CHECKING:\n    from regrow.c.d import E\n"
+        "def f():\n    from regrow.e import g\n    plugins.load('regrow.h.i', name)\n"
+        "import torch\n"
+    )
+    path = SOURCE / "stages" / "prune" / "choose.py"
+    assert "stages.prune.choose" not in imported(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("test_imports.SOURCE", tmp_path)
+        assert imported(tmp_path / "x.py") == {"a", "b", "c.d.E", "e.g", "h.i"}
+
+
+HEAVY = {"torch", "transformers", "datasets", "accelerate", "plotly", "pandas", "numpy"}
+
+
+def loaded(*arguments: str) -> set[str]:
+    """Top-level packages that a Python process imports."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return {line.split("|")[-1].strip().split(".")[0] for line in lines}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-c", "import regrow"],
+        ["-m", "regrow", "--help"],
+        ["-m", "regrow", "run", "--help"],
+        ["-m", "regrow", "--version"],
+        ["-c", "from regrow.recipe import read"],
+        ["-c", "from regrow import PruneConfig, DistillConfig, DataConfig, Options, UserError"],
+    ],
+    ids=" ".join,
+)
+def test_light(arguments: list[str]) -> None:
+    found = loaded(*arguments)
+    assert "regrow" in found
+    assert not found & HEAVY
+
+
+def test_importing_does_nothing(tmp_path: Path) -> None:
+    """No environment, no file, no output."""
+    code = (
+        "import os; before = dict(os.environ)\n"
+        "import regrow; [getattr(regrow, name) for name in regrow.__all__]\n"
+        "import regrow.cli\n"
+        "changed = {k for k in os.environ if os.environ[k] != before.get(k)}\n"
+        "print(sorted(k for k in changed if k.startswith(('HF_', 'TRANSFORMERS', 'REGROW'))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_public_names() -> None:
+    """Each is there, and from the module that the type checker is told."""
+    for name in regrow.__all__:
+        assert getattr(regrow, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = regrow.nothing  # type: ignore[attr-defined]
+    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+    told = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("regrow")
+        for alias in node.names
+    }
+    assert told == {name: f"regrow.{home}" for name, home in regrow._HOME.items()}

@@ -1,0 +1,342 @@
+"""A stage's folder: whole or not there, skipped when unchanged, never put over something else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import regrow
+from regrow.config import Config
+from regrow.errors import UserError
+from regrow.manifest import (
+    Figure,
+    Stage,
+    digest,
+    is_full_disk,
+    link,
+    read,
+    refuse_foreign,
+    replace_folder,
+    require_space,
+    write_json,
+)
+
+
+class Fields(Config):
+    """Some fields."""
+
+    number: int = 1
+    """A number."""
+
+
+INPUTS = {"model": "abc"}
+
+
+def stage_of(
+    out: Path,
+    number: int = 1,
+    inputs: dict[str, str] = INPUTS,
+    name: str = "prune",
+    resumable: bool = False,
+) -> Stage:
+    return Stage(out, name, Fields(number=number), inputs, resumable)
+
+
+def finish(out: Path, content: str = "first", number: int = 1) -> None:
+    with stage_of(out, number) as folder:
+        (folder / "result").write_text(content)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "out"
+
+
+def beside(out: Path) -> list[str]:
+    return sorted(path.name for path in out.parent.iterdir())
+
+
+def test_complete(out: Path) -> None:
+    assert not stage_of(out).complete
+    stage = stage_of(out)
+    with stage as folder:
+        assert folder != out
+        (folder / "result").write_text("first")
+        stage.figures.append(Figure(name="parameters", value=3, unit="parameters"))
+        stage.extra["more"] = [1]
+        assert not out.exists()
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "result"]
+    assert beside(out) == ["out"]
+    assert stage_of(out).complete
+    found = read(out)
+    assert found is not None
+    assert (found["stage"], found["config"], found["inputs"]) == ("prune", {"number": 1}, INPUTS)
+    assert found["figures"] == [
+        {"name": "parameters", "value": 3.0, "unit": "parameters", "convention": ""}
+    ]
+    assert found["more"] == [1]
+    assert found["versions"]["regrow"] == regrow.__version__
+    assert {"torch", "transformers", "python"} <= set(found["versions"])
+    assert found["digest"] == digest("prune", {"number": 1}, INPUTS, regrow.__version__)
+
+
+def test_changed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another config, input or version of regrow is another stage."""
+    finish(out)
+    assert not stage_of(out, number=2).complete
+    assert not stage_of(out, inputs={"model": "abd"}).complete
+    assert not stage_of(out, inputs={**INPUTS, "profile": "1"}).complete
+    assert stage_of(out).complete
+    monkeypatch.setattr(regrow, "__version__", "9.9")
+    assert not stage_of(out).complete
+
+
+def test_digest() -> None:
+    """Of the content, not of the order of keys; told apart where parts could run together."""
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert digest("ab", "c") != digest("a", "bc")
+    assert digest([1]) != digest(["1"])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("ours"), KeyboardInterrupt(), UserError("theirs")])
+def test_failure(error: BaseException, out: Path) -> None:
+    """The exception passes; nothing new is there, and the old result still is."""
+
+    def fail(number: int) -> None:
+        with stage_of(out, number) as folder:
+            (folder / "result").write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail(1)
+    assert beside(out) == []
+    finish(out)
+    with pytest.raises(type(error)):
+        fail(2)
+    assert beside(out) == ["out"]
+    assert (out / "result").read_text() == "first"
+    assert stage_of(out).complete
+
+
+def test_redo_replaces(out: Path) -> None:
+    finish(out)
+    (out / "left over").write_text("x")
+    finish(out, "second", number=2)
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "result"]
+    assert (out / "result").read_text() == "second"
+    assert stage_of(out, number=2).complete
+    assert not stage_of(out).complete
+
+
+def interrupt(out: Path, number: int = 1, resumable: bool = True) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write_half(stage_of(out, number, resumable=resumable))
+
+
+def write_half(stage: Stage) -> None:
+    with stage as folder:
+        (folder / "half").write_text("half")
+        raise KeyboardInterrupt
+
+
+def test_resumable(out: Path) -> None:
+    """What an interrupted stage wrote is there when the same stage begins again, and only then."""
+    interrupt(out)
+    assert not out.exists()
+    with stage_of(out, resumable=True) as folder:
+        assert (folder / "half").read_text() == "half"
+    assert sorted(path.name for path in out.iterdir()) == ["half", "manifest.json"]
+    interrupt(out, number=2)
+    with stage_of(out, number=3, resumable=True) as folder:
+        assert not (folder / "half").exists()
+    interrupt(out, number=4, resumable=False)
+    with stage_of(out, number=4, resumable=True) as folder:
+        assert not (folder / "half").exists()
+
+
+def test_resume_digest(out: Path) -> None:
+    """A stage may say itself what makes it the same: a raised budget does not."""
+
+    def stage(number: int) -> Stage:
+        fields = Fields(number=number)
+        return Stage(out, "distill", fields, INPUTS, resumable=True, resume_digest="same")
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half(stage(1))
+    with stage(2) as folder:
+        assert (folder / "half").exists()
+    assert stage(2).complete
+    assert not stage(1).complete
+    found = read(out)
+    assert found is not None
+    assert found["resume_digest"] == "same"
+
+
+FOREIGN = {
+    "a folder": ({"notes.txt": "mine"}, "holds something else"),
+    "a foreign manifest": ({"manifest.json": '{"name": "app"}'}, "holds something else"),
+    "a broken manifest": ({"manifest.json": '{"digest": "1", '}, "holds something else"),
+    "another stage": (
+        {"manifest.json": '{"stage": "profile", "digest": "1"}'},
+        "holds the result of profile: give prune a new or empty folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign(kind: str, out: Path) -> None:
+    files, expected = FOREIGN[kind]
+    out.mkdir(parents=True)
+    for name, text in files.items():
+        (out / name).write_text(text)
+    with pytest.raises(UserError, match=expected):
+        stage_of(out)
+    assert {path.name: path.read_text() for path in out.iterdir()} == files
+
+
+def test_foreign_file(out: Path) -> None:
+    out.parent.mkdir()
+    out.write_text("mine")
+    for place in (out, out / "model", out / "a" / "b"):
+        with pytest.raises(UserError, match=f"{out} is a file: give --out a folder"):
+            refuse_foreign(place)
+
+
+def test_empty_and_own_folders_are_taken(out: Path) -> None:
+    out.mkdir(parents=True)
+    finish(out)
+    refuse_foreign(out)
+    refuse_foreign(out, "prune")
+
+
+def test_require_space(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asks the disk of the nearest folder there is."""
+    asked: list[Path] = []
+
+    def usage(path: Path) -> SimpleNamespace:
+        asked.append(Path(path))
+        return SimpleNamespace(free=3_000_000_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    require_space(out, 3_000_000_000)
+    with pytest.raises(UserError) as raised:
+        require_space(out, 3_210_000_000)
+    assert str(raised.value) == (
+        f"no disk space for {out}: 3.21 GB are needed and 3.00 GB free; free some or give --out "
+        "another disk"
+    )
+    assert asked == [out.parent.parent] * 2
+
+
+def told_by_safetensors() -> Exception:
+    from safetensors import SafetensorError
+
+    return SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+
+
+FULL = {
+    "ENOSPC": OSError(28, "No space left on device"),
+    "quota": OSError(122, "Disk quota exceeded"),
+    "safetensors": told_by_safetensors(),
+}
+
+
+@pytest.mark.parametrize("kind", FULL)
+def test_full_disk(kind: str, out: Path) -> None:
+    finish(out)
+    stage = stage_of(out, number=2)
+    with (
+        pytest.raises(UserError, match=f"no disk space left while writing {out}: free some"),
+        stage,
+    ):
+        raise FULL[kind]
+    assert beside(out) == ["out"]
+    assert stage_of(out).complete
+
+
+def test_other_errors_are_no_full_disk() -> None:
+    assert not is_full_disk(OSError(13, "Permission denied"))
+    assert not is_full_disk(RuntimeError("out of memory"))
+    assert not is_full_disk(None)
+
+
+def test_disk_is_full_at_the_manifest(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("regrow.manifest.write_json", full)
+    with pytest.raises(UserError, match="no disk space left"), stage_of(out):
+        pass
+    assert beside(out) == []
+
+
+def test_replace_folder(tmp_path: Path) -> None:
+    new, out = tmp_path / "new", tmp_path / "out"
+    for content in ("first", "second"):
+        new.mkdir()
+        (new / "result").write_text(content)
+        replace_folder(new, out)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert (out / "result").read_text() == content
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_killed_while_replacing(moved: bool, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the two renames no folder is at `out`; the next command puts the new one there.
+
+    Before the new one is whole, the old one is put back.
+    """
+    finish(out)
+    renames = []
+
+    def rename(self: Path, target: Path) -> Path:
+        renames.append(target)
+        if len(renames) == 2:
+            raise KeyboardInterrupt
+        shutil.move(self, target)
+        return target
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            finish(out, "second", number=2)
+    assert not out.exists()
+    if not moved:
+        shutil.rmtree(out.parent / ".out.partial")
+    assert stage_of(out, number=2).complete is moved
+    assert (out / "result").read_text() == ("second" if moved else "first")
+
+
+def test_write_json_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"ä": 1})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"ä": 1}
+
+    def die(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(path, {"ä": 2})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"ä": 1}
+
+
+def test_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hard link; a copy where the disk has none."""
+    (tmp_path / "a").write_text("text")
+    link(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert (tmp_path / "b").stat().st_ino == (tmp_path / "a").stat().st_ino
+
+    def unable(*_: str) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", unable)
+    link(str(tmp_path / "a"), str(tmp_path / "c"))
+    assert (tmp_path / "c").read_text() == "text"
+    assert (tmp_path / "c").stat().st_ino != (tmp_path / "a").stat().st_ino

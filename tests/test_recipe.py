@@ -1,0 +1,238 @@
+"""A recipe from end to end: what is skipped, redone, resumed and kept."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_job import (
+    DISTILL,
+    EVALUATE,
+    PROFILE,
+    PRUNE,
+    recipe_fields,
+    write_model,
+    write_recipe,
+    write_text,
+)
+from transformers import AutoModelForCausalLM
+
+from regrow.checkpoint import load
+from regrow.manifest import read as read_manifest
+from regrow.recipe import Recipe, run
+from regrow.recipe import read as read_recipe
+
+Said = Callable[[], list[str]]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("recipe")
+    write_model(place / "model")
+    write_text(place / "text.jsonl")
+    return place
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Said:
+    """The lines of news since the last call."""
+    return lambda: capsys.readouterr().err.splitlines()
+
+
+def recipe_of(place: Path, *stages: Any) -> Recipe:
+    return Recipe.model_validate(recipe_fields(place / "model", place / "text.jsonl", *stages))
+
+
+def changed(stage: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    ((name, given),) = stage.items()
+    return {name: {**given, **fields}}
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def times(folder: Path) -> dict[str, int]:
+    """Time of change of every file of the stages."""
+    files = (path for path in sorted(folder.glob("stages/*/**/*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in files}
+
+
+def written(before: dict[str, int], after: dict[str, int]) -> set[str]:
+    """The stages of which a file is new or changed."""
+    return {name.split("/")[1] for name in after if before.get(name) != after[name]}
+
+
+def skipped(lines: list[str]) -> list[str]:
+    return [line.split("/")[-1] for line in lines if line.endswith("is complete and unchanged")]
+
+
+STAGES = ["01-profile", "02-prune", "02-prune-repaired", "03-distill", "04-evaluate"]
+UNCHANGED = [f"{name} is complete and unchanged" for name in STAGES]
+
+
+def test_end_to_end_and_again(place: Path, tmp_path: Path, said: Said) -> None:
+    """The model, the journal and the evaluation; the second run does nothing, and at once."""
+    recipe, out = recipe_of(place), tmp_path / "run"
+    assert run(recipe, out) == out
+    assert sorted(path.name for path in (out / "stages").iterdir()) == STAGES
+    assert {path.name for path in out.iterdir()} == {
+        *("stages", "model", "metrics.jsonl", "recipe.yaml")
+    }
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert model.config.intermediate_size == 40
+    last = load_file(out / "stages" / "03-distill" / "model.safetensors")
+    assert torch.equal(
+        load_file(out / "model" / "model.safetensors")["model.norm.weight"],
+        last["model.norm.weight"],
+    )
+    evaluation = json.loads((out / "stages" / "04-evaluate" / "evaluation.json").read_text())
+    assert evaluation["labels"] == ["teacher", "pruned", "repaired", "distilled"]
+    assert {row["stage"] for row in rows(out / "metrics.jsonl")} == {"03-distill"}
+    assert read_recipe(out / "recipe.yaml") == recipe
+
+    before, journal = times(out), (out / "metrics.jsonl").read_text()
+    said()
+    start = time.monotonic()
+    run(recipe, out)
+    assert time.monotonic() - start < 2
+    lines = said()
+    assert set(UNCHANGED) == set(skipped(lines))
+    assert times(out) == before
+    assert (out / "metrics.jsonl").read_text() == journal
+
+
+CHANGES: dict[str, tuple[list[Any], set[str]]] = {
+    "evaluate": ([PROFILE, PRUNE, DISTILL, changed(EVALUATE, heldout_blocks=3)], set(STAGES[4:])),
+    "distill": ([PROFILE, PRUNE, changed(DISTILL, learning_rate=1e-4), EVALUATE], set(STAGES[3:])),
+    "prune": ([PROFILE, changed(PRUNE, intermediate_size=32), DISTILL, EVALUATE], set(STAGES[1:])),
+    "profile": ([changed(PROFILE, samples=17), PRUNE, DISTILL, EVALUATE], set(STAGES)),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> Path:
+    run(recipe_of(place), place / "finished")
+    return place / "finished"
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_change_redoes_what_it_touches(
+    kind: str, place: Path, tmp_path: Path, finished: Path
+) -> None:
+    out = copy(finished, tmp_path / "run")
+    before = times(out)
+    stages, expected = CHANGES[kind]
+    run(recipe_of(place, *stages), out)
+    assert written(before, times(out)) == expected
+    check_journal(out / "metrics.jsonl", steps=10, every=2)
+
+
+def copy(run_folder: Path, out: Path) -> Path:
+    subprocess.run(["cp", "-a", str(run_folder), str(out)], check=True)
+    return out
+
+
+def check_journal(path: Path, steps: int, every: int) -> None:
+    """Each step exactly once, in order; each measurement too."""
+    found = rows(path)
+    assert [row["step"] for row in found if "loss" in row] == list(range(1, steps + 1))
+    assert [row["step"] for row in found if "heldout_kl" in row] == list(range(0, steps + 1, every))
+    assert [row["tokens"] for row in found] == [128 * row["step"] for row in found]
+
+
+def test_changed_data_redoes_all(place: Path, tmp_path: Path, finished: Path) -> None:
+    out = copy(finished, tmp_path / "run")
+    before = times(out)
+    fields = recipe_fields(place / "model", place / "text.jsonl")
+    fields["data"]["seed"] = 1
+    run(Recipe.model_validate(fields), out)
+    assert written(before, times(out)) == set(STAGES)
+
+
+def test_more_tokens_extend(place: Path, tmp_path: Path, finished: Path, said: Said) -> None:
+    """The first steps are not done again; the new ones follow."""
+    out = copy(finished, tmp_path / "run")
+    first = rows(out / "metrics.jsonl")
+    run(recipe_of(place, PROFILE, PRUNE, changed(DISTILL, tokens=2048), EVALUATE), out)
+    lines = said()
+    assert "distill: extends 1,280 tokens" in lines
+    assert "distill: goes on from checkpoint-10" in lines
+    assert rows(out / "metrics.jsonl")[: len(first)] == first
+    check_journal(out / "metrics.jsonl", steps=16, every=2)
+    check_journal(out / "stages" / "03-distill" / "metrics.jsonl", steps=16, every=2)
+
+
+def test_set(place: Path, tmp_path: Path) -> None:
+    """Dotted keys, by a stage's name or position; a bare stage gets fields."""
+    fields = recipe_fields(place / "model", place / "text.jsonl", "profile", "prune", PROFILE)
+    path = write_recipe(tmp_path / "recipe.yaml", fields)
+    given = ["stages.prune.num_layers=2", "stages.0.profile.samples=3", "data.seed=7"]
+    given += ["stages.2.profile.criteria=[random, magnitude]", "model=elsewhere"]
+    recipe = read_recipe(path, given)
+    assert recipe.stages[:2] == [{"profile": {"samples": 3}}, {"prune": {"num_layers": 2}}]
+    assert recipe.steps()[2].config.criteria == ("random", "magnitude")
+    assert recipe.data.seed == 7
+    assert recipe.model == "elsewhere"
+
+
+def test_two_rounds(place: Path, tmp_path: Path) -> None:
+    """The second cut starts from the first one's distilled model; each is evaluated."""
+    again = changed(PRUNE, intermediate_size=24)
+    recipe = recipe_of(place, PROFILE, PRUNE, DISTILL, PROFILE, again, DISTILL, EVALUATE)
+    out = run(recipe, tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert model.config.intermediate_size == 24
+    second = read_manifest(out / "stages" / "04-profile")
+    assert second is not None
+    assert second["inputs"]["model"] == load(out / "stages" / "03-distill").fingerprint
+    taught = read_manifest(out / "stages" / "06-distill")
+    assert taught is not None
+    assert taught["inputs"]["teacher"] == load(place / "model").fingerprint
+    evaluation = json.loads((out / "stages" / "07-evaluate" / "evaluation.json").read_text())
+    labels = ["pruned", "repaired", "distilled"]
+    assert evaluation["labels"] == ["teacher", *labels, *(f"{label} 2" for label in labels)]
+    assert {row["stage"] for row in rows(out / "metrics.jsonl")} == {"03-distill", "06-distill"}
+
+
+def test_a_teacher_of_its_own(place: Path, tmp_path: Path) -> None:
+    """Named in the stage; by default the recipe's model."""
+    other = write_model(tmp_path / "other", intermediate_size=64)
+    mine = changed(DISTILL, teacher=str(other))
+    against = changed(EVALUATE, teacher=str(other), metrics=["kl"])
+    out = run(recipe_of(place, PROFILE, PRUNE, mine, against), tmp_path / "run")
+    taught = read_manifest(out / "stages" / "03-distill")
+    assert taught is not None
+    assert taught["inputs"]["teacher"] == load(other).fingerprint
+    evaluation = json.loads((out / "stages" / "04-evaluate" / "evaluation.json").read_text())
+    figures = {label: [f["name"] for f in some] for label, some in evaluation["figures"].items()}
+    assert figures[evaluation["teacher"]] == []
+    assert all(
+        "kl/heldout" in names for label, names in figures.items() if label != evaluation["teacher"]
+    )
+
+
+def test_keep_last(place: Path, tmp_path: Path, said: Said) -> None:
+    """Weights stay in model/ only; the job is known to be done, and a changed one is redone."""
+    recipe, out = recipe_of(place), tmp_path / "run"
+    run(recipe, out, keep_stages="last")
+    assert [path.parent for path in out.rglob("*.safetensors") if path.stat().st_size > 20_000] == [
+        out / "model"
+    ]
+    assert not list(out.rglob("trainer")) + list(out.rglob("grams"))
+    assert AutoModelForCausalLM.from_pretrained(out / "model").config.intermediate_size == 40
+    said()
+    before = times(out)
+    run(recipe, out, keep_stages="last")
+    assert said() == [f"run: {out} is complete and unchanged"]
+    assert times(out) == before
+    run(recipe_of(place, PROFILE, PRUNE, changed(DISTILL, tokens=1536), EVALUATE), out)
+    check_journal(out / "metrics.jsonl", steps=12, every=2)
+    assert len(list(out.glob("stages/*/model.safetensors"))) == 3

@@ -1,0 +1,98 @@
+"""A tiny job on disk: a model, text and a recipe, for tests of recipes and of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_folders
+import torch
+import yaml
+from tiny_folders import write_text
+
+from regrow.cli import main
+
+__all__ = ["write_text"]
+
+COMMANDS = ("profile", "prune", "distill", "evaluate", "run")
+"""Those that write a folder."""
+LENGTH = 32
+"""Tokens per block."""
+PROFILE: dict[str, Any] = {"profile": {"samples": 16, "gram_tokens": 512}}
+PRUNE: dict[str, Any] = {"prune": {"intermediate_size": 40, "multiple_of": 8}}
+DISTILL: dict[str, Any] = {
+    "distill": {"tokens": 1280, "batch_tokens": 128, "eval_tokens": 256, "heldout_blocks": 4}
+}
+EVALUATE: dict[str, Any] = {
+    "evaluate": {
+        "heldout_blocks": 4,
+        "new_tokens": 4,
+        "prefill_tokens": 16,
+        "decode_tokens": 2,
+        "repeats": 1,
+    }
+}
+
+
+def write_model(folder: Path, **overrides: Any) -> Path:
+    """A tiny llama of 3 layers in bfloat16, with tokenizer and chat template."""
+    fields = {"head_dim": 8, **overrides}
+    tiny_folders.write_model(folder, dtype=torch.bfloat16, **fields)
+    return folder
+
+
+def recipe_fields(model: Path, text: Path, *stages: Any) -> dict[str, Any]:
+    """The fields of a recipe; without `stages`: profile, prune the MLP, distill, evaluate."""
+    return {
+        "model": str(model),
+        "data": {"sources": [str(text)], "sequence_length": LENGTH, "heldout_fraction": 0.1},
+        "stages": list(stages) or [PROFILE, PRUNE, DISTILL, EVALUATE],
+    }
+
+
+def write_recipe(path: Path, fields: dict[str, Any]) -> Path:
+    """`fields` as YAML."""
+    path.write_text(yaml.safe_dump(fields, sort_keys=False))
+    return path
+
+
+def command(name: str, place: Path, model: Path, out: Path) -> list[object]:
+    """A command on `model`, with the text.jsonl and profile/ of `place`, that writes to `out`."""
+    text = ["--data", place / "text.jsonl", "--sequence-length", LENGTH]
+    sizes = ["--intermediate-size", 40, "--multiple-of", 8]
+    recipe = write_recipe(place / "recipe.yaml", recipe_fields(model, place / "text.jsonl"))
+    return {
+        "inspect": ["inspect", model],
+        "profile": ["profile", model, *text, "--samples", 16, "--gram-tokens", 512, "--out", out],
+        "prune": ["prune", model, "--profile", place / "profile", *sizes, "--out", out],
+        "distill": [
+            *("distill", model, "--teacher", model, *text, "--out", out),
+            *("--tokens", 512, "--batch-tokens", 128, "--eval-tokens", 256, "--heldout-blocks", 2),
+        ],
+        "evaluate": ["evaluate", model, "--against", model, *text, "--out", out],
+        "run": ["run", recipe, "--out", out],
+    }[name]
+
+
+def write_job(place: Path) -> Path:
+    """`place` with a model, text.jsonl and a profile of the model, as `command` needs."""
+    write_model(place / "model")
+    write_text(place / "text.jsonl")
+    assert main(list(map(str, command("profile", place, place / "model", place / "profile")))) == 0
+    return place
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object, at_once: bool = True) -> str:
+    """Run a command that must exit with 2 and one line, which is returned; by default no other."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    lines = said.err.splitlines()
+    assert [line.startswith("regrow: error: ") for line in lines].count(True) == 1
+    assert lines[-1].startswith("regrow: error: ")
+    if at_once:
+        assert len(lines) == 1
+        assert said.out == ""
+    return lines[-1].removeprefix("regrow: error: ")
