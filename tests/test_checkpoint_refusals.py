@@ -56,6 +56,10 @@ def empty_file(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"")
 
 
+def no_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"x" * 99)
+
+
 def change_header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         path = folder / "model.safetensors"
@@ -115,7 +119,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "truncated": (cut_off, TRUNCATED),
     "empty file": (empty_file, TRUNCATED),
-    "no header": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99) and None, TRUNCATED),
+    "no header": (no_header, TRUNCATED),
     "header without shape": (change_header(lambda header: header[NORM].pop("shape")), TRUNCATED),
     "wrong dtype": (change_header(lambda header: header[NORM].update(dtype="F64")), TRUNCATED),
     "wrong shape": (change_header(lambda header: header[NORM].update(shape=[49])), TRUNCATED),

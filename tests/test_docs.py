@@ -9,7 +9,7 @@ import pytest
 
 import regrow
 from regrow import commands, recipe
-from regrow.cli import COMMANDS
+from regrow.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
@@ -35,8 +35,6 @@ def test_commands_and_their_flags_exist(page: Path, capsys: pytest.CaptureFixtur
         if name not in COMMANDS:
             continue
         with pytest.raises(SystemExit):
-            from regrow.cli import main
-
             main([name, "--help"])
         known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
         assert flags <= known, (name, flags - known)

@@ -24,9 +24,7 @@ FOLDER = "regrow.stages.profile.importance"
 CRITERIA = plugins.names(FOLDER)
 DIMS = {"layers", "hidden", "mlp", "heads", "kv_heads"}
 STATISTICS = {"square_sum", "mean_abs_square_sum", "input_output_distance", "count"}
-CASES = [
-    (name, dim) for name in CRITERIA for dim in sorted(plugins.load(FOLDER, name).DIMS & DIMS)
-]
+CASES = [(name, dim) for name in CRITERIA for dim in sorted(plugins.load(FOLDER, name).DIMS & DIMS)]
 USELESS = {"layers": 1, "hidden": 17, "mlp": 5, "heads": 4, "kv_heads": 1}
 LAYER = 1
 OPTIONS = Options(device="cpu", batch_size=4, order="resident")
@@ -153,6 +151,38 @@ def test_hand_written_numbers() -> None:
     assert score_of("block_influence", stats, [], "layers") == [0.25, 0.5]
     weights = [torch.tensor([[1.0, 1.0], [0.0, 2.0]]), torch.tensor([[1.0], [0.0]])]
     assert score_of("magnitude", {}, weights, "mlp") == pytest.approx([math.sqrt(3), 2.0])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_magnitude_counts_every_weight_of_a_unit(
+    text: Path, tmp_path: Path, model_type: str
+) -> None:
+    """Readers and writers, in fused tensors too, written out by the tensors' names."""
+    checkpoint = write_model(tmp_path / "model", model_type, head_dim=HEAD_DIM)
+    config = ProfileConfig(criteria=("magnitude",), samples=1, gram_tokens=0)
+    found = profile(checkpoint, data_of(text), tmp_path / "profile", config, OPTIONS)
+    state = {name: checkpoint.tensor(name).double() for name in checkpoint.names()}
+    if model_type == "phi3":
+        for n in range(3):
+            here = f"model.layers.{n}."
+            fused = state.pop(here + "self_attn.qkv_proj.weight").split([48, 16, 16])
+            for part, name in zip(fused, "qkv", strict=True):
+                state[f"{here}self_attn.{name}_proj.weight"] = part
+            fused = state.pop(here + "mlp.gate_up_proj.weight").chunk(2)
+            for part, name in zip(fused, ("gate", "up"), strict=True):
+                state[f"{here}mlp.{name}_proj.weight"] = part
+
+    def norms(dim: str, parts: list[tuple[str, int]], units: int) -> None:
+        for layer, scores in found.scores("magnitude", dim).items():
+            total = torch.zeros(units, dtype=torch.float64)
+            for name, axis in parts:
+                weight = state[f"model.layers.{layer}.{name}_proj.weight"]
+                total += (weight if axis == 0 else weight.T).reshape(units, -1).square().sum(1)
+            torch.testing.assert_close(scores.double(), total.sqrt(), rtol=1e-6, atol=0)
+
+    norms("mlp", [("mlp.gate", 0), ("mlp.up", 0), ("mlp.down", 1)], 56)
+    norms("heads", [("self_attn.q", 0), ("self_attn.o", 1)], 6)
+    norms("kv_heads", [("self_attn.k", 0), ("self_attn.v", 0)], 2)
 
 
 def test_unknown_scores_are_refused_with_those_there_are(planted: dict[str, Profile]) -> None:

@@ -1,4 +1,4 @@
-"""The contract of every file in training/losses: values by hand, gradients by finite differences."""
+"""The contract of every file in training/losses: values by hand, gradients by differences."""
 
 from __future__ import annotations
 

@@ -75,11 +75,16 @@ def command(name: str, place: Path, model: Path, out: Path) -> list[object]:
     }[name]
 
 
+def call(*arguments: object) -> None:
+    """Run a command that must succeed."""
+    assert main([str(argument) for argument in arguments]) == 0
+
+
 def write_job(place: Path) -> Path:
     """`place` with a model, text.jsonl and a profile of the model, as `command` needs."""
     write_model(place / "model")
     write_text(place / "text.jsonl")
-    assert main(list(map(str, command("profile", place, place / "model", place / "profile")))) == 0
+    call(*command("profile", place, place / "model", place / "profile"))
     return place
 
 

@@ -161,13 +161,15 @@ def distill(
     """
     from regrow import estimate
     from regrow.stages.distill import distill as stage
+    from regrow.stages.distill.student import open_student
 
-    pupil, master = _open(student), _open(teacher)
+    master = _open(teacher)
+    pupil = open_student(student if student.endswith(".json") else _open(student), master)
     blend = _data(data, data_weights, sequence_length)
     if dry_run:
         _print(estimate.of_distill(pupil, master, blend, config, options), out)
         return
-    stage(pupil, master, blend, out, config, options)
+    stage(student, master, blend, out, config, options)
 
 
 def evaluate(

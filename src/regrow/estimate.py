@@ -16,6 +16,7 @@ from regrow.recipe import Recipe
 from regrow.search import SEARCH_BLOCKS, check_keep_params
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import check_tokenizers, steps_of
+from regrow.stages.distill.student import Student
 from regrow.stages.evaluate.config import EvaluateConfig
 from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.stage import estimate_bytes, statistics_needed
@@ -64,15 +65,15 @@ def of_prune(checkpoint: Checkpoint, config: PruneConfig, sequence_length: int =
 
 
 def of_distill(
-    student: Checkpoint,
+    student: Student,
     teacher: Checkpoint,
     data: DataConfig,
     config: DistillConfig,
     options: Options,
 ) -> list[str]:
     """Steps, memory and time of a distillation: 2 N_teacher + 6 N_student operations per token."""
-    check_tokenizers(student, teacher)
-    return _distill_lines(_parameters(student), _parameters(teacher), data, config, options)
+    check_tokenizers(student.like, teacher)
+    return _distill_lines(student.parameters, _parameters(teacher), data, config, options)
 
 
 def of_evaluate(

@@ -182,6 +182,13 @@ class Stage:
         }
 
 
+def refuse_input(out: Path, *folders: Path) -> None:
+    """Raise UserError when `out` is one of the folders that the stage reads."""
+    for folder in folders:
+        if out.resolve() == folder.resolve():
+            raise UserError(f"{out} is what is read here: give --out another folder")
+
+
 def refuse_foreign(out: Path, stage: str | None = None) -> None:
     """Raise UserError when `out` is a file or holds what no stage (or not `stage`) wrote."""
     blocked = next((place for place in (out, *out.parents) if place.is_file()), None)

@@ -16,17 +16,16 @@ from regrow.checkpoint import Checkpoint, load
 from regrow.data import DataConfig, build_blocks
 from regrow.data.digest import data_digest
 from regrow.errors import UserError
-from regrow.manifest import Figure, Stage, read, require_space
+from regrow.manifest import Figure, Stage, refuse_input, require_space
 from regrow.options import Options
 from regrow.progress import progress, say
 from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.resume import METRICS, TRAINER, adopt_finished, last_checkpoint, rescue
 from regrow.stages.distill.student import Student, open_student
 from regrow.training.head import Mix
 from regrow.training.teacher import Teacher
 from regrow.training.trainer import DistillTrainer, Journal, Pace, bind_loss
 
-TRAINER = "trainer"
-METRICS = "metrics.jsonl"
 CARRIED = ("plan.json", "plan-from-first.json")
 
 
@@ -50,6 +49,7 @@ def distill(
     out, config, options = Path(out), config or DistillConfig(), options or Options()
     master = teacher if isinstance(teacher, Checkpoint) else load(teacher)
     pupil = open_student(student, master)
+    refuse_input(out, pupil.like.folder, master.folder)
     check_tokenizers(pupil.like, master)
     inputs = {
         "student": pupil.fingerprint,
@@ -70,10 +70,12 @@ def distill(
     ranks.join(cpu=options.torch_device().type == "cpu")
     with stage as folder:
         if ranks.is_main():
-            _adopt_finished(out, folder, stage)
+            adopt_finished(out, folder, stage, config)
         ranks.wait()
         model = pupil.model(config.seed)
         device = options.torch_device()
+        if device.index is not None:
+            torch.cuda.set_device(device)  # the trainer takes the current one
         teacher_model = master.model(torch.bfloat16, device)
         arguments = _arguments(folder, config, device, steps, micro, accumulation)
         trainer = DistillTrainer(
@@ -122,18 +124,6 @@ def _stage(out: Path, config: DistillConfig, inputs: dict[str, str]) -> Stage:
     return Stage(out, "distill", config, inputs, resumable=True, resume_digest=resume)
 
 
-def _adopt_finished(out: Path, folder: Path, stage: Stage) -> None:
-    """Take over the trainer state of a finished run with a smaller budget, to extend it."""
-    found = read(out)
-    if found is None or found.get("resume_digest") != stage.resume_digest:
-        return
-    if (folder / TRAINER).exists() or found["config"]["tokens"] > stage.config.tokens:  # type: ignore[attr-defined]
-        return
-    say(f"distill: extends {found['config']['tokens']:,} tokens")
-    shutil.copytree(out / TRAINER, folder / TRAINER, copy_function=os.link)
-    shutil.copyfile(out / METRICS, folder / METRICS)
-
-
 def _arguments(
     folder: Path,
     config: DistillConfig,
@@ -143,7 +133,7 @@ def _arguments(
     accumulation: int,
 ) -> TrainingArguments:
     every = max(1, min(steps, round(config.eval_tokens / config.batch_tokens)))
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder / TRAINER),
         max_steps=steps,
         per_device_train_batch_size=micro,
@@ -178,6 +168,9 @@ def _arguments(
         disable_tqdm=True,
         seed=config.seed,
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # without torchrun: DataParallel would multiply batch_tokens
+    return arguments
 
 
 def _trackers(folder: Path) -> list[str]:
@@ -199,15 +192,15 @@ def _train(
     journal: Path | None,
 ) -> None:
     from transformers.trainer_callback import PrinterCallback
-    from transformers.trainer_utils import get_last_checkpoint
 
     mix = Mix(config.loss_weights(), config.temperature)
     undo = bind_loss(trainer.student, teacher, mix)
     (folder / TRAINER).mkdir(exist_ok=True)
-    last = get_last_checkpoint(str(folder / TRAINER))
+    last = last_checkpoint(folder / TRAINER)
+    ranks.wait()
     trainer.args.eval_on_start = last is None  # a run that goes on has that row
     if last is not None:
-        say(f"distill: goes on from {Path(last).name}")
+        say(f"distill: goes on from {last.name}")
     trainer.remove_callback(PrinterCallback)
     with progress("distill", steps * config.batch_tokens) as counter:
         for path in filter(None, (folder / METRICS, journal)):
@@ -216,23 +209,12 @@ def _train(
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*pin_memory.*")
-                trainer.train(resume_from_checkpoint=last)
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except UserError as error:
-            raise UserError(f"{error}; {_rescue(folder, out)}; lower the learning rate") from None
+            raise UserError(
+                f"{error}; {rescue(folder / TRAINER, out)}; lower the learning rate"
+            ) from None
     undo()
-
-
-def _rescue(folder: Path, out: Path) -> str:
-    """Keep the last good checkpoint of a run that failed, and say where."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    last = get_last_checkpoint(str(folder / TRAINER))
-    if last is None:
-        return "no checkpoint had been made yet, the student is as it was"
-    kept = out.parent / f"{out.name}-stopped"
-    shutil.rmtree(kept, ignore_errors=True)
-    Path(last).rename(kept)
-    return f"the last good checkpoint ({Path(last).name}) is kept in {kept}"
 
 
 def _write(trainer: DistillTrainer, pupil: Student, folder: Path) -> None:

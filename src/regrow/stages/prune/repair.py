@@ -46,10 +46,11 @@ def solve(weight: Tensor, gram: Gram, kept: list[int], ridges: tuple[float, ...]
     is_kept = torch.zeros(full.shape[1], dtype=torch.bool)
     is_kept[k] = True
     p = (~is_kept).nonzero().squeeze(-1)
-    fit, held_out = gram.fit.double(), gram.validate.double()
+    # Only the parts in use are widened: the Gram matrices stay as they are mapped from disk.
     kept_weight, lost_weight = full[:, k], full[:, p]
-    target = lost_weight @ fit[p][:, k]
-    fit_kk = fit[k][:, k]
+    target = lost_weight @ gram.fit[p][:, k].double()
+    fit_kk = gram.fit[k][:, k].double()
+    held_out = gram.validate
     scale = fit_kk.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     total = _energy(full, held_out).clamp_min(torch.finfo(torch.float64).tiny)
 
@@ -68,8 +69,9 @@ def solve(weight: Tensor, gram: Gram, kept: list[int], ridges: tuple[float, ...]
 
 
 def _energy(weight: Tensor, gram: Tensor) -> Tensor:
-    """Σ_t w_t |W x_t|² = tr(W G Wᵀ)."""
-    return ((weight @ gram) * weight).sum()
+    """Σ_t w_t |W x_t|² = tr(W G Wᵀ), in the Gram's own dtype: enough to compare errors by."""
+    rows = weight.to(gram.dtype)
+    return ((rows @ gram) * rows).sum(dtype=torch.float64)
 
 
 class Repair:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.errors import UserError
-from regrow.manifest import Figure, Stage, digest, require_space, write_json
+from regrow.manifest import Figure, Stage, digest, refuse_input, require_space, write_json
 from regrow.plan import Plan, compose
 from regrow.progress import say
 from regrow.stages.prune.choose import choose, full_sizes
@@ -41,6 +41,7 @@ def prune(
     """
     out = Path(out)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
+    refuse_input(out, checkpoint.folder)
     family = families.of(checkpoint)
     found = _profile_for(checkpoint, profile)
     plan = make_plan(checkpoint, config, found)
@@ -54,6 +55,8 @@ def prune(
         inputs["profile"] = digest(found.info)
     if search is not None:
         inputs["search"] = search
+    if config.plan is not None:  # its digest counts, not where it lay; it is written beside
+        config = config.model_copy(update={"plan": PLAN})
     stage = Stage(out, "prune", config, inputs)
     if stage.complete:
         say(f"prune: {out} is complete and unchanged")

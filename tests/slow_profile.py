@@ -1,0 +1,103 @@
+"""What a profile must hold, gathered slowly: plain hooks, float64, one document at a time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from regrow.checkpoint import Checkpoint
+from regrow.data import Blocks, DataConfig, build_blocks
+from regrow.options import Options
+
+OPTIONS = Options(device="cpu", batch_size=3, order="resident")
+
+
+class Slow:
+    """What every watched place sees, token by token: documents run alone, none is packed."""
+
+    def __init__(self, checkpoint: Checkpoint, blocks: Blocks) -> None:
+        self.model = checkpoint.model(torch.float64)
+        self.seen: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+        self.block = 0
+        pre_mlp = "pre_feedforward" if "gemma" in self.model.config.model_type else "post_attention"
+        for number, layer in enumerate(self.model.base_model.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            self._watch_input(attention.o_proj, f"heads/{number}")
+            self._watch_input(mlp.down_proj, f"mlp/{number}")
+            mlp_norm = layer.get_submodule(f"{pre_mlp}_layernorm")
+            self._watch_input(layer.input_layernorm, f"residual/heads/{number}")
+            self._watch_input(mlp_norm, f"residual/mlp/{number}")
+            self._watch_output(layer.input_layernorm, f"norm/attention/{number}")
+            self._watch_output(mlp_norm, f"norm/mlp/{number}")
+            self._watch_input(layer, f"in/{number}")
+            self._watch_output(layer, f"out/{number}")
+        self._watch_output(self.model.base_model.norm, "norm/final")
+        self._run(blocks)
+
+    def _watch_input(self, module: torch.nn.Module, place: str) -> None:
+        module.register_forward_pre_hook(lambda _, inputs: self._keep(place, inputs[0]))
+
+    def _watch_output(self, module: torch.nn.Module, place: str) -> None:
+        module.register_forward_hook(lambda _, inputs, output: self._keep(place, output))
+
+    def _keep(self, place: str, x_1Td: Tensor) -> None:
+        self.seen[place][self.block] += list(x_1Td[0])
+
+    @torch.no_grad()
+    def _run(self, blocks: Blocks) -> None:
+        for self.block, (ids, positions, real) in enumerate(
+            zip(blocks.input_ids, blocks.position_ids, blocks.real, strict=True)
+        ):
+            starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+            for begin, end in pairwise(starts):
+                if real[begin]:
+                    self.model.base_model(ids[None, begin:end], use_cache=False)
+
+    def rows(self, place: str, blocks: range | list[int] | None = None) -> Tensor:
+        """Every token's vector at a place [N, d], of these blocks or all."""
+        seen = self.seen[place]
+        chosen = seen if blocks is None else blocks
+        return torch.stack([x for block in chosen for x in seen[block]])
+
+    def places(self, dim: str, layer: int | str) -> list[str]:
+        if dim != "hidden":
+            return [f"{dim}/{layer}"]
+        return [place for place in self.seen if place.startswith("norm/")]
+
+    def square_sum(self, dim: str, layer: int | str) -> Tensor:
+        rows = [self.rows(place) for place in self.places(dim, layer)]
+        return torch.stack([x.square().sum(0) for x in rows]).sum(0)
+
+    def mean_abs_square_sum(self, dim: str, layer: int | str) -> Tensor:
+        total = 0.0
+        for place in self.places(dim, layer):
+            for block in self.seen[place]:
+                total = total + self.rows(place, [block]).abs().mean(0) ** 2
+        assert isinstance(total, Tensor)
+        return total
+
+    def influence(self, layer: int) -> float:
+        before, after = self.rows(f"in/{layer}"), self.rows(f"out/{layer}")
+        cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in zip(before, after, strict=True)]
+        return 1 - sum(cosines) / len(cosines)
+
+    def gram(self, dim: str, layer: int, blocks: list[int]) -> Tensor:
+        rows = self.rows(f"{dim}/{layer}", blocks)
+        residuals = self.rows(f"residual/{dim}/{layer}", blocks)
+        total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+        for x, r in zip(rows, residuals, strict=True):
+            total += torch.outer(x, x) / (r @ r)
+        return total
+
+
+def calibration(checkpoint: Checkpoint, data: DataConfig, samples: int) -> Blocks:
+    return build_blocks(data, checkpoint.tokenizer(), "calibration", samples)
+
+
+def close(found: Tensor, expected: Tensor, rtol: float = 1e-5) -> None:
+    """Norm-wise closeness: float32 sums in the profile, float64 in the slow version."""
+    assert found.shape == expected.shape
+    assert float((found.double() - expected).norm()) <= rtol * float(expected.norm())

@@ -1,0 +1,171 @@
+"""What is kept: ranking of units, and candidate shapes of tiny and of real models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import SPECIAL, tiny_config
+from tiny_pruning import chosen, write_place
+
+from regrow import families
+from regrow.checkpoint import Checkpoint
+from regrow.errors import UserError
+from regrow.stages.prune.choose import best, best_heads
+from regrow.stages.prune.shapes import Shape, candidates
+from regrow.statistics import Profile
+
+SMOLLM2 = {
+    "model_type": "llama",
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
+}
+
+QWEN3 = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 36,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+}
+
+GEMMA3 = {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 26,
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "vocab_size": 262144,
+    "sliding_window": 512,
+}
+
+REAL = {"smollm2": SMOLLM2, "qwen3-8b": QWEN3, "gemma3-1b": GEMMA3}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_place(tmp_path_factory.mktemp("place"))
+
+
+def test_best_is_stable_and_in_the_old_order() -> None:
+    assert best(torch.tensor([1.0, 9.0, 3.0, 9.0, 2.0]), 3) == [1, 2, 3]
+    assert best(torch.tensor([5.0, 5.0, 5.0, 5.0]), 2) == [0, 1]
+    assert best(torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0]), 2) == [1, 2]
+    tied = torch.zeros(1000)
+    tied[::2] = 1
+    assert best(tied, 400) == list(range(0, 800, 2))
+
+
+def test_heads_are_ranked_inside_their_group() -> None:
+    scores = torch.tensor([9.0, 8.0, 7.0, 1.0, 3.0, 2.0, 6.0, 5.0, 4.0])
+    assert best_heads(scores, [0, 1, 2], group=3, keep=2) == [0, 1, 4, 5, 6, 7]
+    assert best_heads(scores, [1, 2], group=3, keep=1) == [4, 6]
+
+
+def test_a_plan_keeps_the_best_scored_units(place: Path) -> None:
+    """Against the scores themselves, for every dimension at once."""
+    found = Profile(place / "profile")
+    plan = chosen(place, layers=3, hidden=36, mlp=20, heads=2, kv_heads=1)
+    plan.check(families.get("llama").sizes(Checkpoint(place / "model").config))
+    influence = found.scores("block_influence", "layers")["all"]
+    assert plan.layers == sorted(set(range(4)) - {int(influence.argmin())})
+    hidden = found.scores("activation_l2", "hidden")["all"]
+    assert plan.hidden is not None
+    dropped = set(range(48)) - set(plan.hidden)
+    assert hidden[plan.hidden].min() >= hidden[sorted(dropped)].max()
+    assert plan.mlp is not None
+    assert plan.heads is not None
+    assert plan.kv_heads is not None
+    assert set(plan.mlp) == set(plan.heads) == set(plan.kv_heads) == set(plan.layers)
+    for layer in plan.layers:
+        scores = found.scores("activation_l2", "mlp")[str(layer)]
+        assert plan.mlp[layer] == sorted(scores.argsort(descending=True)[:20].tolist())
+        groups = found.scores("activation_l2", "kv_heads")[str(layer)]
+        (kv,) = plan.kv_heads[layer]
+        assert kv == int(groups.argmax())
+        heads = found.scores("activation_l2", "heads")[str(layer)][3 * kv : 3 * kv + 3]
+        assert sorted(plan.heads[layer]) == plan.heads[layer]
+        assert set(plan.heads[layer]) == {3 * kv + int(n) for n in heads.argsort()[1:]}
+
+
+def test_kv_heads_take_their_query_heads_along(place: Path) -> None:
+    plan = chosen(place, kv_heads=1)
+    assert plan.after["heads"] == 3
+    assert plan.heads is not None
+    assert plan.kv_heads is not None
+    for layer, (kv,) in plan.kv_heads.items():
+        assert plan.heads[layer] == [3 * kv, 3 * kv + 1, 3 * kv + 2]
+
+
+def check_candidates(config: dict[str, Any], keep: float, multiple: int) -> list[Shape]:
+    family = families.get(config["model_type"])
+    full, total = family.sizes(config), family.count(config)
+    shapes = candidates(family, config, keep, multiple)
+    for shape in shapes:
+        assert shape.sizes
+        assert abs(shape.parameters / total - keep) <= 0.01
+        shapes_of = family.expected(config, shape.sizes)
+        tied = family.value(config, "tie_word_embeddings")
+        assert family.head not in shapes_of or not tied
+        assert shape.parameters == sum(torch.Size(size).numel() for size in shapes_of.values())
+        family.check_sizes(config, shape.sizes, multiple)
+        for dim, size in shape.sizes.items():
+            assert 0 < size < full[dim]
+            rows = size * (full["head_dim"] if dim in ("heads", "kv_heads") else 1)
+            if dim != "layers" and dim != "kv_heads":
+                assert rows % multiple == 0, (dim, size)
+    assert len({tuple(sorted(shape.sizes.items())) for shape in shapes}) == len(shapes)
+    return shapes
+
+
+@pytest.mark.parametrize("name", sorted(SPECIAL))
+@pytest.mark.parametrize("keep", [0.9, 0.8, 0.6])
+def test_candidates_of_tiny_models(name: str, keep: float) -> None:
+    config = tiny_config(name, intermediate_size=512, vocab_size=64)
+    shapes = check_candidates(config.to_dict(), keep, 4)
+    assert any("mlp" in shape.sizes for shape in shapes)
+
+
+@pytest.mark.parametrize("config", REAL.values(), ids=REAL.keys())
+@pytest.mark.parametrize("multiple", [32, 128])
+@pytest.mark.parametrize("keep", [0.8, 0.7])
+def test_candidates_of_real_models(config: dict[str, Any], keep: float, multiple: int) -> None:
+    shapes = check_candidates(config, keep, multiple)
+    kinds = {dim for shape in shapes for dim in shape.sizes}
+    assert {"mlp", "layers"} <= kinds
+
+
+def test_smollm2_by_hand() -> None:
+    """134,515,008 parameters; an MLP channel takes 3 · 576 in each of 30 layers."""
+    assert families.get("llama").count(SMOLLM2) == 134_515_008
+    (mlp,) = (s for s in candidates(families.get("llama"), SMOLLM2, 0.8, 32) if s.name == "mlp")
+    width = mlp.sizes["mlp"]
+    assert mlp.sizes == {"mlp": width}
+    assert width % 32 == 0
+    assert mlp.parameters == 134_515_008 - (1536 - width) * 3 * 576 * 30
+
+
+def test_a_share_that_no_shape_meets_is_refused() -> None:
+    family = families.get("llama")
+    with pytest.raises(UserError, match=r"keep_params 0\.05: no shape"):
+        candidates(family, SMOLLM2, 0.05, 32)
+    with pytest.raises(UserError, match="multiples of 512"):
+        candidates(family, SMOLLM2, 0.985, 512)
+    # All of it is nearest to 0.999; that is no cut.
+    with pytest.raises(UserError, match=r"keep_params 0\.999"):
+        candidates(family, SMOLLM2, 0.999, 512)

@@ -1,0 +1,217 @@
+"""The profile stage: padding, what is gathered, the two orders, what is reused and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from slow_profile import OPTIONS, Slow, calibration, close
+from tiny_folders import data_of, write_model, write_text
+from torch import Tensor
+
+from regrow import families
+from regrow.checkpoint import Checkpoint
+from regrow.errors import UserError
+from regrow.progress import Progress
+from regrow.stages.profile import ProfileConfig, profile
+from regrow.stages.profile import stage as profile_stage
+from regrow.stages.profile.collect import Batch, Collector
+from regrow.stages.profile.orders import layer_major, resident
+from regrow.statistics import SCORES, STATISTICS
+
+LAYER_MAJOR = OPTIONS.model_copy(update={"order": "layer"})
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl", documents=120)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    folder = tmp_path_factory.mktemp("models")
+    names = ("llama", "mistral", "qwen3", "gemma3_text")
+    return {name: write_model(folder / name, name, torch.float64) for name in names}
+
+
+@pytest.mark.parametrize(("memory", "order"), [(10**9, "resident"), (10**5, "layer_major")])
+def test_a_model_too_large_for_the_device_goes_layer_by_layer(
+    models: dict[str, Checkpoint],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    memory: int,
+    order: str,
+) -> None:
+    monkeypatch.setattr(profile_stage, "memory_bytes", lambda device: memory)
+    used: list[str] = []
+    for name in ("resident", "layer_major"):
+        real = getattr(profile_stage, name)
+        monkeypatch.setattr(
+            profile_stage,
+            name,
+            lambda *given, real=real, name=name: (used.append(name), real(*given)),
+        )
+    config = ProfileConfig(samples=1, gram_tokens=0)
+    options = OPTIONS.model_copy(update={"order": "auto"})
+    profile(models["llama"], data_of(text), tmp_path / "out", config, options)
+    assert used == [order]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi3"])
+def test_layer_major_computes_in_the_stored_dtype(text: Path, tmp_path: Path, name: str) -> None:
+    """In bfloat16 a rounding more or less would show at once."""
+    checkpoint = write_model(tmp_path / "model", name, torch.bfloat16)
+    config = ProfileConfig(criteria=("activation_l2",), samples=2, gram_tokens=0)
+    found = [
+        load_file(profile(checkpoint, data_of(text), tmp_path / o.order, config, o).folder / SCORES)
+        for o in (OPTIONS, LAYER_MAJOR)
+    ]
+    for key, value in found[0].items():
+        assert torch.equal(found[1][key], value), key
+
+
+@pytest.mark.parametrize("order", ["resident", "layer"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_padding_is_never_counted(
+    models: dict[str, Checkpoint], text: Path, tmp_path: Path, name: str, order: str
+) -> None:
+    """Blocks with padding give the sums of the same blocks without, Gram matrices too."""
+    checkpoint = models[name]
+    blocks = calibration(checkpoint, data_of(text), 2)
+    found = []
+    for pad in (0, 9):
+        family = families.of(checkpoint)
+        needs = {dim: {"square_sum", "mean_abs_square_sum"} for dim in ("mlp", "heads", "hidden")}
+        needs["layers"] = {"input_output_distance"}
+        collector = Collector(family, needs, ("mlp", "heads"), weighted=True)
+        inputs = {
+            "input_ids": padded(blocks.input_ids, torch.full((2, pad), 5)),
+            "position_ids": padded(blocks.position_ids, torch.arange(pad).expand(2, pad)),
+        }
+        real = padded(blocks.real, torch.zeros(2, pad, dtype=torch.bool))
+        sums: dict[str, Tensor] = {}
+
+        def take(
+            layer: int, collector: Collector = collector, sums: dict[str, Tensor] = sums
+        ) -> None:
+            for dim, gram in collector.take_grams(layer).items():
+                sums[f"gram/{dim}/{layer}"] = gram.fit
+
+        common: Any = (checkpoint, [(Batch(real, "fit"), inputs)], collector, take)
+        common = (*common, torch.device("cpu"), torch.float64, Progress("", 1, ""))
+        if order == "resident":
+            resident(*common)
+        else:
+            layer_major(*common, tmp_path / "spill")
+        found.append({**sums, **collector.sums})
+    assert found[0].keys() == found[1].keys()
+    assert "gram/heads/0" in found[0]
+    for key, value in found[0].items():
+        close(found[1][key], value.double(), rtol=1e-6)
+
+
+def padded(x: Tensor, end: Tensor) -> Tensor:
+    return torch.cat([x, end.to(x.dtype)], 1)
+
+
+def test_a_padded_block_through_the_stage(models: dict[str, Checkpoint], tmp_path: Path) -> None:
+    """Too little text for one block: the stage counts the real tokens only."""
+    text = write_text(tmp_path / "short.jsonl", documents=6)
+    data = data_of(text, sequence_length=512)
+    config = ProfileConfig(criteria=("minitron",), samples=3, gram_tokens=0)
+    found = profile(models["qwen3"], data, tmp_path / "out", config, OPTIONS)
+    blocks = calibration(models["qwen3"], data, 3)
+    assert len(blocks) == 1
+    assert found.info["tokens"] == int(blocks.real.sum()) < 512
+    slow = Slow(models["qwen3"], blocks)
+    statistics = load_file(found.folder / STATISTICS)
+    for layer in range(3):
+        close(
+            statistics[f"mean_abs_square_sum/mlp/{layer}"].flatten(),
+            slow.mean_abs_square_sum("mlp", layer),
+        )
+
+
+def test_only_what_the_criteria_need_is_gathered(
+    models: dict[str, Checkpoint], text: Path, tmp_path: Path
+) -> None:
+    cases = {
+        ("activation_l2",): {"square_sum"},
+        ("minitron", "random"): {"mean_abs_square_sum"},
+        ("block_influence",): {"input_output_distance"},
+        ("magnitude", "random"): set(),
+    }
+    for number, (criteria, expected) in enumerate(cases.items()):
+        config = ProfileConfig(criteria=criteria, samples=9, gram_tokens=9 * 32, grams=("heads",))
+        found = profile(models["llama"], data_of(text), tmp_path / str(number), config, OPTIONS)
+        statistics = load_file(found.folder / STATISTICS)
+        assert {key.split("/")[0] for key in statistics} == expected
+        scored = {key.split("/")[0] for key in load_file(found.folder / SCORES)}
+        assert scored == set(criteria)
+        files = {path.name for path in (found.folder / "grams").iterdir()}
+        assert files == {f"heads-{layer}.safetensors" for layer in range(3)}
+        assert found.has_gram("heads")
+        assert not found.has_gram("mlp")
+
+
+def test_uniform_weights_and_number_of_tokens(
+    models: dict[str, Checkpoint], text: Path, tmp_path: Path
+) -> None:
+    config = ProfileConfig(samples=8, gram_tokens=8 * 32 + 31, token_weight="uniform")
+    found = profile(models["llama"], data_of(text), tmp_path / "out", config, OPTIONS)
+    assert found.info["gram_tokens"] == 8 * 32
+    slow = Slow(models["llama"], calibration(models["llama"], data_of(text), 8))
+    rows = slow.rows("mlp/1", [7])
+    close(found.gram("mlp", 1).validate, rows.T @ rows)
+
+
+def test_too_few_blocks_for_grams_and_unknown_criteria_are_refused(
+    models: dict[str, Checkpoint], text: Path, tmp_path: Path
+) -> None:
+    config = ProfileConfig(samples=8, gram_tokens=7 * 32)
+    with pytest.raises(UserError, match="too few"):
+        profile(models["llama"], data_of(text), tmp_path / "a", config, OPTIONS)
+    config = ProfileConfig(criteria=("activation_l1",))
+    with pytest.raises(UserError, match="activation_l2"):
+        profile(models["llama"], data_of(text), tmp_path / "b", config, OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_layer_that_does_nothing_has_no_influence(text: Path, tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path / "model", "llama", torch.float64)
+    model = checkpoint.model(torch.float64)
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            model.get_submodule(f"model.layers.1.{name}").weight.zero_()  # type: ignore[operator,union-attr]
+    model.save_pretrained(str(checkpoint.folder))
+    config = ProfileConfig(criteria=("block_influence",), samples=4, gram_tokens=0)
+    found = profile(checkpoint.folder, data_of(text), tmp_path / "out", config, OPTIONS)
+    scores = found.scores("block_influence", "layers")["all"]
+    assert abs(float(scores[1])) < 1e-6
+    assert float(scores[[0, 2]].min()) > 1e-2
+
+
+def test_saved_and_reused_until_text_or_model_change(
+    models: dict[str, Checkpoint], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "text.jsonl"
+    own.write_bytes(text.read_bytes())
+    config = ProfileConfig(samples=8, gram_tokens=8 * 32)
+    first = profile(models["llama"], data_of(own), tmp_path / "out", config, OPTIONS)
+    runs: list[int] = []
+    run = profile_stage._run
+    monkeypatch.setattr(profile_stage, "_run", lambda *given: (runs.append(1), run(*given)))
+    again = profile(models["llama"], data_of(own), tmp_path / "out", config, OPTIONS)
+    assert runs == []
+    assert again.info == first.info
+    own.write_text(own.read_text() + json.dumps({"text": "One more."}) + "\n")
+    changed = profile(models["llama"], data_of(own), tmp_path / "out", config, OPTIONS)
+    assert runs == [1]
+    assert changed.info != first.info  # what tells a prune that its profile is another one
+    profile(models["mistral"], data_of(own), tmp_path / "out", config, OPTIONS)
+    assert runs == [1, 1]

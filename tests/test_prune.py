@@ -1,0 +1,137 @@
+"""The prune stage: plans applied again, plans that follow each other, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_folders import data_of, write_model
+from tiny_pruning import OPTIONS, chosen, write_place
+from torch import Tensor
+
+from regrow.checkpoint import Checkpoint
+from regrow.errors import UserError
+from regrow.manifest import read
+from regrow.plan import Plan, compose
+from regrow.stages.profile import ProfileConfig, profile
+from regrow.stages.prune import PruneConfig, prune
+
+SIZES = PruneConfig(intermediate_size=40, num_layers=3, multiple_of=8)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_place(tmp_path_factory.mktemp("place"))
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    checkpoint = Checkpoint(folder)
+    return {name: checkpoint.tensor(name) for name in checkpoint.names()}
+
+
+def test_a_plan_applied_again_gives_the_same_weights(place: Path, tmp_path: Path) -> None:
+    first = prune(place / "model", tmp_path / "first", SIZES, place / "profile")
+    config = PruneConfig(plan=str(first / "plan.json"))
+    again = prune(place / "model", tmp_path / "again", config, place / "profile")
+    expected = weights(first)
+    assert weights(again).keys() == expected.keys()
+    for name, value in weights(again).items():
+        assert torch.equal(value, expected[name]), name
+    assert (again / "plan.json").read_text() == (first / "plan.json").read_text()
+    before = (again / "model.safetensors").stat().st_mtime_ns
+    moved = shutil.copyfile(first / "plan.json", tmp_path / "moved.json")
+    prune(place / "model", again, PruneConfig(plan=str(moved)), place / "profile")
+    assert (again / "model.safetensors").stat().st_mtime_ns == before  # the same plan: unchanged
+    plain = PruneConfig(plan=str(first / "plan.json"), repair=False)
+    changed = weights(prune(place / "model", tmp_path / "plain", plain))
+    differing = {name for name, value in changed.items() if not torch.equal(value, expected[name])}
+    assert differing == {f"model.layers.{n}.mlp.down_proj.weight" for n in range(3)}
+
+
+def test_repair_and_choice_need_the_right_profile(place: Path, tmp_path: Path) -> None:
+    out, data = tmp_path / "out", data_of(place / "text.jsonl")
+    bare = profile(
+        place / "model", data, tmp_path / "bare", ProfileConfig(samples=4, gram_tokens=0), OPTIONS
+    )
+    with pytest.raises(UserError, match="repair needs a profile with Gram matrices"):
+        prune(place / "model", out, SIZES, bare)
+    with pytest.raises(UserError, match="choosing what to keep needs a profile"):
+        prune(place / "model", out, SIZES)
+    other = write_model(tmp_path / "other", num_hidden_layers=4, head_dim=8, vocab_size=384)
+    with pytest.raises(UserError, match="is the profile of another model"):
+        prune(other, out, SIZES, place / "profile")
+    with pytest.raises(UserError, match="profile again with --criteria minitron"):
+        prune(
+            place / "model",
+            out,
+            SIZES.model_copy(update={"criterion": "minitron"}),
+            place / "profile",
+        )
+    assert not out.exists()
+    prune(place / "model", out, SIZES.model_copy(update={"repair": False}), bare)
+    assert Checkpoint(out).config["intermediate_size"] == 40
+
+
+def test_another_profile_means_another_cut(place: Path, tmp_path: Path) -> None:
+    """A profile on other text, in the same folder, does not count as the one used before."""
+    data, folder = data_of(place / "text.jsonl"), tmp_path / "profile"
+    config = ProfileConfig(samples=8, gram_tokens=8 * 32)
+    profile(place / "model", data, folder, config, OPTIONS)
+    prune(place / "model", tmp_path / "out", SIZES, folder)
+    first = read(tmp_path / "out")
+    other = data.model_copy(update={"seed": 3})
+    profile(place / "model", other, folder, config, OPTIONS)
+    prune(place / "model", tmp_path / "out", SIZES, folder)
+    second = read(tmp_path / "out")
+    assert first is not None
+    assert second is not None
+    assert first["inputs"]["profile"] != second["inputs"]["profile"]
+    assert first["finished"] <= second["finished"]
+    assert first["repair"] != second["repair"]
+
+
+def test_plans_of_several_rounds_lead_back_to_the_first_model(place: Path, tmp_path: Path) -> None:
+    """Three cuts in a row equal the one cut of the first model that plan-from-first.json says."""
+    data = data_of(place / "text.jsonl")
+    rounds = [
+        PruneConfig(intermediate_size=80, multiple_of=8, repair=False),
+        PruneConfig(num_layers=3, intermediate_size=40, multiple_of=8, repair=False),
+        PruneConfig(num_key_value_heads=1, intermediate_size=32, multiple_of=8, repair=False),
+    ]
+    parent, plans = place / "model", []
+    for number, config in enumerate(rounds):
+        wanted = ProfileConfig(samples=8, gram_tokens=0, seed=number)
+        found = profile(parent, data, tmp_path / f"profile-{number}", wanted, OPTIONS)
+        out = prune(parent, tmp_path / str(number), config, found)
+        plans.append(Plan.read(out / "plan.json"))
+        assert (out / "plan-from-first.json").exists() == (number > 0)
+        parent = out
+    composed = Plan.read(parent / "plan-from-first.json")
+    assert composed == compose(compose(plans[0], plans[1]), plans[2])
+    assert composed.fingerprint == Checkpoint(place / "model").fingerprint
+    at_once = PruneConfig(plan=str(parent / "plan-from-first.json"), repair=False)
+    direct = weights(prune(place / "model", tmp_path / "direct", at_once))
+    for name, value in weights(parent).items():
+        assert torch.equal(direct[name], value), name
+
+
+def test_a_plan_for_this_model_beside_it_is_no_history(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    chosen(place, mlp=40).write(tmp_path / "model" / "plan.json")
+    config = PruneConfig(plan=str(tmp_path / "model" / "plan.json"), repair=False)
+    out = prune(tmp_path / "model", tmp_path / "out", config)
+    assert not (out / "plan-from-first.json").exists()
+
+
+def test_a_history_that_does_not_fit_is_refused_first(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    fields = json.loads(chosen(place, mlp=40).model_dump_json(exclude_none=True))
+    fields["fingerprint"] = "0" * 64
+    (tmp_path / "model" / "plan.json").write_text(json.dumps(fields))
+    config = SIZES.model_copy(update={"repair": False})
+    with pytest.raises(UserError, match="plans do not follow each other"):
+        prune(tmp_path / "model", tmp_path / "out", config, place / "profile")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,121 @@
+"""The search for a shape: scores, the table, and when it is done again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_folders import data_of
+from tiny_pruning import OPTIONS, chosen, write_place
+from torch import Tensor
+
+from regrow import families, search
+from regrow.checkpoint import Checkpoint
+from regrow.data import build_blocks
+from regrow.errors import UserError
+from regrow.stages.prune import PruneConfig
+from regrow.stages.prune.cut import cut_model
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_place(tmp_path_factory.mktemp("place"))
+
+
+KEEP = PruneConfig(keep_params=0.8, multiple_of=2)
+
+
+def search_in(place: Path, out: Path, config: PruneConfig = KEEP) -> list[dict[str, Any]]:
+    data = data_of(place / "text.jsonl")
+    search.prune(place / "model", out, config, place / "profile", data, OPTIONS)
+    table: list[dict[str, Any]] = json.loads((out / "candidates.json").read_text())
+    return table
+
+
+def slow_kl(place: Path, sizes: dict[str, int]) -> float:
+    """KL(dense ‖ cut) without repair, by full float32 logits, on the blocks after the profiled."""
+    checkpoint = Checkpoint(place / "model")
+    dense = checkpoint.model(torch.float32)
+    student = cut_model(dense, chosen(place, **sizes))
+    data = data_of(place / "text.jsonl")
+    blocks = build_blocks(data, checkpoint.tokenizer(), "calibration", 32).select(range(24, 32))
+    batch = next(blocks.batches(8))
+    given = {key: batch[key] for key in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        log_p, log_q = (
+            model(**given, use_cache=False).logits[:, :-1].log_softmax(-1)
+            for model in (dense, student)
+        )
+    kl_BT: Tensor = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return float(kl_BT[batch["labels"][:, 1:] != -100].mean())
+
+
+def test_the_search_takes_the_shape_of_lowest_kl(place: Path, tmp_path: Path) -> None:
+    config = KEEP.model_copy(update={"repair": False})
+    table = search_in(place, tmp_path / "out", config)
+    assert len(table) >= 3
+    (row,) = (row for row in table if row["chosen"])
+    assert row["kl"] == min(row["kl"] for row in table) > 0
+    for other in table:
+        assert abs(other["keep"] - 0.8) <= 0.01
+        assert other["kl"] == pytest.approx(slow_kl(place, other["sizes"]), rel=0.02)
+    cut = Checkpoint(tmp_path / "out")
+    sizes = families.of(cut).sizes(cut.config)
+    assert {dim: sizes[dim] for dim in row["sizes"]} == row["sizes"]
+    assert families.of(cut).count(cut.config) == row["parameters"]
+
+
+def test_a_search_that_will_repair_scores_repaired_models(place: Path, tmp_path: Path) -> None:
+    plain = search_in(place, tmp_path / "plain", KEEP.model_copy(update={"repair": False}))
+    repaired = search_in(place, tmp_path / "repaired")
+    for one, other in zip(plain, repaired, strict=True):
+        assert one["sizes"] == other["sizes"]
+        assert one["kl"] != other["kl"]
+
+
+def test_a_search_is_done_again_when_what_is_asked_changes(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    runs: list[int] = []
+    choose_shape = search.choose_shape
+
+    def counted(*given: Any) -> list[dict[str, Any]]:
+        runs.append(1)
+        return choose_shape(*given)
+
+    monkeypatch.setattr(search, "choose_shape", counted)
+    search_in(place, out)
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    search_in(place, out)
+    assert len(runs) == 1
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    table = search_in(place, out, KEEP.model_copy(update={"keep_params": 0.7}))
+    assert len(runs) == 2
+    assert all(abs(row["keep"] - 0.7) <= 0.01 for row in table)
+    cut = Checkpoint(out)
+    assert families.of(cut).count(cut.config) in {row["parameters"] for row in table}
+
+
+def test_a_score_that_is_no_number_is_not_chosen(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([float("nan"), 3.0, 1.0, *[2.0] * 9])
+    monkeypatch.setattr(search, "_score", lambda *_: next(scores))
+    table = search_in(place, tmp_path / "out")
+    assert [row["kl"] for row in table if row["chosen"]] == [1.0]
+
+
+def test_what_a_search_lacks_is_refused(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="keep_params needs data"):
+        search.prune(place / "model", out, KEEP, place / "profile", None, OPTIONS)
+    with pytest.raises(UserError, match="keep_params needs a profile"):
+        search.prune(place / "model", out, KEEP, None, None, OPTIONS)
+    both = KEEP.model_copy(update={"num_layers": 3})
+    with pytest.raises(UserError, match="one of them"):
+        search.prune(place / "model", out, both, place / "profile", None, OPTIONS)
+    assert not out.exists()
