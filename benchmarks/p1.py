@@ -71,11 +71,12 @@ def main() -> None:
         config = DistillConfig(tokens=tokens, alpha=1.0, learning_rate=1e-4)
         trained = distill(DENSE, DENSE, data, out / f"control-{tokens}", config, options)
         models.append((f"control: dense + {tokens // 1000} k", trained))
-    table: dict[str, dict[str, float]] = {}
-    groups = [models[:split], models[split:]]
-    for number, group in enumerate(groups):
-        for name, row in _evaluate(dict(group), arguments.texts, out / f"evaluation-{number}"):
-            table.setdefault(name, {}).update(row)
+    table: dict[str, dict[str, float]] = {name: {} for name, _ in models}
+    # The dense model stands in both groups; the distilled ones first, one waits for those.
+    groups = {"distilled": [models[0], *models[split:]], "untrained": models[:split]}
+    for name, group in groups.items():
+        for model, row in _evaluate(dict(group), arguments.texts, out / f"evaluation-{name}"):
+            table[model].update(row)
     text = _markdown(table)
     (out / "p1.md").write_text(text)
     print(text)
