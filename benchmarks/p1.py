@@ -114,7 +114,7 @@ def _markdown(table: dict[str, dict[str, float]]) -> str:
         for column in columns:
             value = row[f"perplexity/{column}"]
             cells += [f"{value:.2f}", f"{value / dense[f'perplexity/{column}']:.3f}"]
-        cells += [f"{row.get(f'KL {column}', 0.0):.3f}" for column in ("lambada", "c4")]
+        cells += [f"{row.get(f'kl/{column}', 0.0):.3f}" for column in ("lambada", "c4")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -146,7 +146,7 @@ def test_journal_has_a_row_for_each_step(tmp_path: Path) -> None:
         eval_dataset=blocks_of(4, seed=9),
     )
     journal = tmp_path / "metrics.jsonl"
-    trainer.add_callback(Journal(journal, "03-distill", 2 * T))
+    trainer.add_callback(Journal((journal,), "03-distill", 2 * T))
     progress = Progress("distill", 4 * 2 * T, "tokens")
     trainer.add_callback(Pace(2 * T, progress))
     bind_loss(student, teacher, MIX)
@@ -176,7 +176,7 @@ def test_journal_drops_what_is_done_again(tmp_path: Path) -> None:
         train_dataset=blocks_of(),
         eval_dataset=blocks_of(4),
     )
-    trainer.add_callback(Journal(journal, "x", T))
+    trainer.add_callback(Journal((journal,), "x", T))
     bind_loss(student, teacher, MIX)
     trainer.train()
     rows = [json.loads(line) for line in journal.read_text().splitlines()]

@@ -173,10 +173,10 @@ class Pace(TrainerCallback):
 
 
 class Journal(TrainerCallback):
-    """Writes metrics.jsonl: one JSON object per logged step."""
+    """Writes metrics.jsonl, the stage's and the run's: one JSON object per logged step."""
 
-    def __init__(self, path: Path, stage: str, tokens_per_step: int) -> None:
-        self.path, self.stage, self.tokens_per_step = path, stage, tokens_per_step
+    def __init__(self, paths: tuple[Path, ...], stage: str, tokens_per_step: int) -> None:
+        self.paths, self.stage, self.tokens_per_step = paths, stage, tokens_per_step
         self.start = time.monotonic()
 
     def on_train_begin(
@@ -185,7 +185,8 @@ class Journal(TrainerCallback):
         """Drop the rows of steps that will be done again, after a kill."""
         if state.is_world_process_zero:
             # From the start, the row of step 0 will be written again too.
-            _drop_later_rows(self.path, self.stage, state.global_step or -1)
+            for path in self.paths:
+                _drop_later_rows(path, self.stage, state.global_step or -1)
 
     def on_log(
         self,
@@ -206,8 +207,9 @@ class Journal(TrainerCallback):
             "seconds": round(time.monotonic() - self.start, 2),
             **{HELDOUT.get(name, name): value for name, value in numbers.items()},
         }
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        for path in self.paths:
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 class _EvenShares(Dataset[dict[str, Tensor]]):

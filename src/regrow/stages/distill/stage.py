@@ -203,8 +203,8 @@ def _train(
         say(f"distill: goes on from {last.name}")
     trainer.remove_callback(PrinterCallback)
     with progress("distill", steps * config.batch_tokens) as counter:
-        for path in filter(None, (folder / METRICS, journal)):
-            trainer.add_callback(Journal(path, out.name, config.batch_tokens))
+        paths = (folder / METRICS,) if journal is None else (folder / METRICS, journal)
+        trainer.add_callback(Journal(paths, out.name, config.batch_tokens))
         trainer.add_callback(Pace(config.batch_tokens, counter))
         try:
             with warnings.catch_warnings():
