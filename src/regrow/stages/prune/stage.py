@@ -138,8 +138,8 @@ def describe(plan: Plan) -> str:
 def prove_reload(folder: Path) -> None:
     """Open what was written with the stock reader; an assertion of ours, not of the user's.
 
-    A model up to 1 GB is loaded and run. Of a larger one, which was cut with the memory of two
-    shards, the stock class is made without memory and its tensors' names and shapes are compared.
+    A model up to 1 GB is loaded and run. A larger one was cut without ever being in memory: there
+    the stock class is made on the meta device, and the tensors' names and shapes are compared.
     """
     checkpoint = Checkpoint(folder)
     families.of(checkpoint)
