@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,9 +96,12 @@ def statistics_needed(criteria: tuple[str, ...]) -> dict[str, set[str]]:
 def estimate_bytes(checkpoint: Checkpoint, config: ProfileConfig) -> int:
     """Bytes of the Gram matrices, which are nearly all of a profile: two float32 d² per reader."""
     sizes = families.of(checkpoint).sizes(checkpoint.config)
-    width = {"mlp": sizes["mlp"], "heads": sizes["heads"] * sizes["head_dim"]}
-    grams = config.grams if config.gram_tokens else ()
-    return sum(sizes["layers"] * 2 * 4 * width[dim] ** 2 for dim in grams)
+    return _gram_bytes(sizes, config.grams if config.gram_tokens else ())
+
+
+def _gram_bytes(sizes: dict[str, int], dims: Iterable[str]) -> int:
+    widths = [families.rows(dim, sizes) for dim in dims]
+    return sum(sizes["layers"] * 2 * 4 * width**2 for width in widths)
 
 
 def _run(
@@ -139,9 +142,7 @@ def compute_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 def _fits(checkpoint: Checkpoint, collector: Collector, device: torch.device) -> bool:
     """Whether weights and the Grams of all layers take less than 0.7 of the device's memory."""
-    sizes = collector.family.sizes(checkpoint.config)
-    width = {"mlp": sizes["mlp"], "heads": sizes["heads"] * sizes["head_dim"]}
-    grams = sum(sizes["layers"] * 2 * 4 * width[dim] ** 2 for dim in collector.gram_dims)
+    grams = _gram_bytes(collector.family.sizes(checkpoint.config), collector.gram_dims)
     weights = sum(checkpoint.bytes(name) for name in checkpoint.names())
     return weights + grams < 0.7 * memory_bytes(device)
 

@@ -47,16 +47,9 @@ def choose(
         kv_heads = _per_layer(profile, criterion, "kv_heads", layers, after)
     if "heads" in cut:
         scores = profile.scores(criterion, "heads")
-        everything = list(range(before["kv_heads"]))
-        heads = {
-            layer: best_heads(
-                scores[str(layer)],
-                everything if kv_heads is None else kv_heads[layer],
-                before["heads"] // before["kv_heads"],
-                after["heads"] // after["kv_heads"],
-            )
-            for layer in layers
-        }
+        groups = kv_heads or {n: list(range(before["kv_heads"])) for n in layers}
+        group, keep = (size["heads"] // size["kv_heads"] for size in (before, after))
+        heads = {n: best_heads(scores[str(n)], groups[n], group, keep) for n in layers}
     return Plan(
         model_type=family.model_type,
         fingerprint=checkpoint.fingerprint,
