@@ -81,8 +81,9 @@ def main() -> None:
 def _make(folder: Path) -> None:
     family = families.get("llama")
     shapes = family.expected(CONFIG)
+    layout = {n: torch.empty(s, dtype=torch.bfloat16, device="meta") for n, s in shapes.items()}
     tensors = ((n, torch.randn(s, dtype=torch.bfloat16) * 0.02) for n, s in shapes.items())
-    write(folder, dict(CONFIG), tensors, max_shard_bytes=SHARD)
+    write(folder, dict(CONFIG), layout, tensors, max_shard_bytes=SHARD)
 
 
 def _make_profile(folder: Path, checkpoint: Checkpoint) -> None:

@@ -15,6 +15,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from regrow import (
     DataConfig,
@@ -34,6 +35,10 @@ CRITERIA = ("activation_l2", "minitron", "magnitude", "random")
 LAYERS = "block_influence"
 MLP = {"intermediate_size": 1024}  # 80.3 % of the parameters
 DEPTH = {"num_layers": 22}  # 79.0 %
+SCHEDULE: dict[int, dict[str, Any]] = {  # short runs need many steps, long ones less noise
+    300_000: {"batch_tokens": 1024, "learning_rate": 3e-4},
+    1_000_000: {"batch_tokens": 2048, "learning_rate": 3e-4},
+}
 
 
 def main() -> None:
@@ -63,8 +68,7 @@ def main() -> None:
     split = len(models)
     start = out / "untrained" / "activation_l2-repair"
     for tokens in arguments.tokens:
-        rate = arguments.learning_rate
-        config = DistillConfig(tokens=tokens, **({"learning_rate": rate} if rate else {}))
+        config = DistillConfig(tokens=tokens, **SCHEDULE.get(tokens, {}))
         distilled = distill(start, DENSE, data, out / f"distilled-{tokens}", config, options)
         models.append((f"distilled {tokens // 1000} k", distilled))
     for tokens in arguments.control:
@@ -126,7 +130,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="*", default=[100_000, 300_000])
     parser.add_argument("--control", type=int, nargs="*", default=[100_000])
     parser.add_argument("--samples", type=int, default=96, help="calibration blocks of 512")
-    parser.add_argument("--learning-rate", type=float, default=None)
     return parser.parse_args()
 
 

@@ -35,6 +35,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+def layout_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return {name: checkpoint.meta(name) for name in checkpoint.names()}
+
+
 def tensors_of(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     return ((name, checkpoint.tensor(name)) for name in checkpoint.names())
 
@@ -87,7 +91,7 @@ def test_sharded_write(kind: str, limit: int, tmp_path: Path) -> None:
     """No file over the limit unless one tensor is; the index is right; stock reads it equal."""
     source = write_model(tmp_path / "model", **CONFIGS[kind])
     out = tmp_path / "out"
-    write(out, source.config, tensors_of(source), source, max_shard_bytes=limit)
+    write(out, source.config, layout_of(source), tensors_of(source), source, max_shard_bytes=limit)
     files = sorted(out.glob("*.safetensors"))
     for path in files:
         sizes = [tensor.numel() * 4 for tensor in load_file(path).values()]
@@ -109,29 +113,69 @@ def test_sharded_write(kind: str, limit: int, tmp_path: Path) -> None:
 
 def test_write_keeps_the_parents_shard_size(tmp_path: Path) -> None:
     source = write_model(tmp_path / "model")
-    write(tmp_path / "many", source.config, tensors_of(source), source, max_shard_bytes=20_000)
+    write(
+        tmp_path / "many",
+        source.config,
+        layout_of(source),
+        tensors_of(source),
+        source,
+        max_shard_bytes=20_000,
+    )
     many = load(tmp_path / "many")
-    write(tmp_path / "again", many.config, tensors_of(many), many)
+    write(tmp_path / "again", many.config, layout_of(many), tensors_of(many), many)
     assert load(tmp_path / "again").shard_bytes() <= many.shard_bytes()
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
 
 
-def test_write_holds_one_shard(tmp_path: Path) -> None:
-    """When the next tensor is made, those of earlier files are gone."""
+def test_write_holds_one_tensor(tmp_path: Path) -> None:
+    """When the next tensor is made, the one before is gone."""
     import weakref
 
     alive: list[weakref.ref[Tensor]] = []
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for number in range(12):
-            assert sum(ref() is not None for ref in alive) <= 3
+            assert sum(ref() is not None for ref in alive) <= 1
             tensor = torch.full((1000,), float(number))
             alive.append(weakref.ref(tensor))
             yield f"t{number}", tensor
             del tensor
 
-    write(tmp_path / "out", {}, stream(), max_shard_bytes=8000)
+    layout = {f"t{number}": torch.empty(1000, device="meta") for number in range(12)}
+    write(tmp_path / "out", {}, layout, stream(), max_shard_bytes=8000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 6
+
+
+def test_dtypes_of_all_widths_in_one_file(tmp_path: Path) -> None:
+    """The safetensors package reads them equal; each lies at a multiple of its own width."""
+    mixed = {
+        "half": torch.randn(3).to(torch.bfloat16),
+        "number": torch.tensor(2.5, dtype=torch.float64),
+        "turned": torch.randn(4, 3).T,
+        "none": torch.empty(0, 5),
+        "other": torch.randn(1, 1, 5).half(),
+    }
+    write(tmp_path, {}, mixed, mixed.items())
+    path = tmp_path / "model.safetensors"
+    found = load_file(path)
+    assert set(found) == set(mixed)
+    for name, tensor in mixed.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    _, header = shards.read_headers(tmp_path)
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    for name, entry in header.items():
+        assert (8 + length + entry["data_offsets"][0]) % mixed[name].element_size() == 0
+
+
+@pytest.mark.parametrize("wrong", ["shape", "dtype", "name", "fewer", "more"])
+def test_a_stream_that_differs_from_its_layout_is_no_checkpoint(wrong: str, tmp_path: Path) -> None:
+    layout = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    b = {"shape": torch.zeros(2), "dtype": torch.zeros(3).half()}.get(wrong, torch.zeros(3))
+    tensors = [("a", torch.zeros(2)), ("c" if wrong == "name" else "b", b), ("d", b)]
+    count = {"fewer": 1, "more": 3}.get(wrong, 2)
+    with pytest.raises((AssertionError, ValueError)):
+        write(tmp_path, {}, layout, tensors[:count])
 
 
 def test_what_travels_along(folder: Path, tmp_path: Path) -> None:
@@ -143,7 +187,7 @@ def test_what_travels_along(folder: Path, tmp_path: Path) -> None:
     (folder / "training.log").write_text("not theirs")
     (folder / "modeling_llama.py").write_text("import os")
     source, out = load(folder), tmp_path / "out"
-    write(out, source.config, tensors_of(source), source)
+    write(out, source.config, layout_of(source), tensors_of(source), source)
     assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == {
         *("config.json", "model.safetensors", "generation_config.json", "LICENSE"),
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
@@ -175,7 +219,7 @@ def test_save(tied: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_write_ties(tied: bool, tmp_path: Path) -> None:
     source = write_model(tmp_path / "model", tie_word_embeddings=tied)
-    write(tmp_path / "out", source.config, tensors_of(source), source)
+    write(tmp_path / "out", source.config, layout_of(source), tensors_of(source), source)
     assert ("lm_head.weight" in load(tmp_path / "out").names()) is not tied
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (back.lm_head.weight is back.model.embed_tokens.weight) is tied
@@ -220,7 +264,7 @@ def test_remote_code_of_a_known_family_is_left_behind(folder: Path, tmp_path: Pa
     set_config(folder, auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})
     source = load(folder)
     families.of(source)
-    write(tmp_path / "cut", source.config, tensors_of(source), source)
+    write(tmp_path / "cut", source.config, layout_of(source), tensors_of(source), source)
     save(source.model(torch.float32), tmp_path / "saved", like=source)
     for out in (tmp_path / "cut", tmp_path / "saved"):
         assert "auto_map" not in json.loads((out / "config.json").read_text())

@@ -80,7 +80,8 @@ def one_shard_missing(folder: Path) -> None:
     source = load(folder)
     out = folder.with_name("sharded")
     tensors = ((name, source.tensor(name)) for name in source.names())
-    write(out, source.config, tensors, source, max_shard_bytes=60_000)
+    layout = {name: source.meta(name) for name in source.names()}
+    write(out, source.config, layout, tensors, source, max_shard_bytes=60_000)
     shutil.rmtree(folder)
     out.rename(folder)
     next(folder.glob("model-00002-*")).unlink()

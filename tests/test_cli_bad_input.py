@@ -2,54 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_job
 from tiny_job import (
     COMMANDS,
     LENGTH,
     PROFILE,
+    Refused,
     command,
     recipe_fields,
-    write_job,
     write_recipe,
     write_text,
 )
 
-Refused = Callable[..., str]
 BLEND = ["--sequence-length", str(LENGTH)]
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A good model, its profile, and text."""
-    return write_job(tmp_path_factory.mktemp("bad_input"))
-
-
-@pytest.fixture
-def place(shared: Path, tmp_path: Path) -> Path:
-    """A copy that a test may break."""
-    return Path(shutil.copytree(shared, tmp_path / "in"))
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a command that must be refused; returns what it said."""
-    return functools.partial(tiny_job.refused, capsys)
-
-
-@pytest.fixture
-def untouched(tmp_path: Path) -> Iterator[Path]:
-    """A folder to write into, in which nothing may appear, nor beside it."""
-    before = sorted(tmp_path.iterdir())
-    yield tmp_path / "out"
-    assert sorted(tmp_path.iterdir()) == before
 
 
 def no_folder(model: Path) -> None:

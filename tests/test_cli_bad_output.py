@@ -2,50 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_job
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_job import COMMANDS, command, write_job
+from tiny_job import COMMANDS, Refused, command
 from transformers import AutoModelForCausalLM
 
 from regrow.training.trainer import DistillTrainer
-
-Refused = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A good model, its profile, and text."""
-    return write_job(tmp_path_factory.mktemp("bad_input"))
-
-
-@pytest.fixture
-def place(shared: Path, tmp_path: Path) -> Path:
-    """A copy that a test may break."""
-    return Path(shutil.copytree(shared, tmp_path / "in"))
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a command that must be refused; returns what it said."""
-    return functools.partial(tiny_job.refused, capsys)
-
-
-@pytest.fixture
-def untouched(tmp_path: Path) -> Iterator[Path]:
-    """A folder to write into, in which nothing may appear, nor beside it."""
-    before = sorted(tmp_path.iterdir())
-    yield tmp_path / "out"
-    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -271,13 +271,14 @@ def test_tensors_that_do_not_fit_the_table_are_refused(saved: Checkpoint) -> Non
 def test_a_head_that_is_tied_in_name_only_is_refused(saved: Checkpoint, tmp_path: Path) -> None:
     """transformers would load both values; dropping one would change the model in silence."""
     folder = tmp_path / "odd"
-    tensors = [(name, saved.tensor(name)) for name in saved.names()]
-    checkpoint.write(folder, {**saved.config, "tie_word_embeddings": True}, tensors)
+    tensors = {name: saved.tensor(name) for name in saved.names()}
+    tied = {**saved.config, "tie_word_embeddings": True}
+    checkpoint.write(folder, tied, tensors, tensors.items())
     odd = checkpoint.load(folder)
     with pytest.raises(UserError, match="tie_word_embeddings to false"):
         cut_folder(odd, random_plan(odd.config, odd.fingerprint, mlp=20), tmp_path / "out")
-    same = dict(tensors) | {"lm_head.weight": dict(tensors)["model.embed_tokens.weight"].clone()}
-    checkpoint.write(tmp_path / "same", odd.config, same.items())
+    same = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    checkpoint.write(tmp_path / "same", odd.config, same, same.items())
     twice = checkpoint.load(tmp_path / "same")
     cut_folder(twice, random_plan(twice.config, twice.fingerprint, mlp=20), tmp_path / "out")
     assert "lm_head.weight" not in checkpoint.load(tmp_path / "out").names()

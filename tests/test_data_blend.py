@@ -199,9 +199,9 @@ def test_one_text_file_fills_every_split(tmp_path: Path) -> None:
 
 
 def test_documents_are_whole_and_masked_in_the_blocks(tmp_path: Path) -> None:
-    data = config(write(tmp_path / "a.jsonl", "a", 100, 1))
-    blocks = build_blocks(data, TOKENIZER, "train", 40)
-    documents = blend(Job(data, TOKENIZER, "train", None))
+    data = config(write(tmp_path / "a.jsonl", "a", 900, 1))
+    blocks = build_blocks(data, TOKENIZER, "calibration", 40)
+    documents = blend(Job(data, TOKENIZER, "calibration", None))
     flat: list[int] = []
     starts = set()
     while len(flat) < 40 * 32:
@@ -254,3 +254,11 @@ def test_a_wrong_row_names_its_place(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
     with pytest.raises(UserError, match=r"a\.jsonl, row 2: has the keys txt"):
         build_blocks(config(str(tmp_path / "a.jsonl")), TOKENIZER, "train", 1)
+
+
+def test_train_text_without_anything_to_score_ends(tmp_path: Path) -> None:
+    asked = {"messages": [{"role": "user", "content": "The quick fox is one dog " * 9}]}
+    lines = [json.dumps(asked).replace("dog", f"dog {number}") for number in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="none to score"):
+        build_blocks(config(str(tmp_path / "a.jsonl")), TOKENIZER, "train", 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -99,6 +100,43 @@ def test_the_only_block_is_padded() -> None:
 def test_an_incomplete_block_after_a_full_one_is_dropped() -> None:
     blocks = pack([Document(list(range(11, 22)), [True] * 11)])
     assert blocks.input_ids.tolist() == [list(range(11, 19))]
+
+
+def test_scored_only_leaves_out_prompts_that_predict_nothing() -> None:
+    no, yes = False, True
+    packer = Packer(LENGTH, PAD, scored_only=True)
+    packer.add(Document([11, 12, 13], [no, yes, yes]))
+    # Five places are left: the last five tokens, which end with the answer.
+    packer.add(Document(list(range(21, 41)), [no] * 19 + [yes]))
+    # Two answers far apart: half of the room before the first, all that follows the last goes.
+    ids = list(range(50, 90))
+    packer.add(Document(ids, [token in (62, 79) for token in ids]))
+    packer.add(Document([91, 92, 93], [no] * 3))
+    packer.add(Document([94, 95, 96], [no, no, yes]))
+    blocks = packer.blocks(9)
+    assert blocks.input_ids.tolist() == [
+        [11, 12, 13, 36, 37, 38, 39, 40],
+        [58, 59, 60, 61, 62, 63, 64, 65],
+        [75, 76, 77, 78, 79, 80, 81, 82],
+    ]
+    assert packer.block[0, : packer.used].tolist() == [94, 95, 96]
+    assert [row[row != -100].tolist() for row in blocks.labels] == [[12, 13, 40], [62], [79]]
+
+
+def test_scored_only_scores_something_in_every_piece() -> None:
+    for seed in range(20):
+        documents = some_documents(seed)
+        packer = Packer(LENGTH, PAD, scored_only=True)
+        for document in documents:
+            packer.add(document)
+        blocks = packer.blocks(10**6)
+        plain = pack(documents)
+        share = blocks.scored_tokens / blocks.labels.numel()
+        assert share >= plain.scored_tokens / plain.labels.numel()
+        for ids, labels in zip(blocks.position_ids, blocks.labels, strict=True):
+            starts = [*(ids == 0).nonzero().flatten().tolist(), LENGTH]
+            for begin, end in pairwise(starts):  # one place left over can score nothing
+                assert end - begin < 2 or (labels[begin:end] != -100).any()
 
 
 def test_nothing_gives_no_blocks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from tiny_folders import write_text
 from regrow.cli import main
 
 __all__ = ["write_text"]
+
+Refused = Callable[..., str]
+"""Runs a command that must be refused; returns what it said."""
 
 COMMANDS = ("profile", "prune", "distill", "evaluate", "run")
 """Those that write a folder."""

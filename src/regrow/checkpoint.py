@@ -6,14 +6,14 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrow import manifest
 from regrow.errors import UserError
-from regrow.shards import read_headers, write_shards
+from regrow.shards import DTYPES, read_headers, write_shards
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,6 @@ CARRIED = (
 )
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class Checkpoint:
@@ -89,6 +88,13 @@ class Checkpoint:
             self._open = (shard, safe_open(self.folder / shard, framework="pt"))
         tensor: torch.Tensor = self._open[1].get_tensor(name)
         return tensor
+
+    def meta(self, name: str) -> torch.Tensor:
+        """The tensor's shape and dtype, as a tensor on the meta device."""
+        import torch
+
+        dtype = getattr(torch, self.dtype(name))
+        return torch.empty(self.shapes[name], dtype=dtype, device="meta")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -181,18 +187,20 @@ def write_model(model: PreTrainedModel, folder: Path, like: Checkpoint) -> None:
 def write(
     folder: Path,
     config: dict[str, Any],
+    layout: Mapping[str, torch.Tensor],
     tensors: Iterable[tuple[str, torch.Tensor]],
     like: Checkpoint | None = None,
     max_shard_bytes: int | None = None,
 ) -> None:
-    """Write a Hugging Face folder from a stream of tensors, holding one shard at a time.
+    """Write a Hugging Face folder from a stream of tensors, holding one at a time.
 
-    Shards are at most `max_shard_bytes` (default: as `like`'s largest, else 5 GB). Config,
-    tokenizer, chat template and generation config are carried along from `like`.
+    `layout` has the stream's names in order, each with a tensor of that shape and dtype, which may
+    be on the meta device. Shards are at most `max_shard_bytes` (default: as `like`'s largest, else
+    5 GB). Config, tokenizer, chat template and generation config are carried along from `like`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     limit = max_shard_bytes or (like.shard_bytes() if like else 5_000_000_000)
-    write_shards(folder, tensors, limit)
+    write_shards(folder, layout, tensors, limit)
     manifest.write_json(folder / "config.json", config)
     if like is not None:
         carry(like.folder, folder)

@@ -1,14 +1,16 @@
 """The safetensors files of a folder: their headers read and checked, a stream of tensors written.
 
 A file is 8 bytes with the header's length, a JSON header {name: {dtype, shape, data_offsets}}, and
-the tensors' bytes without gaps.
+the tensors' bytes without gaps. The safetensors package writes a file from tensors that are all in
+memory; a model larger than memory is written here, tensor by tensor.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,10 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I8": 8, "U8": 8}
 """Of the dtypes whose size is checked; others are told apart, and refused, by Checkpoint.dtype."""
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The dtypes that weights may have, as torch spells them."""
+STORED = {torch_name: stored for stored, torch_name in DTYPES.items()}
+ALIGNMENT = 8
 
 Header = dict[str, dict[str, Any]]
 
@@ -43,24 +49,30 @@ def read_headers(folder: Path) -> tuple[dict[str, str], Header]:
     return shard_of, headers
 
 
-def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> None:
-    """Write a stream of tensors into files of at most `max_bytes` each, one held at a time.
+def write_shards(
+    folder: Path,
+    layout: Mapping[str, torch.Tensor],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    max_bytes: int,
+) -> None:
+    """Write a stream of tensors into files of at most `max_bytes` each, one tensor held at a time.
 
-    A tensor larger than that has a file of its own. Several files get an index.
+    `layout` says what will come: each name, in order, with a tensor of its shape and dtype, which
+    may be on the meta device. A tensor larger than a file may be has one of its own. Several files
+    get an index.
     """
-    shards: list[dict[str, int]] = []
-    waiting: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        tensor_bytes = tensor.numel() * tensor.element_size()
-        if waiting and size + tensor_bytes > max_bytes:
-            shards.append(_write_shard(folder, len(shards), waiting))
-            waiting, size = {}, 0
-        waiting[name] = tensor.contiguous()
-        size += tensor_bytes
-        del tensor
-    shards.append(_write_shard(folder, len(shards), waiting))
-    _name_shards(folder, shards)
+    shards = _split(layout, max_bytes)
+    stream = iter(tensors)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = SINGLE if len(shards) == 1 else _numbered(number, len(shards))
+        _write_shard(folder / file, {name: layout[name] for name in names}, stream)
+        weight_map.update(dict.fromkeys(names, file))
+    assert next(stream, None) is None, "more tensors came than the layout says"
+    if len(shards) > 1:
+        total = sum(map(_bytes, layout.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / INDEX, index)
 
 
 def _shards(folder: Path) -> list[str]:
@@ -115,23 +127,55 @@ def _end_of_data(header: Header) -> int:
     return int(end)
 
 
-def _write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    from safetensors.torch import save_file
+def _split(layout: Mapping[str, torch.Tensor], max_bytes: int) -> list[list[str]]:
+    """The names of each file."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in layout.items():
+        if shards[-1] and size + _bytes(tensor) > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += _bytes(tensor)
+    return shards
 
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-    save_file(tensors, folder / f"shard-{number:05d}", metadata={"format": "pt"})
-    return sizes
+
+def _write_shard(
+    path: Path, layout: dict[str, torch.Tensor], stream: Iterator[tuple[str, torch.Tensor]]
+) -> None:
+    import torch
+
+    header = _header(layout)
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    start = 8 + len(text)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, tensor), due in zip(islice(stream, len(layout)), layout, strict=True):
+            assert name == due and tensor.shape == layout[name].shape, f"{name} is not {due}"
+            assert tensor.dtype == layout[name].dtype, name
+            file.seek(start + header[name]["data_offsets"][0])
+            file.write(tensor.cpu().flatten().view(torch.uint8).numpy().data)
 
 
-def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
-    if len(shards) == 1:
-        (folder / "shard-00000").rename(folder / SINGLE)
-        return
-    weight_map: dict[str, str] = {}
-    for number, sizes in enumerate(shards):
-        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number:05d}").rename(folder / final)
-        weight_map.update(dict.fromkeys(sizes, final))
-    total = sum(sum(sizes.values()) for sizes in shards)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(folder / INDEX, index)
+def _header(layout: dict[str, torch.Tensor]) -> Header:
+    """Header entries; the widest dtypes lie first, so that every tensor is aligned to its own."""
+    header: Header = {}
+    end = 0
+    for name, tensor in sorted(layout.items(), key=lambda item: -item[1].element_size()):
+        begin, end = end, end + _bytes(tensor)
+        stored = STORED[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {
+            "dtype": stored,
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    return header
+
+
+def _numbered(number: int, count: int) -> str:
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -53,7 +53,7 @@ def build_blocks(
     """
     assert num_blocks >= 1, num_blocks
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    packer = Packer(data.sequence_length, pad if pad is not None else 0)
+    packer = Packer(data.sequence_length, pad if pad is not None else 0, split == "train")
     counter = Progress(f"reading {split} text", num_blocks * data.sequence_length, "tokens")
     for document in blend(Job(data, tokenizer, split, cache)):
         packer.add(document)
@@ -115,7 +115,10 @@ def _swap_out(held: list[Passage], random: Random) -> Passage:
 
 
 def _documents(number: int, job: Job) -> Iterator[Document]:
-    """One source's documents; for train epoch after epoch, each in an order of its own."""
+    """One source's documents; for train epoch after epoch, each in an order of its own.
+
+    A source in which nothing is scored is read once.
+    """
     data, source = job.data, job.data.sources[number]
     epoch = 0
     while True:
@@ -123,8 +126,9 @@ def _documents(number: int, job: Job) -> Iterator[Document]:
         stream = shuffled(_passages(number, job), random, _characters_held(job))
         found = False
         while batch := list(islice(stream, TOKENIZED_AT_ONCE)):
-            found = True
-            yield from tokenize(batch, job.tokenizer)
+            for document in tokenize(batch, job.tokenizer):
+                found = found or any(document.scored[1:])
+                yield document
         if job.split != "train" or not found:
             return
         if epoch == 0:

@@ -15,10 +15,13 @@ class Packer:
 
     There it is a document of its own (positions from 0, first token not scored), because blocks are
     shown to the model one by one and a token has nothing before its block to be predicted from.
+    With `scored_only`, tokens from which nothing in their block is predicted (prompts longer than
+    the room left, what follows the last answer) are left out.
     """
 
-    def __init__(self, sequence_length: int, pad_id: int) -> None:
+    def __init__(self, sequence_length: int, pad_id: int, scored_only: bool = False) -> None:
         self.sequence_length, self.pad_id = sequence_length, pad_id
+        self.scored_only = scored_only
         self.documents = self.tokens = 0
         self.full: list[NDArray[np.int32]] = []  # each [3, T]: ids, positions, labels
         self.block = self._empty()
@@ -30,7 +33,7 @@ class Packer:
         labels = np.where(np.array(document.scored, dtype=bool), ids, IGNORED)
         self.documents += 1
         self.tokens += len(ids)
-        start = 0
+        start = self._begin(labels, 0)
         while start < len(ids):
             room = min(self.sequence_length - self.used, len(ids) - start)
             here, taken = slice(self.used, self.used + room), slice(start, start + room)
@@ -42,6 +45,7 @@ class Packer:
             if self.used == self.sequence_length:
                 self.full.append(self.block)
                 self.block, self.used = self._empty(), 0
+            start = self._begin(labels, start)
 
     def blocks(self, num_blocks: int) -> Blocks:
         """The first `num_blocks` full blocks, or those there are; n may be 0.
@@ -59,6 +63,20 @@ class Packer:
             _stacked([block[row] for block in full], real) for row in range(3)
         )
         return Blocks(ids, positions, labels, torch.from_numpy(real))
+
+    def _begin(self, labels: NDArray[np.int32], start: int) -> int:
+        """Where the next piece begins: at `start`, or as far on as it takes to score something."""
+        if not self.scored_only:
+            return start
+        room = self.sequence_length - self.used
+        later = (labels[start + 1 :] != IGNORED).nonzero()[0]
+        if not len(later):
+            return len(labels)
+        first = start + 1 + int(later[0])
+        if first < start + room:
+            return start
+        # All that is left if it fits, else half of the room for what comes before the first.
+        return max(start, min(len(labels) - room, first - room // 2))
 
     def _empty(self) -> NDArray[np.int32]:
         block = np.empty((3, self.sequence_length), dtype=np.int32)

@@ -114,9 +114,9 @@ def cut_folder(
     family.check_tensors(config, checkpoint.shapes)
     _refuse_untied(checkpoint.names(), checkpoint.tensor, family, config)
     names = [n for n in checkpoint.names() if _new_name(n, plan, family, config) is not None]
-    tensors = ((name, checkpoint.tensor(name)) for name in names)
-    new_config = cut_config(config, plan, family)
-    checkpoints.write(out, new_config, cut(tensors, plan, family, config, replace), like=checkpoint)
+    layout = dict(cut(((name, checkpoint.meta(name)) for name in names), plan, family, config))
+    tensors = cut(((n, checkpoint.tensor(n)) for n in names), plan, family, config, replace)
+    checkpoints.write(out, cut_config(config, plan, family), layout, tensors, like=checkpoint)
 
 
 def cut_model(

@@ -23,6 +23,7 @@ from regrow.statistics import Gram, Profile
 
 REPAIRED = ("mlp", "heads")
 RIDGES = (1e-2, 1e-1, 1.0)  # λ in units of the mean of G_kk's diagonal
+ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -41,37 +42,37 @@ def solve(weight: Tensor, gram: Gram, kept: list[int], ridges: tuple[float, ...]
     Errors are sqrt(Σ w|y' − y|² / Σ w|y|²) on the held-out Gram. Where no λ beats leaving the
     weights as they are, they are left (ridge None).
     """
-    full = weight.double()
     k = torch.tensor(kept)
-    is_kept = torch.zeros(full.shape[1], dtype=torch.bool)
+    is_kept = torch.zeros(weight.shape[1], dtype=torch.bool)
     is_kept[k] = True
     p = (~is_kept).nonzero().squeeze(-1)
-    # Only the parts in use are widened: the Gram matrices stay as they are mapped from disk.
-    kept_weight, lost_weight = full[:, k], full[:, p]
-    target = lost_weight @ gram.fit[p][:, k].double()
-    fit_kk = gram.fit[k][:, k].double()
-    held_out = gram.validate
-    scale = fit_kk.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    total = _energy(full, held_out).clamp_min(torch.finfo(torch.float64).tiny)
+    # Float64 only for the system and what it gives; errors in the Gram's dtype can be compared.
+    wide = weight.to(torch.promote_types(weight.dtype, gram.fit.dtype))
+    system = gram.fit[k[:, None], k].double()
+    diagonal = system.diagonal().clone()
+    scale = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    target = gram.fit[k[:, None], p].double() @ wide[:, p].double().T
+    total = _energy(wide, gram.validate).clamp_min(torch.finfo(torch.float64).tiny)
 
-    difference = torch.zeros_like(full)
-    difference[:, p] = -lost_weight
-    best = Solution(kept_weight, None, 0.0, float((_energy(difference, held_out) / total).sqrt()))
-    before = best.error_after
+    difference = torch.zeros_like(wide)
+    difference[:, p] = -wide[:, p]
+    before = float((_energy(difference, gram.validate) / total).sqrt())
+    best, chosen, after = None, None, before
     for ridge in ridges:
-        system = fit_kk + ridge * scale * torch.eye(len(kept), dtype=torch.float64)
-        change = torch.cholesky_solve(target.T, torch.linalg.cholesky(system)).T
+        system.diagonal().copy_(diagonal + ridge * scale)
+        change = torch.cholesky_solve(target, torch.linalg.cholesky(system)).T.to(wide.dtype)
         difference[:, k] = change
-        error = float((_energy(difference, held_out) / total).sqrt())
-        if error < best.error_after:
-            best = Solution(kept_weight + change, ridge, 0.0, error)
-    return Solution(best.weight, best.ridge, before, best.error_after)
+        error = float((_energy(difference, gram.validate) / total).sqrt())
+        if error < after:
+            best, chosen, after = change, ridge, error
+    solved = wide[:, k] if best is None else wide[:, k] + best
+    return Solution(solved, chosen, before, after)
 
 
 def _energy(weight: Tensor, gram: Tensor) -> Tensor:
-    """Σ_t w_t |W x_t|² = tr(W G Wᵀ), in the Gram's own dtype: enough to compare errors by."""
-    rows = weight.to(gram.dtype)
-    return ((rows @ gram) * rows).sum(dtype=torch.float64)
+    """Σ_t w_t |W x_t|² = tr(W G Wᵀ), a few rows of W at a time."""
+    parts = (rows.to(gram.dtype) for rows in weight.split(ROWS))
+    return torch.stack([((rows @ gram) * rows).sum(dtype=torch.float64) for rows in parts]).sum()
 
 
 class Repair:

@@ -1,0 +1,38 @@
+"""Fixtures of the tests that run commands which must be refused."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_job
+from tiny_job import Refused, write_job
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good model, its profile, and text."""
+    return write_job(tmp_path_factory.mktemp("bad_input"))
+
+
+@pytest.fixture
+def place(shared: Path, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(shared, tmp_path / "in"))
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a command that must be refused; returns what it said."""
+    return functools.partial(tiny_job.refused, capsys)
+
+
+@pytest.fixture
+def untouched(tmp_path: Path) -> Iterator[Path]:
+    """A folder to write into, in which nothing may appear, nor beside it."""
+    before = sorted(tmp_path.iterdir())
+    yield tmp_path / "out"
+    assert sorted(tmp_path.iterdir()) == before
