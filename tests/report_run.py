@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from regrow.plan import Plan
@@ -165,5 +166,6 @@ def write_run(
     write_metrics(folder / "metrics.jsonl", "03-distill")
     write_evaluation(stages / "04-evaluate", list(labels), words, f"answer: {words}")
     write_manifest(stages / "04-evaluate", "evaluate")
-    (folder / "recipe.yaml").write_text(f"model: {words}\nstages: [profile]\n")
+    recipe = {"model": words, "stages": ["profile", {"prune": {}}, "distill", "evaluate"]}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder

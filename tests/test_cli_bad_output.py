@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_job import COMMANDS, Refused, command
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from regrow.training.trainer import DistillTrainer
 
@@ -101,3 +101,4 @@ def test_loss_turns_nan(
     assert not out.exists()
     model = AutoModelForCausalLM.from_pretrained(kept)
     assert all(bool(weight.isfinite().all()) for weight in model.parameters())
+    assert AutoTokenizer.from_pretrained(kept).chat_template is not None

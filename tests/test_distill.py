@@ -23,6 +23,7 @@ from tiny_distillation import (
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from regrow.checkpoint import load
 from regrow.errors import UserError
 from regrow.stages.distill import distill
 from regrow.stages.distill import stage as distill_stage
@@ -153,7 +154,7 @@ def test_a_raised_budget_goes_on(distilled: dict[str, Path], place: Path, tmp_pa
     assert kl_of(out, place) == pytest.approx(state["best_metric"], rel=0.03)
 
 
-def test_the_last_whole_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
+def test_the_last_whole_checkpoint_is_gone_on_from(place: Path, tmp_path: Path) -> None:
     """By number, not by name; what a kill left of a later one is removed."""
     states = {8: "{}", 16: '{"step": 16}', 24: '{"ste', 32: None}
     for step, state in states.items():
@@ -162,6 +163,7 @@ def test_the_last_whole_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-16"
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-8", "checkpoint-16"}
-    assert rescue(tmp_path, tmp_path / "out").endswith(f"is kept in {tmp_path}/out-stopped")
+    said = rescue(tmp_path, tmp_path / "out", load(place / "teacher"))
+    assert said.endswith(f"is kept in {tmp_path}/out-stopped")
     assert (tmp_path / "out-stopped" / "trainer_state.json").read_text() == states[16]
     assert last_checkpoint(tmp_path / "none") is None

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from regrow import manifest, ranks
+from regrow.checkpoint import Checkpoint, carry
 from regrow.manifest import Stage
 from regrow.progress import say
 from regrow.stages.distill.config import DistillConfig
@@ -45,7 +46,7 @@ def last_checkpoint(trainer: Path) -> Path | None:
     return whole
 
 
-def rescue(trainer: Path, out: Path) -> str:
+def rescue(trainer: Path, out: Path, like: Checkpoint) -> str:
     """Keep the last good checkpoint of a run that failed beside `out`, and say where."""
     last = last_checkpoint(trainer)
     if last is None:
@@ -54,6 +55,7 @@ def rescue(trainer: Path, out: Path) -> str:
     if ranks.is_main():
         shutil.rmtree(kept, ignore_errors=True)
         last.rename(kept)
+        carry(like.folder, kept)
     return f"the last good checkpoint ({last.name}) is kept in {kept}"
 
 

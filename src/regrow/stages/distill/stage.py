@@ -20,7 +20,13 @@ from regrow.manifest import Figure, Stage, refuse_input, require_space
 from regrow.options import Options
 from regrow.progress import progress, say
 from regrow.stages.distill.config import DistillConfig
-from regrow.stages.distill.resume import METRICS, TRAINER, adopt_finished, last_checkpoint, rescue
+from regrow.stages.distill.resume import (
+    METRICS,
+    TRAINER,
+    adopt_finished,
+    last_checkpoint,
+    rescue,
+)
 from regrow.stages.distill.student import Student, open_student
 from regrow.training.head import Mix
 from regrow.training.teacher import Teacher
@@ -47,6 +53,7 @@ def distill(
     Raises UserError for tokenizers that differ, too little text, a loss that is no number.
     """
     out, config, options = Path(out), config or DistillConfig(), options or Options()
+    device = options.torch_device()
     master = teacher if isinstance(teacher, Checkpoint) else load(teacher)
     pupil = open_student(student, master)
     refuse_input(out, pupil.like.folder, master.folder)
@@ -67,13 +74,12 @@ def distill(
     blocks = build_blocks(
         data, master.tokenizer(), "train", steps * config.batch_tokens // data.sequence_length
     )
-    ranks.join(cpu=options.torch_device().type == "cpu")
+    ranks.join(cpu=device.type == "cpu")
     with stage as folder:
         if ranks.is_main():
             adopt_finished(out, folder, stage, config)
         ranks.wait()
         model = pupil.model(config.seed)
-        device = options.torch_device()
         if device.index is not None:
             torch.cuda.set_device(device)  # the trainer takes the current one
         teacher_model = master.model(torch.bfloat16, device)
@@ -81,7 +87,7 @@ def distill(
         trainer = DistillTrainer(
             model=model, args=arguments, train_dataset=blocks, eval_dataset=heldout
         )
-        _train(trainer, Teacher(teacher_model), folder, out, config, steps, journal)
+        _train(trainer, Teacher(teacher_model), folder, stage, pupil, steps, journal)
         if ranks.is_main():
             _write(trainer, pupil, folder)
         stage.figures += _figures(trainer, steps * config.batch_tokens)
@@ -186,13 +192,15 @@ def _train(
     trainer: DistillTrainer,
     teacher: Teacher,
     folder: Path,
-    out: Path,
-    config: DistillConfig,
+    stage: Stage,
+    pupil: Student,
     steps: int,
     journal: Path | None,
 ) -> None:
     from transformers.trainer_callback import PrinterCallback
 
+    config, out = stage.config, stage.out
+    assert isinstance(config, DistillConfig)
     mix = Mix(config.loss_weights(), config.temperature)
     undo = bind_loss(trainer.student, teacher, mix)
     (folder / TRAINER).mkdir(exist_ok=True)
@@ -212,7 +220,7 @@ def _train(
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except UserError as error:
             raise UserError(
-                f"{error}; {rescue(folder / TRAINER, out)}; lower the learning rate"
+                f"{error}; {rescue(folder / TRAINER, out, pupil.like)}; lower the learning rate"
             ) from None
     undo()
 

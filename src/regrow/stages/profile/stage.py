@@ -46,6 +46,7 @@ def profile(
     Raises UserError for an unknown criterion, a checkpoint outside the families, too little text.
     """
     config, options = config or ProfileConfig(), options or Options()
+    options.torch_device()  # refuses one that is not there, before the slow work
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     family = families.of(checkpoint)
     needs = statistics_needed(config.criteria)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from regrow import manifest
 from regrow.errors import UserError
 from regrow.plan import Plan
@@ -44,8 +46,10 @@ class Run:
 
 def read(folder: Path) -> Run:
     """Gather what there is; raises UserError when it is no run, or a file of it is broken."""
-    stages = _stage_folders(folder)
-    metrics = _rows(folder / METRICS)
+    recipe = _text(folder / RECIPE)
+    named = _named_by(recipe)
+    stages = _stage_folders(folder, named)
+    metrics = [r for r in _rows(folder / METRICS) if named is None or r["stage"] in named]
     if not stages and not metrics:
         raise UserError(
             f"{folder} holds no run: expected stages/ or {METRICS} in it; give the folder that "
@@ -55,7 +59,7 @@ def read(folder: Path) -> Run:
     evaluations = [path / EVALUATION for path in stages if (path / EVALUATION).exists()]
     return Run(
         folder=folder,
-        recipe=_text(folder / RECIPE),
+        recipe=recipe,
         metrics=metrics or [row for path in stages for row in _rows(path / METRICS)],
         manifests={path.name: found for path in stages if (found := manifest.read(path))},
         evaluation=_json(evaluations[-1]) if evaluations else None,
@@ -69,11 +73,28 @@ def has_scores(profile: Profile) -> bool:
     return (profile.folder / SCORES).exists()
 
 
-def _stage_folders(folder: Path) -> list[Path]:
-    """stages/NN-name/ in order, or the folder itself if it is a single stage's."""
+def _stage_folders(folder: Path, named: set[str] | None) -> list[Path]:
+    """stages/NN-name/ in order, or the folder itself if it is a single stage's.
+
+    Folders that the recipe does not name are of an earlier one, with other stages in their place.
+    """
     inside = sorted(path for path in folder.glob("stages/*") if path.is_dir())
-    found = [path for path in inside if (path / manifest.NAME).exists()]
+    found = [
+        path
+        for path in inside
+        if (path / manifest.NAME).exists()
+        and (named is None or path.name.removesuffix("-repaired") in named)
+    ]
     return found or ([folder] if (folder / manifest.NAME).exists() else [])
+
+
+def _named_by(recipe: str) -> set[str] | None:
+    """NN-name of each stage of a recipe; None for no recipe."""
+    if not recipe:
+        return None
+    stages = yaml.safe_load(recipe)["stages"]
+    names = [entry if isinstance(entry, str) else next(iter(entry)) for entry in stages]
+    return {f"{number:02d}-{name}" for number, name in enumerate(names, start=1)}
 
 
 def _cuts(stages: list[Path], profiles: dict[str, Profile]) -> list[Cut]:
