@@ -13,7 +13,7 @@ class DistillConfig(Config):
     tokens: int = Field(default=1_000_000, ge=1)
     """Tokens to train on; raising it later extends a finished run."""
     batch_tokens: int = Field(default=512, ge=1)
-    """Tokens per optimizer step, over all devices and accumulation."""
+    """Tokens per optimizer step, over all devices and accumulation; more for longer runs."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate of AdamW."""
     min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
