@@ -37,7 +37,7 @@ MLP = {"intermediate_size": 1024}  # 80.3 % of the parameters
 DEPTH = {"num_layers": 22}  # 79.0 %
 SCHEDULE: dict[int, dict[str, Any]] = {  # short runs need many steps, long ones less noise
     300_000: {"batch_tokens": 1024, "eval_tokens": 50_000},
-    1_000_000: {"batch_tokens": 2048, "eval_tokens": 100_000},
+    1_000_000: {"batch_tokens": 2048, "learning_rate": 1.5e-4, "eval_tokens": 100_000},
 }
 
 
