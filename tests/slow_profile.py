@@ -21,6 +21,7 @@ class Slow:
     def __init__(self, checkpoint: Checkpoint, blocks: Blocks) -> None:
         self.model = checkpoint.model(torch.float64)
         self.seen: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+        self.whole: dict[str, list[Tensor]] = defaultdict(list)
         self.block = 0
         pre_mlp = "pre_feedforward" if "gemma" in self.model.config.model_type else "post_attention"
         for number, layer in enumerate(self.model.base_model.layers):
@@ -44,17 +45,45 @@ class Slow:
         module.register_forward_hook(lambda _, inputs, output: self._keep(place, output))
 
     def _keep(self, place: str, x_1Td: Tensor) -> None:
-        self.seen[place][self.block] += list(x_1Td[0])
+        self.seen[place][self.block] += list(x_1Td[0].detach())
+        self.whole[place].append(x_1Td)
+        x_1Td.requires_grad_(True) if x_1Td.is_leaf else x_1Td.retain_grad()
 
-    @torch.no_grad()
     def _run(self, blocks: Blocks) -> None:
-        for self.block, (ids, positions, real) in enumerate(
-            zip(blocks.input_ids, blocks.position_ids, blocks.real, strict=True)
+        for self.block, (ids, positions, labels, real) in enumerate(
+            zip(blocks.input_ids, blocks.position_ids, blocks.labels, blocks.real, strict=True)
         ):
             starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
             for begin, end in pairwise(starts):
                 if real[begin]:
-                    self.model.base_model(ids[None, begin:end], use_cache=False)
+                    logits = self.model(ids[None, begin:end], use_cache=False).logits[0]
+                    losses = torch.nn.functional.cross_entropy(
+                        logits[:-1], labels[begin + 1 : end], ignore_index=-100, reduction="sum"
+                    )
+                    (losses + 0 * logits.sum()).backward()
+
+    def gradients(self, place: str) -> Tensor:
+        """Gradient of the next-token loss by every token's vector at a place [N, d]."""
+        found = [x.grad for x in self.whole[place]]
+        return torch.cat([g[0] for g in found if g is not None])
+
+    def gradient_square_sum(self, dim: str, layer: int | str) -> Tensor:
+        return torch.stack(
+            [self.gradients(place).square().sum(0) for place in self.places(dim, layer)]
+        ).sum(0)
+
+    def changes(self, dim: str, layer: int | str, width: int) -> list[Tensor]:
+        """Per place and token, x·g of each unit of `width` channels [N, units]."""
+        if dim == "layers":
+            added = self.rows(f"out/{layer}") - self.rows(f"in/{layer}")
+            return [(added * self.gradients(f"out/{layer}")).sum(-1, keepdim=True)]
+        return [
+            (self.rows(place) * self.gradients(place)).unflatten(-1, (-1, width)).sum(-1)
+            for place in self.places(dim, layer)
+        ]
+
+    def sum(self, dim: str, layer: int | str) -> Tensor:
+        return torch.stack([self.rows(place).sum(0) for place in self.places(dim, layer)]).sum(0)
 
     def rows(self, place: str, blocks: range | list[int] | None = None) -> Tensor:
         """Every token's vector at a place [N, d], of these blocks or all."""

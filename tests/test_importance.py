@@ -18,12 +18,14 @@ from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.options import Options
 from regrow.stages.profile import ProfileConfig, profile
+from regrow.stages.profile.collect import GRADIENTS
+from regrow.stages.profile.importance.obs import removal_order
 from regrow.statistics import Profile
 
 FOLDER = "regrow.stages.profile.importance"
 CRITERIA = plugins.names(FOLDER)
 DIMS = {"layers", "hidden", "mlp", "heads", "kv_heads"}
-STATISTICS = {"square_sum", "mean_abs_square_sum", "input_output_distance", "count"}
+STATISTICS = {"sum", "square_sum", "mean_abs_square_sum", "input_output_distance", "gram"}
 CASES = [(name, dim) for name in CRITERIA for dim in sorted(plugins.load(FOLDER, name).DIMS & DIMS)]
 USELESS = {"layers": 1, "hidden": 17, "mlp": 5, "heads": 4, "kv_heads": 1}
 LAYER = 1
@@ -48,6 +50,8 @@ def kill(model: PreTrainedModel, dim: str) -> None:
     elif dim == "kv_heads":
         weights[here + "self_attn.k_proj.weight"][rows] = 0
         weights[here + "self_attn.v_proj.weight"][rows] = 0
+        group = slice(3 * unit * HEAD_DIM, 3 * (unit + 1) * HEAD_DIM)
+        weights[here + "self_attn.o_proj.weight"][:, group] = 0
     elif dim == "layers":
         weights[here + "self_attn.o_proj.weight"].zero_()
         weights[here + "mlp.down_proj.weight"].zero_()
@@ -80,7 +84,7 @@ def planted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 def scored(checkpoint: Checkpoint, text: Path, out: Path, seed: int = 0) -> Profile:
-    config = ProfileConfig(criteria=tuple(CRITERIA), samples=6, gram_tokens=0, seed=seed)
+    config = ProfileConfig(criteria=tuple(CRITERIA), samples=8, gram_tokens=8 * 32, seed=seed)
     return profile(checkpoint, data_of(text), out, config, OPTIONS)
 
 
@@ -89,7 +93,7 @@ def test_what_a_criterion_declares(name: str) -> None:
     module = plugins.load(FOLDER, name)
     assert module.DIMS
     assert module.DIMS <= DIMS
-    assert module.NEEDS <= STATISTICS
+    assert module.NEEDS <= STATISTICS | GRADIENTS
     assert module.__doc__
 
 
@@ -133,24 +137,73 @@ def test_seeds(planted: dict[str, Profile], text: Path, tmp_path: Path) -> None:
     assert not torch.equal(layers["0"], layers["1"])
 
 
-def score_of(name: str, stats: dict[str, Tensor], weights: list[Tensor], dim: str) -> list[float]:
-    def read() -> Iterator[Tensor]:
-        yield from weights
+class FakeWeights:
+    def __init__(self, *weights: Tensor) -> None:
+        self.weights = weights
 
+    def carrying(self) -> Iterator[Tensor]:
+        yield from self.weights
+
+    reading = carrying
+
+
+def score_of(name: str, stats: dict[str, Tensor], weights: FakeWeights, dim: str) -> list[float]:
     module: ModuleType = plugins.load(FOLDER, name)
-    found: Tensor = module.score(stats, read, dim, torch.Generator().manual_seed(0))
+    found: Tensor = module.score(stats, weights, dim, torch.Generator().manual_seed(0))
     return found.tolist()
 
 
 def test_hand_written_numbers() -> None:
+    none = FakeWeights()
     squares = torch.tensor([[4.0, 5.0], [16.0, 0.0]])
-    assert score_of("activation_l2", {"square_sum": squares}, [], "heads") == [3.0, 4.0]
-    assert score_of("minitron", {"mean_abs_square_sum": squares}, [], "heads") == [3.0, 4.0]
+    assert score_of("activation_l2", {"square_sum": squares}, none, "heads") == [3.0, 4.0]
+    assert score_of("minitron", {"mean_abs_square_sum": squares}, none, "heads") == [3.0, 4.0]
+    assert score_of("gradient", {"gradient_square_sum": squares}, none, "heads") == [3.0, 4.0]
+    assert score_of("taylor", {"taylor_abs_sum": squares}, none, "kv_heads") == [9.0, 16.0]
+    assert score_of("fisher", {"taylor_square_sum": squares}, none, "kv_heads") == [4.5, 8.0]
     distance = torch.tensor([[0.25], [0.5]])
     stats = {"input_output_distance": distance}
-    assert score_of("block_influence", stats, [], "layers") == [0.25, 0.5]
-    weights = [torch.tensor([[1.0, 1.0], [0.0, 2.0]]), torch.tensor([[1.0], [0.0]])]
+    assert score_of("block_influence", stats, none, "layers") == [0.25, 0.5]
+    weights = FakeWeights(torch.tensor([[1.0, 1.0], [0.0, -2.0]]), torch.tensor([[1.0], [0.0]]))
     assert score_of("magnitude", {}, weights, "mlp") == pytest.approx([math.sqrt(3), 2.0])
+    assert score_of("magnitude_l1", {}, weights, "mlp") == [3.0, 2.0]
+    # Two heads of two channels, read by an output of two: [units, width, out].
+    readers = FakeWeights(torch.tensor([[[3.0, 4.0], [0.0, 1.0]], [[2.0, 0.0], [5.0, 5.0]]]))
+    stats = {"square_sum": squares, "sum": torch.tensor([[2.0, 1.0], [0.0, 0.0]])}
+    stats["tokens"] = torch.tensor(2)
+    assert score_of("wanda", stats, readers, "heads") == pytest.approx([math.sqrt(105), 8.0])
+    # Variances 2 − 1 = 1 and 2.5 − 0.25; 8 and 0.
+    assert score_of("fluctuation", stats, readers, "heads") == pytest.approx([27.25, 32.0])
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_obs_removes_what_a_fresh_solve_of_every_choice_would(width: int) -> None:
+    """One unit a round: each time the one whose loss, with the rest re-solved, is the smallest."""
+    generator = torch.Generator().manual_seed(width)
+    units, out = 7, 5
+    rows = torch.randn(60, units * width, generator=generator, dtype=torch.float64)
+    rows = rows @ torch.randn(
+        units * width, units * width, generator=generator, dtype=torch.float64
+    )
+    readers = torch.randn(units, width, out, generator=generator, dtype=torch.float64)
+    gram = rows.T @ rows
+    damped = gram + 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    target = readers.flatten(0, 1)
+
+    def loss(kept: list[int]) -> float:
+        k = [unit * width + n for unit in kept for n in range(width)]
+        new = torch.zeros_like(target)
+        if k:
+            new[k] = torch.linalg.solve(damped[k][:, k], damped[k] @ target)
+        return float(((new - target).T @ damped @ (new - target)).trace())
+
+    left, expected = list(range(units)), []
+    while left:
+        first = min(left, key=lambda unit: loss([other for other in left if other != unit]))
+        expected.append(first)
+        left.remove(first)
+    place = removal_order(gram, readers, steps=units)
+    assert place.argsort().tolist() == expected
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3"])
@@ -188,5 +241,5 @@ def test_magnitude_counts_every_weight_of_a_unit(
 def test_unknown_scores_are_refused_with_those_there_are(planted: dict[str, Profile]) -> None:
     with pytest.raises(UserError, match="did you mean 'magnitude'"):
         planted["mlp"].scores("magnitud", "mlp")
-    with pytest.raises(UserError, match="it has: block_influence, random"):
+    with pytest.raises(UserError, match="it has: block_influence, fisher, random, taylor"):
         planted["mlp"].scores("magnitude", "layers")

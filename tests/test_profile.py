@@ -21,6 +21,7 @@ FAMILIES = sorted(SPECIAL)
 CONFIG = ProfileConfig(
     criteria=("activation_l2", "minitron", "block_influence"), samples=19, gram_tokens=17 * 32
 )
+GRADIENTS = ("gradient", "taylor", "fisher", "fluctuation")
 
 LAYER_MAJOR = OPTIONS.model_copy(update={"order": "layer"})
 
@@ -84,6 +85,33 @@ def test_statistics_and_grams_equal_the_slow_version(
         gram = found.gram(dim, layer)
         close(gram.fit, slow.gram(dim, layer, fit))
         close(gram.validate, slow.gram(dim, layer, held_out))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_and_sums_equal_the_slow_version(
+    models: dict[str, Checkpoint], text: Path, tmp_path: Path, name: str
+) -> None:
+    checkpoint = models[name]
+    config = ProfileConfig(criteria=GRADIENTS, samples=7, gram_tokens=0)
+    folder = profile(checkpoint, data_of(text), tmp_path / "out", config, OPTIONS).folder
+    statistics = load_file(folder / STATISTICS)
+    sizes = families.of(checkpoint).sizes(checkpoint.config)
+    slow = Slow(checkpoint, calibration(checkpoint, data_of(text), 7))
+    for dim in ("mlp", "heads", "hidden", "layers"):
+        width = sizes["head_dim"] if dim == "heads" else 1
+        for layer in ["all"] if dim == "hidden" else range(sizes["layers"]):
+            changes = slow.changes(dim, layer, width)
+            place = f"{dim}/all" if dim == "layers" else f"{dim}/{layer}"
+            row = slice(None) if dim != "layers" else slice(int(layer), int(layer) + 1)
+            absolute = torch.stack([change.abs().sum(0) for change in changes]).sum(0)
+            squares = torch.stack([change.square().sum(0) for change in changes]).sum(0)
+            close(statistics[f"taylor_abs_sum/{place}"][row].flatten(), absolute)
+            close(statistics[f"taylor_square_sum/{place}"][row].flatten(), squares)
+            if dim != "layers":
+                gradients = slow.gradient_square_sum(dim, layer)
+                close(statistics[f"gradient_square_sum/{place}"].flatten(), gradients)
+            if dim in ("mlp", "heads"):
+                close(statistics[f"sum/{place}"].flatten(), slow.sum(dim, layer))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

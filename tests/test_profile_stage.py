@@ -115,6 +115,19 @@ def test_padding_is_never_counted(
         close(found[1][key], value.double(), rtol=1e-6)
 
 
+def test_what_a_criterion_cannot_have_is_refused(
+    models: dict[str, Checkpoint], text: Path, tmp_path: Path
+) -> None:
+    cases = {
+        "whole model": (ProfileConfig(criteria=("taylor",), samples=1), LAYER_MAJOR),
+        "works on Gram": (ProfileConfig(criteria=("obs",), samples=8, gram_tokens=0), OPTIONS),
+    }
+    for message, (config, options) in cases.items():
+        with pytest.raises(UserError, match=message):
+            profile(models["llama"], data_of(text), tmp_path / "out", config, options)
+    assert not (tmp_path / "out").exists()
+
+
 def padded(x: Tensor, end: Tensor) -> Tensor:
     return torch.cat([x, end.to(x.dtype)], 1)
 

@@ -29,7 +29,7 @@ from regrow.steps import check_one_target
 
 def of_profile(checkpoint: Checkpoint, data: DataConfig, config: ProfileConfig) -> list[str]:
     """Tokens, passes, disk and time of a profile."""
-    statistics_needed(config.criteria)
+    statistics_needed(config)
     tokens = config.samples * data.sequence_length
     seconds = tokens * 2 * _parameters(checkpoint) / matmul_rate()
     return [

@@ -113,7 +113,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     from regrow.stages.profile.stage import statistics_needed
 
     if step.name == "profile":
-        statistics_needed(step.config.criteria)
+        statistics_needed(step.config)
     elif step.name == "distill":
         steps_of(step.config, data, options)
     elif step.name == "evaluate":

@@ -17,6 +17,8 @@ from regrow.statistics import Gram
 
 Split = Literal["fit", "validate"]
 LAYER = "model.layers.{layer}"
+GRADIENTS = frozenset({"gradient_square_sum", "taylor_abs_sum", "taylor_square_sum"})
+"""Statistics that take a backward pass of the next-token loss."""
 
 
 @dataclass
@@ -43,19 +45,30 @@ class Collector:
     """Sums per dimension and layer, over every batch that runs while the hooks are attached.
 
     `needs` maps each observed dimension to the names of the statistics to gather for it;
-    `grams` are the dimensions whose readers' Gram matrices are summed.
+    `grams` are the dimensions whose readers' Gram matrices are summed; `head_dim` is the width of
+    the units of heads.
     """
 
     def __init__(
-        self, family: Family, needs: dict[str, set[str]], grams: Iterable[str], weighted: bool
+        self,
+        family: Family,
+        needs: dict[str, set[str]],
+        grams: Iterable[str],
+        weighted: bool,
+        head_dim: int = 1,
     ) -> None:
-        self.family, self.needs = family, needs
+        self.family, self.needs, self.head_dim = family, needs, head_dim
         self.gram_dims, self.weighted = tuple(grams), weighted
         self.sums: dict[str, Tensor] = {}
         self.grams: dict[tuple[str, int], _GramSums] = {}
         self.tokens = 0
         self.batch: Batch | None = None
         self._token_weights: dict[str, Tensor] = {}
+
+    @property
+    def backward(self) -> bool:
+        """Whether a statistic takes a backward pass."""
+        return any(names & GRADIENTS for names in self.needs.values())
 
     def start(self, batch: Batch) -> None:
         """Say which batch runs next."""
@@ -71,7 +84,7 @@ class Collector:
                 for template in self._hidden_modules(per_layer=True):
                     module = model.get_submodule(template.format(layer=layer))
                     handles.append(module.register_forward_hook(self._see_hidden))
-            if "input_output_distance" in self.needs.get("layers", set()):
+            if self.needs.get("layers"):
                 module = model.get_submodule(LAYER.format(layer=layer))
                 handles.append(module.register_forward_hook(self._layer_hook(layer)))
         if final and "hidden" in self.needs:
@@ -109,7 +122,7 @@ class Collector:
         def see(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             assert self.batch is not None
             if self.batch.gram is not None:
-                rows_Nd = self._real(inputs[0]).float()
+                rows_Nd = self._real(inputs[0].detach()).float()
                 # A floor keeps an all-zero residual from weighing infinitely much.
                 norm = torch.linalg.vector_norm(rows_Nd, dim=-1, keepdim=True)
                 self._token_weights[dim] = 1.0 / norm.clamp_min(1e-6)
@@ -122,7 +135,7 @@ class Collector:
             if dim in self.needs:
                 self._add_activations(f"{dim}/{layer}", self.needs[dim], inputs[0])
             if dim in self.gram_dims and self.batch.gram is not None:
-                rows_Nd = self._real(inputs[0]).to(_exact(inputs[0]))
+                rows_Nd = self._real(inputs[0].detach()).to(_exact(inputs[0]))
                 if self.weighted:
                     rows_Nd = rows_Nd * self._token_weights.pop(dim)
                 sums = self.grams.setdefault((dim, layer), _GramSums())
@@ -134,14 +147,28 @@ class Collector:
         self._add_activations("hidden/all", self.needs["hidden"], output)
 
     def _layer_hook(self, layer: int) -> Any:
+        place, names = f"layers/{layer}", self.needs["layers"]
+
         def see(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            before, after = self._real(inputs[0]).float(), self._real(output).float()
-            cosine_N = torch.cosine_similarity(before, after, dim=-1)
-            self._add(f"input_output_distance/layers/{layer}", (1 - cosine_N).sum()[None])
+            before, after = inputs[0].detach(), output.detach()
+            if "input_output_distance" in names:
+                cosine_N = torch.cosine_similarity(
+                    self._real(before).float(), self._real(after).float(), dim=-1
+                )
+                self._add(f"input_output_distance/{place}", (1 - cosine_N).sum()[None])
+            if names & GRADIENTS:
+                added = after - before
+                output.register_hook(lambda g: self._add_gradients(place, names, added, g, 1))
 
         return see
 
     def _add_activations(self, place: str, names: set[str], x_BTd: Tensor) -> None:
+        if names & GRADIENTS:
+            seen, units = x_BTd.detach(), self._units(place, x_BTd.shape[-1])
+            x_BTd.register_hook(lambda g: self._add_gradients(place, names, seen, g, units))
+        x_BTd = x_BTd.detach()
+        if "sum" in names:
+            self._add(f"sum/{place}", self._real(x_BTd).sum(0, dtype=_exact(x_BTd)))
         if "square_sum" in names:
             # vector_norm over the first dimension takes ten times as long on CPUs.
             rows_Nd = self._real(x_BTd).to(_exact(x_BTd))
@@ -152,8 +179,25 @@ class Collector:
             sums_Bd = (x_BTd.abs() * real_BT1).sum(1, dtype=_exact(x_BTd))
             means_Bd = sums_Bd / real_BT1.sum(1).clamp_min(1)
             self._add(f"mean_abs_square_sum/{place}", means_Bd.square().sum(0))
-        if "count" in names and f"count/{place}" not in self.sums:
-            self.sums[f"count/{place}"] = torch.ones(x_BTd.shape[-1])
+
+    def _units(self, place: str, channels: int) -> int:
+        return channels // self.head_dim if place.startswith("heads/") else channels
+
+    def _add_gradients(
+        self, place: str, names: set[str], x_BTd: Tensor, g_BTd: Tensor, units: int
+    ) -> None:
+        """Add what depends on x and the loss's gradient by it, both known only now."""
+        x_Nd, g_Nd = (self._real(t).to(_exact(t)) for t in (x_BTd, g_BTd.detach()))
+        if "gradient_square_sum" in names:
+            self._add(f"gradient_square_sum/{place}", g_Nd.square().sum(0))
+        if names & {"taylor_abs_sum", "taylor_square_sum"}:
+            change_Nu = (x_Nd * g_Nd).unflatten(-1, (units, -1)).sum(-1)
+            for name, value in (
+                ("taylor_abs_sum", change_Nu.abs()),
+                ("taylor_square_sum", change_Nu.square()),
+            ):
+                if name in names:
+                    self._add(f"{name}/{place}", value.sum(0))
 
     def _add(self, key: str, value: Tensor) -> None:
         self.sums[key] = value if key not in self.sums else self.sums[key] + value

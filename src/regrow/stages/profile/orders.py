@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from regrow.checkpoint import Checkpoint
 from regrow.progress import Progress
 from regrow.stages.profile.collect import LAYER, Batch, Collector
+from regrow.training.head import Mix, head_loss, head_of
+from regrow.training.teacher import final_hidden, scored
 
 Batches = list[tuple[Batch, dict[str, Tensor]]]
-"""Per batch: what the hooks must know, and the model's inputs (input_ids, position_ids)."""
+"""Per batch: what the hooks must know, and the model's input_ids, position_ids and labels."""
 TakeGrams = Callable[[int], None]
 
 
-@torch.no_grad()
 def resident(
     checkpoint: Checkpoint,
     batches: Batches,
@@ -34,13 +36,19 @@ def resident(
     dtype: torch.dtype,
     progress: Progress,
 ) -> None:
-    """Run every batch through the whole model, loaded on `device`."""
-    model = checkpoint.model(dtype, device)
+    """Run every batch through the whole model, loaded on `device`; back, if a statistic asks."""
+    model = checkpoint.model(dtype, device).requires_grad_(False)
+    if collector.backward:
+        model.enable_input_require_grads()
     layers = range(model.config.num_hidden_layers)
     handles = collector.attach(model, layers, final=True)
     for batch, inputs in batches:
         collector.start(_on(batch, device))
-        model.base_model(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)
+        moved = {key: value.to(device) for key, value in inputs.items()}
+        with torch.set_grad_enabled(collector.backward):
+            hidden_BTH = final_hidden(model, moved)
+            if collector.backward:
+                _backward(model, hidden_BTH, moved)
         progress.advance(int(batch.real_BT.sum()))
     for handle in handles:
         handle.remove()
@@ -77,6 +85,14 @@ def layer_major(
             for handle in handles:
                 handle.remove()
         take_grams(layer)
+
+
+def _backward(model: PreTrainedModel, hidden_BTH: Tensor, inputs: dict[str, Tensor]) -> None:
+    """Send back the gradient of the next-token loss, summed over the scored tokens."""
+    mask = scored(inputs)
+    targets_N = inputs["labels"][:, 1:][mask]
+    loss, _ = head_loss(hidden_BTH[mask], head_of(model), targets_N, Mix({"cross_entropy": 1.0}))
+    loss.backward()  # type: ignore[no-untyped-call]
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
@@ -140,7 +156,7 @@ class _Shell:
     def step(self, inputs: dict[str, Tensor], spill_file: Path) -> None:
         """Run one batch through the resident layer, from and to its spill file."""
         self.spill_file = spill_file
-        moved = {key: value.to(self.device) for key, value in inputs.items()}
+        moved = {key: inputs[key].to(self.device) for key in ("input_ids", "position_ids")}
         self.model.base_model(**moved, use_cache=False)
 
     def _load(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

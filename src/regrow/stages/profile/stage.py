@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from regrow import families, plugins
@@ -21,8 +22,8 @@ from regrow.options import Options
 from regrow.progress import progress, say
 from regrow.stages.profile.collect import Batch, Collector, Split
 from regrow.stages.profile.config import ProfileConfig
-from regrow.stages.profile.importance import Weights
 from regrow.stages.profile.orders import Batches, layer_major, resident
+from regrow.stages.profile.weights import DimWeights
 from regrow.statistics import INFO, SCORES, STATISTICS, Gram, Profile
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def profile(
     options.torch_device()  # refuses one that is not there, before the slow work
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     family = families.of(checkpoint)
-    needs = statistics_needed(config.criteria)
+    needs = statistics_needed(config)
     inputs = {"model": checkpoint.fingerprint, "data": data_digest(data)}
     stage = Stage(Path(out), "profile", config, inputs)
     if stage.complete:
@@ -61,11 +62,21 @@ def profile(
     with stage as folder:
         gram_blocks = min(config.gram_tokens // data.sequence_length, len(blocks))
         grams = config.grams if gram_blocks else ()
-        collector = Collector(family, needs, grams, config.token_weight == "inverse_residual")
+        weighted = config.token_weight == "inverse_residual"
+        head_dim = family.sizes(checkpoint.config)["head_dim"]
+        collector = Collector(family, needs, grams, weighted, head_dim)
         _run(checkpoint, blocks, gram_blocks, collector, folder, options)
         statistics = _tidy(collector.sums, family.sizes(checkpoint.config), _count(blocks))
         save_file(statistics, folder / STATISTICS)
-        save_file(_scores(config, statistics, checkpoint, family), folder / SCORES)
+        scores = _scores(
+            config,
+            statistics,
+            _count(blocks),
+            checkpoint,
+            family,
+            lambda dim, layer: load_file(_gram_file(folder, dim, layer))["fit"],
+        )
+        save_file(scores, folder / SCORES)
         info = {
             "digest": stage.digest,  # tells this profile from one on other text
             "fingerprint": checkpoint.fingerprint,
@@ -83,15 +94,35 @@ def profile(
     return Profile(out)
 
 
-def statistics_needed(criteria: tuple[str, ...]) -> dict[str, set[str]]:
-    """Statistics to gather per observed dimension: the union of what the criteria declare."""
+def statistics_needed(config: ProfileConfig) -> dict[str, set[str]]:
+    """Statistics to gather per observed dimension: the union of what the criteria declare.
+
+    Raises UserError for a criterion that there is not, or that lacks Gram matrices.
+    """
     needs: dict[str, set[str]] = {}
-    for name in criteria:
+    for name in config.criteria:
         module = plugins.load(IMPORTANCE, name)
-        for dim in module.DIMS:
-            observed = "heads" if dim == "kv_heads" else dim
-            needs.setdefault(observed, set()).update(module.NEEDS - {"count"})
+        dims = dims_of(module, config)
+        if not dims:
+            raise UserError(
+                f"the criterion {name} works on Gram matrices, and none are gathered: set "
+                "gram_tokens to 65536 or so, and grams to mlp and heads"
+            )
+        for dim in dims:
+            needs.setdefault(observed(dim), set()).update(module.NEEDS - {"gram"})
     return {dim: names for dim, names in needs.items() if names}
+
+
+def dims_of(module: ModuleType, config: ProfileConfig) -> set[str]:
+    """Dimensions that a criterion scores here: on Gram matrices, those they are gathered for."""
+    if "gram" not in module.NEEDS:
+        return set(module.DIMS)
+    return {dim for dim in module.DIMS if config.gram_tokens and observed(dim) in config.grams}
+
+
+def observed(dim: str) -> str:
+    """The dimension whose activations tell of `dim`: KV heads are seen through their heads."""
+    return "heads" if dim == "kv_heads" else dim
 
 
 def estimate_bytes(checkpoint: Checkpoint, config: ProfileConfig) -> int:
@@ -114,18 +145,22 @@ def _run(
     options: Options,
 ) -> None:
     device, dtype = options.torch_device(), compute_dtype(checkpoint)
-    gram_folder = folder / "grams"
-    gram_folder.mkdir()
+    (folder / "grams").mkdir()
 
     def take_grams(layer: int) -> None:
         for dim, gram in collector.take_grams(layer).items():
-            _save_gram(gram, gram_folder / f"{dim}-{layer}.safetensors")
+            _save_gram(gram, _gram_file(folder, dim, layer))
 
-    batches = _batches(blocks, gram_blocks, options.batch_size)
     resident_order = options.order == "resident" or (
         options.order == "auto" and _fits(checkpoint, collector, device)
     )
     passes = 1 if resident_order else checkpoint.config["num_hidden_layers"]
+    if collector.backward and not resident_order:
+        raise UserError(
+            "criteria with gradients (gradient, taylor, fisher) take a backward pass through the "
+            "whole model, which has to fit on the device: leave them out, or give another --device"
+        )
+    batches = _batches(blocks, gram_blocks, options.batch_size)
     with progress("profile", _count(blocks) * passes) as counter:
         if resident_order:
             resident(checkpoint, batches, collector, take_grams, device, dtype, counter)
@@ -179,11 +214,16 @@ def _grouped(
         for begin in range(0, len(numbers), batch_size):
             some = numbers[begin : begin + batch_size]
             ids, positions = blocks.input_ids[some], blocks.position_ids[some]
-            yield Batch(blocks.real[some], gram), {"input_ids": ids, "position_ids": positions}
+            inputs = {"input_ids": ids, "position_ids": positions, "labels": blocks.labels[some]}
+            yield Batch(blocks.real[some], gram), inputs
 
 
 def _count(blocks: Blocks) -> int:
     return int(blocks.real.sum())
+
+
+def _gram_file(folder: Path, dim: str, layer: int) -> Path:
+    return folder / "grams" / f"{dim}-{layer}.safetensors"
 
 
 def _save_gram(gram: Gram, path: Path) -> None:
@@ -193,32 +233,34 @@ def _save_gram(gram: Gram, path: Path) -> None:
 def _tidy(sums: dict[str, Tensor], sizes: dict[str, int], tokens: int) -> dict[str, Tensor]:
     """Sums as [units, width] by `statistic/dim/layer`; layers in one tensor; kv_heads added."""
     found: dict[str, Tensor] = {}
-    distances = {k: v for k, v in sums.items() if k.startswith("input_output_distance/")}
     for key, value in sums.items():
-        if key in distances:
-            continue
         name, dim, layer = key.split("/")
         channels = value.float().cpu()
+        if dim == "layers":
+            whole = found.setdefault(f"{name}/layers/all", torch.empty(sizes["layers"], 1))
+            whole[int(layer)] = channels / (tokens if name == "input_output_distance" else 1)
+            continue
         found[key] = channels.reshape(sizes[dim], -1).contiguous()
         if dim == "heads":
-            kv_key = f"{name}/kv_heads/{layer}"
-            found[kv_key] = channels.reshape(sizes["kv_heads"], -1).clone()
-    if distances:
-        ordered = [distances[f"input_output_distance/layers/{n}"] for n in range(sizes["layers"])]
-        found["input_output_distance/layers/all"] = torch.stack(ordered).float().cpu() / tokens
+            found[f"{name}/kv_heads/{layer}"] = channels.reshape(sizes["kv_heads"], -1).clone()
     return found
 
 
 def _scores(
-    config: ProfileConfig, statistics: dict[str, Tensor], checkpoint: Checkpoint, family: Family
+    config: ProfileConfig,
+    statistics: dict[str, Tensor],
+    tokens: int,
+    checkpoint: Checkpoint,
+    family: Family,
+    grams: Callable[[str, int], Tensor],
 ) -> dict[str, Tensor]:
-    """Score of every unit, by `criterion/dim/layer`."""
+    """Score of every unit, by `criterion/dim/layer`; `grams` reads a Gram matrix of the profile."""
     sizes = family.sizes(checkpoint.config)
     scores: dict[str, Tensor] = {}
     for criterion in config.criteria:
         module = plugins.load(IMPORTANCE, criterion)
         generator = torch.Generator().manual_seed(config.seed)
-        for dim in sorted(module.DIMS):
+        for dim in sorted(dims_of(module, config)):
             for layer in ["all"] if dim in ("hidden", "layers") else range(sizes["layers"]):
                 place = f"{dim}/{layer}"
                 stats = {
@@ -226,28 +268,9 @@ def _scores(
                     for key, value in statistics.items()
                     if key.endswith("/" + place)
                 }
-                stats["count"] = torch.ones(sizes[dim], 1)
-                weights = _weights_of(checkpoint, family, dim, layer)
+                stats |= {"count": torch.tensor(sizes[dim]), "tokens": torch.tensor(tokens)}
+                if "gram" in module.NEEDS:
+                    stats["gram"] = grams(observed(dim), int(layer))
+                weights = DimWeights(checkpoint, family, dim, layer)
                 scores[f"{criterion}/{place}"] = module.score(stats, weights, dim, generator)
     return scores
-
-
-def _weights_of(checkpoint: Checkpoint, family: Family, dim: str, layer: int | str) -> Weights:
-    """Every tensor part that carries `dim` (in `layer`, or anywhere for all), as [units, rest]."""
-    sizes = family.sizes(checkpoint.config)
-
-    def weights() -> Iterator[Tensor]:
-        for name in checkpoint.names():
-            found = family.find(name)
-            if found is None or layer not in ("all", found[1]):
-                continue
-            for axis, dims in enumerate(family.tensors[found[0]].axes):
-                parts = (dims,) if isinstance(dims, str) else dims
-                if dim in parts:
-                    lengths = [families.rows(part, sizes) for part in parts]
-                    pieces = checkpoint.tensor(name).split(lengths, axis)
-                    for part, piece in zip(parts, pieces, strict=True):
-                        if part == dim:
-                            yield piece.movedim(axis, 0).reshape(sizes[dim], -1)
-
-    return weights

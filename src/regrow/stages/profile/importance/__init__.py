@@ -1,19 +1,33 @@
 """Importance criteria, one file each, named by the file.
 
 `DIMS` are the dimensions a criterion can score, `NEEDS` the statistics it reads (the profile
-gathers the union). `score(stats, weights, dim, generator)` gives one number per unit, higher =
-keep. `stats[name]` is [units, width]; `weights()` yields every tensor that carries the dimension
-as [units, rest], reading them from the checkpoint one at a time; `generator` is seeded.
+gathers the union; those of `collect.GRADIENTS` take a backward pass, `gram` takes Gram matrices).
+`score(stats, weights, dim, generator)` gives one number per unit, higher = keep. `stats[name]` is
+[units, width], `stats["count"]` the number of units, `stats["tokens"]` that of calibration tokens;
+`generator` is seeded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from collections.abc import Iterator
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
 Stats: TypeAlias = dict[str, Tensor]
-Weights: TypeAlias = Callable[[], Iterator[Tensor]]
 
-WIDTHS = frozenset({"mlp", "hidden", "heads", "kv_heads"})
+READ = frozenset({"mlp", "heads", "kv_heads"})
+"""Dimensions that one projection reads, whose input is observed channel by channel."""
+WIDTHS = READ | {"hidden"}
+
+
+class Weights(Protocol):
+    """The weights of one dimension in one layer, read from the checkpoint one at a time."""
+
+    def carrying(self) -> Iterator[Tensor]:
+        """Every tensor that carries the dimension, readers and writers alike: [units, rest]."""
+        ...
+
+    def reading(self) -> Iterator[Tensor]:
+        """Every projection that reads the dimension: [units, width, out]."""
+        ...

@@ -14,7 +14,7 @@ NEEDS: frozenset[str] = frozenset()
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
     """sqrt(Σ w²) over every weight that carries the unit, readers and writers alike."""
     total: Tensor | None = None
-    for weight in weights():
+    for weight in weights.carrying():
         squares = weight.float().square().sum(-1)
         total = squares if total is None else total + squares
     assert total is not None, f"no tensor carries {dim}"

@@ -8,9 +8,9 @@ from torch import Tensor
 from regrow.stages.profile.importance import WIDTHS, Stats, Weights
 
 DIMS = WIDTHS | {"layers"}
-NEEDS = frozenset({"count"})
+NEEDS: frozenset[str] = frozenset()
 
 
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
     """Uniform numbers in [0, 1), the same for the same seed."""
-    return torch.rand(stats["count"].shape[0], generator=generator)
+    return torch.rand(int(stats["count"]), generator=generator)

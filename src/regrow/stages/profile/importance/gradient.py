@@ -1,0 +1,16 @@
+"""Size of the loss's gradient at a unit's activation: how sensitive the loss is to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regrow.stages.profile.importance import WIDTHS, Stats, Weights
+
+DIMS = WIDTHS
+NEEDS = frozenset({"gradient_square_sum"})
+
+
+def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
+    """sqrt(Σ_tokens Σ_width g²), g = ∂(next-token loss)/∂x. Takes a backward pass."""
+    return stats["gradient_square_sum"].sum(-1).sqrt()
