@@ -21,7 +21,9 @@ LEVELS = (
     ("estimate", "inspect"),
     ("recipe",),
     ("steps", "overrides"),
+    ("comparison",),
     ("search",),
+    ("trial",),
     ("stages",),
     ("training",),
     ("families", "data"),
@@ -32,8 +34,8 @@ LEVELS = (
     ("config", "ranks"),
     ("errors",),
 )
-"""`plan` names Checkpoint as a type only; see MAY."""
-MAY = {("plan", "checkpoint")}
+"""`plan` and `statistics` name Checkpoint as a type only; see MAY."""
+MAY = {("plan", "checkpoint"), ("statistics", "checkpoint")}
 LEVEL = {name: number for number, names in enumerate(reversed(LEVELS)) for name in names}
 
 

@@ -104,7 +104,7 @@ def test_a_score_that_is_no_number_is_not_chosen(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([float("nan"), 3.0, 1.0, *[2.0] * 9])
-    monkeypatch.setattr(search, "_score", lambda *_: next(scores))
+    monkeypatch.setattr(search.Trial, "kl", lambda *_: next(scores))
     table = search_in(place, tmp_path / "out")
     assert [row["kl"] for row in table if row["chosen"]] == [1.0]
 

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint, load, save
+    from regrow.comparison import compare
     from regrow.data import DataConfig, SourceConfig
     from regrow.errors import UserError
     from regrow.options import Options
@@ -25,6 +26,7 @@ _HOME = {
     "Checkpoint": "checkpoint",
     "load": "checkpoint",
     "save": "checkpoint",
+    "compare": "comparison",
     "DataConfig": "data",
     "SourceConfig": "data",
     "DistillConfig": "stages.distill",
@@ -58,6 +60,7 @@ __all__ = [
     "SourceConfig",
     "UserError",
     "__version__",
+    "compare",
     "distill",
     "evaluate",
     "load",

@@ -23,6 +23,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "run": commands.run,
     "inspect": commands.inspect,
     "profile": commands.profile,
+    "compare": commands.compare,
     "prune": commands.prune,
     "distill": commands.distill,
     "evaluate": commands.evaluate,

@@ -135,6 +135,34 @@ def prune(
     to_target(model, out, config, profile, blend, options)
 
 
+def compare(
+    model: Model,
+    profile: Path,
+    data: Sources,
+    config: OmitArgPrefixes[PruneConfig] = PruneConfig(),
+    options: OmitArgPrefixes[Options] = Options(),
+    out: Path | None = None,
+    data_weights: tuple[float, ...] = (),
+    sequence_length: int = 512,
+) -> None:
+    """Make the same cut by every criterion of a profile, and print what each costs untrained.
+
+    Args:
+        model: Hugging Face folder, hub id, GGUF file, or package:NAME.
+        profile: Folder that regrow profile wrote for this model.
+        data: The text that was profiled; blocks after the profiled ones are measured on.
+        config: What to prune to; its criterion is not used.
+        options: Device and portions.
+        out: JSON file to write the table to.
+        data_weights: Share of each source in the blend.
+        sequence_length: Tokens per block.
+    """
+    from regrow.comparison import compare as by_each
+
+    blend = _data(data, data_weights, sequence_length)
+    by_each(model, profile, blend, config, out, options)
+
+
 def distill(
     student: Annotated[Positional[str], tyro.conf.arg(metavar="STUDENT")],
     teacher: str,

@@ -12,13 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
 from regrow import families
 from regrow.checkpoint import Checkpoint, load
-from regrow.data import Blocks, DataConfig, build_blocks
+from regrow.data import DataConfig
 from regrow.data.digest import data_digest
 from regrow.errors import UserError
 from regrow.manifest import Stage, digest, read
@@ -26,16 +22,12 @@ from regrow.options import Options
 from regrow.progress import say
 from regrow.stages.prune import PruneConfig
 from regrow.stages.prune.choose import choose
-from regrow.stages.prune.cut import cut_model
-from regrow.stages.prune.repair import Repair
 from regrow.stages.prune.shapes import Shape, candidates
 from regrow.stages.prune.stage import check_target
 from regrow.stages.prune.stage import prune as prune_to
 from regrow.statistics import Profile
-from regrow.training.head import Mix, head_loss, head_of
-from regrow.training.teacher import final_hidden, scored
+from regrow.trial import Trial
 
-SEARCH_BLOCKS = 8
 RIDGE = (1e-1,)  # one ridge strength is enough to rank shapes
 
 
@@ -88,7 +80,6 @@ def with_sizes(config: PruneConfig, sizes: dict[str, int]) -> PruneConfig:
     return config.model_copy(update={"keep_params": None, **named})
 
 
-@torch.no_grad()
 def choose_shape(
     checkpoint: Checkpoint,
     shapes: list[Shape],
@@ -98,16 +89,20 @@ def choose_shape(
     options: Options,
 ) -> list[dict[str, Any]]:
     """Score the shapes, print and return the table: name, sizes, parameters, keep, kl, chosen."""
-    total = families.of(checkpoint).count(checkpoint.config)
+    family = families.of(checkpoint)
+    total = family.count(checkpoint.config)
     rows: list[dict[str, Any]] = []
-    dense: PreTrainedModel | None = None
+    trial = None
+    if data is not None and len(shapes) > 1:
+        trial = Trial(checkpoint, profile, data, options)
     for shape in shapes:
         kl = 0.0
-        if data is not None and len(shapes) > 1:
-            if dense is None:
-                dense, blocks, reference = _dense(checkpoint, profile, data, options)
+        if trial is not None:
             start = time.monotonic()
-            kl = _score(checkpoint, dense, blocks, reference, shape, profile, config, options)
+            plan = choose(
+                checkpoint, family, profile, shape.sizes, config.criterion, config.layer_criterion
+            )
+            kl = trial.kl(plan, RIDGE if config.repair else None)
             say(
                 f"search: {shape.name:<16} {shape.parameters / total:6.1%} kept  "
                 f"KL {kl:.3f} nats  ({time.monotonic() - start:.0f} s)  {shape.sizes}"
@@ -126,53 +121,6 @@ def choose_shape(
     best["chosen"] = True
     say(f"search: chose {best['name']}")
     return rows
-
-
-def _dense(
-    checkpoint: Checkpoint, profile: Profile, data: DataConfig, options: Options
-) -> tuple[PreTrainedModel, Blocks, list[Tensor]]:
-    """The dense model, calibration blocks beyond the profiled ones, and its hidden states there."""
-    model = checkpoint.model(torch.bfloat16, options.torch_device())
-    used = int(profile.info["samples"])
-    blocks = build_blocks(data, checkpoint.tokenizer(), "calibration", used + SEARCH_BLOCKS)
-    if len(blocks) < used + SEARCH_BLOCKS:
-        raise UserError(
-            f"too little calibration text to choose a shape on: {len(blocks)} blocks, of which the "
-            f"profile takes {used} and the choice {SEARCH_BLOCKS}; lower samples or add text"
-        )
-    blocks = blocks.select(range(used, used + SEARCH_BLOCKS))
-    batches = blocks.batches(options.batch_size)
-    return model, blocks, [final_hidden(model, batch)[scored(batch)] for batch in batches]
-
-
-def _score(
-    checkpoint: Checkpoint,
-    dense: PreTrainedModel,
-    blocks: Blocks,
-    reference: list[Tensor],
-    shape: Shape,
-    profile: Profile,
-    config: PruneConfig,
-    options: Options,
-) -> float:
-    """KL(dense ‖ candidate) in nats per scored token, untrained, repaired if the cut will be."""
-    family = families.of(checkpoint)
-    plan = choose(
-        checkpoint, family, profile, shape.sizes, config.criterion, config.layer_criterion
-    )
-    repair = Repair(checkpoint, family, profile, plan, RIDGE) if config.repair else None
-    student = cut_model(dense, plan, replace=repair)
-    kl, tokens = 0.0, 0
-    for batch, teacher_NH in zip(blocks.batches(options.batch_size), reference, strict=True):
-        mask = scored(batch)
-        hidden_NH = final_hidden(student, batch)[mask]
-        targets_N = batch["labels"][:, 1:][mask].to(hidden_NH.device)
-        mix = Mix({"forward_kl": 1.0})
-        value, _ = head_loss(
-            hidden_NH, head_of(student), targets_N, mix, teacher_NH, head_of(dense)
-        )
-        kl, tokens = kl + float(value), tokens + len(targets_N)
-    return kl / tokens
 
 
 def _earlier_choice(

@@ -7,6 +7,7 @@ Keys are `name/dim/layer`; `layer` is a number, or `all` for what belongs to the
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from regrow.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from regrow.checkpoint import Checkpoint
 
 STATISTICS = "statistics.safetensors"
 SCORES = "scores.safetensors"
@@ -47,6 +50,14 @@ class Profile:
         """Fingerprint of the checkpoint that was profiled."""
         return str(self.info["fingerprint"])
 
+    def check_fingerprint(self, checkpoint: Checkpoint) -> None:
+        """Raise UserError when another checkpoint was profiled."""
+        if self.fingerprint != checkpoint.fingerprint:
+            raise UserError(
+                f"{self.folder} is the profile of another model ({self.fingerprint[:12]}, this one "
+                f"is {checkpoint.fingerprint[:12]}): profile {checkpoint.folder} first"
+            )
+
     def scores(self, criterion: str, dim: str) -> dict[str, Tensor]:
         """Score of each unit [n] by layer (`all` for hidden and layers); higher = keep.
 
@@ -65,6 +76,15 @@ class Profile:
                 f"{', '.join(known) or 'none'}; profile again with --criteria {criterion}"
             )
         return chosen
+
+    def criteria(self, dims: Iterable[str]) -> list[str]:
+        """Names of the criteria that score all of `dims`."""
+        from safetensors import safe_open
+
+        with safe_open(self.folder / SCORES, framework="pt") as file:
+            keys = [key.split("/") for key in file.keys()]  # noqa: SIM118
+        scored = [{key[0] for key in keys if key[1] == dim} for dim in dims]
+        return sorted(set.intersection(*scored))
 
     def gram_path(self, dim: str, layer: int) -> Path:
         """Where the Gram matrices of one reader lie."""

@@ -174,7 +174,7 @@ def _check_text(
 ) -> None:
     """Text that is at hand must fill a block of every split that is read; a search needs more."""
     from regrow.data import build_blocks
-    from regrow.search import SEARCH_BLOCKS
+    from regrow.trial import TRIAL_BLOCKS
 
     if not all(Path(source.source).expanduser().exists() for source in data.sources):
         return
@@ -185,12 +185,12 @@ def _check_text(
         build_blocks(data, checkpoint.tokenizer(), "train", 1)
     for step in steps:
         if step.name == "profile":
-            wanted = step.config.samples + SEARCH_BLOCKS if searched else 1
+            wanted = step.config.samples + TRIAL_BLOCKS if searched else 1
             found = len(build_blocks(data, checkpoint.tokenizer(), "calibration", wanted))
             if found < wanted:
                 raise UserError(
                     f"too little calibration text: {found} blocks, but {step.where} takes "
-                    f"{step.config.samples} and the choice of a shape {SEARCH_BLOCKS} more; lower "
+                    f"{step.config.samples} and the choice of a shape {TRIAL_BLOCKS} more; lower "
                     "samples, or add text"
                 )
             return

@@ -160,11 +160,7 @@ def _profile_for(checkpoint: Checkpoint, profile: str | Path | Profile | None) -
     if profile is None:
         return None
     found = profile if isinstance(profile, Profile) else Profile(profile)
-    if found.fingerprint != checkpoint.fingerprint:
-        raise UserError(
-            f"{found.folder} is the profile of another model ({found.fingerprint[:12]}, this one "
-            f"is {checkpoint.fingerprint[:12]}): profile {checkpoint.folder} first"
-        )
+    found.check_fingerprint(checkpoint)
     return found
 
 

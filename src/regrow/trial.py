@@ -1,0 +1,61 @@
+"""Cut copies of a model in memory, untrained, scored on text that it was not profiled on."""
+
+from __future__ import annotations
+
+import torch
+
+from regrow import families
+from regrow.checkpoint import Checkpoint
+from regrow.data import DataConfig, build_blocks
+from regrow.errors import UserError
+from regrow.options import Options
+from regrow.plan import Plan
+from regrow.stages.prune.cut import cut_model
+from regrow.stages.prune.repair import RIDGES, Repair
+from regrow.statistics import Profile
+from regrow.training.head import Mix, head_loss, head_of
+from regrow.training.teacher import final_hidden, scored
+
+TRIAL_BLOCKS = 8
+
+
+class Trial:
+    """A dense model, calibration blocks beyond the profiled ones, and its hidden states there.
+
+    Raises UserError when there are too few blocks.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, checkpoint: Checkpoint, profile: Profile, data: DataConfig, options: Options
+    ) -> None:
+        self.checkpoint, self.profile = checkpoint, profile
+        used = int(profile.info["samples"])
+        wanted = used + TRIAL_BLOCKS
+        blocks = build_blocks(data, checkpoint.tokenizer(), "calibration", wanted)
+        if len(blocks) < wanted:
+            raise UserError(
+                f"too little calibration text to choose on: {len(blocks)} blocks, of which the "
+                f"profile takes {used} and the choice {TRIAL_BLOCKS}; lower samples or add text"
+            )
+        self.batches = list(blocks.select(range(used, wanted)).batches(options.batch_size))
+        self.dense = checkpoint.model(torch.bfloat16, options.torch_device())
+        self.reference = [final_hidden(self.dense, b)[scored(b)] for b in self.batches]
+
+    @torch.no_grad()
+    def kl(self, plan: Plan, ridges: tuple[float, ...] | None = RIDGES) -> float:
+        """KL(dense ‖ cut) in nats per scored token; repaired with the best of `ridges`, if any."""
+        family = families.of(self.checkpoint)
+        repair = Repair(self.checkpoint, family, self.profile, plan, ridges) if ridges else None
+        student = cut_model(self.dense, plan, replace=repair)
+        mix = Mix({"forward_kl": 1.0})
+        total, tokens = 0.0, 0
+        for batch, teacher_NH in zip(self.batches, self.reference, strict=True):
+            mask = scored(batch)
+            hidden_NH = final_hidden(student, batch)[mask]
+            targets_N = batch["labels"][:, 1:][mask].to(hidden_NH.device)
+            value, _ = head_loss(
+                hidden_NH, head_of(student), targets_N, mix, teacher_NH, head_of(self.dense)
+            )
+            total, tokens = total + float(value), tokens + len(targets_N)
+        return total / tokens

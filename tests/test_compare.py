@@ -1,0 +1,94 @@
+"""Criteria side by side: each row is what pruning by that criterion gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_folders import data_of, write_model
+from tiny_pruning import OPTIONS, write_place
+
+from regrow import PruneConfig, compare
+from regrow.checkpoint import Checkpoint
+from regrow.cli import main
+from regrow.data import build_blocks
+from regrow.errors import UserError
+from regrow.stages.profile import ProfileConfig, profile
+from regrow.stages.prune.stage import prune
+
+CRITERIA = ("activation_l2", "magnitude", "taylor", "obs", "block_influence", "random")
+SMALL = PruneConfig(intermediate_size=96)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_place(tmp_path_factory.mktemp("place"))
+    config = ProfileConfig(criteria=CRITERIA, samples=24, gram_tokens=24 * 32)
+    data = data_of(folder / "text.jsonl")
+    profile(folder / "model", data, folder / "all", config, OPTIONS)
+    return folder
+
+
+def slow_kl(place: Path, student: Path) -> float:
+    """KL(dense ‖ student) by full float32 logits, on the 8 blocks after those profiled."""
+    dense, cut = (Checkpoint(path).model(torch.float32) for path in (place / "model", student))
+    tokenizer = Checkpoint(place / "model").tokenizer()
+    blocks = build_blocks(data_of(place / "text.jsonl"), tokenizer, "calibration", 32)
+    batch = next(blocks.select(range(24, 32)).batches(8))
+    given = {key: batch[key] for key in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        log_p, log_q = (
+            m(**given, use_cache=False).logits[:, :-1].log_softmax(-1) for m in (dense, cut)
+        )
+    kl_BT = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return float(kl_BT[batch["labels"][:, 1:] != -100].mean())
+
+
+@pytest.mark.parametrize("target", [SMALL, PruneConfig(num_layers=3)])
+def test_a_row_is_what_pruning_by_its_criterion_costs(
+    place: Path, tmp_path: Path, target: PruneConfig
+) -> None:
+    data, widths = data_of(place / "text.jsonl"), target.num_layers is None
+    rows = compare(place / "model", place / "all", data, target, options=OPTIONS)
+    names = CRITERIA[:4] + CRITERIA[5:] if widths else ("block_influence", "random", "taylor")
+    assert {row["criterion"] for row in rows} == set(names)
+    for row in rows:
+        key = "criterion" if widths else "layer_criterion"
+        for repair in (False, True) if widths else (False,):
+            config = target.model_copy(update={key: row["criterion"], "repair": repair})
+            out = prune(place / "model", tmp_path / str(repair), config, place / "all")
+            found = row["kl_repaired" if repair else "kl"]
+            assert found == pytest.approx(slow_kl(place, out), rel=0.03)
+    best = [row.get("kl_repaired", row["kl"]) for row in rows]
+    assert best == sorted(best)
+
+
+def test_the_command_prints_and_writes_the_table(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "table.json"
+    arguments = ["compare", str(place / "model"), "--profile", str(place / "all")]
+    arguments += ["--data", str(place / "text.jsonl"), "--sequence-length", "32"]
+    assert main([*arguments, "--keep-params", "0.8", "--multiple-of", "2", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert abs(found["keep"] - 0.8) <= 0.01
+    assert list(found["sizes"]) == ["mlp"]
+    printed = capsys.readouterr().out
+    assert all(f"{row['criterion']} " in printed for row in found["rows"])
+    assert f"{found['rows'][0]['kl_repaired']:.3f}" in printed
+
+
+def test_what_cannot_be_compared_is_refused(place: Path, tmp_path: Path) -> None:
+    data = data_of(place / "text.jsonl")
+    with pytest.raises(UserError, match="nothing to compare at"):
+        compare(place / "model", place / "all", data, PruneConfig(), options=OPTIONS)
+    odd = PruneConfig(intermediate_size=97)
+    with pytest.raises(UserError, match="intermediate_size 97"):
+        compare(place / "model", place / "all", data, odd, options=OPTIONS)
+    with pytest.raises(UserError, match="is a folder"):
+        compare(place / "model", place / "all", data, SMALL, out=tmp_path, options=OPTIONS)
+    write_model(tmp_path / "other", num_hidden_layers=3)
+    with pytest.raises(UserError, match="profile of another model"):
+        compare(tmp_path / "other", place / "all", data, SMALL, options=OPTIONS)
