@@ -20,12 +20,14 @@ from regrow.options import Options
 from regrow.stages.profile import ProfileConfig, profile
 from regrow.stages.profile.collect import GRADIENTS
 from regrow.stages.profile.importance.obs import removal_order
+from regrow.stages.profile.removal import REMOVALS
 from regrow.statistics import Profile
 
 FOLDER = "regrow.stages.profile.importance"
 CRITERIA = plugins.names(FOLDER)
 DIMS = {"layers", "hidden", "mlp", "heads", "kv_heads"}
 STATISTICS = {"sum", "square_sum", "mean_abs_square_sum", "input_output_distance", "gram"}
+STATISTICS |= REMOVALS.keys()
 CASES = [(name, dim) for name in CRITERIA for dim in sorted(plugins.load(FOLDER, name).DIMS & DIMS)]
 USELESS = {"layers": 1, "hidden": 17, "mlp": 5, "heads": 4, "kv_heads": 1}
 LAYER = 1
@@ -241,5 +243,5 @@ def test_magnitude_counts_every_weight_of_a_unit(
 def test_unknown_scores_are_refused_with_those_there_are(planted: dict[str, Profile]) -> None:
     with pytest.raises(UserError, match="did you mean 'magnitude'"):
         planted["mlp"].scores("magnitud", "mlp")
-    with pytest.raises(UserError, match="it has: block_influence, fisher, random, taylor"):
+    with pytest.raises(UserError, match="it has: block_influence, fisher, kl_drop"):
         planted["mlp"].scores("magnitude", "layers")

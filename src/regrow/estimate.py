@@ -19,7 +19,8 @@ from regrow.stages.distill.stage import check_tokenizers, steps_of
 from regrow.stages.distill.student import Student
 from regrow.stages.evaluate.config import EvaluateConfig
 from regrow.stages.profile.config import ProfileConfig
-from regrow.stages.profile.stage import estimate_bytes, statistics_needed
+from regrow.stages.profile.scoring import statistics_needed
+from regrow.stages.profile.stage import estimate_bytes
 from regrow.stages.prune.choose import full_sizes
 from regrow.stages.prune.config import PruneConfig
 from regrow.stages.prune.shapes import Shape

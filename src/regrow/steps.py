@@ -110,7 +110,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     from regrow.checkpoint import load
     from regrow.stages.distill.stage import check_tokenizers, steps_of
     from regrow.stages.evaluate.texts import text_files
-    from regrow.stages.profile.stage import statistics_needed
+    from regrow.stages.profile.scoring import statistics_needed
 
     if step.name == "profile":
         statistics_needed(step.config)

@@ -70,6 +70,11 @@ class Collector:
         """Whether a statistic takes a backward pass."""
         return any(names & GRADIENTS for names in self.needs.values())
 
+    @property
+    def removals(self) -> bool:
+        """Whether a statistic is what the model loses without a layer."""
+        return any(name.endswith("_removal") for name in self.needs.get("layers", ()))
+
     def start(self, batch: Batch) -> None:
         """Say which batch runs next."""
         self.batch = batch

@@ -23,5 +23,7 @@ class ProfileConfig(Config):
     token_weight: Literal["inverse_residual", "uniform"] = "inverse_residual"
     """Weight of a token in the Gram matrices: 1/|residual| (the error that matters after the next
     norm) or the same for all."""
+    removal_blocks: int = Field(default=4, ge=1)
+    """Blocks on which layers are removed in turn (kl_drop, perplexity_drop)."""
     seed: int = 0
     """Seed of the random criterion."""

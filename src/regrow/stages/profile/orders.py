@@ -99,8 +99,8 @@ def _on(batch: Batch, device: torch.device) -> Batch:
     return Batch(batch.real_BT.to(device), batch.gram)
 
 
-class _Pass(nn.Module):
-    """Stands in for a decoder layer that is not resident: hands hidden states on."""
+class Pass(nn.Module):
+    """Stands in for a decoder layer that is not there: hands hidden states on."""
 
     def __init__(self, real: nn.Module) -> None:
         super().__init__()
@@ -111,6 +111,7 @@ class _Pass(nn.Module):
         return getattr(self.__dict__["stood_for"], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The same hidden states."""
         return hidden_states
 
 
@@ -138,7 +139,7 @@ class _Shell:
     def resident(self, layer: int) -> Iterator[None]:
         """Have the weights of one layer on the device, the others passing hidden states on."""
         own = self.layers[layer]
-        stack = [_Pass(other) for other in self.layers]
+        stack = [Pass(other) for other in self.layers]
         self.model.base_model.layers = nn.ModuleList([*stack[:layer], own, *stack[layer + 1 :]])
         prefix = LAYER.format(layer=layer) + "."
         for name in self.checkpoint.names():

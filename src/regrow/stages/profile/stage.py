@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from regrow import families, plugins
+from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.data import Blocks, DataConfig, build_blocks
 from regrow.data.digest import data_digest
@@ -23,13 +22,13 @@ from regrow.progress import progress, say
 from regrow.stages.profile.collect import Batch, Collector, Split
 from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.orders import Batches, layer_major, resident
-from regrow.stages.profile.weights import DimWeights
+from regrow.stages.profile.removal import REMOVALS, removal_order
+from regrow.stages.profile.scoring import score_all, statistics_needed
 from regrow.statistics import INFO, SCORES, STATISTICS, Gram, Profile
 
 if TYPE_CHECKING:
-    from regrow.families import Family
+    pass
 
-IMPORTANCE = "regrow.stages.profile.importance"
 VALIDATE_EVERY = 8  # every 8th Gram block is held out, to choose the ridge strength on
 
 
@@ -67,15 +66,13 @@ def profile(
         collector = Collector(family, needs, grams, weighted, head_dim)
         _run(checkpoint, blocks, gram_blocks, collector, folder, options)
         statistics = _tidy(collector.sums, family.sizes(checkpoint.config), _count(blocks))
+        statistics |= _removals(checkpoint, blocks, needs, config, options)
         save_file(statistics, folder / STATISTICS)
-        scores = _scores(
-            config,
-            statistics,
-            _count(blocks),
-            checkpoint,
-            family,
-            lambda dim, layer: load_file(_gram_file(folder, dim, layer))["fit"],
-        )
+
+        def gram(dim: str, layer: int) -> Tensor:
+            return load_file(_gram_file(folder, dim, layer))["fit"]
+
+        scores = score_all(config, statistics, _count(blocks), checkpoint, family, gram)
         save_file(scores, folder / SCORES)
         info = {
             "digest": stage.digest,  # tells this profile from one on other text
@@ -92,37 +89,6 @@ def profile(
         write_json(folder / INFO, info)
         stage.figures.append(Figure(name="calibration tokens", value=_count(blocks), unit="tokens"))
     return Profile(out)
-
-
-def statistics_needed(config: ProfileConfig) -> dict[str, set[str]]:
-    """Statistics to gather per observed dimension: the union of what the criteria declare.
-
-    Raises UserError for a criterion that there is not, or that lacks Gram matrices.
-    """
-    needs: dict[str, set[str]] = {}
-    for name in config.criteria:
-        module = plugins.load(IMPORTANCE, name)
-        dims = dims_of(module, config)
-        if not dims:
-            raise UserError(
-                f"the criterion {name} works on Gram matrices, and none are gathered: set "
-                "gram_tokens to 65536 or so, and grams to mlp and heads"
-            )
-        for dim in dims:
-            needs.setdefault(observed(dim), set()).update(module.NEEDS - {"gram"})
-    return {dim: names for dim, names in needs.items() if names}
-
-
-def dims_of(module: ModuleType, config: ProfileConfig) -> set[str]:
-    """Dimensions that a criterion scores here: on Gram matrices, those they are gathered for."""
-    if "gram" not in module.NEEDS:
-        return set(module.DIMS)
-    return {dim for dim in module.DIMS if config.gram_tokens and observed(dim) in config.grams}
-
-
-def observed(dim: str) -> str:
-    """The dimension whose activations tell of `dim`: KV heads are seen through their heads."""
-    return "heads" if dim == "kv_heads" else dim
 
 
 def estimate_bytes(checkpoint: Checkpoint, config: ProfileConfig) -> int:
@@ -155,10 +121,11 @@ def _run(
         options.order == "auto" and _fits(checkpoint, collector, device)
     )
     passes = 1 if resident_order else checkpoint.config["num_hidden_layers"]
-    if collector.backward and not resident_order:
+    if (collector.backward or collector.removals) and not resident_order:
         raise UserError(
-            "criteria with gradients (gradient, taylor, fisher) take a backward pass through the "
-            "whole model, which has to fit on the device: leave them out, or give another --device"
+            "criteria with gradients (gradient, taylor, fisher) or removals (kl_drop, "
+            "perplexity_drop) need the whole model on the device, where it does not fit: leave "
+            "them out, or give another --device"
         )
     batches = _batches(blocks, gram_blocks, options.batch_size)
     with progress("profile", _count(blocks) * passes) as counter:
@@ -168,6 +135,23 @@ def _run(
         spill = folder / "spill"
         layer_major(checkpoint, batches, collector, take_grams, device, dtype, counter, spill)
         shutil.rmtree(spill)
+
+
+def _removals(
+    checkpoint: Checkpoint,
+    blocks: Blocks,
+    needs: dict[str, set[str]],
+    config: ProfileConfig,
+    options: Options,
+) -> dict[str, Tensor]:
+    wanted = needs.get("layers", set()) & REMOVALS.keys()
+    if not wanted:
+        return {}
+    model = checkpoint.model(compute_dtype(checkpoint), options.torch_device())
+    some = blocks.select(range(min(config.removal_blocks, len(blocks))))
+    batches = list(some.batches(options.batch_size))
+    orders = {name: removal_order(model, batches, REMOVALS[name]) for name in sorted(wanted)}
+    return {f"{name}/layers/all": order[:, None] for name, order in orders.items()}
 
 
 def compute_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -244,33 +228,3 @@ def _tidy(sums: dict[str, Tensor], sizes: dict[str, int], tokens: int) -> dict[s
         if dim == "heads":
             found[f"{name}/kv_heads/{layer}"] = channels.reshape(sizes["kv_heads"], -1).clone()
     return found
-
-
-def _scores(
-    config: ProfileConfig,
-    statistics: dict[str, Tensor],
-    tokens: int,
-    checkpoint: Checkpoint,
-    family: Family,
-    grams: Callable[[str, int], Tensor],
-) -> dict[str, Tensor]:
-    """Score of every unit, by `criterion/dim/layer`; `grams` reads a Gram matrix of the profile."""
-    sizes = family.sizes(checkpoint.config)
-    scores: dict[str, Tensor] = {}
-    for criterion in config.criteria:
-        module = plugins.load(IMPORTANCE, criterion)
-        generator = torch.Generator().manual_seed(config.seed)
-        for dim in sorted(dims_of(module, config)):
-            for layer in ["all"] if dim in ("hidden", "layers") else range(sizes["layers"]):
-                place = f"{dim}/{layer}"
-                stats = {
-                    key.split("/")[0]: value
-                    for key, value in statistics.items()
-                    if key.endswith("/" + place)
-                }
-                stats |= {"count": torch.tensor(sizes[dim]), "tokens": torch.tensor(tokens)}
-                if "gram" in module.NEEDS:
-                    stats["gram"] = grams(observed(dim), int(layer))
-                weights = DimWeights(checkpoint, family, dim, layer)
-                scores[f"{criterion}/{place}"] = module.score(stats, weights, dim, generator)
-    return scores

@@ -1,0 +1,16 @@
+"""Greedy removal of layers by KL to the whole model: what depth costs is measured, not inferred."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regrow.stages.profile.importance import Stats, Weights
+
+DIMS = frozenset({"layers"})
+NEEDS = frozenset({"kl_removal"})
+
+
+def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
+    """Place in the order of removal, 0 first: by KL(whole ‖ without it)."""
+    return stats["kl_removal"].squeeze(-1)

@@ -1,0 +1,79 @@
+"""From statistics to scores: what the chosen criteria need, and what they make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from regrow import plugins
+from regrow.checkpoint import Checkpoint
+from regrow.errors import UserError
+from regrow.families import Family
+from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile.weights import DimWeights
+
+IMPORTANCE = "regrow.stages.profile.importance"
+
+
+def statistics_needed(config: ProfileConfig) -> dict[str, set[str]]:
+    """Statistics to gather per observed dimension: the union of what the criteria declare.
+
+    Raises UserError for a criterion that there is not, or that lacks Gram matrices.
+    """
+    needs: dict[str, set[str]] = {}
+    for name in config.criteria:
+        module = plugins.load(IMPORTANCE, name)
+        dims = dims_of(module, config)
+        if not dims:
+            raise UserError(
+                f"the criterion {name} works on Gram matrices, and none are gathered: set "
+                "gram_tokens to 65536 or so, and grams to mlp and heads"
+            )
+        for dim in dims:
+            needs.setdefault(observed(dim), set()).update(module.NEEDS - {"gram"})
+    return {dim: names for dim, names in needs.items() if names}
+
+
+def dims_of(module: ModuleType, config: ProfileConfig) -> set[str]:
+    """Dimensions that a criterion scores here: on Gram matrices, those they are gathered for."""
+    if "gram" not in module.NEEDS:
+        return set(module.DIMS)
+    return {dim for dim in module.DIMS if config.gram_tokens and observed(dim) in config.grams}
+
+
+def observed(dim: str) -> str:
+    """The dimension whose activations tell of `dim`: KV heads are seen through their heads."""
+    return "heads" if dim == "kv_heads" else dim
+
+
+def score_all(
+    config: ProfileConfig,
+    statistics: dict[str, Tensor],
+    tokens: int,
+    checkpoint: Checkpoint,
+    family: Family,
+    grams: Callable[[str, int], Tensor],
+) -> dict[str, Tensor]:
+    """Score of every unit, by `criterion/dim/layer`; `grams` reads a Gram matrix of the profile."""
+    sizes = family.sizes(checkpoint.config)
+    scores: dict[str, Tensor] = {}
+    for criterion in config.criteria:
+        module = plugins.load(IMPORTANCE, criterion)
+        generator = torch.Generator().manual_seed(config.seed)
+        for dim in sorted(dims_of(module, config)):
+            for layer in ["all"] if dim in ("hidden", "layers") else range(sizes["layers"]):
+                place = f"{dim}/{layer}"
+                stats = {
+                    key.split("/")[0]: value
+                    for key, value in statistics.items()
+                    if key.endswith("/" + place)
+                }
+                stats |= {"count": torch.tensor(sizes[dim]), "tokens": torch.tensor(tokens)}
+                if "gram" in module.NEEDS:
+                    stats["gram"] = grams(observed(dim), int(layer))
+                weights = DimWeights(checkpoint, family, dim, layer)
+                scores[f"{criterion}/{place}"] = module.score(stats, weights, dim, generator)
+    return scores
