@@ -35,14 +35,14 @@ def search_in(place: Path, out: Path, config: PruneConfig = KEEP) -> list[dict[s
     return table
 
 
-def slow_kl(place: Path, sizes: dict[str, int]) -> float:
+def slow_kl(place: Path, sizes: dict[str, int], blocks: int = 8) -> float:
     """KL(dense ‖ cut) without repair, by full float32 logits, on the blocks after the profiled."""
     checkpoint = Checkpoint(place / "model")
     dense = checkpoint.model(torch.float32)
     student = cut_model(dense, chosen(place, **sizes))
     data = data_of(place / "text.jsonl")
-    blocks = build_blocks(data, checkpoint.tokenizer(), "calibration", 32).select(range(24, 32))
-    batch = next(blocks.batches(8))
+    found = build_blocks(data, checkpoint.tokenizer(), "calibration", 24 + blocks)
+    batch = next(found.select(range(24, 24 + blocks)).batches(blocks))
     given = {key: batch[key] for key in ("input_ids", "position_ids")}
     with torch.no_grad():
         log_p, log_q = (
@@ -98,6 +98,38 @@ def test_a_search_is_done_again_when_what_is_asked_changes(
     assert all(abs(row["keep"] - 0.7) <= 0.01 for row in table)
     cut = Checkpoint(out)
     assert families.of(cut).count(cut.config) in {row["parameters"] for row in table}
+
+
+def test_many_shapes_go_through_rounds(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The winner is the best of those scored on all of the text, and that is its score."""
+    wanted = {"keep_params": 0.6, "multiple_of": 1, "num_candidates": 24, "repair": False}
+    config = KEEP.model_copy(update=wanted)
+    table = search_in(place, tmp_path / "out", config)
+    assert len(table) == 24
+    assert len({tuple(sorted(row["sizes"].items())) for row in table}) == len(table)
+    assert all(abs(row["keep"] - 0.6) <= 0.01 for row in table)
+    by_round = {n: [row for row in table if row["round"] == n] for n in (1, 2, 3)}
+    assert [len(by_round[n]) for n in (3, 2, 1)] == [8, 0, 16]
+    assert [row["chosen"] for row in table] == [True, *[False] * (len(table) - 1)]
+    last = [row["kl"] for row in by_round[3]]
+    assert last == sorted(last)
+    assert table[0]["kl"] == pytest.approx(slow_kl(place, table[0]["sizes"], blocks=32), rel=0.02)
+    told = capsys.readouterr().err
+    assert "rank correlation of rounds 2 and 3" in told
+    assert "dense evaluations of 1,024 tokens" in told
+
+
+def test_ranks_and_rounds() -> None:
+    assert search.rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1.0)
+    assert search.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
+    # 1 − 6 Σd² / (n (n² − 1)) with d = 0, 1, 1, 0
+    assert search.rank_correlation([1, 2, 3, 4], [1, 3, 2, 9]) == pytest.approx(0.8)
+    assert search.rounds_for(8) == [(1.0, 8)]
+    assert search.rounds_for(200) == [(1 / 16, 50), (1 / 4, 10), (1.0, 10)]
+    assert search.passes_for(200) == 200 / 16 + 50 / 4 + 10
+    assert search.passes_for(1) == 0
 
 
 def test_a_score_that_is_no_number_is_not_chosen(

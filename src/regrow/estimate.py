@@ -13,7 +13,7 @@ from regrow.data.config import DataConfig
 from regrow.options import Options
 from regrow.progress import clock
 from regrow.recipe import Recipe
-from regrow.search import check_keep_params
+from regrow.search import SHOWN, blocks_for, check_keep_params, passes_for
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import check_tokenizers, steps_of
 from regrow.stages.distill.student import Student
@@ -26,7 +26,6 @@ from regrow.stages.prune.config import PruneConfig
 from regrow.stages.prune.shapes import Shape
 from regrow.stages.prune.stage import make_plan
 from regrow.steps import check_one_target
-from regrow.trial import TRIAL_BLOCKS
 
 
 def of_profile(checkpoint: Checkpoint, data: DataConfig, config: ProfileConfig) -> list[str]:
@@ -56,12 +55,14 @@ def of_prune(checkpoint: Checkpoint, config: PruneConfig, sequence_length: int =
         changed = {dim: sizes[dim] for dim in config.sizes()}
         shapes = [Shape("to", changed, family.count(checkpoint.config, sizes))]
     lines = [f"prune: {before:,} parameters now; {'one of' if len(shapes) > 1 else 'to'}"]
-    for shape in shapes:
+    for shape in shapes[:SHOWN]:
         lines.append(
             f"  {shape.name:<16} {shape.parameters:,} ({shape.parameters / before:.1%})  "
             f"{shape.parameters * disk / 1e6:,.1f} MB  {shape.sizes or config.plan}"
         )
-    tokens = TRIAL_BLOCKS * sequence_length * len(shapes) if len(shapes) > 1 else 0
+    if len(shapes) > SHOWN:
+        lines.append(f"  … and {len(shapes) - SHOWN} more")
+    tokens = blocks_for(len(shapes)) * sequence_length * passes_for(len(shapes))
     seconds = tokens * 2 * before / matmul_rate()
     return [*lines, f"  time about {clock(seconds)} to choose, and that of copying the files"]
 

@@ -1,16 +1,17 @@
 """Choice of shape: cut every candidate in memory, score it untrained, keep the best.
 
-A first version: a handful of shapes, scored by KL to the dense model on calibration text that was
-not profiled. It stands above the stages, because it joins cutting and measuring.
+A handful of shapes, or hundreds in rounds on more and more text, scored by KL to the dense model on
+calibration text that was not profiled. It stands above the stages: it joins cutting and measuring.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from regrow import families
 from regrow.checkpoint import Checkpoint, load
@@ -19,16 +20,18 @@ from regrow.data.digest import data_digest
 from regrow.errors import UserError
 from regrow.manifest import Stage, digest, read
 from regrow.options import Options
-from regrow.progress import say
+from regrow.progress import progress, say
 from regrow.stages.prune import PruneConfig
 from regrow.stages.prune.choose import choose
-from regrow.stages.prune.shapes import Shape, candidates
+from regrow.stages.prune.shapes import Shape, candidates, grid
 from regrow.stages.prune.stage import check_target
 from regrow.stages.prune.stage import prune as prune_to
 from regrow.statistics import Profile
-from regrow.trial import Trial
+from regrow.trial import TRIAL_BLOCKS, Trial
 
 RIDGE = (1e-1,)  # one ridge strength is enough to rank shapes
+HANDFUL = 8  # shapes that are tried in one round
+SHOWN = 10
 
 
 def prune(
@@ -69,7 +72,10 @@ def check_keep_params(checkpoint: Checkpoint, config: PruneConfig) -> list[Shape
     if config.sizes() or config.plan:
         raise UserError("give keep_params, or sizes, or a plan: one of them")
     family = families.of(checkpoint)
-    return candidates(family, checkpoint.config, config.keep_params, config.multiple_of)
+    target = (family, checkpoint.config, config.keep_params, config.multiple_of)
+    if config.num_candidates <= HANDFUL:
+        return candidates(*target)[: config.num_candidates]
+    return grid(*target, config.num_candidates)
 
 
 def with_sizes(config: PruneConfig, sizes: dict[str, int]) -> PruneConfig:
@@ -88,39 +94,104 @@ def choose_shape(
     data: DataConfig | None,
     options: Options,
 ) -> list[dict[str, Any]]:
-    """Score the shapes, print and return the table: name, sizes, parameters, keep, kl, chosen."""
-    family = families.of(checkpoint)
-    total = family.count(checkpoint.config)
-    rows: list[dict[str, Any]] = []
-    trial = None
-    if data is not None and len(shapes) > 1:
-        trial = Trial(checkpoint, profile, data, options)
-    for shape in shapes:
-        kl = 0.0
-        if trial is not None:
-            start = time.monotonic()
-            plan = choose(
-                checkpoint, family, profile, shape.sizes, config.criterion, config.layer_criterion
-            )
-            kl = trial.kl(plan, RIDGE if config.repair else None)
-            say(
-                f"search: {shape.name:<16} {shape.parameters / total:6.1%} kept  "
-                f"KL {kl:.3f} nats  ({time.monotonic() - start:.0f} s)  {shape.sizes}"
-            )
-        rows.append(
-            {
-                "name": shape.name,
-                "sizes": shape.sizes,
-                "parameters": shape.parameters,
-                "keep": shape.parameters / total,
-                "kl": kl,
-                "chosen": False,
-            }
-        )
-    best = min(rows, key=lambda row: row["kl"] if math.isfinite(row["kl"]) else math.inf)
-    best["chosen"] = True
-    say(f"search: chose {best['name']}")
+    """Score the shapes, print and return the table, the best first.
+
+    Rows: name, sizes, parameters, keep, kl (of the last round the shape was in), round, chosen.
+    """
+    total = families.of(checkpoint).count(checkpoint.config)
+    rows: list[dict[str, Any]] = [
+        {
+            "name": shape.name,
+            "sizes": shape.sizes,
+            "parameters": shape.parameters,
+            "keep": shape.parameters / total,
+            "kl": 0.0,
+            "round": 0,
+            "chosen": False,
+        }
+        for shape in shapes
+    ]
+    if data is not None and len(rows) > 1:
+        rows = _tried(checkpoint, rows, profile, config, data, options)
+    rows[0]["chosen"] = True
+    say(f"search: chose {rows[0]['name']}")
     return rows
+
+
+def _tried(
+    checkpoint: Checkpoint,
+    rows: list[dict[str, Any]],
+    profile: Profile,
+    config: PruneConfig,
+    data: DataConfig,
+    options: Options,
+) -> list[dict[str, Any]]:
+    """The rows with their scores, the best of the last round first, then those of earlier ones."""
+    family = families.of(checkpoint)
+    rounds = rounds_for(len(rows))
+    trial = Trial(checkpoint, profile, data, options, blocks_for(len(rows)))
+    left, out = rows, list[dict[str, Any]]()
+    cost = 0.0
+    for number, (share, survivors) in enumerate(rounds, start=1):
+        last = number == len(rounds)
+        before = [row["kl"] for row in left]
+        with progress(f"search, round {number} of {len(rounds)}", len(left), "shapes") as counter:
+            for row in left:
+                plan = choose(
+                    checkpoint,
+                    family,
+                    profile,
+                    row["sizes"],
+                    config.criterion,
+                    config.layer_criterion,
+                )
+                ridges = RIDGE if config.repair and last else None
+                row |= {"kl": trial.kl(plan, ridges, share), "round": number}
+                cost += share * row["keep"]
+                counter.advance(1, f"KL {row['kl']:.3f}")
+        if number > 1:
+            agreement = rank_correlation(before, [row["kl"] for row in left])
+            say(f"search: rank correlation of rounds {number - 1} and {number}: {agreement:.2f}")
+        left = sorted(left, key=_cost)
+        out = left[survivors:] + out
+        left = left[:survivors]
+    for row in left[:SHOWN]:
+        say(f"search: {row['keep']:6.1%} kept  KL {row['kl']:.3f} nats  {row['name']}")
+    say(f"search: cost {cost:.1f} dense evaluations of {trial.tokens:,} tokens")
+    return left + out
+
+
+def rounds_for(count: int) -> list[tuple[float, int]]:
+    """(share of the text, survivors) of each round; a handful is scored on all of it at once."""
+    if count <= HANDFUL:
+        return [(1.0, count)]
+    few = max(HANDFUL, count // 20)
+    return [(1 / 16, max(few, count // 4)), (1 / 4, few), (1.0, few)]
+
+
+def blocks_for(count: int) -> int:
+    """Blocks of text to score `count` shapes on."""
+    return TRIAL_BLOCKS if count <= HANDFUL else 4 * TRIAL_BLOCKS
+
+
+def passes_for(count: int) -> float:
+    """How often the text is read in all, in evaluations of one shape on all of it."""
+    entered, passes = count, 0.0
+    for share, survivors in rounds_for(count):
+        entered, passes = survivors, passes + share * entered
+    return passes if count > 1 else 0.0
+
+
+def rank_correlation(one: list[float], other: list[float]) -> float:
+    """Spearman's: the correlation of the ranks. 1 for fewer than two."""
+    if len(one) < 2:
+        return 1.0
+    ranks = torch.tensor([one, other]).double().argsort(dim=1).argsort(dim=1)
+    return float(torch.corrcoef(ranks.double())[0, 1])
+
+
+def _cost(row: dict[str, Any]) -> float:
+    return float(row["kl"]) if math.isfinite(row["kl"]) else math.inf
 
 
 def _earlier_choice(

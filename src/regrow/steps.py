@@ -84,8 +84,8 @@ def check_steps(model: str, data: DataConfig, steps: list[Step], options: Option
     for step in steps:
         with _in_place(step):
             _check_step(step, checkpoint, data, options)
-    searched = _check_cuts([step for step in steps if step.name == "prune"], checkpoint)
-    _check_text(steps, checkpoint, data, searched)
+    tried = _check_cuts([step for step in steps if step.name == "prune"], checkpoint)
+    _check_text(steps, checkpoint, data, tried)
 
 
 @contextmanager
@@ -127,15 +127,18 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
         check_tokenizers(checkpoint, teacher)
 
 
-def _check_cuts(prunes: list[Step], checkpoint: Checkpoint) -> bool:
-    """Follow the sizes from cut to cut, as far as they are known; whether the first is searched."""
+def _check_cuts(prunes: list[Step], checkpoint: Checkpoint) -> int:
+    """Follow the sizes from cut to cut, as far as they are known.
+
+    Returns how many shapes will be tried for the first, 0 when there is no choice.
+    """
     from regrow import families
     from regrow.search import check_keep_params
     from regrow.stages.prune.stage import make_plan
 
     family = families.of(checkpoint)
     now: dict[str, Any] | None = checkpoint.config
-    searched = False
+    tried = 0
     for number, step in enumerate(prunes):
         config: PruneConfig = step.config
         with _in_place(step):
@@ -143,9 +146,10 @@ def _check_cuts(prunes: list[Step], checkpoint: Checkpoint) -> bool:
             if number == 0 and config.plan is not None:
                 make_plan(checkpoint, config, None)
             elif number == 0:
-                searched = len(check_keep_params(checkpoint, config)) > 1
+                shapes = check_keep_params(checkpoint, config)
+                tried = len(shapes) if len(shapes) > 1 else 0
             now = _cut(now, family, config)
-    return searched
+    return tried
 
 
 def check_one_target(config: PruneConfig) -> None:
@@ -169,12 +173,10 @@ def _cut(now: dict[str, Any] | None, family: Family, config: PruneConfig) -> dic
     return {**now, **sizes, "head_dim": before["head_dim"]}
 
 
-def _check_text(
-    steps: list[Step], checkpoint: Checkpoint, data: DataConfig, searched: bool
-) -> None:
+def _check_text(steps: list[Step], checkpoint: Checkpoint, data: DataConfig, tried: int) -> None:
     """Text that is at hand must fill a block of every split that is read; a search needs more."""
     from regrow.data import build_blocks
-    from regrow.trial import TRIAL_BLOCKS
+    from regrow.search import blocks_for
 
     if not all(Path(source.source).expanduser().exists() for source in data.sources):
         return
@@ -185,12 +187,13 @@ def _check_text(
         build_blocks(data, checkpoint.tokenizer(), "train", 1)
     for step in steps:
         if step.name == "profile":
-            wanted = step.config.samples + TRIAL_BLOCKS if searched else 1
+            more = blocks_for(tried) if tried else 0
+            wanted = step.config.samples + more if tried else 1
             found = len(build_blocks(data, checkpoint.tokenizer(), "calibration", wanted))
             if found < wanted:
                 raise UserError(
                     f"too little calibration text: {found} blocks, but {step.where} takes "
-                    f"{step.config.samples} and the choice of a shape {TRIAL_BLOCKS} more; lower "
+                    f"{step.config.samples} and the choice of a shape {more} more; lower "
                     "samples, or add text"
                 )
             return

@@ -27,30 +27,42 @@ class Trial:
 
     @torch.no_grad()
     def __init__(
-        self, checkpoint: Checkpoint, profile: Profile, data: DataConfig, options: Options
+        self,
+        checkpoint: Checkpoint,
+        profile: Profile,
+        data: DataConfig,
+        options: Options,
+        num_blocks: int = TRIAL_BLOCKS,
     ) -> None:
         self.checkpoint, self.profile = checkpoint, profile
         used = int(profile.info["samples"])
-        wanted = used + TRIAL_BLOCKS
+        wanted = used + num_blocks
         blocks = build_blocks(data, checkpoint.tokenizer(), "calibration", wanted)
         if len(blocks) < wanted:
             raise UserError(
                 f"too little calibration text to choose on: {len(blocks)} blocks, of which the "
-                f"profile takes {used} and the choice {TRIAL_BLOCKS}; lower samples or add text"
+                f"profile takes {used} and the choice {num_blocks}; lower samples or add text"
             )
         self.batches = list(blocks.select(range(used, wanted)).batches(options.batch_size))
+        self.tokens = num_blocks * data.sequence_length
         self.dense = checkpoint.model(torch.bfloat16, options.torch_device())
         self.reference = [final_hidden(self.dense, b)[scored(b)] for b in self.batches]
 
     @torch.no_grad()
-    def kl(self, plan: Plan, ridges: tuple[float, ...] | None = RIDGES) -> float:
-        """KL(dense ‖ cut) in nats per scored token; repaired with the best of `ridges`, if any."""
+    def kl(
+        self, plan: Plan, ridges: tuple[float, ...] | None = RIDGES, share: float = 1.0
+    ) -> float:
+        """KL(dense ‖ cut) in nats per scored token; repaired with the best of `ridges`, if any.
+
+        On the first `share` of the batches, one at least.
+        """
         family = families.of(self.checkpoint)
         repair = Repair(self.checkpoint, family, self.profile, plan, ridges) if ridges else None
         student = cut_model(self.dense, plan, replace=repair)
         mix = Mix({"forward_kl": 1.0})
         total, tokens = 0.0, 0
-        for batch, teacher_NH in zip(self.batches, self.reference, strict=True):
+        some = slice(max(1, round(share * len(self.batches))))
+        for batch, teacher_NH in zip(self.batches[some], self.reference[some], strict=True):
             mask = scored(batch)
             hidden_NH = final_hidden(student, batch)[mask]
             targets_N = batch["labels"][:, 1:][mask].to(hidden_NH.device)

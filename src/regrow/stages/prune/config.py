@@ -12,6 +12,8 @@ class PruneConfig(Config):
 
     keep_params: float | None = Field(default=None, gt=0, lt=1)
     """Share of the parameters to keep (tied weights once); the shape is chosen among candidates."""
+    num_candidates: int = Field(default=8, ge=1)
+    """Shapes to try for keep_params; up to 8 are a hand-made list, more a grid of all axes."""
     num_layers: int | None = None
     """Layers to keep."""
     hidden_size: int | None = None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from itertools import product
+from random import Random
 from typing import Any
 
 from regrow.errors import UserError
@@ -52,6 +55,42 @@ def candidates(
     return list(found.values())
 
 
+def grid(
+    family: Family, config: dict[str, Any], keep_params: float, multiple_of: int, count: int
+) -> list[Shape]:
+    """Up to `count` shapes: the `candidates`, and of all combinations of cuts an even sample.
+
+    Layers go down to 60 %, KV heads and query heads per KV head to a half, hidden to 80 %; the MLP
+    meets the target. Raises UserError when no shape does.
+    """
+    full = family.sizes(config)
+    target = keep_params * family.count(config)
+    first = candidates(family, config, keep_params, multiple_of)
+    known = {tuple(sorted(shape.sizes.items())) for shape in first}
+    group = full["heads"] // full["kv_heads"]
+    found = []
+    for layers, kv_heads, heads, hidden in product(
+        range(full["layers"], math.ceil(0.6 * full["layers"]) - 1, -1),
+        range(full["kv_heads"], math.ceil(full["kv_heads"] / 2) - 1, -1),
+        range(group, math.ceil(group / 2) - 1, -1),
+        (1.0, 0.95, 0.9, 0.85, 0.8),
+    ):
+        sizes = {"layers": layers, "kv_heads": kv_heads, "heads": heads * kv_heads}
+        step = family.step("hidden", config, multiple_of, **sizes)
+        sizes["hidden"] = max(step, round(hidden * full["hidden"] / step) * step)
+        sizes = {dim: size for dim, size in sizes.items() if size != full[dim]}
+        shape = _meet(family, config, target, multiple_of, "", sizes, "mlp")
+        if shape is None or abs(shape.parameters / target - 1) * keep_params > TOLERANCE:
+            continue
+        key = tuple(sorted(shape.sizes.items()))
+        if key not in known:
+            known.add(key)
+            name = ", ".join(f"{dim} {size}" for dim, size in shape.sizes.items())
+            found.append(replace(shape, name=name))
+    room = max(0, count - len(first))
+    return first + (found if len(found) <= room else Random(0).sample(found, room))
+
+
 def _meet(
     family: Family,
     config: dict[str, Any],
@@ -65,7 +104,7 @@ def _meet(
     full = family.sizes(config)
     if sizes.get("kv_heads") == 0:
         return None
-    if "kv_heads" in sizes:
+    if "kv_heads" in sizes and "heads" not in sizes:
         sizes = {**sizes, "heads": full["heads"] // full["kv_heads"] * sizes["kv_heads"]}
     step = family.step(free, config, multiple_of, **sizes)
     widths = [*range(step, full[free], step), full[free]]

@@ -12,8 +12,11 @@ from regrow.stages.report.run_folder import Cut, Run
 
 NOTE = (
     "Each shape was cut and scored untrained, by its KL to the uncut model on calibration text "
-    "that the choice of units had not seen; the lowest was taken."
+    "that the choice of units had not seen; the lowest was taken. Of many shapes only the best go "
+    "on to the next round, which reads more text."
 )
+SHOWN = 20  # rows of the table, the last round's first
+LABELLED = 12  # points that still have room for a name
 
 
 def section(run: Run) -> Section | None:
@@ -28,7 +31,7 @@ def section(run: Run) -> Section | None:
 
 
 def _table(cut: Cut) -> Table:
-    ranked = sorted(cut.candidates, key=lambda row: row["kl"])
+    ranked = sorted(cut.candidates, key=lambda row: (-row.get("round", 1), row["kl"]))[:SHOWN]
     rows = [
         [
             text(row["name"] + (" (chosen)" if row["chosen"] else "")),
@@ -40,7 +43,9 @@ def _table(cut: Cut) -> Table:
         for row in ranked
     ]
     chosen = frozenset(n for n, row in enumerate(ranked) if row["chosen"])
-    return Table([cut.name, "cut", "parameters", "kept", "KL, nats"], rows, chosen)
+    left_out = len(cut.candidates) - len(ranked)
+    name = f"{cut.name} (and {left_out} more)" if left_out else cut.name
+    return Table([name, "cut", "parameters", "kept", "KL, nats"], rows, chosen)
 
 
 def sizes(after: dict[str, int], before: dict[str, int]) -> str:
@@ -51,7 +56,7 @@ def sizes(after: dict[str, int], before: dict[str, int]) -> str:
 def _scatter(rows: list[dict[str, Any]]) -> Chart:
     trace = {
         "type": "scatter",
-        "mode": "markers+text",
+        "mode": "markers+text" if len(rows) <= LABELLED else "markers",
         "x": [100 * row["keep"] for row in rows],
         "y": [row["kl"] for row in rows],
         "text": [charts.label(shorten(row["name"], 28, placeholder="…")) for row in rows],
