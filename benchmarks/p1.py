@@ -6,7 +6,8 @@ Resumable: run it again and it goes on. Calibration and training text: wikipedia
 instructions in `--texts`/train. Test, in bf16 and windows of 512: perplexity on the first 16,384
 tokens of WikiText-2 raw test, and perplexity and KL to the dense model on the first 8,192 tokens of
 LAMBADA and of the C4 sample, which nothing was trained on. The control is the dense model given the
-same training tokens with the plain next-token loss. Writes `p1.md` into `--out`.
+same training tokens with the plain next-token loss; the mixed runs add a share of that loss to the
+KL. Writes `p1.md` into `--out`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ CRITERIA = ("activation_l2", "minitron", "magnitude", "random")
 LAYERS = "block_influence"
 MLP = {"intermediate_size": 1024}  # 80.3 % of the parameters
 DEPTH = {"num_layers": 22}  # 79.0 %
+ALPHA = 0.3  # weight of the text's cross-entropy beside the KL, in the mixed runs
 SCHEDULE: dict[int, dict[str, Any]] = {  # short runs need many steps, long ones less noise
     300_000: {"batch_tokens": 1024, "eval_tokens": 50_000},
     1_000_000: {"batch_tokens": 2048, "learning_rate": 1.5e-4, "eval_tokens": 100_000},
@@ -71,6 +73,10 @@ def main() -> None:
         config = DistillConfig(tokens=tokens, **SCHEDULE.get(tokens, {}))
         distilled = distill(start, DENSE, data, out / f"distilled-{tokens}", config, options)
         models.append((f"distilled {tokens // 1000} k", distilled))
+    for tokens in arguments.mixed:
+        config = DistillConfig(tokens=tokens, alpha=ALPHA, **SCHEDULE.get(tokens, {}))
+        mixed = distill(start, DENSE, data, out / f"mixed-{tokens}", config, options)
+        models.append((f"distilled {tokens // 1000} k, α = {ALPHA}", mixed))
     for tokens in arguments.control:
         config = DistillConfig(tokens=tokens, alpha=1.0, learning_rate=1e-4)
         trained = distill(DENSE, DENSE, data, out / f"control-{tokens}", config, options)
@@ -128,6 +134,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, required=True, help="folder with train/ and eval/")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
     parser.add_argument("--tokens", type=int, nargs="*", default=[100_000, 300_000])
+    parser.add_argument("--mixed", type=int, nargs="*", default=[300_000])
     parser.add_argument("--control", type=int, nargs="*", default=[100_000])
     parser.add_argument("--samples", type=int, default=96, help="calibration blocks of 512")
     return parser.parse_args()
