@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
-from regrow.config import parse
+from regrow.config import Config, parse
 from regrow.data.config import DataConfig
 from regrow.errors import UserError
 from regrow.manifest import refuse_foreign
@@ -24,7 +24,35 @@ if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint
 
 Model = Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
-Sources = tuple[str, ...]
+
+
+class OptionalText(Config):
+    """The text to work on."""
+
+    data: tuple[str, ...] = ()
+    """Text: files, folders, hub ids, package:NAME==VERSION/path."""
+    data_weights: tuple[float, ...] = ()
+    """Share of each source in the blend."""
+    sequence_length: int = 512
+    """Tokens per block."""
+
+    def blend(self) -> DataConfig:
+        """The sources as a recipe's `data`; raises UserError for weights that do not fit them."""
+        count = len(self.data)
+        if self.data_weights and len(self.data_weights) != count:
+            given = len(self.data_weights)
+            raise UserError(f"{given} --data-weights for {count} --data: give one each")
+        shares = self.data_weights or (1.0,) * count
+        blend = [{"source": s, "weight": w} for s, w in zip(self.data, shares, strict=True)]
+        fields = {"sources": blend, "sequence_length": self.sequence_length}
+        return parse(DataConfig, fields, "--data")
+
+
+class Text(OptionalText):
+    """The text to work on."""
+
+    data: tuple[str, ...]
+    """Text: files, folders, hub ids, package:NAME==VERSION/path."""
 
 
 def inspect(model: Model) -> None:
@@ -69,31 +97,26 @@ def run(
 
 def profile(
     model: Model,
-    data: Sources,
+    text: OmitArgPrefixes[Text],
     out: Path,
     config: OmitArgPrefixes[ProfileConfig] = ProfileConfig(),
     options: OmitArgPrefixes[Options] = Options(),
-    data_weights: tuple[float, ...] = (),
-    sequence_length: int = 512,
     dry_run: bool = False,
 ) -> None:
     """Measure what matters in a model on calibration text.
 
     Args:
         model: Hugging Face folder, hub id, GGUF file, or package:NAME.
-        data: Text: files, folders, hub ids, package:NAME==VERSION/path.
         out: Folder to write the profile to.
         config: What to measure.
         options: Device and portions.
-        data_weights: Share of each source in the blend.
-        sequence_length: Tokens per block.
         dry_run: Check everything and print what would be done.
     """
     from regrow import estimate
     from regrow.checkpoint import load
     from regrow.stages.profile import profile as stage
 
-    blend = _data(data, data_weights, sequence_length)
+    blend = text.blend()
     if dry_run:
         _print(estimate.of_profile(load(model), blend, config), out)
         return
@@ -104,11 +127,9 @@ def prune(
     model: Model,
     out: Path,
     profile: Path | None = None,
-    data: Sources = (),
+    text: OmitArgPrefixes[OptionalText] = OptionalText(),
     config: OmitArgPrefixes[PruneConfig] = PruneConfig(),
     options: OmitArgPrefixes[Options] = Options(),
-    data_weights: tuple[float, ...] = (),
-    sequence_length: int = 512,
     dry_run: bool = False,
 ) -> None:
     """Cut a model to a share of its parameters, to sizes, or by a plan, and repair what is left.
@@ -117,11 +138,8 @@ def prune(
         model: Hugging Face folder, hub id, GGUF file, or package:NAME.
         out: Folder to write the smaller model to.
         profile: Folder that regrow profile wrote for this model.
-        data: Text to choose a shape on, for --keep-params.
         config: What to prune to, and how.
         options: Device and portions.
-        data_weights: Share of each source in the blend.
-        sequence_length: Tokens per block.
         dry_run: Check everything and print what would be done.
     """
     from regrow import estimate
@@ -129,49 +147,42 @@ def prune(
     from regrow.search import prune as to_target
 
     if dry_run:
-        _print(estimate.of_prune(load(model), config, sequence_length), out)
+        _print(estimate.of_prune(load(model), config, text.sequence_length), out)
         return
-    blend = _data(data, data_weights, sequence_length) if data else None
+    blend = text.blend() if text.data else None
     to_target(model, out, config, profile, blend, options)
 
 
 def compare(
     model: Model,
     profile: Path,
-    data: Sources,
+    text: OmitArgPrefixes[Text],
     config: OmitArgPrefixes[PruneConfig] = PruneConfig(),
     options: OmitArgPrefixes[Options] = Options(),
     out: Path | None = None,
-    data_weights: tuple[float, ...] = (),
-    sequence_length: int = 512,
 ) -> None:
     """Make the same cut by every criterion of a profile, and print what each costs untrained.
 
     Args:
         model: Hugging Face folder, hub id, GGUF file, or package:NAME.
         profile: Folder that regrow profile wrote for this model.
-        data: The text that was profiled; blocks after the profiled ones are measured on.
         config: What to prune to; its criterion is not used.
         options: Device and portions.
         out: JSON file to write the table to.
-        data_weights: Share of each source in the blend.
-        sequence_length: Tokens per block.
     """
     from regrow.comparison import compare as by_each
 
-    blend = _data(data, data_weights, sequence_length)
+    blend = text.blend()
     by_each(model, profile, blend, config, out, options)
 
 
 def distill(
     student: Annotated[Positional[str], tyro.conf.arg(metavar="STUDENT")],
     teacher: str,
-    data: Sources,
+    text: OmitArgPrefixes[Text],
     out: Path,
     config: OmitArgPrefixes[DistillConfig] = DistillConfig(),
     options: OmitArgPrefixes[Options] = Options(),
-    data_weights: tuple[float, ...] = (),
-    sequence_length: int = 512,
     dry_run: bool = False,
 ) -> None:
     """Train a student to give its teacher's next-token distribution.
@@ -179,12 +190,9 @@ def distill(
     Args:
         student: A pruned or otherwise smaller model, or a config.json for one made fresh.
         teacher: The model to learn from, of the same tokenizer.
-        data: Text: files, folders, hub ids, package:NAME==VERSION/path.
         out: Folder to write the distilled model to.
         config: Budget, loss and schedule.
         options: Device and portions.
-        data_weights: Share of each source in the blend.
-        sequence_length: Tokens per block.
         dry_run: Check everything and print what would be done.
     """
     from regrow import estimate
@@ -193,7 +201,7 @@ def distill(
 
     master = _open(teacher)
     pupil = open_student(student if student.endswith(".json") else _open(student), master)
-    blend = _data(data, data_weights, sequence_length)
+    blend = text.blend()
     if dry_run:
         _print(estimate.of_distill(pupil, master, blend, config, options), out)
         return
@@ -203,12 +211,10 @@ def distill(
 def evaluate(
     models: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL")],
     out: Path,
-    data: Sources = (),
+    text: OmitArgPrefixes[OptionalText] = OptionalText(),
     against: str | None = None,
     config: OmitArgPrefixes[EvaluateConfig] = EvaluateConfig(),
     options: OmitArgPrefixes[Options] = Options(),
-    data_weights: tuple[float, ...] = (),
-    sequence_length: int = 512,
     dry_run: bool = False,
 ) -> None:
     """Measure models side by side: perplexity, KL to the teacher, size, speed, generations.
@@ -216,12 +222,9 @@ def evaluate(
     Args:
         models: Model folders; NAME=FOLDER gives one a name.
         out: Folder to write the evaluation to.
-        data: Text whose held-out part is measured on.
         against: The teacher, for KL and ratios.
         config: What to measure.
         options: Device and portions.
-        data_weights: Share of each source in the blend.
-        sequence_length: Tokens per block.
         dry_run: Check everything and print what would be done.
     """
     from regrow import estimate
@@ -229,7 +232,7 @@ def evaluate(
 
     named = {name: _open(model) for name, model in _named(models).items()}
     master = None if against is None else _open(against)
-    blend = _data(data, data_weights, sequence_length) if data else None
+    blend = text.blend() if text.data else None
     if dry_run:
         _print(estimate.of_evaluate(named, master, blend, config), out)
         return
@@ -262,14 +265,6 @@ def _print(lines: list[str], out: Path | None = None) -> None:
     if out is not None:
         refuse_foreign(out)
     print("\n".join(lines))
-
-
-def _data(sources: Sources, weights: tuple[float, ...], sequence_length: int) -> DataConfig:
-    if weights and len(weights) != len(sources):
-        raise UserError(f"{len(weights)} --data-weights for {len(sources)} --data: give one each")
-    shares = weights or (1.0,) * len(sources)
-    blend = [{"source": s, "weight": w} for s, w in zip(sources, shares, strict=True)]
-    return parse(DataConfig, {"sources": blend, "sequence_length": sequence_length}, "--data")
 
 
 def _open(model: str) -> Checkpoint:
