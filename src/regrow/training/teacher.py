@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class States(NamedTuple):
+    """Hidden states of a batch."""
+
+    final: Tensor
+    """[B, T − 1, H]: what the output head reads, after the last norm, of predicting positions."""
+    layers: tuple[Tensor, ...]
+    """[B, T, H] each: the embedding, then every block's output; empty unless asked for."""
+
+
 class Teacher:
     """A frozen model. A plain object, so that no trainer registers, trains or saves it."""
 
@@ -20,11 +29,11 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def hidden(self, batch: dict[str, Tensor]) -> Tensor:
-        """Final hidden states [B, T, H] in the teacher's own dtype, outside any autocast."""
+    def hidden(self, batch: dict[str, Tensor], all_layers: bool = False) -> States:
+        """Hidden states in the teacher's own dtype, outside any autocast."""
         assert not self.model.training, "the teacher left eval mode"
         with torch.autocast(batch["input_ids"].device.type, enabled=False):
-            return final_hidden(self.model, batch)
+            return hidden_states(self.model, batch, all_layers)
 
     @property
     def head(self) -> Head:
@@ -32,16 +41,23 @@ class Teacher:
         return head_of(self.model)
 
 
-def final_hidden(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """The hidden states [B, T, H] that the output head reads, after the last norm."""
+def hidden_states(
+    model: PreTrainedModel, batch: dict[str, Tensor], all_layers: bool = False
+) -> States:
+    """The final hidden states of a batch and, if asked for, those of all layers."""
     device = model.device
     outputs = model.base_model(
         input_ids=batch["input_ids"].to(device),
         position_ids=batch["position_ids"].to(device),
         use_cache=False,
+        output_hidden_states=all_layers,
     )
-    hidden_BTH: Tensor = outputs.last_hidden_state
-    return hidden_BTH[:, :-1]
+    return States(outputs.last_hidden_state[:, :-1], outputs.hidden_states or ())
+
+
+def final_hidden(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """The hidden states [B, T − 1, H] that the output head reads, after the last norm."""
+    return hidden_states(model, batch).final
 
 
 def scored(batch: dict[str, Tensor]) -> Tensor:

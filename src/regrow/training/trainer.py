@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
     PreTrainedModel,
@@ -25,17 +26,25 @@ from transformers import (
 from regrow.errors import UserError
 from regrow.progress import Progress
 from regrow.training.head import Mix, head_loss, head_of
-from regrow.training.teacher import Teacher, final_hidden, scored
+from regrow.training.signals.hidden import Hidden
+from regrow.training.teacher import Teacher, hidden_states, scored
 
-HELDOUT = {"eval_forward_kl": "heldout_kl", "eval_cross_entropy": "heldout_cross_entropy"}
+HELDOUT = {
+    "eval_forward_kl": "heldout_kl",
+    "eval_cross_entropy": "heldout_cross_entropy",
+    "eval_hidden": "heldout_hidden",
+}
 
 
-def bind_loss(student: PreTrainedModel, teacher: Teacher | None, mix: Mix) -> Callable[[], None]:
+def bind_loss(
+    student: PreTrainedModel, teacher: Teacher | None, mix: Mix, signal: Hidden | None = None
+) -> Callable[[], None]:
     """Make `student(**batch)` return the summed loss; returns what undoes it.
 
     The loss is computed inside the student's forward, so that it goes through whatever wraps the
     student (DDP, FSDP), and the student itself stays the stock model that Trainer saves. Outputs:
-    `loss` (sum of the mix), `parts` {loss name: sum in nats}, `tokens` (how many were scored).
+    `loss` (sum of the mix and the weighted signal), `parts` {loss name: sum, in nats except for the
+    signal's}, `tokens` (how many were scored).
     """
     stock = student.forward
 
@@ -45,13 +54,19 @@ def bind_loss(student: PreTrainedModel, teacher: Teacher | None, mix: Mix) -> Ca
         batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
         mask = scored(batch)
         targets_N = labels[:, 1:][mask]
-        teacher_NH = teacher_head = None
-        if teacher is not None and mix.needs_teacher:
-            teacher_NH, teacher_head = teacher.hidden(batch)[mask], teacher.head
-        student_NH = final_hidden(self, batch)[mask]
+        teacher_NH = teacher_head = taught = None
+        if teacher is not None and (mix.needs_teacher or signal is not None):
+            taught = teacher.hidden(batch, all_layers=signal is not None)
+            teacher_NH, teacher_head = taught.final[mask], teacher.head
+        own = hidden_states(self, batch, all_layers=signal is not None)
         total, parts = head_loss(
-            student_NH, head_of(self), targets_N, mix, teacher_NH, teacher_head
+            own.final[mask], head_of(self), targets_N, mix, teacher_NH, teacher_head
         )
+        if signal is not None and taught is not None:
+            predicting = functional.pad(mask, (0, 1))
+            value = signal.loss(own.layers, taught.layers, predicting)
+            total = total + signal.weight * value
+            parts["hidden"] = value.detach()
         return {"loss": total, "parts": parts, "tokens": mask.sum()}
 
     student.forward = types.MethodType(forward, student)  # type: ignore[method-assign]

@@ -30,6 +30,9 @@ class DistillConfig(Config):
     """Loss = alpha · cross-entropy + (1 − alpha) · T² · KL(teacher ‖ student)."""
     temperature: float = Field(default=1.0, gt=0)
     """T, by which the logits of both models are divided in the KL."""
+    hidden_weight: float = Field(default=0.0, ge=0)
+    """Weight of the blocks' outputs beside the loss, as squared error relative to the teacher's;
+    for a student that was cut from the teacher."""
     eval_tokens: int = Field(default=25_000, ge=1)
     """Measure held-out KL, and keep a checkpoint, about every so many training tokens."""
     heldout_blocks: int = Field(default=16, ge=1)

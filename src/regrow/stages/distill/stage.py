@@ -18,6 +18,7 @@ from regrow.data.digest import data_digest
 from regrow.errors import UserError
 from regrow.manifest import Figure, Stage, refuse_input, require_space
 from regrow.options import Options
+from regrow.plan import Plan
 from regrow.progress import progress, say
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.resume import (
@@ -29,6 +30,7 @@ from regrow.stages.distill.resume import (
 )
 from regrow.stages.distill.student import Student, open_student
 from regrow.training.head import Mix
+from regrow.training.signals.hidden import Hidden, LayerMap
 from regrow.training.teacher import Teacher
 from regrow.training.trainer import DistillTrainer, Journal, Pace, bind_loss
 
@@ -67,6 +69,7 @@ def distill(
     if stage.complete:
         say(f"distill: {out} is complete and unchanged")
         return out
+    signal = _signal(pupil, master, config.hidden_weight)
     steps, micro, accumulation = steps_of(config, data, options)
     # Weights and optimizer of the best, the last and the next checkpoint, and the result.
     require_space(out, pupil.parameters * (3 * 12 + pupil.dtype.itemsize))
@@ -87,11 +90,29 @@ def distill(
         trainer = DistillTrainer(
             model=model, args=arguments, train_dataset=blocks, eval_dataset=heldout
         )
-        _train(trainer, Teacher(teacher_model), folder, stage, pupil, steps, journal)
+        undo = bind_loss(
+            model, Teacher(teacher_model), Mix(config.loss_weights(), config.temperature), signal
+        )
+        _train(trainer, folder, stage, pupil, steps, journal)
+        undo()
         if ranks.is_main():
             _write(trainer, pupil, folder)
         stage.figures += _figures(trainer, steps * config.batch_tokens)
     return out
+
+
+def _signal(pupil: Student, master: Checkpoint, weight: float) -> Hidden | None:
+    """The hidden-state signal, by the plan that the student was cut by."""
+    if weight == 0:
+        return None
+    for path in filter(None, map(pupil.carried, CARRIED)):
+        plan = Plan.read(path)
+        if plan.fingerprint == master.fingerprint:
+            return Hidden(weight, LayerMap.of(plan))
+    raise UserError(
+        "hidden_weight compares layers of the student with the teacher's, and needs the plan.json "
+        f"of a student that was cut from {master.folder}: set it to 0, or give that student"
+    )
 
 
 def check_tokenizers(student: Checkpoint, teacher: Checkpoint) -> None:
@@ -190,7 +211,6 @@ def _trackers(folder: Path) -> list[str]:
 
 def _train(
     trainer: DistillTrainer,
-    teacher: Teacher,
     folder: Path,
     stage: Stage,
     pupil: Student,
@@ -201,8 +221,6 @@ def _train(
 
     config, out = stage.config, stage.out
     assert isinstance(config, DistillConfig)
-    mix = Mix(config.loss_weights(), config.temperature)
-    undo = bind_loss(trainer.student, teacher, mix)
     (folder / TRAINER).mkdir(exist_ok=True)
     last = last_checkpoint(folder / TRAINER)
     ranks.wait()
@@ -222,7 +240,6 @@ def _train(
             raise UserError(
                 f"{error}; {rescue(folder / TRAINER, out, pupil.like)}; lower the learning rate"
             ) from None
-    undo()
 
 
 def _write(trainer: DistillTrainer, pupil: Student, folder: Path) -> None:
