@@ -42,15 +42,19 @@ class Progress:
         left = (self.total - self.done) / rate if rate > 0 else 0.0
         share = 100 * self.done / max(self.total, 1)
         text = f"{self.title}: {share:3.0f} %  {self.done:,}/{self.total:,} {self.unit}"
-        return f"{text}  {rate:,.0f} {self.unit}/s  ETA {clock(left)}  {note}".rstrip()
+        return f"{text}  {self._pace(rate)}  ETA {clock(left)}  {note}".rstrip()
 
     def finish(self, note: str = "") -> None:
         """Print the last line, with the time taken."""
         seconds = self.seconds()
         rate = (self.done - self.first_done) / max(seconds, 1e-9)
         text = f"{self.title}: {self.done:,} {self.unit} in {clock(seconds)}"
-        text += f" ({rate:,.0f} {self.unit}/s)"
+        text += f" ({self._pace(rate)})"
         self._print(f"{text}  {note}".rstrip(), end="\n")
+
+    def _pace(self, rate: float) -> str:
+        """Units per second or, of slow ones, seconds for each."""
+        return f"{rate:,.0f} {self.unit}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):,.0f} s each"
 
     def _print(self, text: str, end: str) -> None:
         pad = " " * max(0, 100 - len(text)) if self.live else ""
