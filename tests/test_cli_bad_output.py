@@ -7,13 +7,16 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_job import COMMANDS, Refused, command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from regrow import shards
 from regrow.training.trainer import DistillTrainer
 
 
@@ -53,17 +56,21 @@ def test_no_disk_space(
     assert "and 0.00 GB free; free some or give --out another disk" in said
 
 
+@pytest.mark.parametrize("name", ["profile", "prune"])
 def test_disk_fills_up(
-    place: Path, untouched: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    name: str, place: Path, untouched: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While writing, told by safetensors in its own exception."""
-    from safetensors import SafetensorError
-
-    def full(*_: object, **__: object) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    said = refused(*command("prune", place, place / "model", untouched), at_once=False)
+    """While writing: told by safetensors in its own exception, by our writer in the system's."""
+    if name == "profile":
+        failing = SafetensorError("I/O error: No space left on device (os error 28)")
+        save = Mock(side_effect=failing)
+        monkeypatch.setattr("regrow.stages.profile.stage.save_file", save)
+    else:
+        write = shards._write_shard
+        monkeypatch.setattr(
+            shards, "_write_shard", lambda path, *rest: write(Path("/dev/full"), *rest)
+        )
+    said = refused(*command(name, place, place / "model", untouched), at_once=False)
     assert said.startswith(f"no disk space left while writing {untouched}: free some")
 
 
