@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -227,3 +228,16 @@ def test_quiet(place: Path, tmp_path: Path) -> None:
     assert done.returncode == 0
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["distill"]
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["inspect", "profile"])
+def test_a_reader_that_has_seen_enough_is_no_traceback(place: Path, name: str) -> None:
+    """As in `regrow inspect MODEL | head -1`; here the reader is gone before anything is said."""
+    read, write = os.pipe()
+    os.close(read)
+    script = [sys.executable, "-m", "regrow", name, place / "model"]
+    if name == "profile":
+        script += ["--data", place / "text.jsonl", "--out", place / "none", "--dry-run"]
+    done = subprocess.run(list(map(str, script)), stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.stderr == ""

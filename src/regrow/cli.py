@@ -40,10 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _quiet()
         _parse(arguments)()
+        sys.stdout.flush()
     except UserError as error:
         return _refuse(str(error))
     except (PermissionError, NotADirectoryError) as error:
         return _refuse(f"{error.filename}: {error.strerror}; give a place that can be written to")
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if is_full_disk(error):
             return _refuse(

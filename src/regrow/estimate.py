@@ -13,12 +13,15 @@ from regrow.data.config import DataConfig
 from regrow.options import Options
 from regrow.progress import clock
 from regrow.recipe import Recipe
-from regrow.search import SHOWN, blocks_for, check_keep_params, passes_for
+from regrow.search import SHOWN, blocks_for, check_keep_params
+from regrow.search import passes_for as passes_of_search
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import check_tokenizers, steps_of
 from regrow.stages.distill.student import Student
 from regrow.stages.evaluate.config import EvaluateConfig
+from regrow.stages.profile.collect import GRADIENTS
 from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile.removal import REMOVALS, passes_for
 from regrow.stages.profile.scoring import statistics_needed
 from regrow.stages.profile.stage import estimate_bytes
 from regrow.stages.prune.choose import full_sizes
@@ -30,14 +33,18 @@ from regrow.steps import check_one_target
 
 def of_profile(checkpoint: Checkpoint, data: DataConfig, config: ProfileConfig) -> list[str]:
     """Tokens, passes, disk and time of a profile."""
-    statistics_needed(config)
+    needs = set[str]().union(*statistics_needed(config).values())
     tokens = config.samples * data.sequence_length
-    seconds = tokens * 2 * _parameters(checkpoint) / matmul_rate()
+    read = tokens * (3 if needs & GRADIENTS else 1)  # a backward pass, without weights' gradients
+    removals = len(needs & REMOVALS.keys()) * passes_for(checkpoint.config["num_hidden_layers"])
+    read += removals * min(config.removal_blocks, config.samples) * data.sequence_length
+    seconds = read * 2 * _parameters(checkpoint) / matmul_rate()
+    grams = min(config.gram_tokens, tokens)
     return [
         f"profile: {config.samples} blocks of {data.sequence_length} = {tokens:,} tokens, "
-        f"Gram matrices of {', '.join(config.grams)} on {config.gram_tokens:,} of them",
+        f"Gram matrices of {', '.join(config.grams)} on {grams:,} of them",
         f"  disk {estimate_bytes(checkpoint, config) / 1e9:.2f} GB, time about {clock(seconds)} "
-        "for the forward passes, and the Gram matrices on top",
+        "for the passes through the model, and the Gram matrices on top",
     ]
 
 
@@ -62,7 +69,7 @@ def of_prune(checkpoint: Checkpoint, config: PruneConfig, sequence_length: int =
         )
     if len(shapes) > SHOWN:
         lines.append(f"  … and {len(shapes) - SHOWN} more")
-    tokens = blocks_for(len(shapes)) * sequence_length * passes_for(len(shapes))
+    tokens = blocks_for(len(shapes)) * sequence_length * passes_of_search(len(shapes))
     seconds = tokens * 2 * before / matmul_rate()
     return [*lines, f"  time about {clock(seconds)} to choose, and that of copying the files"]
 

@@ -18,18 +18,14 @@ SHARE = 3  # a third of the layers is removed; the others are ranked by what eac
 
 @torch.no_grad()
 def removal_order(model: PreTrainedModel, batches: list[dict[str, Tensor]], loss: str) -> Tensor:
-    """Place of each layer in a greedy removal [layers], 0 for the first to go.
-
-    Takes about layers² / 3.6 passes over the batches.
-    """
+    """Place of each layer in a greedy removal [layers], 0 for the first to go."""
     layers = list(model.get_submodule("model.layers").children())
     reference = [final_hidden(model, batch)[scored(batch)] for batch in batches]
     left: list[int] = list(range(len(layers)))
     order: list[int] = []
-    rounds = max(1, len(layers) // SHARE)
-    with progress(
-        f"{loss} without each layer", sum(len(layers) - n for n in range(rounds + 1)), "passes"
-    ) as counter:
+    rounds = _rounds(len(layers))
+    title = f"{loss} without each layer"
+    with progress(title, passes_for(len(layers)), "passes") as counter:
         for _ in range(rounds + 1):
             cost = {}
             for layer in left:
@@ -43,6 +39,15 @@ def removal_order(model: PreTrainedModel, batches: list[dict[str, Tensor]], loss
     place = torch.empty(len(layers))
     place[order + left] = torch.arange(len(layers), dtype=place.dtype)
     return place
+
+
+def passes_for(layers: int) -> int:
+    """Passes over the batches that a removal takes, about layers² / 3.6."""
+    return sum(layers - gone for gone in range(_rounds(layers) + 1))
+
+
+def _rounds(layers: int) -> int:
+    return max(1, layers // SHARE)
 
 
 def _skip(model: PreTrainedModel, layers: list[nn.Module], gone: set[int]) -> None:
