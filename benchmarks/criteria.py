@@ -18,6 +18,7 @@ from pathlib import Path
 from regrow import (
     DataConfig,
     EvaluateConfig,
+    Options,
     ProfileConfig,
     PruneConfig,
     evaluate,
@@ -48,7 +49,7 @@ def main() -> None:
         "| criterion | kept | ppl × dense | repaired | KL | repaired |",
         "|---|---|" + "---:|" * 4,
     ]
-    for width in WIDTHS:
+    for width in arguments.widths:
         for criterion in CRITERIA:
             lines.append(_row(criterion, width, measured, out, texts, dense))
             (out / "criteria.md").write_text("\n".join(lines) + "\n")
@@ -83,7 +84,7 @@ def _figures(models: dict[str, Path | str], out: Path, texts: Path) -> dict[str,
         texts={"wikitext2": str(texts / "eval" / "wikitext2_raw_test.txt.gz")},
         text_tokens=16384,
     )
-    evaluate(models, out, None, DENSE, config)
+    evaluate(models, out, None, DENSE, config, Options(batch_size=4))
     return _read(out)
 
 
@@ -96,6 +97,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=Path, required=True, help="folder with train/ and eval/")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
+    parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS, help="MLP channels kept")
     parser.add_argument("--samples", type=int, default=96, help="calibration blocks of 512")
     return parser.parse_args()
 
