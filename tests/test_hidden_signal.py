@@ -122,7 +122,7 @@ def test_parts_of_a_batch_add_up() -> None:
 
 
 def test_through_the_stage(tmp_path: Path) -> None:
-    """It is measured, and comes down further with the signal than without."""
+    """It is measured, and comes down with the signal; the KL alone leaves it where it is."""
     place = write_place(tmp_path / "place")
     ends = []
     for weight in (1e-6, 20.0):
@@ -130,10 +130,9 @@ def test_through_the_stage(tmp_path: Path) -> None:
         out = tmp_path / str(weight)
         distill(place / "pruned", place / "teacher", data(place), out, config, OPTIONS)
         rows = [row["heldout_hidden"] for row in rows_of(out) if "heldout_hidden" in row]
-        ends.append(rows[-1])
-        assert rows[-1] < rows[0]
+        ends.append(rows[-1] / rows[0])
         assert figures(out)["held-out KL"] > 0
-    assert ends[1] < ends[0]
+    assert ends[1] < 0.95 < ends[0], ends
 
 
 def test_a_student_of_another_descent_is_refused(tmp_path: Path) -> None:
