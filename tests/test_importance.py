@@ -18,9 +18,8 @@ from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.options import Options
 from regrow.stages.profile import ProfileConfig, profile
-from regrow.stages.profile.collect import GRADIENTS
+from regrow.stages.profile.collect import GRADIENTS, REMOVALS
 from regrow.stages.profile.importance.obs import removal_order
-from regrow.stages.profile.removal import REMOVALS
 from regrow.statistics import Profile
 
 FOLDER = "regrow.stages.profile.importance"

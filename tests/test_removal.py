@@ -8,7 +8,8 @@ from tiny_models import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from regrow.stages.profile.removal import REMOVALS, removal_order
+from regrow.stages.profile.collect import REMOVALS
+from regrow.stages.profile.removal import removal_order
 from regrow.training.teacher import scored
 
 LAYERS = 7

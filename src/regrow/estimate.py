@@ -19,9 +19,9 @@ from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import check_tokenizers, steps_of
 from regrow.stages.distill.student import Student
 from regrow.stages.evaluate.config import EvaluateConfig
-from regrow.stages.profile.collect import GRADIENTS
+from regrow.stages.profile.collect import GRADIENTS, REMOVALS
 from regrow.stages.profile.config import ProfileConfig
-from regrow.stages.profile.removal import REMOVALS, passes_for
+from regrow.stages.profile.removal import passes_for
 from regrow.stages.profile.scoring import statistics_needed
 from regrow.stages.profile.stage import estimate_bytes
 from regrow.stages.prune.choose import full_sizes

@@ -35,6 +35,11 @@ class Gram:
     validate: Tensor
 
 
+def gram_path(folder: Path, dim: str, layer: int) -> Path:
+    """Where the Gram matrices of the reader of `dim` in `layer` lie in a profile's folder."""
+    return folder / "grams" / f"{dim}-{layer}.safetensors"
+
+
 class Profile:
     """A profile folder; its files are read when asked for."""
 
@@ -86,10 +91,6 @@ class Profile:
         scored = [{key[0] for key in keys if key[1] == dim} for dim in dims]
         return sorted(set.intersection(*scored))
 
-    def gram_path(self, dim: str, layer: int) -> Path:
-        """Where the Gram matrices of one reader lie."""
-        return self.folder / "grams" / f"{dim}-{layer}.safetensors"
-
     def has_gram(self, dim: str) -> bool:
         """Whether Gram matrices were gathered for `dim`."""
         return dim in self.info["grams"]
@@ -98,4 +99,4 @@ class Profile:
         """The Gram matrices of the reader of `dim` in `layer`, mapped from disk."""
         from safetensors.torch import load_file
 
-        return Gram(**load_file(self.gram_path(dim, layer)))
+        return Gram(**load_file(gram_path(self.folder, dim, layer)))

@@ -13,8 +13,8 @@ from regrow.plan import Plan
 from regrow.stages.prune.cut import cut_model
 from regrow.stages.prune.repair import RIDGES, Repair
 from regrow.statistics import Profile
-from regrow.training.head import Mix, head_loss, head_of
-from regrow.training.teacher import final_hidden, scored
+from regrow.training.head import head_of
+from regrow.training.teacher import final_hidden, mean_loss, scored
 
 TRIAL_BLOCKS = 8
 
@@ -59,15 +59,6 @@ class Trial:
         family = families.of(self.checkpoint)
         repair = Repair(self.checkpoint, family, self.profile, plan, ridges) if ridges else None
         student = cut_model(self.dense, plan, replace=repair)
-        mix = Mix({"forward_kl": 1.0})
-        total, tokens = 0.0, 0
         some = slice(max(1, round(share * len(self.batches))))
-        for batch, teacher_NH in zip(self.batches[some], self.reference[some], strict=True):
-            mask = scored(batch)
-            hidden_NH = final_hidden(student, batch)[mask]
-            targets_N = batch["labels"][:, 1:][mask].to(hidden_NH.device)
-            value, _ = head_loss(
-                hidden_NH, head_of(student), targets_N, mix, teacher_NH, head_of(self.dense)
-            )
-            total, tokens = total + float(value), tokens + len(targets_N)
-        return total / tokens
+        head = head_of(self.dense)
+        return mean_loss(student, self.batches[some], self.reference[some], head, "forward_kl")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from regrow.training.head import Head, head_of
+from regrow.training.head import Head, Mix, head_loss, head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,6 +59,28 @@ def hidden_states(
 def final_hidden(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """The hidden states [B, T − 1, H] that the output head reads, after the last norm."""
     return hidden_states(model, batch).final
+
+
+def mean_loss(
+    model: PreTrainedModel,
+    batches: Sequence[dict[str, Tensor]],
+    reference: Sequence[Tensor],
+    head: Head,
+    loss: str,
+) -> float:
+    """Mean of a loss over the scored tokens, against a teacher's final hidden states and head.
+
+    `reference` holds, per batch, the teacher's states of the scored positions [N, H].
+    """
+    total, tokens = 0.0, 0
+    mix = Mix({loss: 1.0})
+    for batch, teacher_NH in zip(batches, reference, strict=True):
+        mask = scored(batch)
+        hidden_NH = final_hidden(model, batch)[mask]
+        targets_N = batch["labels"][:, 1:][mask].to(hidden_NH.device)
+        value, _ = head_loss(hidden_NH, head_of(model), targets_N, mix, teacher_NH, head)
+        total, tokens = total + float(value), tokens + len(targets_N)
+    return total / tokens
 
 
 def scored(batch: dict[str, Tensor]) -> Tensor:

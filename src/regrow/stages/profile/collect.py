@@ -19,6 +19,8 @@ Split = Literal["fit", "validate"]
 LAYER = "model.layers.{layer}"
 GRADIENTS = frozenset({"gradient_square_sum", "taylor_abs_sum", "taylor_square_sum"})
 """Statistics that take a backward pass of the next-token loss."""
+REMOVALS = {"kl_removal": "forward_kl", "cross_entropy_removal": "cross_entropy"}
+"""Statistics that take removing layers in turn: the loss that tells what an absence costs."""
 
 
 @dataclass
@@ -71,9 +73,9 @@ class Collector:
         return any(names & GRADIENTS for names in self.needs.values())
 
     @property
-    def removals(self) -> bool:
-        """Whether a statistic is what the model loses without a layer."""
-        return any(name.endswith("_removal") for name in self.needs.get("layers", ()))
+    def removals(self) -> set[str]:
+        """The statistics that tell what the model loses without a layer."""
+        return self.needs.get("layers", set()) & REMOVALS.keys()
 
     def start(self, batch: Batch) -> None:
         """Say which batch runs next."""

@@ -8,11 +8,9 @@ from transformers import PreTrainedModel
 
 from regrow.progress import progress
 from regrow.stages.profile.orders import Pass
-from regrow.training.head import Mix, head_loss, head_of
-from regrow.training.teacher import final_hidden, scored
+from regrow.training.head import head_of
+from regrow.training.teacher import final_hidden, mean_loss, scored
 
-REMOVALS = {"kl_removal": "forward_kl", "cross_entropy_removal": "cross_entropy"}
-"""Statistic of a removal → the loss that tells what an absence costs."""
 SHARE = 3  # a third of the layers is removed; the others are ranked by what each would cost next
 
 
@@ -30,7 +28,7 @@ def removal_order(model: PreTrainedModel, batches: list[dict[str, Tensor]], loss
             cost = {}
             for layer in left:
                 _skip(model, layers, {*order, layer})
-                cost[layer] = _loss(model, batches, reference, loss)
+                cost[layer] = mean_loss(model, batches, reference, head_of(model), loss)
                 counter.advance(1)
             left.sort(key=lambda layer: cost[layer])
             if len(order) < rounds:
@@ -54,18 +52,3 @@ def _skip(model: PreTrainedModel, layers: list[nn.Module], gone: set[int]) -> No
     """Let these layers hand on what they get; masks and positions stay those of the others."""
     stack = [Pass(layer) if n in gone else layer for n, layer in enumerate(layers)]
     model.base_model.layers = nn.ModuleList(stack)
-
-
-def _loss(
-    model: PreTrainedModel, batches: list[dict[str, Tensor]], reference: list[Tensor], loss: str
-) -> float:
-    """Mean of the loss over the scored tokens, against the whole model's final hidden states."""
-    total, tokens = 0.0, 0
-    head, mix = head_of(model), Mix({loss: 1.0})
-    for batch, teacher_NH in zip(batches, reference, strict=True):
-        mask = scored(batch)
-        hidden_NH = final_hidden(model, batch)[mask]
-        targets_N = batch["labels"][:, 1:][mask].to(hidden_NH.device)
-        value, _ = head_loss(hidden_NH, head, targets_N, mix, teacher_NH, head)
-        total, tokens = total + float(value), tokens + len(targets_N)
-    return total / tokens

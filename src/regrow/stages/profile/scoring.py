@@ -13,7 +13,7 @@ from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.families import Family
 from regrow.stages.profile.config import ProfileConfig
-from regrow.stages.profile.weights import DimWeights
+from regrow.stages.profile.weights import DimWeights, observed
 
 IMPORTANCE = "regrow.stages.profile.importance"
 
@@ -42,11 +42,6 @@ def dims_of(module: ModuleType, config: ProfileConfig) -> set[str]:
     if "gram" not in module.NEEDS:
         return set(module.DIMS)
     return {dim for dim in module.DIMS if config.gram_tokens and observed(dim) in config.grams}
-
-
-def observed(dim: str) -> str:
-    """The dimension whose activations tell of `dim`: KV heads are seen through their heads."""
-    return "heads" if dim == "kv_heads" else dim
 
 
 def score_all(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,15 +18,12 @@ from regrow.errors import UserError
 from regrow.manifest import Figure, Stage, require_space, write_json
 from regrow.options import Options
 from regrow.progress import progress, say
-from regrow.stages.profile.collect import Batch, Collector, Split
+from regrow.stages.profile.collect import REMOVALS, Batch, Collector, Split
 from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.orders import Batches, layer_major, resident
-from regrow.stages.profile.removal import REMOVALS, removal_order
+from regrow.stages.profile.removal import removal_order
 from regrow.stages.profile.scoring import score_all, statistics_needed
-from regrow.statistics import INFO, SCORES, STATISTICS, Gram, Profile
-
-if TYPE_CHECKING:
-    pass
+from regrow.statistics import INFO, SCORES, STATISTICS, Gram, Profile, gram_path
 
 VALIDATE_EVERY = 8  # every 8th Gram block is held out, to choose the ridge strength on
 
@@ -66,11 +62,11 @@ def profile(
         collector = Collector(family, needs, grams, weighted, head_dim)
         _run(checkpoint, blocks, gram_blocks, collector, folder, options)
         statistics = _tidy(collector.sums, family.sizes(checkpoint.config), _count(blocks))
-        statistics |= _removals(checkpoint, blocks, needs, config, options)
+        statistics |= _removals(checkpoint, blocks, collector, config, options)
         save_file(statistics, folder / STATISTICS)
 
         def gram(dim: str, layer: int) -> Tensor:
-            return load_file(_gram_file(folder, dim, layer))["fit"]
+            return load_file(gram_path(folder, dim, layer))["fit"]
 
         scores = score_all(config, statistics, _count(blocks), checkpoint, family, gram)
         save_file(scores, folder / SCORES)
@@ -115,7 +111,7 @@ def _run(
 
     def take_grams(layer: int) -> None:
         for dim, gram in collector.take_grams(layer).items():
-            _save_gram(gram, _gram_file(folder, dim, layer))
+            _save_gram(gram, gram_path(folder, dim, layer))
 
     resident_order = options.order == "resident" or (
         options.order == "auto" and _fits(checkpoint, collector, device)
@@ -140,17 +136,18 @@ def _run(
 def _removals(
     checkpoint: Checkpoint,
     blocks: Blocks,
-    needs: dict[str, set[str]],
+    collector: Collector,
     config: ProfileConfig,
     options: Options,
 ) -> dict[str, Tensor]:
-    wanted = needs.get("layers", set()) & REMOVALS.keys()
-    if not wanted:
+    if not collector.removals:
         return {}
     model = checkpoint.model(compute_dtype(checkpoint), options.torch_device())
     some = blocks.select(range(min(config.removal_blocks, len(blocks))))
     batches = list(some.batches(options.batch_size))
-    orders = {name: removal_order(model, batches, REMOVALS[name]) for name in sorted(wanted)}
+    orders = {
+        name: removal_order(model, batches, REMOVALS[name]) for name in sorted(collector.removals)
+    }
     return {f"{name}/layers/all": order[:, None] for name, order in orders.items()}
 
 
@@ -204,10 +201,6 @@ def _grouped(
 
 def _count(blocks: Blocks) -> int:
     return int(blocks.real.sum())
-
-
-def _gram_file(folder: Path, dim: str, layer: int) -> Path:
-    return folder / "grams" / f"{dim}-{layer}.safetensors"
 
 
 def _save_gram(gram: Gram, path: Path) -> None:

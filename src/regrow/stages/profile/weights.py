@@ -12,6 +12,11 @@ from regrow.checkpoint import Checkpoint
 from regrow.families import Family
 
 
+def observed(dim: str) -> str:
+    """The dimension whose activations tell of `dim`: KV heads are seen through their heads."""
+    return "heads" if dim == "kv_heads" else dim
+
+
 @dataclass(frozen=True)
 class DimWeights:
     """The tensors of a checkpoint in which `dim` is an axis, in `layer` or, for "all", anywhere."""
@@ -40,9 +45,8 @@ class DimWeights:
 
         Shape [units, width, out].
         """
-        read = "heads" if self.dim == "kv_heads" else self.dim
         units = self.family.sizes(self.checkpoint.config)[self.dim]
-        readers = set(self.family.readers(read))
+        readers = set(self.family.readers(observed(self.dim)))
         for name, _ in self._tensors():
             found = self.family.find(name)
             if found is not None and found[0] in readers:
