@@ -1,4 +1,4 @@
-"""Fixtures of the tests that run commands which must be refused."""
+"""Fixtures of several test modules: text to profile on, and commands that must be refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 import tiny_job
+from tiny_folders import write_text
 from tiny_job import Refused, write_job
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text to profile tiny models on."""
+    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl", documents=120)
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_folders import data_of, write_model
-from tiny_pruning import OPTIONS, write_place
+from tiny_pruning import OPTIONS, slow_kl, write_place
 
 from regrow import PruneConfig, compare
 from regrow.checkpoint import Checkpoint
 from regrow.cli import main
-from regrow.data import build_blocks
 from regrow.errors import UserError
 from regrow.stages.profile import ProfileConfig, profile
 from regrow.stages.prune.stage import prune
@@ -31,21 +30,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def slow_kl(place: Path, student: Path) -> float:
-    """KL(dense ‖ student) by full float32 logits, on the 8 blocks after those profiled."""
-    dense, cut = (Checkpoint(path).model(torch.float32) for path in (place / "model", student))
-    tokenizer = Checkpoint(place / "model").tokenizer()
-    blocks = build_blocks(data_of(place / "text.jsonl"), tokenizer, "calibration", 32)
-    batch = next(blocks.select(range(24, 32)).batches(8))
-    given = {key: batch[key] for key in ("input_ids", "position_ids")}
-    with torch.no_grad():
-        log_p, log_q = (
-            m(**given, use_cache=False).logits[:, :-1].log_softmax(-1) for m in (dense, cut)
-        )
-    kl_BT = (log_p.exp() * (log_p - log_q)).sum(-1)
-    return float(kl_BT[batch["labels"][:, 1:] != -100].mean())
-
-
 @pytest.mark.parametrize("target", [SMALL, PruneConfig(num_layers=3)])
 def test_a_row_is_what_pruning_by_its_criterion_costs(
     place: Path, tmp_path: Path, target: PruneConfig
@@ -60,7 +44,9 @@ def test_a_row_is_what_pruning_by_its_criterion_costs(
             config = target.model_copy(update={key: row["criterion"], "repair": repair})
             out = prune(place / "model", tmp_path / str(repair), config, place / "all")
             found = row["kl_repaired" if repair else "kl"]
-            assert found == pytest.approx(slow_kl(place, out), rel=0.03)
+            assert found == pytest.approx(
+                slow_kl(place, Checkpoint(out).model(torch.float32)), rel=0.03
+            )
     best = [row.get("kl_repaired", row["kl"]) for row in rows]
     assert best == sorted(best)
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from tiny_folders import data_of, write_model, write_text
+from tiny_folders import data_of, write_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -60,11 +60,6 @@ def kill(model: PreTrainedModel, dim: str) -> None:
         for name, weight in weights.items():
             writes = name.endswith(("o_proj.weight", "down_proj.weight", "norm.weight"))
             (weight if writes else weight.T)[unit] = 0
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl", documents=120)
 
 
 @pytest.fixture(scope="module")

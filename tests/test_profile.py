@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from slow_profile import OPTIONS, Slow, calibration, close
-from tiny_folders import data_of, write_model, write_text
+from tiny_folders import data_of, write_model
 from tiny_models import SPECIAL
 
 from regrow import families
@@ -24,11 +24,6 @@ CONFIG = ProfileConfig(
 GRADIENTS = ("gradient", "taylor", "fisher", "fluctuation")
 
 LAYER_MAJOR = OPTIONS.model_copy(update={"order": "layer"})
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl", documents=120)
 
 
 @pytest.fixture(scope="module")

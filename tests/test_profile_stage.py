@@ -27,11 +27,6 @@ LAYER_MAJOR = OPTIONS.model_copy(update={"order": "layer"})
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl", documents=120)
-
-
-@pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     folder = tmp_path_factory.mktemp("models")
     names = ("llama", "mistral", "qwen3", "gemma3_text")

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 from tiny_folders import data_of
-from tiny_pruning import OPTIONS, chosen, write_place
-from torch import Tensor
+from tiny_pruning import OPTIONS, chosen, slow_kl, write_place
 
 from regrow import families, search
 from regrow.checkpoint import Checkpoint
-from regrow.data import build_blocks
 from regrow.errors import UserError
 from regrow.stages.prune import PruneConfig
 from regrow.stages.prune.cut import cut_model
@@ -35,22 +33,10 @@ def search_in(place: Path, out: Path, config: PruneConfig = KEEP) -> list[dict[s
     return table
 
 
-def slow_kl(place: Path, sizes: dict[str, int], blocks: int = 8) -> float:
-    """KL(dense ‖ cut) without repair, by full float32 logits, on the blocks after the profiled."""
-    checkpoint = Checkpoint(place / "model")
-    dense = checkpoint.model(torch.float32)
-    student = cut_model(dense, chosen(place, **sizes))
-    data = data_of(place / "text.jsonl")
-    found = build_blocks(data, checkpoint.tokenizer(), "calibration", 24 + blocks)
-    batch = next(found.select(range(24, 24 + blocks)).batches(blocks))
-    given = {key: batch[key] for key in ("input_ids", "position_ids")}
-    with torch.no_grad():
-        log_p, log_q = (
-            model(**given, use_cache=False).logits[:, :-1].log_softmax(-1)
-            for model in (dense, student)
-        )
-    kl_BT: Tensor = (log_p.exp() * (log_p - log_q)).sum(-1)
-    return float(kl_BT[batch["labels"][:, 1:] != -100].mean())
+def kl_at(place: Path, sizes: dict[str, int], blocks: int = 8) -> float:
+    """KL(dense ‖ cut to `sizes`) without repair, the slow way."""
+    dense = Checkpoint(place / "model").model(torch.float32)
+    return slow_kl(place, cut_model(dense, chosen(place, **sizes)), blocks)
 
 
 def test_the_search_takes_the_shape_of_lowest_kl(place: Path, tmp_path: Path) -> None:
@@ -61,7 +47,7 @@ def test_the_search_takes_the_shape_of_lowest_kl(place: Path, tmp_path: Path) ->
     assert row["kl"] == min(row["kl"] for row in table) > 0
     for other in table:
         assert abs(other["keep"] - 0.8) <= 0.01
-        assert other["kl"] == pytest.approx(slow_kl(place, other["sizes"]), rel=0.02)
+        assert other["kl"] == pytest.approx(kl_at(place, other["sizes"]), rel=0.02)
     cut = Checkpoint(tmp_path / "out")
     sizes = families.of(cut).sizes(cut.config)
     assert {dim: sizes[dim] for dim in row["sizes"]} == row["sizes"]
@@ -115,7 +101,7 @@ def test_many_shapes_go_through_rounds(
     assert [row["chosen"] for row in table] == [True, *[False] * (len(table) - 1)]
     last = [row["kl"] for row in by_round[3]]
     assert last == sorted(last)
-    assert table[0]["kl"] == pytest.approx(slow_kl(place, table[0]["sizes"], blocks=32), rel=0.02)
+    assert table[0]["kl"] == pytest.approx(kl_at(place, table[0]["sizes"], blocks=32), rel=0.02)
     told = capsys.readouterr().err
     assert "rank correlation of rounds 2 and 3" in told
     assert "dense evaluations of 1,024 tokens" in told

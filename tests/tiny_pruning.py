@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from tiny_folders import data_of, write_model, write_text
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from regrow import families
 from regrow.checkpoint import Checkpoint
+from regrow.data import build_blocks
 from regrow.options import Options
 from regrow.plan import Plan
 from regrow.stages.profile import ProfileConfig, profile
@@ -33,3 +37,20 @@ def chosen(place: Path, **sizes: int) -> Plan:
     found = Profile(place / "profile")
     family = families.of(checkpoint)
     return choose(checkpoint, family, found, sizes, "activation_l2", "block_influence")
+
+
+def slow_kl(place: Path, student: PreTrainedModel, blocks: int = 8) -> float:
+    """KL(dense ‖ student) by full float32 logits, on the blocks after the 24 profiled."""
+    checkpoint = Checkpoint(place / "model")
+    dense = checkpoint.model(torch.float32)
+    data = data_of(place / "text.jsonl")
+    found = build_blocks(data, checkpoint.tokenizer(), "calibration", 24 + blocks)
+    batch = next(found.select(range(24, 24 + blocks)).batches(blocks))
+    given = {key: batch[key] for key in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        log_p, log_q = (
+            model(**given, use_cache=False).logits[:, :-1].log_softmax(-1)
+            for model in (dense, student)
+        )
+    kl_BT: Tensor = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return float(kl_BT[batch["labels"][:, 1:] != -100].mean())
