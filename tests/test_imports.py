@@ -26,7 +26,7 @@ LEVELS = (
     ("trial",),
     ("stages",),
     ("training",),
-    ("families", "data"),
+    ("families", "data", "layerwise"),
     ("checkpoint",),
     ("origin", "shards", "plan", "statistics"),
     ("manifest",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny_folders import data_of, write_model, write_text
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from regrow import families
 from regrow.checkpoint import Checkpoint
-from regrow.data import build_blocks
+from regrow.data import Blocks, build_blocks
 from regrow.options import Options
 from regrow.plan import Plan
 from regrow.stages.profile import ProfileConfig, profile
@@ -30,6 +31,31 @@ def write_place(folder: Path) -> Path:
     config = ProfileConfig(samples=24, gram_tokens=24 * 32)
     profile(checkpoint, data_of(text), folder / "profile", config, OPTIONS)
     return folder
+
+
+def write_trained(folder: Path, text: Path, name: str = "llama", **config: Any) -> Checkpoint:
+    """A tiny model that has learnt a little of the text, so that its channels mean something."""
+    checkpoint = write_model(folder, name, torch.float32, **config)
+    model = checkpoint.model(torch.float32)
+    blocks = build_blocks(data_of(text), checkpoint.tokenizer(), "train", 64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for batch in [b for _ in range(5) for b in blocks.batches(8)]:
+        outputs = model(batch["input_ids"], labels=batch["labels"])
+        outputs.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(str(checkpoint.folder))
+    return Checkpoint(checkpoint.folder)
+
+
+def kl_between(dense: PreTrainedModel, student: PreTrainedModel, blocks: Blocks) -> float:
+    """Mean KL(dense ‖ student) in nats per token, from full logits."""
+    given = {"input_ids": blocks.input_ids, "position_ids": blocks.position_ids}
+    with torch.no_grad():
+        log_p, log_q = (
+            model(**given, use_cache=False).logits.log_softmax(-1) for model in (dense, student)
+        )
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
 def chosen(place: Path, **sizes: int) -> Plan:

@@ -89,6 +89,14 @@ class Checkpoint:
         tensor: torch.Tensor = self._open[1].get_tensor(name)
         return tensor
 
+    def compute_dtype(self) -> torch.dtype:
+        """What to compute in: bfloat16 for half-precision checkpoints, else as stored."""
+        import torch
+
+        stored = self.dtype(self.names()[0])
+        dtype: torch.dtype = torch.bfloat16 if stored == "float16" else getattr(torch, stored)
+        return dtype
+
     def meta(self, name: str) -> torch.Tensor:
         """The tensor's shape and dtype, as a tensor on the meta device."""
         import torch

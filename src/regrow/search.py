@@ -24,7 +24,7 @@ from regrow.progress import progress, say
 from regrow.stages.prune import PruneConfig
 from regrow.stages.prune.choose import choose
 from regrow.stages.prune.shapes import Shape, candidates, grid
-from regrow.stages.prune.stage import check_target
+from regrow.stages.prune.stage import check_target, repair_method
 from regrow.stages.prune.stage import prune as prune_to
 from regrow.statistics import Profile
 from regrow.trial import TRIAL_BLOCKS, Trial
@@ -48,11 +48,13 @@ def prune(
     """
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     if config.keep_params is None:
-        return prune_to(checkpoint, out, config, profile)
+        return prune_to(checkpoint, out, config, profile, options=options)
     if profile is None:
         raise UserError("keep_params needs a profile: make one with regrow profile, give --profile")
     found = profile if isinstance(profile, Profile) else Profile(profile)
     shapes = check_keep_params(checkpoint, config)
+    if config.repair:
+        repair_method(config, found)
     asked = digest(config.model_dump(mode="json"), None if data is None else data_digest(data))
     table = _earlier_choice(Path(out), asked, checkpoint, found, config)
     if table is None:
@@ -61,7 +63,8 @@ def prune(
         table = choose_shape(checkpoint, shapes, found, config, data, options or Options())
     chosen = next(row for row in table if row["chosen"])
     sizes = with_sizes(config, chosen["sizes"])
-    return prune_to(checkpoint, out, sizes, found, extra={"candidates": table}, search=asked)
+    extra: dict[str, object] = {"candidates": table}
+    return prune_to(checkpoint, out, sizes, found, extra, asked, options)
 
 
 def check_keep_params(checkpoint: Checkpoint, config: PruneConfig) -> list[Shape]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 STATISTICS = "statistics.safetensors"
 SCORES = "scores.safetensors"
+BLOCKS = "blocks.safetensors"
 INFO = "profile.json"
 
 
@@ -90,6 +91,13 @@ class Profile:
             keys = [key.split("/") for key in file.keys()]  # noqa: SIM118
         scored = [{key[0] for key in keys if key[1] == dim} for dim in dims]
         return sorted(set.intersection(*scored))
+
+    def blocks_path(self) -> Path:
+        """The file with the profiled blocks of text; raises UserError when there is none."""
+        path = self.folder / BLOCKS
+        if not path.exists():
+            raise UserError(f"{self.folder} lacks {BLOCKS}, its text: make the profile again")
+        return path
 
     def has_gram(self, dim: str) -> bool:
         """Whether Gram matrices were gathered for `dim`."""

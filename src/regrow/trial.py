@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from regrow import families
@@ -11,7 +13,8 @@ from regrow.errors import UserError
 from regrow.options import Options
 from regrow.plan import Plan
 from regrow.stages.prune.cut import cut_model
-from regrow.stages.prune.repair import RIDGES, Repair
+from regrow.stages.prune.repair import Job, gram
+from regrow.stages.prune.repair._ridge import RIDGES
 from regrow.statistics import Profile
 from regrow.training.head import head_of
 from regrow.training.teacher import final_hidden, mean_loss, scored
@@ -34,7 +37,7 @@ class Trial:
         options: Options,
         num_blocks: int = TRIAL_BLOCKS,
     ) -> None:
-        self.checkpoint, self.profile = checkpoint, profile
+        self.checkpoint, self.profile, self.options = checkpoint, profile, options
         used = int(profile.info["samples"])
         wanted = used + num_blocks
         blocks = build_blocks(data, checkpoint.tokenizer(), "calibration", wanted)
@@ -57,7 +60,8 @@ class Trial:
         On the first `share` of the batches, one at least.
         """
         family = families.of(self.checkpoint)
-        repair = Repair(self.checkpoint, family, self.profile, plan, ridges) if ridges else None
+        job = Job(self.checkpoint, family, self.profile, plan, Path(), self.options, 0)
+        repair = gram.repair(job, ridges) if ridges else None
         student = cut_model(self.dense, plan, replace=repair)
         some = slice(max(1, round(share * len(self.batches))))
         head = head_of(self.dense)

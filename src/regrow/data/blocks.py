@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -62,6 +64,20 @@ class Blocks(Dataset[dict[str, Tensor]]):
         """The blocks at these indices."""
         rows = torch.tensor(list(indices), dtype=torch.int64)
         return Blocks(**{name: tensor[rows] for name, tensor in self._tensors().items()})
+
+    def save(self, path: Path) -> None:
+        """Write the four tensors to a safetensors file, ids as int32."""
+        narrow = {
+            name: tensor if tensor.dtype == torch.bool else tensor.int()
+            for name, tensor in self._tensors().items()
+        }
+        save_file({name: tensor.contiguous() for name, tensor in narrow.items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Blocks:
+        """The blocks that `save` wrote."""
+        found = load_file(path)
+        return cls(**{n: t if t.dtype == torch.bool else t.long() for n, t in found.items()})
 
     def _tensors(self) -> dict[str, Tensor]:
         return {

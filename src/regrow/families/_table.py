@@ -63,6 +63,8 @@ class Family:
     """Per dimension the modules to watch: their input for mlp and heads, for hidden the output."""
     residual: dict[str, str]
     """Per dimension the module whose input is the stream that the block's output is added to."""
+    post_norm: dict[str, str] = field(default_factory=dict, kw_only=True)
+    """Per dimension the norm between the block's last projection and the stream, if any."""
     defaults: dict[str, Any]
     """Values that transformers takes for config keys a config.json may lack (None: derived)."""
     norm_offset: float = 0.0

@@ -45,6 +45,10 @@ FAMILY = Family(
         "mlp": "model.layers.{layer}.pre_feedforward_layernorm",
         "heads": "model.layers.{layer}.input_layernorm",
     },
+    post_norm={
+        "mlp": "model.layers.{layer}.post_feedforward_layernorm",
+        "heads": "model.layers.{layer}.post_attention_layernorm",
+    },
     defaults={
         "num_key_value_heads": 4,
         "head_dim": 256,

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from regrow.families import Family
+from regrow.layerwise import LAYER
 from regrow.statistics import Gram
 
 Split = Literal["fit", "validate"]
-LAYER = "model.layers.{layer}"
+
 GRADIENTS = frozenset({"gradient_square_sum", "taylor_abs_sum", "taylor_square_sum"})
 """Statistics that take a backward pass of the next-token loss."""
 REMOVALS = {"kl_removal": "forward_kl", "cross_entropy_removal": "cross_entropy"}

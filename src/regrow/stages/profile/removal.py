@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from regrow.layerwise import Pass
 from regrow.progress import progress
-from regrow.stages.profile.orders import Pass
 from regrow.training.head import head_of
 from regrow.training.teacher import final_hidden, mean_loss, scored
 

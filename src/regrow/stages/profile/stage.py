@@ -15,6 +15,7 @@ from regrow.checkpoint import Checkpoint, load
 from regrow.data import Blocks, DataConfig, build_blocks
 from regrow.data.digest import data_digest
 from regrow.errors import UserError
+from regrow.layerwise import Spill
 from regrow.manifest import Figure, Stage, require_space, write_json
 from regrow.options import Options
 from regrow.progress import progress, say
@@ -23,7 +24,7 @@ from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.orders import Batches, layer_major, resident
 from regrow.stages.profile.removal import removal_order
 from regrow.stages.profile.scoring import score_all, statistics_needed
-from regrow.statistics import INFO, SCORES, STATISTICS, Gram, Profile, gram_path
+from regrow.statistics import BLOCKS, INFO, SCORES, STATISTICS, Gram, Profile, gram_path
 
 VALIDATE_EVERY = 8  # every 8th Gram block is held out, to choose the ridge strength on
 
@@ -82,6 +83,7 @@ def profile(
             "gram_tokens": gram_blocks * data.sequence_length,
             "token_weight": config.token_weight,
         }
+        blocks.save(folder / BLOCKS)
         write_json(folder / INFO, info)
         stage.figures.append(Figure(name="calibration tokens", value=_count(blocks), unit="tokens"))
     return Profile(out)
@@ -106,7 +108,7 @@ def _run(
     folder: Path,
     options: Options,
 ) -> None:
-    device, dtype = options.torch_device(), compute_dtype(checkpoint)
+    device, dtype = options.torch_device(), checkpoint.compute_dtype()
     (folder / "grams").mkdir()
 
     def take_grams(layer: int) -> None:
@@ -128,9 +130,9 @@ def _run(
         if resident_order:
             resident(checkpoint, batches, collector, take_grams, device, dtype, counter)
             return
-        spill = folder / "spill"
+        spill = Spill(folder / "spill")
         layer_major(checkpoint, batches, collector, take_grams, device, dtype, counter, spill)
-        shutil.rmtree(spill)
+        shutil.rmtree(spill.folder)
 
 
 def _removals(
@@ -142,19 +144,13 @@ def _removals(
 ) -> dict[str, Tensor]:
     if not collector.removals:
         return {}
-    model = checkpoint.model(compute_dtype(checkpoint), options.torch_device())
+    model = checkpoint.model(checkpoint.compute_dtype(), options.torch_device())
     some = blocks.select(range(min(config.removal_blocks, len(blocks))))
     batches = list(some.batches(options.batch_size))
     orders = {
         name: removal_order(model, batches, REMOVALS[name]) for name in sorted(collector.removals)
     }
     return {f"{name}/layers/all": order[:, None] for name, order in orders.items()}
-
-
-def compute_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """bfloat16 for half-precision checkpoints, else as stored: what the forward passes run in."""
-    stored = checkpoint.dtype(checkpoint.names()[0])
-    return torch.bfloat16 if stored == "float16" else getattr(torch, stored)  # type: ignore[no-any-return]
 
 
 def _fits(checkpoint: Checkpoint, collector: Collector, device: torch.device) -> bool:

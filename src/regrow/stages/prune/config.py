@@ -33,7 +33,12 @@ class PruneConfig(Config):
     layer_criterion: str = "block_influence"
     """Importance criterion for whole layers."""
     repair: bool = True
-    """Re-solve the layers that read a pruned dimension on the profile's Gram matrices."""
+    """Re-solve, without training, the layers that read what was cut."""
+    repair_method: str = "sequential"
+    """How: sequential (layer after layer on the profile's text, for what really reaches it) or gram
+    (at once, on the profile's Gram matrices)."""
+    repair_tokens: int = Field(default=131072, ge=1)
+    """Tokens of the profile's text that a sequential repair runs on, at most."""
 
     def sizes(self) -> dict[str, int]:
         """The sizes given, by dimension."""

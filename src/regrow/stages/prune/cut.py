@@ -55,12 +55,12 @@ def cut(
     for name, tensor in tensors:
         found = cut_tensor(name, tensor, plan, family, config)
         if found is not None:
-            new_name, kept = found
+            renamed, kept = found
             if replace is not None:
                 value = replace(name, kept)
                 assert value.shape == kept.shape and value.dtype == kept.dtype, name
                 kept = value
-            yield new_name, kept
+            yield renamed, kept
 
 
 def cut_tensor(
@@ -71,15 +71,15 @@ def cut_tensor(
     A tensor of which everything is kept is returned as it is, not copied. Raises UserError for a
     name that the family's table lacks.
     """
-    new_name = _new_name(name, plan, family, config)
-    if new_name is None:
+    renamed = new_name(name, plan, family, config)
+    if renamed is None:
         return None
     template, layer = _find(name, family)
     for axis, dims in enumerate(family.tensors[template].axes):
         index = _index((dims,) if isinstance(dims, str) else dims, layer, plan)
         if index is not None:
             tensor = tensor.index_select(axis, index.to(tensor.device))
-    return new_name, _rescaled(template, tensor, plan, family, config)
+    return renamed, _rescaled(template, tensor, plan, family, config)
 
 
 def cut_config(config: dict[str, Any], plan: Plan, family: Family) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def cut_folder(
     check(plan, family, config)
     family.check_tensors(config, checkpoint.shapes)
     _refuse_untied(checkpoint.names(), checkpoint.tensor, family, config)
-    names = [n for n in checkpoint.names() if _new_name(n, plan, family, config) is not None]
+    names = [n for n in checkpoint.names() if new_name(n, plan, family, config) is not None]
     layout = dict(cut(((name, checkpoint.meta(name)) for name in names), plan, family, config))
     tensors = cut(((n, checkpoint.tensor(n)) for n in names), plan, family, config, replace)
     checkpoints.write(out, cut_config(config, plan, family), layout, tensors, like=checkpoint)
@@ -161,7 +161,11 @@ def _find(name: str, family: Family) -> tuple[str, int | None]:
     return found
 
 
-def _new_name(name: str, plan: Plan, family: Family, config: dict[str, Any]) -> str | None:
+def new_name(name: str, plan: Plan, family: Family, config: dict[str, Any]) -> str | None:
+    """What a tensor is called after the cut; None when its layer is dropped or it is a tied head.
+
+    Raises UserError for a name that the family's table lacks.
+    """
     template, layer = _find(name, family)
     if template == family.head and not family.exists(family.tensors[template], config):
         return None

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from regrow import families
+from regrow import families, plugins
 from regrow.checkpoint import Checkpoint, load
 from regrow.errors import UserError
 from regrow.manifest import Figure, Stage, digest, refuse_input, require_space, write_json
+from regrow.options import Options
 from regrow.plan import Plan, compose
 from regrow.progress import say
 from regrow.stages.prune.choose import choose, full_sizes
 from regrow.stages.prune.config import PruneConfig
 from regrow.stages.prune.cut import check, cut_folder
-from regrow.stages.prune.repair import Repair
+from regrow.stages.prune.repair import Job, Repaired
 from regrow.statistics import Profile
 
 PLAN = "plan.json"
@@ -31,6 +34,7 @@ def prune(
     profile: str | Path | Profile | None = None,
     extra: dict[str, object] | None = None,
     search: str | None = None,
+    options: Options | None = None,
 ) -> Path:
     """Cut a checkpoint, tensor by tensor from disk to disk, to explicit sizes or a given plan.
 
@@ -45,11 +49,7 @@ def prune(
     family = families.of(checkpoint)
     found = _profile_for(checkpoint, profile)
     plan = make_plan(checkpoint, config, found)
-    repaired = config.repair and found is not None and bool(found.info["grams"])
-    if config.repair and not repaired and (plan.mlp or plan.heads or plan.kv_heads):
-        raise UserError(
-            "repair needs a profile with Gram matrices: give --profile, or prune with --no-repair"
-        )
+    repair = repair_method(config, found) if config.repair else None
     inputs = {"model": checkpoint.fingerprint, "plan": plan.digest()}
     if found is not None:
         inputs["profile"] = digest(found.info)
@@ -67,15 +67,20 @@ def prune(
     require_space(out, sum(map(checkpoint.bytes, checkpoint.names())) * after // before)
     say(f"prune: {before:,} → {after:,} parameters ({after / before:.1%} kept), {describe(plan)}")
     with stage as folder:
-        repair = Repair(checkpoint, family, found, plan) if repaired and found else None
-        cut_folder(checkpoint, plan, folder, replace=repair)
+        repaired = None
+        if repair is not None and found is not None:
+            work, tokens = folder / "work", config.repair_tokens
+            job = Job(checkpoint, family, found, plan, work, options or Options(), tokens)
+            repaired = repair.repair(job)
+        cut_folder(checkpoint, plan, folder, replace=repaired)
+        shutil.rmtree(folder / "work", ignore_errors=True)
         plan.write(folder / PLAN)
         if from_first is not None:
             from_first.write(folder / FROM_FIRST)
         for name, value in (extra or {}).items():
             write_json(folder / f"{name}.json", value)
-        stage.figures += _figures(before, after, repair)
-        stage.extra["repair"] = {} if repair is None else repair.solutions
+        stage.figures += _figures(before, after, repaired)
+        stage.extra["repair"] = {} if repaired is None else repaired.solutions
         prove_reload(folder)
     return out
 
@@ -121,6 +126,21 @@ def make_plan(checkpoint: Checkpoint, config: PruneConfig, profile: Profile | No
     )
 
 
+def repair_method(config: PruneConfig, profile: Profile | None) -> ModuleType:
+    """The method's module; raises UserError for an unknown one and for what it lacks."""
+    module = plugins.load("regrow.stages.prune.repair", config.repair_method)
+    if profile is None:
+        raise UserError("repair needs a profile: give --profile, or prune with --no-repair")
+    if module.GRAMS and not profile.info["grams"]:
+        raise UserError(
+            f"{profile.folder} has no Gram matrices, which repair by {config.repair_method} needs: "
+            "profile again with gram_tokens above 0, or use another method or --no-repair"
+        )
+    if not module.GRAMS:
+        profile.blocks_path()
+    return module
+
+
 def check_target(checkpoint: Checkpoint, config: PruneConfig) -> None:
     """Raise UserError, before any slow work, for sizes this checkpoint cannot be cut to."""
     family = families.of(checkpoint)
@@ -164,7 +184,7 @@ def _profile_for(checkpoint: Checkpoint, profile: str | Path | Profile | None) -
     return found
 
 
-def _figures(before: int, after: int, repair: Repair | None) -> list[Figure]:
+def _figures(before: int, after: int, repair: Repaired | None) -> list[Figure]:
     figures = [
         Figure(name="parameters", value=after, convention="tied weights counted once"),
         Figure(name="kept share of parameters", value=after / before),

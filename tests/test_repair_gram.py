@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from tiny_folders import data_of, write_model, write_text
 from tiny_models import random_plan
+from tiny_pruning import kl_between, write_trained
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,7 +20,10 @@ from regrow.options import Options
 from regrow.plan import Plan
 from regrow.stages.profile import ProfileConfig, profile
 from regrow.stages.prune.cut import cut_model
-from regrow.stages.prune.repair import Repair, Solution, solve
+from regrow.stages.prune.repair import Job
+from regrow.stages.prune.repair import gram as by_gram
+from regrow.stages.prune.repair._ridge import RIDGES, Solution
+from regrow.stages.prune.repair.gram import OneShot, solve
 from regrow.statistics import Gram, Profile
 
 OPTIONS = Options(device="cpu", batch_size=4, order="resident")
@@ -132,6 +135,13 @@ def profiled(folder: Path, checkpoint: Checkpoint, text: Path) -> Profile:
     return profile(checkpoint, data_of(text), folder, CONFIG, OPTIONS)
 
 
+def one_shot(
+    checkpoint: Checkpoint, found: Profile, plan: Plan, ridges: tuple[float, ...] = RIDGES
+) -> OneShot:
+    job = Job(checkpoint, families.of(checkpoint), found, plan, Path(), OPTIONS, 0)
+    return by_gram.repair(job, ridges)
+
+
 class Inputs:
     """The inputs of one reader [N, d] and its outputs' weights 1/|residual|, for every token."""
 
@@ -169,7 +179,7 @@ def test_readers_of_a_cut_model_are_least_squares_solutions(
     ]
     config = model.config.to_dict()
     plan = random_plan(config, checkpoint.fingerprint, hidden=36, **after)
-    repair = Repair(checkpoint, families.of(checkpoint), found, plan, (1e-3,))
+    repair = one_shot(checkpoint, found, plan, (1e-3,))
     student = cut_model(model, plan, replace=repair)
 
     layer, reader = 1, "mlp.down_proj" if dim == "mlp" else "self_attn.o_proj"
@@ -204,7 +214,7 @@ def test_only_readers_of_cut_dimensions_change(tmp_path: Path, text: Path) -> No
     found = profiled(tmp_path / "profile", checkpoint, text)
     model = checkpoint.model(torch.float64)
     plan = random_plan(model.config.to_dict(), checkpoint.fingerprint, mlp=31, layers=[0, 2])
-    repair = Repair(checkpoint, families.of(checkpoint), found, plan)
+    repair = one_shot(checkpoint, found, plan)
     repaired = cut_model(model, plan, replace=repair).state_dict()
     for name, plain in cut_model(model, plan).state_dict().items():
         assert torch.equal(repaired[name], plain) != name.endswith("down_proj.weight"), name
@@ -213,32 +223,7 @@ def test_only_readers_of_cut_dimensions_change(tmp_path: Path, text: Path) -> No
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Checkpoint:
-    """A tiny model that has learnt a little of the text, so that its channels mean something."""
-    checkpoint = write_model(tmp_path_factory.mktemp("trained"), num_hidden_layers=2)
-    model = checkpoint.model(torch.float32)
-    blocks = build_blocks(data_of(text), checkpoint.tokenizer(), "train", 64)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for batch in [b for _ in range(5) for b in blocks.batches(8)]:
-        outputs = model(batch["input_ids"], labels=batch["labels"])
-        outputs.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(str(checkpoint.folder))
-    return Checkpoint(checkpoint.folder)
-
-
-def kl_to(dense: PreTrainedModel, student: PreTrainedModel, batches: Iterator[Any]) -> float:
-    """Mean KL(dense ‖ student) in nats per token, from full logits."""
-    total, tokens = 0.0, 0
-    with torch.no_grad():
-        for batch in batches:
-            given = {key: batch[key] for key in ("input_ids", "position_ids")}
-            log_p, log_q = (
-                m(**given, use_cache=False).logits.log_softmax(-1) for m in (dense, student)
-            )
-            total += float((log_p.exp() * (log_p - log_q)).sum())
-            tokens += batch["input_ids"].numel()
-    return total / tokens
+    return write_trained(tmp_path_factory.mktemp("trained"), text, num_hidden_layers=2)
 
 
 @pytest.mark.parametrize("after", [{"mlp": 28}, {"heads": 4}, {"mlp": 28, "hidden": 42}])
@@ -248,8 +233,8 @@ def test_a_repaired_model_is_nearer_to_the_dense_one(
     found = profiled(tmp_path / "profile", trained, text)
     dense = trained.model(torch.float32)
     plan: Plan = random_plan(dense.config.to_dict(), trained.fingerprint, **after)
-    repair = Repair(trained, families.of(trained), found, plan)
+    repair = one_shot(trained, found, plan)
     heldout = build_blocks(data_of(text), trained.tokenizer(), "heldout", 20)
-    plain = kl_to(dense, cut_model(dense, plan), heldout.batches(4))
-    repaired = kl_to(dense, cut_model(dense, plan, replace=repair), heldout.batches(4))
+    plain = kl_between(dense, cut_model(dense, plan), heldout)
+    repaired = kl_between(dense, cut_model(dense, plan, replace=repair), heldout)
     assert repaired < 0.9 * plain, (plain, repaired)

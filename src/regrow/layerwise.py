@@ -1,0 +1,129 @@
+"""A model of which one decoder layer at a time is on the device; hidden states wait on disk.
+
+The model's own forward runs each time over stand-ins for its other layers, so that masks and
+position embeddings are made as the family makes them. B blocks, T tokens, H hidden channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+LAYER = "model.layers.{layer}"
+
+
+class Pass(nn.Module):
+    """Stands in for a decoder layer that is not there: hands hidden states on."""
+
+    def __init__(self, real: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["stood_for"] = real
+
+    def __getattr__(self, name: str) -> Any:
+        # The families' forwards may read attributes of a layer (attention_type).
+        return getattr(self.__dict__["stood_for"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The same hidden states."""
+        return hidden_states
+
+
+class Spill:
+    """Tensors on disk, by key; the folder is made when first needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def put(self, key: str | int, tensor: Tensor) -> None:
+        """Keep a tensor, in place of an earlier one of this key."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        new = self.folder / "new"
+        save_file({"tensor": tensor.detach().cpu().contiguous()}, new)
+        new.replace(self._path(key))  # an earlier tensor of this key may still be mapped
+
+    def get(self, key: str | int) -> Tensor:
+        """The tensor kept under `key`, mapped from disk."""
+        return load_file(self._path(key))["tensor"]
+
+    def __contains__(self, key: str | int) -> bool:
+        return self._path(key).exists()
+
+    def _path(self, key: str | int) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+
+class LayerByLayer:
+    """A model of `config` whose tensors `names` are read by `read`, layers when they are needed."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        names: Iterable[str],
+        read: Callable[[str], Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        self.names, self.read, self.dtype, self.device = list(names), read, dtype, device
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.model.eval()
+        for name in self.names:
+            if ".layers." not in name and not name.startswith("lm_head."):
+                self._fill(name)
+        for name, value in self.model.named_buffers():
+            self._set(name, value.to(device), as_parameter=False)
+        self.layers: list[nn.Module] = list(self.model.base_model.layers)
+        self._input: Tensor | None = None
+        self._output: Tensor | None = None
+
+    @contextmanager
+    def resident(self, layer: int) -> Iterator[nn.Module]:
+        """Have the weights of one layer on the device, the others passing hidden states on."""
+        own = self.layers[layer]
+        stack = [Pass(other) for other in self.layers]
+        self.model.base_model.layers = nn.ModuleList([*stack[:layer], own, *stack[layer + 1 :]])
+        prefix = LAYER.format(layer=layer) + "."
+        for name in self.names:
+            if name.startswith(prefix):
+                self._fill(name)
+        # Registered before any other hooks, so those see the hidden states given here.
+        handles = [own.register_forward_pre_hook(self._give), own.register_forward_hook(self._take)]
+        yield own
+        for handle in handles:
+            handle.remove()
+        own.to("meta")
+
+    def step(self, inputs: dict[str, Tensor], hidden_BTH: Tensor | None) -> Tensor:
+        """The resident layer's output [B, T, H] on a batch; without `hidden`, of the embedding."""
+        self._input = None if hidden_BTH is None else hidden_BTH.to(self.device)
+        moved = {key: inputs[key].to(self.device) for key in ("input_ids", "position_ids")}
+        self.model.base_model(**moved, use_cache=False)
+        assert self._output is not None
+        return self._output
+
+    def _give(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return None if self._input is None else (self._input, *inputs[1:])
+
+    def _take(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        self._output = output
+
+    def _fill(self, name: str) -> None:
+        self._set(name, self.read(name).to(self.device, self.dtype), True)
+
+    def _set(self, name: str, value: Tensor, as_parameter: bool) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        if as_parameter:
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+        else:
+            module.register_buffer(leaf, value, persistent=False)

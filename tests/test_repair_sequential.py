@@ -1,0 +1,193 @@
+"""Repair layer after layer, against least squares on whole models run token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_folders import data_of, write_model
+from tiny_models import random_plan
+from tiny_pruning import OPTIONS, kl_between, write_trained
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regrow import families, layerwise
+from regrow.checkpoint import Checkpoint
+from regrow.data import Blocks, build_blocks
+from regrow.families import Family
+from regrow.plan import Plan
+from regrow.stages.profile import ProfileConfig, profile
+from regrow.stages.prune.cut import cut_model
+from regrow.stages.prune.repair import Job, sequential
+from regrow.statistics import Profile
+
+RIDGE = 1e-3
+NAMES = ("llama", "gemma3_text", "qwen3")
+PLANS: dict[str, dict[str, Any]] = {
+    "mlp": {"mlp": 31},
+    "heads": {"heads": 4},
+    "kv_heads and hidden": {"kv_heads": 1, "heads": 2, "hidden": 36},
+    "layers": {"layers": [0, 2]},
+    "the first layer": {"layers": [1, 2], "mlp": 40},
+}
+
+
+def profiled(folder: Path, checkpoint: Checkpoint, text: Path, samples: int = 32) -> Profile:
+    config = ProfileConfig(criteria=("random",), samples=samples, gram_tokens=0)
+    return profile(checkpoint, data_of(text), folder, config, OPTIONS)
+
+
+def repaired(
+    checkpoint: Checkpoint, found: Profile, plan: Plan, work: Path, **given: Any
+) -> sequential.Sequential:
+    tokens = given.pop("tokens", 10**6)
+    job = Job(checkpoint, families.of(checkpoint), found, plan, work, OPTIONS, tokens)
+    return sequential.repair(job, **given)
+
+
+class Seen:
+    """Inputs of modules of a whole model on all the text [tokens, channels]."""
+
+    def __init__(self, model: PreTrainedModel, names: list[str], blocks: Blocks) -> None:
+        self.of: dict[str, Tensor] = {}
+
+        def watch(name: str) -> Callable[..., None]:
+            return lambda _, given: self.of.__setitem__(name, given[0].flatten(0, 1))
+
+        modules = [(name, model.get_submodule(name)) for name in names]
+        handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules]
+        given = {"input_ids": blocks.input_ids, "position_ids": blocks.position_ids}
+        with torch.no_grad():
+            model.base_model(**given, use_cache=False)
+        for handle in handles:
+            handle.remove()
+
+
+def streams(family: Family, layer: int, layers: int, dim: str, following: int) -> tuple[str, str]:
+    """The modules whose inputs are the residual stream before a block and where it must lead."""
+    before = family.residual[dim].format(layer=layer)
+    if dim == "heads":
+        return before, family.residual["mlp"].format(layer=layer)
+    return before, family.residual["heads"].format(layer=following)
+
+
+@torch.no_grad()
+def slow(checkpoint: Checkpoint, plan: Plan, blocks: Blocks, upstream: float) -> dict[str, Tensor]:
+    """All new weights, by running both whole models again for each one. One layer is left out:
+    the last, whose stream after the MLP no module reads before the final norm."""
+    family, dense = families.of(checkpoint), checkpoint.model(torch.float64)
+    kept, layers = plan.kept_layers(), plan.before["layers"]
+    new: dict[str, Tensor] = {}
+    fit_rows = (torch.arange(len(blocks)) % 8 != 7).repeat_interleave(blocks.input_ids.shape[1])
+    real = blocks.real.flatten()
+    hidden = slice(None) if plan.hidden is None else plan.hidden
+    for number, layer in enumerate(kept):
+        following = [*kept, layers][number + 1]
+        for dim in ("heads", "mlp"):
+            (template,) = family.readers(dim)
+            name, post = template.format(layer=layer), family.post_norm.get(dim)
+            student = cut_model(dense, plan, lambda n, kept: new.get(n, kept))
+            before, after = streams(family, layer, layers, dim, following)
+            if dim == "mlp" and following == layers:
+                after = family.final_norm.removesuffix(".weight")
+            norms = [post.format(layer=layer)] if post else []
+            teacher = Seen(dense, [before, after, *norms], blocks).of
+            reader = template.removesuffix(".weight").format(layer=number)
+            own = family.residual[dim].format(layer=number)
+            pupil = Seen(student, [reader, own], blocks).of
+            h = teacher[before][:, hidden]
+            target = teacher[after][:, hidden] - h + upstream * (h - pupil[own])
+            if post:
+                gain = 1 + dense.get_submodule(norms[0]).weight[hidden]  # type: ignore[index]
+                scale = teacher[norms[0]].square().mean(-1, keepdim=True).sqrt()
+                floor = 1e-6 * gain.square().mean()  # a gain of 0 must not divide
+                target = target * gain / (gain.square() + floor) * scale
+            module: Any = student.get_submodule(reader)
+            x, old = pupil[reader], module.weight
+            if module.bias is not None:
+                x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
+                old = torch.cat([old, module.bias[:, None]], dim=1)
+            w = 1 / teacher[before].norm(dim=-1, keepdim=True)
+            x, target = x * w, target * w
+            some, rest = fit_rows & real, ~fit_rows & real
+            root = float((RIDGE * x[some].square().sum(0).mean()).sqrt())
+            inputs = torch.cat([x[some], root * torch.eye(x.shape[1], dtype=x.dtype)])
+            outputs = torch.cat([target[some], root * old.T])
+            found = torch.linalg.lstsq(inputs, outputs).solution.T
+            errors = [float((x[rest] @ m.T - target[rest]).square().sum()) for m in (found, old)]
+            if errors[0] >= errors[1]:  # what does not serve unseen tokens is not done
+                found = old
+            new[name] = found[:, : module.weight.shape[1]]
+            if module.bias is not None:
+                new[name.removesuffix("weight") + "bias"] = found[:, -1]
+    return new
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("after", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("upstream", [1.0, 0.4])
+def test_each_layer_is_solved_for_what_reaches_it(
+    tmp_path: Path, text: Path, name: str, after: dict[str, Any], upstream: float
+) -> None:
+    biases = {"attention_bias": True, "mlp_bias": True} if name == "llama" else {}
+    checkpoint = write_model(tmp_path / "model", name, torch.float64, **biases)
+    found = profiled(tmp_path / "profile", checkpoint, text)
+    model = checkpoint.model(torch.float64)
+    plan = random_plan(model.config.to_dict(), checkpoint.fingerprint, **after)
+    expected = slow(checkpoint, plan, Blocks.load(found.blocks_path()), upstream)
+    got = repaired(checkpoint, found, plan, tmp_path / "work", ridges=(RIDGE,), upstream=upstream)
+    assert set(got.solutions) == {key for key in expected if key.endswith("weight")}
+    for key, value in expected.items():
+        ours = got(key, torch.empty_like(value))
+        torch.testing.assert_close(ours, value, rtol=1e-5, atol=1e-7, msg=lambda m, k=key: k + m)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("after", [{"mlp": 36}, {"layers": [0, 2]}, {"hidden": 36}])
+def test_a_repaired_model_is_nearer_to_the_dense_one(
+    tmp_path: Path, text: Path, name: str, after: dict[str, Any]
+) -> None:
+    checkpoint = write_trained(tmp_path / "model", text, name)
+    found = profiled(tmp_path / "profile", checkpoint, text, 64)
+    dense = checkpoint.model(torch.float32)
+    plan = random_plan(dense.config.to_dict(), checkpoint.fingerprint, **after)
+    new = repaired(checkpoint, found, plan, tmp_path / "work")
+    unseen = build_blocks(data_of(text), checkpoint.tokenizer(), "heldout", 20)
+    plain = kl_between(dense, cut_model(dense, plan), unseen)
+    assert kl_between(dense, cut_model(dense, plan, replace=new), unseen) < 0.97 * plain
+
+
+def test_one_layer_of_each_model_is_resident(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = write_model(tmp_path / "model", "llama", torch.float32)
+    found = profiled(tmp_path / "profile", checkpoint, text)
+    plan = random_plan(checkpoint.config, checkpoint.fingerprint, mlp=31)
+    counts: set[int] = set()
+    step = layerwise.LayerByLayer.step
+
+    def counted(self: layerwise.LayerByLayer, *given: Any) -> Tensor:
+        real = [not next(layer.parameters()).is_meta for layer in self.layers]
+        counts.add(sum(real))
+        return step(self, *given)
+
+    monkeypatch.setattr(layerwise.LayerByLayer, "step", counted)
+    repaired(checkpoint, found, plan, tmp_path / "work")
+    assert counts == {1}
+
+
+def test_it_runs_on_the_tokens_it_is_given(tmp_path: Path, text: Path) -> None:
+    checkpoint = write_model(tmp_path / "model", "llama", torch.float64)
+    plan = random_plan(checkpoint.config, checkpoint.fingerprint, mlp=31)
+    more = profiled(tmp_path / "more", checkpoint, text, 32)
+    fewer = profiled(tmp_path / "fewer", checkpoint, text, 16)
+    length = more.info["sequence_length"]
+    some = repaired(checkpoint, more, plan, tmp_path / "some", tokens=16 * length)
+    same = repaired(checkpoint, fewer, plan, tmp_path / "same")
+    other = repaired(checkpoint, more, plan, tmp_path / "all")
+    blocks = [Blocks.load(found.blocks_path()) for found in (more, fewer)]
+    assert torch.equal(blocks[0].input_ids[:16], blocks[1].input_ids)
+    assert some.solutions == same.solutions != other.solutions
