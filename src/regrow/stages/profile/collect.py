@@ -5,7 +5,7 @@ B blocks, T tokens, N real tokens, d channels. Padding is dropped before anythin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.families import Family
+from regrow.stages.profile.angles import block_distances
 from regrow.statistics import Gram
 
 Split = Literal["fit", "validate"]
@@ -21,6 +22,8 @@ GRADIENTS = frozenset({"gradient_square_sum", "taylor_abs_sum", "taylor_square_s
 """Statistics that take a backward pass of the next-token loss."""
 REMOVALS = {"kl_removal": "forward_kl", "cross_entropy_removal": "cross_entropy"}
 """Statistics that take removing layers in turn: the loss that tells what an absence costs."""
+PAIRS = frozenset({"angular_distance"})
+"""Statistics of pairs of layers, which take every layer's output of a batch at once."""
 
 
 @dataclass
@@ -63,9 +66,10 @@ class Collector:
         self.gram_dims, self.weighted = tuple(grams), weighted
         self.sums: dict[str, Tensor] = {}
         self.grams: dict[tuple[str, int], _GramSums] = {}
-        self.tokens = 0
+        self.num_layers = 0
         self.batch: Batch | None = None
         self._token_weights: dict[str, Tensor] = {}
+        self._streams: list[Tensor] = []
 
     @property
     def backward(self) -> bool:
@@ -77,13 +81,18 @@ class Collector:
         """The statistics that tell what the model loses without a layer."""
         return self.needs.get("layers", set()) & REMOVALS.keys()
 
+    @property
+    def pairs(self) -> bool:
+        """Whether a statistic compares layers with each other."""
+        return bool(self.needs.get("layers", set()) & PAIRS)
+
     def start(self, batch: Batch) -> None:
         """Say which batch runs next."""
-        self.batch = batch
+        self.batch, self._streams = batch, []
 
-    def attach(self, model: nn.Module, layers: Iterable[int], final: bool) -> list[Any]:
+    def attach(self, model: nn.Module, layers: Sequence[int], final: bool) -> list[Any]:
         """Hook the modules of `layers` (and, if `final`, the last norm); returns the handles."""
-        handles = []
+        handles, self.num_layers = [], len(layers)
         for layer in layers:
             for dim in ("mlp", "heads"):
                 handles += self._attach_reader(model, dim, layer)
@@ -163,11 +172,23 @@ class Collector:
                     self._real(before).float(), self._real(after).float(), dim=-1
                 )
                 self._add(f"input_output_distance/{place}", (1 - cosine_N).sum()[None])
+            if names & PAIRS:
+                self._compare(before, after)
             if names & GRADIENTS:
                 added = after - before
                 output.register_hook(lambda g: self._add_gradients(place, names, added, g, 1))
 
         return see
+
+    def _compare(self, before: Tensor, after: Tensor) -> None:
+        """Collect the residual streams; with that of the last layer, compare them in pairs."""
+        if not self._streams:
+            self._streams.append(self._real(before))
+        self._streams.append(self._real(after))
+        if len(self._streams) > self.num_layers:
+            for last, row in enumerate(block_distances(self._streams)):
+                self._add(f"angular_distance/layers/{last}", row)
+            self._streams = []
 
     def _add_activations(self, place: str, names: set[str], x_BTd: Tensor) -> None:
         if names & GRADIENTS:
