@@ -181,7 +181,7 @@ def test_a_plan_for_a_sibling_is_applied_when_allowed(place: Path, tmp_path: Pat
     made = chosen(place, mlp=40, layers=3)
     made.write(path)
     config = PruneConfig(plan=str(path), repair=False)
-    with pytest.raises(UserError, match="make a plan for this model, or.* with --allow-sibling"):
+    with pytest.raises(UserError, match=r"make a plan for this model, or.* with --allow-sibling"):
         prune(sibling, tmp_path / "out", config)
     allowed = PruneConfig(plan=str(path), repair=False, allow_sibling=True)
     out = prune(sibling, tmp_path / "out", allowed)

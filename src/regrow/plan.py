@@ -151,8 +151,8 @@ class Plan(Config):
         if checkpoint.fingerprint != self.fingerprint:
             raise UserError(
                 f"plan: it was made for the model {self.fingerprint[:12]}, but {checkpoint.folder} "
-                f"is {checkpoint.fingerprint[:12]}: make a plan for this model, or, if that one is a "
-                "sibling of it (a fine-tuned one, say), prune with --allow-sibling"
+                f"is {checkpoint.fingerprint[:12]}: make a plan for this model, or, if that one "
+                "is a sibling of it (fine-tuned, say), prune with --allow-sibling"
             )
 
     def for_sibling(self, checkpoint: Checkpoint) -> Plan:

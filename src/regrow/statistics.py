@@ -71,7 +71,8 @@ class Profile:
     def scores(self, criterion: str, dim: str) -> dict[str, Tensor]:
         """Score of each unit [n] by layer (`all` for hidden and layers); higher = keep.
 
-        Layers may have a row for each number that goes [n, n]: see `for_gone`. Raises UserError when the profile has no such scores.
+        Layers may have a row for each number that goes [n, n]: see `for_gone`. Raises UserError
+        when the profile has no such scores.
         """
         from safetensors.torch import load_file
 

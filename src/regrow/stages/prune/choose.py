@@ -38,8 +38,8 @@ def choose(
     cut = {dim for dim in before if after[dim] != before[dim]}
     layers = list(range(before["layers"]))
     if "layers" in cut:
-        scores = profile.scores(layer_criterion, "layers")["all"]
-        layers = best(for_gone(scores, before["layers"] - after["layers"]), after["layers"])
+        depth = profile.scores(layer_criterion, "layers")["all"]
+        layers = best(for_gone(depth, before["layers"] - after["layers"]), after["layers"])
     hidden = None
     if "hidden" in cut:
         hidden = best(profile.scores(criterion, "hidden")["all"], after["hidden"])

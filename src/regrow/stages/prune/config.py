@@ -27,8 +27,8 @@ class PruneConfig(Config):
     plan: str | None = None
     """A plan.json to apply instead of choosing."""
     allow_sibling: bool = False
-    """Apply a plan that was made for a sibling: another checkpoint of the same family and sizes, such
-    as this model before or after fine-tuning."""
+    """Apply a plan that was made for a sibling: another checkpoint of the same family and sizes,
+    such as this model before or after fine-tuning."""
     multiple_of: int = Field(default=32, ge=1)
     """Round changed widths to a multiple of this (256 for K-quants, 64 or 128 for group int4)."""
     criterion: str = "activation_l2"
