@@ -1,4 +1,4 @@
-"""One query head removed, the least important or a random one, against full logits by plain hooks."""
+"""One query head removed, the least important or a random one, against full logits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYERS, HEADS, WIDTH, PROFILED = 3, 6, 8, 8
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
-    """Of a model whose head 4 in layer 1 writes nothing, in float32 so that sums can be compared."""
+    """Of a model whose head 4 in layer 1 writes nothing, in float32 to compare sums."""
     folder = tmp_path_factory.mktemp("heads")
     text = write_text(folder / "text.jsonl", documents=300)
     checkpoint = write_model(folder / "model", head_dim=WIDTH, num_key_value_heads=6)
