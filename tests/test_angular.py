@@ -18,6 +18,7 @@ from regrow.errors import UserError
 from regrow.stages.profile import ProfileConfig, profile
 from regrow.stages.profile.angles import ROWS, block_distances
 from regrow.stages.prune.choose import choose
+from regrow.stages.report.sections.importance import _layers, rounded
 from regrow.statistics import SCORES, STATISTICS, Profile
 
 CONFIG = ProfileConfig(criteria=("angular_distance", "last_layers"), samples=7, gram_tokens=0)
@@ -124,3 +125,11 @@ def test_one_layer_at_a_time_is_refused(text: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pairs of layers \(angular_distance\) need the whole"):
         profile(checkpoint, data_of(text), tmp_path / "out", CONFIG, options)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_report_shows_the_row_of_the_number_that_went(planted: Profile) -> None:
+    """Without a cut the row of one layer; bars are scores [L], as for other criteria."""
+    scores = planted.scores("angular_distance", "layers")["all"]
+    chart = _layers(scores, None, "angular_distance")
+    (bars,) = chart.figure["data"]
+    assert bars["y"] == rounded(scores[0])
