@@ -71,7 +71,9 @@ def remove_heads(trial: Trial, draws: int) -> list[dict[str, Any]]:
 def heads_table(rows: list[dict[str, Any]], draws: int) -> Table:
     """The rows for the terminal."""
     title = f"Query heads removed; random: mean ± standard deviation of {draws} draws"
-    table = Table("removed", "chosen", "KL, nats", "loss, nats", title=title, title_justify="left")
+    table = Table(
+        "removed", "chosen", "KL, nats", "Δ loss, nats", title=title, title_justify="left"
+    )
     for row in rows:
         cells = []
         for name in ("kl", "loss"):
