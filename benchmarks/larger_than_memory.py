@@ -117,12 +117,19 @@ def _make(folder: Path, gigabytes: float) -> None:
     family, config = families.get("llama"), {**CONFIG, "num_hidden_layers": 1}
     one, two = (2 * family.count(config, {"layers": count}) for count in (1, 2))
     config["num_hidden_layers"] = max(4, 1 + round((gigabytes * 1e9 - one) / (two - one)))
-    shapes = family.expected(config)
+    shapes = dict(sorted(family.expected(config).items(), key=lambda item: _place(item[0])))
     layout = {n: torch.empty(s, dtype=torch.bfloat16, device="meta") for n, s in shapes.items()}
     tensors = ((n, torch.randn(s).mul_(0.02).bfloat16()) for n, s in shapes.items())
     folder.mkdir(parents=True, exist_ok=True)
     carry(load(TOKENIZER).folder, folder)
     write(folder, config, layout, tensors, max_shard_bytes=SHARD)
+
+
+def _place(name: str) -> int:
+    """Layer by layer, as in the checkpoints that people have."""
+    found = families.get("llama").find(name)
+    assert found is not None, name
+    return -1 if found[1] is None else found[1]
 
 
 def _make_text(path: Path) -> None:

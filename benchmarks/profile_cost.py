@@ -50,7 +50,7 @@ def main() -> None:
     head_dim = family.sizes(checkpoint.config)["head_dim"]
     seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     turns = arguments.repeats + 1
-    counter = Progress("profile_cost", arguments.samples * 512 * len(KINDS) * turns)
+    counter = Progress("profile_cost", arguments.samples * 512 * len(KINDS) * turns, "tokens")
     for turn in range(turns):
         for number, batch in enumerate(batches):
             kinds = [*KINDS]

@@ -20,7 +20,7 @@ from regrow.progress import Progress
 from regrow.stages.profile import ProfileConfig, profile
 from regrow.stages.profile import stage as profile_stage
 from regrow.stages.profile.collect import Batch, Collector
-from regrow.stages.profile.orders import layer_major, resident
+from regrow.stages.profile.orders import _Shell, layer_major, resident
 from regrow.statistics import SCORES, STATISTICS
 
 LAYER_MAJOR = OPTIONS.model_copy(update={"order": "layer"})
@@ -68,6 +68,18 @@ def test_layer_major_computes_in_the_stored_dtype(text: Path, tmp_path: Path, na
     ]
     for key, value in found[0].items():
         assert torch.equal(found[1][key], value), key
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped on Linux")
+def test_a_resident_layer_keeps_no_file_mapped(tmp_path: Path) -> None:
+    """Under a limit on memory a mapped shard counts whole, however small the tensor from it."""
+    checkpoint = write_model(tmp_path / "model", "llama", torch.float64)
+    shell = _Shell(checkpoint, torch.float64, torch.device("cpu"))
+    with shell.resident(1):
+        checkpoint._open = None
+        assert str(checkpoint.folder) not in Path("/proc/self/maps").read_text()
+        name = "model.layers.1.mlp.down_proj.weight"
+        assert torch.equal(shell.model.get_parameter(name), checkpoint.tensor(name))
 
 
 @pytest.mark.parametrize("order", ["resident", "layer"])

@@ -173,7 +173,9 @@ class _Shell:
         save_file({"hidden": output.contiguous()}, self.spill_file)
 
     def _fill(self, name: str) -> None:
-        self._set(name, self.checkpoint.tensor(name).to(self.device, self.dtype), True)
+        # A copy: a tensor as read keeps its whole file mapped, and a layer's may lie in many.
+        value = self.checkpoint.tensor(name).to(self.device, self.dtype, copy=True)
+        self._set(name, value, as_parameter=True)
 
     def _set(self, name: str, value: Tensor, as_parameter: bool) -> None:
         path, _, leaf = name.rpartition(".")
