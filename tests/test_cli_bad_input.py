@@ -182,6 +182,18 @@ def test_target(kind: str, place: Path, untouched: Path, refused: Refused) -> No
     assert expected in refused("run", place / "recipe.yaml", "--out", untouched)
 
 
+def test_sibling_without_a_plan(place: Path, untouched: Path, refused: Refused) -> None:
+    prune = ["prune", place / "model", "--profile", place / "profile", "--num-layers", 2]
+    said = refused(*prune, "--out", untouched, "--allow-sibling")
+    assert "--allow-sibling: it is for a plan from a file" in said
+    step = {"prune": {"num_layers": 2, "allow_sibling": True}}
+    write_recipe(
+        place / "recipe.yaml", recipe_fields(place / "model", place / "text.jsonl", PROFILE, step)
+    )
+    said = refused("run", place / "recipe.yaml", "--out", untouched)
+    assert "prune.allow_sibling: it is for a plan" in said
+
+
 def test_second_target(place: Path, untouched: Path, refused: Refused) -> None:
     """The second cut starts from what the first leaves, and that is known before any work."""
     first, second = {"prune": {"num_layers": 2}}, {"prune": {"num_layers": 3}}

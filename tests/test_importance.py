@@ -18,15 +18,16 @@ from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.options import Options
 from regrow.stages.profile import ProfileConfig, profile
-from regrow.stages.profile.collect import GRADIENTS, REMOVALS
+from regrow.stages.profile.collect import GRADIENTS, PAIRS, REMOVALS
 from regrow.stages.profile.importance.obs import removal_order
-from regrow.statistics import Profile
+from regrow.statistics import Profile, for_gone
 
 FOLDER = "regrow.stages.profile.importance"
 CRITERIA = plugins.names(FOLDER)
 DIMS = {"layers", "hidden", "mlp", "heads", "kv_heads"}
 STATISTICS = {"sum", "square_sum", "mean_abs_square_sum", "input_output_distance", "gram"}
-STATISTICS |= REMOVALS.keys()
+STATISTICS |= REMOVALS.keys() | PAIRS
+BLIND = ("random", "last_layers")  # to what a unit does
 CASES = [(name, dim) for name in CRITERIA for dim in sorted(plugins.load(FOLDER, name).DIMS & DIMS)]
 USELESS = {"layers": 1, "hidden": 17, "mlp": 5, "heads": 4, "kv_heads": 1}
 LAYER = 1
@@ -104,16 +105,16 @@ def test_scores_of_every_unit_are_finite_numbers(
     layers = {"all"} if dim in ("hidden", "layers") else set(map(str, range(sizes["layers"])))
     assert set(scores) == layers
     for value in scores.values():
-        assert value.shape == (sizes[dim],)
+        assert value.shape in ((sizes[dim],), (sizes[dim], sizes[dim]))
         assert value.dtype == torch.float32
         assert bool(value.isfinite().all())
         assert len(value.unique()) > 1
 
 
-@pytest.mark.parametrize(("name", "dim"), [case for case in CASES if case[0] != "random"])
+@pytest.mark.parametrize(("name", "dim"), [case for case in CASES if case[0] not in BLIND])
 def test_a_useless_unit_comes_last(planted: dict[str, Profile], name: str, dim: str) -> None:
     scores = planted[dim].scores(name, dim)
-    here = scores["all" if "all" in scores else str(LAYER)]
+    here = for_gone(scores["all" if "all" in scores else str(LAYER)], 1)
     others = torch.cat([here[: USELESS[dim]], here[USELESS[dim] + 1 :]])
     assert int(here.argmin()) == USELESS[dim]
     assert abs(float(here[USELESS[dim]])) < 1e-3 * float(others.min())
@@ -160,6 +161,12 @@ def test_hand_written_numbers() -> None:
     distance = torch.tensor([[0.25], [0.5]])
     stats = {"input_output_distance": distance}
     assert score_of("block_influence", stats, none, "layers") == [0.25, 0.5]
+    assert score_of("last_layers", {"count": torch.tensor(3)}, none, "layers") == [2.0, 1.0, 0.0]
+    distance = torch.tensor([[0.3, 0.0, 0.0], [0.2, 0.1, 0.0], [0.6, 0.5, 0.4]])
+    stats = {"angular_distance": distance}  # of one layer, of the first two and of the last two
+    rows = [[0.3, 0.1, 0.4], [0.2, 0.2, 0.5], [0.6, 0.6, 0.6]]
+    expected = torch.tensor(rows).tolist()
+    assert score_of("angular_distance", stats, none, "layers") == expected
     weights = FakeWeights(torch.tensor([[1.0, 1.0], [0.0, -2.0]]), torch.tensor([[1.0], [0.0]]))
     assert score_of("magnitude", {}, weights, "mlp") == pytest.approx([math.sqrt(3), 2.0])
     assert score_of("magnitude_l1", {}, weights, "mlp") == [3.0, 2.0]
@@ -237,5 +244,5 @@ def test_magnitude_counts_every_weight_of_a_unit(
 def test_unknown_scores_are_refused_with_those_there_are(planted: dict[str, Profile]) -> None:
     with pytest.raises(UserError, match="did you mean 'magnitude'"):
         planted["mlp"].scores("magnitud", "mlp")
-    with pytest.raises(UserError, match="it has: block_influence, fisher, kl_drop"):
+    with pytest.raises(UserError, match="it has: angular_distance, block_influence, fisher"):
         planted["mlp"].scores("magnitude", "layers")

@@ -22,7 +22,7 @@ LEVELS = (
     ("recipe",),
     ("steps", "overrides"),
     ("comparison",),
-    ("search",),
+    ("search", "reestimate", "head_removal"),
     ("trial",),
     ("stages",),
     ("training",),

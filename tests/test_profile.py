@@ -117,7 +117,7 @@ def test_layer_major_gives_the_same_numbers(
     files = sorted(p.relative_to(one) for p in one.rglob("*.safetensors"))
     assert files == sorted(p.relative_to(other) for p in other.rglob("*.safetensors"))
     layers = int(profiles[name]["resident"].scores("block_influence", "layers")["all"].numel())
-    assert len(files) == 2 + 2 * layers
+    assert len(files) == 3 + 2 * layers
     for file in files:
         ours, theirs = load_file(one / file), load_file(other / file)
         assert ours.keys() == theirs.keys()

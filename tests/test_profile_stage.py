@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from slow_profile import OPTIONS, Slow, calibration, close
 from tiny_folders import data_of, write_model, write_text
 from torch import Tensor
+from transformers import AutoConfig
 
 from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
+from regrow.layerwise import LayerByLayer, Spill
 from regrow.progress import Progress
 from regrow.stages.profile import ProfileConfig, profile
 from regrow.stages.profile import stage as profile_stage
@@ -70,6 +72,20 @@ def test_layer_major_computes_in_the_stored_dtype(text: Path, tmp_path: Path, na
         assert torch.equal(found[1][key], value), key
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped on Linux")
+def test_a_resident_layer_keeps_no_file_mapped(tmp_path: Path) -> None:
+    """Under a limit on memory a mapped shard counts whole, however small the tensor from it."""
+    checkpoint = write_model(tmp_path / "model", "llama", torch.float64)
+    config = AutoConfig.from_pretrained(str(checkpoint.folder))
+    given = (config, checkpoint.names(), checkpoint.tensor, torch.float64, torch.device("cpu"))
+    shell = LayerByLayer(*given)
+    with shell.resident(1):
+        checkpoint._open = None
+        assert str(checkpoint.folder) not in Path("/proc/self/maps").read_text()
+        name = "model.layers.1.mlp.down_proj.weight"
+        assert torch.equal(shell.model.get_parameter(name), checkpoint.tensor(name))
+
+
 @pytest.mark.parametrize("order", ["resident", "layer"])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_padding_is_never_counted(
@@ -102,7 +118,7 @@ def test_padding_is_never_counted(
         if order == "resident":
             resident(*common)
         else:
-            layer_major(*common, tmp_path / "spill")
+            layer_major(*common, Spill(tmp_path / "spill"))
         found.append({**sums, **collector.sums})
     assert found[0].keys() == found[1].keys()
     assert "gram/heads/0" in found[0]

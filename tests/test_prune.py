@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,4 +143,103 @@ def test_a_history_that_does_not_fit_is_refused_first(place: Path, tmp_path: Pat
     config = SIZES.model_copy(update={"repair": False})
     with pytest.raises(UserError, match="plans do not follow each other"):
         prune(tmp_path / "model", tmp_path / "out", config, place / "profile")
+    assert not (tmp_path / "out").exists()
+
+
+def fine_tuned(place: Path, folder: Path) -> Checkpoint:
+    """The place's model with other weights of the same shapes."""
+    model = Checkpoint(shutil.copytree(place / "model", folder)).model(torch.float32)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.01)
+    model.save_pretrained(str(folder))
+    return Checkpoint(folder)
+
+
+def test_a_plan_edited_by_hand_is_what_is_cut(place: Path, tmp_path: Path) -> None:
+    """One channel and one layer swapped in the file, as a user would with an editor."""
+    path = tmp_path / "plan.json"
+    chosen(place, mlp=40, layers=3).write(path)
+    fields = json.loads(path.read_text())
+    first = str(fields["layers"][0])
+    (new,) = {*range(4)} - set(fields["layers"])
+    fields["mlp"][str(new)] = fields["mlp"].pop(first)
+    fields["layers"] = sorted([*fields["layers"][1:], new])
+    fields["mlp"][str(new)] = ids = sorted([*fields["mlp"][str(new)][1:], *missing(fields, new)])
+    path.write_text(json.dumps(fields))
+    out = prune(place / "model", tmp_path / "out", PruneConfig(plan=str(path), repair=False))
+    here = fields["layers"].index(new)
+    parent, cut = weights(place / "model"), weights(out)
+    name = "model.layers.{}.mlp.gate_proj.weight"
+    assert torch.equal(cut[name.format(here)], parent[name.format(new)][ids])
+    assert Plan.read(out / "plan.json") == Plan.read(path)
+    fields["mlp"][str(new)][0] = 999
+    path.write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=rf"plan: mlp\.{new} names 999; allowed are 0 to 159"):
+        prune(place / "model", tmp_path / "other", PruneConfig(plan=str(path), repair=False))
+
+
+def missing(fields: dict[str, Any], layer: int) -> list[int]:
+    """One channel that the plan does not keep."""
+    return sorted(set(range(160)) - set(fields["mlp"][str(layer)]))[:1]
+
+
+def test_a_plan_for_a_sibling_is_applied_when_allowed(place: Path, tmp_path: Path) -> None:
+    sibling, path = fine_tuned(place, tmp_path / "tuned"), tmp_path / "plan.json"
+    made = chosen(place, mlp=40, layers=3)
+    made.write(path)
+    config = PruneConfig(plan=str(path), repair=False)
+    with pytest.raises(UserError, match=r"make a plan for this model, or.* with --allow-sibling"):
+        prune(sibling, tmp_path / "out", config)
+    allowed = PruneConfig(plan=str(path), repair=False, allow_sibling=True)
+    out = prune(sibling, tmp_path / "out", allowed)
+    for name, value in weights(prune(place / "model", tmp_path / "own", config)).items():
+        assert torch.equal(weights(out)[name], value * 1.01), name
+    carried = Plan.read(out / "plan.json")
+    assert (carried.fingerprint, carried.siblings) == (sibling.fingerprint, (made.fingerprint,))
+    assert (carried.layers, carried.mlp) == (made.layers, made.mlp)
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    again = PruneConfig(plan=str(out / "plan.json"), repair=False)  # it is the sibling's own now
+    prune(sibling, out, again)
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_siblings_plan_beside_the_model_is_no_history(place: Path, tmp_path: Path) -> None:
+    sibling = fine_tuned(place, tmp_path / "tuned")
+    chosen(place, mlp=40).write(sibling.folder / "plan.json")
+    config = PruneConfig(plan=str(sibling.folder / "plan.json"), repair=False, allow_sibling=True)
+    out = prune(sibling, tmp_path / "out", config)
+    assert not (out / "plan-from-first.json").exists()
+
+
+def test_siblings_stay_known_over_rounds(place: Path, tmp_path: Path) -> None:
+    sibling, path = fine_tuned(place, tmp_path / "tuned"), tmp_path / "plan.json"
+    made = chosen(place, mlp=40)
+    made.write(path)
+    config = PruneConfig(plan=str(path), repair=False, allow_sibling=True)
+    first = prune(sibling, tmp_path / "first", config)
+    found = profile(
+        first,
+        data_of(place / "text.jsonl"),
+        tmp_path / "profile",
+        ProfileConfig(samples=4, gram_tokens=0),
+        OPTIONS,
+    )
+    fewer = PruneConfig(num_layers=3, repair=False)
+    second = prune(first, tmp_path / "second", fewer, found)
+    composed = Plan.read(second / "plan-from-first.json")
+    assert (composed.fingerprint, composed.siblings) == (sibling.fingerprint, (made.fingerprint,))
+
+
+def test_no_sibling_of_other_sizes_or_family(place: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    chosen(place, mlp=40).write(path)
+    config = PruneConfig(plan=str(path), repair=False, allow_sibling=True)
+    wider = write_model(tmp_path / "wider", num_hidden_layers=4, head_dim=8, intermediate_size=168)
+    with pytest.raises(UserError, match=r"before.mlp is 160, but the model has 168"):
+        prune(wider, tmp_path / "out", config)
+    same = {"num_hidden_layers": 4, "head_dim": 8, "intermediate_size": 160}
+    other = write_model(tmp_path / "other", "qwen3", **same)
+    with pytest.raises(UserError, match="made for a llama model, not for a qwen3"):
+        prune(other, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()

@@ -160,20 +160,30 @@ def compare(
     config: OmitArgPrefixes[PruneConfig] = PruneConfig(),
     options: OmitArgPrefixes[Options] = Options(),
     out: Path | None = None,
+    rounds: int = 1,
+    heads: int = 0,
+    dry_run: bool = False,
 ) -> None:
     """Make the same cut by every criterion of a profile, and print what each costs untrained.
 
     Args:
         model: Hugging Face folder, hub id, GGUF file, or package:NAME.
         profile: Folder that regrow profile wrote for this model.
-        config: What to prune to; its criterion is not used.
+        config: What to prune to; its criterion is the one that is re-estimated.
         options: Device and portions.
         out: JSON file to write the table to.
+        rounds: Compare single-shot importance with re-estimating it in so many rounds as well.
+        heads: Remove one query head as well: the least important against one at random, this often.
+        dry_run: Check everything and print what would be done.
     """
+    from regrow import estimate
     from regrow.comparison import compare as by_each
 
     blend = text.blend()
-    by_each(model, profile, blend, config, out, options)
+    if dry_run:
+        _print(estimate.of_compare(_open(model), profile, blend, config, rounds, heads))
+        return
+    by_each(model, profile, blend, config, out, options, rounds, heads)
 
 
 def distill(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from regrow import families
 from regrow.checkpoint import Checkpoint, load
+from regrow.comparison import line_up
 from regrow.data.config import DataConfig
+from regrow.head_removal import check_heads
 from regrow.options import Options
 from regrow.progress import clock
 from regrow.recipe import Recipe
@@ -28,7 +31,9 @@ from regrow.stages.prune.choose import full_sizes
 from regrow.stages.prune.config import PruneConfig
 from regrow.stages.prune.shapes import Shape
 from regrow.stages.prune.stage import make_plan
+from regrow.statistics import Profile
 from regrow.steps import check_one_target
+from regrow.trial import TRIAL_BLOCKS
 
 
 def of_profile(checkpoint: Checkpoint, data: DataConfig, config: ProfileConfig) -> list[str]:
@@ -72,6 +77,39 @@ def of_prune(checkpoint: Checkpoint, config: PruneConfig, sequence_length: int =
     tokens = blocks_for(len(shapes)) * sequence_length * passes_of_search(len(shapes))
     seconds = tokens * 2 * before / matmul_rate()
     return [*lines, f"  time about {clock(seconds)} to choose, and that of copying the files"]
+
+
+def of_compare(
+    checkpoint: Checkpoint,
+    folder: Path,
+    data: DataConfig,
+    config: PruneConfig,
+    rounds: int,
+    heads: int,
+) -> list[str]:
+    """The criteria, the cut, the text and the time of a comparison."""
+    profile = Profile(folder)
+    what = line_up(checkpoint, profile, config, rounds, heads)
+    family = families.of(checkpoint)
+    before, after = (family.count(checkpoint.config, sizes) for sizes in (None, what.after))
+    tokens = TRIAL_BLOCKS * data.sequence_length
+    rows = len(what.criteria) + (len(what.steps) > 1)
+    passes = 1 + rows * (1 if what.only_layers or not profile.info["grams"] else 2)
+    if heads > 0:
+        passes += 1 + 2 * (len(check_heads(profile)) + heads)
+    again = max(0, len(what.steps) - 1) * profile.info["tokens"]
+    seconds = (passes * tokens + again) * 2 * before / matmul_rate()
+    lines = [
+        f"compare: {', '.join(what.criteria) or 'no criterion'}",
+        f"  cut to {after:,} parameters ({after / before:.1%}) {what.sizes}",
+        f"  scored on {tokens:,} tokens of calibration text beyond the profile's",
+    ]
+    if len(what.steps) > 1:
+        lines.append(f"  re-estimated in {len(what.steps)} rounds, {again:,} tokens to profile on")
+    if heads > 0:
+        lines.append(f"  one query head removed, the least important and {heads} times at random")
+    repair = "" if what.only_layers else ", repair on top"
+    return [*lines, f"  time about {clock(seconds)} for the passes through the model{repair}"]
 
 
 def of_distill(

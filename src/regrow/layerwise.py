@@ -118,7 +118,8 @@ class LayerByLayer:
         self._output = output
 
     def _fill(self, name: str) -> None:
-        self._set(name, self.read(name).to(self.device, self.dtype), True)
+        # A copy: a tensor as read keeps its whole file mapped, and a layer's may lie in many.
+        self._set(name, self.read(name).to(self.device, self.dtype, copy=True), True)
 
     def _set(self, name: str, value: Tensor, as_parameter: bool) -> None:
         path, _, leaf = name.rpartition(".")

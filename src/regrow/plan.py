@@ -51,6 +51,8 @@ class Plan(Config):
     """Seed of that choice, for the reader."""
     parents: tuple[str, ...] = ()
     """Fingerprints of the models in between, when plans were composed."""
+    siblings: tuple[str, ...] = ()
+    """Fingerprints of the models that it was made for, when it was carried over to a sibling."""
 
     def kept_layers(self) -> list[int]:
         """Ids in the parent of the kept layers, ascending."""
@@ -149,8 +151,16 @@ class Plan(Config):
         if checkpoint.fingerprint != self.fingerprint:
             raise UserError(
                 f"plan: it was made for the model {self.fingerprint[:12]}, but {checkpoint.folder} "
-                f"is {checkpoint.fingerprint[:12]}: make a plan for this model"
+                f"is {checkpoint.fingerprint[:12]}: make a plan for this model, or, if that one "
+                "is a sibling of it (fine-tuned, say), prune with --allow-sibling"
             )
+
+    def for_sibling(self, checkpoint: Checkpoint) -> Plan:
+        """The same plan for another checkpoint of the family and sizes, which `check` must see."""
+        if checkpoint.fingerprint == self.fingerprint:
+            return self
+        siblings = (*self.siblings, self.fingerprint)
+        return self.model_copy(update={"fingerprint": checkpoint.fingerprint, "siblings": siblings})
 
     @classmethod
     def read(cls, path: Path) -> Plan:
@@ -200,6 +210,7 @@ def compose(earlier: Plan, later: Plan) -> Plan:
         criterion=later.criterion,
         seed=later.seed,
         parents=(*earlier.parents, later.fingerprint, *later.parents),
+        siblings=(*earlier.siblings, *later.siblings),
     )
 
 

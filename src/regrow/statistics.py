@@ -36,6 +36,11 @@ class Gram:
     validate: Tensor
 
 
+def for_gone(scores: Tensor, gone: int) -> Tensor:
+    """Scores [n] for a choice of `gone` units to drop: of [n, n], the row of that number."""
+    return scores if scores.dim() == 1 else scores[max(gone, 1) - 1]
+
+
 def gram_path(folder: Path, dim: str, layer: int) -> Path:
     """Where the Gram matrices of the reader of `dim` in `layer` lie in a profile's folder."""
     return folder / "grams" / f"{dim}-{layer}.safetensors"
@@ -67,7 +72,8 @@ class Profile:
     def scores(self, criterion: str, dim: str) -> dict[str, Tensor]:
         """Score of each unit [n] by layer (`all` for hidden and layers); higher = keep.
 
-        Raises UserError when the profile has no such scores.
+        Layers may have a row for each number that goes [n, n]: see `for_gone`. Raises UserError
+        when the profile has no such scores.
         """
         from safetensors.torch import load_file
 

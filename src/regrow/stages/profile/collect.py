@@ -5,7 +5,7 @@ B blocks, T tokens, N real tokens, d channels. Padding is dropped before anythin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from regrow.families import Family
 from regrow.layerwise import LAYER
+from regrow.stages.profile.angles import block_distances
+from regrow.stages.profile.sums import cosine_distance_sum, exact, square_sum
 from regrow.statistics import Gram
 
 Split = Literal["fit", "validate"]
@@ -22,6 +24,8 @@ GRADIENTS = frozenset({"gradient_square_sum", "taylor_abs_sum", "taylor_square_s
 """Statistics that take a backward pass of the next-token loss."""
 REMOVALS = {"kl_removal": "forward_kl", "cross_entropy_removal": "cross_entropy"}
 """Statistics that take removing layers in turn: the loss that tells what an absence costs."""
+PAIRS = frozenset({"angular_distance"})
+"""Statistics of pairs of layers, which take every layer's output of a batch at once."""
 
 
 @dataclass
@@ -64,9 +68,11 @@ class Collector:
         self.gram_dims, self.weighted = tuple(grams), weighted
         self.sums: dict[str, Tensor] = {}
         self.grams: dict[tuple[str, int], _GramSums] = {}
-        self.tokens = 0
+        self.num_layers = 0
         self.batch: Batch | None = None
         self._token_weights: dict[str, Tensor] = {}
+        self._streams: list[Tensor] = []
+        self._all_real = True
 
     @property
     def backward(self) -> bool:
@@ -78,13 +84,19 @@ class Collector:
         """The statistics that tell what the model loses without a layer."""
         return self.needs.get("layers", set()) & REMOVALS.keys()
 
+    @property
+    def pairs(self) -> bool:
+        """Whether a statistic compares layers with each other."""
+        return bool(self.needs.get("layers", set()) & PAIRS)
+
     def start(self, batch: Batch) -> None:
         """Say which batch runs next."""
-        self.batch = batch
+        self.batch, self._streams = batch, []
+        self._all_real = bool(batch.real_BT.all())  # asked once: on a GPU the answer is waited for
 
-    def attach(self, model: nn.Module, layers: Iterable[int], final: bool) -> list[Any]:
+    def attach(self, model: nn.Module, layers: Sequence[int], final: bool) -> list[Any]:
         """Hook the modules of `layers` (and, if `final`, the last norm); returns the handles."""
-        handles = []
+        handles, self.num_layers = [], len(layers)
         for layer in layers:
             for dim in ("mlp", "heads"):
                 handles += self._attach_reader(model, dim, layer)
@@ -143,7 +155,7 @@ class Collector:
             if dim in self.needs:
                 self._add_activations(f"{dim}/{layer}", self.needs[dim], inputs[0])
             if dim in self.gram_dims and self.batch.gram is not None:
-                rows_Nd = self._real(inputs[0].detach()).to(_exact(inputs[0]))
+                rows_Nd = self._real(inputs[0].detach()).to(exact(inputs[0]))
                 if self.weighted:
                     rows_Nd = rows_Nd * self._token_weights.pop(dim)
                 sums = self.grams.setdefault((dim, layer), _GramSums())
@@ -160,15 +172,25 @@ class Collector:
         def see(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             before, after = inputs[0].detach(), output.detach()
             if "input_output_distance" in names:
-                cosine_N = torch.cosine_similarity(
-                    self._real(before).float(), self._real(after).float(), dim=-1
-                )
-                self._add(f"input_output_distance/{place}", (1 - cosine_N).sum()[None])
+                distance = cosine_distance_sum(self._real(before), self._real(after))
+                self._add(f"input_output_distance/{place}", distance)
+            if names & PAIRS:
+                self._compare(before, after)
             if names & GRADIENTS:
                 added = after - before
                 output.register_hook(lambda g: self._add_gradients(place, names, added, g, 1))
 
         return see
+
+    def _compare(self, before: Tensor, after: Tensor) -> None:
+        """Collect the residual streams; with that of the last layer, compare them in pairs."""
+        if not self._streams:
+            self._streams.append(self._real(before))
+        self._streams.append(self._real(after))
+        if len(self._streams) > self.num_layers:
+            for last, row in enumerate(block_distances(self._streams)):
+                self._add(f"angular_distance/layers/{last}", row)
+            self._streams = []
 
     def _add_activations(self, place: str, names: set[str], x_BTd: Tensor) -> None:
         if names & GRADIENTS:
@@ -176,15 +198,14 @@ class Collector:
             x_BTd.register_hook(lambda g: self._add_gradients(place, names, seen, g, units))
         x_BTd = x_BTd.detach()
         if "sum" in names:
-            self._add(f"sum/{place}", self._real(x_BTd).sum(0, dtype=_exact(x_BTd)))
+            self._add(f"sum/{place}", self._real(x_BTd).sum(0, dtype=exact(x_BTd)))
         if "square_sum" in names:
-            # vector_norm over the first dimension takes ten times as long on CPUs.
-            rows_Nd = self._real(x_BTd).to(_exact(x_BTd))
-            self._add(f"square_sum/{place}", rows_Nd.square().sum(0))
+            self._add(f"square_sum/{place}", square_sum(self._real(x_BTd)))
         if "mean_abs_square_sum" in names:
             assert self.batch is not None
             real_BT1 = self.batch.real_BT[..., None]
-            sums_Bd = (x_BTd.abs() * real_BT1).sum(1, dtype=_exact(x_BTd))
+            size_BTd = x_BTd.abs() if self._all_real else x_BTd.abs() * real_BT1
+            sums_Bd = size_BTd.sum(1, dtype=exact(x_BTd))
             means_Bd = sums_Bd / real_BT1.sum(1).clamp_min(1)
             self._add(f"mean_abs_square_sum/{place}", means_Bd.square().sum(0))
 
@@ -195,7 +216,7 @@ class Collector:
         self, place: str, names: set[str], x_BTd: Tensor, g_BTd: Tensor, units: int
     ) -> None:
         """Add what depends on x and the loss's gradient by it, both known only now."""
-        x_Nd, g_Nd = (self._real(t).to(_exact(t)) for t in (x_BTd, g_BTd.detach()))
+        x_Nd, g_Nd = (self._real(t).to(exact(t)) for t in (x_BTd, g_BTd.detach()))
         if "gradient_square_sum" in names:
             self._add(f"gradient_square_sum/{place}", g_Nd.square().sum(0))
         if names & {"taylor_abs_sum", "taylor_square_sum"}:
@@ -212,9 +233,4 @@ class Collector:
 
     def _real(self, x_BTd: Tensor) -> Tensor:
         assert self.batch is not None
-        real_BT = self.batch.real_BT
-        return x_BTd.flatten(0, 1) if bool(real_BT.all()) else x_BTd[real_BT]
-
-
-def _exact(x: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.float32, x.dtype)
+        return x_BTd.flatten(0, 1) if self._all_real else x_BTd[self.batch.real_BT]

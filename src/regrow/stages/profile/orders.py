@@ -37,11 +37,19 @@ def resident(
     model = checkpoint.model(dtype, device).requires_grad_(False)
     if collector.backward:
         model.enable_input_require_grads()
-    layers = range(model.config.num_hidden_layers)
-    handles = collector.attach(model, layers, final=True)
+    run_through(model, batches, collector, progress)
+    for layer in range(model.config.num_hidden_layers):
+        take_grams(layer)
+
+
+def run_through(
+    model: PreTrainedModel, batches: Batches, collector: Collector, progress: Progress
+) -> None:
+    """One pass of all batches through a resident model, with the collector's hooks on it."""
+    handles = collector.attach(model, range(model.config.num_hidden_layers), final=True)
     for batch, inputs in batches:
-        collector.start(_on(batch, device))
-        moved = {key: value.to(device) for key, value in inputs.items()}
+        collector.start(_on(batch, model.device))
+        moved = {key: value.to(model.device) for key, value in inputs.items()}
         with torch.set_grad_enabled(collector.backward):
             hidden_BTH = final_hidden(model, moved)
             if collector.backward:
@@ -49,8 +57,6 @@ def resident(
         progress.advance(int(batch.real_BT.sum()))
     for handle in handles:
         handle.remove()
-    for layer in layers:
-        take_grams(layer)
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from regrow.stages.profile.removal import removal_order
 from regrow.stages.profile.scoring import score_all, statistics_needed
 from regrow.statistics import BLOCKS, INFO, SCORES, STATISTICS, Gram, Profile, gram_path
 
+MEANS = ("input_output_distance", "angular_distance")  # over tokens; the others are sums
 VALIDATE_EVERY = 8  # every 8th Gram block is held out, to choose the ridge strength on
 
 
@@ -119,11 +120,11 @@ def _run(
         options.order == "auto" and _fits(checkpoint, collector, device)
     )
     passes = 1 if resident_order else checkpoint.config["num_hidden_layers"]
-    if (collector.backward or collector.removals) and not resident_order:
+    if (collector.backward or collector.removals or collector.pairs) and not resident_order:
         raise UserError(
-            "criteria with gradients (gradient, taylor, fisher) or removals (kl_drop, "
-            "perplexity_drop) need the whole model on the device, where it does not fit: leave "
-            "them out, or give another --device"
+            "criteria with gradients (gradient, taylor, fisher), removals (kl_drop, "
+            "perplexity_drop) or pairs of layers (angular_distance) need the whole model on the "
+            "device, where it does not fit: leave them out, or give another --device"
         )
     batches = _batches(blocks, gram_blocks, options.batch_size)
     with progress("profile", _count(blocks) * passes) as counter:
@@ -210,8 +211,9 @@ def _tidy(sums: dict[str, Tensor], sizes: dict[str, int], tokens: int) -> dict[s
         name, dim, layer = key.split("/")
         channels = value.float().cpu()
         if dim == "layers":
-            whole = found.setdefault(f"{name}/layers/all", torch.empty(sizes["layers"], 1))
-            whole[int(layer)] = channels / (tokens if name == "input_output_distance" else 1)
+            empty = torch.empty(sizes["layers"], len(channels))
+            whole = found.setdefault(f"{name}/layers/all", empty)
+            whole[int(layer)] = channels / (tokens if name in MEANS else 1)
             continue
         found[key] = channels.reshape(sizes[dim], -1).contiguous()
         if dim == "heads":

@@ -7,7 +7,7 @@ from torch import Tensor
 from regrow.checkpoint import Checkpoint
 from regrow.families import Family
 from regrow.plan import Plan
-from regrow.statistics import Profile
+from regrow.statistics import Profile, for_gone
 
 
 def full_sizes(family: Family, before: dict[str, int], sizes: dict[str, int]) -> dict[str, int]:
@@ -38,7 +38,8 @@ def choose(
     cut = {dim for dim in before if after[dim] != before[dim]}
     layers = list(range(before["layers"]))
     if "layers" in cut:
-        layers = best(profile.scores(layer_criterion, "layers")["all"], after["layers"])
+        depth = profile.scores(layer_criterion, "layers")["all"]
+        layers = best(for_gone(depth, before["layers"] - after["layers"]), after["layers"])
     hidden = None
     if "hidden" in cut:
         hidden = best(profile.scores(criterion, "hidden")["all"], after["hidden"])

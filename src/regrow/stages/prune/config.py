@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from regrow.config import Config
 
@@ -26,6 +26,9 @@ class PruneConfig(Config):
     """Key/value heads to keep in every layer."""
     plan: str | None = None
     """A plan.json to apply instead of choosing."""
+    allow_sibling: bool = False
+    """Apply a plan that was made for a sibling: another checkpoint of the same family and sizes,
+    such as this model before or after fine-tuning."""
     multiple_of: int = Field(default=32, ge=1)
     """Round changed widths to a multiple of this (256 for K-quants, 64 or 128 for group int4)."""
     criterion: str = "activation_l2"
@@ -39,6 +42,13 @@ class PruneConfig(Config):
     (at once, on the profile's Gram matrices)."""
     repair_tokens: int = Field(default=131072, ge=1)
     """Tokens of the profile's text that a sequential repair runs on, at most."""
+
+    @field_validator("allow_sibling")
+    @classmethod
+    def _has_plan(cls, allow_sibling: bool, info: ValidationInfo) -> bool:
+        if allow_sibling and info.data.get("plan") is None:
+            raise ValueError("it is for a plan from a file: give plan, or leave it out")
+        return allow_sibling
 
     def sizes(self) -> dict[str, int]:
         """The sizes given, by dimension."""

@@ -56,7 +56,7 @@ def prune(
     if search is not None:
         inputs["search"] = search
     if config.plan is not None:  # its digest counts, not where it lay; it is written beside
-        config = config.model_copy(update={"plan": PLAN})
+        config = config.model_copy(update={"plan": PLAN, "allow_sibling": False})
     stage = Stage(out, "prune", config, inputs)
     if stage.complete:
         say(f"prune: {out} is complete and unchanged")
@@ -92,7 +92,8 @@ def _from_first(checkpoint: Checkpoint, plan: Plan) -> Plan | None:
         if path.exists():
             earlier = Plan.read(path)
             # A plan for this very model, put beside it to be applied, is no history of it.
-            return None if earlier.fingerprint == checkpoint.fingerprint else compose(earlier, plan)
+            to_apply = (checkpoint.fingerprint, *plan.siblings)
+            return None if earlier.fingerprint in to_apply else compose(earlier, plan)
     return None
 
 
@@ -104,6 +105,8 @@ def make_plan(checkpoint: Checkpoint, config: PruneConfig, profile: Profile | No
         if sizes or config.keep_params is not None:
             raise UserError("give a plan or a target shape, not both")
         plan = Plan.read(Path(config.plan))
+        if config.allow_sibling:
+            plan = plan.for_sibling(checkpoint)
         plan.check_fingerprint(checkpoint)
         check(plan, family, checkpoint.config)
         return plan

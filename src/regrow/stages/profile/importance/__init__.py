@@ -2,9 +2,10 @@
 
 `DIMS` are the dimensions a criterion can score, `NEEDS` the statistics it reads (the profile
 gathers the union; those of `collect.GRADIENTS` take a backward pass, `gram` takes Gram matrices).
-`score(stats, weights, dim, generator)` gives one number per unit, higher = keep. `stats[name]` is
-[units, width], `stats["count"]` the number of units, `stats["tokens"]` that of calibration tokens;
-`generator` is seeded.
+`score(stats, weights, dim, generator)` gives one number per unit [n], higher = keep; or, where the
+choice depends on how many units go, a row for each number [n, n], row k − 1 for k gone.
+`stats[name]` is [units, width], `stats["count"]` the number of units, `stats["tokens"]` that of
+calibration tokens; `generator` is seeded.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import Tensor
 from regrow.stages.report import charts
 from regrow.stages.report.blocks import Block, Chart, Section
 from regrow.stages.report.run_folder import Cut, Run
-from regrow.statistics import SCORES, Profile
+from regrow.statistics import SCORES, Profile, for_gone
 
 QUANTILES = 50
 MANY = 96
@@ -61,6 +61,7 @@ def _charts(profile: Profile, cut: Cut | None, where: str) -> list[Block]:
 def _layers(score_L: Tensor, cut: Cut | None, how: str) -> Chart:
     layers = list(range(len(score_L)))
     kept = set(cut.plan.kept_layers()) if cut is not None else set(layers)
+    score_L = for_gone(score_L, len(layers) - len(kept))
     colours = [charts.ACCENT if layer in kept else "#c9d0d8" for layer in layers]
     bars = charts.bars(layers, rounded(score_L), colours)
     removed = "; layers in grey were removed" if len(kept) < len(layers) else ""

