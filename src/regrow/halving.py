@@ -49,10 +49,13 @@ def tokens_for(count: int, tokens: int) -> int:
     return total
 
 
-def halve(rows: list[Row], tokens: int, score: Score) -> list[Row]:
+def halve(
+    rows: list[Row], tokens: int, score: Score, drop: Callable[[Row], None] | None = None
+) -> list[Row]:
     """The rows in order of merit: the winner, then by the rungs they reached and their last KL.
 
-    Each row gets `distilled`: KL by tokens. A KL that is no number loses.
+    Each row gets `distilled`: KL by tokens. A KL that is no number loses. `drop` is told who is
+    out.
     """
     left, out = list(rows), list[Row]()
     for count, length in rungs_for(len(rows), tokens):
@@ -62,6 +65,8 @@ def halve(rows: list[Row], tokens: int, score: Score) -> list[Row]:
         left = sorted(left, key=lambda row: _order(row["distilled"][str(length)]))
         left, lost = left[: count // 2], left[count // 2 :]
         out = lost + out
+        for row in lost if drop is not None else ():
+            drop(row)
     return left + out
 
 
@@ -82,13 +87,11 @@ class Distillations:
 
     def __call__(self, row: Row, tokens: int) -> float:
         """Held-out KL of a shape, cut, repaired as asked, and distilled on `tokens` in all."""
-        known = self._known()
-        key = "-".join(f"{dim}{size}" for dim, size in sorted(row["sizes"].items()))
+        known, key = self._known(), _key(row)
         if str(tokens) in known.get(key, {}):
             return float(known[key][str(tokens)])
-        cut = prune(
-            self.checkpoint, self.folder / key, with_sizes(self.config, row["sizes"]), self.profile
-        )
+        sizes = self.config.with_sizes(row["sizes"])
+        cut = prune(self.checkpoint, self.folder / key, sizes, self.profile)
         trained = distill(
             cut,
             self.checkpoint,
@@ -118,18 +121,14 @@ class Distillations:
         found: dict[str, dict[str, float]] = json.loads(path.read_text())
         return found
 
-    def drop(self) -> None:
-        """Remove the folders."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def drop(self, row: Row) -> None:
+        """Remove the folders of a shape that is out; its figures stay."""
+        for name in (_key(row), f"{_key(row)}-distilled"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
-def with_sizes(config: PruneConfig, sizes: dict[str, int]) -> PruneConfig:
-    """`config` with explicit sizes by dimension in place of what they were searched for."""
-    keys = {"layers": "num_layers", "hidden": "hidden_size", "mlp": "intermediate_size"}
-    keys |= {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
-    targets = ("keep_params", "max_bytes", "max_ram", "max_prefill_ms", "max_decode_ms")
-    named: dict[str, Any] = {keys[dim]: size for dim, size in sizes.items()}
-    return config.model_copy(update={**dict.fromkeys(targets), "halving_tokens": 0, **named})
+def _key(row: Row) -> str:
+    return "-".join(f"{dim}{size}" for dim, size in sorted(row["sizes"].items()))
 
 
 def _order(value: float) -> float:

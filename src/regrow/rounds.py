@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
+from regrow.families import Family
+from regrow.footprint import file_bytes, ram_bytes
 from regrow.progress import progress, say
 from regrow.stages.prune.config import PruneConfig
+from regrow.stages.prune.shapes import Shape
 from regrow.trial import TRIAL_BLOCKS, Trial
 
 RIDGE = (1e-1,)  # one ridge strength is enough to rank shapes
@@ -45,6 +48,24 @@ def passes_for(count: int) -> float:
     for share, survivors in rounds_for(count):
         entered, passes = survivors, passes + share * entered
     return passes
+
+
+def row_of(
+    shape: Shape, family: Family, config: dict[str, Any], prune: PruneConfig
+) -> Row:
+    """What is known of a shape before it was tried; `kl` is None until then."""
+    return {
+        "name": shape.name,
+        "sizes": shape.sizes,
+        "parameters": shape.parameters,
+        "keep": shape.parameters / family.count(config),
+        "format": prune.format,
+        "bytes": file_bytes(family, config, prune.format, shape.sizes),
+        "ram": ram_bytes(family, config, prune.format, prune.context_length, shape.sizes),
+        "kl": None,
+        "round": 0,
+        "chosen": False,
+    }
 
 
 class Rounds:

@@ -9,6 +9,16 @@ from pydantic import BeforeValidator, Field
 
 from regrow.config import Config
 
+SIZES = {
+    "layers": "num_layers",
+    "hidden": "hidden_size",
+    "mlp": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+}
+"""Field of each dimension."""
+TARGETS = ("keep_params", "max_bytes", "max_ram", "max_prefill_ms", "max_decode_ms")
+"""Fields that leave the shape open."""
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -87,16 +97,14 @@ class PruneConfig(Config):
     @property
     def searches(self) -> bool:
         """Whether the shape is left open."""
-        given = (self.keep_params, self.max_bytes, self.max_ram)
-        return self.timed or any(value is not None for value in given)
+        return any(getattr(self, name) is not None for name in TARGETS)
 
     def sizes(self) -> dict[str, int]:
         """The sizes given, by dimension."""
-        given = {
-            "layers": self.num_layers,
-            "hidden": self.hidden_size,
-            "mlp": self.intermediate_size,
-            "heads": self.num_attention_heads,
-            "kv_heads": self.num_key_value_heads,
-        }
-        return {dim: size for dim, size in given.items() if size is not None}
+        found = {dim: getattr(self, key) for dim, key in SIZES.items()}
+        return {dim: size for dim, size in found.items() if size is not None}
+
+    def with_sizes(self, sizes: dict[str, int]) -> PruneConfig:
+        """This config with explicit sizes by dimension in place of what they were searched for."""
+        named = {SIZES[dim]: size for dim, size in sizes.items()}
+        return self.model_copy(update={**dict.fromkeys(TARGETS), "halving_tokens": 0, **named})

@@ -20,6 +20,8 @@ from regrow.plan import Plan
 from regrow.stages.prune.cut import Replace, check, cut_config, cut_tensor
 from regrow.statistics import Profile
 
+SORTED = ("hidden", "mlp", "heads", "kv_heads")
+
 
 class Sorted:
     """A model whose units were put, in place, into the order of `order`.
@@ -84,16 +86,13 @@ class Sorted:
         assert found is not None
         template, layer = found
         for axis, dim in enumerate(self.family.tensors[template].axes):
-            if self.order is None or not isinstance(dim, str) or dim not in _SORTED:
+            if self.order is None or not isinstance(dim, str) or dim not in SORTED:
                 continue
             places = torch.tensor(self._places(dim, layer, plan.kept(dim, layer)))
             width = unit_rows(dim, plan.before)
             units = places.argsort()[:, None] * width + torch.arange(width)
             value = value.index_select(axis, units.flatten().to(value.device))
         return value
-
-
-_SORTED = ("hidden", "mlp", "heads", "kv_heads")
 
 
 def order_by(
@@ -124,6 +123,27 @@ def order_by(
         }
     return Plan(
         model_type=family.model_type, fingerprint="", before=sizes, after=sizes, **fields
+    )
+
+
+def first_units(family: Family, config: dict[str, Any], sizes: dict[str, int]) -> Plan:
+    """A plan of these sizes that keeps the first units there are: for timing, not for scoring."""
+    before = family.sizes(config)
+    after = {**before, **sizes}
+    layers = range(after["layers"])
+    group, keep = (size["heads"] // size["kv_heads"] for size in (before, after))
+    kv_heads = range(after["kv_heads"])
+    heads = [kv * group + head for kv in kv_heads for head in range(keep)]
+    return Plan(
+        model_type=family.model_type,
+        fingerprint="",
+        before=before,
+        after=after,
+        layers=list(layers),
+        hidden=list(range(after["hidden"])) if after["hidden"] != before["hidden"] else None,
+        mlp={layer: list(range(after["mlp"])) for layer in layers},
+        heads={layer: heads for layer in layers},
+        kv_heads={layer: list(kv_heads) for layer in layers},
     )
 
 
