@@ -14,6 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from regrow.families import Family, unit_rows
 from regrow.plan import Plan
@@ -152,7 +153,7 @@ def assemble(
 ) -> PreTrainedModel:
     """A model of `like`'s class with this config and exactly these tensors, in eval mode."""
     kind: Any = type(like)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         made = kind._from_config(
             type(like.config).from_dict(config),
             dtype=like.dtype,
