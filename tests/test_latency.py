@@ -90,7 +90,10 @@ def test_what_nobody_can_meet_names_the_least(
     monkeypatch.setattr(timing, "timed", by_parameters())
     data = data_of(place / "text.jsonl")
     given = (place / "model", tmp_path / "out")
-    for most, said in ((0.001, "the smallest shape this model can be cut"), (9e9, "nothing to cut")):
+    for most, said in (
+        (0.001, "the smallest shape this model can be cut"),
+        (9e9, "nothing to cut"),
+    ):
         config = PruneConfig(max_decode_ms=most, multiple_of=2)
         with pytest.raises(UserError, match=rf"max_decode_ms .*{said}"):
             search.prune(*given, config, place / "profile", data, OPTIONS)

@@ -121,7 +121,9 @@ def test_a_limit_that_nobody_can_keep_names_the_least() -> None:
     LLAMA.check_sizes(SMOLLM2, least, 32)
     takes = footprint.file_bytes(LLAMA, SMOLLM2, "bf16", least) / 1e6
     target = target_of(LLAMA, SMOLLM2, PruneConfig(max_bytes="1MB"))
-    with pytest.raises(UserError, match=rf"max_bytes 1\.0 MB: the smallest .* takes {takes:.1f} MB"):
+    with pytest.raises(
+        UserError, match=rf"max_bytes 1\.0 MB: the smallest .* takes {takes:.1f} MB"
+    ):
         candidates(LLAMA, SMOLLM2, target, 32)
     reachable = PruneConfig(max_bytes=str(footprint.file_bytes(LLAMA, SMOLLM2, "bf16", least)))
     assert candidates(LLAMA, SMOLLM2, target_of(LLAMA, SMOLLM2, reachable), 32)

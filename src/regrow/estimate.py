@@ -111,7 +111,9 @@ def _search_lines(
     if config.halving_tokens and count:
         few = min(config.halving_shapes, count)
         trained = tokens_for(few, config.halving_tokens)
-        rungs = ", then ".join(f"{n} of {t:,} tokens" for n, t in rungs_for(few, config.halving_tokens))
+        rungs = ", then ".join(
+            f"{n} of {t:,} tokens" for n, t in rungs_for(few, config.halving_tokens)
+        )
         seconds = trained * 8 * total / rate
         lines.append(f"  then distillations: {rungs}; time at best {clock(seconds)}")
     return lines

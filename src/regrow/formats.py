@@ -115,6 +115,4 @@ def layers_with_more(count: int) -> int:
     The first and the last eighth, and every third in between.
     """
     eighth = count // 8
-    return sum(
-        i < eighth or i >= 7 * count // 8 or (i - eighth) % 3 == 2 for i in range(count)
-    )
+    return sum(i < eighth or i >= 7 * count // 8 or (i - eighth) % 3 == 2 for i in range(count))

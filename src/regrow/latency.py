@@ -1,4 +1,4 @@
-"""Latency of small models on this machine: timed, and predicted by a model that timings were fitted to."""
+"""Latency on this machine: of models that are timed, and of shapes by costs fitted to those."""
 
 from __future__ import annotations
 
@@ -75,9 +75,8 @@ class LatencyModel:
         full = {**self.family.sizes(self.config), **sizes}
         layers = full["layers"]
         one, two = (self._count({**full, "layers": n}) for n in (1, 2))
-        attention = (
-            self._count({**full, "layers": 2, "mlp": 0})
-            - self._count({**full, "layers": 1, "mlp": 0})
+        attention = self._count({**full, "layers": 2, "mlp": 0}) - self._count(
+            {**full, "layers": 1, "mlp": 0}
         )
         mlp = two - one - attention
         head = full["vocab"] * full["hidden"]
@@ -90,7 +89,7 @@ class LatencyModel:
 def shapes_to_time(
     family: Family, config: dict[str, Any], multiple_of: int
 ) -> list[dict[str, int]]:
-    """A dozen legal shapes apart from each other in every cost of the model, the whole one first."""
+    """A dozen legal shapes that differ in every cost of the model, the whole one first."""
     full = family.sizes(config)
 
     def at(**shares: float) -> dict[str, int]:

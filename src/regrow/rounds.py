@@ -50,9 +50,7 @@ def passes_for(count: int) -> float:
     return passes
 
 
-def row_of(
-    shape: Shape, family: Family, config: dict[str, Any], prune: PruneConfig
-) -> Row:
+def row_of(shape: Shape, family: Family, config: dict[str, Any], prune: PruneConfig) -> Row:
     """What is known of a shape before it was tried; `kl` is None until then."""
     return {
         "name": shape.name,
@@ -95,8 +93,8 @@ class Rounds:
         """The cost in words."""
         clock = self.seconds / self.trial.dense_seconds
         return (
-            f"cost {self.cost:.1f} dense evaluations of {self.trial.tokens:,} tokens (by the clock, "
-            f"with cutting and repair, {clock:.1f})"
+            f"cost {self.cost:.1f} dense evaluations of {self.trial.tokens:,} tokens (by the "
+            f"clock, with cutting and repair, {clock:.1f})"
         )
 
 

@@ -37,7 +37,9 @@ class Timing:
             sizes = shapes_to_time(self.family, self.parent, self.config.multiple_of)
             with progress("search, timing", len(sizes), "shapes") as counter:
                 for some in sizes:
-                    samples.append((some, self.measure(first_units(self.family, self.parent, some))))
+                    samples.append(
+                        (some, self.measure(first_units(self.family, self.parent, some)))
+                    )
                     counter.advance(1)
             self.fitted = LatencyModel(self.family, self.parent, samples)
             self.fastest = min(samples, key=lambda sample: sample[1].prefill_ms)[1]
@@ -95,9 +97,7 @@ class Timing:
         found = []
         if self.config.max_prefill_ms is not None:
             most, how = self.config.max_prefill_ms, f"for a prompt of {tokens} tokens, as predicted"
-            found.append(
-                Limit("max_prefill_ms", most, lambda s: fitted.predict(s).prefill_ms, how)
-            )
+            found.append(Limit("max_prefill_ms", most, lambda s: fitted.predict(s).prefill_ms, how))
         if self.config.max_decode_ms is not None:
             most, how = self.config.max_decode_ms, f"per token after {tokens} tokens, as predicted"
             found.append(Limit("max_decode_ms", most, lambda s: fitted.predict(s).decode_ms, how))

@@ -96,4 +96,6 @@ class Trial:
 
     def _batches(self, count: int) -> list[dict[str, Tensor]]:
         portions = [self.blocks[some] for some in self._portions(count)]
-        return [{key: torch.cat([one[key] for one in some]) for key in some[0]} for some in portions]
+        return [
+            {key: torch.cat([one[key] for one in some]) for key in some[0]} for some in portions
+        ]

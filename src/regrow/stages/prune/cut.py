@@ -73,8 +73,8 @@ def cut_tensor(
 ) -> tuple[str, Tensor] | None:
     """One tensor's new name and kept part; None when its layer is dropped or it is a tied head.
 
-    `select` takes (tensor, axis, index). A tensor of which everything is kept is returned as it is, not copied. Raises UserError for a
-    name that the family's table lacks.
+    `select` takes (tensor, axis, index). A tensor of which everything is kept is returned as it is,
+    not copied. Raises UserError for a name that the family's table lacks.
     """
     new_name = _new_name(name, plan, family, config)
     if new_name is None:

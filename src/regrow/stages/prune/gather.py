@@ -1,8 +1,9 @@
 """Small models as gathers from one model in memory whose units lie in order of importance.
 
-Sorted, the best n units of a layer are its first n, so that most of a cut is a view: no copy, and no
-`from_pretrained`. The units of a layer may be permuted freely (query heads inside their KV head, KV
-heads with their query heads, hidden channels in all tensors at once): the model computes the same.
+Sorted, the best n units of a layer are its first n, so that most of a cut is a view: no copy, and
+no `from_pretrained`. The units of a layer may be permuted freely (query heads inside their KV head,
+KV heads with their query heads, hidden channels in all tensors at once): the model computes the
+same.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class Sorted:
             new_name, kept = found
             if replace is not None and (value := replace(name, kept)) is not kept:
                 kept = self._in_order(name, value, plan)
-            tensors[new_name] = kept.clone(memory_format=torch.contiguous_format) if copied else kept
+            tensors[new_name] = (
+                kept.clone(memory_format=torch.contiguous_format) if copied else kept
+            )
         return assemble(self.model, cut_config(self.config, plan, self.family), tensors)
 
     def positions(self, plan: Plan) -> Plan:
@@ -122,9 +125,7 @@ def order_by(
             ]
             for layer in layers
         }
-    return Plan(
-        model_type=family.model_type, fingerprint="", before=sizes, after=sizes, **fields
-    )
+    return Plan(model_type=family.model_type, fingerprint="", before=sizes, after=sizes, **fields)
 
 
 def first_units(family: Family, config: dict[str, Any], sizes: dict[str, int]) -> Plan:
@@ -143,7 +144,7 @@ def first_units(family: Family, config: dict[str, Any], sizes: dict[str, int]) -
         layers=list(layers),
         hidden=list(range(after["hidden"])) if after["hidden"] != before["hidden"] else None,
         mlp={layer: list(range(after["mlp"])) for layer in layers},
-        heads={layer: heads for layer in layers},
+        heads=dict.fromkeys(layers, heads),
         kv_heads={layer: list(kv_heads) for layer in layers},
     )
 

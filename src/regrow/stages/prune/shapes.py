@@ -82,7 +82,9 @@ def grid(
         cuts[key_of(sizes)] = sizes
     found = [
         replace(shape, name=", ".join(f"{dim} {size}" for dim, size in shape.sizes.items()))
-        for shape in _meeting(family, config, aim, multiple_of, [("", cut) for cut in cuts.values()])
+        for shape in _meeting(
+            family, config, aim, multiple_of, [("", cut) for cut in cuts.values()]
+        )
         if key_of(shape.sizes) not in known
     ]
     room = max(0, count - len(first))
@@ -179,9 +181,7 @@ def _least(
     return {}
 
 
-def _alike(
-    family: Family, config: dict[str, Any], multiple_of: int
-) -> Iterator[tuple[str, Sizes]]:
+def _alike(family: Family, config: dict[str, Any], multiple_of: int) -> Iterator[tuple[str, Sizes]]:
     """Cuts of all axes alike, deeper and deeper: for limits that no single axis can keep."""
     full = family.sizes(config)
     for scale in SCALES:

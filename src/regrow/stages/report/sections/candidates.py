@@ -8,7 +8,7 @@ from textwrap import shorten
 from typing import Any
 
 from regrow.stages.report import charts
-from regrow.stages.report.blocks import Block, Cell, Chart, Details, Section, Table, text
+from regrow.stages.report.blocks import Block, Cell, Chart, Details, Section, Table
 from regrow.stages.report.numbers import megabytes, millions, plain
 from regrow.stages.report.run_folder import Cut, Run
 
@@ -40,7 +40,7 @@ def _tables(cut: Cut) -> list[Block]:
     ranked = sorted(cut.candidates, key=_rank)
     columns = [column for column in COLUMNS if any(column[1](row) for row in ranked)]
     lengths = sorted({int(n) for row in ranked for n in row.get("distilled", {})})
-    head = [cut.name, "cut", *(name for name, _ in columns)]
+    head = [cut.name, *(name for name, _ in columns)]
     head += [f"KL, {millions(n)} tokens" for n in lengths]
 
     def cells(row: Row) -> list[str]:
@@ -50,8 +50,11 @@ def _tables(cut: Cut) -> list[Block]:
 
     rows = [
         [
-            text(row["name"] + (" (chosen)" if row["chosen"] else "")),
-            text(sizes(row["sizes"], cut.plan.before)),
+            Cell(
+                row["name"] + (" (chosen)" if row["chosen"] else ""),
+                sizes(row["sizes"], cut.plan.before),
+                number=False,
+            ),
             *map(Cell, cells(row)),
         ]
         for row in ranked[:SHOWN]
@@ -59,9 +62,11 @@ def _tables(cut: Cut) -> list[Block]:
     chosen = frozenset(n for n, row in enumerate(ranked[:SHOWN]) if row["chosen"])
     tables: list[Block] = [Table(head, rows, chosen)]
     if rest := ranked[SHOWN:]:
-        lines = [" · ".join([*head[1:], "round"])]
+        lines = [" · ".join(["cut", *head[1:], "round"])]
         lines += [
-            " · ".join([sizes(row["sizes"], cut.plan.before), *cells(row), str(row.get("round", 1))])
+            " · ".join(
+                [sizes(row["sizes"], cut.plan.before), *cells(row), str(row.get("round", 1))]
+            )
             for row in rest
         ]
         tables.append(Details(f"the other {len(rest)} shapes", "\n".join(lines)))
@@ -131,7 +136,12 @@ def _scatter(rows: list[Row], title: str, value: Callable[[Row], float]) -> Char
     last = max(row.get("round", 1) for row in rows)
     kinds = [
         ("earlier rounds", FAINT, 8, [row for row in rows if row.get("round", 1) < last]),
-        ("last round", GREY, 11, [r for r in rows if r.get("round", 1) == last and not r["chosen"]]),
+        (
+            "last round",
+            GREY,
+            11,
+            [r for r in rows if r.get("round", 1) == last and not r["chosen"]],
+        ),
         ("chosen", charts.ACCENT, 14, [row for row in rows if row["chosen"]]),
     ]
     labelled = len(rows) <= LABELLED
