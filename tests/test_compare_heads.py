@@ -114,9 +114,9 @@ def test_the_least_important_head_is_the_one_that_does_nothing(trial: Trial) -> 
 
 
 def test_the_model_is_whole_again_afterwards(trial: Trial) -> None:
-    before = {name: value.clone() for name, value in trial.dense.state_dict().items()}
+    before = {name: value.clone() for name, value in trial.dense.model.state_dict().items()}
     remove_heads(trial, 2)
-    for name, value in trial.dense.state_dict().items():
+    for name, value in trial.dense.model.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 

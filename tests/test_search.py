@@ -101,10 +101,10 @@ def test_many_shapes_go_through_rounds(
     assert [row["chosen"] for row in table] == [True, *[False] * (len(table) - 1)]
     last = [row["kl"] for row in by_round[3]]
     assert last == sorted(last)
-    assert table[0]["kl"] == pytest.approx(kl_at(place, table[0]["sizes"], blocks=32), rel=0.02)
+    assert table[0]["kl"] == pytest.approx(kl_at(place, table[0]["sizes"], blocks=64), rel=0.02)
     told = capsys.readouterr().err
     assert "rank correlation of rounds 2 and 3" in told
-    assert "dense evaluations of 1,024 tokens" in told
+    assert "dense evaluations of 2,048 tokens" in told
 
 
 def test_ranks_and_rounds() -> None:
@@ -113,8 +113,8 @@ def test_ranks_and_rounds() -> None:
     # 1 − 6 Σd² / (n (n² − 1)) with d = 0, 1, 1, 0
     assert search.rank_correlation([1, 2, 3, 4], [1, 3, 2, 9]) == pytest.approx(0.8)
     assert search.rounds_for(8) == [(1.0, 8)]
-    assert search.rounds_for(200) == [(1 / 16, 50), (1 / 4, 10), (1.0, 10)]
-    assert search.passes_for(200) == 200 / 16 + 50 / 4 + 10
+    assert search.rounds_for(200) == [(1 / 32, 40), (1 / 8, 8), (1.0, 8)]
+    assert search.passes_for(200) == 1 + 200 / 32 + 40 / 8 + 8
     assert search.passes_for(1) == 0
 
 

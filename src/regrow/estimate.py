@@ -12,11 +12,13 @@ from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.comparison import line_up
 from regrow.data.config import DataConfig
+from regrow.footprint import fallbacks, file_bytes, ram_bytes
+from regrow.halving import rungs_for, tokens_for
 from regrow.head_removal import check_heads
 from regrow.options import Options
 from regrow.progress import clock
 from regrow.recipe import Recipe
-from regrow.search import SHOWN, blocks_for, check_keep_params
+from regrow.search import SHOWN, blocks_for, check_keep_params, to_try
 from regrow.search import passes_for as passes_of_search
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import check_tokenizers, steps_of
@@ -60,6 +62,8 @@ def of_prune(checkpoint: Checkpoint, config: PruneConfig, sequence_length: int =
     check_one_target(config)
     disk = sum(map(checkpoint.bytes, checkpoint.names())) / before
     shapes = check_keep_params(checkpoint, config)
+    if config.timed:
+        return [_timed_line(config, before), *_search_lines(checkpoint, config, 0, sequence_length)]
     if not shapes:
         sizes = full_sizes(family, family.sizes(checkpoint.config), config.sizes())
         if config.plan is not None:
@@ -70,13 +74,54 @@ def of_prune(checkpoint: Checkpoint, config: PruneConfig, sequence_length: int =
     for shape in shapes[:SHOWN]:
         lines.append(
             f"  {shape.name:<16} {shape.parameters:,} ({shape.parameters / before:.1%})  "
-            f"{shape.parameters * disk / 1e6:,.1f} MB  {shape.sizes or config.plan}"
+            f"{shape.parameters * disk / 1e6:,.1f} MB  {_counted(checkpoint, config, shape)}"
+            f"{shape.sizes or config.plan}"
         )
     if len(shapes) > SHOWN:
         lines.append(f"  … and {len(shapes) - SHOWN} more")
-    tokens = blocks_for(len(shapes)) * sequence_length * passes_of_search(len(shapes))
-    seconds = tokens * 2 * before / matmul_rate()
-    return [*lines, f"  time about {clock(seconds)} to choose, and that of copying the files"]
+    model = (family, checkpoint.config, config.format)
+    lines += [f"  {line}" for line in fallbacks(*model, shapes[0].sizes)]
+    return [*lines, *_search_lines(checkpoint, config, to_try(config, shapes), sequence_length)]
+
+
+def _counted(checkpoint: Checkpoint, config: PruneConfig, shape: Shape) -> str:
+    """Bytes in the format asked for, and in memory, where they were asked about."""
+    model = (families.of(checkpoint), checkpoint.config, config.format)
+    found = ""
+    if config.format != "bf16" or config.max_bytes is not None:
+        found += f"{file_bytes(*model, shape.sizes) / 1e6:,.1f} MB in {config.format}  "
+    if config.max_ram is not None:
+        ram = ram_bytes(*model, config.context_length, shape.sizes)
+        found += f"{ram / 1e6:,.1f} MB of RAM at {config.context_length} tokens  "
+    return found
+
+
+def _timed_line(config: PruneConfig, before: int) -> str:
+    return (
+        f"prune: {before:,} parameters now; to one of about {config.num_candidates} shapes, which "
+        "follow from timing a dozen on this machine"
+    )
+
+
+def _search_lines(
+    checkpoint: Checkpoint, config: PruneConfig, shapes: int, sequence_length: int
+) -> list[str]:
+    """What the choice costs, untrained and in short distillations."""
+    count = config.num_candidates if config.timed else shapes
+    tokens, passes = blocks_for(count) * sequence_length, passes_of_search(count)
+    total, rate = _parameters(checkpoint), matmul_rate()
+    choose = clock(tokens * passes * 2 * total / rate)
+    cost = f" (at most {passes:.1f} dense evaluations of {tokens:,} tokens)" if passes else ""
+    lines = [f"  time about {choose} to choose{cost}, and that of copying the files"]
+    if config.halving_tokens and count:
+        few = min(config.halving_shapes, count)
+        trained = tokens_for(few, config.halving_tokens)
+        rungs = ", then ".join(
+            f"{n} of {t:,} tokens" for n, t in rungs_for(few, config.halving_tokens)
+        )
+        seconds = trained * 8 * total / rate
+        lines.append(f"  then distillations: {rungs}; time at best {clock(seconds)}")
+    return lines
 
 
 def of_compare(
@@ -177,6 +222,9 @@ def _after(checkpoint: Checkpoint, config: PruneConfig, before: int) -> int:
     if config.keep_params is not None:
         return int(before * config.keep_params)
     family = families.of(checkpoint)
+    if config.searches:
+        shapes = check_keep_params(checkpoint, config)
+        return shapes[0].parameters if shapes else before
     sizes = full_sizes(family, family.sizes(checkpoint.config), config.sizes())
     return min(before, family.count(checkpoint.config, sizes))
 

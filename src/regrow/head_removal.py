@@ -105,7 +105,7 @@ def _without(trial: Trial, heads: Heads) -> Iterator[None]:
     saved = []
     for layer, head in heads:
         for template in family.readers("heads"):
-            weight = trial.dense.get_parameter(template.format(layer=layer))
+            weight = trial.dense.model.get_parameter(template.format(layer=layer))
             columns = weight.detach()[:, head * width : (head + 1) * width]
             saved.append((columns, columns.clone()))
             columns.zero_()
@@ -119,11 +119,11 @@ def _without(trial: Trial, heads: Heads) -> Iterator[None]:
 @torch.no_grad()
 def _losses(trial: Trial) -> dict[str, float]:
     """KL to the whole model and next-token loss of the model as it is now, per scored token."""
-    head = head_of(trial.dense)
+    head = head_of(trial.dense.model)
     sums, tokens = dict.fromkeys(BOTH.weights, 0.0), 0
-    for batch, reference_NH in zip(trial.batches, trial.reference, strict=True):
+    for batch, reference_NH in trial.text():
         mask = scored(batch)
-        hidden_NH = final_hidden(trial.dense, batch)[mask]
+        hidden_NH = final_hidden(trial.dense.model, batch)[mask]
         targets_N = batch["labels"][:, 1:][mask].to(hidden_NH.device)
         _, parts = head_loss(hidden_NH, head, targets_N, BOTH, reference_NH, head)
         sums = {name: sums[name] + float(parts[name]) for name in sums}

@@ -1,37 +1,64 @@
 """Choice of shape: cut every candidate in memory, score it untrained, keep the best.
 
 A handful of shapes, or hundreds in rounds on more and more text, scored by KL to the dense model on
-calibration text that was not profiled. It stands above the stages: it joins cutting and measuring.
+calibration text that was not profiled; then, if asked for, successive halving with short
+distillations. It stands above the stages: it joins cutting, measuring and training.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import shutil
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.data import DataConfig
 from regrow.data.digest import data_digest
 from regrow.errors import UserError
-from regrow.manifest import Stage, digest, read
+from regrow.families import Family
+from regrow.footprint import fallbacks
+from regrow.manifest import Stage, digest, read, write_json
 from regrow.options import Options
-from regrow.progress import progress, say
+from regrow.progress import say
+from regrow.rounds import (
+    HANDFUL,
+    Rounds,
+    Row,
+    blocks_for,
+    passes_for,
+    rank_correlation,
+    rounds_for,
+    row_of,
+)
 from regrow.stages.prune import PruneConfig
-from regrow.stages.prune.choose import choose
+from regrow.stages.prune.choose import choose, full_sizes
+from regrow.stages.prune.config import TARGETS
+from regrow.stages.prune.gather import SORTED, order_by
 from regrow.stages.prune.shapes import Shape, candidates, grid
 from regrow.stages.prune.stage import check_target, repair_method
 from regrow.stages.prune.stage import prune as prune_to
+from regrow.stages.prune.targets import Target, target_of
 from regrow.statistics import Profile
-from regrow.trial import TRIAL_BLOCKS, Trial
+from regrow.timing import Timing
+from regrow.trial import Trial
 
-RIDGE = (1e-1,)  # one ridge strength is enough to rank shapes
-HANDFUL = 8  # shapes that are tried in one round
+__all__ = [
+    "Trial",
+    "blocks_for",
+    "check_keep_params",
+    "choose_shape",
+    "passes_for",
+    "prune",
+    "rank_correlation",
+    "rounds_for",
+    "to_try",
+    "with_sizes",
+]
+
 SHOWN = 10
+ROUNDS = "rounds.json"
 
 
 def prune(
@@ -42,51 +69,70 @@ def prune(
     data: DataConfig | None = None,
     options: Options | None = None,
 ) -> Path:
-    """Prune to a share of the parameters (the shape is searched for), to sizes, or by a plan.
+    """Prune to a target (the shape is searched for), to sizes, or by a plan.
 
-    Raises UserError for an impossible target and for keep_params without `data` to choose on.
+    Targets are keep_params and the limits max_bytes, max_ram, max_prefill_ms and max_decode_ms;
+    together they all hold. Raises UserError for an impossible target and for one without `data` to
+    choose on.
     """
+    out = Path(out)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
-    if config.keep_params is None:
+    if not config.searches:
         return prune_to(checkpoint, out, config, profile, options=options)
     if profile is None:
-        raise UserError("keep_params needs a profile: make one with regrow profile, give --profile")
+        raise UserError(
+            f"{_named(config)} needs a profile: make one with regrow profile, give --profile"
+        )
     found = profile if isinstance(profile, Profile) else Profile(profile)
     shapes = check_keep_params(checkpoint, config)
     if config.repair:
         repair_method(config, found)
     asked = digest(config.model_dump(mode="json"), None if data is None else data_digest(data))
-    table = _earlier_choice(Path(out), asked, checkpoint, found, config)
+    scratch = out.parent / f".{out.name}.search"
+    table = _earlier_choice(out, asked, checkpoint, found, config)
     if table is None:
-        if len(shapes) > 1 and data is None:
-            raise UserError("keep_params needs data to choose a shape on: give --data, or sizes")
-        table = choose_shape(checkpoint, shapes, found, config, data, options or Options())
+        if to_try(config, shapes) and data is None:
+            raise UserError(
+                f"{_named(config)} needs data to choose a shape on: give --data, or sizes"
+            )
+        given = (checkpoint, shapes, found, config, data, options or Options(), scratch)
+        table = choose_shape(*given)
     chosen = next(row for row in table if row["chosen"])
-    sizes = with_sizes(config, chosen["sizes"])
-    extra: dict[str, object] = {"candidates": table}
-    return prune_to(checkpoint, out, sizes, found, extra, asked, options)
+    sizes = config.with_sizes(chosen["sizes"])
+    prune_to(checkpoint, out, sizes, found, {"candidates": table}, asked, options)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return out
 
 
 def check_keep_params(checkpoint: Checkpoint, config: PruneConfig) -> list[Shape]:
-    """The candidate shapes for `config.keep_params`; raises UserError when none meets it."""
-    if config.keep_params is None:
+    """The candidate shapes for the target of `config`; raises UserError when none meets it.
+
+    None yet for a latency, which has to be measured first.
+    """
+    if not config.searches:
         check_target(checkpoint, config)
         return []
     if config.sizes() or config.plan:
-        raise UserError("give keep_params, or sizes, or a plan: one of them")
+        raise UserError(f"give {_named(config)}, or sizes, or a plan: one of them")
     family = families.of(checkpoint)
-    target = (family, checkpoint.config, config.keep_params, config.multiple_of)
-    if config.num_candidates <= HANDFUL:
-        return candidates(*target)[: config.num_candidates]
-    return grid(*target, config.num_candidates)
+    target = target_of(family, checkpoint.config, config)
+    if config.timed:
+        if target.keep_params is not None or (target.limits and not target.within({})):
+            _shapes(checkpoint, config, target)
+        return []
+    return _shapes(checkpoint, config, target)
+
+
+def to_try(config: PruneConfig, shapes: list[Shape]) -> int:
+    """How many shapes are tried; 0 when there is no choice."""
+    if config.timed:
+        return config.num_candidates
+    return len(shapes) if len(shapes) > 1 else 0
 
 
 def with_sizes(config: PruneConfig, sizes: dict[str, int]) -> PruneConfig:
-    """`config` with explicit sizes by dimension in place of keep_params."""
-    keys = {"layers": "num_layers", "hidden": "hidden_size", "mlp": "intermediate_size"}
-    keys |= {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
-    named = {keys[dim]: size for dim, size in sizes.items()}
-    return config.model_copy(update={"keep_params": None, **named})
+    """`config` with explicit sizes by dimension in place of what they were searched for."""
+    return config.with_sizes(sizes)
 
 
 def choose_shape(
@@ -96,105 +142,124 @@ def choose_shape(
     config: PruneConfig,
     data: DataConfig | None,
     options: Options,
-) -> list[dict[str, Any]]:
+    scratch: Path,
+) -> list[Row]:
     """Score the shapes, print and return the table, the best first.
 
-    Rows: name, sizes, parameters, keep, kl (of the last round the shape was in), round, chosen.
+    Rows: name, sizes, parameters, keep, bytes and ram in `format`, kl (of the last round the shape
+    was in), round, chosen; of finalists prefill_ms and decode_ms; `distilled`, KL by tokens.
     """
-    total = families.of(checkpoint).count(checkpoint.config)
-    rows: list[dict[str, Any]] = [
-        {
-            "name": shape.name,
-            "sizes": shape.sizes,
-            "parameters": shape.parameters,
-            "keep": shape.parameters / total,
-            "kl": 0.0,
-            "round": 0,
-            "chosen": False,
-        }
-        for shape in shapes
-    ]
-    if data is not None and len(rows) > 1:
-        rows = _tried(checkpoint, rows, profile, config, data, options)
+    family = families.of(checkpoint)
+    if data is None or not to_try(config, shapes):
+        rows = [{**row_of(s, family, checkpoint.config, config), "kl": 0.0} for s in shapes]
+    else:
+        given = (checkpoint, shapes, profile, config, data, options)
+        rows = _halved(*given, scratch) if config.halving_tokens else _tried(*given)
     rows[0]["chosen"] = True
     say(f"search: chose {rows[0]['name']}")
+    for line in fallbacks(family, checkpoint.config, config.format, rows[0]["sizes"]):
+        say(f"search: {line}")
     return rows
 
 
 def _tried(
     checkpoint: Checkpoint,
-    rows: list[dict[str, Any]],
+    shapes: list[Shape],
     profile: Profile,
     config: PruneConfig,
     data: DataConfig,
     options: Options,
-) -> list[dict[str, Any]]:
-    """The rows with their scores, the best of the last round first, then those of earlier ones."""
-    family = families.of(checkpoint)
-    rounds = rounds_for(len(rows))
-    trial = Trial(checkpoint, profile, data, options, blocks_for(len(rows)))
-    left, out = rows, list[dict[str, Any]]()
-    cost = 0.0
-    for number, (share, survivors) in enumerate(rounds, start=1):
-        last = number == len(rounds)
-        before = [row["kl"] for row in left]
-        with progress(f"search, round {number} of {len(rounds)}", len(left), "shapes") as counter:
-            for row in left:
-                plan = choose(
-                    checkpoint,
-                    family,
-                    profile,
-                    row["sizes"],
-                    config.criterion,
-                    config.layer_criterion,
-                )
-                ridges = RIDGE if config.repair and last else None
-                row |= {"kl": trial.kl(plan, ridges, share), "round": number}
-                cost += share * row["keep"]
-                counter.advance(1, f"KL {row['kl']:.3f}")
-        if number > 1:
-            agreement = rank_correlation(before, [row["kl"] for row in left])
-            say(f"search: rank correlation of rounds {number - 1} and {number}: {agreement:.2f}")
-        left = sorted(left, key=_cost)
-        out = left[survivors:] + out
-        left = left[:survivors]
+) -> list[Row]:
+    """Rows with their scores, the best of the last round first, then those of earlier ones."""
+    family, parent = families.of(checkpoint), checkpoint.config
+    dims = _cut_by(shapes, family, parent) if shapes else _scored(profile, config.criterion)
+    order = order_by(family, parent, profile, config.criterion, dims)
+    blocks = blocks_for(to_try(config, shapes))
+    trial = Trial(checkpoint, profile, data, options, blocks, order)
+    timing, rounds = Timing(trial, config), Rounds(trial, config)
+
+    def made(shape: Shape) -> Row:
+        by = (config.criterion, config.layer_criterion)
+        plan = choose(checkpoint, family, profile, shape.sizes, *by)
+        return {**row_of(shape, family, parent, config), "plan": plan}
+
+    if config.timed:
+        shapes = _shapes(checkpoint, config, timing.target())
+    left, out = [made(shape) for shape in shapes], list[Row]()
+    steps = rounds_for(len(left))
+    for number, (share, survivors) in enumerate(steps, start=1):
+        if number == len(steps):
+            left, slow = timing.time(left, made)
+            out = slow + out
+        left = rounds.score(left, number, len(steps), share)
+        left, out = left[:survivors], left[survivors:] + out
     for row in left[:SHOWN]:
-        say(f"search: {row['keep']:6.1%} kept  KL {row['kl']:.3f} nats  {row['name']}")
-    say(f"search: cost {cost:.1f} dense evaluations of {trial.tokens:,} tokens")
-    return left + out
+        say(f"search: {_told(row)}")
+    say(f"search: {rounds.told()}")
+    return [{key: value for key, value in row.items() if key != "plan"} for row in left + out]
 
 
-def rounds_for(count: int) -> list[tuple[float, int]]:
-    """(share of the text, survivors) of each round; a handful is scored on all of it at once."""
-    if count <= HANDFUL:
-        return [(1.0, count)]
-    few = max(HANDFUL, count // 20)
-    return [(1 / 16, max(few, count // 4)), (1 / 4, few), (1.0, few)]
+def _halved(
+    checkpoint: Checkpoint,
+    shapes: list[Shape],
+    profile: Profile,
+    config: PruneConfig,
+    data: DataConfig,
+    options: Options,
+    scratch: Path,
+) -> list[Row]:
+    """`_tried`, and then short distillations of the best few; goes on where it was stopped."""
+    from regrow.halving import Distillations, halve
+
+    asked = digest(
+        config.model_dump(mode="json"),
+        data_digest(data),
+        checkpoint.fingerprint,
+        digest(profile.info),
+    )
+    path = scratch / ROUNDS
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if found.get("asked") != asked:
+        shutil.rmtree(scratch, ignore_errors=True)
+        found = {"rows": _tried(checkpoint, shapes, profile, config, data, options)}
+        scratch.mkdir(parents=True)
+        write_json(path, {"asked": asked, **found})
+    rows: list[Row] = found["rows"]
+    last = [row for row in rows if row["round"] == rows[0]["round"]][: config.halving_shapes]
+    score = Distillations(checkpoint, profile, config, data, options, scratch)
+    return halve(last, config.halving_tokens, score, score.drop) + rows[len(last) :]
 
 
-def blocks_for(count: int) -> int:
-    """Blocks of text to score `count` shapes on."""
-    return TRIAL_BLOCKS if count <= HANDFUL else 4 * TRIAL_BLOCKS
+def _shapes(checkpoint: Checkpoint, config: PruneConfig, target: Target) -> list[Shape]:
+    given = (families.of(checkpoint), checkpoint.config, target, config.multiple_of)
+    if config.num_candidates <= HANDFUL:
+        return candidates(*given)[: config.num_candidates]
+    return grid(*given, config.num_candidates)
 
 
-def passes_for(count: int) -> float:
-    """How often the text is read in all, in evaluations of one shape on all of it."""
-    entered, passes = count, 0.0
-    for share, survivors in rounds_for(count):
-        entered, passes = survivors, passes + share * entered
-    return passes if count > 1 else 0.0
+def _cut_by(shapes: list[Shape], family: Family, config: dict[str, Any]) -> set[str]:
+    """The dimensions that any of the shapes cuts."""
+    full = family.sizes(config)
+    after = [full_sizes(family, full, shape.sizes) for shape in shapes]
+    return {dim for dim in full if any(sizes[dim] != full[dim] for sizes in after)}
 
 
-def rank_correlation(one: list[float], other: list[float]) -> float:
-    """Spearman's: the correlation of the ranks. 1 for fewer than two."""
-    if len(one) < 2:
-        return 1.0
-    ranks = torch.tensor([one, other]).double().argsort(dim=1).argsort(dim=1)
-    return float(torch.corrcoef(ranks.double())[0, 1])
+def _scored(profile: Profile, criterion: str) -> set[str]:
+    """The dimensions that a profile has scores of by a criterion."""
+    return {dim for dim in SORTED if criterion in profile.criteria([dim])}
 
 
-def _cost(row: dict[str, Any]) -> float:
-    return float(row["kl"]) if math.isfinite(row["kl"]) else math.inf
+def _named(config: PruneConfig) -> str:
+    """The targets that are given, by name."""
+    return ", ".join(name for name in TARGETS if getattr(config, name) is not None)
+
+
+def _told(row: Row) -> str:
+    times = ""
+    if "prefill_ms" in row:
+        times = f"prefill {row['prefill_ms']:.0f} ms  decode {row['decode_ms']:.1f} ms  "
+    size = f"{row['keep']:6.1%} kept  {row['bytes'] / 1e6:,.1f} MB {row['format']}"
+    return f"{size}  {times}KL {row['kl']:.3f} nats  {row['name']}"
 
 
 def _earlier_choice(
@@ -210,5 +275,5 @@ def _earlier_choice(
         return None
     table: list[dict[str, Any]] = json.loads(path.read_text())
     chosen = next(row for row in table if row["chosen"])
-    stage = Stage(out, "prune", with_sizes(config, chosen["sizes"]), inputs)
+    stage = Stage(out, "prune", config.with_sizes(chosen["sizes"]), inputs)
     return table if stage.complete else None

@@ -133,7 +133,7 @@ def _check_cuts(prunes: list[Step], checkpoint: Checkpoint) -> int:
     Returns how many shapes will be tried for the first, 0 when there is no choice.
     """
     from regrow import families
-    from regrow.search import check_keep_params
+    from regrow.search import check_keep_params, to_try
     from regrow.stages.prune.stage import make_plan
 
     family = families.of(checkpoint)
@@ -147,14 +147,14 @@ def _check_cuts(prunes: list[Step], checkpoint: Checkpoint) -> int:
                 make_plan(checkpoint, config, None)
             elif number == 0:
                 shapes = check_keep_params(checkpoint, config)
-                tried = len(shapes) if len(shapes) > 1 else 0
+                tried = to_try(config, shapes)
             now = _cut(now, family, config)
     return tried
 
 
 def check_one_target(config: PruneConfig) -> None:
-    """Raise UserError unless exactly one of keep_params, sizes and plan is given."""
-    given = (config.keep_params is not None, bool(config.sizes()), config.plan is not None)
+    """Raise UserError unless exactly one of a target to search for, sizes and plan is given."""
+    given = (config.searches, bool(config.sizes()), config.plan is not None)
     if sum(given) != 1:
         what = "nothing to prune to" if not any(given) else "more than one target"
         raise UserError(f"{what}: give keep_params, or sizes such as num_layers, or a plan")

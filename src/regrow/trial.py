@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from regrow import families
 from regrow.checkpoint import Checkpoint
@@ -12,7 +15,7 @@ from regrow.data import DataConfig, build_blocks
 from regrow.errors import UserError
 from regrow.options import Options
 from regrow.plan import Plan
-from regrow.stages.prune.cut import cut_model
+from regrow.stages.prune.gather import Sorted
 from regrow.stages.prune.repair import Job, gram
 from regrow.stages.prune.repair._ridge import RIDGES
 from regrow.statistics import Profile
@@ -25,6 +28,7 @@ TRIAL_BLOCKS = 8
 class Trial:
     """A dense model, calibration blocks beyond the profiled ones, and its hidden states there.
 
+    With `order` (see `order_by`) the model's units are sorted, so that cutting it costs little.
     Raises UserError when there are too few blocks.
     """
 
@@ -36,8 +40,10 @@ class Trial:
         data: DataConfig,
         options: Options,
         num_blocks: int = TRIAL_BLOCKS,
+        order: Plan | None = None,
     ) -> None:
         self.checkpoint, self.profile, self.options = checkpoint, profile, options
+        self.batch_size = options.batch_size
         used = int(profile.info["samples"])
         wanted = used + num_blocks
         blocks = build_blocks(data, checkpoint.tokenizer(), "calibration", wanted)
@@ -46,10 +52,20 @@ class Trial:
                 f"too little calibration text to choose on: {len(blocks)} blocks, of which the "
                 f"profile takes {used} and the choice {num_blocks}; lower samples or add text"
             )
-        self.batches = list(blocks.select(range(used, wanted)).batches(options.batch_size))
+        self.blocks = list(blocks.select(range(used, wanted)).batches(1))
         self.tokens = num_blocks * data.sequence_length
-        self.dense = checkpoint.model(torch.bfloat16, options.torch_device())
-        self.reference = [final_hidden(self.dense, b)[scored(b)] for b in self.batches]
+        dense = checkpoint.model(torch.bfloat16, options.torch_device())
+        self.dense = Sorted(dense, families.of(checkpoint), order)
+        start = time.perf_counter()
+        self.reference: list[Tensor] = []
+        for batch in self._batches(len(self.blocks)):
+            states, mask = final_hidden(dense, batch), scored(batch)
+            self.reference += [one[here] for one, here in zip(states, mask, strict=True)]
+        self.dense_seconds = time.perf_counter() - start
+
+    def share(self, wanted: float) -> float:
+        """The share of the text that is read for a `wanted` one: whole blocks, one at least."""
+        return self._count(wanted) / len(self.blocks)
 
     @torch.no_grad()
     def kl(
@@ -57,12 +73,37 @@ class Trial:
     ) -> float:
         """KL(dense ‖ cut) in nats per scored token; repaired with the best of `ridges`, if any.
 
-        On the first `share` of the batches, one at least.
+        On the first `share` of the blocks, one at least.
         """
-        family = families.of(self.checkpoint)
+        family = self.dense.family
         job = Job(self.checkpoint, family, self.profile, plan, Path(), self.options, 0)
         repair = gram.repair(job, ridges) if ridges else None
-        student = cut_model(self.dense, plan, replace=repair)
-        some = slice(max(1, round(share * len(self.batches))))
-        head = head_of(self.dense)
-        return mean_loss(student, self.batches[some], self.reference[some], head, "forward_kl")
+        student = self.dense.cut(plan, repair)
+        batches, reference = zip(*self.text(share), strict=True)
+        head = head_of(self.dense.model)
+        return mean_loss(student, batches, reference, head, "forward_kl")
+
+    def text(self, share: float = 1.0) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """The first `share` of the batches, each with the dense model's states where it scores."""
+        count = self._count(share)
+        reference = [torch.cat(self.reference[some]) for some in self._portions(count)]
+        return list(zip(self._batches(count), reference, strict=True))
+
+    def model(self, plan: Plan) -> PreTrainedModel:
+        """The cut model with weights of its own, as it would be loaded: for timing it."""
+        model: PreTrainedModel = self.dense.cut(plan, copied=True)
+        return model
+
+    def _count(self, share: float) -> int:
+        return max(1, round(share * len(self.blocks)))
+
+    def _portions(self, count: int) -> list[slice]:
+        """The first `count` blocks by batches."""
+        size = self.batch_size
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def _batches(self, count: int) -> list[dict[str, Tensor]]:
+        portions = [self.blocks[some] for some in self._portions(count)]
+        return [
+            {key: torch.cat([one[key] for one in some]) for key in some[0]} for some in portions
+        ]

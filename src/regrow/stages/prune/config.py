@@ -2,18 +2,72 @@
 
 from __future__ import annotations
 
-from pydantic import Field, ValidationInfo, field_validator
+import re
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from regrow.config import Config
 
+SIZES = {
+    "layers": "num_layers",
+    "hidden": "hidden_size",
+    "mlp": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+}
+"""Field of each dimension."""
+TARGETS = ("keep_params", "max_bytes", "max_ram", "max_prefill_ms", "max_decode_ms")
+"""Fields that leave the shape open."""
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def bytes_of(text: str) -> int:
+    """Bytes of `90MB`, `1.5GiB` or `90000000`; raises ValueError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([kmg]i?)?b?\s*", str(text).lower())
+    if found is None or float(found[1]) <= 0:
+        raise ValueError("give a size such as 90MB, 1.5GiB or 90000000")
+    return int(float(found[1]) * UNITS[found[2] or ""])
+
+
+def _size(value: object) -> object:
+    """A size as text, checked; YAML gives plain numbers as such."""
+    if value is None:
+        return None
+    bytes_of(str(value))
+    return str(value)
+
+
+Size = Annotated[str, BeforeValidator(_size)]
+
 
 class PruneConfig(Config):
-    """A target: a share of the parameters, or the shape itself, or a plan from a file."""
+    """A target that a shape is searched for (together they must all be met), or the shape itself,
+    or a plan from a file."""
 
     keep_params: float | None = Field(default=None, gt=0, lt=1)
     """Share of the parameters to keep (tied weights once); the shape is chosen among candidates."""
+    max_bytes: Size | None = None
+    """Most bytes of the model's tensors in `format`, as 90MB or 1.5GiB."""
+    max_ram: Size | None = None
+    """Most bytes of weights in `format`, KV cache and activations at `context_length` tokens."""
+    max_prefill_ms: float | None = Field(default=None, gt=0)
+    """Most milliseconds to read a prompt of `prompt_tokens`, timed on this machine."""
+    max_decode_ms: float | None = Field(default=None, gt=0)
+    """Most milliseconds per generated token after that prompt, timed on this machine."""
+    format: str = "bf16"
+    """Format that bytes are counted in: bf16, int8, int4-g128, q8_0, q4_0, q4_k_m, …."""
+    context_length: int = Field(default=2048, ge=1)
+    """Tokens in the KV cache for max_ram."""
+    prompt_tokens: int = Field(default=512, ge=1)
+    """Tokens of the prompt for latencies."""
     num_candidates: int = Field(default=8, ge=1)
-    """Shapes to try for keep_params; up to 8 are a hand-made list, more a grid of all axes."""
+    """Shapes to try for a target; up to 8 are a hand-made list, more a grid of all axes."""
+    halving_tokens: int = Field(default=0, ge=0)
+    """Distil the best few shapes on so many tokens, the better half on twice as many, and so on; 0
+    chooses untrained."""
+    halving_shapes: int = Field(default=4, ge=2)
+    """Shapes that the distillations begin with."""
     num_layers: int | None = None
     """Layers to keep."""
     hidden_size: int | None = None
@@ -50,13 +104,22 @@ class PruneConfig(Config):
             raise ValueError("it is for a plan from a file: give plan, or leave it out")
         return allow_sibling
 
+    @property
+    def timed(self) -> bool:
+        """Whether a latency is asked for."""
+        return self.max_prefill_ms is not None or self.max_decode_ms is not None
+
+    @property
+    def searches(self) -> bool:
+        """Whether the shape is left open."""
+        return any(getattr(self, name) is not None for name in TARGETS)
+
     def sizes(self) -> dict[str, int]:
         """The sizes given, by dimension."""
-        given = {
-            "layers": self.num_layers,
-            "hidden": self.hidden_size,
-            "mlp": self.intermediate_size,
-            "heads": self.num_attention_heads,
-            "kv_heads": self.num_key_value_heads,
-        }
-        return {dim: size for dim, size in given.items() if size is not None}
+        found = {dim: getattr(self, key) for dim, key in SIZES.items()}
+        return {dim: size for dim, size in found.items() if size is not None}
+
+    def with_sizes(self, sizes: dict[str, int]) -> PruneConfig:
+        """This config with explicit sizes by dimension in place of what they were searched for."""
+        named = {SIZES[dim]: size for dim, size in sizes.items()}
+        return self.model_copy(update={**dict.fromkeys(TARGETS), "halving_tokens": 0, **named})

@@ -64,12 +64,17 @@ def cut(
 
 
 def cut_tensor(
-    name: str, tensor: Tensor, plan: Plan, family: Family, config: dict[str, Any]
+    name: str,
+    tensor: Tensor,
+    plan: Plan,
+    family: Family,
+    config: dict[str, Any],
+    select: Callable[[Tensor, int, Tensor], Tensor] = torch.index_select,
 ) -> tuple[str, Tensor] | None:
     """One tensor's new name and kept part; None when its layer is dropped or it is a tied head.
 
-    A tensor of which everything is kept is returned as it is, not copied. Raises UserError for a
-    name that the family's table lacks.
+    `select` takes (tensor, axis, index). A tensor of which everything is kept is returned as it is,
+    not copied. Raises UserError for a name that the family's table lacks.
     """
     renamed = new_name(name, plan, family, config)
     if renamed is None:
@@ -78,7 +83,7 @@ def cut_tensor(
     for axis, dims in enumerate(family.tensors[template].axes):
         index = _index((dims,) if isinstance(dims, str) else dims, layer, plan)
         if index is not None:
-            tensor = tensor.index_select(axis, index.to(tensor.device))
+            tensor = select(tensor, axis, index.to(tensor.device))
     return renamed, _rescaled(template, tensor, plan, family, config)
 
 

@@ -1,8 +1,9 @@
-"""Candidate shapes of a given size: where the parameters could be taken from."""
+"""Candidate shapes that meet a target: where it could be taken from."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from random import Random
@@ -10,8 +11,10 @@ from typing import Any
 
 from regrow.errors import UserError
 from regrow.families import Family
+from regrow.stages.prune.targets import TOLERANCE, Sizes, Target, refuse, smallest
 
-TOLERANCE = 0.01  # a candidate keeps the asked share of parameters within this
+GRID_HIDDEN = (1.0, 0.95, 0.9, 0.85, 0.8)
+SCALES = tuple(n / 20 for n in range(19, 0, -1))
 
 
 @dataclass(frozen=True)
@@ -19,103 +22,139 @@ class Shape:
     """A named set of sizes (only those that change) and the parameters it leaves."""
 
     name: str
-    sizes: dict[str, int]
+    sizes: Sizes
     parameters: int
 
 
 def candidates(
-    family: Family, config: dict[str, Any], keep_params: float, multiple_of: int
+    family: Family, config: dict[str, Any], target: float | Target, multiple_of: int
 ) -> list[Shape]:
-    """Shapes that keep `keep_params` ± 0.01 of the parameters: MLP, depth, hidden, and mixes.
+    """Shapes that meet `target` (a number: keep_params): MLP, depth, hidden, and mixes.
 
     Each fixes one cut (as many layers as the target allows, as much of hidden, a few layers, one
-    KV head) and meets the target with the MLP. Raises UserError when no shape meets the target.
+    KV head) and meets the target with the MLP: keep_params within ± 0.01, limits with the widest
+    MLP that keeps them. Raises UserError when no shape meets the target.
     """
-    full = family.sizes(config)
-    target = keep_params * family.count(config)
-    fixed: list[tuple[str, dict[str, int], str]] = [
-        ("mlp", {}, "mlp"),
-        ("depth-heavy", _least(family, config, target, multiple_of, "layers"), "mlp"),
-        ("hidden-heavy", _least(family, config, target, multiple_of, "hidden"), "mlp"),
-        ("mlp + kv_heads", {"kv_heads": full["kv_heads"] - 1}, "mlp"),
+    aim = target if isinstance(target, Target) else Target(keep_params=target)
+    full, model = family.sizes(config), (family, config, multiple_of)
+    fixed: list[tuple[str, Sizes]] = [
+        ("mlp", {}),
+        ("depth-heavy", _least(family, config, aim, multiple_of, "layers")),
+        ("hidden-heavy", _least(family, config, aim, multiple_of, "hidden")),
+        ("mlp + kv_heads", {"kv_heads": full["kv_heads"] - 1}),
     ]
     for share in (30, 15, 10):
         cut = max(1, round(full["layers"] / share))
-        fixed.append((f"mlp + {cut} layers", {"layers": full["layers"] - cut}, "mlp"))
-    found: dict[tuple[tuple[str, int], ...], Shape] = {}
-    for name, sizes, free in fixed:
-        shape = _meet(family, config, target, multiple_of, name, sizes, free)
-        if shape is not None and abs(shape.parameters / target - 1) * keep_params <= TOLERANCE:
-            found.setdefault(tuple(sorted(shape.sizes.items())), shape)
+        fixed.append((f"mlp + {cut} layers", {"layers": full["layers"] - cut}))
+    found = _meeting(family, config, aim, multiple_of, fixed)
+    if not found and aim.keep_params is None and not aim.within({}):
+        alike = (_meet(family, config, aim, multiple_of, *cut) for cut in _alike(*model))
+        found = [shape for shape in alike if shape is not None][:1]
     if not found:
-        raise UserError(
-            f"keep_params {keep_params}: no shape with widths that are multiples of {multiple_of} "
-            f"keeps that share within {TOLERANCE}; change it or lower multiple_of"
-        )
-    return list(found.values())
+        raise refuse(family, config, aim, multiple_of)
+    return found
 
 
 def grid(
-    family: Family, config: dict[str, Any], keep_params: float, multiple_of: int, count: int
+    family: Family, config: dict[str, Any], target: float | Target, multiple_of: int, count: int
 ) -> list[Shape]:
     """Up to `count` shapes: the `candidates`, and of all combinations of cuts an even sample.
 
     Layers go down to 60 %, KV heads and query heads per KV head to a half, hidden to 80 %; the MLP
     meets the target. Raises UserError when no shape does.
     """
+    aim = target if isinstance(target, Target) else Target(keep_params=target)
     full = family.sizes(config)
-    target = keep_params * family.count(config)
-    first = candidates(family, config, keep_params, multiple_of)
-    known = {tuple(sorted(shape.sizes.items())) for shape in first}
+    first = candidates(family, config, aim, multiple_of)
+    known = {key_of(shape.sizes) for shape in first}
     group = full["heads"] // full["kv_heads"]
-    found = []
+    cuts: dict[tuple[tuple[str, int], ...], Sizes] = {}
     for layers, kv_heads, heads, hidden in product(
         range(full["layers"], math.ceil(0.6 * full["layers"]) - 1, -1),
         range(full["kv_heads"], math.ceil(full["kv_heads"] / 2) - 1, -1),
         range(group, math.ceil(group / 2) - 1, -1),
-        (1.0, 0.95, 0.9, 0.85, 0.8),
+        GRID_HIDDEN,
     ):
         sizes = {"layers": layers, "kv_heads": kv_heads, "heads": heads * kv_heads}
         step = family.step("hidden", config, multiple_of, **sizes)
         sizes["hidden"] = max(step, round(hidden * full["hidden"] / step) * step)
         sizes = {dim: size for dim, size in sizes.items() if size != full[dim]}
-        shape = _meet(family, config, target, multiple_of, "", sizes, "mlp")
-        if shape is None or abs(shape.parameters / target - 1) * keep_params > TOLERANCE:
-            continue
-        key = tuple(sorted(shape.sizes.items()))
-        if key not in known:
-            known.add(key)
-            name = ", ".join(f"{dim} {size}" for dim, size in shape.sizes.items())
-            found.append(replace(shape, name=name))
+        cuts[key_of(sizes)] = sizes
+    found = [
+        replace(shape, name=", ".join(f"{dim} {size}" for dim, size in shape.sizes.items()))
+        for shape in _meeting(
+            family, config, aim, multiple_of, [("", cut) for cut in cuts.values()]
+        )
+        if key_of(shape.sizes) not in known
+    ]
     room = max(0, count - len(first))
     return first + (found if len(found) <= room else Random(0).sample(found, room))
+
+
+def refit(
+    family: Family, config: dict[str, Any], target: Target, multiple_of: int, shape: Shape
+) -> Shape | None:
+    """`shape` with its MLP set anew for `target`; None when that cannot be met by the MLP alone."""
+    fixed = {dim: size for dim, size in shape.sizes.items() if dim != "mlp"}
+    return _meet(family, config, target, multiple_of, shape.name, fixed)
+
+
+def key_of(sizes: Sizes) -> tuple[tuple[str, int], ...]:
+    """Sizes as a key: two shapes of the same sizes are one."""
+    return tuple(sorted(sizes.items()))
+
+
+def _meeting(
+    family: Family,
+    config: dict[str, Any],
+    target: Target,
+    multiple_of: int,
+    fixed: list[tuple[str, Sizes]],
+) -> list[Shape]:
+    """The shapes, each once, that meet the target with these cuts fixed."""
+    found: dict[tuple[tuple[str, int], ...], Shape] = {}
+    total = family.count(config)
+    for name, sizes in fixed:
+        shape = _meet(family, config, target, multiple_of, name, sizes)
+        if shape is None:
+            continue
+        if target.keep_params is None:
+            fits = "mlp" in shape.sizes or target.near(shape.sizes)
+        else:
+            fits = abs(shape.parameters / total - target.keep_params) <= TOLERANCE
+        if fits:
+            found.setdefault(key_of(shape.sizes), shape)
+    return list(found.values())
 
 
 def _meet(
     family: Family,
     config: dict[str, Any],
-    target: float,
+    target: Target,
     multiple_of: int,
     name: str,
-    sizes: dict[str, int],
-    free: str,
+    sizes: Sizes,
 ) -> Shape | None:
-    """The fixed `sizes` with `free` set so that the parameters come nearest to the target."""
+    """The fixed `sizes` with the MLP nearest to the share, or the widest that keeps the limits."""
     full = family.sizes(config)
     if sizes.get("kv_heads") == 0:
         return None
     if "kv_heads" in sizes and "heads" not in sizes:
         sizes = {**sizes, "heads": full["heads"] // full["kv_heads"] * sizes["kv_heads"]}
-    step = family.step(free, config, multiple_of, **sizes)
-    widths = [*range(step, full[free], step), full[free]]
-    best = min(
-        widths,
-        key=lambda width: abs(family.count(config, {**sizes, free: width}) - target),
-        default=None,
-    )
+    step = family.step("mlp", config, multiple_of, **sizes)
+    widths = [*range(step, full["mlp"], step), full["mlp"]]
+    allowed = [width for width in widths if target.within({**sizes, "mlp": width})]
+    best = max(allowed, default=None)
+    if target.keep_params is not None:
+        want = target.keep_params * family.count(config)
+        best = min(
+            allowed,
+            key=lambda width: abs(family.count(config, {**sizes, "mlp": width}) - want),
+            default=None,
+        )
     if best is None:
         return None
-    chosen = {dim: size for dim, size in {**sizes, free: best}.items() if size != full[dim]}
+    chosen = {dim: size for dim, size in {**sizes, "mlp": best}.items() if size != full[dim]}
     if not chosen:  # the whole model meets the target, and there is nothing to cut
         return None
     try:
@@ -126,11 +165,31 @@ def _meet(
 
 
 def _least(
-    family: Family, config: dict[str, Any], target: float, multiple_of: int, dim: str
-) -> dict[str, int]:
+    family: Family, config: dict[str, Any], target: Target, multiple_of: int, dim: str
+) -> Sizes:
     """The smallest size of `dim` that alone stays above the target; the MLP takes the rest."""
     full = family.sizes(config)
     step = family.step(dim, config, multiple_of)
-    sizes = range(step, full[dim] + 1, step)
-    enough = [size for size in sizes if family.count(config, {dim: size}) >= target]
-    return {dim: enough[0]} if enough else {}
+    want = (target.keep_params or 0.0) * family.count(config)
+    for size in range(step, full[dim] + 1, step):
+        if target.keep_params is None:
+            enough = not target.within({dim: size})
+        else:
+            enough = family.count(config, {dim: size}) >= want
+        if enough:
+            return {dim: size}
+    return {}
+
+
+def _alike(family: Family, config: dict[str, Any], multiple_of: int) -> Iterator[tuple[str, Sizes]]:
+    """Cuts of all axes alike, deeper and deeper: for limits that no single axis can keep."""
+    full = family.sizes(config)
+    for scale in SCALES:
+        kv_heads = max(1, round(scale * full["kv_heads"]))
+        heads = full["heads"] // full["kv_heads"] * kv_heads
+        sizes = {"layers": max(1, round(scale * full["layers"]))}
+        sizes |= {"kv_heads": kv_heads, "heads": heads}
+        step = family.step("hidden", config, multiple_of, **sizes)
+        sizes["hidden"] = max(step, int(scale * full["hidden"]) // step * step)
+        yield f"all axes × {scale:.2f}", {d: n for d, n in sizes.items() if n != full[d]}
+    yield "smallest", smallest(family, config, multiple_of)

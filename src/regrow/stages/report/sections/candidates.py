@@ -2,50 +2,107 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from textwrap import shorten
 from typing import Any
 
 from regrow.stages.report import charts
-from regrow.stages.report.blocks import Block, Cell, Chart, Section, Table, text
-from regrow.stages.report.numbers import millions
+from regrow.stages.report.blocks import Block, Cell, Chart, Details, Section, Table
+from regrow.stages.report.numbers import megabytes, millions, plain
 from regrow.stages.report.run_folder import Cut, Run
 
 NOTE = (
     "Each shape was cut and scored untrained, by its KL to the uncut model on calibration text "
     "that the choice of units had not seen; the lowest was taken. Of many shapes only the best go "
-    "on to the next round, which reads more text."
+    "on to the next round, which reads more text. Where the last few were distilled for a while, "
+    "their KL on held-out text after so many tokens decides."
 )
-SHOWN = 20  # rows of the table, the last round's first
+SHOWN = 20  # rows of the table, the last round's first; the others are folded away
 LABELLED = 12  # points that still have room for a name
+GREY, FAINT = "#8a95a3", "#ccd3da"
+
+Row = dict[str, Any]
 
 
 def section(run: Run) -> Section | None:
-    """Per pruning a table of the candidates, and a scatter of size and KL."""
+    """Per pruning a table of the candidates, and KL over what they cost, with the Pareto front."""
     blocks: list[Block] = []
     for cut in run.cuts:
         if cut.candidates:
-            blocks.append(_table(cut))
+            blocks += _tables(cut)
         if len(cut.candidates) > 1:
-            blocks.append(_scatter(cut.candidates))
+            blocks += _charts(cut.candidates)
     return Section("candidates", "Choice of shape", NOTE, blocks) if blocks else None
 
 
-def _table(cut: Cut) -> Table:
-    ranked = sorted(cut.candidates, key=lambda row: (-row.get("round", 1), row["kl"]))[:SHOWN]
+def _tables(cut: Cut) -> list[Block]:
+    ranked = sorted(cut.candidates, key=_rank)
+    columns = [column for column in COLUMNS if any(column[1](row) for row in ranked)]
+    lengths = sorted({int(n) for row in ranked for n in row.get("distilled", {})})
+    head = [cut.name, *(name for name, _ in columns)]
+    head += [f"KL, {millions(n)} tokens" for n in lengths]
+
+    def cells(row: Row) -> list[str]:
+        found = [show(row) for _, show in columns]
+        distilled = row.get("distilled", {})
+        return found + [_kl(distilled.get(str(n))) for n in lengths]
+
     rows = [
         [
-            text(row["name"] + (" (chosen)" if row["chosen"] else "")),
-            text(sizes(row["sizes"], cut.plan.before)),
-            Cell(millions(row["parameters"])),
-            Cell(f"{row['keep']:.1%}"),
-            Cell(f"{row['kl']:.3f}"),
+            Cell(
+                row["name"] + (" (chosen)" if row["chosen"] else ""),
+                sizes(row["sizes"], cut.plan.before),
+                number=False,
+            ),
+            *map(Cell, cells(row)),
         ]
-        for row in ranked
+        for row in ranked[:SHOWN]
     ]
-    chosen = frozenset(n for n, row in enumerate(ranked) if row["chosen"])
-    left_out = len(cut.candidates) - len(ranked)
-    name = f"{cut.name} (and {left_out} more)" if left_out else cut.name
-    return Table([name, "cut", "parameters", "kept", "KL, nats"], rows, chosen)
+    chosen = frozenset(n for n, row in enumerate(ranked[:SHOWN]) if row["chosen"])
+    tables: list[Block] = [Table(head, rows, chosen)]
+    if rest := ranked[SHOWN:]:
+        lines = [" · ".join(["cut", *head[1:], "round"])]
+        lines += [
+            " · ".join(
+                [sizes(row["sizes"], cut.plan.before), *cells(row), str(row.get("round", 1))]
+            )
+            for row in rest
+        ]
+        tables.append(Details(f"the other {len(rest)} shapes", "\n".join(lines)))
+    return tables
+
+
+def _rank(row: Row) -> tuple[bool, int, int, float]:
+    """The chosen one, then by how far a shape came, then by its KL there."""
+    score = row.get("distilled", {})
+    kl = score[max(score, key=int)] if score else row["kl"]
+    last = math.inf if kl is None or not math.isfinite(kl) else kl
+    return not row["chosen"], -len(score), -row.get("round", 1), last
+
+
+def _kl(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _milliseconds(key: str) -> Callable[[Row], str]:
+    return lambda row: f"{plain(row[key])} ms" if key in row else ""
+
+
+def _bytes(row: Row) -> str:
+    return f"{megabytes(row['bytes'])} {row['format']}" if "bytes" in row else ""
+
+
+COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
+    ("parameters", lambda row: millions(row["parameters"])),
+    ("kept", lambda row: f"{row['keep']:.1%}"),
+    ("size", _bytes),
+    ("RAM", lambda row: megabytes(row["ram"]) if "ram" in row else ""),
+    ("prefill", _milliseconds("prefill_ms")),
+    ("decode", _milliseconds("decode_ms")),
+    ("KL, nats", lambda row: _kl(row["kl"])),
+]
+"""Head and cell of each column; one without any cell is left out."""
 
 
 def sizes(after: dict[str, int], before: dict[str, int]) -> str:
@@ -53,21 +110,98 @@ def sizes(after: dict[str, int], before: dict[str, int]) -> str:
     return ", ".join(f"{dim} {before.get(dim, '?')} → {size}" for dim, size in after.items())
 
 
-def _scatter(rows: list[dict[str, Any]]) -> Chart:
-    trace = {
+AXES: list[tuple[str, str, Callable[[Row], float]]] = [
+    ("keep", "parameters kept, %", lambda row: 100 * row["keep"]),
+    ("bytes", "size, MB", lambda row: row["bytes"] / 1e6),
+    ("prefill_ms", "prefill of the prompt, ms", lambda row: row["prefill_ms"]),
+    ("decode_ms", "decode, ms per token", lambda row: row["decode_ms"]),
+]
+"""Key of a row, title and value of each axis that the KL is drawn over."""
+
+
+def _charts(rows: list[Row]) -> list[Block]:
+    """KL over each cost that at least two shapes have; bytes only in a quantized format."""
+    found: list[Block] = []
+    for key, title, value in AXES:
+        some = [row for row in rows if key in row and row["kl"] is not None]
+        some = [row for row in some if math.isfinite(row["kl"])]
+        if key == "bytes" and all(row["format"] == "bf16" for row in some):
+            continue  # parameters times two
+        if len(some) > 1:
+            found.append(_scatter(some, title, value))
+    return found
+
+
+def _scatter(rows: list[Row], title: str, value: Callable[[Row], float]) -> Chart:
+    last = max(row.get("round", 1) for row in rows)
+    kinds = [
+        ("earlier rounds", FAINT, 8, [row for row in rows if row.get("round", 1) < last]),
+        (
+            "last round",
+            GREY,
+            11,
+            [r for r in rows if r.get("round", 1) == last and not r["chosen"]],
+        ),
+        ("chosen", charts.ACCENT, 14, [row for row in rows if row["chosen"]]),
+    ]
+    labelled = len(rows) <= LABELLED
+    traces = [
+        _points(name, colour, size, some, value, labelled)
+        for name, colour, size, some in kinds
+        if some
+    ]
+    # Only the KL of one round can be compared; repair comes in the last one.
+    best = front([(value(row), row["kl"]) for row in rows if row.get("round", 1) == last])
+    traces.insert(0, _line(best))
+    x, y = charts.axis(title), charts.axis("KL, nats per token", rangemode="tozero")
+    caption = f"KL of untrained shapes over {title}; the line is the Pareto front of the last round"
+    return Chart(charts.figure(traces, x, y), caption)
+
+
+def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points of which no other is at most as large in both, by x: the Pareto front."""
+    found: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not found or y < found[-1][1]:
+            found.append((x, y))
+    return found
+
+
+def _line(points: list[tuple[float, float]]) -> charts.Trace:
+    return {
         "type": "scatter",
-        "mode": "markers+text" if len(rows) <= LABELLED else "markers",
-        "x": [100 * row["keep"] for row in rows],
+        "mode": "lines",
+        "name": "Pareto front",
+        "x": [x for x, _ in points],
+        "y": [y for _, y in points],
+        "line": {"color": charts.ACCENT, "width": 1.5, "shape": "hv", "dash": "dot"},
+        "hoverinfo": "skip",
+    }
+
+
+def _points(
+    name: str,
+    colour: str,
+    size: int,
+    rows: list[Row],
+    value: Callable[[Row], float],
+    labelled: bool,
+) -> charts.Trace:
+    return {
+        "type": "scatter",
+        "mode": "markers+text" if labelled else "markers",
+        "name": name,
+        "x": [value(row) for row in rows],
         "y": [row["kl"] for row in rows],
         "text": [charts.label(shorten(row["name"], 28, placeholder="…")) for row in rows],
         "textposition": "top center",
         "cliponaxis": False,
-        "marker": {
-            "size": 12,
-            "color": [charts.ACCENT if row["chosen"] else "#aab3bd" for row in rows],
-        },
-        "hovertemplate": "%{text}: %{x:.1f} % kept, KL %{y:.3f}<extra></extra>",
+        "marker": {"size": size, "color": colour},
+        "customdata": [[charts.label(_hover(row))] for row in rows],
+        "hovertemplate": "%{customdata[0]}<br>%{x:.4g}, KL %{y:.3f}<extra></extra>",
     }
-    x = charts.axis("parameters kept, %", ticksuffix=" %")
-    y = charts.axis("KL, nats per token", rangemode="tozero")
-    return Chart(charts.figure([trace], x, y), "Candidates; the one in colour was cut")
+
+
+def _hover(row: Row) -> str:
+    cut = ", ".join(f"{dim} {size}" for dim, size in row["sizes"].items())
+    return f"{row['name']}: {cut}; {millions(row['parameters'])}"

@@ -1,0 +1,122 @@
+"""Bytes of a shape: on disk in a named format, and in memory at a given context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from regrow import formats
+from regrow.families import Family, rows
+from regrow.formats import TYPES
+
+CACHE_BYTES = 2  # of a key or value: f16, as llama.cpp and bf16 models keep them
+CHUNK = 512  # tokens of a prompt that are computed at once, as llama.cpp's n_ubatch
+
+
+@dataclass(frozen=True)
+class Stored:
+    """All tensors of one row of a family's table that are stored in one type."""
+
+    template: str
+    tensors: int
+    rows: int
+    columns: int
+    wanted: str
+    """Type that the format has for them."""
+    given: str
+    """Type that their rows fit."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all of them."""
+        return self.tensors * TYPES[self.given].bytes(self.rows, self.columns)
+
+
+def stored(
+    family: Family, config: dict[str, Any], format: str, sizes: dict[str, int] | None = None
+) -> Iterator[Stored]:
+    """How each tensor of a model is stored in a format; `sizes` override those of the config."""
+    full = {**family.sizes(config), **(sizes or {})}
+    for template, row in family.tensors.items():
+        if not family.exists(row, config):
+            continue
+        shape = [rows(axis, full) for axis in row.axes]
+        for wanted, count in _types(template, len(shape), family, config, format, full):
+            if count:
+                given = formats.fitting(wanted, shape[-1])
+                yield Stored(template, count, math.prod(shape[:-1]), shape[-1], wanted, given)
+
+
+def file_bytes(
+    family: Family, config: dict[str, Any], format: str, sizes: dict[str, int] | None = None
+) -> int:
+    """Bytes of all tensors in a format, tied ones once; without the file's header and tokenizer."""
+    return sum(found.bytes for found in stored(family, config, format, sizes))
+
+
+def ram_bytes(
+    family: Family,
+    config: dict[str, Any],
+    format: str,
+    context_length: int,
+    sizes: dict[str, int] | None = None,
+) -> int:
+    """Bytes to generate at `context_length` tokens, batch 1: weights + KV cache + activations.
+
+    KV cache: 2 · layers · kv_heads · head_dim · context · 2 bytes. Activations: float32 of one
+    layer for 512 tokens (residual and its norm, queries, keys, values, gate and up), the attention
+    scores of 512 × context in one head's turn, and one row of logits.
+    """
+    full = {**family.sizes(config), **(sizes or {})}
+    cache = 2 * full["layers"] * full["kv_heads"] * full["head_dim"] * context_length * CACHE_BYTES
+    tokens = min(CHUNK, context_length)
+    heads = (full["heads"] + 2 * full["kv_heads"]) * full["head_dim"]
+    wide = tokens * (3 * full["hidden"] + heads + 2 * full["mlp"] + context_length)
+    return file_bytes(family, config, format, sizes) + cache + 4 * (wide + full["vocab"])
+
+
+def fallbacks(
+    family: Family, config: dict[str, Any], format: str, sizes: dict[str, int] | None = None
+) -> list[str]:
+    """A line for each type that rows do not fit: which tensors, what they get, what it costs."""
+    groups: dict[tuple[str, str, int], list[Stored]] = {}
+    for found in stored(family, config, format, sizes):
+        if found.wanted != found.given:
+            groups.setdefault((found.wanted, found.given, found.columns), []).append(found)
+    lines = []
+    for (wanted, given, columns), some in groups.items():
+        block, size = TYPES[wanted].block, TYPES[wanted].size
+        fitted = sum(s.tensors * s.rows * s.columns * size / block for s in some)
+        extra = sum(s.bytes for s in some) - fitted
+        names = ", ".join(dict.fromkeys(s.template.split(".")[-2] for s in some))
+        lines.append(
+            f"{format}: rows of {columns} are no multiple of {block}: {given} in place of {wanted} "
+            f"for {sum(s.tensors for s in some)} tensors ({names}), {extra / 1e6:+,.1f} MB"
+        )
+    return lines
+
+
+def _types(
+    template: str,
+    axes: int,
+    family: Family,
+    config: dict[str, Any],
+    format: str,
+    sizes: dict[str, int],
+) -> list[tuple[str, int]]:
+    """(type, number of tensors) of one row of the table."""
+    found = formats.find(format)
+    count = sizes["layers"] if "{layer}" in template else 1
+    if axes == 1:
+        return [(found.other, count)]
+    if template == family.head:
+        return [(found.head, count)]
+    if template == family.embedding:
+        tied = not family.exists(family.tensors[family.head], config)
+        return [(found.head if tied else found.embedding, count)]
+    module = template.split(".")[-2]
+    plain = found.parts.get(module, found.linear)
+    more = formats.layers_with_more(sizes["layers"]) if module in found.more else 0
+    return [(plain, count - more), (found.more.get(module, plain), more)]

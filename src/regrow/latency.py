@@ -1,0 +1,140 @@
+"""Latency on this machine: of models that are timed, and of shapes by costs fitted to those."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import islice
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from regrow.errors import UserError
+from regrow.families import Family
+from regrow.stages.evaluate.greedy import decode, prefill
+
+DECODED = 8  # tokens per run
+REPEATS = 3  # runs after a warm-up
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds at batch 1: to read a prompt, and per token after it."""
+
+    prefill_ms: float
+    decode_ms: float
+
+
+def timed(model: PreTrainedModel, prompt_tokens: int, repeats: int = REPEATS) -> Latency:
+    """Median over `repeats` runs after a warm-up, of a prompt of random tokens and what follows."""
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids_1T = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(model.device)
+    runs = []
+    for _ in range(repeats + 1):
+        times = [_now(model.device)]
+        token, cache = prefill(model, ids_1T)
+        times.append(_now(model.device))
+        for _ in islice(decode(model, token, cache), DECODED):
+            pass
+        times.append(_now(model.device))
+        runs.append((times[1] - times[0], (times[2] - times[1]) / DECODED))
+    read, per_token = (1000 * median(values) for values in zip(*runs[1:], strict=True))
+    return Latency(read, per_token)
+
+
+class LatencyModel:
+    """Milliseconds as a sum of non-negative costs, fitted to timed shapes by least squares.
+
+    t = c₀ + layers · (c₁ + c₂ · heads + c₃ · attention parameters + c₄ · MLP parameters) + c₅ ·
+    head parameters; of relative errors, so that small shapes count as much as large ones.
+    """
+
+    def __init__(
+        self, family: Family, config: dict[str, Any], samples: list[tuple[dict[str, int], Latency]]
+    ) -> None:
+        self.family, self.config = family, config
+        rows = torch.tensor([self._features(sizes) for sizes, _ in samples], dtype=torch.float64)
+        self._scale = rows.abs().amax(0).clamp_min(1.0)
+        self._costs = {
+            key: _non_negative(
+                rows / self._scale,
+                torch.tensor([vars(found)[key] for _, found in samples], dtype=torch.float64),
+            )
+            for key in ("prefill_ms", "decode_ms")
+        }
+
+    def predict(self, sizes: dict[str, int]) -> Latency:
+        """The latency of a shape; sizes that are not given are the whole model's."""
+        features = torch.tensor(self._features(sizes), dtype=torch.float64) / self._scale
+        return Latency(**{key: float(features @ costs) for key, costs in self._costs.items()})
+
+    def _features(self, sizes: dict[str, int]) -> list[float]:
+        full = {**self.family.sizes(self.config), **sizes}
+        layers = full["layers"]
+        one, two = (self._count({**full, "layers": n}) for n in (1, 2))
+        attention = self._count({**full, "layers": 2, "mlp": 0}) - self._count(
+            {**full, "layers": 1, "mlp": 0}
+        )
+        mlp = two - one - attention
+        head = full["vocab"] * full["hidden"]
+        return [1.0, layers, layers * full["heads"], layers * attention, layers * mlp, head]
+
+    def _count(self, sizes: dict[str, int]) -> int:
+        return self.family.count(self.config, sizes)
+
+
+def shapes_to_time(
+    family: Family, config: dict[str, Any], multiple_of: int
+) -> list[dict[str, int]]:
+    """A dozen legal shapes that differ in every cost of the model, the whole one first."""
+    full = family.sizes(config)
+
+    def at(**shares: float) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for dim, share in shares.items():
+            step = family.step(dim, config, multiple_of, **{**full, **sizes})
+            sizes[dim] = max(step, int(share * full[dim]) // step * step)
+            if dim == "kv_heads":
+                sizes["heads"] = full["heads"] // full["kv_heads"] * sizes["kv_heads"]
+        return {dim: size for dim, size in sizes.items() if size != full[dim]}
+
+    tried = [
+        at(), at(layers=0.75), at(layers=0.5), at(layers=0.25), at(mlp=0.75), at(mlp=0.5),
+        at(mlp=0.25), at(kv_heads=0.5), at(kv_heads=0.67, mlp=0.75), at(hidden=0.75),
+        at(kv_heads=0.67, hidden=0.75), at(layers=0.5, mlp=0.5),
+    ]  # fmt: skip
+    found = {tuple(sorted(s.items())): s for s in tried if _legal(family, config, s, multiple_of)}
+    return list(found.values())
+
+
+def _legal(family: Family, config: dict[str, Any], sizes: dict[str, int], multiple: int) -> bool:
+    try:
+        family.check_sizes(config, sizes, multiple)
+    except UserError:
+        return False
+    return True
+
+
+def _non_negative(rows_ND: torch.Tensor, times_N: torch.Tensor) -> torch.Tensor:
+    """argmin over c ≥ 0 of Σ ((rows · c) / t − 1)²: the most negative cost goes until none is."""
+    weighted = rows_ND / times_N[:, None]
+    kept = list(range(rows_ND.shape[1]))
+    ones = torch.ones(len(times_N), 1, dtype=torch.float64)
+    while True:
+        # gelsd: columns may depend on each other, as when no legal shape differs in the hidden size
+        found = torch.linalg.lstsq(weighted[:, kept], ones, driver="gelsd").solution[:, 0]
+        if len(kept) == 1 or float(found.min()) >= 0:
+            break
+        kept.pop(int(found.argmin()))
+    costs = torch.zeros(rows_ND.shape[1], dtype=torch.float64)
+    costs[kept] = found.clamp_min(0)
+    return costs
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,134 @@
+"""Targets in bytes and memory: what a tensor takes in a format, and shapes that keep a limit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from test_choose import SMOLLM2
+
+from regrow import families, footprint, formats
+from regrow.errors import UserError
+from regrow.stages.prune.config import PruneConfig, bytes_of
+from regrow.stages.prune.shapes import candidates, grid
+from regrow.stages.prune.targets import SLACK, smallest, target_of
+
+LLAMA = families.get("llama")
+
+
+def test_sizes_are_read_with_their_units() -> None:
+    given = ["90MB", "90 mb", "1.5GiB", "90000000", "2k", ".5M"]
+    assert [bytes_of(text) for text in given] == [
+        90_000_000, 90_000_000, 1_610_612_736, 90_000_000, 2000, 500_000,
+    ]  # fmt: skip
+    assert PruneConfig.model_validate({"max_bytes": 90000000}).max_bytes == "90000000"
+    for wrong in ("90XB", "MB", "-5MB", "0MB", ""):
+        with pytest.raises(ValidationError, match="give a size such as 90MB"):
+            PruneConfig(max_bytes=wrong)
+
+
+def test_the_size_of_a_real_file() -> None:
+    """The tensors of SmolLM2-135M-Instruct.Q4_1.gguf take 96,576,768 bytes."""
+    assert footprint.file_bytes(LLAMA, SMOLLM2, "q4_1") == 96_576_768
+    assert footprint.file_bytes(LLAMA, SMOLLM2, "bf16") == 2 * 134_515_008
+
+
+def test_a_mix_by_hand() -> None:
+    """q4_k_m of a model whose rows fit: half of v_proj and down_proj in q6_k, the head too."""
+    config = {**SMOLLM2, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config |= {"head_dim": 64, "num_hidden_layers": 8, "vocab_size": 1000}
+    hidden, mlp, kv = 512, 1536, 256
+    more = [i for i in range(8) if i < 1 or i >= 7 or (i - 1) % 3 == 2]
+    assert formats.layers_with_more(8) == len(more) == 4
+    four = 2 * hidden * hidden + kv * hidden + 2 * hidden * mlp  # q, o, k, gate, up
+    mixed = kv * hidden + hidden * mlp  # v, down
+    blocks = 8 * four * 144 + (4 * 144 + 4 * 210) * mixed + 1000 * hidden * 210
+    norms = 4 * (2 * 8 + 1) * hidden
+    assert footprint.file_bytes(LLAMA, config, "q4_k_m") == blocks // 256 + norms
+    assert footprint.fallbacks(LLAMA, config, "q4_k_m") == []
+
+
+def test_what_a_misfit_costs_is_told() -> None:
+    lines = footprint.fallbacks(LLAMA, SMOLLM2, "q4_0", {"mlp": 1500})
+    down, embedding = (next(x for x in lines if name in x) for name in ("down_proj", "embed"))
+    # 16 bits instead of 4.5 for 30 layers of 576 × 1500
+    extra = 30 * 576 * 1500 * (16 - 4.5) / 8
+    assert "rows of 1500 are no multiple of 32: f16 in place of q4_0 for 30 tensors" in down
+    assert f"{extra / 1e6:+,.1f} MB" in down
+    assert "rows of 576 are no multiple of 256: q8_0 in place of q6_k for 1 tensors" in embedding
+    assert f"{49152 * 576 * (8.5 - 6.5625) / 8 / 1e6:+,.1f} MB" in embedding
+    assert len(footprint.fallbacks(LLAMA, SMOLLM2, "q4_0")) == 1
+
+
+def test_memory_by_hand() -> None:
+    cache = 2 * 30 * 3 * 64 * 2048 * 2
+    wide = 512 * (3 * 576 + (9 + 6) * 64 + 2 * 1536 + 2048) + 49152
+    expected = 2 * 134_515_008 + cache + 4 * wide
+    assert footprint.ram_bytes(LLAMA, SMOLLM2, "bf16", 2048) == expected
+    fewer = footprint.ram_bytes(LLAMA, SMOLLM2, "bf16", 2048, {"kv_heads": 1, "heads": 3})
+    assert fewer < expected - 2 * cache // 3
+
+
+LIMITS: list[dict[str, Any]] = [
+    {"max_bytes": "80MB", "format": "q4_0"},
+    {"max_bytes": "80MB", "format": "q4_k_m"},
+    {"max_bytes": "120MB", "format": "q8_0"},
+    {"max_ram": "250MB"},
+    {"max_bytes": "230MB", "max_ram": "250MB"},
+]
+
+
+@pytest.mark.parametrize("fields", LIMITS, ids=str)
+def test_shapes_keep_every_limit_and_waste_nothing(fields: dict[str, Any]) -> None:
+    target = target_of(LLAMA, SMOLLM2, PruneConfig(**fields))
+    shapes = candidates(LLAMA, SMOLLM2, target, 32)
+    assert len(shapes) >= 4
+    for shape in shapes:
+        LLAMA.check_sizes(SMOLLM2, shape.sizes, 32)
+        for limit in target.limits:
+            assert limit.value(shape.sizes) <= limit.most
+        mlp = shape.sizes.get("mlp", 1536)
+        wider = [{**shape.sizes, "mlp": n} for n in range(mlp + 32, 1537, 32)]
+        assert not any(target.within(sizes) for sizes in wider)
+        nearest = max(limit.value(shape.sizes) / limit.most for limit in target.limits)
+        assert nearest > 1 - SLACK or mlp < 1536
+    many = grid(LLAMA, SMOLLM2, target, 32, 40)
+    assert 20 <= len(many) <= 40
+    assert all(target.within(shape.sizes) for shape in many)
+
+
+def test_a_share_and_a_limit_hold_together() -> None:
+    config = PruneConfig(keep_params=0.8, max_bytes="75MB", format="q4_0")
+    target = target_of(LLAMA, SMOLLM2, config)
+    for shape in candidates(LLAMA, SMOLLM2, target, 32):
+        assert abs(shape.parameters / 134_515_008 - 0.8) <= 0.01
+        assert target.within(shape.sizes)
+    tight = config.model_copy(update={"max_bytes": "60MB"})
+    with pytest.raises(UserError, match=r"keep_params 0\.8, max_bytes 60\.0 MB: no shape"):
+        candidates(LLAMA, SMOLLM2, target_of(LLAMA, SMOLLM2, tight), 32)
+
+
+def test_small_limits_are_kept_by_cutting_all_axes() -> None:
+    target = target_of(LLAMA, SMOLLM2, PruneConfig(max_bytes="10MB", format="q4_0"))
+    (shape,) = candidates(LLAMA, SMOLLM2, target, 32)
+    assert target.within(shape.sizes)
+    assert {"layers", "hidden", "kv_heads", "heads"} <= set(shape.sizes)
+
+
+def test_a_limit_that_nobody_can_keep_names_the_least() -> None:
+    least = smallest(LLAMA, SMOLLM2, 32)
+    LLAMA.check_sizes(SMOLLM2, least, 32)
+    takes = footprint.file_bytes(LLAMA, SMOLLM2, "bf16", least) / 1e6
+    target = target_of(LLAMA, SMOLLM2, PruneConfig(max_bytes="1MB"))
+    with pytest.raises(
+        UserError, match=rf"max_bytes 1\.0 MB: the smallest .* takes {takes:.1f} MB"
+    ):
+        candidates(LLAMA, SMOLLM2, target, 32)
+    reachable = PruneConfig(max_bytes=str(footprint.file_bytes(LLAMA, SMOLLM2, "bf16", least)))
+    assert candidates(LLAMA, SMOLLM2, target_of(LLAMA, SMOLLM2, reachable), 32)
+    target = target_of(LLAMA, SMOLLM2, PruneConfig(max_bytes="900MB"))
+    with pytest.raises(UserError, match=r"the whole model takes 269\.0 MB in bf16: nothing to cut"):
+        candidates(LLAMA, SMOLLM2, target, 32)
+    with pytest.raises(UserError, match=r"no format named 'q4_k' — did you mean"):
+        target_of(LLAMA, SMOLLM2, PruneConfig(max_bytes="80MB", format="q4_k"))
