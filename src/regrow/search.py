@@ -81,7 +81,11 @@ def check_keep_params(checkpoint: Checkpoint, config: PruneConfig) -> list[Shape
 def with_sizes(config: PruneConfig, sizes: dict[str, int]) -> PruneConfig:
     """`config` with explicit sizes by dimension in place of keep_params."""
     keys = {"layers": "num_layers", "hidden": "hidden_size", "mlp": "intermediate_size"}
-    keys |= {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
+    keys |= {
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "vocab": "vocab_size",
+    }
     named = {keys[dim]: size for dim, size in sizes.items()}
     return config.model_copy(update={"keep_params": None, **named})
 

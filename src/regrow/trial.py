@@ -54,8 +54,14 @@ class Trial:
     ) -> float:
         """KL(dense ‖ cut) in nats per scored token; repaired with the best of `ridges`, if any.
 
-        On the first `share` of the batches, one at least.
+        On the first `share` of the batches, one at least. Raises UserError for a plan that cuts the
+        vocabulary.
         """
+        if plan.vocab is not None:
+            raise UserError(
+                "a model with fewer tokens reads other tokens, and is not compared untrained: "
+                "leave vocab_size out here, and cut the vocabulary in a prune of its own"
+            )
         family = families.of(self.checkpoint)
         repair = Repair(self.checkpoint, family, self.profile, plan, ridges) if ridges else None
         student = cut_model(self.dense, plan, replace=repair)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TypeAlias
 
 from transformers import PreTrainedTokenizerBase
@@ -12,24 +13,40 @@ from regrow.data import DataConfig
 from regrow.errors import UserError
 from regrow.manifest import digest
 from regrow.stages.evaluate.config import EvaluateConfig
-from regrow.stages.evaluate.texts import Text, build_texts
+from regrow.stages.evaluate.texts import Reference, Text, build_texts, openings_of
 
 Models: TypeAlias = dict[str, Checkpoint]
 
 
 def texts_of(
-    checkpoints: Models, data: DataConfig | None, config: EvaluateConfig
+    checkpoints: Models, data: DataConfig | None, config: EvaluateConfig, first: str
 ) -> dict[str, list[Text]]:
-    """The texts by model's label, tokenized once per distinct tokenizer."""
-    built: dict[str, list[Text]] = {}
-    found = {}
-    for label, checkpoint in checkpoints.items():
-        tokenizer = checkpoint.tokenizer()
-        key = fingerprint(tokenizer)
+    """The texts by model's label, tokenized once per distinct tokenizer.
+
+    The first tokens of a further text are those of the model `first`; a model with another
+    tokenizer gets the same string in its own tokens.
+    """
+    tokenizers = {label: checkpoint.tokenizer() for label, checkpoint in checkpoints.items()}
+    keys = {label: fingerprint(tokenizer) for label, tokenizer in tokenizers.items()}
+    built = {keys[first]: build_texts(data, tokenizers[first], config)}
+    if len(set(keys.values())) == 1:
+        return {label: built[key] for label, key in keys.items()}
+    openings = openings_of(tokenizers[first], config)
+    for label, key in keys.items():
         if key not in built:
-            built[key] = build_texts(data, tokenizer, config)
-        found[label] = built[key]
-    return found
+            built[key] = build_texts(data, tokenizers[label], config, openings)
+    references = {text.name: _reference(first, text) for text in built[keys[first]]}
+    built = {
+        key: [replace(text, reference=references[text.name]) for text in texts]
+        for key, texts in built.items()
+    }
+    return {label: built[key] for label, key in keys.items()}
+
+
+def _reference(label: str, text: Text) -> Reference | None:
+    if text.num_bytes is None:
+        return None
+    return Reference(label, text.num_bytes / text.blocks.scored_tokens)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -52,7 +52,7 @@ def evaluate(
     else:
         device = options.torch_device()
         _check_window(checkpoints, config)
-        texts = texts_of(checkpoints, data, config)
+        texts = texts_of(checkpoints, data, config, teacher or next(iter(checkpoints)))
         if teacher is not None and "kl" in config.metrics:
             same_tokens(checkpoints, teacher, texts)
         with stage as folder:

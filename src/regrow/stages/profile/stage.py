@@ -23,6 +23,7 @@ from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.orders import Batches, layer_major, resident
 from regrow.stages.profile.removal import removal_order
 from regrow.stages.profile.scoring import score_all, statistics_needed
+from regrow.stages.profile.tokens import count_tokens
 from regrow.statistics import INFO, SCORES, STATISTICS, Gram, Profile, gram_path
 
 VALIDATE_EVERY = 8  # every 8th Gram block is held out, to choose the ridge strength on
@@ -63,6 +64,10 @@ def profile(
         _run(checkpoint, blocks, gram_blocks, collector, folder, options)
         statistics = _tidy(collector.sums, family.sizes(checkpoint.config), _count(blocks))
         statistics |= _removals(checkpoint, blocks, collector, config, options)
+        if "vocab" in needs:
+            size = family.sizes(checkpoint.config)["vocab"]
+            counts = count_tokens(data, tokenizer, size, config.vocab_tokens)
+            statistics["token_count/vocab/all"] = counts
         save_file(statistics, folder / STATISTICS)
 
         def gram(dim: str, layer: int) -> Tensor:

@@ -24,6 +24,8 @@ class PruneConfig(Config):
     """Query heads to keep in every layer, the same number for each key/value head."""
     num_key_value_heads: int | None = None
     """Key/value heads to keep in every layer."""
+    vocab_size: int | None = None
+    """Tokens to keep, by their count in the calibration text; the tokenizer is cut with them."""
     plan: str | None = None
     """A plan.json to apply instead of choosing."""
     multiple_of: int = Field(default=32, ge=1)
@@ -43,5 +45,6 @@ class PruneConfig(Config):
             "mlp": self.intermediate_size,
             "heads": self.num_attention_heads,
             "kv_heads": self.num_key_value_heads,
+            "vocab": self.vocab_size,
         }
         return {dim: size for dim, size in given.items() if size is not None}

@@ -17,6 +17,7 @@ from regrow.stages.prune.choose import choose, full_sizes
 from regrow.stages.prune.config import PruneConfig
 from regrow.stages.prune.cut import check, cut_folder
 from regrow.stages.prune.repair import Repair
+from regrow.stages.prune.vocabulary import check_vocab_size
 from regrow.statistics import Profile
 
 PLAN = "plan.json"
@@ -127,6 +128,8 @@ def check_target(checkpoint: Checkpoint, config: PruneConfig) -> None:
     before = family.sizes(checkpoint.config)
     after = full_sizes(family, before, config.sizes())
     family.check_sizes(checkpoint.config, after, config.multiple_of)
+    if after["vocab"] != before["vocab"]:
+        check_vocab_size(checkpoint, after["vocab"])
 
 
 def describe(plan: Plan) -> str:
