@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from regrow import plugins
@@ -114,6 +115,13 @@ def _offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, i
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
+
+
+def in_other_ids(text: Text, ids_V: Tensor) -> Text:
+    """A text with its input ids replaced by another model's for the same tokens."""
+    blocks = text.blocks
+    other = Blocks(ids_V[blocks.input_ids], blocks.position_ids, blocks.labels, blocks.real)
+    return replace(text, blocks=other)
 
 
 def windows(ids: list[int], window: int) -> Blocks:
