@@ -11,8 +11,8 @@ every kept token can be reached by kept merges. In a Unigram vocabulary they are
 segmentation by the kept pieces. Costs only grow while tokens go, which a heap can follow lazily
 (as in Minoux, 1978). Of equal costs the higher id goes first: ids follow the order of training.
 
-Never dropped: special and added tokens, ids that a config names, byte tokens, and single symbols
-unless all bytes are there to fall back to.
+Never dropped: special and added tokens, ids that a config names, byte tokens, the symbol that
+stands for a space, and other single symbols unless all bytes are there to fall back to.
 """
 
 from __future__ import annotations
@@ -150,6 +150,7 @@ class _Bpe:
         self.vocab: dict[str, int] = model["vocab"]
         self.added = {token["content"] for token in rules.get("added_tokens") or []}
         self.all_bytes = _all_bytes(model, self.vocab)
+        self.spaces = stand_ins(rules) & set(self.vocab)
         prefix = model.get("continuing_subword_prefix") or ""
         suffix = model.get("end_of_word_suffix") or ""
         self._bare = lambda token: token.removeprefix(prefix).removesuffix(suffix) or token
@@ -165,7 +166,7 @@ class _Bpe:
 
     def symbols(self) -> set[str]:
         if self.all_bytes:
-            return set(BYTES)
+            return set(BYTES) | self.spaces
         return {t for t in self.vocab if t not in self.makers and len(self._bare(t)) == 1}
 
     def parts(self, token: str, kept: set[str]) -> list[str]:
@@ -192,6 +193,7 @@ class _Unigram:
     def __init__(self, rules: Rules) -> None:
         self.scores: dict[str, float] = dict(rules["model"]["vocab"])
         self.all_bytes = _all_bytes(rules["model"], self.scores)
+        self.spaces = stand_ins(rules) & set(self.scores)
         self.unknown = min(self.scores.values()) - UNKNOWN_PENALTY
         unk = rules["model"].get("unk_id")
         self.unk = None if unk is None else rules["model"]["vocab"][unk][0]
@@ -199,7 +201,7 @@ class _Unigram:
     def symbols(self) -> set[str]:
         always = set() if self.unk is None else {self.unk}
         if self.all_bytes:
-            return always | set(BYTES)
+            return always | set(BYTES) | self.spaces
         return always | {piece for piece in self.scores if len(piece) == 1}
 
     def parts(self, token: str, kept: set[str]) -> list[str]:
@@ -224,6 +226,16 @@ class _Unigram:
 
     def needed(self, token: str, kept: set[str]) -> bool:
         return False
+
+
+def stand_ins(rules: Rules) -> set[str]:
+    """What a decoder reads as another character (▁ as a space): spelled in bytes it would not."""
+    decoder = rules.get("decoder") or {}
+    found = set()
+    for one in [decoder, *(decoder.get("decoders") or ())]:
+        found.add(one.get("replacement"))
+        found.add((one.get("pattern") or {}).get("String"))
+    return {each for each in found if each}
 
 
 def _all_bytes(model: Rules, vocab: Iterable[str]) -> bool:
