@@ -103,8 +103,8 @@ def test_the_cheapest_token_goes_first(parents: dict[str, Checkpoint], kind: str
     parent = parents[kind]
     rules = read_rules(parent)
     pieces, ids, always = pieces_of(rules), tokens_of(rules), required(parent, rules)
-    count = dict.fromkeys(ids, 0.0) | {t: float(counts_of(parent)[i]) for t, i in ids.items()}
-    given = [count[token] for token, _ in sorted(ids.items(), key=lambda item: item[1])]
+    given = counts_of(parent).tolist()
+    count = {token: given[i] for token, i in ids.items()}
     left = set(ids)
     order = []
     made = slow_makers(rules)

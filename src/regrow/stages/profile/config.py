@@ -23,7 +23,7 @@ class ProfileConfig(Config):
     token_weight: Literal["inverse_residual", "uniform"] = "inverse_residual"
     """Weight of a token in the Gram matrices: 1/|residual| (the error that matters after the next
     norm) or the same for all."""
-    vocab_tokens: int = Field(default=4_000_000, ge=1)
+    vocab_tokens: int = Field(default=2_000_000, ge=1)
     """Calibration tokens to count for the vocabulary (token_count): to the end of the split at
     most; they are tokenized, and not run through the model."""
     removal_blocks: int = Field(default=4, ge=1)
