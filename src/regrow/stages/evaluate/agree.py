@@ -13,7 +13,7 @@ from regrow.checkpoint import Checkpoint
 from regrow.data import DataConfig
 from regrow.errors import UserError
 from regrow.manifest import digest
-from regrow.stages.evaluate.config import EvaluateConfig
+from regrow.stages.evaluate.config import HELDOUT, EvaluateConfig
 from regrow.stages.evaluate.texts import Reference, Text, build_texts, openings_of
 from regrow.training.tokens import ids_in
 
@@ -39,10 +39,17 @@ def texts_of(
             built[key] = build_texts(data, tokenizers[label], config, openings)
     references = {text.name: _reference(first, text) for text in built[keys[first]]}
     built = {
-        key: [replace(text, reference=references[text.name]) for text in texts]
+        key: [_told_apart(text, references[text.name]) for text in texts]
         for key, texts in built.items()
     }
     return {label: built[key] for label, key in keys.items()}
+
+
+def _told_apart(text: Text, reference: Reference | None) -> Text:
+    if text.name == HELDOUT:
+        own = "in the model's own tokens: not the same text for one of other tokens"
+        return replace(text, convention=f"{text.convention}; {own}")
+    return replace(text, reference=reference)
 
 
 def _reference(label: str, text: Text) -> Reference | None:
