@@ -109,8 +109,8 @@ def test_refused_before_any_slow_work(
     monkeypatch.setattr(distill_stage, "build_blocks", lambda *_: pytest.fail("reads text"))
     shutil.copytree(place / "stranger", tmp_path / "other")
     tiny_tokenizer(vocab_size=300).save_pretrained(str(tmp_path / "other"))
-    with pytest.raises(UserError, match="different tokenizers"):
-        distill(tmp_path / "other", place / "teacher", data(place), tmp_path / "out", CONFIG)
+    with pytest.raises(UserError, match="different tokenizers"):  # the teacher lacks tokens
+        distill(place / "pruned", tmp_path / "other", data(place), tmp_path / "out", CONFIG)
     config = CONFIG.model_copy(update={"batch_tokens": 100})
     with pytest.raises(UserError, match="batch_tokens 100 is no multiple of 32"):
         distill(place / "stranger", place / "teacher", data(place), tmp_path / "out", config)

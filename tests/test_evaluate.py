@@ -225,8 +225,9 @@ def test_the_table_and_an_unchanged_second_run(
 
 
 def test_another_tokenizer_has_no_kl(place: Path, tmp_path: Path) -> None:
-    other = write_model(tmp_path / "other", tiny_model("llama"), vocab_size=300)
-    config_path = other / "tokenizer.json"
+    """The teacher has fewer tokens, two of them under each other's ids."""
+    teacher = write_model(tmp_path / "teacher", tiny_model("llama"), vocab_size=300)
+    config_path = teacher / "tokenizer.json"
     tokens = json.loads(config_path.read_text())
     vocabulary = tokens["model"]["vocab"]
     a, b = list(vocabulary)[200:202]
@@ -234,7 +235,7 @@ def test_another_tokenizer_has_no_kl(place: Path, tmp_path: Path) -> None:
     config_path.write_text(json.dumps(tokens))
     config = EvaluateConfig(texts={"raw": f"{place}/raw.txt"}, window=32, **QUICK)
     with pytest.raises(UserError, match="no KL between other and teacher: token 20") as caught:
-        evaluate({"other": other}, tmp_path / "out", against=place / "teacher", config=config)
+        evaluate({"other": place / "copy"}, tmp_path / "out", against=teacher, config=config)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 

@@ -16,7 +16,7 @@ from regrow.stages.evaluate.greedy import decode, prefill
 from regrow.stages.evaluate.metrics.generations import continuation
 from regrow.stages.evaluate.stage import conventions
 from regrow.stages.evaluate.subject import ratio
-from regrow.stages.evaluate.texts import first_tokens, text_files, windows
+from regrow.stages.evaluate.texts import opening, text_files, windows
 
 TEXT = " ".join(f"{n} {sentence}" for n in range(12) for sentence in SENTENCES)
 
@@ -54,10 +54,10 @@ def test_text_is_read_as_far_as_needed(place: Path, monkeypatch: pytest.MonkeyPa
     tokenizer = tiny_tokenizer()
     every = tokenizer(TEXT)["input_ids"]
     for wanted in (1, 7, 200, len(every), len(every) + 99):
-        assert first_tokens(text_files(f"{place}/raw.txt"), tokenizer, wanted) == every[:wanted]
-    rows = first_tokens(text_files(f"{place}/rows.jsonl.gz"), tokenizer, 9999)
+        assert opening(text_files(f"{place}/raw.txt"), tokenizer, wanted)[1] == every[:wanted]
+    rows = opening(text_files(f"{place}/rows.jsonl.gz"), tokenizer, 9999)[1]
     assert tokenizer.decode(rows) == "\n\n".join(SENTENCES)
-    pairs = first_tokens(text_files(f"{place}/pairs.jsonl"), tokenizer, 9999)
+    pairs = opening(text_files(f"{place}/pairs.jsonl"), tokenizer, 9999)[1]
     assert tokenizer.decode(pairs) == "\n\n".join(f"{s[:9]} {s[10:]}" for s in SENTENCES)
 
 

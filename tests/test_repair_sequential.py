@@ -191,3 +191,17 @@ def test_it_runs_on_the_tokens_it_is_given(tmp_path: Path, text: Path) -> None:
     blocks = [Blocks.load(found.blocks_path()) for found in (more, fewer)]
     assert torch.equal(blocks[0].input_ids[:16], blocks[1].input_ids)
     assert some.solutions == same.solutions != other.solutions
+
+
+def test_a_smaller_vocabulary_changes_nothing_of_it(tmp_path: Path, text: Path) -> None:
+    """The profile's text is in the parent's tokens, some of which the cut model has no more."""
+    checkpoint = write_model(tmp_path / "model", "llama", torch.float64)
+    found = profiled(tmp_path / "profile", checkpoint, text)
+    plan = random_plan(checkpoint.config, checkpoint.fingerprint, mlp=31)
+    fewer = plan.model_copy(
+        update={"vocab": list(range(200)), "after": {**plan.after, "vocab": 200}}
+    )
+    ours, same = (
+        repaired(checkpoint, found, one, tmp_path / str(n)) for n, one in enumerate((fewer, plan))
+    )
+    assert ours.solutions == same.solutions

@@ -133,7 +133,7 @@ def random_plan(
         return want if isinstance(want, list) else sorted(draw.sample(ids, want))
 
     fields: dict[str, Any] = {}
-    for dim in ("layers", "hidden"):
+    for dim in ("layers", "hidden", "vocab"):
         if dim in after:
             fields[dim] = some(dim, range(before[dim]))
     kept_layers = fields.get("layers", list(range(before["layers"])))

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 SENTENCES = [
@@ -61,3 +70,63 @@ def _trained(vocab_size: int) -> str:
     )
     tokenizer.train_from_iterator(SENTENCES * 4, trainer)
     return tokenizer.to_str()
+
+
+KINDS = ("byte level", "byte fallback", "unigram", "unigram without bytes")
+"""Kinds of tokenizers whose vocabulary can be cut."""
+BYTES = [f"<0x{value:02X}>" for value in range(256)]
+
+
+def tiny_tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of one of KINDS; all but the first have `<unk>` 0, `<s>` 1 (put first), `</s>` 2.
+
+    Without bytes what was not trained on is unknown; the others round-trip any text.
+    """
+    if kind == "byte level":
+        return tiny_tokenizer()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_sentencepiece(kind)),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=4096,
+    )
+
+
+@cache
+def _sentencepiece(kind: str) -> str:
+    special = ["<unk>", "<s>", "</s>"]
+    if kind == "byte fallback":
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        trainer: trainers.Trainer = trainers.BpeTrainer(
+            vocab_size=440, special_tokens=special + BYTES, show_progress=False
+        )
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(
+            vocab_size=160, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    if kind != "byte fallback":
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    rules = json.loads(tokenizer.to_str())
+    rules["added_tokens"] = rules["added_tokens"][: len(special)]  # bytes are no added tokens
+    if kind == "unigram":
+        scores = [score for _, score in rules["model"]["vocab"]]
+        rules["model"]["vocab"][3:3] = [[byte, min(scores) - 1] for byte in BYTES]
+        rules["model"]["byte_fallback"] = True
+    return json.dumps(rules)

@@ -98,6 +98,10 @@ def line_up(
     sizes = (with_sizes(config, shapes[0].sizes) if shapes else config).sizes()
     if not sizes:
         raise UserError("nothing to compare at: give keep_params, or sizes such as num_layers")
+    if "vocab" in sizes:
+        raise UserError(
+            f"vocab_size {sizes['vocab']}: criteria are compared on the same tokens; leave it out"
+        )
     family = families.of(checkpoint)
     before = family.sizes(checkpoint.config)
     after = full_sizes(family, before, sizes)

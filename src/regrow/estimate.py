@@ -21,7 +21,7 @@ from regrow.recipe import Recipe
 from regrow.search import SHOWN, blocks_for, check_keep_params, to_try
 from regrow.search import passes_for as passes_of_search
 from regrow.stages.distill.config import DistillConfig
-from regrow.stages.distill.stage import check_tokenizers, steps_of
+from regrow.stages.distill.stage import steps_of
 from regrow.stages.distill.student import Student
 from regrow.stages.evaluate.config import EvaluateConfig
 from regrow.stages.profile.collect import GRADIENTS, REMOVALS
@@ -35,6 +35,7 @@ from regrow.stages.prune.shapes import Shape
 from regrow.stages.prune.stage import make_plan
 from regrow.statistics import Profile
 from regrow.steps import check_one_target
+from regrow.training.tokens import teacher_ids
 from regrow.trial import TRIAL_BLOCKS
 
 
@@ -165,7 +166,7 @@ def of_distill(
     options: Options,
 ) -> list[str]:
     """Steps, memory and time of a distillation: 2 N_teacher + 6 N_student operations per token."""
-    check_tokenizers(student.like, teacher)
+    teacher_ids(student.like, teacher)
     return _distill_lines(student.parameters, _parameters(teacher), data, config, options)
 
 

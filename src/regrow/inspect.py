@@ -51,7 +51,8 @@ def _axes(checkpoint: Checkpoint, family: Family) -> Table:
     table = Table("axis", "now", "legal widths", "flag", title="Axes")
     for dim, flag in FLAGS.items():
         table.add_row(dim, str(sizes[dim]), _legal(checkpoint, family, dim), flag)
-    table.add_row("vocab", str(sizes["vocab"]), "not cut yet", "")
+    legal = f"multiples of {MULTIPLE}, special tokens and the base alphabet at least"
+    table.add_row("vocab", str(sizes["vocab"]), legal, "--vocab-size")
     return table
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint
 
 PER_LAYER = ("mlp", "heads", "kv_heads")
-WHOLE = ("layers", "hidden")
+WHOLE = ("layers", "hidden", "vocab")
 
 
 class Plan(Config):
@@ -45,6 +45,8 @@ class Plan(Config):
     """Kept query heads per kept layer."""
     kv_heads: dict[int, list[int]] | None = None
     """Kept key/value heads per kept layer."""
+    vocab: list[int] | None = None
+    """Kept token ids."""
     criterion: str | None = None
     """How the units were chosen, for the reader."""
     seed: int | None = None
@@ -64,7 +66,7 @@ class Plan(Config):
         Without `heads`, the query heads follow their kept KV heads.
         """
         if dim in WHOLE:
-            return self.layers if dim == "layers" else self.hidden
+            return {"layers": self.layers, "hidden": self.hidden, "vocab": self.vocab}[dim]
         if dim not in PER_LAYER or layer is None:
             return None
         chosen = {"mlp": self.mlp, "heads": self.heads, "kv_heads": self.kv_heads}[dim]
@@ -207,6 +209,7 @@ def compose(earlier: Plan, later: Plan) -> Plan:
         mlp=both("mlp"),
         heads=both("heads"),
         kv_heads=both("kv_heads"),
+        vocab=_through(earlier.vocab, later.vocab),
         criterion=later.criterion,
         seed=later.seed,
         parents=(*earlier.parents, later.fingerprint, *later.parents),

@@ -108,9 +108,10 @@ def _check_order(steps: list[Step]) -> None:
 def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: Options) -> None:
     from regrow import families
     from regrow.checkpoint import load
-    from regrow.stages.distill.stage import check_tokenizers, steps_of
+    from regrow.stages.distill.stage import steps_of
     from regrow.stages.evaluate.texts import text_files
     from regrow.stages.profile.scoring import statistics_needed
+    from regrow.training.tokens import teacher_ids
 
     if step.name == "profile":
         statistics_needed(step.config)
@@ -124,7 +125,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     if step.teacher is not None:
         teacher = load(step.teacher)
         families.of(teacher)
-        check_tokenizers(checkpoint, teacher)
+        teacher_ids(checkpoint, teacher)
 
 
 def _check_cuts(prunes: list[Step], checkpoint: Checkpoint) -> int:

@@ -73,8 +73,14 @@ class Trial:
     ) -> float:
         """KL(dense ‖ cut) in nats per scored token; repaired with the best of `ridges`, if any.
 
-        On the first `share` of the blocks, one at least.
+        On the first `share` of the blocks, one at least. Raises UserError for a plan that cuts the
+        vocabulary.
         """
+        if plan.vocab is not None:
+            raise UserError(
+                "a model with fewer tokens reads other tokens, and is not compared untrained: "
+                "leave vocab_size out here, and cut the vocabulary in a prune of its own"
+            )
         family = self.dense.family
         job = Job(self.checkpoint, family, self.profile, plan, Path(), self.options, 0)
         repair = gram.repair(job, ridges) if ridges else None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from regrow.training.head import Head, Mix, head_loss, head_of
+from regrow.training.tokens import rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,22 +27,33 @@ class States(NamedTuple):
 
 
 class Teacher:
-    """A frozen model. A plain object, so that no trainer registers, trains or saves it."""
+    """A frozen model. A plain object, so that no trainer registers, trains or saves it.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    With `ids_V`, its ids for those of a student with fewer tokens, it reads the student's tokens
+    and its head gives the logits of those alone.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids_V: Tensor | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.ids_V = None if ids_V is None else ids_V.to(model.device)
 
     @torch.no_grad()
     def hidden(self, batch: dict[str, Tensor], all_layers: bool = False) -> States:
         """Hidden states in the teacher's own dtype, outside any autocast."""
         assert not self.model.training, "the teacher left eval mode"
+        if self.ids_V is not None:
+            own = self.ids_V[batch["input_ids"].to(self.ids_V.device)]
+            batch = {**batch, "input_ids": own}
         with torch.autocast(batch["input_ids"].device.type, enabled=False):
             return hidden_states(self.model, batch, all_layers)
 
-    @property
+    @cached_property
     def head(self) -> Head:
         """The teacher's output head."""
-        return head_of(self.model)
+        whole = head_of(self.model)
+        if self.ids_V is None:
+            return whole
+        return replace(whole, weight_VH=rows_of(whole.weight_VH, self.ids_V))
 
 
 def hidden_states(

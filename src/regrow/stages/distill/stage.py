@@ -32,6 +32,7 @@ from regrow.stages.distill.student import Student, open_student
 from regrow.training.head import Mix
 from regrow.training.signals.hidden import Hidden, LayerMap
 from regrow.training.teacher import Teacher
+from regrow.training.tokens import teacher_ids
 from regrow.training.trainer import DistillTrainer, Journal, Pace, bind_loss
 
 CARRIED = ("plan.json", "plan-from-first.json")
@@ -48,7 +49,9 @@ def distill(
 ) -> Path:
     """Train `student` towards `teacher` on the train split of `data`; write the best student.
 
-    A student given as a config.json is made fresh, with the teacher's tokenizer.
+    A student given as a config.json is made fresh, with the teacher's tokenizer. One whose tokens
+    are some of the teacher's is taught on its own tokens, over which the teacher's distribution is
+    renormalised.
     bf16 compute over float32 master weights; the checkpoint with the lowest held-out KL is kept.
     Metrics go to `metrics.jsonl` in the folder and, if given, to `journal` as well.
     An interrupted run goes on from its last checkpoint, a raised `tokens` extends a finished one.
@@ -59,7 +62,7 @@ def distill(
     master = teacher if isinstance(teacher, Checkpoint) else load(teacher)
     pupil = open_student(student, master)
     refuse_input(out, pupil.like.folder, master.folder)
-    check_tokenizers(pupil.like, master)
+    ids_V = teacher_ids(pupil.like, master)
     inputs = {
         "student": pupil.fingerprint,
         "teacher": master.fingerprint,
@@ -73,10 +76,10 @@ def distill(
     steps, micro, accumulation = steps_of(config, data, options)
     # Weights and optimizer of the best, the last and the next checkpoint, and the result.
     require_space(out, pupil.parameters * (3 * 12 + pupil.dtype.itemsize))
-    heldout = build_blocks(data, master.tokenizer(), "heldout", config.heldout_blocks)
-    blocks = build_blocks(
-        data, master.tokenizer(), "train", steps * config.batch_tokens // data.sequence_length
-    )
+    tokenizer = (master if ids_V is None else pupil.like).tokenizer()
+    heldout = build_blocks(data, tokenizer, "heldout", config.heldout_blocks)
+    count = steps * config.batch_tokens // data.sequence_length
+    blocks = build_blocks(data, tokenizer, "train", count)
     ranks.join(cpu=device.type == "cpu")
     with stage as folder:
         if ranks.is_main():
@@ -85,14 +88,12 @@ def distill(
         model = pupil.model(config.seed)
         if device.index is not None:
             torch.cuda.set_device(device)  # the trainer takes the current one
-        teacher_model = master.model(torch.bfloat16, device)
+        taught_by = Teacher(master.model(torch.bfloat16, device), ids_V)
         arguments = _arguments(folder, config, device, steps, micro, accumulation)
         trainer = DistillTrainer(
             model=model, args=arguments, train_dataset=blocks, eval_dataset=heldout
         )
-        undo = bind_loss(
-            model, Teacher(teacher_model), Mix(config.loss_weights(), config.temperature), signal
-        )
+        undo = bind_loss(model, taught_by, Mix(config.loss_weights(), config.temperature), signal)
         _train(trainer, folder, stage, pupil, steps, journal)
         undo()
         if ranks.is_main():
@@ -113,17 +114,6 @@ def _signal(pupil: Student, master: Checkpoint, weight: float) -> Hidden | None:
         "hidden_weight compares layers of the student with the teacher's, and needs the plan.json "
         f"of a student that was cut from {master.folder}: set it to 0, or give that student"
     )
-
-
-def check_tokenizers(student: Checkpoint, teacher: Checkpoint) -> None:
-    """Raise UserError unless both models map the same tokens to the same ids."""
-    ours, theirs = student.tokenizer().get_vocab(), teacher.tokenizer().get_vocab()
-    if ours != theirs:
-        different = len(set(ours.items()) ^ set(theirs.items()))
-        raise UserError(
-            f"student {student.folder} and teacher {teacher.folder} have different tokenizers "
-            f"({different} entries differ): distillation needs the same token ids in both"
-        )
 
 
 def steps_of(config: DistillConfig, data: DataConfig, options: Options) -> tuple[int, int, int]:

@@ -1,35 +1,61 @@
-"""Texts in every model's tokens, and whether models have the same tokens."""
+"""Texts in every model's tokens, and what their tokens are to the teacher."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TypeAlias
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from regrow.checkpoint import Checkpoint
 from regrow.data import DataConfig
 from regrow.errors import UserError
 from regrow.manifest import digest
-from regrow.stages.evaluate.config import EvaluateConfig
-from regrow.stages.evaluate.texts import Text, build_texts
+from regrow.stages.evaluate.config import HELDOUT, EvaluateConfig
+from regrow.stages.evaluate.texts import Reference, Text, build_texts, openings_of
+from regrow.training.tokens import ids_in
 
 Models: TypeAlias = dict[str, Checkpoint]
 
 
 def texts_of(
-    checkpoints: Models, data: DataConfig | None, config: EvaluateConfig
+    checkpoints: Models, data: DataConfig | None, config: EvaluateConfig, first: str
 ) -> dict[str, list[Text]]:
-    """The texts by model's label, tokenized once per distinct tokenizer."""
-    built: dict[str, list[Text]] = {}
-    found = {}
-    for label, checkpoint in checkpoints.items():
-        tokenizer = checkpoint.tokenizer()
-        key = fingerprint(tokenizer)
+    """The texts by model's label, tokenized once per distinct tokenizer.
+
+    The first tokens of a further text are those of the model `first`; a model with another
+    tokenizer gets the same string in its own tokens.
+    """
+    tokenizers = {label: checkpoint.tokenizer() for label, checkpoint in checkpoints.items()}
+    keys = {label: fingerprint(tokenizer) for label, tokenizer in tokenizers.items()}
+    built = {keys[first]: build_texts(data, tokenizers[first], config)}
+    if len(set(keys.values())) == 1:
+        return {label: built[key] for label, key in keys.items()}
+    openings = openings_of(tokenizers[first], config)
+    for label, key in keys.items():
         if key not in built:
-            built[key] = build_texts(data, tokenizer, config)
-        found[label] = built[key]
-    return found
+            built[key] = build_texts(data, tokenizers[label], config, openings)
+    references = {text.name: _reference(first, text) for text in built[keys[first]]}
+    built = {
+        key: [_told_apart(text, references[text.name]) for text in texts]
+        for key, texts in built.items()
+    }
+    return {label: built[key] for label, key in keys.items()}
+
+
+def _told_apart(text: Text, reference: Reference | None) -> Text:
+    if text.name == HELDOUT:
+        own = "in the model's own tokens: not the same text for one of other tokens"
+        return replace(text, convention=f"{text.convention}; {own}")
+    return replace(text, reference=reference)
+
+
+def _reference(label: str, text: Text) -> Reference | None:
+    if text.num_bytes is None:
+        return None
+    return Reference(label, text.num_bytes / text.blocks.scored_tokens)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -40,28 +66,48 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest(rules, parts, tokenizer.chat_template, tokenizer.special_tokens_map)
 
 
-def same_tokens(checkpoints: Models, teacher: str, texts: dict[str, list[Text]]) -> None:
-    """Raise UserError unless token ids mean the same in every model and texts have the same ids.
+def teacher_ids_of(
+    checkpoints: Models, teacher: str, texts: dict[str, list[Text]]
+) -> dict[str, Tensor | None]:
+    """Per model the teacher's ids of its tokens; None where ids and texts are the teacher's own.
 
-    A model may have more ids than another (padding of the vocabulary, added tokens).
+    A model may have more ids than the teacher (padding of the vocabulary, added tokens), or some of
+    its tokens under other ids. Raises UserError for one that is neither.
     """
-    token_of = _tokens_by_id(checkpoints[teacher].tokenizer())
+    found: dict[str, Tensor | None] = {}
+    master = checkpoints[teacher]
+    theirs, size = master.tokenizer(), int(master.config["vocab_size"])
     for label, checkpoint in checkpoints.items():
-        other = _tokens_by_id(checkpoint.tokenizer())
-        odd = sorted(i for i in token_of.keys() & other.keys() if token_of[i] != other[i])
-        if odd:
-            at = odd[0]
-            raise UserError(
-                f"no KL between {label} and {teacher}: token {at} is {other[at]!r} in one and "
-                f"{token_of[at]!r} in the other; leave `kl` out of metrics, or compare with a "
-                "model of the same tokenizer"
+        other = checkpoint.tokenizer()
+        reason = _difference(other, theirs, texts[label], texts[teacher])
+        found[label] = None if reason is None else ids_in(other, theirs, size)
+        if reason is not None and found[label] is None:
+            raise UserError(f"no KL between {label} and {teacher}: {reason}")
+    return found
+
+
+def _difference(
+    other: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    mine: list[Text],
+    theirs: list[Text],
+) -> str | None:
+    """Why the ids of one mean nothing to the other; None when they mean the same."""
+    token_of, other_of = _tokens_by_id(teacher), _tokens_by_id(other)
+    odd = sorted(i for i in token_of.keys() & other_of.keys() if token_of[i] != other_of[i])
+    if odd:
+        at = odd[0]
+        return (
+            f"token {at} is {other_of[at]!r} in one and {token_of[at]!r} in the other; leave `kl` "
+            "out of metrics, or compare with a model of the same tokens"
+        )
+    for one, reference in zip(mine, theirs, strict=True):
+        if one is not reference and one.blocks.fingerprint != reference.blocks.fingerprint:
+            return (
+                f"their tokenizers split the text {one.name!r} differently; leave `kl` out of "
+                "metrics"
             )
-        for mine, theirs in zip(texts[label], texts[teacher], strict=True):
-            if mine is not theirs and mine.blocks.fingerprint != theirs.blocks.fingerprint:
-                raise UserError(
-                    f"no KL between {label} and {teacher}: their tokenizers split the text "
-                    f"{mine.name!r} differently; leave `kl` out of metrics"
-                )
+    return None
 
 
 def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

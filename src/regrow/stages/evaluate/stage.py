@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from regrow import plugins
 from regrow.checkpoint import Checkpoint, load
@@ -20,7 +21,7 @@ from regrow.errors import UserError
 from regrow.manifest import Stage, digest, write_json
 from regrow.options import Options
 from regrow.progress import say
-from regrow.stages.evaluate.agree import Models, same_tokens, texts_of
+from regrow.stages.evaluate.agree import Models, teacher_ids_of, texts_of
 from regrow.stages.evaluate.config import METRICS, EvaluateConfig
 from regrow.stages.evaluate.subject import Context, Measured, Subject, Teacher
 from regrow.stages.evaluate.table import show
@@ -52,13 +53,14 @@ def evaluate(
     else:
         device = options.torch_device()
         _check_window(checkpoints, config)
-        texts = texts_of(checkpoints, data, config)
+        texts = texts_of(checkpoints, data, config, teacher or next(iter(checkpoints)))
+        ids: dict[str, Tensor | None] = {}
         if teacher is not None and "kl" in config.metrics:
-            same_tokens(checkpoints, teacher, texts)
+            ids = teacher_ids_of(checkpoints, teacher, texts)
         with stage as folder:
             found: dict[str, Measured] = {}
             for label, measured in _measure_all(
-                checkpoints, teacher, texts, config, device, options.batch_size
+                checkpoints, teacher, texts, ids, config, device, options.batch_size
             ):
                 found[label] = measured
             evaluation = _evaluation({label: found[label] for label in checkpoints}, teacher)
@@ -124,21 +126,32 @@ def _measure_all(
     checkpoints: Models,
     teacher: str | None,
     texts: dict[str, list[Text]],
+    ids: dict[str, Tensor | None],
     config: EvaluateConfig,
     device: torch.device,
     batch_size: int,
 ) -> Any:
     """Yields (label, Measured), the teacher first, because the others are compared with it."""
-    context = Context(config)
+    teachers: dict[str, Teacher] = {}
     dtype: torch.dtype = getattr(torch, config.dtype)
     for label in sorted(checkpoints, key=lambda label: label != teacher):
         subject = Subject(label, checkpoints[label], texts[label], dtype, device, batch_size)
-        yield label, _measure(subject, context)
+        yield label, _measure(subject, Context(config, teachers.get(label)))
         if label == teacher and "kl" in config.metrics:
-            states = {text.name: subject.windows(text) for text in subject.texts}
-            context = Context(config, Teacher(label, subject.head, states))
+            teachers = _teachers(subject, texts, ids)
         del subject
         gc.collect()
+
+
+def _teachers(
+    subject: Subject, texts: dict[str, list[Text]], ids: dict[str, Tensor | None]
+) -> dict[str, Teacher]:
+    """The teacher of every other model; those of one tokenizer share it."""
+    made: dict[int, Teacher] = {}
+    for label, ids_V in ids.items():
+        if label != subject.label and id(texts[label]) not in made:
+            made[id(texts[label])] = Teacher.of(subject, texts[label], ids_V)
+    return {label: made[id(texts[label])] for label in ids if label != subject.label}
 
 
 def _measure(subject: Subject, context: Context) -> Measured:

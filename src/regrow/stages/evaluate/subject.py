@@ -18,8 +18,9 @@ from regrow.errors import UserError
 from regrow.manifest import Figure
 from regrow.progress import progress
 from regrow.stages.evaluate.config import EvaluateConfig
-from regrow.stages.evaluate.texts import IGNORED, Text
+from regrow.stages.evaluate.texts import IGNORED, Text, in_other_ids
 from regrow.training.head import Head, Mix, head_loss, head_of
+from regrow.training.tokens import rows_of
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,12 @@ class Subject:
     def windows(self, text: Text) -> list[Window]:
         """Each window's scored states, in host memory, from one forward pass of the body."""
         if text.name not in self._windows:
-            self._windows[text.name] = self._run(text)
+            self._windows[text.name] = self.run(text)
         return self._windows[text.name]
 
     @torch.no_grad()
-    def _run(self, text: Text) -> list[Window]:
+    def run(self, text: Text) -> list[Window]:
+        """Each window's scored states of any text in this model's ids, not kept."""
         found = []
         tokens = int(text.blocks.real.sum())
         with progress(f"evaluate {self.label} on {text.name}", tokens) as counter:
@@ -100,6 +102,22 @@ class Teacher:
     label: str
     head: Head
     windows: dict[str, list[Window]]
+    restricted: bool = False
+    """Whether it read a model's own tokens, with the head's rows of those alone."""
+
+    @classmethod
+    def of(cls, subject: Subject, texts: list[Text], ids_V: Tensor | None) -> Teacher:
+        """The loaded `subject` as a model's teacher; `ids_V` are its ids of that one's tokens."""
+        if ids_V is None:
+            windows = {text.name: subject.windows(text) for text in subject.texts}
+            return cls(subject.label, subject.head, windows)
+        head = replace(subject.head, weight_VH=rows_of(subject.head.weight_VH, ids_V))
+        return cls(
+            subject.label,
+            head,
+            {text.name: subject.run(in_other_ids(text, ids_V)) for text in texts},
+            restricted=True,
+        )
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-ORDER = ("parameters", "bytes", "perplexity", "kl", "prefill", "decode")
+ORDER = (
+    "parameters",
+    "bytes",
+    "perplexity",
+    "perplexity_per_reference_token",
+    "bits_per_byte",
+    "kl",
+    "prefill",
+    "decode",
+)
 TITLES = {
     "perplexity": "ppl",
+    "perplexity_per_reference_token": "ppl/ref token",
+    "bits_per_byte": "bits/byte",
     "kl": "KL",
     "bytes": "MB",
     "prefill": "prefill tok/s",
@@ -62,7 +73,7 @@ def cell(name: str, value: float) -> str:
         return f"{value:,.0f}"
     if kind == "bytes":
         return f"{value / 1e6:,.1f}"
-    if kind == "kl":
+    if kind in ("kl", "bits_per_byte"):
         return f"{value:.4f}"
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 

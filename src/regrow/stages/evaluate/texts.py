@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from regrow import plugins
@@ -31,13 +32,30 @@ class Text:
     name: str
     blocks: Blocks
     convention: str
+    num_bytes: int | None = None
+    """UTF-8 bytes of the scored tokens; None when they cannot be told."""
+    reference: Reference | None = None
+    """Where another model's tokens say where the text ends, what they are like."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The tokens of the model that the others are compared with, on the same text."""
+
+    label: str
+    bytes_per_token: float
+    """UTF-8 bytes of its scored tokens ÷ their number."""
 
 
 def build_texts(
-    data: DataConfig | None, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig
+    data: DataConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EvaluateConfig,
+    openings: dict[str, str] | None = None,
 ) -> list[Text]:
     """The held-out blocks of `data`, if any, then each further text of the config.
 
+    A further text has `config.text_tokens` tokens, or is the string that `openings` has for it.
     Raises UserError for a text that is missing, of an unknown kind or too short.
     """
     texts = []
@@ -49,7 +67,10 @@ def build_texts(
         )
         texts.append(Text(HELDOUT, blocks, how))
     for name, source in config.texts.items():
-        ids = first_tokens(text_files(source), tokenizer, config.text_tokens)
+        if openings is None:
+            text, ids = opening(text_files(source), tokenizer, config.text_tokens)
+        else:
+            text, ids = openings[name], _encode(openings[name], tokenizer)
         if len(ids) < 2:
             raise UserError(
                 f"text {name!r}: {source} holds {len(ids)} tokens; at least 2 are needed"
@@ -59,8 +80,48 @@ def build_texts(
             f"first {len(ids):,} tokens of {Path(source).name}{_joined(source)}, windows of "
             f"{config.window} without overlap, no BOS added, the first token of a window not scored"
         )
-        texts.append(Text(name, blocks, how))
+        texts.append(Text(name, blocks, how, scored_bytes(text, tokenizer, blocks)))
     return texts
+
+
+def openings_of(tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> dict[str, str]:
+    """The string that each further text's first tokens stand for, by its name."""
+    return {
+        name: opening(text_files(source), tokenizer, config.text_tokens)[0]
+        for name, source in config.texts.items()
+    }
+
+
+def scored_bytes(text: str, tokenizer: PreTrainedTokenizerBase, blocks: Blocks) -> int | None:
+    """UTF-8 bytes of the scored tokens of `text` in windows; None for a slow tokenizer.
+
+    A character's bytes count for the first of the tokens that it is split into.
+    """
+    if not tokenizer.is_fast:
+        return None
+    ends = [end for _, end in _offsets(text, tokenizer)][: int(blocks.real.sum())]
+    size_of = torch.tensor([0, *(len(character.encode()) for character in text)]).cumsum(0)
+    reached = size_of[torch.tensor(ends)].cummax(0).values
+    bytes_of = torch.diff(reached, prepend=torch.zeros(1, dtype=torch.int64))
+    return int(bytes_of[blocks.labels[blocks.real] != IGNORED].sum())
+
+
+def _offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    found: list[tuple[int, int]] = encoding["offset_mapping"]
+    return found
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def in_other_ids(text: Text, ids_V: Tensor) -> Text:
+    """A text with its input ids replaced by another model's for the same tokens."""
+    blocks = text.blocks
+    other = Blocks(ids_V[blocks.input_ids], blocks.position_ids, blocks.labels, blocks.real)
+    return replace(text, blocks=other)
 
 
 def windows(ids: list[int], window: int) -> Blocks:
@@ -83,18 +144,29 @@ def text_files(source: str) -> list[Path]:
     return resolve(SourceConfig(source=source))
 
 
-def first_tokens(paths: list[Path], tokenizer: PreTrainedTokenizerBase, wanted: int) -> list[int]:
-    """The first `wanted` tokens of the text in `paths` (fewer if it ends), without special tokens.
+def opening(
+    paths: list[Path], tokenizer: PreTrainedTokenizerBase, wanted: int
+) -> tuple[str, list[int]]:
+    """The beginning of the text in `paths`, and its first `wanted` tokens (fewer if it ends).
 
-    Reads no further than it needs: a text cut well behind the last wanted token has the same ones.
+    Without special tokens. The text ends where the last token does; a character that it ends
+    inside of is whole. Reads no further than it needs: a text cut well behind the last wanted token
+    has the same ones.
     """
     characters = CHARACTERS_PER_TOKEN * (wanted + MARGIN)
     while True:
         text = _beginning(paths, characters)
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = _encode(text, tokenizer)
         if len(text) < characters or len(ids) >= wanted + MARGIN:
-            return ids[:wanted]
+            break
         characters *= 2
+    if len(ids) <= wanted:
+        return text, ids
+    if not tokenizer.is_fast:
+        decoded = tokenizer.decode(ids[:wanted])
+        assert isinstance(decoded, str)
+        return decoded, ids[:wanted]
+    return text[: max(end for _, end in _offsets(text, tokenizer)[:wanted])], ids[:wanted]
 
 
 def _beginning(paths: list[Path], characters: int) -> str:

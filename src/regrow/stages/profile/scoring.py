@@ -12,6 +12,7 @@ from regrow import plugins
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.families import Family
+from regrow.plan import WHOLE
 from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.weights import DimWeights, observed
 
@@ -59,7 +60,7 @@ def score_all(
         module = plugins.load(IMPORTANCE, criterion)
         generator = torch.Generator().manual_seed(config.seed)
         for dim in sorted(dims_of(module, config)):
-            for layer in ["all"] if dim in ("hidden", "layers") else range(sizes["layers"]):
+            for layer in ["all"] if dim in WHOLE else range(sizes["layers"]):
                 place = f"{dim}/{layer}"
                 stats = {
                     key.split("/")[0]: value

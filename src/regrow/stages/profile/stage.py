@@ -24,6 +24,7 @@ from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.orders import Batches, layer_major, resident
 from regrow.stages.profile.removal import removal_order
 from regrow.stages.profile.scoring import score_all, statistics_needed
+from regrow.stages.profile.tokens import count_tokens
 from regrow.statistics import BLOCKS, INFO, SCORES, STATISTICS, Gram, Profile, gram_path
 
 MEANS = ("input_output_distance", "angular_distance")  # over tokens; the others are sums
@@ -65,6 +66,10 @@ def profile(
         _run(checkpoint, blocks, gram_blocks, collector, folder, options)
         statistics = _tidy(collector.sums, family.sizes(checkpoint.config), _count(blocks))
         statistics |= _removals(checkpoint, blocks, collector, config, options)
+        if "vocab" in needs:
+            size = family.sizes(checkpoint.config)["vocab"]
+            counts = count_tokens(data, tokenizer, size, config.vocab_tokens)
+            statistics["token_count/vocab/all"] = counts
         save_file(statistics, folder / STATISTICS)
 
         def gram(dim: str, layer: int) -> Tensor:

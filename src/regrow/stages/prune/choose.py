@@ -7,7 +7,10 @@ from torch import Tensor
 from regrow.checkpoint import Checkpoint
 from regrow.families import Family
 from regrow.plan import Plan
+from regrow.stages.prune.vocabulary import choose_vocab
 from regrow.statistics import Profile, for_gone
+
+VOCAB_CRITERION = "token_count"
 
 
 def full_sizes(family: Family, before: dict[str, int], sizes: dict[str, int]) -> dict[str, int]:
@@ -51,6 +54,10 @@ def choose(
         groups = kv_heads or {n: list(range(before["kv_heads"])) for n in layers}
         group, keep = (size["heads"] // size["kv_heads"] for size in (before, after))
         heads = {n: best_heads(scores[str(n)], groups[n], group, keep) for n in layers}
+    vocab = None
+    if "vocab" in cut:
+        counts_V = profile.scores(VOCAB_CRITERION, "vocab")["all"]
+        vocab = choose_vocab(checkpoint, counts_V, after["vocab"])
     return Plan(
         model_type=family.model_type,
         fingerprint=checkpoint.fingerprint,
@@ -60,6 +67,7 @@ def choose(
         hidden=hidden,
         mlp=_per_layer(profile, criterion, "mlp", layers, after) if "mlp" in cut else None,
         heads=heads,
+        vocab=vocab,
         kv_heads=kv_heads,
         criterion=criterion,
     )

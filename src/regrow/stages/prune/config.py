@@ -15,6 +15,7 @@ SIZES = {
     "mlp": "intermediate_size",
     "heads": "num_attention_heads",
     "kv_heads": "num_key_value_heads",
+    "vocab": "vocab_size",
 }
 """Field of each dimension."""
 TARGETS = ("keep_params", "max_bytes", "max_ram", "max_prefill_ms", "max_decode_ms")
@@ -78,6 +79,8 @@ class PruneConfig(Config):
     """Query heads to keep in every layer, the same number for each key/value head."""
     num_key_value_heads: int | None = None
     """Key/value heads to keep in every layer."""
+    vocab_size: int | None = None
+    """Tokens to keep, by their count in the calibration text; the tokenizer is cut with them."""
     plan: str | None = None
     """A plan.json to apply instead of choosing."""
     allow_sibling: bool = False

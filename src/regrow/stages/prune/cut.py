@@ -25,6 +25,7 @@ from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.families import Family, unit_rows
 from regrow.plan import Plan
+from regrow.stages.prune.tokenizer import cut_ids, ids_named, read_rules, write_tokenizer
 
 Replace = Callable[[str, Tensor], Tensor]
 """(name in the parent, cut tensor) → the tensor to put in its place, of its shape and dtype."""
@@ -37,6 +38,12 @@ def check(plan: Plan, family: Family, config: dict[str, Any]) -> None:
     sizes = family.sizes(config)
     plan.check(sizes)
     family.check_sizes(config, {dim: plan.after[dim] for dim in plan.after if dim in sizes})
+    if plan.vocab is not None:
+        gone = ids_named(config) & set(range(plan.before["vocab"])) - set(plan.vocab)
+        if gone:
+            raise UserError(
+                f"plan: vocab lacks token {min(gone)}, which config.json names: keep it"
+            )
 
 
 def cut(
@@ -93,6 +100,8 @@ def cut_config(config: dict[str, Any], plan: Plan, family: Family) -> dict[str, 
     for dim, key in family.config_keys.items():
         new[key] = plan.after[dim]
     new["head_dim"] = plan.before["head_dim"]
+    if plan.vocab is not None:
+        new = cut_ids(new, plan.vocab)
     if plan.hidden is not None:
         ratio = plan.before["hidden"] / plan.after["hidden"]
         new["rms_norm_eps"] = family.value(config, "rms_norm_eps") * ratio
@@ -116,12 +125,16 @@ def cut_folder(
     family = family or families.get(config["model_type"])
     plan.check_fingerprint(checkpoint)
     check(plan, family, config)
+    if plan.vocab is not None and checkpoint.has_tokenizer:
+        read_rules(checkpoint)  # refuses one that cannot be cut, before the slow work
     family.check_tensors(config, checkpoint.shapes)
     _refuse_untied(checkpoint.names(), checkpoint.tensor, family, config)
     names = [n for n in checkpoint.names() if new_name(n, plan, family, config) is not None]
     layout = dict(cut(((name, checkpoint.meta(name)) for name in names), plan, family, config))
     tensors = cut(((n, checkpoint.tensor(n)) for n in names), plan, family, config, replace)
     checkpoints.write(out, cut_config(config, plan, family), layout, tensors, like=checkpoint)
+    if plan.vocab is not None:
+        write_tokenizer(checkpoint, plan.vocab, out)
 
 
 def cut_model(
@@ -154,6 +167,8 @@ def cut_model(
         attn_implementation=model.config._attn_implementation,
     )
     student.generation_config = copy.deepcopy(model.generation_config)
+    if plan.vocab is not None and student.generation_config is not None:
+        student.generation_config.update(**cut_ids(model.generation_config.to_dict(), plan.vocab))
     return student.to(model.device).eval()  # type: ignore[arg-type]
 
 

@@ -20,6 +20,7 @@ from regrow.stages.prune.choose import choose, full_sizes
 from regrow.stages.prune.config import PruneConfig
 from regrow.stages.prune.cut import check, cut_folder
 from regrow.stages.prune.repair import Job, Repaired
+from regrow.stages.prune.vocabulary import check_vocab_size
 from regrow.statistics import Profile
 
 PLAN = "plan.json"
@@ -49,7 +50,8 @@ def prune(
     family = families.of(checkpoint)
     found = _profile_for(checkpoint, profile)
     plan = make_plan(checkpoint, config, found)
-    repair = repair_method(config, found) if config.repair else None
+    narrower = any(plan.after[dim] != plan.before[dim] for dim in plan.before if dim != "vocab")
+    repair = repair_method(config, found) if config.repair and narrower else None
     inputs = {"model": checkpoint.fingerprint, "plan": plan.digest()}
     if found is not None:
         inputs["profile"] = digest(found.info)
@@ -150,6 +152,8 @@ def check_target(checkpoint: Checkpoint, config: PruneConfig) -> None:
     before = family.sizes(checkpoint.config)
     after = full_sizes(family, before, config.sizes())
     family.check_sizes(checkpoint.config, after, config.multiple_of)
+    if after["vocab"] != before["vocab"]:
+        check_vocab_size(checkpoint, after["vocab"])
 
 
 def describe(plan: Plan) -> str:

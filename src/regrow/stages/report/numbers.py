@@ -6,6 +6,8 @@ NAMES = {
     "parameters": "parameters",
     "bytes": "size",
     "perplexity": "perplexity",
+    "perplexity_per_reference_token": "perplexity per token of the reference",
+    "bits_per_byte": "bits per byte",
     "kl": "KL to teacher",
     "prefill": "prefill tokens/s",
     "decode": "decode tokens/s",
@@ -40,9 +42,9 @@ def figure(name: str, value: float) -> str:
         return millions(value)
     if kind == "bytes":
         return megabytes(value)
-    if kind == "kl":
+    if kind in ("kl", "bits_per_byte"):
         return f"{value:.3f}"
-    if kind == "perplexity":
+    if kind.startswith("perplexity"):
         return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 

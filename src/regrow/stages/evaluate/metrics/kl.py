@@ -15,6 +15,8 @@ def measure(subject: Subject, context: Context) -> Measured:
     for text in subject.texts:
         mean, stderr, tokens = mean_loss(subject, text, "forward_kl", teacher)
         how = f"KL({teacher.label} || model) per scored token over all token ids that both have"
+        if teacher.restricted:
+            how += f" (in the model's own tokens, {teacher.label} renormalised over them)"
         figures.append(
             Figure(
                 name=f"kl/{text.name}",

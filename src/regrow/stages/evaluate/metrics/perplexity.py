@@ -1,4 +1,4 @@
-"""Perplexity on every text: exp of the mean negative log-likelihood per scored token."""
+"""Perplexity on every text, per token and, for models of different tokenizers, per byte."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 from regrow.manifest import Figure
 from regrow.stages.evaluate.subject import Context, Measured, Subject, mean_loss
+from regrow.stages.evaluate.texts import Text
 
 LARGEST = 700.0
 """Nats whose exponential a float can still hold."""
@@ -13,18 +14,56 @@ CLUSTERS = "standard error by windows"
 
 
 def measure(subject: Subject, context: Context) -> Measured:
-    """exp(mean −log q(token)); the standard error is that of the mean times the perplexity."""
+    """exp(mean −log q(token)); the standard error is that of the mean times the perplexity.
+
+    Where the text's bytes are known, also Σ −log2 q(token) ÷ bytes; and, where tokenizers differ,
+    exp(Σ −log q(token) ÷ bytes · bytes per token of the first model), which compares with that
+    model's perplexity.
+    """
     figures = []
     for text in subject.texts:
         mean, stderr, tokens = mean_loss(subject, text, "cross_entropy")
         value = math.exp(min(mean, LARGEST))
+        convention = f"{text.convention}; {context.config.dtype}, {CLUSTERS}"
         figures.append(
             Figure(
                 name=f"perplexity/{text.name}",
                 value=value,
                 n=tokens,
                 stderr=value * stderr,
-                convention=f"{text.convention}; {context.config.dtype}, {CLUSTERS}",
+                convention=convention,
             )
         )
+        if text.num_bytes:
+            figures += _per_byte(text, mean * tokens, stderr * tokens, convention)
     return Measured(figures)
+
+
+def _per_byte(text: Text, nats: float, stderr: float, convention: str) -> list[Figure]:
+    assert text.num_bytes is not None
+    nats, stderr = nats / text.num_bytes, stderr / text.num_bytes
+    figures = [
+        Figure(
+            name=f"bits_per_byte/{text.name}",
+            value=nats / math.log(2),
+            n=text.num_bytes,
+            stderr=stderr / math.log(2),
+            convention=f"Σ −log2 q(token) ÷ UTF-8 bytes of the scored tokens; {convention}",
+        )
+    ]
+    if (reference := text.reference) is not None:
+        value = math.exp(min(nats * reference.bytes_per_token, LARGEST))
+        how = (
+            f"exp(nats per byte · {reference.bytes_per_token:.4f} bytes per token of "
+            f"{reference.label}): compares with the perplexity of {reference.label}"
+        )
+        figures.append(
+            Figure(
+                name=f"perplexity_per_reference_token/{text.name}",
+                value=value,
+                n=text.num_bytes,
+                stderr=value * stderr * reference.bytes_per_token,
+                convention=f"{how}; {convention}",
+            )
+        )
+    return figures

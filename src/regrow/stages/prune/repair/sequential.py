@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -51,14 +52,18 @@ class Sequential:
 
     @torch.no_grad()
     def __init__(self, job: Job, ridges: tuple[float, ...], upstream: float) -> None:
-        self.job, self.ridges, self.upstream = job, ridges, upstream
+        # Layers know nothing of the vocabulary, and the profile's text is in the parent's tokens.
+        whole = {**job.plan.after, "vocab": job.plan.before["vocab"]}
+        plan = job.plan.model_copy(update={"vocab": None, "after": whole})
+        self.job = job = replace(job, plan=plan)
+        self.ridges, self.upstream = ridges, upstream
         self.solutions: Solutions = {}
         self._weights = Spill(job.work / "weights")
         self._streams = {name: Spill(job.work / name) for name in ("dense", "cut")}
         self._before = {dim: Spill(job.work / f"before-{dim}") for dim in BLOCKS}
         self._scale = {dim: Spill(job.work / f"scale-{dim}") for dim in BLOCKS}
         self._batches = _batches(job)
-        checkpoint, plan, family = job.checkpoint, job.plan, job.family
+        checkpoint, family = job.checkpoint, job.family
         device, dtype = job.options.torch_device(), checkpoint.compute_dtype()
         config = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
         self._dense = LayerByLayer(config, checkpoint.names(), checkpoint.tensor, dtype, device)

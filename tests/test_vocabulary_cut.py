@@ -1,0 +1,329 @@
+"""Models with fewer tokens: the cut per family, their teacher, their text, and their stages."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_folders import data_of, write_model, write_text
+from tiny_job import refused
+from tiny_models import SPECIAL, float64_norms, random_plan, tiny_ids, tiny_model
+from tiny_tokenizer import SENTENCES, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from regrow import families
+from regrow.checkpoint import Checkpoint
+from regrow.data import build_blocks
+from regrow.data.blend import Job, blend
+from regrow.errors import UserError
+from regrow.options import Options
+from regrow.plan import Plan, compose
+from regrow.stages.distill import DistillConfig, distill
+from regrow.stages.evaluate import EvaluateConfig, evaluate
+from regrow.stages.evaluate.stage import EVALUATION
+from regrow.stages.evaluate.texts import opening
+from regrow.stages.profile import ProfileConfig, profile
+from regrow.stages.profile.tokens import count_tokens
+from regrow.stages.prune import PruneConfig, prune
+from regrow.stages.prune.cut import check, cut_folder, cut_model
+from regrow.statistics import Profile
+from regrow.training.head import Mix
+from regrow.training.teacher import Teacher
+from regrow.training.tokens import teacher_ids
+from regrow.training.trainer import bind_loss
+from regrow.trial import Trial
+
+OPTIONS = Options(device="cpu", batch_size=4, order="resident")
+KEPT = [0, 1, *range(3, 384, 5)]
+SIZE = 320
+
+
+@pytest.mark.parametrize("name", sorted(SPECIAL))
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_are_the_parents_at_the_kept_ids(name: str, tied: bool, tmp_path: Path) -> None:
+    """In memory, and from disk to disk; with a padded vocabulary; tied stays tied."""
+    model: Any = float64_norms(
+        tiny_model(name, tie_word_embeddings=tied, vocab_size=390, num_hidden_layers=2)
+        if name not in ("qwen2", "gemma3_text")
+        else tiny_model(name, tie_word_embeddings=tied, vocab_size=390)
+    )
+    plan = random_plan(model.config.to_dict(), vocab=KEPT)
+    student: Any = float64_norms(cut_model(model, plan))
+    ids = tiny_ids() % len(KEPT)
+    with torch.no_grad():
+        expected = model(torch.tensor(KEPT)[ids]).logits[..., KEPT]
+        torch.testing.assert_close(student(ids).logits, expected, rtol=1e-12, atol=1e-12)
+    family = families.get(name)
+    assert student.config.vocab_size == len(KEPT)
+    assert (student.config.eos_token_id, student.config.pad_token_id) == (0, 1)
+    same = student.get_input_embeddings().weight is student.get_output_embeddings().weight
+    assert same == tied
+    assert sum(p.numel() for p in student.parameters()) == family.count(
+        model.config.to_dict(), {"vocab": len(KEPT)}
+    )
+    model.save_pretrained(str(tmp_path / "parent"))
+    parent = Checkpoint(tmp_path / "parent")
+    cut_folder(parent, plan.model_copy(update={"fingerprint": parent.fingerprint}), tmp_path / "s")
+    found = AutoModelForCausalLM.from_pretrained(str(tmp_path / "s"), dtype=torch.float64).eval()
+    for key, value in student.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value), key
+
+
+def test_ids_in_configs_follow_on_disk_and_in_memory(tmp_path: Path) -> None:
+    model = tiny_model("llama", torch.float32, eos_token_id=[7, 9], pad_token_id=9)
+    model.generation_config.eos_token_id = [7, 9]
+    plan = random_plan(model.config.to_dict(), vocab=[0, 1, 7, 8, 9])
+    student = cut_model(model, plan)
+    model.save_pretrained(str(tmp_path / "parent"))
+    parent = Checkpoint(tmp_path / "parent")
+    cut_folder(parent, plan.model_copy(update={"fingerprint": parent.fingerprint}), tmp_path / "s")
+    written = json.loads((tmp_path / "s" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == student.generation_config.eos_token_id == [2, 4]
+    config = json.loads((tmp_path / "s" / "config.json").read_text())
+    for found in (config, student.config.to_dict()):
+        assert (found["eos_token_id"], found["pad_token_id"]) == ([2, 4], 4)
+    assert model.generation_config.eos_token_id == [7, 9]
+    short = random_plan(model.config.to_dict(), vocab=[0, 1, 7, 8])
+    with pytest.raises(UserError, match=r"vocab lacks token 9, which config\.json names"):
+        check(short, families.get("llama"), model.config.to_dict())
+
+
+def test_plans_keep_and_compose_tokens() -> None:
+    config = tiny_model("llama").config.to_dict()
+    first = random_plan(config, vocab=[0, 1, 5, 6, 8], mlp=20)
+    after = {**config, "vocab_size": 5, "intermediate_size": 20}
+    second = random_plan(after, vocab=[0, 1, 4])
+    both = compose(first, second)
+    assert both.kept("vocab") == both.vocab == [0, 1, 8]
+    assert both.mlp == first.mlp
+    assert (
+        compose(random_plan(config, mlp=20), random_plan({**after, "vocab_size": 384})) is not None
+    )
+    with pytest.raises(UserError, match=r"vocab names 384; allowed are 0 to 383"):
+        random_plan(config, vocab=[0, 384]).check(families.get("llama").sizes(config))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, text.jsonl, its profile/, and cut/ with SIZE tokens and fewer MLP channels."""
+    folder = tmp_path_factory.mktemp("vocab")
+    text = write_text(folder / "text.jsonl", documents=200)
+    checkpoint = write_model(
+        folder / "model", num_hidden_layers=2, head_dim=8, vocab_size=len(tiny_tokenizer()) + 4
+    )
+    config = ProfileConfig(samples=12, gram_tokens=12 * 32)
+    profile(checkpoint, data_of(text), folder / "profile", config, OPTIONS)
+    target = PruneConfig(vocab_size=SIZE, intermediate_size=40, multiple_of=8)
+    prune(checkpoint, folder / "cut", target, folder / "profile")
+    return folder
+
+
+def plan_of(place: Path) -> Plan:
+    return Plan.read(place / "cut" / "plan.json")
+
+
+def test_tokens_are_counted_over_the_whole_split(place: Path) -> None:
+    """Against counting documents one by one; more than the profiled blocks, and none twice."""
+    data, tokenizer = data_of(place / "text.jsonl"), tiny_tokenizer()
+    every = Counter[int]()
+    for document in blend(Job(data, tokenizer, "calibration", None)):
+        every.update(document.ids)
+    scores = Profile(place / "profile").scores("token_count", "vocab")["all"]
+    assert scores.tolist() == [every[i] for i in range(len(tokenizer) + 4)]
+    assert sum(every.values()) > 2 * 12 * 32
+    few = count_tokens(data, tokenizer, len(tokenizer), 100)
+    assert 100 <= int(few.sum()) < 300
+
+
+def test_the_pruned_folder_has_its_tokenizer(place: Path) -> None:
+    plan = plan_of(place)
+    assert plan.vocab is not None
+    found = AutoTokenizer.from_pretrained(str(place / "cut"))
+    whole = tiny_tokenizer()
+    text = " ".join(SENTENCES)
+    assert found.decode(found(text)["input_ids"]) == text
+    old = {i: token for token, i in whole.get_vocab().items()}
+    assert {old[was]: now for now, was in enumerate(plan.vocab)} == found.get_vocab()
+    assert found.chat_template == whole.chat_template
+    assert Checkpoint(place / "cut").config["vocab_size"] == SIZE
+    again = PruneConfig(plan=str(place / "cut" / "plan.json"))
+    out = prune(place / "model", place / "again", again, place / "profile")
+    assert (out / "tokenizer.json").read_bytes() == (place / "cut" / "tokenizer.json").read_bytes()
+
+
+def slow_kl(place: Path, folder: Path, batch: dict[str, Any], dtype: torch.dtype) -> float:
+    """Σ_v p (log p − log q) over the kept ids, p of the parent renormalised, per scored token."""
+    kept = torch.tensor(plan_of(place).vocab)
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype)
+        for path in (folder, place / "model")
+    )
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    with torch.no_grad():
+        log_q = student(ids, position_ids=positions, use_cache=False).logits
+        log_p = teacher(kept[ids], position_ids=positions, use_cache=False).logits
+    log_q = log_q[:, :-1].double().log_softmax(-1)
+    log_p = log_p[:, :-1][..., kept].double().log_softmax(-1)
+    kl_BT = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return float(kl_BT[batch["labels"][:, 1:] != -100].mean())
+
+
+def test_the_teacher_of_fewer_tokens_in_float64(place: Path) -> None:
+    student, parent = Checkpoint(place / "cut"), Checkpoint(place / "model")
+    ids = teacher_ids(student, parent)
+    assert ids is not None
+    assert ids.tolist() == plan_of(place).vocab
+    model = student.model(torch.float64)
+    data = data_of(place / "text.jsonl")
+    blocks = build_blocks(data, student.tokenizer(), "heldout", 4)
+    batch = next(blocks.batches(4))
+    mix = Mix({"forward_kl": 1.0})
+    bind_loss(model, Teacher(parent.model(torch.float64), ids), mix)
+    given = {key: batch[key] for key in ("input_ids", "position_ids", "labels")}
+    outputs = model(**given)
+    slow = slow_kl(place, place / "cut", batch, torch.float64)
+    assert float(outputs["loss"].detach()) / int(outputs["tokens"]) == pytest.approx(slow, rel=1e-9)
+    assert slow > 1e-3
+    # Uncut weights over the same tokens are at no distance.
+    plan = random_plan(parent.config, parent.fingerprint, vocab=plan_of(place).vocab or [])
+    equal = cut_model(parent.model(torch.float64), plan)
+    bind_loss(equal, Teacher(parent.model(torch.float64), ids), mix)
+    assert float(equal(**given)["loss"].detach()) == 0.0
+
+
+def test_distill_a_model_with_fewer_tokens(place: Path) -> None:
+    config = DistillConfig(
+        tokens=1024, batch_tokens=128, eval_tokens=512, heldout_blocks=4, learning_rate=3e-3
+    )
+    data = data_of(place / "text.jsonl")
+    out = distill(place / "cut", place / "model", data, place / "distilled", config, OPTIONS)
+    blocks = build_blocks(data, Checkpoint(out).tokenizer(), "heldout", 4)
+    batch = next(blocks.batches(4))
+    found = json.loads((out / "manifest.json").read_text())["figures"]
+    values = {figure["name"]: figure["value"] for figure in found}
+    assert values["held-out KL"] < 0.9 * values["held-out KL before"]
+    for name, folder in (("held-out KL before", place / "cut"), ("held-out KL", out)):
+        slow = slow_kl(place, folder, batch, torch.float32)
+        assert values[name] == pytest.approx(slow, rel=0.05)
+    assert (out / "tokenizer.json").read_bytes() == (place / "cut" / "tokenizer.json").read_bytes()
+
+
+def test_another_models_tokens_are_refused(place: Path, tmp_path: Path) -> None:
+    data = data_of(place / "text.jsonl")
+    with pytest.raises(UserError, match="have different tokenizers"):  # a teacher with fewer
+        distill(place / "model", place / "cut", data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bits_per_byte_and_kl_on_equal_text(place: Path, tmp_path: Path) -> None:
+    """By the stock model, token by token; the text is what the teacher's first tokens say."""
+    raw = tmp_path / "raw.txt"
+    raw.write_text(" ".join(f"{n} é🤖 {s}" for n in range(8) for s in SENTENCES))
+    config = EvaluateConfig(
+        metrics=("perplexity", "kl"),
+        texts={"raw": str(raw)},
+        text_tokens=150,
+        window=32,
+        dtype="float32",
+    )
+    out = evaluate({"cut": place / "cut"}, tmp_path / "out", None, place / "model", config, OPTIONS)
+    found = json.loads((out / EVALUATION).read_text())["figures"]
+    whole = tiny_tokenizer()
+    text, ids = opening([raw], whole, 150)
+    assert raw.read_text().startswith(text)
+    assert len(ids) == 150
+    assert abs(len(whole(text)["input_ids"]) - 150) <= 3  # a character cut in two is whole
+    slow = {}
+    for label, folder in (("teacher", place / "model"), ("cut", place / "cut")):
+        slow[label] = bits_per_byte(folder, ids if label == "teacher" else None, text)
+        values = {figure["name"]: figure for figure in found[label]}
+        assert values["bits_per_byte/raw"]["value"] == pytest.approx(slow[label][0], rel=1e-4)
+        assert values["bits_per_byte/raw"]["n"] == slow[label][1]
+        per_token = slow["teacher"][1] / slow["teacher"][2]
+        expected = math.exp(slow[label][0] * math.log(2) * per_token)
+        figure = values["perplexity_per_reference_token/raw"]
+        assert figure["value"] == pytest.approx(expected, rel=1e-3)
+    teacher = {figure["name"]: figure["value"] for figure in found["teacher"]}
+    same = teacher["perplexity_per_reference_token/raw"]
+    assert same == pytest.approx(teacher["perplexity/raw"], rel=1e-9)
+    kl = next(figure for figure in found["cut"] if figure["name"] == "kl/raw")
+    cut_ids = Checkpoint(place / "cut").tokenizer()(text)["input_ids"]
+    total = sum(
+        slow_kl(place, place / "cut", one_window(part), torch.float64) * (len(part) - 1)
+        for part in parts(cut_ids)
+        if len(part) > 1
+    )
+    assert kl["value"] == pytest.approx(total / kl["n"], rel=1e-3)
+    assert "renormalised" in kl["convention"]
+
+
+def parts(ids: list[int]) -> list[list[int]]:
+    return [ids[at : at + 32] for at in range(0, len(ids), 32)]
+
+
+def one_window(ids: list[int]) -> dict[str, Any]:
+    one = torch.tensor([ids])
+    return {"input_ids": one, "position_ids": torch.arange(len(ids))[None], "labels": one}
+
+
+def bits_per_byte(folder: Path, ids: list[int] | None, text: str) -> tuple[float, int, int]:
+    """Σ −log2 q ÷ bytes, bytes and tokens, over all but the first token of windows of 32."""
+    tokenizer = Checkpoint(folder).tokenizer()
+    ids = ids if ids is not None else tokenizer(text)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float64)
+    bits, size, count, at = 0.0, 0, 0, 0
+    for part in parts(ids):
+        with torch.no_grad():
+            log_q = model(torch.tensor([part])).logits[0].log_softmax(-1)
+        for t, token in enumerate(part):
+            if t:
+                bits -= float(log_q[t - 1, token]) / math.log(2)
+                size += begun(tokenizer, ids[: at + 1], text) - begun(tokenizer, ids[:at], text)
+                count += 1
+            at += 1
+    return bits / size, size, count
+
+
+def begun(tokenizer: Any, ids: list[int], text: str) -> int:
+    """UTF-8 bytes of the characters that these first tokens hold, or hold a part of."""
+    decoded = tokenizer.decode(ids)
+    whole = decoded.rstrip("�")
+    return len(text[: len(whole) + (decoded != whole)].encode())
+
+
+def test_bad_sizes_on_the_command_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def ask(*given: object) -> str:
+        command = ["prune", place / "model", "--profile", place / "profile", "--out", place / "x"]
+        return refused(capsys, *command, *given)
+
+    total = len(tiny_tokenizer()) + 4
+    assert f"allowed are 1 to {total}" in ask("--vocab-size", total + 8)
+    least = "260 tokens of this model are always kept"
+    assert least in ask("--vocab-size", 256)
+    assert least in ask("--vocab-size", 256, "--dry-run")
+    assert "must be a multiple of 32; use 288 or 320" in ask("--vocab-size", 300)
+    said = ask("--plan", other_plan(place), "--no-repair")
+    assert "plan: it was made for the model" in said
+    compared = ["compare", place / "model", "--profile", place / "profile", "--data"]
+    text = place / "text.jsonl"
+    said = refused(capsys, *compared, text, "--vocab-size", 320, "--sequence-length", 32)
+    assert "criteria are compared on the same tokens" in said
+
+
+def other_plan(place: Path) -> Path:
+    """A plan that cuts the vocabulary of another model of this shape."""
+    path = place / "other.json"
+    plan_of(place).model_copy(update={"fingerprint": "0" * 64}).write(path)
+    return path
+
+
+def test_a_search_on_the_parents_tokens_refuses_the_plan(place: Path) -> None:
+    checkpoint, data = Checkpoint(place / "model"), data_of(place / "text.jsonl")
+    trial = Trial(checkpoint, Profile(place / "profile"), data, OPTIONS, 2)
+    with pytest.raises(UserError, match="leave vocab_size out here"):
+        trial.kl(plan_of(place))
