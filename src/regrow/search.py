@@ -82,6 +82,7 @@ def with_sizes(config: PruneConfig, sizes: dict[str, int]) -> PruneConfig:
     """`config` with explicit sizes by dimension in place of keep_params."""
     keys = {"layers": "num_layers", "hidden": "hidden_size", "mlp": "intermediate_size"}
     keys |= {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
+    keys |= {"experts": "num_experts", "expert_mlp": "moe_intermediate_size"}
     named = {keys[dim]: size for dim, size in sizes.items()}
     return config.model_copy(update={"keep_params": None, **named})
 
@@ -144,6 +145,7 @@ def _tried(
                     row["sizes"],
                     config.criterion,
                     config.layer_criterion,
+                    expert_criterion=config.expert_criterion,
                 )
                 ridges = RIDGE if config.repair and last else None
                 row |= {"kl": trial.kl(plan, ridges, share), "round": number}

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from regrow.checkpoint import Checkpoint
+from regrow import families
+from regrow.checkpoint import Checkpoint, experts_option
+from regrow.families import Family
 from regrow.progress import Progress
-from regrow.stages.profile.collect import LAYER, Batch, Collector
+from regrow.stages.profile.collect import Batch, Collector
 from regrow.training.head import Mix, head_loss, head_of
 from regrow.training.teacher import final_hidden, scored
 
@@ -72,7 +74,7 @@ def layer_major(
     The model's own forward runs each time over stand-ins for its layers, so that masks and
     position embeddings are made as the family makes them.
     """
-    shell = _Shell(checkpoint, dtype, device)
+    shell = _Shell(checkpoint, collector.family, dtype, device)
     spill.mkdir(parents=True, exist_ok=True)
     last = len(shell.layers) - 1
     for layer in range(last + 1):
@@ -118,18 +120,23 @@ class Pass(nn.Module):
 class _Shell:
     """A model whose decoder layers stay on the meta device except the one that is resident."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, family: Family, dtype: torch.dtype, device: torch.device
+    ) -> None:
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self.checkpoint, self.family = checkpoint, family
+        self.dtype, self.device = dtype, device
         config = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
         with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            self.model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, **experts_option(dtype)
+            )
         self.model.eval()
         for name in checkpoint.names():
             if ".layers." not in name and not name.startswith("lm_head."):
-                self._fill(name)
+                self._set(name, self._read(name), True)
         for name, value in self.model.named_buffers():
             self._set(name, value.to(device), as_parameter=False)
         self.layers = list(self.model.base_model.layers)
@@ -141,10 +148,9 @@ class _Shell:
         own = self.layers[layer]
         stack = [Pass(other) for other in self.layers]
         self.model.base_model.layers = nn.ModuleList([*stack[:layer], own, *stack[layer + 1 :]])
-        prefix = LAYER.format(layer=layer) + "."
-        for name in self.checkpoint.names():
-            if name.startswith(prefix):
-                self._fill(name)
+        config = self.checkpoint.config
+        for name, value in families.in_memory(self.family, config, layer, self._read):
+            self._set(name, value, True)
         # Registered before the collector's hooks, so those see the hidden states loaded here.
         handles = [own.register_forward_hook(self._store)]
         if layer > 0:
@@ -166,8 +172,8 @@ class _Shell:
     def _store(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         save_file({"hidden": output.contiguous()}, self.spill_file)
 
-    def _fill(self, name: str) -> None:
-        self._set(name, self.checkpoint.tensor(name).to(self.device, self.dtype), True)
+    def _read(self, name: str) -> Tensor:
+        return self.checkpoint.tensor(name).to(self.device, self.dtype)
 
     def _set(self, name: str, value: Tensor, as_parameter: bool) -> None:
         path, _, leaf = name.rpartition(".")

@@ -24,12 +24,18 @@ class PruneConfig(Config):
     """Query heads to keep in every layer, the same number for each key/value head."""
     num_key_value_heads: int | None = None
     """Key/value heads to keep in every layer."""
+    num_experts: int | None = None
+    """Experts to keep in every layer that has some."""
+    moe_intermediate_size: int | None = None
+    """Channels to keep inside every expert."""
     plan: str | None = None
     """A plan.json to apply instead of choosing."""
     multiple_of: int = Field(default=32, ge=1)
     """Round changed widths to a multiple of this (256 for K-quants, 64 or 128 for group int4)."""
     criterion: str = "activation_l2"
     """Importance criterion for widths: one the profile has scores of."""
+    expert_criterion: str | None = None
+    """Importance criterion for experts; None: the one for widths."""
     layer_criterion: str = "block_influence"
     """Importance criterion for whole layers."""
     repair: bool = True
@@ -43,5 +49,7 @@ class PruneConfig(Config):
             "mlp": self.intermediate_size,
             "heads": self.num_attention_heads,
             "kv_heads": self.num_key_value_heads,
+            "experts": self.num_experts,
+            "expert_mlp": self.moe_intermediate_size,
         }
         return {dim: size for dim, size in given.items() if size is not None}

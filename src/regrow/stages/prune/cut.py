@@ -23,8 +23,8 @@ from regrow import checkpoint as checkpoints
 from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
-from regrow.families import Family, unit_rows
-from regrow.plan import Plan
+from regrow.families import Family, Place, as_on_disk, parts, unit_rows
+from regrow.plan import PER_EXPERT, PER_LAYER, Plan
 
 Replace = Callable[[str, Tensor], Tensor]
 """(name in the parent, cut tensor) → the tensor to put in its place, of its shape and dtype."""
@@ -35,7 +35,7 @@ def check(plan: Plan, family: Family, config: dict[str, Any]) -> None:
     if plan.model_type != family.model_type:
         raise UserError(f"plan: made for a {plan.model_type} model, not for a {family.model_type}")
     sizes = family.sizes(config)
-    plan.check(sizes)
+    plan.check(sizes, {dim: family.layers_of(dim, config) for dim in (*PER_LAYER, PER_EXPERT)})
     family.check_sizes(config, {dim: plan.after[dim] for dim in plan.after if dim in sizes})
 
 
@@ -66,7 +66,7 @@ def cut(
 def cut_tensor(
     name: str, tensor: Tensor, plan: Plan, family: Family, config: dict[str, Any]
 ) -> tuple[str, Tensor] | None:
-    """One tensor's new name and kept part; None when its layer is dropped or it is a tied head.
+    """One tensor's new name and kept part; None when it goes with its layer or expert, or is tied.
 
     A tensor of which everything is kept is returned as it is, not copied. Raises UserError for a
     name that the family's table lacks.
@@ -74,19 +74,20 @@ def cut_tensor(
     new_name = _new_name(name, plan, family, config)
     if new_name is None:
         return None
-    template, layer = _find(name, family)
-    for axis, dims in enumerate(family.tensors[template].axes):
-        index = _index((dims,) if isinstance(dims, str) else dims, layer, plan)
+    place = _find(name, family)
+    for axis, dims in enumerate(family.tensors[place.template].axes):
+        index = _index(parts(dims), place, plan)
         if index is not None:
             tensor = tensor.index_select(axis, index.to(tensor.device))
-    return new_name, _rescaled(template, tensor, plan, family, config)
+    return new_name, _rescaled(place.template, tensor, plan, family, config)
 
 
 def cut_config(config: dict[str, Any], plan: Plan, family: Family) -> dict[str, Any]:
     """The cut model's config.json: new widths, explicit head_dim, entries of kept layers only."""
     new = copy.deepcopy(config)
     for dim, key in family.config_keys.items():
-        new[key] = plan.after[dim]
+        known = [name for name in (key, family.aliases.get(key, key)) if name in config]
+        new.update(dict.fromkeys(known or [key], plan.after[dim]))
     new["head_dim"] = plan.before["head_dim"]
     if plan.hidden is not None:
         ratio = plan.before["hidden"] / plan.after["hidden"]
@@ -132,7 +133,7 @@ def cut_model(
     config = model.config.to_dict()
     family = family or families.get(config["model_type"])
     check(plan, family, config)
-    state = model.state_dict()
+    state = as_on_disk(family, model.state_dict())
     family.check_tensors(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
     _refuse_untied(state, state.__getitem__, family, config)
     shared = {tensor.data_ptr() for tensor in state.values()}
@@ -147,12 +148,13 @@ def cut_model(
         state_dict=kept,
         dtype=model.dtype,
         attn_implementation=model.config._attn_implementation,
+        experts_implementation=model.config._experts_implementation,
     )
     student.generation_config = copy.deepcopy(model.generation_config)
     return student.to(model.device).eval()  # type: ignore[arg-type]
 
 
-def _find(name: str, family: Family) -> tuple[str, int | None]:
+def _find(name: str, family: Family) -> Place:
     found = family.find(name)
     if found is None:
         raise UserError(
@@ -162,18 +164,22 @@ def _find(name: str, family: Family) -> tuple[str, int | None]:
 
 
 def _new_name(name: str, plan: Plan, family: Family, config: dict[str, Any]) -> str | None:
-    template, layer = _find(name, family)
+    template, layer, expert = _find(name, family)
     if template == family.head and not family.exists(family.tensors[template], config):
         return None
     if layer is None:
         return name
     layers = plan.kept_layers()
-    return template.replace("{layer}", str(layers.index(layer))) if layer in layers else None
+    experts = [None] if expert is None else plan.kept_experts(layer)
+    if layer not in layers or expert not in experts:
+        return None
+    new_expert = None if expert is None else experts.index(expert)
+    return Place(template, layers.index(layer), new_expert).name
 
 
-def _index(dims: tuple[str, ...], layer: int | None, plan: Plan) -> Tensor | None:
+def _index(dims: tuple[str, ...], place: Place, plan: Plan) -> Tensor | None:
     """Rows kept of an axis made of these dimensions in a row; None for all."""
-    kept = [plan.kept(dim, layer) for dim in dims]
+    kept = [plan.kept(dim, place.layer, place.expert) for dim in dims]
     if all(ids is None for ids in kept):
         return None
     parts, offset = [], 0
@@ -219,6 +225,11 @@ def _follow_layers(new: dict[str, Any], layers: list[int], count: int, family: F
         if [new["layer_types"][i] for i in layers] != types[: len(layers)]:
             new.pop(key, None)
             new.pop(f"_{key}", None)
+    if family.dense_layers is not None:
+        # Every nth layer has experts: not of the layers that are left, so that they are listed.
+        ids, period = family.dense_layers
+        sparse = family.layers_of("experts", {**new, family.config_keys["layers"]: count})
+        new.update({ids: [n for n in range(count) if n not in sparse], period: 1})
     for key, kind in family.per_layer_config.items():
         value = new.get(key)
         if value is None:

@@ -15,7 +15,7 @@ from regrow.plan import Plan, compose
 from regrow.progress import say
 from regrow.stages.prune.choose import choose, full_sizes
 from regrow.stages.prune.config import PruneConfig
-from regrow.stages.prune.cut import check, cut_folder
+from regrow.stages.prune.cut import check, cut_config, cut_folder
 from regrow.stages.prune.repair import Repair
 from regrow.statistics import Profile
 
@@ -62,7 +62,7 @@ def prune(
         say(f"prune: {out} is complete and unchanged")
         return out
     from_first = _from_first(checkpoint, plan)
-    after = family.count(checkpoint.config, plan.after)
+    after = family.count(cut_config(checkpoint.config, plan, family))
     before = family.count(checkpoint.config)
     require_space(out, sum(map(checkpoint.bytes, checkpoint.names())) * after // before)
     say(f"prune: {before:,} → {after:,} parameters ({after / before:.1%} kept), {describe(plan)}")
@@ -118,6 +118,7 @@ def make_plan(checkpoint: Checkpoint, config: PruneConfig, profile: Profile | No
         config.criterion,
         config.layer_criterion,
         config.multiple_of,
+        config.expert_criterion,
     )
 
 
@@ -142,7 +143,7 @@ def prove_reload(folder: Path) -> None:
     the stock class is made on the meta device, and the tensors' names and shapes are compared.
     """
     checkpoint = Checkpoint(folder)
-    families.of(checkpoint)
+    family = families.of(checkpoint)
     if sum(map(checkpoint.bytes, checkpoint.names())) <= RUN_BYTES:
         model = checkpoint.model(torch.bfloat16)
         with torch.no_grad():
@@ -151,7 +152,7 @@ def prove_reload(folder: Path) -> None:
         return
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     with torch.device("meta"):
-        stock = AutoModelForCausalLM.from_config(config).state_dict()
+        stock = families.as_on_disk(family, AutoModelForCausalLM.from_config(config).state_dict())
     shapes = {name: tuple(value.shape) for name, value in stock.items()}
     assert checkpoint.shapes.items() <= shapes.items(), f"{folder} is not what its config says"
 
