@@ -38,7 +38,7 @@ def of_profile(checkpoint: Checkpoint, data: DataConfig, config: ProfileConfig) 
     read = tokens * (3 if needs & GRADIENTS else 1)  # a backward pass, without weights' gradients
     removals = len(needs & REMOVALS.keys()) * passes_for(checkpoint.config["num_hidden_layers"])
     read += removals * min(config.removal_blocks, config.samples) * data.sequence_length
-    seconds = read * 2 * _parameters(checkpoint) / matmul_rate()
+    seconds = read * 2 * _active(checkpoint) / matmul_rate()
     grams = min(config.gram_tokens, tokens)
     return [
         f"profile: {config.samples} blocks of {data.sequence_length} = {tokens:,} tokens, "
@@ -70,7 +70,7 @@ def of_prune(checkpoint: Checkpoint, config: PruneConfig, sequence_length: int =
     if len(shapes) > SHOWN:
         lines.append(f"  … and {len(shapes) - SHOWN} more")
     tokens = blocks_for(len(shapes)) * sequence_length * passes_of_search(len(shapes))
-    seconds = tokens * 2 * before / matmul_rate()
+    seconds = tokens * 2 * _active(checkpoint) / matmul_rate()
     return [*lines, f"  time about {clock(seconds)} to choose, and that of copying the files"]
 
 
@@ -100,7 +100,7 @@ def of_evaluate(
     for label, checkpoint in {**models, **({"against": against} if against else {})}.items():
         checkpoint.tokenizer()
         size = sum(map(checkpoint.bytes, checkpoint.names()))
-        seconds = 2 * _parameters(checkpoint) * tokens / rate
+        seconds = 2 * _active(checkpoint) * tokens / rate
         lines.append(
             f"  {label}: {_parameters(checkpoint):,} parameters, {size / 1e6:,.1f} MB, about "
             f"{clock(seconds)} for the text, speed and generations on top"
@@ -169,3 +169,8 @@ def _distill_lines(
 
 def _parameters(checkpoint: Checkpoint) -> int:
     return families.of(checkpoint).count(checkpoint.config)
+
+
+def _active(checkpoint: Checkpoint) -> int:
+    """Parameters that one token runs through."""
+    return families.of(checkpoint).active(checkpoint.config)

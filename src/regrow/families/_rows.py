@@ -39,6 +39,10 @@ PER_LAYER: dict[str, Literal["each", "ids", "count"]] = {
 }
 
 
+LayerKind = Literal["sparse", "dense"]
+"""Layers with experts, and those with an ordinary MLP among them."""
+
+
 @dataclass(frozen=True)
 class Tensor:
     """One row of a table: the dimension behind each axis of a tensor."""
@@ -50,7 +54,7 @@ class Tensor:
     norm: bool = False
     """Whether it is the weight of an RMSNorm over `hidden`, which averages over fewer channels
     after a cut and takes the factor sqrt(old / new)."""
-    layers: Literal["sparse", "dense"] | None = None
+    layers: LayerKind | None = None
     """Which layers have the tensor, where some have experts and some an ordinary MLP."""
 
     def has(self, dim: str) -> bool:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from regrow.errors import UserError
-from regrow.families._rows import CONFIG_KEYS, GROUPED, NAMED, PER_LAYER, Place, Tensor, rows
+from regrow.families._rows import CONFIG_KEYS, GROUPED, NAMED, PER_LAYER, LayerKind, Place, Tensor, rows
 
 
 @dataclass(frozen=True)
@@ -94,18 +94,18 @@ class Family:
 
     def layers_of(self, dim: str, config: dict[str, Any]) -> list[int]:
         """Ids of the layers that have units of `dim`."""
-        rows = [row for name, row in self.tensors.items() if "{layer}" in name and row.has(dim)]
-        found: set[int] = set().union(*(self._layers(row, config) for row in rows))
+        kinds = {row.layers for name, row in self.tensors.items() if "{layer}" in name and row.has(dim)}
+        found: set[int] = set().union(*(self._layers(kind, config) for kind in kinds))
         return sorted(found)
 
-    def _layers(self, row: Tensor, config: dict[str, Any]) -> list[int]:
-        """Ids of the layers that have the row's tensor."""
+    def _layers(self, kind: LayerKind | None, config: dict[str, Any]) -> list[int]:
+        """Ids of the layers of a kind, None for all."""
         every = range(int(self.value(config, self.config_keys["layers"])))
-        if row.layers is None or self.dense_layers is None:
+        if kind is None or self.dense_layers is None:
             return list(every)
         dense, period = (self.value(config, key) for key in self.dense_layers)
         sparse = [n for n in every if n not in (dense or ()) and (n + 1) % period == 0]
-        return sparse if row.layers == "sparse" else [n for n in every if n not in sparse]
+        return sparse if kind == "sparse" else [n for n in every if n not in sparse]
 
     def places(
         self,
@@ -120,7 +120,7 @@ class Family:
             return
         every: Iterable[int | None] = [None]
         if "{layer}" in template:
-            having = self._layers(row, config)
+            having = self._layers(row.layers, config)
             every = having if layers is None else [n for n in layers if n in having]
         each: Iterable[int | None] = [None]
         if "{expert}" in template:
@@ -129,9 +129,12 @@ class Family:
             for expert in each:
                 yield Place(template, layer, expert)
 
-    def expected(self, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of a checkpoint."""
-        full = self.sizes(config)
+    def expected(
+        self, config: dict[str, Any], sizes: dict[str, int] | None = None
+    ) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of a checkpoint; `sizes` override those of the config."""
+        full = {**self.sizes(config), **(sizes or {})}
+        config = {**config, **{key: full[dim] for dim, key in self.config_keys.items()}}
         return {
             place.name: tuple(rows(axis, full) for axis in row.axes)
             for template, row in self.tensors.items()
@@ -153,14 +156,16 @@ class Family:
         return self._count(config, full, run)
 
     def _count(self, config: dict[str, Any], full: dict[str, int], experts: int) -> int:
-        before = self.sizes(config)["layers"]
+        before = int(self.value(config, self.config_keys["layers"]))
+        kinds: tuple[LayerKind | None, ...] = (None, "sparse", "dense")
+        having = {kind: len(self._layers(kind, config)) for kind in kinds}
         total = 0  # times the layers there were
         for template, row in self.tensors.items():
             if self.exists(row, config):
-                each = math.prod(rows(axis, full) for axis in row.axes)
+                each = math.prod([rows(axis, full) for axis in row.axes])
                 each *= experts if "{expert}" in template else 1
                 layered = "{layer}" in template
-                total += each * (full["layers"] * len(self._layers(row, config)) if layered else before)
+                total += each * (full["layers"] * having[row.layers] if layered else before)
         return (total + before // 2) // before
 
     def find(self, name: str) -> Place | None:

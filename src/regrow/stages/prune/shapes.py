@@ -29,24 +29,32 @@ def candidates(
     """Shapes that keep `keep_params` ± 0.01 of the parameters: MLP, depth, hidden, and mixes.
 
     Each fixes one cut (as many layers as the target allows, as much of hidden, a few layers, one
-    KV head) and meets the target with the MLP. Raises UserError when no shape meets the target.
+    KV head) and meets the target with the MLP: of a mixture of experts with their number, or where
+    that is too coarse with their width. Raises UserError when no shape meets the target.
     """
     full = family.sizes(config)
     target = keep_params * family.count(config)
-    fixed: list[tuple[str, dict[str, int], str]] = [
-        ("mlp", {}, "mlp"),
-        ("depth-heavy", _least(family, config, target, multiple_of, "layers"), "mlp"),
-        ("hidden-heavy", _least(family, config, target, multiple_of, "hidden"), "mlp"),
-        ("mlp + kv_heads", {"kv_heads": full["kv_heads"] - 1}, "mlp"),
+    free = free_dims(family)
+    fixed: list[tuple[str, dict[str, int], tuple[str, ...]]] = [(dim, {}, (dim,)) for dim in free]
+    if "experts" in free:
+        half = (target + family.count(config)) / 2
+        some = _least(family, config, half, multiple_of, "experts")
+        fixed.insert(1, ("experts + expert_mlp", some, ("expert_mlp",)))
+    fixed += [
+        ("depth-heavy", _least(family, config, target, multiple_of, "layers"), free),
+        ("hidden-heavy", _least(family, config, target, multiple_of, "hidden"), free),
+        (f"{free[0]} + kv_heads", {"kv_heads": full["kv_heads"] - 1}, free),
     ]
     for share in (30, 15, 10):
         cut = max(1, round(full["layers"] / share))
-        fixed.append((f"mlp + {cut} layers", {"layers": full["layers"] - cut}, "mlp"))
+        fixed.append((f"{free[0]} + {cut} layers", {"layers": full["layers"] - cut}, free))
     found: dict[tuple[tuple[str, int], ...], Shape] = {}
-    for name, sizes, free in fixed:
-        shape = _meet(family, config, target, multiple_of, name, sizes, free)
-        if shape is not None and abs(shape.parameters / target - 1) * keep_params <= TOLERANCE:
-            found.setdefault(tuple(sorted(shape.sizes.items())), shape)
+    for name, sizes, dims in fixed:
+        tried = (_meet(family, config, target, multiple_of, name, sizes, dim) for dim in dims)
+        for shape in tried:
+            if shape is not None and abs(shape.parameters / target - 1) * keep_params <= TOLERANCE:
+                found.setdefault(tuple(sorted(shape.sizes.items())), shape)
+                break
     if not found:
         raise UserError(
             f"keep_params {keep_params}: no shape with widths that are multiples of {multiple_of} "
@@ -55,13 +63,18 @@ def candidates(
     return list(found.values())
 
 
+def free_dims(family: Family) -> tuple[str, ...]:
+    """Dimensions that meet a target where others are fixed: the MLP, or experts and their width."""
+    return ("experts", "expert_mlp") if "experts" in family.config_keys else ("mlp",)
+
+
 def grid(
     family: Family, config: dict[str, Any], keep_params: float, multiple_of: int, count: int
 ) -> list[Shape]:
     """Up to `count` shapes: the `candidates`, and of all combinations of cuts an even sample.
 
-    Layers go down to 60 %, KV heads and query heads per KV head to a half, hidden to 80 %; the MLP
-    meets the target. Raises UserError when no shape does.
+    Layers go down to 60 %, KV heads and query heads per KV head to a half, hidden to 80 %; the MLP,
+    or experts or their width, meets the target. Raises UserError when no shape does.
     """
     full = family.sizes(config)
     target = keep_params * family.count(config)
@@ -69,17 +82,18 @@ def grid(
     known = {tuple(sorted(shape.sizes.items())) for shape in first}
     group = full["heads"] // full["kv_heads"]
     found = []
-    for layers, kv_heads, heads, hidden in product(
+    for layers, kv_heads, heads, hidden, free in product(
         range(full["layers"], math.ceil(0.6 * full["layers"]) - 1, -1),
         range(full["kv_heads"], math.ceil(full["kv_heads"] / 2) - 1, -1),
         range(group, math.ceil(group / 2) - 1, -1),
         (1.0, 0.95, 0.9, 0.85, 0.8),
+        free_dims(family),
     ):
         sizes = {"layers": layers, "kv_heads": kv_heads, "heads": heads * kv_heads}
         step = family.step("hidden", config, multiple_of, **sizes)
         sizes["hidden"] = max(step, round(hidden * full["hidden"] / step) * step)
         sizes = {dim: size for dim, size in sizes.items() if size != full[dim]}
-        shape = _meet(family, config, target, multiple_of, "", sizes, "mlp")
+        shape = _meet(family, config, target, multiple_of, "", sizes, free)
         if shape is None or abs(shape.parameters / target - 1) * keep_params > TOLERANCE:
             continue
         key = tuple(sorted(shape.sizes.items()))
@@ -107,14 +121,14 @@ def _meet(
     if "kv_heads" in sizes and "heads" not in sizes:
         sizes = {**sizes, "heads": full["heads"] // full["kv_heads"] * sizes["kv_heads"]}
     step = family.step(free, config, multiple_of, **sizes)
-    widths = [*range(step, full[free], step), full[free]]
+    # Parameters grow evenly with the free width, so that two counts tell where to look.
+    least, most = (family.count(config, {**sizes, free: width}) for width in (0, full[free]))
+    wanted = int((target - least) / (most - least) * full[free]) // step * step
+    widths = [n for n in (wanted, wanted + step) if 0 < n < full[free]] or [step]
     best = min(
-        widths,
+        {*(min(width, full[free]) for width in widths), full[free]},
         key=lambda width: abs(family.count(config, {**sizes, free: width}) - target),
-        default=None,
     )
-    if best is None:
-        return None
     chosen = {dim: size for dim, size in {**sizes, free: best}.items() if size != full[dim]}
     if not chosen:  # the whole model meets the target, and there is nothing to cut
         return None
