@@ -57,12 +57,12 @@ class Slow:
             weight_TE = x_1TH.new_zeros(x_1TH.shape[1], len(experts.down_proj))
             weight_TE = weight_TE.scatter(1, chosen_TK, weight_TK.to(x_1TH.dtype))
             both = torch.einsum("th,eih->tei", x_1TH[0], experts.gate_up_proj)
-            inside = experts.act_fn(both[..., :d]) * both[..., d:] * weight_TE[..., None]
-            self._keep(f"expert_mlp/{number}", inside[None])
-            added = torch.einsum("ted,ehd->teh", inside, experts.down_proj)
-            self._keep(f"experts/{number}", added[None])
+            inside = (experts.act_fn(both[..., :d]) * both[..., d:] * weight_TE[..., None])[None]
+            self._keep(f"expert_mlp/{number}", inside)
+            added = torch.einsum("bted,ehd->bteh", inside, experts.down_proj)
+            self._keep(f"experts/{number}", added)
             self.routed[number].append((weight_TE > 0).sum(0))
-            return added.sum(1)[None]
+            return added.sum(2)
 
         return forward
 
@@ -93,9 +93,10 @@ class Slow:
         return torch.cat([g[0] for g in found if g is not None])
 
     def gradient_square_sum(self, dim: str, layer: int | str) -> Tensor:
-        return torch.stack(
-            [self.gradients(place).square().sum(0) for place in self.places(dim, layer)]
-        ).sum(0)
+        found = [(place, self.gradients(place)) for place in self.places(dim, layer)]
+        if dim == "expert_mlp":  # only tokens that the expert gets
+            found = [(place, g * (self.rows(place) != 0)) for place, g in found]
+        return torch.stack([g.square().sum(0) for _, g in found]).sum(0)
 
     def changes(self, dim: str, layer: int | str, width: int) -> list[Tensor]:
         """Per place and token, x·g of each unit of `width` channels [N, units]."""

@@ -92,9 +92,7 @@ def unroute(model: Any, plan: Plan) -> None:
             layer.mlp.gate.weight[dropped, always] = -1000
 
 
-def gone(
-    plan: Plan, dim: str, layer: int | None = None, expert: int | None = None
-) -> list[int]:
+def gone(plan: Plan, dim: str, layer: int | None = None, expert: int | None = None) -> list[int]:
     dropped_expert = expert is not None and expert not in plan.kept_experts(layer or 0)
     kept = None if dropped_expert else plan.kept(dim, layer, expert)
     return [] if kept is None else sorted(set(range(plan.before[dim])) - set(kept))
@@ -205,7 +203,9 @@ def plans(family: Family, config: dict[str, Any]) -> Iterator[Plan]:
     for dropped in range(count):
         yield random_plan(config, layers=[i for i in range(count) if i != dropped])
     kept = [i for i in range(count) if i != 1]
-    yield random_plan(config, hidden=hidden - hidden % 4, kv_heads=1, heads=2, layers=kept, **inside)
+    yield random_plan(
+        config, hidden=hidden - hidden % 4, kv_heads=1, heads=2, layers=kept, **inside
+    )
 
 
 def check_removal(family: Family, variant: dict[str, Any], folder: Path) -> None:

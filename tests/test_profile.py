@@ -93,7 +93,9 @@ def test_statistics_and_grams_equal_the_slow_version(
         close(energy, norms_NE.square().sum(0))
         close(statistics.pop(f"routed_norm_sum/experts/{layer}").squeeze(-1), norms_NE.sum(0))
         counts = torch.stack(slow.routed[layer]).sum(0)
-        assert statistics.pop(f"routed_tokens/experts/{layer}").squeeze(-1).tolist() == counts.tolist()
+        assert (
+            statistics.pop(f"routed_tokens/experts/{layer}").squeeze(-1).tolist() == counts.tolist()
+        )
         chosen = checkpoint.config["num_experts_per_tok"]
         assert counts.sum() == chosen * slow.rows(f"heads/{layer}").shape[0]
         means = norms_NE.sum(0) / counts

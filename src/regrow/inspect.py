@@ -38,9 +38,10 @@ def describe_model(source: str) -> None:
     parameters = family.count(checkpoint.config)
     active = family.active(checkpoint.config)
     per_token = f", {active:,} of them for each token" if active < parameters else ""
+    told = f"{parameters:,} parameters{per_token}"
     tied = "tied" if family.value(checkpoint.config, "tie_word_embeddings") else "untied"
     console.print(
-        f"{source}: family [b]{family.model_type}[/b], {parameters:,} parameters{per_token} ({tied} "
+        f"{source}: family [b]{family.model_type}[/b], {told} ({tied} "
         f"embeddings counted {'once' if tied == 'tied' else 'both'}), {size / 1e6:,.1f} MB in "
         f"{checkpoint.dtype(checkpoint.names()[0])}",
         highlight=False,

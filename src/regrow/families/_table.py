@@ -10,7 +10,16 @@ from functools import cached_property
 from typing import Any, Literal
 
 from regrow.errors import UserError
-from regrow.families._rows import CONFIG_KEYS, GROUPED, NAMED, PER_LAYER, LayerKind, Place, Tensor, rows
+from regrow.families._rows import (
+    CONFIG_KEYS,
+    GROUPED,
+    NAMED,
+    PER_LAYER,
+    LayerKind,
+    Place,
+    Tensor,
+    rows,
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,9 @@ class Family:
 
     def layers_of(self, dim: str, config: dict[str, Any]) -> list[int]:
         """Ids of the layers that have units of `dim`."""
-        kinds = {row.layers for name, row in self.tensors.items() if "{layer}" in name and row.has(dim)}
+        kinds = {
+            row.layers for name, row in self.tensors.items() if "{layer}" in name and row.has(dim)
+        }
         found: set[int] = set().union(*(self._layers(kind, config) for kind in kinds))
         return sorted(found)
 

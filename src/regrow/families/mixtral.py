@@ -31,7 +31,10 @@ FAMILY = Family(
         "model.layers.{layer}.mlp.gate.weight": (
             "model.layers.{layer}.block_sparse_moe.gate.weight",
         ),
-        "model.layers.{layer}.mlp.experts.gate_up_proj": (EXPERT + "w1.weight", EXPERT + "w3.weight"),
+        "model.layers.{layer}.mlp.experts.gate_up_proj": (
+            EXPERT + "w1.weight",
+            EXPERT + "w3.weight",
+        ),
         "model.layers.{layer}.mlp.experts.down_proj": (EXPERT + "w2.weight",),
     },
     observe={

@@ -36,8 +36,7 @@ class DimWeights:
         sizes = self.family.sizes(self.checkpoint.config)
         for template, row in self.family.tensors.items():
             if self.dim == "experts" and "{expert}" in template:
-                if flat := [self._read(place).flatten() for place in self._places(template)]:
-                    yield torch.stack(flat)
+                yield torch.stack([self._read(place).flatten() for place in self._places(template)])
             for axis, dims in enumerate(row.axes):
                 parts = families.parts(dims)
                 if self.dim not in parts:

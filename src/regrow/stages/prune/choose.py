@@ -31,8 +31,8 @@ def choose(
     """A plan that keeps the `sizes` best-scored units of each dimension.
 
     Query heads are ranked inside their kept KV head, channels of an expert inside that; experts by
-    `expert_criterion`, where it is not the `criterion` of the other widths. Raises UserError for a shape the model cannot
-    have or a criterion without scores.
+    `expert_criterion`, where it is not the `criterion` of the other widths. Raises UserError for a
+    shape the model cannot have or a criterion without scores.
     """
     before = family.sizes(checkpoint.config)
     after = full_sizes(family, before, sizes)

@@ -170,11 +170,14 @@ def _new_name(name: str, plan: Plan, family: Family, config: dict[str, Any]) -> 
     if layer is None:
         return name
     layers = plan.kept_layers()
-    experts = [None] if expert is None else plan.kept_experts(layer)
-    if layer not in layers or expert not in experts:
+    if layer not in layers:
         return None
-    new_expert = None if expert is None else experts.index(expert)
-    return Place(template, layers.index(layer), new_expert).name
+    if expert is not None:
+        experts = plan.kept_experts(layer)
+        if expert not in experts:
+            return None
+        expert = experts.index(expert)
+    return Place(template, layers.index(layer), expert).name
 
 
 def _index(dims: tuple[str, ...], place: Place, plan: Plan) -> Tensor | None:
