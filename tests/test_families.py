@@ -291,6 +291,8 @@ LAYER = "model.layers.{layer}."
 FUSED = (("kv_heads", "heads", "kv_heads"), "hidden")
 OTHER_DEFAULT = {**families.get("qwen3").defaults, "head_dim": 64}
 OTHER_STREAM = dict.fromkeys(("mlp", "heads"), LAYER + "input_layernorm")
+MIXTRAL = families.get("mixtral")
+MOE, GATE_UP = LAYER + "block_sparse_moe.", LAYER + "mlp.experts.gate_up_proj"
 BROKEN = {
     "wrong dimension": (
         broken("mistral", LAYER + "self_attn.k_proj.weight", Tensor(("heads", "hidden"))),
@@ -325,6 +327,20 @@ BROKEN = {
     "wrong module observed": (
         broken("llama", observe={"mlp": (LAYER + "mlp.gate_proj",)}),
         check_observe,
+    ),
+    "experts' parts in another order": (
+        broken("mixtral", memory={**MIXTRAL.memory, GATE_UP: MIXTRAL.memory[GATE_UP][::-1]}),
+        check_table,
+    ),
+    "router that keeps its rows": (
+        broken("mixtral", MOE + "gate.weight", Tensor(("hidden", "experts"))),
+        check_table,
+    ),
+    "experts in every layer": (broken("qwen3_moe", dense_layers=None), check_table),
+    "dense layers stay behind": (broken("qwen3_moe", per_layer_config={}), check_removal),
+    "expert channels of another axis": (
+        broken("mixtral", MOE + "experts.{expert}.w1.weight", Tensor(("hidden", "expert_mlp"))),
+        check_table,
     ),
     "stream of the wrong block": (broken("gemma3_text", residual=OTHER_STREAM), check_observe),
 }

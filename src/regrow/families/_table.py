@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from regrow.errors import UserError
+from regrow.families import _refusals
 from regrow.families._rows import (
     CONFIG_KEYS,
     GROUPED,
@@ -241,36 +242,18 @@ class Family:
         after = {**before, **sizes}
         for dim, want in sizes.items():
             key = NAMED.get(dim, dim)
-            self._check_has(dim, want, config)
+            _refusals.check_has(self, dim, want, config)
             if dim == "head_dim" and want != before[dim]:
                 raise UserError(f"head_dim {want}: it cannot be cut; this model has {before[dim]}")
             if not 1 <= want <= before[dim]:
                 raise UserError(f"{key} {want}: allowed are 1 to {before[dim]}, what the model has")
         self._check_heads(before, after)
-        self._check_experts(config, after)
+        _refusals.check_experts(self, config, after)
         for dim in ("hidden", "mlp", "expert_mlp", "heads", "vocab"):
             if dim in before and after[dim] != before[dim]:
                 step = self.step(dim, config, multiple_of, **after)
                 self._check_step(dim, before[dim], after[dim], step)
-        self._check_loads(config, before, after)
-
-    def _check_has(self, dim: str, want: int, config: dict[str, Any]) -> None:
-        before = self.sizes(config).get(dim)
-        if dim not in NAMED or dim in ("layers", "hidden", "vocab") or want == before:
-            return
-        if not self.layers_of(dim, config):
-            other = {"mlp": "expert_mlp", "expert_mlp": "mlp"}.get(dim)
-            hint = f": its MLP channels are {NAMED[other]}" if other else ""
-            raise UserError(f"{NAMED[dim]} {want}: this {self.model_type} model has none{hint}")
-
-    def _check_experts(self, config: dict[str, Any], after: dict[str, int]) -> None:
-        if "experts" in after:
-            chosen = self.value(config, "num_experts_per_tok")
-            if after["experts"] < chosen:
-                raise UserError(
-                    f"num_experts {after['experts']}: the router chooses {chosen} for each token "
-                    f"(num_experts_per_tok); keep {chosen} or more"
-                )
+        _refusals.check_loads(self, config, before, after)
 
     def _check_heads(self, before: dict[str, int], after: dict[str, int]) -> None:
         heads, kv_heads = after["heads"], after["kv_heads"]
@@ -291,38 +274,6 @@ class Family:
             f"{NAMED[dim]} {after}: in this model and for this target format it must be "
             f"a multiple of {step}; {advice}"
         )
-
-    def _check_loads(
-        self, config: dict[str, Any], before: dict[str, int], after: dict[str, int]
-    ) -> None:
-        """Refuse what the stock config class refuses to load, even where head_dim is explicit."""
-        hidden, heads = after["hidden"], after["heads"]
-        if (
-            self.heads_divide_hidden
-            and hidden % heads
-            and (hidden, heads)
-            != (
-                before["hidden"],
-                before["heads"],
-            )
-        ):
-            allowed = [n for n in range(1, before["heads"] + 1) if hidden % n == 0]
-            fitting = ", ".join(str(n) for n in allowed if n % after["kv_heads"] == 0)
-            raise UserError(
-                f"num_attention_heads {heads} with hidden_size {hidden}: transformers loads a "
-                f"{self.model_type} model only if hidden_size is a multiple of the heads; "
-                f"use {fitting or 'another hidden_size'}"
-            )
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if self.rope_factors_follow_hidden and (factors := rope.get("short_factor")):
-            part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-            if int(hidden // heads * part) // 2 != len(factors):
-                raise UserError(
-                    f"hidden_size {hidden} with {heads} heads: transformers loads a "
-                    f"{self.model_type} model with {len(factors)} long-RoPE factors only if "
-                    f"hidden_size / heads stays {before['hidden'] // before['heads']}; cut both "
-                    "alike or neither"
-                )
 
     @cached_property
     def _patterns(self) -> dict[str, re.Pattern[str]]:
