@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_folders import write_model, write_text
 from tiny_job import call, refused
 from tiny_models import random_plan, tiny_config, tiny_ids, tiny_model
@@ -18,6 +19,8 @@ from regrow import families
 from regrow.checkpoint import Checkpoint, experts_option
 from regrow.errors import UserError
 from regrow.plan import Plan, compose
+from regrow.stages.distill import student as student_module
+from regrow.stages.distill.student import Student
 from regrow.stages.prune.cut import check, cut_config, cut_folder, cut_model
 from regrow.stages.prune.stage import prove_reload
 from regrow.statistics import Profile
@@ -240,6 +243,25 @@ def test_from_profile_to_distilled_student(
     layer = min(plan.experts)
     (gate,) = (n for n in found.names() if f".{layer}." in n and n.endswith(".gate.weight"))
     assert not torch.equal(found.tensor(gate).float(), before.tensor(gate).float())
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_student_takes_back_what_it_was_saved_as(name: str, tmp_path: Path) -> None:
+    """As Trainer does to resume, and to end with its best checkpoint."""
+    saved = write_model(tmp_path / "model", name)
+    student = Student(saved).model(seed=0)
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.zero_()
+    found = student.load_state_dict(load_file(saved.folder / "model.safetensors"), strict=False)
+    assert not found.missing_keys and not found.unexpected_keys
+    assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
+    student.load_state_dict(before)
+    plain = saved.model(torch.float32)
+    plain.register_load_state_dict_post_hook(student_module._all_taken)
+    with pytest.raises(AssertionError, match="not taken from a checkpoint"):
+        plain.load_state_dict(load_file(saved.folder / "model.safetensors"), strict=False)
 
 
 def test_experts_are_cut_without_grams_and_heads_are_repaired(place: Path, tmp_path: Path) -> None:

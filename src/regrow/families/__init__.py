@@ -5,7 +5,7 @@ from __future__ import annotations
 from regrow import plugins
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError, nearest
-from regrow.families._memory import as_on_disk, in_memory
+from regrow.families._memory import accept_disk_names, as_on_disk, in_memory
 from regrow.families._rows import Place, Tensor, parts, rows, unit_rows
 from regrow.families._table import Family
 
@@ -13,6 +13,7 @@ __all__ = [
     "Family",
     "Place",
     "Tensor",
+    "accept_disk_names",
     "as_on_disk",
     "get",
     "in_memory",

@@ -15,6 +15,7 @@ from regrow.families._table import Family
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 
 def as_on_disk(family: Family, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,3 +57,25 @@ def in_memory(
             value[expert] = whole
         if value is not None:
             yield Place(template, layer).name, value
+
+
+def accept_disk_names(family: Family, model: PreTrainedModel) -> None:
+    """Let `model.load_state_dict` take a checkpoint's tensors as they lie on disk, too.
+
+    transformers' Trainer reads its checkpoints that way, and drops in silence what has another name
+    in memory: the experts, which would stay as they were.
+    """
+    config = model.config.to_dict()
+
+    def rename(module: Any, state: dict[str, Tensor], *_: Any) -> None:
+        for layer in range(family.sizes(config)["layers"]):
+            places = [p for row in family.tensors for p in family.places(row, config, [layer])]
+            names = [p.name for p in places if "{layer}" in p.template]
+            if all(name in state for name in names):
+                joined = dict(in_memory(family, config, layer, state.__getitem__))
+                for name in names:
+                    del state[name]
+                state.update(joined)
+
+    if family.memory:
+        model.register_load_state_dict_pre_hook(rename)
