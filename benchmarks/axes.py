@@ -107,14 +107,11 @@ def _meet(free: str, **fixed: int) -> int:
 
 
 def _models(cut: Cut, place: Path, measured: Profile) -> dict[str, Path]:
-    """Folders of the plain model and, where a reader loses inputs, of the repaired one."""
-    kinds = ["plain"]
-    if cut.config.sizes().keys() & {"mlp", "heads", "kv_heads"}:
-        kinds.append("repaired")
-    for kind in kinds:
+    """Folders of the plain and of the repaired model."""
+    for kind in ("plain", "repaired"):
         config = cut.config.model_copy(update={"repair": kind == "repaired"})
         prune(DENSE, place / kind, config, measured)
-    return {kind: place / kind for kind in kinds}
+    return {kind: place / kind for kind in ("plain", "repaired")}
 
 
 def _figures(
@@ -138,7 +135,7 @@ def _distilled(
     arguments: argparse.Namespace,
 ) -> dict[str, dict[str, float]]:
     """Figures after distilling, with the same budget, the best untrained row of each kind."""
-    config, found = DistillConfig(tokens=arguments.tokens), {}
+    config, found = DistillConfig(tokens=arguments.tokens, batch_tokens=1024), {}
     for kind in ("width", "depth", "mix"):
         rows = {name: list(models[name])[-1] for name, cut in cuts.items() if cut.kind == kind}
         best = min(rows, key=lambda name: figures[f"{name}/{rows[name]}"][KL])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +24,16 @@ class Slow:
         self.model = checkpoint.model(torch.float64)
         self.seen: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         self.whole: dict[str, list[Tensor]] = defaultdict(list)
+        self.routed: dict[int, list[Tensor]] = defaultdict(list)
         self.block = 0
         pre_mlp = "pre_feedforward" if "gemma" in self.model.config.model_type else "post_attention"
         for number, layer in enumerate(self.model.base_model.layers):
             attention, mlp = layer.self_attn, layer.mlp
             self._watch_input(attention.o_proj, f"heads/{number}")
-            self._watch_input(mlp.down_proj, f"mlp/{number}")
+            if "gate" in dict(mlp.named_children()):
+                mlp.forward = self._mixture(mlp, number)
+            else:
+                self._watch_input(mlp.down_proj, f"mlp/{number}")
             mlp_norm = layer.get_submodule(f"{pre_mlp}_layernorm")
             self._watch_input(layer.input_layernorm, f"residual/heads/{number}")
             self._watch_input(mlp_norm, f"residual/mlp/{number}")
@@ -40,6 +46,25 @@ class Slow:
 
     def _watch_input(self, module: torch.nn.Module, place: str) -> None:
         module.register_forward_pre_hook(lambda _, inputs: self._keep(place, inputs[0]))
+
+    def _mixture(self, mlp: Any, number: int) -> Callable[[Tensor], Tensor]:
+        """All experts for every token, written out; those not chosen weigh nothing."""
+        experts = mlp.experts
+        d = experts.down_proj.shape[-1]
+
+        def forward(x_1TH: Tensor) -> Tensor:
+            _, weight_TK, chosen_TK = mlp.gate(x_1TH[0])
+            weight_TE = x_1TH.new_zeros(x_1TH.shape[1], len(experts.down_proj))
+            weight_TE = weight_TE.scatter(1, chosen_TK, weight_TK.to(x_1TH.dtype))
+            both = torch.einsum("th,eih->tei", x_1TH[0], experts.gate_up_proj)
+            inside = (experts.act_fn(both[..., :d]) * both[..., d:] * weight_TE[..., None])[None]
+            self._keep(f"expert_mlp/{number}", inside)
+            added = torch.einsum("bted,ehd->bteh", inside, experts.down_proj)
+            self._keep(f"experts/{number}", added)
+            self.routed[number].append((weight_TE > 0).sum(0))
+            return added.sum(2)
+
+        return forward
 
     def _watch_output(self, module: torch.nn.Module, place: str) -> None:
         module.register_forward_hook(lambda _, inputs, output: self._keep(place, output))
@@ -68,9 +93,10 @@ class Slow:
         return torch.cat([g[0] for g in found if g is not None])
 
     def gradient_square_sum(self, dim: str, layer: int | str) -> Tensor:
-        return torch.stack(
-            [self.gradients(place).square().sum(0) for place in self.places(dim, layer)]
-        ).sum(0)
+        found = [(place, self.gradients(place)) for place in self.places(dim, layer)]
+        if dim == "expert_mlp":  # only tokens that the expert gets
+            found = [(place, g * (self.rows(place) != 0)) for place, g in found]
+        return torch.stack([g.square().sum(0) for _, g in found]).sum(0)
 
     def changes(self, dim: str, layer: int | str, width: int) -> list[Tensor]:
         """Per place and token, x·g of each unit of `width` channels [N, units]."""

@@ -14,7 +14,7 @@ from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.stages.prune.choose import best, best_heads
-from regrow.stages.prune.shapes import Shape, candidates
+from regrow.stages.prune.shapes import Shape, candidates, free_dims, grid
 from regrow.statistics import Profile
 
 SMOLLM2 = {
@@ -54,7 +54,35 @@ GEMMA3 = {
     "sliding_window": 512,
 }
 
-REAL = {"smollm2": SMOLLM2, "qwen3-8b": QWEN3, "gemma3-1b": GEMMA3}
+QWEN3_MOE: dict[str, Any] = {  # Qwen3-30B-A3B
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 48,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "tie_word_embeddings": False,
+}
+MIXTRAL: dict[str, Any] = {  # Mixtral 8x7B
+    "model_type": "mixtral",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+REAL = {"smollm2": SMOLLM2, "qwen3-8b": QWEN3, "gemma3-1b": GEMMA3, "qwen3-30b": QWEN3_MOE}
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +155,7 @@ def check_candidates(config: dict[str, Any], keep: float, multiple: int) -> list
         for dim, size in shape.sizes.items():
             assert 0 < size < full[dim]
             rows = size * (full["head_dim"] if dim in ("heads", "kv_heads") else 1)
-            if dim != "layers" and dim != "kv_heads":
+            if dim not in ("layers", "kv_heads", "experts"):
                 assert rows % multiple == 0, (dim, size)
     assert len({tuple(sorted(shape.sizes.items())) for shape in shapes}) == len(shapes)
     return shapes
@@ -136,9 +164,11 @@ def check_candidates(config: dict[str, Any], keep: float, multiple: int) -> list
 @pytest.mark.parametrize("name", sorted(SPECIAL))
 @pytest.mark.parametrize("keep", [0.9, 0.8, 0.6])
 def test_candidates_of_tiny_models(name: str, keep: float) -> None:
-    config = tiny_config(name, intermediate_size=512, vocab_size=64)
-    shapes = check_candidates(config.to_dict(), keep, 4)
-    assert any("mlp" in shape.sizes for shape in shapes)
+    wide = {"moe_intermediate_size": 1024, "decoder_sparse_step": 1} if name == "qwen3_moe" else {}
+    config = tiny_config(name, intermediate_size=512, vocab_size=64, **wide).to_dict()
+    shapes = check_candidates(config, keep, 4)
+    free = "expert_mlp" if "experts" in families.get(name).config_keys else "mlp"
+    assert any(free in shape.sizes for shape in shapes), shapes
 
 
 @pytest.mark.parametrize("config", REAL.values(), ids=REAL.keys())
@@ -147,7 +177,33 @@ def test_candidates_of_tiny_models(name: str, keep: float) -> None:
 def test_candidates_of_real_models(config: dict[str, Any], keep: float, multiple: int) -> None:
     shapes = check_candidates(config, keep, multiple)
     kinds = {dim for shape in shapes for dim in shape.sizes}
-    assert {"mlp", "layers"} <= kinds
+    free = free_dims(families.get(config["model_type"]))
+    assert {"layers", free[0]} <= kinds
+
+
+def test_experts_are_the_first_thing_to_cut() -> None:
+    """30,532,122,624 parameters, as published; an expert takes 3 · 768 · 2048 + 2048 of a layer."""
+    family = families.get("qwen3_moe")
+    assert family.count(QWEN3_MOE) == 30_532_122_624
+    assert family.active(QWEN3_MOE) == 30_532_122_624 - 48 * 120 * 3 * 768 * 2048
+    first, *others = candidates(family, QWEN3_MOE, 0.75, 16)
+    assert first.name == "experts"
+    assert first.sizes == {"experts": 94}
+    assert first.parameters == 30_532_122_624 - 34 * 48 * (3 * 768 + 1) * 2048
+    assert others[0].sizes == {"experts": 112, "expert_mlp": 640}
+    # Eight experts are too few to meet a target with their number alone.
+    coarse = candidates(families.get("mixtral"), MIXTRAL, 0.8, 32)
+    assert all("expert_mlp" in shape.sizes for shape in coarse)
+    assert any("experts" in shape.sizes for shape in coarse)
+    assert families.get("mixtral").count(MIXTRAL) == 46_702_792_704
+
+
+def test_many_shapes_of_a_mixture_cut_experts_and_their_width() -> None:
+    config = {**QWEN3_MOE, "num_hidden_layers": 12}
+    shapes = grid(families.get("qwen3_moe"), config, 0.75, 8, 60)
+    assert len(shapes) == 60
+    assert sum("experts" in shape.sizes for shape in shapes) > 10
+    assert sum("expert_mlp" in shape.sizes for shape in shapes) > 10
 
 
 def test_smollm2_by_hand() -> None:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tiny_models import SPECIAL, float64_norms, random_plan, tiny_config, tiny_ids, tiny_model
-from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -23,12 +22,11 @@ from regrow import checkpoint, families, plugins
 from regrow.errors import UserError
 from regrow.families import Family, Tensor
 from regrow.plan import Plan
-from regrow.stages.prune.cut import cut_folder, cut_model
+from regrow.stages.prune.cut import cut_config, cut_folder, cut_model
 
 logging.disable_progress_bar()
 NAMES = plugins.names("regrow.families")
 ROUNDING = 1e-13  # relative to the largest logit; measured: 1.5e-15 at most
-SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
 
 
 def variants(family: Family) -> Iterator[dict[str, Any]]:
@@ -55,20 +53,48 @@ def zero(model: Any, plan: Plan) -> Any:
     model.get_input_embeddings().weight[:, gone(plan, "hidden")] = 0
     width = plan.before["head_dim"]
     for number, layer in enumerate(model.model.layers):
-        for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            rows = slice(None) if number not in plan.kept_layers() else gone(plan, "hidden")
-            writer.weight[rows] = 0
-            if writer.bias is not None:
-                writer.bias[rows] = 0
+        rows = slice(None) if number not in plan.kept_layers() else gone(plan, "hidden")
+        silence(layer, rows)
         if number in plan.kept_layers():
-            layer.mlp.down_proj.weight[:, gone(plan, "mlp", number)] = 0
+            for expert, down in enumerate(downs(layer)):
+                down[:, gone(plan, "mlp", number) + gone(plan, "expert_mlp", number, expert)] = 0
             for head in gone(plan, "heads", number):
                 layer.self_attn.o_proj.weight[:, head * width : (head + 1) * width] = 0
+    if plan.experts is not None:
+        unroute(model, plan)
     return model
 
 
-def gone(plan: Plan, dim: str, layer: int | None = None) -> list[int]:
-    kept = plan.kept(dim, layer)
+def downs(layer: Any) -> list[torch.Tensor]:
+    """The down projections of a layer: of its MLP, or of each expert."""
+    sparse = hasattr(layer.mlp, "experts")
+    return list(layer.mlp.experts.down_proj) if sparse else [layer.mlp.down_proj.weight]
+
+
+def silence(layer: Any, rows: slice | list[int]) -> None:
+    """Let a layer write nothing to these channels of the residual stream."""
+    for weight in (layer.self_attn.o_proj.weight, *downs(layer)):
+        weight[rows] = 0
+    for name, bias in layer.named_parameters():
+        if name.endswith(("o_proj.bias", "down_proj.bias")):
+            bias[rows] = 0
+
+
+def unroute(model: Any, plan: Plan) -> None:
+    """Let no router choose the dropped experts: they dislike a channel that is always there."""
+    always = plan.hidden[0] if plan.hidden else 0
+    model.get_input_embeddings().weight[:, always] = 30
+    for number, layer in enumerate(model.model.layers):
+        silence(layer, [always])
+        if dropped := gone(plan, "experts", number):
+            layer.post_attention_layernorm.weight[always] = 1
+            layer.mlp.gate.weight[dropped] = 0
+            layer.mlp.gate.weight[dropped, always] = -1000
+
+
+def gone(plan: Plan, dim: str, layer: int | None = None, expert: int | None = None) -> list[int]:
+    dropped_expert = expert is not None and expert not in plan.kept_experts(layer or 0)
+    kept = None if dropped_expert else plan.kept(dim, layer, expert)
     return [] if kept is None else sorted(set(range(plan.before[dim])) - set(kept))
 
 
@@ -80,22 +106,27 @@ def check_table(family: Family, variant: dict[str, Any], folder: Path) -> None:
     assert family.expected(saved.config) == saved.shapes
     assert family.count(saved.config) == sum(p.numel() for p in model.parameters())
     assert len(saved.shapes) > 10
-    for name, parameter in model.named_parameters():
-        assert family.find(name) is not None
+    in_memory = dict(model.named_parameters())
+    for name, parameter in families.as_on_disk(family, in_memory).items():
+        assert torch.equal(parameter, saved.tensor(name))
         if parameter.dim() == 2:
-            module = model.get_submodule(name.removesuffix(".weight"))
-            check_reader(family, name, module, family.sizes(saved.config))
+            check_reader(family, name, parameter.shape[1], family.sizes(saved.config))
+    for layer in range(saved.config["num_hidden_layers"]):
+        for name, value in families.in_memory(family, saved.config, layer, saved.tensor):
+            assert torch.equal(value, in_memory.pop(name))
+    assert not [name for name in in_memory if ".layers." in name]
 
 
-def check_reader(family: Family, name: str, module: nn.Module, sizes: dict[str, int]) -> None:
+def check_reader(family: Family, name: str, inputs: int, sizes: dict[str, int]) -> None:
     found = family.find(name)
     assert found is not None
-    dims = [dim for dim in ("hidden", "mlp", "heads") if found[0] in family.readers(dim)]
-    if isinstance(module, nn.Linear):
-        width = sizes["head_dim"] if dims == ["heads"] else 1
-        assert len(dims) == 1 and module.in_features == sizes[dims[0]] * width
+    known = ("hidden", "mlp", "heads", "expert_mlp")
+    dims = [dim for dim in known if found.template in family.readers(dim)]
+    if name == "model.embed_tokens.weight":
+        assert not dims
     else:
-        assert isinstance(module, nn.Embedding) and not dims
+        width = sizes["head_dim"] if dims == ["heads"] else 1
+        assert len(dims) == 1 and inputs == sizes[dims[0]] * width
 
 
 def check_defaults(family: Family, variant: dict[str, Any], folder: Path) -> None:
@@ -106,7 +137,8 @@ def check_defaults(family: Family, variant: dict[str, Any], folder: Path) -> Non
         assert value == real.get(key), key
     asked = {row.when.removeprefix("!") for row in family.tensors.values() if row.when}
     assert asked | {"num_key_value_heads", "head_dim", "rms_norm_eps"} <= set(family.defaults)
-    bare = {key: getattr(kind(), key) for key in (*SIZES, "vocab_size")}
+    bare = {key: getattr(kind(), key) for key in family.config_keys.values()}
+    bare.pop("num_key_value_heads")
     assert family.sizes(bare) == family.sizes(kind().to_dict())
 
 
@@ -125,38 +157,55 @@ def check_observe(family: Family, variant: dict[str, Any], folder: Path) -> None
             with_kwargs=True,
         )
     logits(model)
+    config = model.config.to_dict()
     for dim, templates in family.observe.items():
+        layer = family.layers_of(dim, config)[-1]
         for template in templates:
-            tensor = seen[template.format(layer=1)][1 if dim == "hidden" else 0]
-            assert tensor.shape[-1] == sizes[dim] * (sizes["head_dim"] if dim == "heads" else 1)
-    into = {dim: seen[name.format(layer=1)][0].clone() for dim, name in family.residual.items()}
-    assert torch.equal(into["heads"], seen["model.layers.1"][0])
-    down = model.model.layers[1].mlp.down_proj
-    for parameter in down.parameters():
-        parameter.zero_()
-    logits(model)
-    assert torch.equal(into["mlp"], seen["model.layers.1"][1])
+            tensor = seen[template.format(layer=layer)][1 if dim == "hidden" else 0]
+            width = {"experts": sizes["hidden"], "heads": sizes["heads"] * sizes["head_dim"]}
+            assert tensor.shape[-1] == width.get(dim, sizes.get(dim))
+    for dim, name in family.residual.items():
+        layer = family.layers_of(dim, config)[-1]
+        into, block = name.format(layer=layer), f"model.layers.{layer}"
+        stream = seen[into][0].clone()
+        if dim == "heads":
+            assert torch.equal(stream, seen[block][0])
+        else:
+            for parameter in model.get_submodule(f"{block}.mlp.down_proj").parameters():
+                parameter.zero_()
+            logits(model)
+            assert torch.equal(stream, seen[block][1])
 
 
 def check_keep_all(family: Family, variant: dict[str, Any], folder: Path) -> None:
     model = tiny_model(family.model_type, **variant)
     config = model.config.to_dict()
-    sizes = family.sizes(config)
-    every = {dim: sizes[dim] for dim in ("layers", "hidden", "mlp", "heads", "kv_heads")}
+    every = {dim: n for dim, n in family.sizes(config).items() if dim not in ("vocab", "head_dim")}
     for plan in (random_plan(config), random_plan(config, "", 0, **every)):
         assert torch.equal(logits(cut_model(model, plan, family=family)), logits(model))
 
 
 def plans(family: Family, config: dict[str, Any]) -> Iterator[Plan]:
-    count = config["num_hidden_layers"]
-    yield random_plan(config, mlp=41)
-    yield random_plan(config, hidden=42)
+    count, sizes = config["num_hidden_layers"], family.sizes(config)
+    inside = {"mlp": 33} if "mlp" in sizes else {}
+    hidden = 42
+    if "experts" in sizes:  # multiples of what transformers multiplies at once
+        inside |= {"expert_mlp": 24, "experts": 3}
+        hidden = 40
+        yield random_plan(config, expert_mlp=32)
+        yield random_plan(config, experts=3)
+        yield random_plan(config, experts=2)
+    if "mlp" in sizes:
+        yield random_plan(config, mlp=41)
+    yield random_plan(config, hidden=hidden)
     yield random_plan(config, heads=4)
     yield random_plan(config, kv_heads=1)
     for dropped in range(count):
         yield random_plan(config, layers=[i for i in range(count) if i != dropped])
     kept = [i for i in range(count) if i != 1]
-    yield random_plan(config, hidden=38, mlp=33, kv_heads=1, heads=2, layers=kept)
+    yield random_plan(
+        config, hidden=hidden - hidden % 4, kv_heads=1, heads=2, layers=kept, **inside
+    )
 
 
 def check_removal(family: Family, variant: dict[str, Any], folder: Path) -> None:
@@ -165,7 +214,7 @@ def check_removal(family: Family, variant: dict[str, Any], folder: Path) -> None
     for plan in plans(family, config):
         parent = zero(float64_norms(tiny_model(family.model_type, **variant)), plan)
         student = float64_norms(cut_model(parent, plan, family=family))
-        assert student.num_parameters() == family.count(config, plan.after)
+        assert student.num_parameters() == family.count(cut_config(config, plan, family))
         assert student.num_parameters() < parent.num_parameters()
         before = logits(parent)
         difference = (logits(student) - before).abs().max() / before.abs().max()
@@ -180,7 +229,9 @@ def check_reload(family: Family, variant: dict[str, Any], folder: Path) -> None:
     *_, plan = plans(family, saved.config)
     plan = plan.model_copy(update={"fingerprint": saved.fingerprint})
     cut_folder(saved, plan, folder / "cut", family=family)
-    stock = AutoModelForCausalLM.from_pretrained(folder / "cut", dtype="auto")
+    stock = AutoModelForCausalLM.from_pretrained(
+        folder / "cut", dtype="auto", **checkpoint.experts_option(torch.float64)
+    )
     assert stock.dtype == torch.float64
     assert torch.equal(logits(stock), logits(cut_model(model, plan, family=family)))
     config = json.loads((folder / "cut/config.json").read_text())
@@ -240,6 +291,8 @@ LAYER = "model.layers.{layer}."
 FUSED = (("kv_heads", "heads", "kv_heads"), "hidden")
 OTHER_DEFAULT = {**families.get("qwen3").defaults, "head_dim": 64}
 OTHER_STREAM = dict.fromkeys(("mlp", "heads"), LAYER + "input_layernorm")
+MIXTRAL = families.get("mixtral")
+MOE, GATE_UP = LAYER + "block_sparse_moe.", LAYER + "mlp.experts.gate_up_proj"
 BROKEN = {
     "wrong dimension": (
         broken("mistral", LAYER + "self_attn.k_proj.weight", Tensor(("heads", "hidden"))),
@@ -274,6 +327,20 @@ BROKEN = {
     "wrong module observed": (
         broken("llama", observe={"mlp": (LAYER + "mlp.gate_proj",)}),
         check_observe,
+    ),
+    "experts' parts in another order": (
+        broken("mixtral", memory={**MIXTRAL.memory, GATE_UP: MIXTRAL.memory[GATE_UP][::-1]}),
+        check_table,
+    ),
+    "router that keeps its rows": (
+        broken("mixtral", MOE + "gate.weight", Tensor(("hidden", "experts"))),
+        check_table,
+    ),
+    "experts in every layer": (broken("qwen3_moe", dense_layers=None), check_table),
+    "dense layers stay behind": (broken("qwen3_moe", per_layer_config={}), check_removal),
+    "expert channels of another axis": (
+        broken("mixtral", MOE + "experts.{expert}.w1.weight", Tensor(("hidden", "expert_mlp"))),
+        check_table,
     ),
     "stream of the wrong block": (broken("gemma3_text", residual=OTHER_STREAM), check_observe),
 }

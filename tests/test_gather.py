@@ -17,7 +17,7 @@ from regrow.stages.prune.choose import choose
 from regrow.stages.prune.cut import cut_model
 from regrow.stages.prune.gather import Sorted, order_by
 
-NAMES = plugins.names("regrow.families")
+NAMES = [n for n in plugins.names("regrow.families") if not families.get(n).memory]
 ALL = {"hidden", "mlp", "heads", "kv_heads"}
 SHAPES: list[dict[str, int]] = [
     {"layers": 2},

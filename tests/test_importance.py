@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from tiny_folders import data_of, write_model
+from tiny_models import SPECIAL
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,13 +25,19 @@ from regrow.statistics import Profile, for_gone
 
 FOLDER = "regrow.stages.profile.importance"
 CRITERIA = plugins.names(FOLDER)
-DIMS = {"layers", "hidden", "mlp", "heads", "kv_heads"}
+DIMS = {"layers", "hidden", "mlp", "heads", "kv_heads", "experts", "expert_mlp"}
 STATISTICS = {"sum", "square_sum", "mean_abs_square_sum", "input_output_distance", "gram"}
 STATISTICS |= REMOVALS.keys() | PAIRS | {"token_count"}
 BLIND = ("random", "last_layers")  # to what a unit does
+STATISTICS |= {"routed_norm_sum", "routed_tokens"}
+ORDINARY = DIMS - {"experts", "expert_mlp"}
 CASES = [(name, dim) for name in CRITERIA for dim in sorted(plugins.load(FOLDER, name).DIMS & DIMS)]
+DENSE = [case for case in CASES if case[1] in ORDINARY]
 USELESS = {"layers": 1, "hidden": 17, "mlp": 5, "heads": 4, "kv_heads": 1}
+USELESS |= {"experts": 2, "expert_mlp": 11}
 LAYER = 1
+EXPERT = 3
+MIXTURES = ("mixtral", "qwen3_moe")
 OPTIONS = Options(device="cpu", batch_size=4, order="resident")
 HEAD_DIM = 8
 
@@ -54,6 +61,11 @@ def kill(model: PreTrainedModel, dim: str) -> None:
         weights[here + "self_attn.v_proj.weight"][rows] = 0
         group = slice(3 * unit * HEAD_DIM, 3 * (unit + 1) * HEAD_DIM)
         weights[here + "self_attn.o_proj.weight"][:, group] = 0
+    elif dim == "experts":
+        kill_expert(weights, here)
+    elif dim == "expert_mlp":
+        weights[here + "mlp.experts.gate_up_proj"][EXPERT].unflatten(0, (2, -1))[:, unit] = 0
+        weights[here + "mlp.experts.down_proj"][EXPERT][:, unit] = 0
     elif dim == "layers":
         weights[here + "self_attn.o_proj.weight"].zero_()
         weights[here + "mlp.down_proj.weight"].zero_()
@@ -63,11 +75,102 @@ def kill(model: PreTrainedModel, dim: str) -> None:
             (weight if writes else weight.T)[unit] = 0
 
 
+def kill_expert(weights: dict[str, Tensor], here: str) -> None:
+    """Zero all of an expert, and let the router prefer the others for a channel always there."""
+    unit, always = USELESS["experts"], 0
+    weights["model.embed_tokens.weight"][:, always] = 30
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight[always] = 0
+        elif name.endswith("experts.down_proj"):
+            weight[:, always] = 0
+    weights[here + "post_attention_layernorm.weight"][always] = 1
+    router = weights[here + "mlp.gate.weight"]
+    router[:, always] = 20
+    for weight in (router, *(weights[f"{here}mlp.experts.{n}_proj"] for n in ("gate_up", "down"))):
+        weight[unit] = 0
+
+
+@pytest.fixture(scope="module")
+def mixtures(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Profile]:
+    """Per family and dimension of experts a profile of a model with one useless unit in it."""
+    found = {}
+    for model_type in MIXTURES:
+        for dim in ("experts", "expert_mlp"):
+            folder = tmp_path_factory.mktemp(dim)
+            checkpoint = write_model(folder / "model", model_type, num_hidden_layers=2)
+            model = checkpoint.model(torch.float32)
+            with torch.no_grad():
+                kill(model, dim)
+            model.save_pretrained(str(checkpoint.folder))
+            found[f"{model_type} {dim}"] = scored(
+                Checkpoint(checkpoint.folder), text, folder / "profile"
+            )
+    return found
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+@pytest.mark.parametrize(("name", "dim"), [case for case in CASES if "expert" in case[1]])
+def test_a_useless_expert_or_channel_of_one_comes_last(
+    mixtures: dict[str, Profile], name: str, dim: str, model_type: str
+) -> None:
+    found = mixtures[f"{model_type} {dim}"]
+    checkpoint = Checkpoint(found.folder.parent / "model")
+    family = families.of(checkpoint)
+    sizes, scores = family.sizes(checkpoint.config), found.scores(name, dim)
+    assert set(scores) == set(map(str, family.layers_of("experts", checkpoint.config)))
+    here = scores[str(LAYER)]
+    assert here.dtype == torch.float32 and bool(here.isfinite().all())
+    if dim == "expert_mlp":
+        assert here.shape == (sizes["experts"], sizes["expert_mlp"])
+        here = here[EXPERT]
+    assert here.shape == (sizes[dim],) and len(here.unique()) > 1
+    if name != "random":
+        others = torch.cat([here[: USELESS[dim]], here[USELESS[dim] + 1 :]])
+        assert int(here.argmin()) == USELESS[dim]
+        assert abs(float(here[USELESS[dim]])) < 1e-3 * float(others.min())
+
+
+@pytest.fixture(scope="module")
+def every_family(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Profile]:
+    """Per family a profile by every criterion."""
+    folder = tmp_path_factory.mktemp("every")
+    small = {"num_hidden_layers": 2, "layer_types": None}
+    found = {}
+    for name in sorted(SPECIAL):
+        fields = small if name == "gemma3_text" else {"num_hidden_layers": 2}
+        checkpoint = write_model(folder / name / "model", name, **fields)
+        found[name] = scored(checkpoint, text, folder / name / "profile")
+    return found
+
+
+@pytest.mark.parametrize("model_type", sorted(SPECIAL))
+def test_every_criterion_scores_every_axis_of_every_family(
+    every_family: dict[str, Profile], model_type: str
+) -> None:
+    found = every_family[model_type]
+    checkpoint = Checkpoint(found.folder.parent / "model")
+    family = families.of(checkpoint)
+    sizes = family.sizes(checkpoint.config)
+    for name, dim in CASES:
+        layers = (
+            ["all"] if dim in ("hidden", "layers") else family.layers_of(dim, checkpoint.config)
+        )
+        if not layers:
+            with pytest.raises(UserError, match="has no"):
+                found.scores(name, dim)
+            continue
+        scores = found.scores(name, dim)
+        assert set(scores) == set(map(str, layers)), (name, dim)
+        for value in scores.values():
+            assert value.shape[-1] == sizes[dim] and bool(value.isfinite().all()), (name, dim)
+
+
 @pytest.fixture(scope="module")
 def planted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Profile]:
     """Per dimension a profile, by every criterion, of a model with one useless unit in it."""
     found = {}
-    for dim in sorted(DIMS):
+    for dim in sorted(ORDINARY):
         folder = tmp_path_factory.mktemp(dim)
         # Query heads share their group's values, so that only without groups can one do nothing.
         kv_heads = {"num_key_value_heads": 6} if dim == "heads" else {}
@@ -94,7 +197,7 @@ def test_what_a_criterion_declares(name: str) -> None:
     assert module.__doc__
 
 
-@pytest.mark.parametrize(("name", "dim"), CASES)
+@pytest.mark.parametrize(("name", "dim"), DENSE)
 def test_scores_of_every_unit_are_finite_numbers(
     planted: dict[str, Profile], name: str, dim: str
 ) -> None:
@@ -111,7 +214,7 @@ def test_scores_of_every_unit_are_finite_numbers(
         assert len(value.unique()) > 1
 
 
-@pytest.mark.parametrize(("name", "dim"), [case for case in CASES if case[0] not in BLIND])
+@pytest.mark.parametrize(("name", "dim"), [case for case in DENSE if case[0] not in BLIND])
 def test_a_useless_unit_comes_last(planted: dict[str, Profile], name: str, dim: str) -> None:
     scores = planted[dim].scores(name, dim)
     here = for_gone(scores["all" if "all" in scores else str(LAYER)], 1)
@@ -124,7 +227,7 @@ def test_seeds(planted: dict[str, Profile], text: Path, tmp_path: Path) -> None:
     """The same seed gives the same scores, another seed changes those of random and no others."""
     checkpoint = Checkpoint(planted["mlp"].folder.parent / "model")
     again, other = (scored(checkpoint, text, tmp_path / str(seed), seed) for seed in (0, 1))
-    for name, dim in CASES:
+    for name, dim in DENSE:
         first = planted["mlp"].scores(name, dim)
         for layer, value in again.scores(name, dim).items():
             assert torch.equal(value, first[layer])
@@ -152,6 +255,10 @@ def score_of(name: str, stats: dict[str, Tensor], weights: FakeWeights, dim: str
 
 def test_hand_written_numbers() -> None:
     none = FakeWeights()
+    routed = {"routed_norm_sum": torch.tensor([[6.0], [0.0]]), "tokens": torch.tensor(12)}
+    routed["routed_tokens"] = torch.tensor([[3.0], [0.0]])
+    assert score_of("routed_output", routed, none, "experts") == [2.0, 0.0]
+    assert score_of("routing_frequency", routed, none, "experts") == [0.25, 0.0]
     squares = torch.tensor([[4.0, 5.0], [16.0, 0.0]])
     assert score_of("activation_l2", {"square_sum": squares}, none, "heads") == [3.0, 4.0]
     assert score_of("minitron", {"mean_abs_square_sum": squares}, none, "heads") == [3.0, 4.0]

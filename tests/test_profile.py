@@ -19,7 +19,12 @@ from regrow.statistics import STATISTICS, Profile
 FAMILIES = sorted(SPECIAL)
 
 CONFIG = ProfileConfig(
-    criteria=("activation_l2", "minitron", "block_influence"), samples=19, gram_tokens=17 * 32
+    criteria=(
+        *("activation_l2", "minitron", "block_influence"),
+        *("routed_output", "routing_frequency"),
+    ),
+    samples=19,
+    gram_tokens=17 * 32,
 )
 GRADIENTS = ("gradient", "taylor", "fisher", "fluctuation")
 
@@ -49,6 +54,11 @@ def profiles(
     return found
 
 
+def places(checkpoint: Checkpoint, *dims: str) -> list[tuple[str, int]]:
+    family = families.of(checkpoint)
+    return [(dim, n) for dim in dims for n in family.layers_of(dim, checkpoint.config)]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_statistics_and_grams_equal_the_slow_version(
     models: dict[str, Checkpoint], profiles: dict[str, dict[str, Profile]], text: Path, name: str
@@ -59,7 +69,7 @@ def test_statistics_and_grams_equal_the_slow_version(
     assert len(blocks) == 19
     slow = Slow(checkpoint, blocks)
     statistics = load_file(found.folder / STATISTICS)
-    per_layer = [(dim, n) for dim in ("mlp", "heads") for n in range(sizes["layers"])]
+    per_layer = places(checkpoint, "mlp", "heads")
     for dim, layer in [*per_layer, ("hidden", "all")]:
         for statistic in ("square_sum", "mean_abs_square_sum"):
             expected = getattr(slow, statistic)(dim, layer)
@@ -70,6 +80,29 @@ def test_statistics_and_grams_equal_the_slow_version(
                 groups = statistics.pop(f"{statistic}/kv_heads/{layer}")
                 assert torch.equal(groups.flatten(), tensor.flatten())
                 assert len(groups) == sizes["kv_heads"]
+    for _, layer in places(checkpoint, "experts"):
+        inside = statistics.pop(f"square_sum/expert_mlp/{layer}")
+        assert inside.shape == (sizes["experts"], sizes["expert_mlp"])
+        close(inside, slow.square_sum("expert_mlp", layer))
+        close(
+            statistics.pop(f"mean_abs_square_sum/expert_mlp/{layer}"),
+            slow.mean_abs_square_sum("expert_mlp", layer),
+        )
+        norms_NE = slow.rows(f"experts/{layer}").norm(dim=-1)
+        energy = statistics.pop(f"square_sum/experts/{layer}").squeeze(-1)
+        close(energy, norms_NE.square().sum(0))
+        close(statistics.pop(f"routed_norm_sum/experts/{layer}").squeeze(-1), norms_NE.sum(0))
+        counts = torch.stack(slow.routed[layer]).sum(0)
+        assert (
+            statistics.pop(f"routed_tokens/experts/{layer}").squeeze(-1).tolist() == counts.tolist()
+        )
+        chosen = checkpoint.config["num_experts_per_tok"]
+        assert counts.sum() == chosen * slow.rows(f"heads/{layer}").shape[0]
+        means = norms_NE.sum(0) / counts
+        close(found.scores("routed_output", "experts")[str(layer)], means)
+        share = found.scores("routing_frequency", "experts")[str(layer)]
+        close(share, counts.double() / len(norms_NE))
+        close(found.scores("activation_l2", "experts")[str(layer)], norms_NE.norm(dim=0))
     influence = statistics.pop("input_output_distance/layers/all")
     expected = torch.tensor([[slow.influence(n)] for n in range(sizes["layers"])])
     close(influence, expected.double())
@@ -92,32 +125,33 @@ def test_gradients_and_sums_equal_the_slow_version(
     statistics = load_file(folder / STATISTICS)
     sizes = families.of(checkpoint).sizes(checkpoint.config)
     slow = Slow(checkpoint, calibration(checkpoint, data_of(text), 7))
-    for dim in ("mlp", "heads", "hidden", "layers"):
-        width = sizes["head_dim"] if dim == "heads" else 1
-        for layer in ["all"] if dim == "hidden" else range(sizes["layers"]):
+    for dim in ("mlp", "heads", "hidden", "layers", "experts", "expert_mlp"):
+        width = {"heads": sizes["head_dim"], "experts": sizes["hidden"]}.get(dim, 1)
+        every = range(sizes["layers"])
+        layers = every if dim == "layers" else [n for _, n in places(checkpoint, dim)]
+        for layer in ["all"] if dim == "hidden" else layers:
             changes = slow.changes(dim, layer, width)
             place = f"{dim}/all" if dim == "layers" else f"{dim}/{layer}"
             row = slice(None) if dim != "layers" else slice(int(layer), int(layer) + 1)
-            absolute = torch.stack([change.abs().sum(0) for change in changes]).sum(0)
-            squares = torch.stack([change.square().sum(0) for change in changes]).sum(0)
+            absolute = torch.stack([change.abs().sum(0) for change in changes]).sum(0).flatten()
+            squares = torch.stack([change.square().sum(0) for change in changes]).sum(0).flatten()
             close(statistics[f"taylor_abs_sum/{place}"][row].flatten(), absolute)
             close(statistics[f"taylor_square_sum/{place}"][row].flatten(), squares)
-            if dim != "layers":
-                gradients = slow.gradient_square_sum(dim, layer)
+            if dim not in ("layers", "experts"):
+                gradients = slow.gradient_square_sum(dim, layer).flatten()
                 close(statistics[f"gradient_square_sum/{place}"].flatten(), gradients)
-            if dim in ("mlp", "heads"):
-                close(statistics[f"sum/{place}"].flatten(), slow.sum(dim, layer))
+            if dim in ("mlp", "heads", "expert_mlp"):
+                close(statistics[f"sum/{place}"].flatten(), slow.sum(dim, layer).flatten())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_layer_major_gives_the_same_numbers(
-    profiles: dict[str, dict[str, Profile]], name: str
+    models: dict[str, Checkpoint], profiles: dict[str, dict[str, Profile]], name: str
 ) -> None:
     one, other = profiles[name]["resident"].folder, profiles[name]["layer"].folder
     files = sorted(p.relative_to(one) for p in one.rglob("*.safetensors"))
     assert files == sorted(p.relative_to(other) for p in other.rglob("*.safetensors"))
-    layers = int(profiles[name]["resident"].scores("block_influence", "layers")["all"].numel())
-    assert len(files) == 3 + 2 * layers
+    assert len(files) == 3 + len(places(models[name], "mlp", "heads"))
     for file in files:
         ours, theirs = load_file(one / file), load_file(other / file)
         assert ours.keys() == theirs.keys()

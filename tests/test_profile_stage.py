@@ -77,7 +77,15 @@ def test_a_resident_layer_keeps_no_file_mapped(tmp_path: Path) -> None:
     """Under a limit on memory a mapped shard counts whole, however small the tensor from it."""
     checkpoint = write_model(tmp_path / "model", "llama", torch.float64)
     config = AutoConfig.from_pretrained(str(checkpoint.folder))
-    given = (config, checkpoint.names(), checkpoint.tensor, torch.float64, torch.device("cpu"))
+    family = families.of(checkpoint)
+    given = (
+        family,
+        config,
+        checkpoint.names(),
+        checkpoint.tensor,
+        torch.float64,
+        torch.device("cpu"),
+    )
     shell = LayerByLayer(*given)
     with shell.resident(1):
         checkpoint._open = None

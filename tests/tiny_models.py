@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from regrow import families
+from regrow.checkpoint import experts_option
 from regrow.plan import Plan
 
 COMMON: dict[str, Any] = {
@@ -48,6 +49,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "tie_word_embeddings": True,
     },
+    "mixtral": {"head_dim": 8, "sliding_window": 7, "num_local_experts": 4},
+    "qwen3_moe": {  # layers 1 and 3 have experts
+        "num_hidden_layers": 4,
+        "head_dim": 12,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "decoder_sparse_step": 2,
+        "norm_topk_prob": True,
+    },
     "phi3": {
         "rope_parameters": {
             "rope_type": "default",
@@ -69,7 +80,7 @@ def tiny_model(
 ) -> PreTrainedModel:
     """A tiny causal LM in eval mode, every parameter random; `overrides` are config fields."""
     config = tiny_config(model_type, **overrides)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **experts_option(dtype))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -89,12 +100,14 @@ def _random(
 
 
 def float64_norms(model: PreTrainedModel) -> PreTrainedModel:
-    """Make the RMSNorms of `model` compute in its own dtype, in place; returns `model`.
+    """Make the RMSNorms and routers of `model` compute in its own dtype, in place; returns `model`.
 
-    transformers rounds to float32 inside every RMSNorm; without this a comparison in float64 ends
-    at 1e-7.
+    transformers rounds to float32 inside every one; without this a comparison in float64 ends at
+    1e-7.
     """
     for module in model.modules():
+        if type(module).__name__.endswith("TopKRouter"):
+            module.forward = _PlainRouter(module)  # type: ignore[assignment,method-assign]
         if type(module).__name__.endswith("RMSNorm"):
             offset = 1.0 if type(module).__name__.startswith("Gemma") else 0.0
             module.forward = _PlainNorm(module, offset)  # type: ignore[assignment,method-assign]
@@ -112,6 +125,20 @@ class _PlainNorm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return x * scale * (self.weight + self.offset)
+
+
+class _PlainRouter:
+    def __init__(self, module: torch.nn.Module) -> None:
+        names = vars(module)
+        self.module, self.top_k = module, int(names["top_k"])
+        self.normed = bool(names.get("norm_topk_prob", True))  # Mixtral always does
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        weight = self.module.weight
+        assert isinstance(weight, torch.Tensor)
+        logits = x.flatten(0, -2) @ weight.T
+        chance, chosen = logits.softmax(-1).topk(self.top_k, dim=-1)
+        return logits, chance / chance.sum(-1, keepdim=True) if self.normed else chance, chosen
 
 
 def tiny_ids(batch: int = 2, length: int = 16, seed: int = 1) -> torch.Tensor:
@@ -137,9 +164,17 @@ def random_plan(
         if dim in after:
             fields[dim] = some(dim, range(before[dim]))
     kept_layers = fields.get("layers", list(range(before["layers"])))
-    for dim in ("mlp", "kv_heads"):
+    for dim in ("mlp", "kv_heads", "experts"):
         if dim in after:
-            fields[dim] = {layer: some(dim, range(before[dim])) for layer in kept_layers}
+            having = [n for n in kept_layers if n in family.layers_of(dim, config)]
+            fields[dim] = {layer: some(dim, range(before[dim])) for layer in having}
+    if "expert_mlp" in after:
+        every = {n: range(before["experts"]) for n in family.layers_of("experts", config)}
+        fields["expert_mlp"] = {
+            layer: {expert: some("expert_mlp", range(before["expert_mlp"])) for expert in experts}
+            for layer, experts in fields.get("experts", every).items()
+            if layer in kept_layers
+        }
     sizes = {dim: want if isinstance(want, int) else len(want) for dim, want in after.items()}
     group = before["heads"] // before["kv_heads"]
     if "heads" in after:

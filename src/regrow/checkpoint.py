@@ -152,8 +152,16 @@ class Checkpoint:
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            **experts_option(dtype),
         )
         return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def experts_option(dtype: torch.dtype) -> dict[str, str]:
+    """What a stock class must be told to compute experts in `dtype`: not grouped in float64."""
+    import torch
+
+    return {"experts_implementation": "eager"} if dtype == torch.float64 else {}
 
 
 def load(source: str | Path) -> Checkpoint:

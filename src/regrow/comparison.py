@@ -48,7 +48,7 @@ def compare(
     rounds: int = 1,
     heads: int = 0,
 ) -> list[dict[str, Any]]:
-    """Cut to `config`'s sizes (keep_params: from the MLPs) by every criterion of the profile.
+    """Cut to `config`'s sizes (keep_params: from the MLPs or experts) by each of its criteria.
 
     Returns, prints and, to the JSON file `out`, writes a row for each: criterion, and KL to the
     dense model in nats per token without and with repair, on calibration text that was not

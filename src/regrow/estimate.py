@@ -46,7 +46,7 @@ def of_profile(checkpoint: Checkpoint, data: DataConfig, config: ProfileConfig) 
     read = tokens * (3 if needs & GRADIENTS else 1)  # a backward pass, without weights' gradients
     removals = len(needs & REMOVALS.keys()) * passes_for(checkpoint.config["num_hidden_layers"])
     read += removals * min(config.removal_blocks, config.samples) * data.sequence_length
-    seconds = read * 2 * _parameters(checkpoint) / matmul_rate()
+    seconds = read * 2 * _active(checkpoint) / matmul_rate()
     grams = min(config.gram_tokens, tokens)
     return [
         f"profile: {config.samples} blocks of {data.sequence_length} = {tokens:,} tokens, "
@@ -184,7 +184,7 @@ def of_evaluate(
     for label, checkpoint in {**models, **({"against": against} if against else {})}.items():
         checkpoint.tokenizer()
         size = sum(map(checkpoint.bytes, checkpoint.names()))
-        seconds = 2 * _parameters(checkpoint) * tokens / rate
+        seconds = 2 * _active(checkpoint) * tokens / rate
         lines.append(
             f"  {label}: {_parameters(checkpoint):,} parameters, {size / 1e6:,.1f} MB, about "
             f"{clock(seconds)} for the text, speed and generations on top"
@@ -256,3 +256,8 @@ def _distill_lines(
 
 def _parameters(checkpoint: Checkpoint) -> int:
     return families.of(checkpoint).count(checkpoint.config)
+
+
+def _active(checkpoint: Checkpoint) -> int:
+    """Parameters that one token runs through."""
+    return families.of(checkpoint).active(checkpoint.config)

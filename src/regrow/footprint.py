@@ -66,14 +66,18 @@ def ram_bytes(
     """Bytes to generate at `context_length` tokens, batch 1: weights + KV cache + activations.
 
     KV cache: 2 · layers · kv_heads · head_dim · context · 2 bytes. Activations: float32 of one
-    layer for 512 tokens (residual and its norm, queries, keys, values, gate and up), the attention
-    scores of 512 × context in one head's turn, and one row of logits.
+    layer for 512 tokens (residual and its norm, queries, keys, values, gate and up, those of all
+    experts that a token is routed to), the attention scores of 512 × context in one head's turn,
+    and one row of logits.
     """
     full = {**family.sizes(config), **(sizes or {})}
     cache = 2 * full["layers"] * full["kv_heads"] * full["head_dim"] * context_length * CACHE_BYTES
     tokens = min(CHUNK, context_length)
     heads = (full["heads"] + 2 * full["kv_heads"]) * full["head_dim"]
-    wide = tokens * (3 * full["hidden"] + heads + 2 * full["mlp"] + context_length)
+    inside = full.get("mlp", 0)
+    if "experts" in full:
+        inside = max(inside, full["expert_mlp"] * family.value(config, "num_experts_per_tok"))
+    wide = tokens * (3 * full["hidden"] + heads + 2 * inside + context_length)
     return file_bytes(family, config, format, sizes) + cache + 4 * (wide + full["vocab"])
 
 
@@ -108,7 +112,7 @@ def _types(
 ) -> list[tuple[str, int]]:
     """(type, number of tensors) of one row of the table."""
     found = formats.find(format)
-    count = sizes["layers"] if "{layer}" in template else 1
+    count = family.copies(template, config, sizes)
     if axes == 1:
         return [(found.other, count)]
     if template == family.head:
@@ -118,5 +122,7 @@ def _types(
         return [(found.head if tied else found.embedding, count)]
     module = template.split(".")[-2]
     plain = found.parts.get(module, found.linear)
-    more = formats.layers_with_more(sizes["layers"]) if module in found.more else 0
+    more = 0
+    if module in found.more:
+        more = formats.layers_with_more(sizes["layers"]) * count // max(1, sizes["layers"])
     return [(plain, count - more), (found.more.get(module, plain), more)]

@@ -21,6 +21,8 @@ FLAGS = {
     "mlp": "--intermediate-size",
     "heads": "--num-attention-heads",
     "kv_heads": "--num-key-value-heads",
+    "experts": "--num-experts",
+    "expert_mlp": "--moe-intermediate-size",
 }
 
 
@@ -34,9 +36,12 @@ def describe_model(source: str) -> None:
     console = Console()
     size = sum(map(checkpoint.bytes, checkpoint.names()))
     parameters = family.count(checkpoint.config)
+    active = family.active(checkpoint.config)
+    per_token = f", {active:,} of them for each token" if active < parameters else ""
+    told = f"{parameters:,} parameters{per_token}"
     tied = "tied" if family.value(checkpoint.config, "tie_word_embeddings") else "untied"
     console.print(
-        f"{source}: family [b]{family.model_type}[/b], {parameters:,} parameters ({tied} "
+        f"{source}: family [b]{family.model_type}[/b], {told} ({tied} "
         f"embeddings counted {'once' if tied == 'tied' else 'both'}), {size / 1e6:,.1f} MB in "
         f"{checkpoint.dtype(checkpoint.names()[0])}",
         highlight=False,
@@ -50,6 +55,8 @@ def _axes(checkpoint: Checkpoint, family: Family) -> Table:
     sizes = family.sizes(checkpoint.config)
     table = Table("axis", "now", "legal widths", "flag", title="Axes")
     for dim, flag in FLAGS.items():
+        if dim != "layers" and not family.layers_of(dim, checkpoint.config):
+            continue
         table.add_row(dim, str(sizes[dim]), _legal(checkpoint, family, dim), flag)
     legal = f"multiples of {MULTIPLE}, special tokens and the base alphabet at least"
     table.add_row("vocab", str(sizes["vocab"]), legal, "--vocab-size")
@@ -66,7 +73,7 @@ def _legal(checkpoint: Checkpoint, family: Family, dim: str) -> str:
             sizes["heads"] = full["heads"] // full["kv_heads"] * width
         try:
             family.check_sizes(
-                checkpoint.config, sizes, MULTIPLE if dim in ("mlp", "hidden") else 1
+                checkpoint.config, sizes, MULTIPLE if dim in ("mlp", "expert_mlp", "hidden") else 1
             )
         except UserError:
             continue

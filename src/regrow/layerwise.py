@@ -16,6 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from regrow.checkpoint import experts_option
+from regrow.families import Family, in_memory
+
 LAYER = "model.layers.{layer}"
 
 
@@ -60,10 +63,11 @@ class Spill:
 
 
 class LayerByLayer:
-    """A model of `config` whose tensors `names` are read by `read`, layers when they are needed."""
+    """A model of `config`, whose tensors on disk `read` gives; its layers when they are needed."""
 
     def __init__(
         self,
+        family: Family,
         config: PretrainedConfig,
         names: Iterable[str],
         read: Callable[[str], Tensor],
@@ -73,13 +77,15 @@ class LayerByLayer:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
-        self.names, self.read, self.dtype, self.device = list(names), read, dtype, device
+        self.family, self.read, self.dtype, self.device = family, read, dtype, device
         with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            self.model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, **experts_option(dtype)
+            )
         self.model.eval()
-        for name in self.names:
+        for name in names:
             if ".layers." not in name and not name.startswith("lm_head."):
-                self._fill(name)
+                self._set(name, self._read(name), True)
         for name, value in self.model.named_buffers():
             self._set(name, value.to(device), as_parameter=False)
         self.layers: list[nn.Module] = list(self.model.base_model.layers)
@@ -92,10 +98,9 @@ class LayerByLayer:
         own = self.layers[layer]
         stack = [Pass(other) for other in self.layers]
         self.model.base_model.layers = nn.ModuleList([*stack[:layer], own, *stack[layer + 1 :]])
-        prefix = LAYER.format(layer=layer) + "."
-        for name in self.names:
-            if name.startswith(prefix):
-                self._fill(name)
+        config = self.model.config.to_dict()
+        for name, value in in_memory(self.family, config, layer, self._read):
+            self._set(name, value, True)
         # Registered before any other hooks, so those see the hidden states given here.
         handles = [own.register_forward_pre_hook(self._give), own.register_forward_hook(self._take)]
         yield own
@@ -117,9 +122,9 @@ class LayerByLayer:
     def _take(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         self._output = output
 
-    def _fill(self, name: str) -> None:
+    def _read(self, name: str) -> Tensor:
         # A copy: a tensor as read keeps its whole file mapped, and a layer's may lie in many.
-        self._set(name, self.read(name).to(self.device, self.dtype, copy=True), True)
+        return self.read(name).to(self.device, self.dtype, copy=True)
 
     def _set(self, name: str, value: Tensor, as_parameter: bool) -> None:
         path, _, leaf = name.rpartition(".")

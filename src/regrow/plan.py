@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +14,17 @@ from regrow.errors import UserError
 if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint
 
-PER_LAYER = ("mlp", "heads", "kv_heads")
+PER_LAYER = ("mlp", "heads", "kv_heads", "experts")
+PER_EXPERT = "expert_mlp"
 WHOLE = ("layers", "hidden", "vocab")
 
 
 class Plan(Config):
     """Kept units per dimension, by their ids in the parent model; None keeps all.
 
-    Ids ascend. mlp, heads and kv_heads are given for every kept layer, under the layer's id in the
-    parent. Every kept KV head keeps the same number of its query heads.
+    Ids ascend. mlp, heads, kv_heads and experts are given for every kept layer that has any, under
+    the layer's id in the parent; expert_mlp for every kept expert, by layer and expert. Every kept
+    KV head keeps the same number of its query heads.
     """
 
     format: int = 1
@@ -47,6 +49,10 @@ class Plan(Config):
     """Kept key/value heads per kept layer."""
     vocab: list[int] | None = None
     """Kept token ids."""
+    experts: dict[int, list[int]] | None = None
+    """Kept experts per kept layer that has experts."""
+    expert_mlp: dict[int, dict[int, list[int]]] | None = None
+    """Kept channels inside each kept expert, per kept layer that has experts."""
     criterion: str | None = None
     """How the units were chosen, for the reader."""
     seed: int | None = None
@@ -60,30 +66,54 @@ class Plan(Config):
         """Ids in the parent of the kept layers, ascending."""
         return list(range(self.before["layers"])) if self.layers is None else self.layers
 
-    def kept(self, dim: str, layer: int | None = None) -> list[int] | None:
-        """Ids in the parent of the kept units of `dim` (in parent layer `layer`); None for all.
+    def kept(
+        self, dim: str, layer: int | None = None, expert: int | None = None
+    ) -> list[int] | None:
+        """Ids in the parent of the kept units of `dim` (there, in that layer and expert).
 
-        Without `heads`, the query heads follow their kept KV heads.
+        None for all. Without `heads`, the query heads follow their kept KV heads.
         """
         if dim in WHOLE:
             return {"layers": self.layers, "hidden": self.hidden, "vocab": self.vocab}[dim]
+        if dim == PER_EXPERT:
+            if self.expert_mlp is None or layer not in self.expert_mlp or expert is None:
+                return None
+            return self.expert_mlp[layer][expert]
         if dim not in PER_LAYER or layer is None:
             return None
-        chosen = {"mlp": self.mlp, "heads": self.heads, "kv_heads": self.kv_heads}[dim]
+        chosen = self._chosen(dim)
         if chosen is not None:
-            return chosen[layer]
+            return chosen.get(layer)
         if dim == "heads" and self.kv_heads is not None:
             group = self.group
             return [kv * group + q for kv in self.kv_heads[layer] for q in range(group)]
         return None
+
+    def kept_experts(self, layer: int) -> list[int]:
+        """Ids in the parent of the kept experts of parent layer `layer`, ascending."""
+        kept = self.kept("experts", layer)
+        return list(range(self.before.get("experts", 0))) if kept is None else kept
+
+    def _chosen(self, dim: str) -> dict[int, list[int]] | None:
+        return {
+            "mlp": self.mlp,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "experts": self.experts,
+        }[dim]
 
     @property
     def group(self) -> int:
         """Query heads per KV head in the parent."""
         return self.before["heads"] // self.before["kv_heads"]
 
-    def check(self, sizes: dict[str, int]) -> None:
-        """Raise UserError when the plan contradicts itself or a parent of these `sizes`."""
+    def check(
+        self, sizes: dict[str, int], layers_of: Mapping[str, Sequence[int]] | None = None
+    ) -> None:
+        """Raise UserError when the plan contradicts itself or a parent of these `sizes`.
+
+        `layers_of` are the layers that have units of a dimension, where not all have.
+        """
         if self.format != 1:
             raise UserError(f"plan: format {self.format} is not known; this version reads format 1")
         if self.before != sizes:
@@ -100,22 +130,46 @@ class Plan(Config):
             )
         for dim in WHOLE:
             self._check_ids(dim, self.kept(dim), dim)
-        for dim in PER_LAYER:
-            self._check_layers(dim)
-        for dim in set(self.after) - {*WHOLE, *PER_LAYER}:
+        for dim in (*PER_LAYER, PER_EXPERT):
+            having = (layers_of or {}).get(dim, range(self.before["layers"]))
+            self._check_layers(dim, [n for n in self.kept_layers() if n in having])
+        for dim in set(self.after) - {*WHOLE, *PER_LAYER, PER_EXPERT}:
             self._check_ids(dim, None, dim)
         for layer in self.kept_layers():
             self._check_groups(layer)
 
-    def _check_layers(self, dim: str) -> None:
-        chosen = {"mlp": self.mlp, "heads": self.heads, "kv_heads": self.kv_heads}[dim]
-        if chosen is not None and set(chosen) != set(self.kept_layers()):
-            odd = sorted(set(chosen) ^ set(self.kept_layers()))
+    def _check_layers(self, dim: str, layers: list[int]) -> None:
+        chosen = self.expert_mlp if dim == PER_EXPERT else self._chosen(dim)
+        if dim not in self.before:
+            if chosen is not None:
+                raise UserError(f"plan: {dim} is given, but the model has none")
+            return
+        if chosen is None and dim != "heads":
+            self._check_ids(dim, None, dim)
+        elif chosen is not None and set(chosen) != set(layers):
+            odd = sorted(set(chosen) ^ set(layers))
             raise UserError(
-                f"plan: {dim} must list exactly the kept layers; these differ: {odd[:8]}"
+                f"plan: {dim} must list exactly the kept layers that have it; these differ: "
+                f"{odd[:8]}"
             )
-        for layer in self.kept_layers():
-            self._check_ids(dim, self.kept(dim, layer), f"{dim}.{layer}")
+        for layer in layers:
+            if dim == PER_EXPERT:
+                self._check_experts(layer)
+            else:
+                self._check_ids(dim, self.kept(dim, layer), f"{dim}.{layer}")
+
+    def _check_experts(self, layer: int) -> None:
+        if self.expert_mlp is None:
+            return
+        kept, chosen = self.kept_experts(layer), self.expert_mlp[layer]
+        if set(chosen) != set(kept):
+            odd = sorted(set(chosen) ^ set(kept))
+            raise UserError(
+                f"plan: expert_mlp.{layer} must list exactly the kept experts; these differ: "
+                f"{odd[:8]}"
+            )
+        for expert, ids in chosen.items():
+            self._check_ids(PER_EXPERT, ids, f"{PER_EXPERT}.{layer}.{expert}")
 
     def _check_ids(self, dim: str, ids: Sequence[int] | None, where: str) -> None:
         before, after = self.before[dim], self.after[dim]
@@ -197,8 +251,20 @@ def compose(earlier: Plan, later: Plan) -> Plan:
     def both(dim: str) -> dict[int, list[int]] | None:
         pairs = {old: (earlier.kept(dim, old), later.kept(dim, new)) for old, new in layers}
         found = {old: _through(*pair) for old, pair in pairs.items()}
-        return {old: ids for old, ids in found.items() if ids is not None} or None
+        chosen = {old: ids for old, ids in found.items() if ids is not None}
+        # What was cut in dropped layers only is cut all the same, in none of those there are.
+        cut = later.after.get(dim) != earlier.before.get(dim)
+        return chosen or ({} if cut else None)
 
+    def channels(old: int, new: int) -> dict[int, list[int]] | None:
+        experts = [(earlier.kept_experts(old)[i], i) for i in later.kept_experts(new)]
+        found = {
+            e: _through(earlier.kept(PER_EXPERT, old, e), later.kept(PER_EXPERT, new, i))
+            for e, i in experts
+        }
+        return {e: ids for e, ids in found.items() if ids is not None} or None
+
+    inside = {old: channels(old, new) for old, new in layers}
     return Plan(
         model_type=earlier.model_type,
         fingerprint=earlier.fingerprint,
@@ -210,6 +276,8 @@ def compose(earlier: Plan, later: Plan) -> Plan:
         heads=both("heads"),
         kv_heads=both("kv_heads"),
         vocab=_through(earlier.vocab, later.vocab),
+        experts=both("experts"),
+        expert_mlp={old: ids for old, ids in inside.items() if ids is not None} or None,
         criterion=later.criterion,
         seed=later.seed,
         parents=(*earlier.parents, later.fingerprint, *later.parents),

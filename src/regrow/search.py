@@ -179,10 +179,22 @@ def _tried(
     timing, rounds = Timing(trial, config), Rounds(trial, config)
 
     def made(shape: Shape) -> Row:
-        by = (config.criterion, config.layer_criterion)
-        plan = choose(checkpoint, family, profile, shape.sizes, *by)
+        plan = choose(
+            checkpoint,
+            family,
+            profile,
+            shape.sizes,
+            config.criterion,
+            config.layer_criterion,
+            expert_criterion=config.expert_criterion,
+        )
         return {**row_of(shape, family, parent, config), "plan": plan}
 
+    if config.timed and family.memory:
+        raise UserError(
+            f"{_named(config)}: a mixture of experts is not timed by its shape; give keep_params, "
+            "max_bytes or max_ram"
+        )
     if config.timed:
         shapes = _shapes(checkpoint, config, timing.target())
     left, out = [made(shape) for shape in shapes], list[Row]()

@@ -1,7 +1,8 @@
 """What a profile holds, on disk: statistics and scores per dimension and layer, Gram matrices.
 
 Keys are `name/dim/layer`; `layer` is a number, or `all` for what belongs to the whole model
-(`hidden`, `layers`). A statistic has shape [units, width]: for heads, width is head_dim.
+(`hidden`, `layers`). A statistic has shape [units, width]: for heads, width is head_dim. Statistics
+and scores of `expert_mlp` have shape [experts, units].
 """
 
 from __future__ import annotations

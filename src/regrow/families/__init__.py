@@ -5,9 +5,23 @@ from __future__ import annotations
 from regrow import plugins
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError, nearest
-from regrow.families._table import Family, Tensor, rows, unit_rows
+from regrow.families._memory import accept_disk_names, as_on_disk, in_memory
+from regrow.families._rows import Place, Tensor, parts, rows, unit_rows
+from regrow.families._table import Family
 
-__all__ = ["Family", "Tensor", "get", "of", "rows", "unit_rows"]
+__all__ = [
+    "Family",
+    "Place",
+    "Tensor",
+    "accept_disk_names",
+    "as_on_disk",
+    "get",
+    "in_memory",
+    "of",
+    "parts",
+    "rows",
+    "unit_rows",
+]
 
 
 def get(model_type: str) -> Family:

@@ -1,54 +1,26 @@
-"""What a row and a table of a family are, and what follows from them: shapes, counts, legal sizes.
-
-The dimensions of a decoder, counted in units:
-
-    layers    decoder layers; never an axis, but the {layer} in a tensor's name
-    hidden    channels of the residual stream
-    mlp       channels inside an MLP
-    heads     query heads, `head_dim` rows of a tensor each
-    kv_heads  key/value heads, `head_dim` rows of a tensor each
-    vocab     token ids
-    head_dim  channels of one head; stays as it is
-"""
+"""What the table of a family is, and what follows from it: shapes, counts, legal sizes."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from regrow.errors import UserError
-
-CONFIG_KEYS = {
-    "layers": "num_hidden_layers",
-    "hidden": "hidden_size",
-    "mlp": "intermediate_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "vocab": "vocab_size",
-}
-PER_LAYER: dict[str, Literal["each", "ids", "count"]] = {
-    "layer_types": "each",
-    "no_rope_layers": "each",
-    "mlp_only_layers": "ids",
-    "max_window_layers": "count",
-}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One row of a table: the dimension behind each axis of a tensor."""
-
-    axes: tuple[str | tuple[str, ...], ...]
-    """Per axis its dimension, or the dimensions of its fused parts in order."""
-    when: str | None = None
-    """Config key that must be true for the tensor to exist; "!key" for one that must be false."""
-    norm: bool = False
-    """Whether it is the weight of an RMSNorm over `hidden`, which averages over fewer channels
-    after a cut and takes the factor sqrt(old / new)."""
+from regrow.families import _refusals
+from regrow.families._rows import (
+    CONFIG_KEYS,
+    GROUPED,
+    NAMED,
+    PER_LAYER,
+    LayerKind,
+    Place,
+    Tensor,
+    rows,
+)
 
 
 @dataclass(frozen=True)
@@ -58,9 +30,11 @@ class Family:
     model_type: str
     """`model_type` in config.json, and the name of the file."""
     tensors: dict[str, Tensor]
-    """Every tensor a checkpoint can hold, by its name with {layer} for the layer's number."""
+    """Every tensor a checkpoint can hold, by its name with {layer} for the layer's number and
+    {expert} for the expert's."""
     observe: dict[str, tuple[str, ...]]
-    """Per dimension the modules to watch: their input for mlp and heads, for hidden the output."""
+    """Per dimension the modules to watch: their input for mlp and heads, for hidden the output, for
+    experts the module that gets tokens, chosen experts and their weights."""
     residual: dict[str, str]
     """Per dimension the module whose input is the stream that the block's output is added to."""
     post_norm: dict[str, str] = field(default_factory=dict, kw_only=True)
@@ -85,6 +59,14 @@ class Family:
     """Whether transformers refuses a hidden_size that is no multiple of the number of heads."""
     rope_factors_follow_hidden: bool = False
     """Whether transformers checks the length of long-RoPE factors against hidden_size / heads."""
+    memory: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Parameters that transformers holds otherwise than they lie on disk: by their name in memory
+    the templates of their parts, one below the other; those of all experts are stacked."""
+    dense_layers: tuple[str, str] | None = None
+    """Config keys, in a mixture of experts, of the ids of layers without experts, and of the period
+    n where only every nth layer has them."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names under which a config.json may have a key."""
     embedding: str = "model.embed_tokens.weight"
     """Name of the token embedding [vocab, hidden]."""
     final_norm: str = "model.norm.weight"
@@ -97,8 +79,9 @@ class Family:
 
         Raises UserError when there is no default.
         """
-        if key in config:
-            return config[key]
+        for name in (key, self.aliases.get(key, key)):
+            if name in config:
+                return config[name]
         if key not in self.defaults:
             raise UserError(f"config.json of this {self.model_type} model lacks {key}: add it")
         return self.defaults[key]
@@ -121,35 +104,99 @@ class Family:
         wanted = not row.when.startswith("!")
         return bool(self.value(config, row.when.removeprefix("!"))) == wanted
 
+    def layers_of(self, dim: str, config: dict[str, Any]) -> list[int]:
+        """Ids of the layers that have units of `dim`."""
+        kinds = {
+            row.layers for name, row in self.tensors.items() if "{layer}" in name and row.has(dim)
+        }
+        found: set[int] = set().union(*(self._layers(kind, config) for kind in kinds))
+        return sorted(found)
+
+    def _layers(self, kind: LayerKind | None, config: dict[str, Any]) -> list[int]:
+        """Ids of the layers of a kind, None for all."""
+        every = range(int(self.value(config, self.config_keys["layers"])))
+        if kind is None or self.dense_layers is None:
+            return list(every)
+        dense, period = (self.value(config, key) for key in self.dense_layers)
+        sparse = [n for n in every if n not in (dense or ()) and (n + 1) % period == 0]
+        return sparse if kind == "sparse" else [n for n in every if n not in sparse]
+
+    def places(
+        self,
+        template: str,
+        config: dict[str, Any],
+        layers: Iterable[int] | None = None,
+        experts: Iterable[int] | None = None,
+    ) -> Iterator[Place]:
+        """Every tensor of a row of the table, in these layers and experts or in all."""
+        row = self.tensors[template]
+        if not self.exists(row, config):
+            return
+        every: Iterable[int | None] = [None]
+        if "{layer}" in template:
+            having = self._layers(row.layers, config)
+            every = having if layers is None else [n for n in layers if n in having]
+        each: Iterable[int | None] = [None]
+        if "{expert}" in template:
+            each = range(self.sizes(config)["experts"]) if experts is None else list(experts)
+        for layer in every:
+            for expert in each:
+                yield Place(template, layer, expert)
+
     def expected(
         self, config: dict[str, Any], sizes: dict[str, int] | None = None
     ) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of a checkpoint; `sizes` override those of the config."""
         full = {**self.sizes(config), **(sizes or {})}
-        shapes = {}
-        for template, row in self.tensors.items():
-            if self.exists(row, config):
-                shape = tuple(rows(axis, full) for axis in row.axes)
-                for layer in range(full["layers"] if "{layer}" in template else 1):
-                    shapes[template.replace("{layer}", str(layer))] = shape
-        return shapes
+        config = {**config, **{key: full[dim] for dim, key in self.config_keys.items()}}
+        return {
+            place.name: tuple(rows(axis, full) for axis in row.axes)
+            for template, row in self.tensors.items()
+            for place in self.places(template, config)
+        }
 
     def count(self, config: dict[str, Any], sizes: dict[str, int] | None = None) -> int:
-        """Parameters of a model, tied weights once; `sizes` override those of the config."""
+        """Parameters of a model, tied weights once; `sizes` override those of the config.
+
+        With fewer layers, and only some of them with experts, those count as often as before.
+        """
         full = {**self.sizes(config), **(sizes or {})}
-        total = 0
+        return self._count(config, full, full.get("experts", 0))
+
+    def copies(self, template: str, config: dict[str, Any], sizes: dict[str, int]) -> int:
+        """Tensors of a row of the table in a model of these sizes, all of them given."""
+        if "{layer}" not in template:
+            return 1
+        having = len(self._layers(self.tensors[template].layers, config))
+        before = int(self.value(config, self.config_keys["layers"]))
+        layers = round(having * sizes["layers"] / before)
+        return layers * (sizes["experts"] if "{expert}" in template else 1)
+
+    def active(self, config: dict[str, Any]) -> int:
+        """Parameters that one token runs through: of the experts only those its router chooses."""
+        full = self.sizes(config)
+        run = int(self.value(config, "num_experts_per_tok")) if "experts" in full else 0
+        return self._count(config, full, run)
+
+    def _count(self, config: dict[str, Any], full: dict[str, int], experts: int) -> int:
+        before = int(self.value(config, self.config_keys["layers"]))
+        kinds: tuple[LayerKind | None, ...] = (None, "sparse", "dense")
+        having = {kind: len(self._layers(kind, config)) for kind in kinds}
+        total = 0  # times the layers there were
         for template, row in self.tensors.items():
             if self.exists(row, config):
-                each = math.prod(rows(axis, full) for axis in row.axes)
-                total += each * (full["layers"] if "{layer}" in template else 1)
-        return total
+                each = math.prod([rows(axis, full) for axis in row.axes])
+                each *= experts if "{expert}" in template else 1
+                layered = "{layer}" in template
+                total += each * (full["layers"] * having[row.layers] if layered else before)
+        return (total + before // 2) // before
 
-    def find(self, name: str) -> tuple[str, int | None] | None:
-        """The template behind a tensor's name and the layer in it; None for a name of no row."""
+    def find(self, name: str) -> Place | None:
+        """The row behind a tensor's name, the layer and the expert in it; None for no row's."""
         for template, pattern in self._patterns.items():
             if found := pattern.fullmatch(name):
-                layer = found.groupdict().get("layer")
-                return template, None if layer is None else int(layer)
+                ids = {key: int(value) for key, value in found.groupdict().items()}
+                return Place(template, ids.get("layer"), ids.get("expert"))
         return None
 
     def check_tensors(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
@@ -184,13 +231,15 @@ class Family:
         `sizes` override those of the config (of another dimension, for a joint cut).
         """
         full = {**self.sizes(config), **sizes}
+        if "experts" in full and dim in ("hidden", "expert_mlp"):
+            multiple_of = math.lcm(multiple_of, GROUPED)
         if dim == "hidden":
             return math.lcm(multiple_of, full["heads"] if self.heads_divide_hidden else 1)
         if dim == "heads":
             return math.lcm(
                 multiple_of // math.gcd(multiple_of, full["head_dim"]), full["kv_heads"]
             )
-        return multiple_of if dim in ("mlp", "vocab") else 1
+        return multiple_of if dim in ("mlp", "expert_mlp", "vocab") else 1
 
     def check_sizes(
         self, config: dict[str, Any], sizes: dict[str, int], multiple_of: int = 1
@@ -203,17 +252,19 @@ class Family:
         before = self.sizes(config)
         after = {**before, **sizes}
         for dim, want in sizes.items():
-            key = self.config_keys.get(dim, dim)
+            key = NAMED.get(dim, dim)
+            _refusals.check_has(self, dim, want, config)
             if dim == "head_dim" and want != before[dim]:
                 raise UserError(f"head_dim {want}: it cannot be cut; this model has {before[dim]}")
             if not 1 <= want <= before[dim]:
                 raise UserError(f"{key} {want}: allowed are 1 to {before[dim]}, what the model has")
         self._check_heads(before, after)
-        for dim in ("hidden", "mlp", "heads", "vocab"):
-            if after[dim] != before[dim]:
+        _refusals.check_experts(self, config, after)
+        for dim in ("hidden", "mlp", "expert_mlp", "heads", "vocab"):
+            if dim in before and after[dim] != before[dim]:
                 step = self.step(dim, config, multiple_of, **after)
                 self._check_step(dim, before[dim], after[dim], step)
-        self._check_loads(config, before, after)
+        _refusals.check_loads(self, config, before, after)
 
     def _check_heads(self, before: dict[str, int], after: dict[str, int]) -> None:
         heads, kv_heads = after["heads"], after["kv_heads"]
@@ -221,7 +272,7 @@ class Family:
         if heads % kv_heads or heads // kv_heads > most:
             allowed = ", ".join(str(kv_heads * n) for n in range(1, most + 1))
             raise UserError(
-                f"{self.config_keys['heads']} {heads} with {kv_heads} key/value heads: each of "
+                f"{NAMED['heads']} {heads} with {kv_heads} key/value heads: each of "
                 f"those has the same number of query heads, at most {most}; allowed: {allowed}"
             )
 
@@ -231,41 +282,9 @@ class Family:
         near = [n for n in (after - after % step, after - after % step + step) if 0 < n < before]
         advice = f"use {' or '.join(map(str, near))}" if near else f"leave it at {before}"
         raise UserError(
-            f"{self.config_keys[dim]} {after}: in this model and for this target format it must be "
+            f"{NAMED[dim]} {after}: in this model and for this target format it must be "
             f"a multiple of {step}; {advice}"
         )
-
-    def _check_loads(
-        self, config: dict[str, Any], before: dict[str, int], after: dict[str, int]
-    ) -> None:
-        """Refuse what the stock config class refuses to load, even where head_dim is explicit."""
-        hidden, heads = after["hidden"], after["heads"]
-        if (
-            self.heads_divide_hidden
-            and hidden % heads
-            and (hidden, heads)
-            != (
-                before["hidden"],
-                before["heads"],
-            )
-        ):
-            allowed = [n for n in range(1, before["heads"] + 1) if hidden % n == 0]
-            fitting = ", ".join(str(n) for n in allowed if n % after["kv_heads"] == 0)
-            raise UserError(
-                f"num_attention_heads {heads} with hidden_size {hidden}: transformers loads a "
-                f"{self.model_type} model only if hidden_size is a multiple of the heads; "
-                f"use {fitting or 'another hidden_size'}"
-            )
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if self.rope_factors_follow_hidden and (factors := rope.get("short_factor")):
-            part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-            if int(hidden // heads * part) // 2 != len(factors):
-                raise UserError(
-                    f"hidden_size {hidden} with {heads} heads: transformers loads a "
-                    f"{self.model_type} model with {len(factors)} long-RoPE factors only if "
-                    f"hidden_size / heads stays {before['hidden'] // before['heads']}; cut both "
-                    "alike or neither"
-                )
 
     @cached_property
     def _patterns(self) -> dict[str, re.Pattern[str]]:
@@ -273,14 +292,3 @@ class Family:
             return re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(template))
 
         return {template: re.compile(pattern(template)) for template in self.tensors}
-
-
-def rows(axis: str | tuple[str, ...], sizes: dict[str, int]) -> int:
-    """Length of an axis: the units of its dimension(s) times the rows of one unit."""
-    parts = (axis,) if isinstance(axis, str) else axis
-    return sum(sizes[part] * unit_rows(part, sizes) for part in parts)
-
-
-def unit_rows(dim: str, sizes: dict[str, int]) -> int:
-    """Rows of a tensor that one unit of `dim` takes: head_dim for heads, else 1."""
-    return sizes["head_dim"] if dim in ("heads", "kv_heads") else 1

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from regrow import families, plugins
 from regrow.checkpoint import Checkpoint, load, refuse_kind
 from regrow.errors import UserError
 from regrow.manifest import digest
@@ -55,14 +56,23 @@ class Student:
         """The float32 model, in eval mode; random weights of a fresh one follow from `seed`."""
         torch.manual_seed(seed)
         if self.config is None:
-            return self.like.model(torch.float32)
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
-        return made.eval()
+            made = self.like.model(torch.float32)
+        else:
+            made = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
+        if made.config.model_type in plugins.names(families.__name__):
+            families.accept_disk_names(families.get(made.config.model_type), made)
+        made.register_load_state_dict_post_hook(_all_taken)
+        return made
 
     def carried(self, name: str) -> Path | None:
         """The file `name` beside the student's weights, if there is one."""
         path = self.like.folder / name
         return path if self.config is None and path.exists() else None
+
+
+def _all_taken(module: Any, found: Any) -> None:
+    """Trainer resumes from, and ends with, a checkpoint: all of it, or not at all."""
+    assert not found.unexpected_keys, f"not taken from a checkpoint: {found.unexpected_keys[:3]}"
 
 
 def open_student(student: str | Path | Checkpoint, teacher: Checkpoint) -> Student:

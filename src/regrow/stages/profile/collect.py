@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from regrow.families import Family
 from regrow.layerwise import LAYER
 from regrow.stages.profile.angles import block_distances
+from regrow.stages.profile.routed import Routed
 from regrow.stages.profile.sums import cosine_distance_sum, exact, square_sum
 from regrow.statistics import Gram
 
@@ -94,12 +96,17 @@ class Collector:
         self.batch, self._streams = batch, []
         self._all_real = bool(batch.real_BT.all())  # asked once: on a GPU the answer is waited for
 
-    def attach(self, model: nn.Module, layers: Sequence[int], final: bool) -> list[Any]:
+    def attach(self, model: PreTrainedModel, layers: Sequence[int], final: bool) -> list[Any]:
         """Hook the modules of `layers` (and, if `final`, the last norm); returns the handles."""
         handles, self.num_layers = [], len(layers)
+        config = model.config.to_dict()
+        having = {dim: self.family.layers_of(dim, config) for dim in ("mlp", "heads", "experts")}
         for layer in layers:
             for dim in ("mlp", "heads"):
-                handles += self._attach_reader(model, dim, layer)
+                if layer in having[dim]:
+                    handles += self._attach_reader(model, dim, layer)
+            if layer in having["experts"]:
+                handles += self._attach_experts(model, layer)
             if "hidden" in self.needs:
                 for template in self._hidden_modules(per_layer=True):
                     module = model.get_submodule(template.format(layer=layer))
@@ -137,6 +144,27 @@ class Collector:
         module = model.get_submodule(template.format(layer=layer))
         handles.append(module.register_forward_pre_hook(self._reader_hook(dim, layer)))
         return handles
+
+    def _attach_experts(self, model: nn.Module, layer: int) -> list[Any]:
+        if not self.needs.keys() & {"experts", "expert_mlp"}:
+            return []
+        (template,) = self.family.observe["experts"]
+        module = model.get_submodule(template.format(layer=layer))
+
+        def see(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            assert self.batch is not None
+            routed = Routed(module, self.batch.real_BT, *inputs)
+            self._add_all(layer, routed.statistics(self.needs))
+            if self.backward:
+                output.register_hook(
+                    lambda g: self._add_all(layer, routed.gradients(self.needs, g.detach()))
+                )
+
+        return [module.register_forward_hook(see)]
+
+    def _add_all(self, layer: int, found: dict[str, Tensor]) -> None:
+        for name, value in found.items():
+            self._add(f"{name}/{layer}", value)
 
     def _residual_hook(self, dim: str) -> Any:
         def see(module: nn.Module, inputs: tuple[Any, ...]) -> None:

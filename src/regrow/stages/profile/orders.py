@@ -72,7 +72,8 @@ def layer_major(
 ) -> None:
     """Run all batches through one decoder layer, then the next; hidden states wait on disk."""
     config = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
-    shell = LayerByLayer(config, checkpoint.names(), checkpoint.tensor, dtype, device)
+    given = (collector.family, config, checkpoint.names(), checkpoint.tensor)
+    shell = LayerByLayer(*given, dtype, device)
     last = len(shell.layers) - 1
     for layer in range(last + 1):
         with shell.resident(layer):

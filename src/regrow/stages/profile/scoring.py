@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -60,16 +61,36 @@ def score_all(
         module = plugins.load(IMPORTANCE, criterion)
         generator = torch.Generator().manual_seed(config.seed)
         for dim in sorted(dims_of(module, config)):
-            for layer in ["all"] if dim in WHOLE else range(sizes["layers"]):
+            layers = family.layers_of(dim, checkpoint.config) if dim not in WHOLE else ["all"]
+            for layer in layers:
                 place = f"{dim}/{layer}"
                 stats = {
                     key.split("/")[0]: value
                     for key, value in statistics.items()
                     if key.endswith("/" + place)
                 }
-                stats |= {"count": torch.tensor(sizes[dim]), "tokens": torch.tensor(tokens)}
+                more = {"count": torch.tensor(sizes[dim]), "tokens": torch.tensor(tokens)}
                 if "gram" in module.NEEDS:
-                    stats["gram"] = grams(observed(dim), int(layer))
+                    more["gram"] = grams(observed(dim), int(layer))
                 weights = DimWeights(checkpoint, family, dim, layer)
-                scores[f"{criterion}/{place}"] = module.score(stats, weights, dim, generator)
+                scores[f"{criterion}/{place}"] = _score(module, stats, more, weights, generator)
     return scores
+
+
+def _score(
+    module: ModuleType,
+    stats: dict[str, Tensor],
+    more: dict[str, Tensor],
+    weights: DimWeights,
+    generator: torch.Generator,
+) -> Tensor:
+    """Scores [units]; of expert_mlp [experts, units], one expert after the other."""
+    if weights.dim != "expert_mlp":
+        found: Tensor = module.score({**stats, **more}, weights, weights.dim, generator)
+        return found
+    each = []
+    for expert in range(weights.family.sizes(weights.checkpoint.config)["experts"]):
+        own = {name: value[expert][:, None] for name, value in stats.items()}
+        inside = replace(weights, expert=expert)
+        each.append(module.score({**own, **more}, inside, weights.dim, generator))
+    return torch.stack(each)

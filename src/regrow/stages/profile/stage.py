@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from regrow.checkpoint import Checkpoint, load
 from regrow.data import Blocks, DataConfig, build_blocks
 from regrow.data.digest import data_digest
 from regrow.errors import UserError
+from regrow.families import Family
 from regrow.layerwise import Spill
 from regrow.manifest import Figure, Stage, require_space, write_json
 from regrow.options import Options
@@ -59,7 +61,8 @@ def profile(
     blocks = build_blocks(data, tokenizer, "calibration", config.samples)
     with stage as folder:
         gram_blocks = min(config.gram_tokens // data.sequence_length, len(blocks))
-        grams = config.grams if gram_blocks else ()
+        having = [d for d in config.grams if family.layers_of(d, checkpoint.config)]
+        grams = having if gram_blocks else []
         weighted = config.token_weight == "inverse_residual"
         head_dim = family.sizes(checkpoint.config)["head_dim"]
         collector = Collector(family, needs, grams, weighted, head_dim)
@@ -97,13 +100,15 @@ def profile(
 
 def estimate_bytes(checkpoint: Checkpoint, config: ProfileConfig) -> int:
     """Bytes of the Gram matrices, which are nearly all of a profile: two float32 d² per reader."""
-    sizes = families.of(checkpoint).sizes(checkpoint.config)
-    return _gram_bytes(sizes, config.grams if config.gram_tokens else ())
+    return _gram_bytes(
+        families.of(checkpoint), checkpoint.config, config.grams if config.gram_tokens else ()
+    )
 
 
-def _gram_bytes(sizes: dict[str, int], dims: Iterable[str]) -> int:
-    widths = [families.rows(dim, sizes) for dim in dims]
-    return sum(sizes["layers"] * 2 * 4 * width**2 for width in widths)
+def _gram_bytes(family: Family, config: dict[str, Any], dims: Iterable[str]) -> int:
+    layers = {dim: len(family.layers_of(dim, config)) for dim in dims}
+    sizes = family.sizes(config)
+    return sum(n * 2 * 4 * families.rows(dim, sizes) ** 2 for dim, n in layers.items() if n)
 
 
 def _run(
@@ -161,7 +166,7 @@ def _removals(
 
 def _fits(checkpoint: Checkpoint, collector: Collector, device: torch.device) -> bool:
     """Whether weights and the Grams of all layers take less than 0.7 of the device's memory."""
-    grams = _gram_bytes(collector.family.sizes(checkpoint.config), collector.gram_dims)
+    grams = _gram_bytes(collector.family, checkpoint.config, collector.gram_dims)
     weights = sum(checkpoint.bytes(name) for name in checkpoint.names())
     return weights + grams < 0.7 * memory_bytes(device)
 
@@ -210,7 +215,10 @@ def _save_gram(gram: Gram, path: Path) -> None:
 
 
 def _tidy(sums: dict[str, Tensor], sizes: dict[str, int], tokens: int) -> dict[str, Tensor]:
-    """Sums as [units, width] by `statistic/dim/layer`; layers in one tensor; kv_heads added."""
+    """Sums as [units, width] by `statistic/dim/layer`; layers in one tensor; kv_heads added.
+
+    Those of expert_mlp are [experts, units].
+    """
     found: dict[str, Tensor] = {}
     for key, value in sums.items():
         name, dim, layer = key.split("/")
@@ -220,7 +228,8 @@ def _tidy(sums: dict[str, Tensor], sizes: dict[str, int], tokens: int) -> dict[s
             whole = found.setdefault(f"{name}/layers/all", empty)
             whole[int(layer)] = channels / (tokens if name in MEANS else 1)
             continue
-        found[key] = channels.reshape(sizes[dim], -1).contiguous()
+        units = sizes["experts" if dim == "expert_mlp" else dim]
+        found[key] = channels.reshape(units, -1).contiguous()
         if dim == "heads":
             found[f"{name}/kv_heads/{layer}"] = channels.reshape(sizes["kv_heads"], -1).clone()
     return found

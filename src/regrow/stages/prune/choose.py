@@ -29,11 +29,13 @@ def choose(
     criterion: str,
     layer_criterion: str,
     multiple_of: int = 1,
+    expert_criterion: str | None = None,
 ) -> Plan:
     """A plan that keeps the `sizes` best-scored units of each dimension.
 
-    Query heads are ranked inside their kept KV head. Raises UserError for a shape the model cannot
-    have or a criterion without scores.
+    Query heads are ranked inside their kept KV head, channels of an expert inside that; experts by
+    `expert_criterion`, where it is not the `criterion` of the other widths. Raises UserError for a
+    shape the model cannot have or a criterion without scores.
     """
     before = family.sizes(checkpoint.config)
     after = full_sizes(family, before, sizes)
@@ -46,6 +48,20 @@ def choose(
     hidden = None
     if "hidden" in cut:
         hidden = best(profile.scores(criterion, "hidden")["all"], after["hidden"])
+    with_mlp, with_experts = (
+        [n for n in layers if n in family.layers_of(dim, checkpoint.config)]
+        for dim in ("mlp", "experts")
+    )
+    experts = expert_mlp = None
+    if "experts" in cut:
+        by = expert_criterion or criterion
+        experts = _per_layer(profile, by, "experts", with_experts, after)
+    if "expert_mlp" in cut:
+        of = experts or {n: list(range(before["experts"])) for n in with_experts}
+        scores = profile.scores(criterion, "expert_mlp")
+        expert_mlp = {
+            n: {e: best(scores[str(n)][e], after["expert_mlp"]) for e in of[n]} for n in of
+        }
     kv_heads = heads = None
     if "kv_heads" in cut:
         kv_heads = _per_layer(profile, criterion, "kv_heads", layers, after)
@@ -65,10 +81,12 @@ def choose(
         after=after,
         layers=layers if "layers" in cut else None,
         hidden=hidden,
-        mlp=_per_layer(profile, criterion, "mlp", layers, after) if "mlp" in cut else None,
+        mlp=_per_layer(profile, criterion, "mlp", with_mlp, after) if "mlp" in cut else None,
         heads=heads,
         vocab=vocab,
         kv_heads=kv_heads,
+        experts=experts,
+        expert_mlp=expert_mlp,
         criterion=criterion,
     )
 

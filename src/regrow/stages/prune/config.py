@@ -16,6 +16,8 @@ SIZES = {
     "heads": "num_attention_heads",
     "kv_heads": "num_key_value_heads",
     "vocab": "vocab_size",
+    "experts": "num_experts",
+    "expert_mlp": "moe_intermediate_size",
 }
 """Field of each dimension."""
 TARGETS = ("keep_params", "max_bytes", "max_ram", "max_prefill_ms", "max_decode_ms")
@@ -81,6 +83,10 @@ class PruneConfig(Config):
     """Key/value heads to keep in every layer."""
     vocab_size: int | None = None
     """Tokens to keep, by their count in the calibration text; the tokenizer is cut with them."""
+    num_experts: int | None = None
+    """Experts to keep in every layer that has some."""
+    moe_intermediate_size: int | None = None
+    """Channels to keep inside every expert."""
     plan: str | None = None
     """A plan.json to apply instead of choosing."""
     allow_sibling: bool = False
@@ -90,6 +96,8 @@ class PruneConfig(Config):
     """Round changed widths to a multiple of this (256 for K-quants, 64 or 128 for group int4)."""
     criterion: str = "activation_l2"
     """Importance criterion for widths: one the profile has scores of."""
+    expert_criterion: str | None = None
+    """Importance criterion for experts; None: the one for widths."""
     layer_criterion: str = "block_influence"
     """Importance criterion for whole layers."""
     repair: bool = True

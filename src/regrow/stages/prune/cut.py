@@ -23,8 +23,8 @@ from regrow import checkpoint as checkpoints
 from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
-from regrow.families import Family, unit_rows
-from regrow.plan import Plan
+from regrow.families import Family, Place, as_on_disk, parts, unit_rows
+from regrow.plan import PER_EXPERT, PER_LAYER, Plan
 from regrow.stages.prune.tokenizer import cut_ids, ids_named, read_rules, write_tokenizer
 
 Replace = Callable[[str, Tensor], Tensor]
@@ -36,7 +36,7 @@ def check(plan: Plan, family: Family, config: dict[str, Any]) -> None:
     if plan.model_type != family.model_type:
         raise UserError(f"plan: made for a {plan.model_type} model, not for a {family.model_type}")
     sizes = family.sizes(config)
-    plan.check(sizes)
+    plan.check(sizes, {dim: family.layers_of(dim, config) for dim in (*PER_LAYER, PER_EXPERT)})
     family.check_sizes(config, {dim: plan.after[dim] for dim in plan.after if dim in sizes})
     if plan.vocab is not None:
         gone = ids_named(config) & set(range(plan.before["vocab"])) - set(plan.vocab)
@@ -78,7 +78,7 @@ def cut_tensor(
     config: dict[str, Any],
     select: Callable[[Tensor, int, Tensor], Tensor] = torch.index_select,
 ) -> tuple[str, Tensor] | None:
-    """One tensor's new name and kept part; None when its layer is dropped or it is a tied head.
+    """One tensor's new name and kept part; None when it goes with its layer or expert, or is tied.
 
     `select` takes (tensor, axis, index). A tensor of which everything is kept is returned as it is,
     not copied. Raises UserError for a name that the family's table lacks.
@@ -86,19 +86,20 @@ def cut_tensor(
     renamed = new_name(name, plan, family, config)
     if renamed is None:
         return None
-    template, layer = _find(name, family)
-    for axis, dims in enumerate(family.tensors[template].axes):
-        index = _index((dims,) if isinstance(dims, str) else dims, layer, plan)
+    place = _find(name, family)
+    for axis, dims in enumerate(family.tensors[place.template].axes):
+        index = _index(parts(dims), place, plan)
         if index is not None:
             tensor = select(tensor, axis, index.to(tensor.device))
-    return renamed, _rescaled(template, tensor, plan, family, config)
+    return renamed, _rescaled(place.template, tensor, plan, family, config)
 
 
 def cut_config(config: dict[str, Any], plan: Plan, family: Family) -> dict[str, Any]:
     """The cut model's config.json: new widths, explicit head_dim, entries of kept layers only."""
     new = copy.deepcopy(config)
     for dim, key in family.config_keys.items():
-        new[key] = plan.after[dim]
+        known = [name for name in (key, family.aliases.get(key, key)) if name in config]
+        new.update(dict.fromkeys(known or [key], plan.after[dim]))
     new["head_dim"] = plan.before["head_dim"]
     if plan.vocab is not None:
         new = cut_ids(new, plan.vocab)
@@ -150,7 +151,7 @@ def cut_model(
     config = model.config.to_dict()
     family = family or families.get(config["model_type"])
     check(plan, family, config)
-    state = model.state_dict()
+    state = as_on_disk(family, model.state_dict())
     family.check_tensors(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
     _refuse_untied(state, state.__getitem__, family, config)
     shared = {tensor.data_ptr() for tensor in state.values()}
@@ -165,6 +166,7 @@ def cut_model(
         state_dict=kept,
         dtype=model.dtype,
         attn_implementation=model.config._attn_implementation,
+        experts_implementation=model.config._experts_implementation,
     )
     student.generation_config = copy.deepcopy(model.generation_config)
     if plan.vocab is not None and student.generation_config is not None:
@@ -172,7 +174,7 @@ def cut_model(
     return student.to(model.device).eval()  # type: ignore[arg-type]
 
 
-def _find(name: str, family: Family) -> tuple[str, int | None]:
+def _find(name: str, family: Family) -> Place:
     found = family.find(name)
     if found is None:
         raise UserError(
@@ -186,18 +188,25 @@ def new_name(name: str, plan: Plan, family: Family, config: dict[str, Any]) -> s
 
     Raises UserError for a name that the family's table lacks.
     """
-    template, layer = _find(name, family)
+    template, layer, expert = _find(name, family)
     if template == family.head and not family.exists(family.tensors[template], config):
         return None
     if layer is None:
         return name
     layers = plan.kept_layers()
-    return template.replace("{layer}", str(layers.index(layer))) if layer in layers else None
+    if layer not in layers:
+        return None
+    if expert is not None:
+        experts = plan.kept_experts(layer)
+        if expert not in experts:
+            return None
+        expert = experts.index(expert)
+    return Place(template, layers.index(layer), expert).name
 
 
-def _index(dims: tuple[str, ...], layer: int | None, plan: Plan) -> Tensor | None:
+def _index(dims: tuple[str, ...], place: Place, plan: Plan) -> Tensor | None:
     """Rows kept of an axis made of these dimensions in a row; None for all."""
-    kept = [plan.kept(dim, layer) for dim in dims]
+    kept = [plan.kept(dim, place.layer, place.expert) for dim in dims]
     if all(ids is None for ids in kept):
         return None
     parts, offset = [], 0
@@ -243,6 +252,11 @@ def _follow_layers(new: dict[str, Any], layers: list[int], count: int, family: F
         if [new["layer_types"][i] for i in layers] != types[: len(layers)]:
             new.pop(key, None)
             new.pop(f"_{key}", None)
+    if family.dense_layers is not None:
+        # Every nth layer has experts: not of the layers that are left, so that they are listed.
+        ids, period = family.dense_layers
+        sparse = family.layers_of("experts", {**new, family.config_keys["layers"]: count})
+        new.update({ids: [n for n in range(count) if n not in sparse], period: 1})
     for key, kind in family.per_layer_config.items():
         value = new.get(key)
         if value is None:

@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 
 from regrow.families import Family, unit_rows
 from regrow.plan import Plan
-from regrow.stages.prune.cut import Replace, check, cut_config, cut_tensor
+from regrow.stages.prune.cut import Replace, check, cut_config, cut_model, cut_tensor
 from regrow.statistics import Profile
 
 SORTED = ("hidden", "mlp", "heads", "kv_heads")
@@ -28,14 +28,15 @@ SORTED = ("hidden", "mlp", "heads", "kv_heads")
 class Sorted:
     """A model whose units were put, in place, into the order of `order`.
 
-    `order` is a plan that keeps everything, with the ids of a dimension in the order that they
+    Mixtures of experts are cut the slow way, unsorted. `order` is a plan that keeps everything,
+    with the ids of a dimension in the order that they
     come to lie in; what it leaves out stays as it is. Plans given later have the ids of before.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family, order: Plan | None = None) -> None:
         self.model, self.family = model, family
         self.config: dict[str, Any] = model.config.to_dict()
-        self.order = order
+        self.order = order = None if family.memory else order
         if order is not None:
             for name, parameter in model.named_parameters():
                 found = cut_tensor(name, parameter.data, order, family, self.config)
@@ -48,6 +49,8 @@ class Sorted:
         `replace` is given each tensor in the order of the plan's ids, and its result is put into
         the order of this model. Equals `cut_model` up to the order of the units.
         """
+        if self.family.memory:  # experts are stacked in memory: no views of some of them
+            return cut_model(self.model, plan, replace, self.family)
         check(plan, self.family, self.config)
         here = self.positions(plan)
         tensors = {}
@@ -88,7 +91,7 @@ class Sorted:
         """A tensor with its axes in the order of the plan's ids, put into that of this model."""
         found = self.family.find(name)
         assert found is not None
-        template, layer = found
+        template, layer, _ = found
         for axis, dim in enumerate(self.family.tensors[template].axes):
             if self.order is None or not isinstance(dim, str) or dim not in SORTED:
                 continue
@@ -109,6 +112,8 @@ def order_by(
     sizes = family.sizes(config)
     layers = range(sizes["layers"])
     fields: dict[str, Any] = {}
+    if family.memory:  # mixtures of experts stay as they are
+        dims = set()
     if "hidden" in dims:
         fields["hidden"] = _ranked(profile.scores(criterion, "hidden")["all"])
     for dim in {"mlp", "kv_heads"} & dims:
@@ -136,6 +141,12 @@ def first_units(family: Family, config: dict[str, Any], sizes: dict[str, int]) -
     group, keep = (size["heads"] // size["kv_heads"] for size in (before, after))
     kv_heads = range(after["kv_heads"])
     heads = [kv * group + head for kv in kv_heads for head in range(keep)]
+    with_mlp, with_experts = (
+        [layer for layer in layers if layer in family.layers_of(dim, config)]
+        for dim in ("mlp", "experts")
+    )
+    experts = range(after.get("experts", 0))
+    inside = list(range(after.get("expert_mlp", 0)))
     return Plan(
         model_type=family.model_type,
         fingerprint="",
@@ -143,7 +154,9 @@ def first_units(family: Family, config: dict[str, Any], sizes: dict[str, int]) -
         after=after,
         layers=list(layers),
         hidden=list(range(after["hidden"])) if after["hidden"] != before["hidden"] else None,
-        mlp={layer: list(range(after["mlp"])) for layer in layers},
+        mlp={layer: list(range(after["mlp"])) for layer in with_mlp} or None,
+        experts={layer: list(experts) for layer in with_experts} or None,
+        expert_mlp={layer: dict.fromkeys(experts, inside) for layer in with_experts} or None,
         heads=dict.fromkeys(layers, heads),
         kv_heads={layer: list(kv_heads) for layer in layers},
     )

@@ -17,6 +17,10 @@ GRID_HIDDEN = (1.0, 0.95, 0.9, 0.85, 0.8)
 SCALES = tuple(n / 20 for n in range(19, 0, -1))
 
 
+Fixed = tuple[str, Sizes, tuple[str, ...]]
+"""A shape's name, the sizes that are fixed, and the dimensions to meet the target with, in turn."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """A named set of sizes (only those that change) and the parameters it leaves."""
@@ -32,27 +36,39 @@ def candidates(
     """Shapes that meet `target` (a number: keep_params): MLP, depth, hidden, and mixes.
 
     Each fixes one cut (as many layers as the target allows, as much of hidden, a few layers, one
-    KV head) and meets the target with the MLP: keep_params within ± 0.01, limits with the widest
-    MLP that keeps them. Raises UserError when no shape meets the target.
+    KV head) and meets the target with the MLP, or in a mixture of experts with their number or,
+    where that is too coarse, their width: keep_params within ± 0.01, limits with the widest that
+    keeps them. Raises UserError when no shape meets the target.
     """
     aim = target if isinstance(target, Target) else Target(keep_params=target)
     full, model = family.sizes(config), (family, config, multiple_of)
-    fixed: list[tuple[str, Sizes]] = [
-        ("mlp", {}),
-        ("depth-heavy", _least(family, config, aim, multiple_of, "layers")),
-        ("hidden-heavy", _least(family, config, aim, multiple_of, "hidden")),
-        ("mlp + kv_heads", {"kv_heads": full["kv_heads"] - 1}),
+    free = free_dims(family)
+    fixed: list[Fixed] = [(dim, {}, (dim,)) for dim in free]
+    if "experts" in free and aim.keep_params is not None:
+        half = Target(keep_params=(aim.keep_params + 1) / 2)
+        some = _least(family, config, half, multiple_of, "experts")
+        fixed.insert(1, ("experts + expert_mlp", some, ("expert_mlp",)))
+    fixed += [
+        ("depth-heavy", _least(family, config, aim, multiple_of, "layers"), free),
+        ("hidden-heavy", _least(family, config, aim, multiple_of, "hidden"), free),
+        (f"{free[0]} + kv_heads", {"kv_heads": full["kv_heads"] - 1}, free),
     ]
     for share in (30, 15, 10):
         cut = max(1, round(full["layers"] / share))
-        fixed.append((f"mlp + {cut} layers", {"layers": full["layers"] - cut}))
+        fixed.append((f"{free[0]} + {cut} layers", {"layers": full["layers"] - cut}, free))
     found = _meeting(family, config, aim, multiple_of, fixed)
     if not found and aim.keep_params is None and not aim.within({}):
-        alike = (_meet(family, config, aim, multiple_of, *cut) for cut in _alike(*model))
-        found = [shape for shape in alike if shape is not None][:1]
+        alike = _alike(*model)
+        tried = (_meet(family, config, aim, multiple_of, *cut, free[-1]) for cut in alike)
+        found = [shape for shape in tried if shape is not None][:1]
     if not found:
         raise refuse(family, config, aim, multiple_of)
     return found
+
+
+def free_dims(family: Family) -> tuple[str, ...]:
+    """Dimensions that meet a target where others are fixed: the MLP, or experts and their width."""
+    return ("experts", "expert_mlp") if "experts" in family.config_keys else ("mlp",)
 
 
 def grid(
@@ -60,8 +76,8 @@ def grid(
 ) -> list[Shape]:
     """Up to `count` shapes: the `candidates`, and of all combinations of cuts an even sample.
 
-    Layers go down to 60 %, KV heads and query heads per KV head to a half, hidden to 80 %; the MLP
-    meets the target. Raises UserError when no shape does.
+    Layers go down to 60 %, KV heads and query heads per KV head to a half, hidden to 80 %; the MLP,
+    or experts or their width, meets the target. Raises UserError when no shape does.
     """
     aim = target if isinstance(target, Target) else Target(keep_params=target)
     full = family.sizes(config)
@@ -80,11 +96,10 @@ def grid(
         sizes["hidden"] = max(step, round(hidden * full["hidden"] / step) * step)
         sizes = {dim: size for dim, size in sizes.items() if size != full[dim]}
         cuts[key_of(sizes)] = sizes
+    fixed: list[Fixed] = [("", cut, (dim,)) for cut in cuts.values() for dim in free_dims(family)]
     found = [
         replace(shape, name=", ".join(f"{dim} {size}" for dim, size in shape.sizes.items()))
-        for shape in _meeting(
-            family, config, aim, multiple_of, [("", cut) for cut in cuts.values()]
-        )
+        for shape in _meeting(family, config, aim, multiple_of, fixed)
         if key_of(shape.sizes) not in known
     ]
     room = max(0, count - len(first))
@@ -94,9 +109,10 @@ def grid(
 def refit(
     family: Family, config: dict[str, Any], target: Target, multiple_of: int, shape: Shape
 ) -> Shape | None:
-    """`shape` with its MLP set anew for `target`; None when that cannot be met by the MLP alone."""
-    fixed = {dim: size for dim, size in shape.sizes.items() if dim != "mlp"}
-    return _meet(family, config, target, multiple_of, shape.name, fixed)
+    """`shape` with its free width set anew for `target`; None when that alone cannot meet it."""
+    free = free_dims(family)[-1]
+    fixed = {dim: size for dim, size in shape.sizes.items() if dim != free}
+    return _meet(family, config, target, multiple_of, shape.name, fixed, free)
 
 
 def key_of(sizes: Sizes) -> tuple[tuple[str, int], ...]:
@@ -109,21 +125,23 @@ def _meeting(
     config: dict[str, Any],
     target: Target,
     multiple_of: int,
-    fixed: list[tuple[str, Sizes]],
+    fixed: list[Fixed],
 ) -> list[Shape]:
     """The shapes, each once, that meet the target with these cuts fixed."""
     found: dict[tuple[tuple[str, int], ...], Shape] = {}
     total = family.count(config)
-    for name, sizes in fixed:
-        shape = _meet(family, config, target, multiple_of, name, sizes)
-        if shape is None:
-            continue
-        if target.keep_params is None:
-            fits = "mlp" in shape.sizes or target.near(shape.sizes)
-        else:
-            fits = abs(shape.parameters / total - target.keep_params) <= TOLERANCE
-        if fits:
-            found.setdefault(key_of(shape.sizes), shape)
+    for name, sizes, dims in fixed:
+        for free in dims:
+            shape = _meet(family, config, target, multiple_of, name, sizes, free)
+            if shape is None:
+                continue
+            if target.keep_params is None:
+                fits = free in shape.sizes or target.near(shape.sizes)
+            else:
+                fits = abs(shape.parameters / total - target.keep_params) <= TOLERANCE
+            if fits:
+                found.setdefault(key_of(shape.sizes), shape)
+                break
     return list(found.values())
 
 
@@ -134,27 +152,23 @@ def _meet(
     multiple_of: int,
     name: str,
     sizes: Sizes,
+    free: str,
 ) -> Shape | None:
-    """The fixed `sizes` with the MLP nearest to the share, or the widest that keeps the limits."""
+    """The fixed `sizes` with `free` nearest to the share, or the widest that keeps the limits."""
     full = family.sizes(config)
     if sizes.get("kv_heads") == 0:
         return None
     if "kv_heads" in sizes and "heads" not in sizes:
         sizes = {**sizes, "heads": full["heads"] // full["kv_heads"] * sizes["kv_heads"]}
-    step = family.step("mlp", config, multiple_of, **sizes)
-    widths = [*range(step, full["mlp"], step), full["mlp"]]
-    allowed = [width for width in widths if target.within({**sizes, "mlp": width})]
-    best = max(allowed, default=None)
+    step = family.step(free, config, multiple_of, **sizes)
+    widths = [*range(step, full[free], step), full[free]]
     if target.keep_params is not None:
-        want = target.keep_params * family.count(config)
-        best = min(
-            allowed,
-            key=lambda width: abs(family.count(config, {**sizes, "mlp": width}) - want),
-            default=None,
-        )
+        widths = _nearest(family, config, target.keep_params, sizes, free, widths)
+    allowed = [width for width in widths if target.within({**sizes, free: width})]
+    best = max(allowed, default=None) if target.keep_params is None else next(iter(allowed), None)
     if best is None:
         return None
-    chosen = {dim: size for dim, size in {**sizes, "mlp": best}.items() if size != full[dim]}
+    chosen = {dim: size for dim, size in {**sizes, free: best}.items() if size != full[dim]}
     if not chosen:  # the whole model meets the target, and there is nothing to cut
         return None
     try:
@@ -162,6 +176,22 @@ def _meet(
     except UserError:
         return None
     return Shape(name, chosen, family.count(config, chosen))
+
+
+def _nearest(
+    family: Family,
+    config: dict[str, Any],
+    keep_params: float,
+    sizes: Sizes,
+    free: str,
+    widths: list[int],
+) -> list[int]:
+    """The widths by how near they bring the parameters to the share."""
+    # Parameters grow evenly with the free width, so that two counts tell all.
+    full = family.sizes(config)[free]
+    least, most = (family.count(config, {**sizes, free: width}) for width in (0, full))
+    wanted = (keep_params * family.count(config) - least) / (most - least) * full
+    return sorted(widths, key=lambda width: abs(width - wanted))
 
 
 def _least(

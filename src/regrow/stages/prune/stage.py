@@ -18,14 +18,14 @@ from regrow.plan import Plan, compose
 from regrow.progress import say
 from regrow.stages.prune.choose import choose, full_sizes
 from regrow.stages.prune.config import PruneConfig
-from regrow.stages.prune.cut import check, cut_folder
+from regrow.stages.prune.cut import check, cut_config, cut_folder
 from regrow.stages.prune.repair import Job, Repaired
 from regrow.stages.prune.vocabulary import check_vocab_size
 from regrow.statistics import Profile
 
 PLAN = "plan.json"
 FROM_FIRST = "plan-from-first.json"
-RUN_BYTES = 1_000_000_000
+RUN_BYTES = 500_000_000
 
 
 def prune(
@@ -64,7 +64,7 @@ def prune(
         say(f"prune: {out} is complete and unchanged")
         return out
     from_first = _from_first(checkpoint, plan)
-    after = family.count(checkpoint.config, plan.after)
+    after = family.count(cut_config(checkpoint.config, plan, family))
     before = family.count(checkpoint.config)
     require_space(out, sum(map(checkpoint.bytes, checkpoint.names())) * after // before)
     say(f"prune: {before:,} → {after:,} parameters ({after / before:.1%} kept), {describe(plan)}")
@@ -128,6 +128,7 @@ def make_plan(checkpoint: Checkpoint, config: PruneConfig, profile: Profile | No
         config.criterion,
         config.layer_criterion,
         config.multiple_of,
+        config.expert_criterion,
     )
 
 
@@ -165,11 +166,11 @@ def describe(plan: Plan) -> str:
 def prove_reload(folder: Path) -> None:
     """Open what was written with the stock reader; an assertion of ours, not of the user's.
 
-    A model up to 1 GB is loaded and run. A larger one was cut without ever being in memory: there
+    A model up to 0.5 GB is loaded and run. A larger one was cut without ever being in memory: there
     the stock class is made on the meta device, and the tensors' names and shapes are compared.
     """
     checkpoint = Checkpoint(folder)
-    families.of(checkpoint)
+    family = families.of(checkpoint)
     if sum(map(checkpoint.bytes, checkpoint.names())) <= RUN_BYTES:
         model = checkpoint.model(torch.bfloat16)
         with torch.no_grad():
@@ -178,7 +179,7 @@ def prove_reload(folder: Path) -> None:
         return
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     with torch.device("meta"):
-        stock = AutoModelForCausalLM.from_config(config).state_dict()
+        stock = families.as_on_disk(family, AutoModelForCausalLM.from_config(config).state_dict())
     shapes = {name: tuple(value.shape) for name, value in stock.items()}
     assert checkpoint.shapes.items() <= shapes.items(), f"{folder} is not what its config says"
 

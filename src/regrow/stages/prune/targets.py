@@ -117,8 +117,11 @@ def smallest(family: Family, config: dict[str, Any], multiple_of: int) -> Sizes:
     full = family.sizes(config)
     least = {"layers": 1, "kv_heads": 1, "heads": 1}
     least["heads"] = family.step("heads", config, multiple_of, **least)
+    if "experts" in full:
+        least["experts"] = int(family.value(config, "num_experts_per_tok"))
     sizes: Sizes = {}
-    for dim in ("layers", "mlp", "kv_heads", "heads", "hidden"):
+    dims = ("layers", "mlp", "experts", "expert_mlp", "kv_heads", "heads", "hidden")
+    for dim in (dim for dim in dims if dim in full):
         wanted = least.get(dim) or family.step(dim, config, multiple_of, **{**full, **sizes})
         tried = {**sizes, dim: min(wanted, full[dim])}
         if dim == "kv_heads":  # their query heads go along

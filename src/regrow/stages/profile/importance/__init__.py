@@ -17,8 +17,11 @@ from torch import Tensor
 
 Stats: TypeAlias = dict[str, Tensor]
 
-READ = frozenset({"mlp", "heads", "kv_heads"})
-"""Dimensions that one projection reads, whose input is observed channel by channel."""
+GRAMS = frozenset({"mlp", "heads", "kv_heads"})
+"""Dimensions whose readers can have Gram matrices."""
+READ = GRAMS | {"expert_mlp"}
+"""Dimensions that one projection reads, whose input is observed channel by channel. Channels of an
+expert are scored inside it, each times the router's weight for the token."""
 WIDTHS = READ | {"hidden"}
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from regrow.stages.profile.importance import WIDTHS, Stats, Weights
 
-DIMS = WIDTHS
+DIMS = WIDTHS | {"experts"}
 NEEDS: frozenset[str] = frozenset()
 
 

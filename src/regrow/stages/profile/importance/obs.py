@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regrow.stages.profile.importance import READ, Stats, Weights
+from regrow.stages.profile.importance import GRAMS, Stats, Weights
 
-DIMS = READ
+DIMS = GRAMS
 NEEDS = frozenset({"gram"})
 STEPS = 64  # rounds of removal, each of at least one unit
 DAMPING = 1e-2  # of G's mean diagonal

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from regrow.stages.profile.importance import WIDTHS, Stats, Weights
 
-DIMS = WIDTHS | {"layers"}
+DIMS = WIDTHS | {"layers", "experts"}
 NEEDS: frozenset[str] = frozenset()
 
 

@@ -64,13 +64,14 @@ class Sequential:
         self._scale = {dim: Spill(job.work / f"scale-{dim}") for dim in BLOCKS}
         self._batches = _batches(job)
         checkpoint, family = job.checkpoint, job.family
+        read = checkpoint.tensor
         device, dtype = job.options.torch_device(), checkpoint.compute_dtype()
         config = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
-        self._dense = LayerByLayer(config, checkpoint.names(), checkpoint.tensor, dtype, device)
+        self._dense = LayerByLayer(family, config, checkpoint.names(), read, dtype, device)
         names = {new_name(n, plan, family, checkpoint.config): n for n in checkpoint.names()}
         self._parents = {new: name for new, name in names.items() if new is not None}
         config = type(config).from_dict(cut_config(checkpoint.config, plan, family))
-        self._cut = LayerByLayer(config, self._parents, self._read_cut, dtype, device)
+        self._cut = LayerByLayer(family, config, self._parents, self._read_cut, dtype, device)
 
     def __call__(self, name: str, kept: Tensor) -> Tensor:
         """The tensor to write for the parent's tensor `name`, whose cut form is `kept`."""

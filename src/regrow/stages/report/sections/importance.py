@@ -20,7 +20,12 @@ MANY = 96
 FEW = 20
 """Up to so many units each has its tick."""
 POINTS = 400
-NAMES = {"mlp": "MLP channels", "heads": "query heads", "kv_heads": "key/value heads"}
+NAMES = {
+    "mlp": "MLP channels",
+    "heads": "query heads",
+    "kv_heads": "key/value heads",
+    "experts": "experts",
+}
 NOTE = "What the profile measured on calibration text: a higher score is more worth keeping."
 
 

@@ -13,7 +13,7 @@ from regrow.stages.report.sections.importance import FEW, NAMES, criteria
 BINS = 96
 NOTE = (
     "All layers keep the same number of units, each its own best ones. Dark is kept, light is cut, "
-    "blank rows are removed layers."
+    "blank rows are removed layers, or have none."
 )
 
 
@@ -29,7 +29,8 @@ def section(run: Run) -> Section | None:
 
 
 def _pruned(plan: Plan, dim: str) -> bool:
-    return plan.after[dim] != plan.before[dim] and plan.kept(dim, plan.kept_layers()[0]) is not None
+    changed = plan.after.get(dim) != plan.before.get(dim)
+    return changed and any(plan.kept(dim, layer) is not None for layer in plan.kept_layers())
 
 
 def _sizes(cut: Cut) -> Table:
@@ -50,16 +51,20 @@ def _sizes(cut: Cut) -> Table:
 
 
 def shares(plan: Plan, dim: str, bins: int = BINS) -> list[list[float | None]]:
-    """Kept share [layers, bins] of neighbouring units by their ids; None in removed layers."""
+    """Kept share [layers, bins] of neighbouring units by their ids; None in removed layers.
+
+    And in layers that have none.
+    """
     units = plan.before[dim]
     bins = min(bins, units)
     edges = [units * b // bins for b in range(bins + 1)]
     found: list[list[float | None]] = []
     for layer in range(plan.before["layers"]):
-        if layer not in set(plan.kept_layers()):
+        kept_here = plan.kept(dim, layer) if layer in plan.kept_layers() else None
+        if kept_here is None:
             found.append([None] * bins)
             continue
-        kept = set(plan.kept(dim, layer) or [])
+        kept = set(kept_here)
         found.append(
             [
                 round(sum(unit in kept for unit in range(a, b)) / (b - a), 3)
@@ -94,7 +99,7 @@ def _mass(cut: Cut) -> Chart | None:
         if dim not in scored:
             continue
         scores = cut.profile.scores(scored[dim], dim)
-        layers = plan.kept_layers()
+        layers = [layer for layer in plan.kept_layers() if plan.kept(dim, layer) is not None]
         values = [
             float(score[plan.kept(dim, layer)].sum() / score.sum().clamp_min(1e-30))
             for layer in layers

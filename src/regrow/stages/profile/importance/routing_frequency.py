@@ -1,0 +1,16 @@
+"""How often the router chooses an expert: no activations needed, and none looked at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regrow.stages.profile.importance import Stats, Weights
+
+DIMS = frozenset({"experts"})
+NEEDS = frozenset({"routed_tokens"})
+
+
+def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
+    """Share of the calibration tokens that are sent to the expert."""
+    return stats["routed_tokens"].squeeze(-1) / stats["tokens"]
