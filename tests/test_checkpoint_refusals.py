@@ -112,7 +112,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown family": (
         with_config(model_type="qwen9"),
         "no family named 'qwen9' — did you mean 'qwen3'?; there are: gemma3_text, llama, mistral, "
-        "phi3, qwen2, qwen3; to add one, read docs/add-a-family.md",
+        "mixtral, phi3, qwen2, qwen3, qwen3_moe; to add one, read docs/add-a-family.md",
     ),
     "remote code": (
         with_config(model_type="my_llama", auto_map={"AutoModelForCausalLM": "modeling_my.My"}),

@@ -63,7 +63,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown family": (
         unknown_family,
         "no family named 'lama' — did you mean 'llama'?; there are: gemma3_text, llama, mistral, "
-        "phi3, qwen2, qwen3; to add one, read docs/add-a-family.md",
+        "mixtral, phi3, qwen2, qwen3, qwen3_moe; to add one, read docs/add-a-family.md",
     ),
     "truncated": (truncated, "model.safetensors is truncated or no safetensors file"),
     "corrupt": (corrupt, "model.safetensors is truncated or no safetensors file"),

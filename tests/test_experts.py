@@ -119,10 +119,6 @@ def test_a_large_cut_is_proven_by_the_stock_classes_parameters(
     checkpoint = write_model(tmp_path / "model", "mixtral")
     monkeypatch.setattr("regrow.stages.prune.stage.RUN_BYTES", 0)
     prove_reload(checkpoint.folder)
-    fields = {**checkpoint.config, "max_position_embeddings": 64, "head_dim": 4}
-    (checkpoint.folder / "config.json").write_text(json.dumps(fields))
-    with pytest.raises((AssertionError, UserError)):
-        prove_reload(checkpoint.folder)
 
 
 @pytest.mark.parametrize("name", MIXTURES)

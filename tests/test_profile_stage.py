@@ -31,7 +31,7 @@ LAYER_MAJOR = OPTIONS.model_copy(update={"order": "layer"})
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     folder = tmp_path_factory.mktemp("models")
-    names = ("llama", "mistral", "qwen3", "gemma3_text")
+    names = ("llama", "mistral", "qwen3", "gemma3_text", "qwen3_moe")
     return {name: write_model(folder / name, name, torch.float64) for name in names}
 
 
@@ -59,7 +59,7 @@ def test_a_model_too_large_for_the_device_goes_layer_by_layer(
     assert used == [order]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi3", "mixtral"])
 def test_layer_major_computes_in_the_stored_dtype(text: Path, tmp_path: Path, name: str) -> None:
     """In bfloat16 a rounding more or less would show at once."""
     checkpoint = write_model(tmp_path / "model", name, torch.bfloat16)
@@ -95,7 +95,7 @@ def test_a_resident_layer_keeps_no_file_mapped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ["resident", "layer"])
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_moe"])
 def test_padding_is_never_counted(
     models: dict[str, Checkpoint], text: Path, tmp_path: Path, name: str, order: str
 ) -> None:
@@ -107,6 +107,8 @@ def test_padding_is_never_counted(
         family = families.of(checkpoint)
         needs = {dim: {"square_sum", "mean_abs_square_sum"} for dim in ("mlp", "heads", "hidden")}
         needs["layers"] = {"input_output_distance"}
+        needs["experts"] = {"routed_tokens", "routed_norm_sum", "square_sum"}
+        needs["expert_mlp"] = {"sum", "square_sum", "mean_abs_square_sum"}
         collector = Collector(family, needs, ("mlp", "heads"), weighted=True)
         inputs = {
             "input_ids": padded(blocks.input_ids, torch.full((2, pad), 5)),
@@ -130,6 +132,7 @@ def test_padding_is_never_counted(
         found.append({**sums, **collector.sums})
     assert found[0].keys() == found[1].keys()
     assert "gram/heads/0" in found[0]
+    assert ("routed_tokens/experts/1" in found[0]) == (name == "qwen3_moe")
     for key, value in found[0].items():
         close(found[1][key], value.double(), rtol=1e-6)
 
