@@ -65,8 +65,9 @@ def halve(
         left = sorted(left, key=lambda row: _order(row["distilled"][str(length)]))
         left, lost = left[: count // 2], left[count // 2 :]
         out = lost + out
-        for row in lost if drop is not None else ():
-            drop(row)
+        if drop is not None:
+            for row in lost:
+                drop(row)
     return left + out
 
 

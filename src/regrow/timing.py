@@ -55,7 +55,7 @@ class Timing:
         A row that is slower than its prediction is made smaller (`remake` makes a row of a shape)
         and timed again, a few times. Raises UserError when none is fast enough.
         """
-        good, slow = [], list[Row]()
+        good, slow = list[Row](), list[Row]()
         with progress("search, timing", len(rows), "shapes") as counter:
             for row in rows:
                 row = self._timed(row, remake)
