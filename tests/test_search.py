@@ -11,7 +11,7 @@ import torch
 from tiny_folders import data_of
 from tiny_pruning import OPTIONS, chosen, slow_kl, write_place
 
-from regrow import families, search
+from regrow import families, search, trial
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.stages.prune import PruneConfig
@@ -137,3 +137,35 @@ def test_what_a_search_lacks_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one of them"):
         search.prune(place / "model", out, both, place / "profile", None, OPTIONS)
     assert not out.exists()
+
+
+def test_the_cost_that_is_told_is_what_was_read(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Blocks read by each cut model, by its share of the parameters, over those of the text."""
+    family, parent = families.get("llama"), Checkpoint(place / "model").config
+    read = [64.0]  # the dense model's own
+    mean_loss = trial.mean_loss
+
+    def counted(student: Any, batches: Any, *rest: Any) -> float:
+        blocks = sum(len(batch["input_ids"]) for batch in batches)
+        share = sum(p.numel() for p in student.parameters()) / family.count(parent)
+        read.append(blocks * share)
+        return mean_loss(student, batches, *rest)
+
+    monkeypatch.setattr(trial, "mean_loss", counted)
+    wanted = {"keep_params": 0.6, "multiple_of": 1, "num_candidates": 60, "repair": False}
+    table = search_in(place, tmp_path / "out", KEEP.model_copy(update=wanted))
+    cost = sum(read) / 64
+    assert f"cost {cost:.1f} dense evaluations" in capsys.readouterr().err
+    assert cost <= search.passes_for(len(table)) <= 20
+
+
+def test_two_hundred_shapes_cost_at_most_twenty_dense_evaluations() -> None:
+    """Of shapes that keep 95 % of the parameters; the dense model's own is counted."""
+    for count in range(2, 201):
+        own = 1.0
+        assert own + 0.95 * (search.passes_for(count) - own) <= 20
