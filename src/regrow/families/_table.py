@@ -36,7 +36,7 @@ class Family:
     """Per dimension the modules to watch: their input for mlp and heads, for hidden the output, for
     experts the module that gets tokens, chosen experts and their weights."""
     residual: dict[str, str]
-    """Per dimension the module whose input is the stream that the block's output is added to."""
+    """Per block, mlp (or experts) and heads, the module whose input is the stream it adds to."""
     post_norm: dict[str, str] = field(default_factory=dict, kw_only=True)
     """Per dimension the norm between the block's last projection and the stream, if any."""
     defaults: dict[str, Any]

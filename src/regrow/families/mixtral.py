@@ -46,7 +46,10 @@ FAMILY = Family(
             "model.norm",
         ),
     },
-    residual={"heads": "model.layers.{layer}.input_layernorm"},
+    residual={
+        "mlp": "model.layers.{layer}.post_attention_layernorm",
+        "heads": "model.layers.{layer}.input_layernorm",
+    },
     defaults={
         "num_key_value_heads": 8,
         "head_dim": None,

@@ -154,7 +154,7 @@ def first_units(family: Family, config: dict[str, Any], sizes: dict[str, int]) -
         after=after,
         layers=list(layers),
         hidden=list(range(after["hidden"])) if after["hidden"] != before["hidden"] else None,
-        mlp={layer: list(range(after["mlp"])) for layer in with_mlp} or None,
+        mlp={layer: list(range(after.get("mlp", 0))) for layer in with_mlp} or None,
         experts={layer: list(experts) for layer in with_experts} or None,
         expert_mlp={layer: dict.fromkeys(experts, inside) for layer in with_experts} or None,
         heads=dict.fromkeys(layers, heads),
