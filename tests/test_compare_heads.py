@@ -12,9 +12,9 @@ from torch import Tensor
 
 from regrow import PruneConfig, compare
 from regrow.checkpoint import Checkpoint
+from regrow.comparison.head_removal import Heads, _without, heads_table, remove_heads
 from regrow.data import build_blocks
 from regrow.errors import UserError
-from regrow.head_removal import Heads, _without, heads_table, remove_heads
 from regrow.options import Options
 from regrow.stages.profile import ProfileConfig, profile
 from regrow.statistics import Profile
@@ -78,7 +78,7 @@ def test_rows_equal_the_slow_version(trial: Trial, monkeypatch: pytest.MonkeyPat
     """The least important by each criterion, and every random draw, one in all and one a layer."""
     tried: list[Heads] = []
     monkeypatch.setattr(
-        "regrow.head_removal._without",
+        "regrow.comparison.head_removal._without",
         lambda trial, heads: (tried.append(heads), _without(trial, heads))[1],
     )
     rows = remove_heads(trial, 3)

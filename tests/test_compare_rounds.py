@@ -16,9 +16,9 @@ from tiny_pruning import OPTIONS, slow_kl, write_place
 from regrow import PruneConfig, compare, families
 from regrow.checkpoint import Checkpoint
 from regrow.cli import main
+from regrow.comparison.reestimate import choose_in_rounds, steps_towards
 from regrow.errors import UserError
 from regrow.plan import Plan
-from regrow.reestimate import choose_in_rounds, steps_towards
 from regrow.stages.profile import ProfileConfig, profile
 from regrow.stages.prune.choose import full_sizes
 from regrow.stages.prune.stage import prune
@@ -46,8 +46,18 @@ CUTS: list[dict[str, int]] = [
 ]
 
 
-@pytest.mark.parametrize("sizes", CUTS, ids=str)
-@pytest.mark.parametrize("name", sorted(SPECIAL))
+OF_EXPERTS: list[dict[str, int]] = [
+    {"experts": 3},
+    {"layers": 2, "hidden": 40, "experts": 3, "expert_mlp": 24, "heads": 2, "kv_heads": 1},
+]
+CASES = [
+    (name, sizes)
+    for name in sorted(SPECIAL)
+    for sizes in (OF_EXPERTS if families.get(name).memory else CUTS)
+]
+
+
+@pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)
 def test_steps_lead_to_the_target_and_can_be_had(name: str, sizes: dict[str, int]) -> None:
     config = tiny_config(name).to_dict()
     family = families.get(name)

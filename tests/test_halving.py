@@ -11,8 +11,9 @@ import pytest
 from tiny_folders import data_of
 from tiny_pruning import OPTIONS, write_place
 
-from regrow import halving, search
+from regrow import search
 from regrow.manifest import read
+from regrow.search import halving, rounds
 from regrow.stages.prune import PruneConfig
 
 CONFIG = PruneConfig(
@@ -66,8 +67,8 @@ def test_a_search_that_was_killed_goes_on_in_its_rung(
 ) -> None:
     """No round, no finished distillation is done twice, and the result is the same as in one go."""
     distill, done = halving.distill, list[tuple[str, int]]()
-    rounds, killed = list[int](), list[int]()
-    score = search.Rounds.score
+    seen, killed = list[int](), list[int]()
+    score = rounds.Rounds.score
 
     def once_killed(student: Any, *rest: Any) -> Path:
         if len(done) == 5 and not killed:
@@ -78,17 +79,17 @@ def test_a_search_that_was_killed_goes_on_in_its_rung(
         return trained
 
     def counted(self: Any, *given: Any) -> Any:
-        rounds.append(1)
+        seen.append(1)
         return score(self, *given)
 
     monkeypatch.setattr(halving, "distill", once_killed)
-    monkeypatch.setattr(search.Rounds, "score", counted)
+    monkeypatch.setattr(rounds.Rounds, "score", counted)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         search_in(place, out)
     assert not out.exists()
     table = search_in(place, out)
-    assert (len(rounds), len(killed)) == (3, 1)  # the untrained rounds once
+    assert (len(seen), len(killed)) == (3, 1)  # the untrained rounds once
     assert [tokens for _, tokens in done] == [1024] * 4 + [2048] * 2
     assert len(set(done)) == 6
     distilled = [row for row in table if "distilled" in row]

@@ -12,10 +12,11 @@ from tiny_folders import data_of
 from tiny_models import tiny_model
 from tiny_pruning import OPTIONS, write_place
 
-from regrow import families, latency, search, timing
+from regrow import families, search
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
-from regrow.latency import Latency, LatencyModel, shapes_to_time
+from regrow.search import latency, timing
+from regrow.search.latency import Latency, LatencyModel, shapes_to_time
 from regrow.stages.prune import PruneConfig
 
 LLAMA = families.get("llama")

@@ -14,6 +14,7 @@ from tiny_pruning import OPTIONS, chosen, slow_kl, write_place
 from regrow import families, search, trial
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
+from regrow.search import choice, rounds
 from regrow.stages.prune import PruneConfig
 from regrow.stages.prune.cut import cut_model
 
@@ -67,13 +68,13 @@ def test_a_search_is_done_again_when_what_is_asked_changes(
 ) -> None:
     out = tmp_path / "out"
     runs: list[int] = []
-    choose_shape = search.choose_shape
+    choose_shape = choice.choose_shape
 
     def counted(*given: Any) -> list[dict[str, Any]]:
         runs.append(1)
         return choose_shape(*given)
 
-    monkeypatch.setattr(search, "choose_shape", counted)
+    monkeypatch.setattr(choice, "choose_shape", counted)
     search_in(place, out)
     before = (out / "model.safetensors").stat().st_mtime_ns
     search_in(place, out)
@@ -108,21 +109,21 @@ def test_many_shapes_go_through_rounds(
 
 
 def test_ranks_and_rounds() -> None:
-    assert search.rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1.0)
-    assert search.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
+    assert rounds.rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1.0)
+    assert rounds.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
     # 1 − 6 Σd² / (n (n² − 1)) with d = 0, 1, 1, 0
-    assert search.rank_correlation([1, 2, 3, 4], [1, 3, 2, 9]) == pytest.approx(0.8)
-    assert search.rounds_for(8) == [(1.0, 8)]
-    assert search.rounds_for(200) == [(1 / 32, 40), (1 / 8, 8), (1.0, 8)]
-    assert search.passes_for(200) == 1 + 200 / 32 + 40 / 8 + 8
-    assert search.passes_for(1) == 0
+    assert rounds.rank_correlation([1, 2, 3, 4], [1, 3, 2, 9]) == pytest.approx(0.8)
+    assert rounds.rounds_for(8) == [(1.0, 8)]
+    assert rounds.rounds_for(200) == [(1 / 32, 40), (1 / 8, 8), (1.0, 8)]
+    assert rounds.passes_for(200) == 1 + 200 / 32 + 40 / 8 + 8
+    assert rounds.passes_for(1) == 0
 
 
 def test_a_score_that_is_no_number_is_not_chosen(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([float("nan"), 3.0, 1.0, *[2.0] * 9])
-    monkeypatch.setattr(search.Trial, "kl", lambda *_: next(scores))
+    monkeypatch.setattr(trial.Trial, "kl", lambda *_: next(scores))
     table = search_in(place, tmp_path / "out")
     assert [row["kl"] for row in table if row["chosen"]] == [1.0]
 
@@ -161,11 +162,11 @@ def test_the_cost_that_is_told_is_what_was_read(
     table = search_in(place, tmp_path / "out", KEEP.model_copy(update=wanted))
     cost = sum(read) / 64
     assert f"cost {cost:.1f} dense evaluations" in capsys.readouterr().err
-    assert cost <= search.passes_for(len(table)) <= 20
+    assert cost <= rounds.passes_for(len(table)) <= 20
 
 
 def test_two_hundred_shapes_cost_at_most_twenty_dense_evaluations() -> None:
     """Of shapes that keep 95 % of the parameters; the dense model's own is counted."""
     for count in range(2, 201):
         own = 1.0
-        assert own + 0.95 * (search.passes_for(count) - own) <= 20
+        assert own + 0.95 * (rounds.passes_for(count) - own) <= 20

@@ -11,15 +11,15 @@ import torch
 from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.comparison import line_up
+from regrow.comparison.head_removal import check_heads
 from regrow.data.config import DataConfig
 from regrow.footprint import fallbacks, file_bytes, ram_bytes
-from regrow.halving import rungs_for, tokens_for
-from regrow.head_removal import check_heads
 from regrow.options import Options
 from regrow.progress import clock
 from regrow.recipe import Recipe
 from regrow.search import SHOWN, blocks_for, check_keep_params, to_try
 from regrow.search import passes_for as passes_of_search
+from regrow.search.halving import rungs_for, tokens_for
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import steps_of
 from regrow.stages.distill.student import Student

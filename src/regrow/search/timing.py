@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from regrow.errors import UserError
-from regrow.latency import Latency, LatencyModel, shapes_to_time, timed
 from regrow.plan import Plan
 from regrow.progress import progress, say
+from regrow.search.latency import Latency, LatencyModel, shapes_to_time, timed
 from regrow.stages.prune.config import PruneConfig
 from regrow.stages.prune.gather import first_units
 from regrow.stages.prune.shapes import Shape, refit

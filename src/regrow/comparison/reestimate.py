@@ -27,7 +27,7 @@ from regrow.stages.prune.cut import cut_folder
 from regrow.stages.prune.repair import Job, gram
 from regrow.statistics import Profile
 
-SMOOTH = ("layers", "mlp", "kv_heads")
+SMOOTH = ("layers", "mlp", "kv_heads", "experts", "expert_mlp")
 """Dimensions whose way can be divided freely; heads and hidden follow, others go at the end."""
 
 
@@ -44,7 +44,8 @@ def steps_towards(
     steps = [before]
     for number in range(1, rounds):
         share = number / rounds
-        step = {**before, **{d: _between(before[d], after[d], share) for d in SMOOTH}}
+        smooth = [dim for dim in SMOOTH if dim in before]
+        step = before | {dim: _between(before[dim], after[dim], share) for dim in smooth}
         step["heads"] = step["kv_heads"] * _between(group["before"], group["after"], share)
         unit = family.step("hidden", config, heads=step["heads"], kv_heads=step["kv_heads"])
         hidden = unit * round(_between(before["hidden"], after["hidden"], share) / unit)
@@ -73,14 +74,16 @@ def choose_in_rounds(
     """
     family = families.of(checkpoint)
     criteria = (config.criterion, config.layer_criterion)
-    plan = choose(checkpoint, family, profile, steps[0], *criteria)
+    of_experts = config.expert_criterion
+    plan = choose(checkpoint, family, profile, steps[0], *criteria, expert_criterion=of_experts)
     for number, step in enumerate(steps[1:], start=2):
         say(f"compare: round {number} of {len(steps)}, by a profile of what is left")
         with tempfile.TemporaryDirectory(prefix="regrow-") as folder:
             left = _cut(checkpoint, profile, plan, Path(folder) / "model", config.repair)
             wanted = _profile_config(profile, config, {d for d in step if step[d] != plan.after[d]})
             found = measure(left, data, Path(folder) / "profile", wanted, options)
-            plan = compose(plan, choose(left, family, found, step, *criteria))
+            later = choose(left, family, found, step, *criteria, expert_criterion=of_experts)
+            plan = compose(plan, later)
     return plan
 
 
@@ -103,6 +106,8 @@ def _profile_config(profile: Profile, config: PruneConfig, cut: set[str]) -> Pro
     """What to measure for the next round: the criteria of the dimensions that it cuts."""
     criteria = [config.layer_criterion] if "layers" in cut else []
     criteria += [config.criterion] if cut - {"layers"} else []
+    if "experts" in cut and config.expert_criterion is not None:
+        criteria += [name for name in [config.expert_criterion] if name not in criteria]
     info = profile.info
     needs = {need for name in criteria for need in plugins.load(IMPORTANCE, name).NEEDS}
     fields: dict[str, Any] = {"criteria": tuple(criteria), "samples": info["samples"]}

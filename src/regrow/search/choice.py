@@ -22,16 +22,15 @@ from regrow.footprint import fallbacks
 from regrow.manifest import Stage, digest, read, write_json
 from regrow.options import Options
 from regrow.progress import say
-from regrow.rounds import (
+from regrow.search.rounds import (
     HANDFUL,
     Rounds,
     Row,
     blocks_for,
-    passes_for,
-    rank_correlation,
     rounds_for,
     row_of,
 )
+from regrow.search.timing import Timing
 from regrow.stages.prune import PruneConfig
 from regrow.stages.prune.choose import choose, full_sizes
 from regrow.stages.prune.config import TARGETS
@@ -41,21 +40,7 @@ from regrow.stages.prune.stage import check_target, repair_method
 from regrow.stages.prune.stage import prune as prune_to
 from regrow.stages.prune.targets import Target, target_of
 from regrow.statistics import Profile
-from regrow.timing import Timing
 from regrow.trial import Trial
-
-__all__ = [
-    "Trial",
-    "blocks_for",
-    "check_keep_params",
-    "choose_shape",
-    "passes_for",
-    "prune",
-    "rank_correlation",
-    "rounds_for",
-    "to_try",
-    "with_sizes",
-]
 
 SHOWN = 10
 ROUNDS = "rounds.json"
@@ -128,11 +113,6 @@ def to_try(config: PruneConfig, shapes: list[Shape]) -> int:
     if config.timed:
         return config.num_candidates
     return len(shapes) if len(shapes) > 1 else 0
-
-
-def with_sizes(config: PruneConfig, sizes: dict[str, int]) -> PruneConfig:
-    """`config` with explicit sizes by dimension in place of what they were searched for."""
-    return config.with_sizes(sizes)
 
 
 def choose_shape(
@@ -221,7 +201,7 @@ def _halved(
     scratch: Path,
 ) -> list[Row]:
     """`_tried`, and then short distillations of the best few; goes on where it was stopped."""
-    from regrow.halving import Distillations, halve
+    from regrow.search.halving import Distillations, halve
 
     asked = digest(
         config.model_dump(mode="json"),

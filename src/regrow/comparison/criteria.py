@@ -11,15 +11,15 @@ from rich.table import Table
 
 from regrow import families
 from regrow.checkpoint import Checkpoint, load
+from regrow.comparison.head_removal import check_heads, heads_table, remove_heads
+from regrow.comparison.reestimate import choose_in_rounds, steps_towards
 from regrow.data import DataConfig
 from regrow.errors import UserError
-from regrow.head_removal import check_heads, heads_table, remove_heads
 from regrow.manifest import write_json
 from regrow.options import Options
 from regrow.plan import Plan
 from regrow.progress import say
-from regrow.reestimate import choose_in_rounds, steps_towards
-from regrow.search import check_keep_params, with_sizes
+from regrow.search import check_keep_params
 from regrow.stages.prune import PruneConfig
 from regrow.stages.prune.choose import choose, full_sizes
 from regrow.statistics import Profile
@@ -95,7 +95,7 @@ def line_up(
     if rounds < 1 or heads < 0:
         raise UserError(f"rounds {rounds}, heads {heads}: give 1 or more rounds, 0 or more heads")
     shapes = check_keep_params(checkpoint, config)
-    sizes = (with_sizes(config, shapes[0].sizes) if shapes else config).sizes()
+    sizes = (config.with_sizes(shapes[0].sizes) if shapes else config).sizes()
     if not sizes:
         raise UserError("nothing to compare at: give keep_params, or sizes such as num_layers")
     if "vocab" in sizes:
