@@ -138,7 +138,7 @@ def profiled(folder: Path, checkpoint: Checkpoint, text: Path) -> Profile:
 def one_shot(
     checkpoint: Checkpoint, found: Profile, plan: Plan, ridges: tuple[float, ...] = RIDGES
 ) -> OneShot:
-    job = Job(checkpoint, families.of(checkpoint), found, plan, Path(), OPTIONS, 0)
+    job = Job(checkpoint, families.of(checkpoint), found, plan, Path(), OPTIONS)
     return by_gram.repair(job, ridges)
 
 

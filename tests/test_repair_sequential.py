@@ -43,8 +43,8 @@ def profiled(folder: Path, checkpoint: Checkpoint, text: Path, samples: int = 32
 def repaired(
     checkpoint: Checkpoint, found: Profile, plan: Plan, work: Path, **given: Any
 ) -> sequential.Sequential:
-    tokens = given.pop("tokens", 10**6)
-    job = Job(checkpoint, families.of(checkpoint), found, plan, work, OPTIONS, tokens)
+    how = (given.pop("tokens", 10**6), given.pop("upstream", 1.0))
+    job = Job(checkpoint, families.of(checkpoint), found, plan, work, OPTIONS, *how)
     return sequential.repair(job, **given)
 
 

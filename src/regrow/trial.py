@@ -82,7 +82,7 @@ class Trial:
                 "leave vocab_size out here, and cut the vocabulary in a prune of its own"
             )
         family = self.dense.family
-        job = Job(self.checkpoint, family, self.profile, plan, Path(), self.options, 0)
+        job = Job(self.checkpoint, family, self.profile, plan, Path(), self.options)
         repair = gram.repair(job, ridges) if ridges else None
         student = self.dense.cut(plan, repair)
         batches, reference = zip(*self.text(share), strict=True)

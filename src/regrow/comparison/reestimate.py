@@ -97,7 +97,7 @@ def _cut(
     replace = None
     if repair and profile.info["grams"]:
         family = families.of(checkpoint)
-        replace = gram.repair(Job(checkpoint, family, profile, plan, folder, Options(), 0))
+        replace = gram.repair(Job(checkpoint, family, profile, plan, folder, Options()))
     cut_folder(checkpoint, plan, folder, replace=replace)
     return Checkpoint(folder)
 

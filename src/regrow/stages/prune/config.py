@@ -107,6 +107,8 @@ class PruneConfig(Config):
     (at once, on the profile's Gram matrices)."""
     repair_tokens: int = Field(default=131072, ge=1)
     """Tokens of the profile's text that a sequential repair runs on, at most."""
+    repair_upstream: float = Field(default=1.0, ge=0, le=1)
+    """Share of the error of earlier layers that each layer of a sequential repair makes up for."""
 
     @field_validator("allow_sibling")
     @classmethod

@@ -71,9 +71,8 @@ def prune(
     with stage as folder:
         repaired = None
         if repair is not None and found is not None:
-            work, tokens = folder / "work", config.repair_tokens
-            job = Job(checkpoint, family, found, plan, work, options or Options(), tokens)
-            repaired = repair.repair(job)
+            how = (options or Options(), config.repair_tokens, config.repair_upstream)
+            repaired = repair.repair(Job(checkpoint, family, found, plan, folder / "work", *how))
         cut_folder(checkpoint, plan, folder, replace=repaired)
         shutil.rmtree(folder / "work", ignore_errors=True)
         plan.write(folder / PLAN)

@@ -36,8 +36,10 @@ class Job:
     plan: Plan
     work: Path
     options: Options
-    tokens: int
+    tokens: int = 0
     """Calibration tokens that a method which runs text may use, at most."""
+    upstream: float = 1.0
+    """Share of the error of earlier layers that a layer is to make up for."""
 
 
 class Repaired(Protocol):

@@ -7,7 +7,7 @@ from h to h⁺. The new weights are
 
     W' = argmin Σ_t w_t |W' x̂ − (h⁺ − h) − u (h − ĥ)|² + λ |W' − W|²,   w_t = 1/|h|²
 
-so that at u = 1 the cut model's stream comes back to the dense one's after every block, whatever
+so that at u = 1 (`Job.upstream`) the cut model's stream comes back to the dense one's after every block, whatever
 was lost before it, and layers that were dropped are made up for by the one before them: its h⁺ is
 the stream that reaches the next kept layer. λ is chosen by the error on held-out blocks. Biases
 are solved with the weights where the family has them. Where a norm stands between projection and
@@ -35,14 +35,13 @@ from regrow.stages.prune.repair._ridge import Moments, Solution, refit
 
 GRAMS = False
 RIDGES = (1e-1, 3e-1, 1.0, 3.0, 10.0)  # errors that add up from layer to layer ask for more
-UPSTREAM = 1.0  # u: the share of the stream's error that a block is to make up for
 VALIDATE_EVERY = 8  # every 8th block is held out, to choose λ on
 BLOCKS = ("heads", "mlp")  # the blocks of a layer by what their last projection reads, in order
 
 
-def repair(job: Job, ridges: tuple[float, ...] = RIDGES, upstream: float = UPSTREAM) -> Sequential:
+def repair(job: Job, ridges: tuple[float, ...] = RIDGES) -> Sequential:
     """New weights, solved here and now; they wait in `job.work` until they are asked for."""
-    walk = Sequential(job, ridges, upstream)
+    walk = Sequential(job, ridges)
     walk.run()
     return walk
 
@@ -51,12 +50,12 @@ class Sequential:
     """The dense and the cut model side by side, one layer of each, and what was solved so far."""
 
     @torch.no_grad()
-    def __init__(self, job: Job, ridges: tuple[float, ...], upstream: float) -> None:
+    def __init__(self, job: Job, ridges: tuple[float, ...]) -> None:
         # Layers know nothing of the vocabulary, and the profile's text is in the parent's tokens.
         whole = {**job.plan.after, "vocab": job.plan.before["vocab"]}
         plan = job.plan.model_copy(update={"vocab": None, "after": whole})
         self.job = job = replace(job, plan=plan)
-        self.ridges, self.upstream = ridges, upstream
+        self.ridges = ridges
         self.solutions: Solutions = {}
         self._weights = Spill(job.work / "weights")
         self._streams = {name: Spill(job.work / name) for name in ("dense", "cut")}
@@ -152,7 +151,7 @@ class Sequential:
         hidden = self.job.plan.hidden
         kept = slice(None) if hidden is None else torch.tensor(hidden, device=after_BTH.device)
         after_BTH, before_BTH = after_BTH[..., kept], before_BTH[..., kept]
-        target_BTH = after_BTH - before_BTH + self.upstream * (before_BTH - stream_BTH)
+        target_BTH = after_BTH - before_BTH + self.job.upstream * (before_BTH - stream_BTH)
         if dim in self.job.family.post_norm:
             name = self.job.family.post_norm[dim].replace("{layer}", str(old)) + ".weight"
             gain_H = _wide(self.job.checkpoint.tensor(name).to(target_BTH.device))[kept]
