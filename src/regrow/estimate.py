@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from regrow import families
+from regrow import families, plugins
 from regrow.checkpoint import Checkpoint, load
 from regrow.comparison import line_up
 from regrow.comparison.head_removal import check_heads
@@ -32,7 +32,7 @@ from regrow.stages.profile.stage import estimate_bytes
 from regrow.stages.prune.choose import full_sizes
 from regrow.stages.prune.config import PruneConfig
 from regrow.stages.prune.shapes import Shape
-from regrow.stages.prune.stage import make_plan
+from regrow.stages.prune.stage import REPAIR, make_plan
 from regrow.statistics import Profile
 from regrow.steps import check_one_target
 from regrow.training.tokens import teacher_ids
@@ -82,7 +82,23 @@ def of_prune(checkpoint: Checkpoint, config: PruneConfig, sequence_length: int =
         lines.append(f"  … and {len(shapes) - SHOWN} more")
     model = (family, checkpoint.config, config.format)
     lines += [f"  {line}" for line in fallbacks(*model, shapes[0].sizes)]
+    lines += _repair_lines(checkpoint, config)
     return [*lines, *_search_lines(checkpoint, config, to_try(config, shapes), sequence_length)]
+
+
+def _repair_lines(checkpoint: Checkpoint, config: PruneConfig) -> list[str]:
+    if not config.repair:
+        return []
+    method = plugins.load(REPAIR, config.repair_method)
+    sizes = families.of(checkpoint).sizes(checkpoint.config)
+    disk = method.work_bytes(sizes, config.repair_tokens) / 1e9
+    if method.GRAMS:
+        return [f"  repair: {config.repair_method}, on the profile's Gram matrices"]
+    seconds = config.repair_tokens * 4 * 2 * _active(checkpoint) / matmul_rate()
+    return [
+        f"  repair: {config.repair_method}, on up to {config.repair_tokens:,} tokens of the "
+        f"profile's text: time about {clock(seconds)}, disk {disk:.2f} GB meanwhile"
+    ]
 
 
 def _counted(checkpoint: Checkpoint, config: PruneConfig, shape: Shape) -> str:

@@ -25,6 +25,7 @@ from regrow.statistics import Profile
 
 PLAN = "plan.json"
 FROM_FIRST = "plan-from-first.json"
+REPAIR = "regrow.stages.prune.repair"
 RUN_BYTES = 500_000_000
 
 
@@ -66,7 +67,11 @@ def prune(
     from_first = _from_first(checkpoint, plan)
     after = family.count(cut_config(checkpoint.config, plan, family))
     before = family.count(checkpoint.config)
-    require_space(out, sum(map(checkpoint.bytes, checkpoint.names())) * after // before)
+    space = sum(map(checkpoint.bytes, checkpoint.names())) * after // before
+    if repair is not None and found is not None:
+        tokens = min(config.repair_tokens, int(found.info["tokens"]))
+        space += repair.work_bytes(plan.before, tokens)
+    require_space(out, space)
     say(f"prune: {before:,} → {after:,} parameters ({after / before:.1%} kept), {describe(plan)}")
     with stage as folder:
         repaired = None
@@ -133,7 +138,7 @@ def make_plan(checkpoint: Checkpoint, config: PruneConfig, profile: Profile | No
 
 def repair_method(config: PruneConfig, profile: Profile | None) -> ModuleType:
     """The method's module; raises UserError for an unknown one and for what it lacks."""
-    module = plugins.load("regrow.stages.prune.repair", config.repair_method)
+    module = plugins.load(REPAIR, config.repair_method)
     if profile is None:
         raise UserError("repair needs a profile: give --profile, or prune with --no-repair")
     if module.GRAMS and not profile.info["grams"]:

@@ -4,6 +4,7 @@ A method's file has
 
     GRAMS: bool     whether it works on the profile's Gram matrices
     repair(job: Job, ridges: tuple[float, ...] = RIDGES) -> Repaired
+    work_bytes(sizes: dict[str, int], tokens: int) -> int       what it puts on disk meanwhile
 
 What it gives back puts the new weights in place of cut ones, by the parent's names of tensors, and
 says in `solutions` what it did: per tensor (λ or None, error before, error after).

@@ -7,11 +7,11 @@ from h to h⁺. The new weights are
 
     W' = argmin Σ_t w_t |W' x̂ − (h⁺ − h) − u (h − ĥ)|² + λ |W' − W|²,   w_t = 1/|h|²
 
-so that at u = 1 (`Job.upstream`) the cut model's stream comes back to the dense one's after every block, whatever
-was lost before it, and layers that were dropped are made up for by the one before them: its h⁺ is
-the stream that reaches the next kept layer. λ is chosen by the error on held-out blocks. Biases
-are solved with the weights where the family has them. Where a norm stands between projection and
-stream (Gemma 3) its inverse, with the dense output's scale, is put on the target.
+so that at u = 1 (`Job.upstream`) the cut model's stream comes back to the dense one's after every
+block, whatever was lost before it, and layers that were dropped are made up for by the one before
+them: its h⁺ is the stream that reaches the next kept layer. λ is chosen by the error on held-out
+blocks. Biases are solved with the weights where the family has them. Where a norm stands between
+projection and stream (Gemma 3) its inverse, with the dense output's scale, is put on the target.
 """
 
 from __future__ import annotations
@@ -44,6 +44,12 @@ def repair(job: Job, ridges: tuple[float, ...] = RIDGES) -> Sequential:
     walk = Sequential(job, ridges)
     walk.run()
     return walk
+
+
+def work_bytes(sizes: dict[str, int], tokens: int) -> int:
+    """Four residual streams of the text in two bytes, and the solved projections in four."""
+    reads = sizes["heads"] * sizes["head_dim"] + sizes.get("mlp", 0)
+    return 4 * 2 * tokens * sizes["hidden"] + 4 * sizes["layers"] * sizes["hidden"] * reads
 
 
 class Sequential:
