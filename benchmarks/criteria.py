@@ -4,8 +4,8 @@
 
 Resumable: run it again and it goes on. Calibration text, blend and test of protocol P1 (p1.py):
 perplexity in bf16 on the first 16,384 tokens of WikiText-2 raw test in windows of 512, and KL to
-the dense model there. Only the MLPs are cut, to 90, 80 and 70 % of all parameters. Writes
-`criteria.md` into `--out`.
+the dense model there. Only the MLPs are cut, to 90, 80 and 70 % of all parameters; repair is that
+on Gram matrices (repair.py compares it with others). Writes `criteria.md` into `--out`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
         "|---|---|" + "---:|" * 4,
     ]
     for width in arguments.widths:
-        for criterion in CRITERIA:
+        for criterion in arguments.criteria:
             lines.append(_row(criterion, width, measured, out, texts, dense))
             (out / "criteria.md").write_text("\n".join(lines) + "\n")
     print((out / "criteria.md").read_text())
@@ -65,7 +65,10 @@ def _row(
     if not (place / "evaluation" / "evaluation.json").exists():
         for name, folder in models.items():
             config = PruneConfig(
-                intermediate_size=width, criterion=criterion, repair=name == "repaired"
+                intermediate_size=width,
+                criterion=criterion,
+                repair=name == "repaired",
+                repair_method="gram",
             )
             prune(DENSE, folder, config, measured)
         _figures(dict(models), place / "evaluation", texts)
@@ -98,6 +101,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, required=True, help="folder with train/ and eval/")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
     parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS, help="MLP channels kept")
+    parser.add_argument("--criteria", nargs="*", default=CRITERIA, help="rows of each size")
     parser.add_argument("--samples", type=int, default=96, help="calibration blocks of 512")
     return parser.parse_args()
 

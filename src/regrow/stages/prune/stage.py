@@ -26,6 +26,7 @@ from regrow.statistics import Profile
 PLAN = "plan.json"
 FROM_FIRST = "plan-from-first.json"
 REPAIR = "regrow.stages.prune.repair"
+DEEP = 0.6  # share of the parameters below which one round is too much (Minitron: a third a round)
 RUN_BYTES = 500_000_000
 
 
@@ -73,6 +74,11 @@ def prune(
         space += repair.work_bytes(plan.before, tokens)
     require_space(out, space)
     say(f"prune: {before:,} → {after:,} parameters ({after / before:.1%} kept), {describe(plan)}")
+    if after < DEEP * before:
+        say(
+            f"prune: less than {DEEP:.0%} is kept at once: cutting a third at most, distilling "
+            "and cutting on loses less (examples/two_rounds.yaml)"
+        )
     with stage as folder:
         repaired = None
         if repair is not None and found is not None:
