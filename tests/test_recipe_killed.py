@@ -113,7 +113,8 @@ SLOWLY = (
 )
 """So that a kill hits the step it is meant for, on any machine."""
 SLOW = {
-    "01-profile": "import regrow.stages.profile.stage as s; assert s.score_all; s.score_all = lambda *a: time.sleep(99)",
+    "01-profile": "import regrow.stages.profile.stage as s\n"
+    "assert s.score_all; s.score_all = lambda *a: time.sleep(99)",
     "02-prune-repaired": "import regrow.search as s; from regrow.stages.prune import stage\n"
     "stage.prove_reload = lambda folder: time.sleep(99)",
 }
