@@ -96,7 +96,7 @@ def test_rounds_equal_pruning_and_profiling_in_turn(
     steps = steps_of(checkpoint.config, 2, **target.sizes())
     assert [(step["layers"], step["mlp"]) for step in steps] == [(4, 128), (3, 96)]
     plan = choose_in_rounds(checkpoint, found, data, target, steps, OPTIONS)
-    one = PruneConfig(intermediate_size=128, repair=repair, repair_method="gram")
+    one = PruneConfig(intermediate_size=128, repair=repair)
     first = prune(checkpoint, tmp_path / "first", one, found)
     again = ProfileConfig(samples=24, gram_tokens=24 * 32)
     measured = profile(first, data, tmp_path / "profile", again, OPTIONS)

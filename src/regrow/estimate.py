@@ -156,7 +156,7 @@ def of_compare(
     before, after = (family.count(checkpoint.config, sizes) for sizes in (None, what.after))
     tokens = TRIAL_BLOCKS * data.sequence_length
     rows = len(what.criteria) + (len(what.steps) > 1)
-    passes = 1 + rows * (1 if what.only_layers or not profile.info["grams"] else 2)
+    passes = 1 + rows * (2 if config.repair else 1)
     if heads > 0:
         passes += 1 + 2 * (len(check_heads(profile)) + heads)
     again = max(0, len(what.steps) - 1) * profile.info["tokens"]
@@ -170,7 +170,7 @@ def of_compare(
         lines.append(f"  re-estimated in {len(what.steps)} rounds, {again:,} tokens to profile on")
     if heads > 0:
         lines.append(f"  one query head removed, the least important and {heads} times at random")
-    repair = "" if what.only_layers else ", repair on top"
+    repair = ", repair on top" if config.repair else ""
     return [*lines, f"  time about {clock(seconds)} for the passes through the model{repair}"]
 
 

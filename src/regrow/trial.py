@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,14 +16,15 @@ from regrow.data import DataConfig, build_blocks
 from regrow.errors import UserError
 from regrow.options import Options
 from regrow.plan import Plan
+from regrow.stages.prune import PruneConfig
 from regrow.stages.prune.gather import Sorted
-from regrow.stages.prune.repair import Job, gram
-from regrow.stages.prune.repair._ridge import RIDGES
+from regrow.stages.prune.stage import repair_by
 from regrow.statistics import Profile
 from regrow.training.head import head_of
 from regrow.training.teacher import final_hidden, mean_loss, scored
 
 TRIAL_BLOCKS = 8
+TRIAL_TOKENS = 16384  # of text that a repair may run: enough to rank by
 
 
 class Trial:
@@ -68,23 +70,25 @@ class Trial:
         return self._count(wanted) / len(self.blocks)
 
     @torch.no_grad()
-    def kl(
-        self, plan: Plan, ridges: tuple[float, ...] | None = RIDGES, share: float = 1.0
-    ) -> float:
-        """KL(dense ‖ cut) in nats per scored token; repaired with the best of `ridges`, if any.
+    def kl(self, plan: Plan, config: PruneConfig | None = None, share: float = 1.0) -> float:
+        """KL(dense ‖ cut) in nats per scored token, on the first `share` of the blocks.
 
-        On the first `share` of the blocks, one at least. Raises UserError for a plan that cuts the
-        vocabulary.
+        Repaired as `config` says, on TRIAL_TOKENS at most, if it is given. Raises UserError for a
+        plan that cuts the vocabulary.
         """
         if plan.vocab is not None:
             raise UserError(
                 "a model with fewer tokens reads other tokens, and is not compared untrained: "
                 "leave vocab_size out here, and cut the vocabulary in a prune of its own"
             )
-        family = self.dense.family
-        job = Job(self.checkpoint, family, self.profile, plan, Path(), self.options)
-        repair = gram.repair(job, ridges) if ridges else None
-        student = self.dense.cut(plan, repair)
+        with tempfile.TemporaryDirectory(prefix="regrow-") as work:
+            repaired = None
+            if config is not None:
+                tokens = min(config.repair_tokens, TRIAL_TOKENS)
+                less = config.model_copy(update={"repair_tokens": tokens})
+                given = (self.checkpoint, self.profile, plan, less, Path(work), self.options)
+                repaired = repair_by(*given)
+            student = self.dense.cut(plan, repaired)
         batches, reference = zip(*self.text(share), strict=True)
         head = head_of(self.dense.model)
         return mean_loss(student, batches, reference, head, "forward_kl")

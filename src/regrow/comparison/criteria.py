@@ -22,6 +22,7 @@ from regrow.progress import say
 from regrow.search import check_keep_params
 from regrow.stages.prune import PruneConfig
 from regrow.stages.prune.choose import choose, full_sizes
+from regrow.stages.prune.stage import repair_method
 from regrow.statistics import Profile
 from regrow.trial import Trial
 
@@ -67,12 +68,12 @@ def compare(
     rows: list[dict[str, Any]] = []
     for name in what.criteria:
         plan = _choose(checkpoint, found, config, what, name)
-        rows.append({"criterion": name, **_cost(trial, plan, what)})
+        rows.append({"criterion": name, **_cost(trial, plan, config)})
         _tell(rows[-1])
     if len(what.steps) > 1:
         plan = choose_in_rounds(checkpoint, found, data, config, what.steps, options)
         name = config.layer_criterion if what.only_layers else config.criterion
-        rows.append({"criterion": name, **_cost(trial, plan, what), "rounds": len(what.steps)})
+        rows.append({"criterion": name, **_cost(trial, plan, config), "rounds": len(what.steps)})
         _tell(rows[-1])
     rows.sort(key=lambda row: row.get("kl_repaired", row["kl"]))
     family = families.of(checkpoint)
@@ -110,6 +111,8 @@ def line_up(
         raise UserError(f"nothing to compare at: the model has these sizes already ({sizes})")
     if heads > 0:
         check_heads(profile)
+    if config.repair:
+        repair_method(config, profile)
     steps: list[dict[str, int]] = []
     if rounds > 1:
         for dim in sorted(cut):
@@ -136,10 +139,10 @@ def _choose(
     return choose(checkpoint, family, profile, what.sizes, criterion, layer_criterion, multiple)
 
 
-def _cost(trial: Trial, plan: Plan, what: LineUp) -> dict[str, float]:
-    row = {"kl": trial.kl(plan, None)}
-    if not what.only_layers and trial.profile.info["grams"]:
-        row["kl_repaired"] = trial.kl(plan)
+def _cost(trial: Trial, plan: Plan, config: PruneConfig) -> dict[str, float]:
+    row = {"kl": trial.kl(plan)}
+    if config.repair:
+        row["kl_repaired"] = trial.kl(plan, config)
     return row
 
 

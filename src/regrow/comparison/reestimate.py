@@ -24,7 +24,7 @@ from regrow.stages.profile.stage import profile as measure
 from regrow.stages.prune import PruneConfig
 from regrow.stages.prune.choose import choose
 from regrow.stages.prune.cut import cut_folder
-from regrow.stages.prune.repair import Job, gram
+from regrow.stages.prune.stage import repair_by
 from regrow.statistics import Profile
 
 SMOOTH = ("layers", "mlp", "kv_heads", "experts", "expert_mlp")
@@ -70,7 +70,7 @@ def choose_in_rounds(
     """One plan of the `checkpoint` for the last of `steps`, by `config`'s criteria before each.
 
     The first goes by `profile`, the others by profiles, on as much of the same text, of what is
-    left by then: repaired, if `config.repair` and the profile has Gram matrices.
+    left by then: repaired as `config` says.
     """
     family = families.of(checkpoint)
     criteria = (config.criterion, config.layer_criterion)
@@ -79,7 +79,7 @@ def choose_in_rounds(
     for number, step in enumerate(steps[1:], start=2):
         say(f"compare: round {number} of {len(steps)}, by a profile of what is left")
         with tempfile.TemporaryDirectory(prefix="regrow-") as folder:
-            left = _cut(checkpoint, profile, plan, Path(folder) / "model", config.repair)
+            left = _cut(checkpoint, profile, plan, Path(folder) / "model", config, options)
             wanted = _profile_config(profile, config, {d for d in step if step[d] != plan.after[d]})
             found = measure(left, data, Path(folder) / "profile", wanted, options)
             later = choose(left, family, found, step, *criteria, expert_criterion=of_experts)
@@ -92,12 +92,15 @@ def _between(before: int, after: int, share: float) -> int:
 
 
 def _cut(
-    checkpoint: Checkpoint, profile: Profile, plan: Plan, folder: Path, repair: bool
+    checkpoint: Checkpoint,
+    profile: Profile,
+    plan: Plan,
+    folder: Path,
+    config: PruneConfig,
+    options: Options,
 ) -> Checkpoint:
-    replace = None
-    if repair and profile.info["grams"]:
-        family = families.of(checkpoint)
-        replace = gram.repair(Job(checkpoint, family, profile, plan, folder, Options()))
+    work = folder.parent / "repair"
+    replace = repair_by(checkpoint, profile, plan, config, work, options)
     cut_folder(checkpoint, plan, folder, replace=replace)
     return Checkpoint(folder)
 

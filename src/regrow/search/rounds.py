@@ -14,7 +14,6 @@ from regrow.stages.prune.config import PruneConfig
 from regrow.stages.prune.shapes import Shape
 from regrow.trial import TRIAL_BLOCKS, Trial
 
-RIDGE = (1e-1,)  # one ridge strength is enough to rank shapes
 HANDFUL = 8  # shapes that are tried in one round
 MANY_BLOCKS = 8 * TRIAL_BLOCKS  # of text, for more than a handful
 SECOND = 40  # shapes in the second round at most
@@ -77,10 +76,10 @@ class Rounds:
     def score(self, rows: list[Row], number: int, of: int, share: float) -> list[Row]:
         """The rows with their KL on a share of the text, the best first; repaired in the last."""
         before = [row["kl"] for row in rows]
-        ridges = RIDGE if self.config.repair and number == of else None
+        how = self.config if number == of else None
         with progress(f"search, round {number} of {of}", len(rows), "shapes") as counter:
             for row in rows:
-                row |= {"kl": self.trial.kl(row["plan"], ridges, share), "round": number}
+                row |= {"kl": self.trial.kl(row["plan"], how, share), "round": number}
                 self.cost += self.trial.share(share) * row["keep"]
                 counter.advance(1, f"KL {row['kl']:.3f}")
         self.seconds += counter.seconds()

@@ -82,8 +82,8 @@ def prune(
     with stage as folder:
         repaired = None
         if repair is not None and found is not None:
-            how = (options or Options(), config.repair_tokens, config.repair_upstream)
-            repaired = repair.repair(Job(checkpoint, family, found, plan, folder / "work", *how))
+            work, how = folder / "work", options or Options()
+            repaired = repair_by(checkpoint, found, plan, config, work, how)
         cut_folder(checkpoint, plan, folder, replace=repaired)
         shutil.rmtree(folder / "work", ignore_errors=True)
         plan.write(folder / PLAN)
@@ -140,6 +140,26 @@ def make_plan(checkpoint: Checkpoint, config: PruneConfig, profile: Profile | No
         config.multiple_of,
         config.expert_criterion,
     )
+
+
+def repair_by(
+    checkpoint: Checkpoint,
+    profile: Profile,
+    plan: Plan,
+    config: PruneConfig,
+    work: Path,
+    options: Options,
+) -> Repaired | None:
+    """The new weights for a plan, solved as `config` says; None where it asks for no repair.
+
+    `work` is a folder for what must be on disk meanwhile. Raises UserError as `repair_method` does.
+    """
+    if not config.repair:
+        return None
+    family, method = families.of(checkpoint), repair_method(config, profile)
+    how = (config.repair_tokens, config.repair_upstream)
+    repaired: Repaired = method.repair(Job(checkpoint, family, profile, plan, work, options, *how))
+    return repaired
 
 
 def repair_method(config: PruneConfig, profile: Profile | None) -> ModuleType:
