@@ -17,7 +17,7 @@ from regrow.footprint import fallbacks, file_bytes, ram_bytes
 from regrow.options import Options
 from regrow.progress import clock
 from regrow.recipe import Recipe
-from regrow.search import SHOWN, blocks_for, check_keep_params, to_try
+from regrow.search import HANDFUL, SHOWN, blocks_for, check_keep_params, to_try
 from regrow.search import passes_for as passes_of_search
 from regrow.search.halving import rungs_for, tokens_for
 from regrow.stages.distill.config import DistillConfig
@@ -36,7 +36,7 @@ from regrow.stages.prune.stage import REPAIR, make_plan
 from regrow.statistics import Profile
 from regrow.steps import check_one_target
 from regrow.training.tokens import teacher_ids
-from regrow.trial import TRIAL_BLOCKS
+from regrow.trial import TRIAL_BLOCKS, TRIAL_TOKENS
 
 
 def of_profile(checkpoint: Checkpoint, data: DataConfig, config: ProfileConfig) -> list[str]:
@@ -127,7 +127,8 @@ def _search_lines(
     count = config.num_candidates if config.timed else shapes
     tokens, passes = blocks_for(count) * sequence_length, passes_of_search(count)
     total, rate = _parameters(checkpoint), matmul_rate()
-    choose = clock(tokens * passes * 2 * total / rate)
+    repaired = 4 * TRIAL_TOKENS * min(count, HANDFUL) if config.repair and count else 0
+    choose = clock((tokens * passes + repaired) * 2 * total / rate)
     cost = f" (at most {passes:.1f} dense evaluations of {tokens:,} tokens)" if passes else ""
     lines = [f"  time about {choose} to choose{cost}, and that of copying the files"]
     if config.halving_tokens and count:

@@ -24,7 +24,7 @@ from regrow.training.head import head_of
 from regrow.training.teacher import final_hidden, mean_loss, scored
 
 TRIAL_BLOCKS = 8
-TRIAL_TOKENS = 16384  # of text that a repair may run: enough to rank by
+TRIAL_TOKENS = 4096  # of text that a repair may run: enough to rank by
 
 
 class Trial:

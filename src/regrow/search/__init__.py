@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from regrow.search.choice import SHOWN, check_keep_params, choose_shape, prune, to_try
-from regrow.search.rounds import blocks_for, passes_for
+from regrow.search.rounds import HANDFUL, blocks_for, passes_for
 
 __all__ = [
+    "HANDFUL",
     "SHOWN",
     "blocks_for",
     "check_keep_params",
