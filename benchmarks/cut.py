@@ -68,7 +68,7 @@ def main() -> None:
         f"| checkpoint | {size / 1e9:.2f} GB in shards of {SHARD / 1e6:.0f} MB |\n|---|---|\n"
         f"| copy the files | {copy:.1f} s |\n"
         f"| cut + save, as a function | {cut:.1f} s = {cut / copy:.2f} × copy |\n"
-        f"| `regrow prune --profile`, with repair on Gram matrices, whole process | {seconds:.1f} s |\n"
+        f"| `regrow prune --profile`, repair on Gram matrices, whole process | {seconds:.1f} s |\n"
         f"| peak anonymous memory above an idle import | {above / 1e6:.0f} MB "
         f"= {above / SHARD:.2f} shards |\n"
     )
@@ -127,7 +127,8 @@ def _cut(model: Path, work: Path) -> tuple[float, int]:
     out = work / "cut"
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "regrow", "prune", str(model), "--out", str(out)]
-    return _watch([*command, "--repair-method", "gram", "--profile", str(work / "profile"), *TARGET])
+    command += ["--repair-method", "gram", "--profile", str(work / "profile")]
+    return _watch([*command, *TARGET])
 
 
 def _watch(command: list[str]) -> tuple[float, int]:
