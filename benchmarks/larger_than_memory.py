@@ -93,8 +93,11 @@ def main() -> None:
 def _run(command: list[str], limit: int) -> tuple[int, float, int]:
     """Exit code, seconds, and peak anonymous memory in bytes, of a process under the limit."""
     start, peak = time.perf_counter(), 0
-    # glibc's arenas and torch's threads reserve memory that is counted and never used.
-    environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "2"}
+    # glibc's arenas and heap, torch's threads and Arrow's pool reserve memory that is counted and
+    # never used.
+    lean = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    lean |= {"OMP_NUM_THREADS": "2", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    environment = {**os.environ, **lean}
     process = subprocess.Popen(
         command,
         env=environment,

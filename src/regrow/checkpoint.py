@@ -85,6 +85,7 @@ class Checkpoint:
 
         shard = self._shard_of[name]
         if self._open is None or self._open[0] != shard:
+            self._open = None  # first, so that never two are mapped
             self._open = (shard, safe_open(self.folder / shard, framework="pt"))
         tensor: torch.Tensor = self._open[1].get_tensor(name)
         return tensor
