@@ -20,6 +20,7 @@ from statistics import median
 
 import torch
 from safetensors.torch import save_file
+from watched import watch
 
 from regrow import Plan, families
 from regrow.checkpoint import Checkpoint, write
@@ -132,20 +133,10 @@ def _cut(model: Path, work: Path) -> tuple[float, int]:
 
 
 def _watch(command: list[str]) -> tuple[float, int]:
-    """Seconds a process took and its peak anonymous memory in bytes, sampled every 5 ms."""
-    start, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
-            break
-        for line in status.splitlines():
-            if line.startswith("RssAnon:"):
-                peak = max(peak, int(line.split()[1]) * 1024)
-        time.sleep(0.005)
-    assert process.wait() == 0, command
-    return time.perf_counter() - start, peak
+    """Seconds a process took and its peak anonymous memory in bytes."""
+    code, seconds, peak = watch(command, stderr=subprocess.DEVNULL)
+    assert code == 0, command
+    return seconds, peak
 
 
 def _arguments() -> argparse.Namespace:

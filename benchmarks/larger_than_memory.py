@@ -19,12 +19,11 @@ import os
 import random
 import resource
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
+from watched import watch
 
 from regrow import families, load
 from regrow.checkpoint import Checkpoint, carry, write
@@ -92,27 +91,16 @@ def main() -> None:
 
 def _run(command: list[str], limit: int) -> tuple[int, float, int]:
     """Exit code, seconds, and peak anonymous memory in bytes, of a process under the limit."""
-    start, peak = time.perf_counter(), 0
     # glibc's arenas and heap, torch's threads and Arrow's pool reserve memory that is counted and
     # never used.
     lean = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     lean |= {"OMP_NUM_THREADS": "2", "ARROW_DEFAULT_MEMORY_POOL": "system"}
     environment = {**os.environ, **lean}
-    process = subprocess.Popen(
+    return watch(
         command,
         env=environment,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
     )
-    while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
-            break
-        for line in status.splitlines():
-            if line.startswith("RssAnon:"):
-                peak = max(peak, int(line.split()[1]) * 1024)
-        time.sleep(0.01)
-    return process.wait(), time.perf_counter() - start, peak
 
 
 def _make(folder: Path, gigabytes: float) -> None:

@@ -13,6 +13,13 @@ from torch.utils.data import Dataset
 
 IGNORED = -100
 """The label of a token that is not scored."""
+VALIDATE_EVERY = 8
+"""Of calibration blocks that something is fitted on, every 8th is held out to choose it by."""
+
+
+def held_out(number: int) -> bool:
+    """Whether a calibration block, by its number, is held out from what is fitted on the others."""
+    return number % VALIDATE_EVERY == VALIDATE_EVERY - 1
 
 
 class Blocks(Dataset[dict[str, Tensor]]):

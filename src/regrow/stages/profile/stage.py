@@ -14,6 +14,7 @@ from torch import Tensor
 from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.data import Blocks, DataConfig, build_blocks
+from regrow.data.blocks import VALIDATE_EVERY, held_out
 from regrow.data.digest import data_digest
 from regrow.errors import UserError
 from regrow.families import Family
@@ -30,7 +31,6 @@ from regrow.stages.profile.tokens import count_tokens
 from regrow.statistics import BLOCKS, INFO, SCORES, STATISTICS, Gram, Profile, gram_path
 
 MEANS = ("input_output_distance", "angular_distance")  # over tokens; the others are sums
-VALIDATE_EVERY = 8  # every 8th Gram block is held out, to choose the ridge strength on
 
 
 def profile(
@@ -184,8 +184,7 @@ def _batches(blocks: Blocks, gram_blocks: int, batch_size: int) -> Batches:
     """Batches of blocks that never mix the two Gram sets or blocks outside them."""
     groups: dict[Split | None, list[int]] = {"fit": [], "validate": [], None: []}
     for number in range(len(blocks)):
-        held_out = number % VALIDATE_EVERY == VALIDATE_EVERY - 1
-        split: Split = "validate" if held_out else "fit"
+        split: Split = "validate" if held_out(number) else "fit"
         groups[split if number < gram_blocks else None].append(number)
     if gram_blocks and not groups["validate"]:
         raise UserError(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from regrow.data import Blocks
+from regrow.data.blocks import VALIDATE_EVERY, held_out
 from regrow.layerwise import LayerByLayer, Spill
 from regrow.progress import Progress, progress
 from regrow.stages.prune.cut import cut_config, cut_tensor, new_name
@@ -35,7 +36,6 @@ from regrow.stages.prune.repair._ridge import Moments, Solution, refit
 
 GRAMS = False
 RIDGES = (1e-1, 3e-1, 1.0, 3.0, 10.0)  # errors that add up from layer to layer ask for more
-VALIDATE_EVERY = 8  # every 8th block is held out, to choose λ on
 BLOCKS = ("heads", "mlp")  # the blocks of a layer by what their last projection reads, in order
 
 
@@ -125,7 +125,7 @@ class Sequential:
         module = self._cut.model.get_submodule(_module(template, new))
         assert isinstance(module, nn.Linear)
         fit, validate = (Moments.empty(_joined(module)) for _ in range(2))
-        for n, (held_out, inputs) in enumerate(self._batches):
+        for n, (unseen, inputs) in enumerate(self._batches):
             x_BTi, stream_BTH = self._reach(template, dim, new, n, inputs)
             before_BTH = _wide(self._before[dim].get(n).to(x_BTi.device))
             target_BTH = self._target(dim, old, n, before_BTH, stream_BTH)
@@ -135,7 +135,7 @@ class Sequential:
             x_Ni = _wide(x_BTi[real])
             if module.bias is not None:
                 x_Ni = torch.cat([x_Ni, torch.ones_like(x_Ni[:, :1])], dim=1)
-            moments = validate if held_out else fit
+            moments = validate if unseen else fit
             moments.add(x_Ni * weight_N1, target_BTH[real] * weight_N1)
         self._put(module, template, old, refit(_joined(module), fit, validate, self.ridges))
 
@@ -237,10 +237,8 @@ def _batches(job: Job) -> list[tuple[bool, dict[str, Tensor]]]:
     count = min(len(blocks), max(VALIDATE_EVERY, job.tokens // blocks.input_ids.shape[1]))
     size = job.options.batch_size
     found = []
-    for held_out in (False, True):
-        numbers = [
-            n for n in range(count) if (n % VALIDATE_EVERY == VALIDATE_EVERY - 1) == held_out
-        ]
+    for unseen in (False, True):
+        numbers = [number for number in range(count) if held_out(number) == unseen]
         for begin in range(0, len(numbers), size):
             some = numbers[begin : begin + size]
             inputs = {
@@ -248,5 +246,5 @@ def _batches(job: Job) -> list[tuple[bool, dict[str, Tensor]]]:
                 "position_ids": blocks.position_ids[some],
                 "real": blocks.real[some],
             }
-            found.append((held_out, inputs))
+            found.append((unseen, inputs))
     return found
