@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from regrow.stages.profile import ProfileConfig, profile
     from regrow.stages.prune import PruneConfig
     from regrow.stages.report import ReportConfig, report
+    from regrow.stages.rotate import RotateConfig, rotate
 
 _HOME = {
     "Checkpoint": "checkpoint",
@@ -42,6 +43,8 @@ _HOME = {
     "Recipe": "recipe",
     "ReportConfig": "stages.report",
     "report": "stages.report",
+    "RotateConfig": "stages.rotate",
+    "rotate": "stages.rotate",
     "run": "recipe",
     "UserError": "errors",
 }
@@ -57,6 +60,7 @@ __all__ = [
     "PruneConfig",
     "Recipe",
     "ReportConfig",
+    "RotateConfig",
     "SourceConfig",
     "UserError",
     "__version__",
@@ -67,6 +71,7 @@ __all__ = [
     "profile",
     "prune",
     "report",
+    "rotate",
     "run",
     "save",
 ]

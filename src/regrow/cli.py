@@ -22,6 +22,7 @@ from regrow.steps import LATER
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": commands.run,
     "inspect": commands.inspect,
+    "rotate": commands.rotate,
     "profile": commands.profile,
     "compare": commands.compare,
     "prune": commands.prune,

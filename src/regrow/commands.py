@@ -19,6 +19,7 @@ from regrow.stages.evaluate import EvaluateConfig
 from regrow.stages.profile import ProfileConfig
 from regrow.stages.prune import PruneConfig
 from regrow.stages.report import ReportConfig
+from regrow.stages.rotate import RotateConfig
 
 if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint
@@ -93,6 +94,34 @@ def run(
         _print(estimate.of_recipe(job, options))
         return
     recipes.run(job, out, options, keep_stages)
+
+
+def rotate(
+    model: Model,
+    text: OmitArgPrefixes[Text],
+    out: Path,
+    config: OmitArgPrefixes[RotateConfig] = RotateConfig(),
+    options: OmitArgPrefixes[Options] = Options(),
+    dry_run: bool = False,
+) -> None:
+    """Turn the residual stream, so that a cut of its channels (hidden) loses less.
+
+    Args:
+        model: Hugging Face folder, hub id, GGUF file, or package:NAME.
+        out: Folder to write the turned model to.
+        config: The text to measure on.
+        options: Device and portions.
+        dry_run: Check everything and print what would be done.
+    """
+    from regrow import estimate
+    from regrow.checkpoint import load
+    from regrow.stages.rotate import rotate as stage
+
+    blend = text.blend()
+    if dry_run:
+        _print(estimate.of_rotate(load(model), blend, config), out)
+        return
+    stage(model, blend, out, config, options)
 
 
 def profile(

@@ -33,10 +33,26 @@ from regrow.stages.prune.choose import full_sizes
 from regrow.stages.prune.config import PruneConfig
 from regrow.stages.prune.shapes import Shape
 from regrow.stages.prune.stage import REPAIR, make_plan
+from regrow.stages.rotate.basis import check as check_rotation
+from regrow.stages.rotate.basis import turned_config
+from regrow.stages.rotate.config import RotateConfig
 from regrow.statistics import Profile
 from regrow.steps import check_one_target
 from regrow.training.tokens import teacher_ids
 from regrow.trial import TRIAL_BLOCKS, TRIAL_TOKENS
+
+
+def of_rotate(checkpoint: Checkpoint, data: DataConfig, config: RotateConfig) -> list[str]:
+    """Tokens, parameters and time of a rotation."""
+    family = families.of(checkpoint)
+    check_rotation(family)
+    tokens = config.samples * data.sequence_length
+    seconds = tokens * 2 * _active(checkpoint) / matmul_rate()
+    before, after = (family.count(c) for c in (checkpoint.config, turned_config(checkpoint.config)))
+    return [
+        f"rotate: {config.samples} blocks of {data.sequence_length} = {tokens:,} tokens, time "
+        f"about {clock(seconds)}; {before:,} parameters now, then {after:,}",
+    ]
 
 
 def of_profile(checkpoint: Checkpoint, data: DataConfig, config: ProfileConfig) -> list[str]:

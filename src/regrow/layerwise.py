@@ -63,7 +63,10 @@ class Spill:
 
 
 class LayerByLayer:
-    """A model of `config`, whose tensors on disk `read` gives; its layers when they are needed."""
+    """A model of `config`, whose tensors on disk `read` gives; its layers when they are needed.
+
+    What lies outside the layers is shared with `like`, if given.
+    """
 
     def __init__(
         self,
@@ -73,6 +76,7 @@ class LayerByLayer:
         read: Callable[[str], Tensor],
         dtype: torch.dtype,
         device: torch.device,
+        like: LayerByLayer | None = None,
     ) -> None:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
@@ -84,8 +88,10 @@ class LayerByLayer:
             )
         self.model.eval()
         for name in names:
-            if ".layers." not in name and not name.startswith("lm_head."):
-                self._set(name, self._read(name), True)
+            if ".layers." in name or name.startswith("lm_head."):
+                continue
+            value = self._read(name) if like is None else like.model.get_parameter(name)
+            self._set(name, value, True)
         for name, value in self.model.named_buffers():
             self._set(name, value.to(device), as_parameter=False)
         self.layers: list[nn.Module] = list(self.model.base_model.layers)

@@ -172,6 +172,14 @@ def check(recipe: Recipe, options: Options) -> None:
     check_steps(recipe.model, recipe.data, recipe.steps(), options)
 
 
+def _rotate(job: _Job, step: Step, name: str) -> None:
+    from regrow.stages.rotate import RotateConfig, rotate
+
+    assert isinstance(step.config, RotateConfig)
+    rotate(job.current, job.recipe.data, job.folder(name), step.config, job.options)
+    job.add("rotated", job.folder(name))
+
+
 def _profile(job: _Job, step: Step, name: str) -> None:
     from regrow.stages.profile import ProfileConfig, profile
 
@@ -236,6 +244,7 @@ def _report(job: _Job, step: Step, name: str) -> None:
 
 
 _RUNNERS: dict[str, Callable[[_Job, Step, str], None]] = {
+    "rotate": _rotate,
     "profile": _profile,
     "prune": _prune,
     "distill": _distill,

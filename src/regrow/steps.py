@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from regrow.stages.prune.config import PruneConfig
 
 CONFIGS = {
+    "rotate": "RotateConfig",
     "profile": "ProfileConfig",
     "prune": "PruneConfig",
     "distill": "DistillConfig",
@@ -111,9 +112,12 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     from regrow.stages.distill.stage import steps_of
     from regrow.stages.evaluate.texts import text_files
     from regrow.stages.profile.scoring import statistics_needed
+    from regrow.stages.rotate.basis import check as check_rotation
     from regrow.training.tokens import teacher_ids
 
-    if step.name == "profile":
+    if step.name == "rotate":
+        check_rotation(families.of(checkpoint))
+    elif step.name == "profile":
         statistics_needed(step.config)
     elif step.name == "distill":
         steps_of(step.config, data, options)

@@ -19,6 +19,7 @@ from regrow.families._rows import (
     LayerKind,
     Place,
     Tensor,
+    parts,
     rows,
 )
 
@@ -224,6 +225,19 @@ class Family:
             for template, row in self.tensors.items()
             if len(row.axes) == 2 and row.axes[1] == dim and template != self.embedding
         ]
+
+    def norm_before(self, template: str) -> str | None:
+        """Template of the norm whose output a projection of this row reads; None for another row.
+
+        That is one with hidden as its second axis: of a block, a router, an expert, or the head.
+        """
+        row = self.tensors[template]
+        if len(row.axes) != 2 or row.axes[1] != "hidden" or template == self.embedding:
+            return None
+        if template == self.head:
+            return self.final_norm
+        block = "heads" if set(parts(row.axes[0])) <= {"heads", "kv_heads"} else "mlp"
+        return self.residual[block] + ".weight"
 
     def step(self, dim: str, config: dict[str, Any], multiple_of: int = 1, **sizes: int) -> int:
         """Units of which `dim` must be a multiple, so that its rows are one of `multiple_of`.

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from regrow import families, plugins
 from regrow.checkpoint import Checkpoint, load
+from regrow.data.blocks import VALIDATE_EVERY
 from regrow.errors import UserError
 from regrow.manifest import Figure, Stage, digest, refuse_input, require_space, write_json
 from regrow.options import Options
@@ -174,6 +175,12 @@ def repair_method(config: PruneConfig, profile: Profile | None) -> ModuleType:
         )
     if not module.GRAMS:
         profile.blocks_path()
+        if profile.info["samples"] < VALIDATE_EVERY:
+            raise UserError(
+                f"{profile.folder} is of {profile.info['samples']} blocks of text; repair by "
+                f"{config.repair_method} takes {VALIDATE_EVERY} or more: profile again with more "
+                "samples, or prune with --no-repair"
+            )
     return module
 
 

@@ -76,7 +76,10 @@ class Sequential:
         names = {new_name(n, plan, family, checkpoint.config): n for n in checkpoint.names()}
         self._parents = {new: name for new, name in names.items() if new is not None}
         config = type(config).from_dict(cut_config(checkpoint.config, plan, family))
-        self._cut = LayerByLayer(family, config, self._parents, self._read_cut, dtype, device)
+        like = self._dense if plan.hidden is None else None  # then the embeddings are equal
+        self._cut = LayerByLayer(
+            family, config, self._parents, self._read_cut, dtype, device, like=like
+        )
 
     def __call__(self, name: str, kept: Tensor) -> Tensor:
         """The tensor to write for the parent's tensor `name`, whose cut form is `kept`."""
