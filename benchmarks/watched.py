@@ -1,9 +1,10 @@
-"""A process of its own, watched: how long it takes and how much memory it really has."""
+"""A process watched: how long it takes and how much memory it really has."""
 
 from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +26,19 @@ def watch(command: list[str], **how: Any) -> tuple[int, float, int]:
                 peak = max(peak, int(line.split()[1]) * 1024)
         time.sleep(0.005)
     return process.wait(), time.perf_counter() - start, peak
+
+
+def peak_above(run: Callable[[], Any]) -> int:
+    """Bytes by which memory rises at most, above what it is before, while `run` is called."""
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+    run()
+    return 1024 * (_status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    """A field of /proc/self/status in kB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1])
+    raise KeyError(name)
