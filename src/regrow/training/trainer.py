@@ -29,11 +29,8 @@ from regrow.training.head import Mix, head_loss, head_of
 from regrow.training.signals.hidden import Hidden
 from regrow.training.teacher import Teacher, hidden_states, scored
 
-HELDOUT = {
-    "eval_forward_kl": "heldout_kl",
-    "eval_cross_entropy": "heldout_cross_entropy",
-    "eval_hidden": "heldout_hidden",
-}
+CHOSEN_BY = "forward_kl"
+HELDOUT = {f"eval_{CHOSEN_BY}": "heldout_kl"}  # any other eval_x becomes heldout_x
 
 
 def bind_loss(
@@ -44,9 +41,12 @@ def bind_loss(
     The loss is computed inside the student's forward, so that it goes through whatever wraps the
     student (DDP, FSDP), and the student itself stays the stock model that Trainer saves. Outputs:
     `loss` (sum of the mix and the weighted signal), `parts` {loss name: sum, in nats except for the
-    signal's}, `tokens` (how many were scored).
+    signal's}, `tokens` (how many were scored). In eval mode all is measured at temperature 1, and
+    the forward KL comes first, whether the student learns by it or not; a training step computes it
+    only if it does.
     """
     stock = student.forward
+    measured = mix if teacher is None else mix.measuring(CHOSEN_BY)
 
     def forward(
         self: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, labels: Tensor, **_: Any
@@ -54,13 +54,15 @@ def bind_loss(
         batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
         mask = scored(batch)
         targets_N = labels[:, 1:][mask]
-        teacher_NH = teacher_head = taught = None
-        if teacher is not None and (mix.needs_teacher or signal is not None):
+        now = mix if self.training else measured
+        teacher_NH = taught = None
+        teacher_head = None if teacher is None else teacher.head  # its ids are compared, if given
+        if teacher is not None and (now.needs_teacher or signal is not None):
             taught = teacher.hidden(batch, all_layers=signal is not None)
-            teacher_NH, teacher_head = taught.final[mask], teacher.head
+            teacher_NH = taught.final[mask]
         own = hidden_states(self, batch, all_layers=signal is not None)
         total, parts = head_loss(
-            own.final[mask], head_of(self), targets_N, mix, teacher_NH, teacher_head
+            own.final[mask], head_of(self), targets_N, now, teacher_NH, teacher_head
         )
         if signal is not None and taught is not None:
             predicting = functional.pad(mask, (0, 1))
@@ -142,9 +144,10 @@ class DistillTrainer(Trainer):
         gathered = {k: float(self.accelerator.reduce(v.double(), "sum")) for k, v in sums.items()}
         tokens = gathered.pop("tokens")
         metrics = {f"eval_{name}": value / tokens for name, value in gathered.items()}
-        main = next(iter(metrics.values()))
-        if not math.isfinite(main):
-            raise UserError(f"the held-out loss became {main} at step {self.state.global_step}")
+        for value in metrics.values():
+            if not math.isfinite(value):
+                step = self.state.global_step
+                raise UserError(f"the held-out loss became {value} at step {step}")
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -220,7 +223,7 @@ class Journal(TrainerCallback):
             "step": state.global_step,
             "tokens": state.global_step * self.tokens_per_step,
             "seconds": round(time.monotonic() - self.start, 2),
-            **{HELDOUT.get(name, name): value for name, value in numbers.items()},
+            **{_row_name(name): value for name, value in numbers.items()},
         }
         for path in self.paths:
             with path.open("a") as file:
@@ -244,6 +247,12 @@ class _EvenShares(Dataset[dict[str, Tensor]]):
             block: dict[str, Tensor] = self.blocks[index]
             return block
         return {**self.blocks[0], "labels": torch.full_like(self.blocks[0]["labels"], -100)}
+
+
+def _row_name(logged: str) -> str:
+    """A held-out figure's name in metrics.jsonl."""
+    inside = logged.removeprefix("eval_")
+    return logged if inside == logged else HELDOUT.get(logged, f"heldout_{inside}")
 
 
 def _drop_later_rows(path: Path, stage: str, step: int) -> None:

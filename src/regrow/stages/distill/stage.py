@@ -93,7 +93,10 @@ def distill(
         trainer = DistillTrainer(
             model=model, args=arguments, train_dataset=blocks, eval_dataset=heldout
         )
-        undo = bind_loss(model, taught_by, Mix(config.loss_weights(), config.temperature), signal)
+        mix = Mix(
+            config.losses, config.temperature, config.beta, config.skew, config.exact_head
+        )
+        undo = bind_loss(model, taught_by, mix, signal)
         _train(trainer, folder, stage, pupil, steps, journal)
         undo()
         if ranks.is_main():
