@@ -25,28 +25,31 @@ from transformers import (
 
 from regrow.errors import UserError
 from regrow.progress import Progress
+from regrow.training.balance import MAIN
 from regrow.training.head import Mix, head_loss, head_of
-from regrow.training.signals.hidden import Hidden
+from regrow.training.inside import inside
+from regrow.training.signal_mix import SignalMix
+from regrow.training.tally import Tally
 from regrow.training.teacher import Teacher, hidden_states, scored
 
 HELDOUT = {
     "eval_forward_kl": "heldout_kl",
-    "eval_cross_entropy": "heldout_cross_entropy",
-    "eval_hidden": "heldout_hidden",
 }
+SIGNAL_STATE = "signals.pt"
 
 
 def bind_loss(
-    student: PreTrainedModel, teacher: Teacher | None, mix: Mix, signal: Hidden | None = None
+    student: PreTrainedModel, teacher: Teacher | None, mix: Mix, signals: SignalMix | None = None
 ) -> Callable[[], None]:
     """Make `student(**batch)` return the summed loss; returns what undoes it.
 
     The loss is computed inside the student's forward, so that it goes through whatever wraps the
     student (DDP, FSDP), and the student itself stays the stock model that Trainer saves. Outputs:
-    `loss` (sum of the mix and the weighted signal), `parts` {loss name: sum, in nats except for the
-    signal's}, `tokens` (how many were scored).
+    `loss` (sum of the mix and the weighted signals), `main` (of the mix alone), `parts` {name of
+    loss or signal: its plain sum}, `tokens` (how many were scored).
     """
     stock = student.forward
+    reads = {} if signals is None else signals.reads
 
     def forward(
         self: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, labels: Tensor, **_: Any
@@ -55,19 +58,20 @@ def bind_loss(
         mask = scored(batch)
         targets_N = labels[:, 1:][mask]
         teacher_NH = teacher_head = taught = None
-        if teacher is not None and (mix.needs_teacher or signal is not None):
-            taught = teacher.hidden(batch, all_layers=signal is not None)
+        if teacher is not None and (mix.needs_teacher or signals is not None):
+            taught = teacher.hidden(batch, **reads)
             teacher_NH, teacher_head = taught.final[mask], teacher.head
-        own = hidden_states(self, batch, all_layers=signal is not None)
+        own = hidden_states(self, batch, **reads)
         total, parts = head_loss(
             own.final[mask], head_of(self), targets_N, mix, teacher_NH, teacher_head
         )
-        if signal is not None and taught is not None:
-            predicting = functional.pad(mask, (0, 1))
-            value = signal.loss(own.layers, taught.layers, predicting)
-            total = total + signal.weight * value
-            parts["hidden"] = value.detach()
-        return {"loss": total, "parts": parts, "tokens": mask.sum()}
+        found = {"loss": total, "main": total.detach(), "parts": parts, "tokens": mask.sum()}
+        if signals is None or teacher is None or taught is None:
+            return found
+        ours = inside(self, own, head_of(self))
+        theirs = inside(teacher.model, taught, teacher.head)
+        more, inner = signals.loss(ours, theirs, functional.pad(mask, (0, 1)))
+        return {**found, "loss": total + more, "parts": {**parts, **inner}}
 
     student.forward = types.MethodType(forward, student)  # type: ignore[method-assign]
 
@@ -83,8 +87,9 @@ class DistillTrainer(Trainer):
     Blocks are read in their own order: a longer budget goes on where a shorter one ended.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, signals: SignalMix | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.signals, self.this_step, self.logged = signals, Tally(), Tally()
         self.model_accepts_loss_kwargs = True  # asks Trainer to count the scored tokens
         self.loss_is_scaled_for_ga = True
         if self.args.world_size > 1 and self.eval_dataset is not None:
@@ -110,6 +115,9 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """The mixed loss of one micro-batch, as its share of the step's mean per scored token."""
         outputs = model(**_model_inputs(inputs))
+        row = {**outputs["parts"], "tokens": outputs["tokens"]}
+        self.logged.add(row)
+        self.this_step.add({**row, MAIN: outputs["main"]})
         if num_items_in_batch is None:
             num_items_in_batch = outputs["tokens"]
         # A step without scored tokens has the sum 0, and must not become 0 / 0.
@@ -124,24 +132,61 @@ class DistillTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         if not bool(loss.isfinite()):
             raise UserError(f"the loss became {float(loss)} at step {self.state.global_step + 1}")
+        if self.accelerator.sync_gradients and self.signals is not None:
+            self._end_step(self.signals)
         return loss
+
+    def _end_step(self, signals: SignalMix) -> None:
+        """Before the optimizer's step: what DDP does for the student, for what is outside it."""
+        for projection in signals.projections():
+            projection.grad = self.accelerator.reduce(projection.grad, "mean")
+        if signals.balance is not None:
+            signals.balance.update(self.this_step.means(self._sum_over_ranks))
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(values, "sum")
+        return total
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The student's optimizer, with the signals' projections as a group of their own."""
+        there = self.optimizer is not None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self.signals is not None and self.signals.projections() and not there:
+            group = {"params": self.signals.projections(), "weight_decay": 0.0}
+            optimizer.add_param_group(group)
+        return optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = {} if self.signals is None else self.signals.state_dict()
+        if state and self.args.should_save:
+            torch.save(state, Path(output_dir) / SIGNAL_STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.signals is not None and self.signals.state_dict():
+            state = torch.load(Path(checkpoint) / SIGNAL_STATE, map_location="cpu")
+            self.signals.load_state_dict(state)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; a row of training gets each loss and signal under its own name."""
+        if "loss" in logs:
+            logs = {**logs, **self.logged.means(self._sum_over_ranks)}
+        super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean of each loss over the held-out blocks, in nats per scored token, over all ranks."""
         self.student.eval()
-        sums: dict[str, Tensor] = {}
+        tally = Tally()
         dataloader = self.get_eval_dataloader()
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 outputs = self.model_wrapped(**_model_inputs(inputs))
-            row = {**outputs["parts"], "tokens": outputs["tokens"]}
-            for name, value in row.items():
-                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value
-        gathered = {k: float(self.accelerator.reduce(v.double(), "sum")) for k, v in sums.items()}
-        tokens = gathered.pop("tokens")
-        metrics = {f"eval_{name}": value / tokens for name, value in gathered.items()}
+            tally.add({**outputs["parts"], "tokens": outputs["tokens"]})
+        means = tally.means(self._sum_over_ranks)
+        metrics = {f"eval_{name}": value for name, value in means.items()}
         main = next(iter(metrics.values()))
         if not math.isfinite(main):
             raise UserError(f"the held-out loss became {main} at step {self.state.global_step}")
@@ -220,7 +265,7 @@ class Journal(TrainerCallback):
             "step": state.global_step,
             "tokens": state.global_step * self.tokens_per_step,
             "seconds": round(time.monotonic() - self.start, 2),
-            **{HELDOUT.get(name, name): value for name, value in numbers.items()},
+            **{_row_name(name): value for name, value in numbers.items()},
         }
         for path in self.paths:
             with path.open("a") as file:
@@ -244,6 +289,12 @@ class _EvenShares(Dataset[dict[str, Tensor]]):
             block: dict[str, Tensor] = self.blocks[index]
             return block
         return {**self.blocks[0], "labels": torch.full_like(self.blocks[0]["labels"], -100)}
+
+
+def _row_name(logged: str) -> str:
+    """A held-out figure's name in metrics.jsonl."""
+    inside = logged.removeprefix("eval_")
+    return logged if inside == logged else HELDOUT.get(logged, f"heldout_{inside}")
 
 
 def _drop_later_rows(path: Path, stage: str, step: int) -> None:
