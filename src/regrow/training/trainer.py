@@ -154,7 +154,14 @@ class DistillTrainer(Trainer):
         if self.signals is not None and self.signals.projections() and not there:
             group = {"params": self.signals.projections(), "weight_decay": 0.0}
             optimizer.add_param_group(group)
+            optimizer.register_step_post_hook(self._zero_projections)
         return optimizer
+
+    def _zero_projections(self, *_: Any) -> None:
+        """After a step; Trainer does it for the student."""
+        assert self.signals is not None
+        for projection in self.signals.projections():
+            projection.grad = None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
