@@ -36,6 +36,7 @@ LAYERS = "block_influence"
 MLP: dict[str, Any] = {"intermediate_size": 1024, "repair_method": "gram"}  # 80.3 % is kept
 DEPTH = {"num_layers": 22}  # 79.0 %
 ALPHA = 0.3  # weight of the text's cross-entropy beside the KL, in the mixed runs
+MIXED = {"forward_kl": 1 - ALPHA, "cross_entropy": ALPHA}
 SCHEDULE: dict[int, dict[str, Any]] = {  # short runs need many steps, long ones less noise
     300_000: {"batch_tokens": 1024, "eval_tokens": 50_000},
     1_000_000: {"batch_tokens": 2048, "learning_rate": 1.5e-4, "eval_tokens": 100_000},
@@ -70,11 +71,11 @@ def main() -> None:
         distilled = distill(start, DENSE, data, out / f"distilled-{tokens}", config, options)
         models.append((f"distilled {tokens // 1000} k", distilled))
     for tokens in arguments.mixed:
-        config = DistillConfig(tokens=tokens, alpha=ALPHA, **SCHEDULE.get(tokens, {}))
+        config = DistillConfig(tokens=tokens, losses=MIXED, **SCHEDULE.get(tokens, {}))
         mixed = distill(start, DENSE, data, out / f"mixed-{tokens}", config, options)
         models.append((f"distilled {tokens // 1000} k, α = {ALPHA}", mixed))
     for tokens in arguments.control:
-        config = DistillConfig(tokens=tokens, alpha=1.0, learning_rate=1e-4)
+        config = DistillConfig(tokens=tokens, losses={"cross_entropy": 1.0}, learning_rate=1e-4)
         trained = distill(DENSE, DENSE, data, out / f"control-{tokens}", config, options)
         models.append((f"control: dense + {tokens // 1000} k", trained))
     table: dict[str, dict[str, float]] = {name: {} for name, _ in models}

@@ -52,7 +52,10 @@ def main() -> None:
     out = arguments.out
     text = {"general": blend(arguments.texts), "task": _task(arguments.texts)}
     tuning = DistillConfig(
-        tokens=arguments.tokens, alpha=1.0, learning_rate=1e-4, eval_tokens=arguments.tokens
+        tokens=arguments.tokens,
+        losses={"cross_entropy": 1.0},
+        learning_rate=1e-4,
+        eval_tokens=arguments.tokens,
     )
     tuned = distill(DENSE, DENSE, text["task"], out / "tuned", tuning, Options(batch_size=2))
     models: dict[str, str | Path] = {"before": DENSE, "after": tuned}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from slow_losses import BETA, NAMES, SKEW
+from slow_losses import slow as slow_loss
 from tiny_models import tiny_model
 from torch import Tensor
-from torch.nn import functional
 
 from regrow.errors import UserError
 from regrow.training.head import Head, Mix, head_loss, head_of
@@ -20,6 +21,10 @@ MIXES = {
     "mix": Mix({"forward_kl": 0.7, "cross_entropy": 0.3}, temperature=3.0),
     "mix turned": Mix({"cross_entropy": 0.4, "forward_kl": 0.6}, temperature=0.5),
     "measured only": Mix({"forward_kl": 0.0, "cross_entropy": 1.0}),
+    "all": Mix({name: 0.1 + n for n, name in enumerate(NAMES)}, 2.0, BETA, SKEW),
+    **{f"{name} at 1": Mix({name: 1.0}, 1.0, BETA, SKEW) for name in NAMES},
+    **{f"{name} at 0.5": Mix({name: 0.5}, 0.5, BETA, SKEW) for name in NAMES},
+    **{f"{name} at 4": Mix({name: 3.0}, 4.0, BETA, SKEW) for name in NAMES},
 }
 
 
@@ -64,24 +69,21 @@ class Case:
         return hidden, weight
 
 
-def slow_parts(case: Case, temperature: float) -> dict[str, Tensor]:
-    """Each loss by its definition, on full logits over the shared ids, in float64."""
+def slow_parts(case: Case, mix: Mix) -> dict[str, Tensor]:
+    """Each loss of the mix by its definition, on full logits over the shared ids, in float64."""
     shared = min(len(case.student.weight_VH), len(case.teacher.weight_VH))
     logits = []
     for hidden, head in ((case.student_NH, case.student), (case.teacher_NH, case.teacher)):
         full = hidden.double() @ head.weight_VH.double()[:shared].T
         logits.append(full if head.softcap is None else head.softcap * (full / head.softcap).tanh())
-    log_q, log_p = (functional.log_softmax(x / temperature, -1) for x in logits)
-    log_q_1 = functional.log_softmax(logits[0], -1)
-    chosen = log_q_1[torch.arange(len(case.targets_N)), case.targets_N]
     return {
-        "forward_kl": temperature**2 * (log_p.exp() * (log_p - log_q)).sum(),
-        "cross_entropy": -chosen.sum(),
+        name: slow_loss(name, *logits, case.targets_N, mix.temperature).sum()
+        for name in mix.weights
     }
 
 
 def slow(case: Case, mix: Mix) -> Tensor:
-    parts = slow_parts(case, mix.temperature)
+    parts = slow_parts(case, mix)
     return torch.stack([weight * parts[name] for name, weight in mix.weights.items()]).sum()
 
 
@@ -94,9 +96,8 @@ def test_value_and_gradients_equal_the_slow_version(mix: Mix, cap: float | None)
     for chunk in range(1, N + 2):
         value, parts = case.chunked(mix, chunk)
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
-        for name, part in slow_parts(case, mix.temperature).items():
-            if name in mix.weights:
-                torch.testing.assert_close(parts[name], part, rtol=1e-12, atol=1e-12)
+        for name, part in slow_parts(case, mix).items():
+            torch.testing.assert_close(parts[name], part, rtol=1e-12, atol=1e-12)
         found = case.gradients(value)
         torch.testing.assert_close(found[0], hidden, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(found[1], weight, rtol=1e-11, atol=1e-12)
@@ -120,12 +121,31 @@ def test_gradients_by_finite_differences(mix: Mix, cap: float | None) -> None:
                 assert slope == pytest.approx(float(gradient.view(-1)[place]), rel=1e-6, abs=1e-8)
 
 
-def test_temperature_counts_once_in_value_and_in_gradient() -> None:
+@pytest.mark.parametrize("cap", [None, 1.5], ids=["plain", "softcap"])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_a_mix_is_the_weighted_sum_of_its_losses(temperature: float, cap: float | None) -> None:
+    case = Case(softcap=cap, teacher_softcap=cap)
+    weights = {name: 0.3 + n / 2 for n, name in enumerate(NAMES)}
+    total, parts = case.chunked(Mix(weights, temperature, BETA, SKEW), 5)
+    mixed = case.gradients(total)
+    alone = {n: case.chunked(Mix({n: 1.0}, temperature, BETA, SKEW), 5)[0] for n in NAMES}
+    gradients = {name: case.gradients(value) for name, value in alone.items()}
+    for name, value in alone.items():
+        torch.testing.assert_close(parts[name], value)
+    expected = torch.stack([weights[name] * value for name, value in alone.items()]).sum()
+    torch.testing.assert_close(total, expected)
+    for place in (0, 1):
+        summed = torch.stack([w * gradients[name][place] for name, w in weights.items()]).sum(0)
+        torch.testing.assert_close(mixed[place], summed)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "kl" in name or name == "jsd"])
+def test_temperature_counts_once_in_value_and_in_gradient(name: str) -> None:
     """T² · KL at T: for small logits the factor of both is one, whatever T is (Hinton, 2015)."""
     case = Case(scale=0.01)
     values, gradients = [], []
     for temperature in (1.0, 10.0):
-        value = case.chunked(Mix({"forward_kl": 1.0}, temperature))[0]
+        value = case.chunked(Mix({name: 1.0}, temperature))[0]
         values.append(value.detach())
         gradients.append(case.gradients(value)[0])
     torch.testing.assert_close(values[0], values[1], rtol=2e-3, atol=0)
@@ -133,7 +153,7 @@ def test_temperature_counts_once_in_value_and_in_gradient() -> None:
 
 
 @pytest.mark.parametrize(("v", "teacher_v"), [(11, 16), (16, 11)])
-@pytest.mark.parametrize("name", ["kl", "mix", "ce"])
+@pytest.mark.parametrize("name", ["kl", "mix", "ce", "all"])
 def test_padded_vocabularies_are_cut_to_the_shared_ids(v: int, teacher_v: int, name: str) -> None:
     case = Case(sizes=(N, H, v, teacher_v))
     expected = slow(case, MIXES[name])
@@ -190,14 +210,16 @@ def test_no_token_gives_a_zero_with_a_graph() -> None:
     assert torch.equal(weight, torch.zeros(V, H, dtype=torch.float64))
 
 
-def test_only_the_tokens_given_count() -> None:
+@pytest.mark.parametrize("name", [name for name in MIXES if name != "measured only"])
+def test_only_the_tokens_given_count(name: str) -> None:
     """Masking means leaving rows out: the rows left give what they give alone."""
+    mix = MIXES[name]
     case, mask = Case(), torch.rand(N, generator=torch.Generator().manual_seed(1)) < 0.5
     value, _ = head_loss(
         case.student_NH[mask],
         case.student,
         case.targets_N[mask],
-        MIXES["mix"],
+        mix,
         case.teacher_NH[mask],
         case.teacher,
     )
@@ -206,7 +228,7 @@ def test_only_the_tokens_given_count() -> None:
     rest = Case()
     rest.student_NH = rest.student_NH.detach()[mask].requires_grad_()
     rest.teacher_NH, rest.targets_N = rest.teacher_NH[mask], rest.targets_N[mask]
-    expected = slow(rest, MIXES["mix"])
+    expected = slow(rest, mix)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(hidden[mask], rest.gradients(expected)[0])
 

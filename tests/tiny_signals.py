@@ -161,9 +161,7 @@ SLOW: dict[str, Callable[[Seen, Seen, Plan, Any], Tensor]] = {
 }
 
 
-def slow(
-    name: str, student: Any, teacher: Teacher, plan: Plan, batch: dict[str, Tensor]
-) -> Tensor:
+def slow(name: str, student: Any, teacher: Teacher, plan: Plan, batch: dict[str, Tensor]) -> Tensor:
     """The signal's sum over the scored tokens, token by token."""
     ids, positions = batch["input_ids"], batch["position_ids"]
     s = see(student, ids, positions)

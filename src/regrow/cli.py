@@ -12,6 +12,7 @@ from typing import Any
 
 import tyro
 from pydantic import ValidationError
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 import regrow
 from regrow import commands
@@ -29,6 +30,32 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": commands.evaluate,
     "report": commands.report,
 }
+
+WEIGHTS = ConstructorRegistry()
+
+
+@WEIGHTS.primitive_rule
+def _weights(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, float]] | None:
+    """Weights by name as `--flag NAME WEIGHT NAME WEIGHT`, in place of what stands there.
+
+    tyro would make a flag of every name that the default has, and allow no other.
+    """
+    if info.type != dict[str, float]:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME WEIGHT [NAME WEIGHT ...]",
+        instance_from_str=_pairs,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda weights: [str(part) for pair in weights.items() for part in pair],
+    )
+
+
+def _pairs(given: list[str]) -> dict[str, float]:
+    names, weights = given[::2], given[1::2]
+    if len(names) != len(weights) or len(set(names)) != len(names):
+        raise ValueError("give each name once, and a weight after it: NAME WEIGHT NAME WEIGHT")
+    return dict(zip(names, map(float, weights), strict=True))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,6 +107,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
                 prog="regrow",
                 description=regrow.__doc__,
                 args=arguments,
+                registry=WEIGHTS,
             )
             return chosen
     except SystemExit as stop:

@@ -8,7 +8,8 @@ dtype, softmax and accumulation in float32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,18 +64,30 @@ def head_of(model: Any) -> Head:
 
 @dataclass(frozen=True)
 class Mix:
-    """A weighted sum of losses at one temperature; `weights` are by the loss's file name."""
+    """A weighted sum of losses at one temperature; `weights` are by the loss's file name.
+
+    A loss of weight 0 is measured and teaches nothing.
+    """
 
     weights: dict[str, float]
     temperature: float = 1.0
+    beta: float = 0.5
+    """Share of the teacher in the mixture of `jsd`."""
+    skew: float = 0.1
+    """α of the skewed divergences."""
 
     def terms(self) -> list[tuple[str, float, Loss, bool]]:
         """(name, weight, function, whether it needs the teacher) of each loss in use."""
         found = []
         for name, weight in self.weights.items():
             module = plugins.load("regrow.training.losses", name)
-            found.append((name, weight, module.loss, module.NEEDS_TEACHER))
+            options = {option: vars(self)[option] for option in module.OPTIONS}
+            found.append((name, weight, partial(module.loss, **options), module.NEEDS_TEACHER))
         return found
+
+    def measuring(self, name: str) -> Mix:
+        """The same mix, in which the loss `name` is measured too, and comes first."""
+        return replace(self, weights={name: 0.0, **self.weights})
 
     @property
     def needs_teacher(self) -> bool:

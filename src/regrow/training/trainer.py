@@ -16,7 +16,6 @@ from torch.nn import functional
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -29,13 +28,12 @@ from regrow.training.balance import MAIN
 from regrow.training.head import Mix, head_loss, head_of
 from regrow.training.inside import inside
 from regrow.training.signal_mix import SignalMix
+from regrow.training.signal_trainer import SignalTrainer
 from regrow.training.tally import Tally
 from regrow.training.teacher import Teacher, hidden_states, scored
 
-HELDOUT = {
-    "eval_forward_kl": "heldout_kl",
-}
-SIGNAL_STATE = "signals.pt"
+CHOSEN_BY = "forward_kl"
+HELDOUT = {f"eval_{CHOSEN_BY}": "heldout_kl"}  # any other eval_x becomes heldout_x
 
 
 def bind_loss(
@@ -46,9 +44,12 @@ def bind_loss(
     The loss is computed inside the student's forward, so that it goes through whatever wraps the
     student (DDP, FSDP), and the student itself stays the stock model that Trainer saves. Outputs:
     `loss` (sum of the mix and the weighted signals), `main` (of the mix alone), `parts` {name of
-    loss or signal: its plain sum}, `tokens` (how many were scored).
+    loss or signal: its plain sum}, `tokens` (how many were scored). In eval mode the forward KL is
+    among the parts and comes first, whether the student learns by it or not; in training it costs
+    only if it does.
     """
     stock = student.forward
+    measured = mix if teacher is None else mix.measuring(CHOSEN_BY)
     reads = {} if signals is None else signals.reads
 
     def forward(
@@ -57,13 +58,15 @@ def bind_loss(
         batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
         mask = scored(batch)
         targets_N = labels[:, 1:][mask]
-        teacher_NH = teacher_head = taught = None
-        if teacher is not None and (mix.needs_teacher or signals is not None):
+        now = mix if self.training else measured
+        teacher_NH = taught = None
+        teacher_head = None if teacher is None else teacher.head  # its ids are compared, if given
+        if teacher is not None and (now.needs_teacher or signals is not None):
             taught = teacher.hidden(batch, **reads)
-            teacher_NH, teacher_head = taught.final[mask], teacher.head
+            teacher_NH = taught.final[mask]
         own = hidden_states(self, batch, **reads)
         total, parts = head_loss(
-            own.final[mask], head_of(self), targets_N, mix, teacher_NH, teacher_head
+            own.final[mask], head_of(self), targets_N, now, teacher_NH, teacher_head
         )
         found = {"loss": total, "main": total.detach(), "parts": parts, "tokens": mask.sum()}
         if signals is None or teacher is None or taught is None:
@@ -81,15 +84,15 @@ def bind_loss(
     return undo
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(SignalTrainer):
     """Sum of the loss ÷ the scored tokens of the whole step, over accumulation and ranks.
 
     Blocks are read in their own order: a longer budget goes on where a shorter one ended.
     """
 
-    def __init__(self, *args: Any, signals: SignalMix | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.signals, self.this_step, self.logged = signals, Tally(), Tally()
+        self.logged = Tally()
         self.model_accepts_loss_kwargs = True  # asks Trainer to count the scored tokens
         self.loss_is_scaled_for_ga = True
         if self.args.world_size > 1 and self.eval_dataset is not None:
@@ -132,53 +135,14 @@ class DistillTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         if not bool(loss.isfinite()):
             raise UserError(f"the loss became {float(loss)} at step {self.state.global_step + 1}")
-        if self.accelerator.sync_gradients and self.signals is not None:
-            self._end_step(self.signals)
+        if self.accelerator.sync_gradients:
+            self.end_step()
         return loss
-
-    def _end_step(self, signals: SignalMix) -> None:
-        """Before the optimizer's step: what DDP does for the student, for what is outside it."""
-        for projection in signals.projections():
-            projection.grad = self.accelerator.reduce(projection.grad, "mean")
-        if signals.balance is not None:
-            signals.balance.update(self.this_step.means(self._sum_over_ranks))
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        total: Tensor = self.accelerator.reduce(values, "sum")
-        return total
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The student's optimizer, with the signals' projections as a group of their own."""
-        there = self.optimizer is not None
-        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if self.signals is not None and self.signals.projections() and not there:
-            group = {"params": self.signals.projections(), "weight_decay": 0.0}
-            optimizer.add_param_group(group)
-            optimizer.register_step_post_hook(self._zero_projections)
-        return optimizer
-
-    def _zero_projections(self, *_: Any) -> None:
-        """After a step; Trainer does it for the student."""
-        assert self.signals is not None
-        for projection in self.signals.projections():
-            projection.grad = None
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        state = {} if self.signals is None else self.signals.state_dict()
-        if state and self.args.should_save:
-            torch.save(state, Path(output_dir) / SIGNAL_STATE)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.signals is not None and self.signals.state_dict():
-            state = torch.load(Path(checkpoint) / SIGNAL_STATE, map_location="cpu")
-            self.signals.load_state_dict(state)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's; a row of training gets each loss and signal under its own name."""
         if "loss" in logs:
-            logs = {**logs, **self.logged.means(self._sum_over_ranks)}
+            logs = {**logs, **self.logged.means(self.sum_over_ranks)}
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
@@ -192,11 +156,12 @@ class DistillTrainer(Trainer):
             with self.compute_loss_context_manager():
                 outputs = self.model_wrapped(**_model_inputs(inputs))
             tally.add({**outputs["parts"], "tokens": outputs["tokens"]})
-        means = tally.means(self._sum_over_ranks)
+        means = tally.means(self.sum_over_ranks)
         metrics = {f"eval_{name}": value for name, value in means.items()}
-        main = next(iter(metrics.values()))
-        if not math.isfinite(main):
-            raise UserError(f"the held-out loss became {main} at step {self.state.global_step}")
+        for value in metrics.values():
+            if not math.isfinite(value):
+                step = self.state.global_step
+                raise UserError(f"the held-out loss became {value} at step {step}")
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics

@@ -10,6 +10,7 @@ from regrow import plugins
 from regrow.config import Config
 from regrow.errors import nearest
 
+LOSSES = "regrow.training.losses"
 SIGNALS = "regrow.training.signals"
 
 
@@ -32,10 +33,19 @@ class DistillConfig(Config):
     """AdamW's second-moment decay; short runs want a short memory."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradient norm to clip at."""
-    alpha: float = Field(default=0.0, ge=0, le=1)
-    """Loss = alpha · cross-entropy + (1 − alpha) · T² · KL(teacher ‖ student)."""
+    losses: dict[str, float] = {"forward_kl": 1.0}
+    """Weight of each output loss by its name: forward_kl, reverse_kl, jsd, skewed_kl,
+    skewed_reverse_kl, total_variation, cross_entropy (of the text). Held-out forward KL is always
+    measured, and the best student is chosen by it."""
     temperature: float = Field(default=1.0, gt=0)
-    """T, by which the logits of both models are divided in the KL."""
+    """T, by which the logits of both models are divided in all losses but cross_entropy, which then
+    count T² times."""
+    beta: float = Field(default=0.5, ge=1e-3, le=0.999)
+    """Of jsd: beta · KL(teacher ‖ M) + (1 − beta) · KL(student ‖ M), M = beta · teacher + (1 − beta)
+    · student."""
+    skew: float = Field(default=0.1, ge=1e-3, le=0.999)
+    """α of skewed_kl, KL(teacher ‖ α · teacher + (1 − α) · student), and of skewed_reverse_kl,
+    KL(student ‖ (1 − α) · teacher + α · student)."""
     signals: dict[str, float] = Field(default={})
     """Weight of each inner signal beside the losses by its name: hidden, hidden_cosine, embeddings,
     attention, logit_lens, logit_lens_symmetric."""
@@ -50,10 +60,22 @@ class DistillConfig(Config):
     seed: int = 0
     """Seed of dropout and of a fresh student's weights."""
 
-    def loss_weights(self) -> dict[str, float]:
-        """Weight of each loss by name; the KL comes first, it is what is reported and kept by."""
-        weights = {"forward_kl": 1.0 - self.alpha, "cross_entropy": self.alpha}
-        return {name: w for name, w in weights.items() if w > 0 or name == "forward_kl"}
+    @field_validator("losses")
+    @classmethod
+    def _known_losses(cls, losses: dict[str, float]) -> dict[str, float]:
+        known = plugins.names(LOSSES)
+        if not losses:
+            raise ValueError(f"name one at least, with its weight; there are: {', '.join(known)}")
+        for name, weight in losses.items():
+            if name not in known:
+                hint = nearest(name, known)
+                raise ValueError(f"no loss named {name!r}{hint}; there are: {', '.join(known)}")
+            if not 0 < weight < math.inf:
+                raise ValueError(
+                    f"the weight of {name} must be above 0 and finite; to go without it, leave it "
+                    "out (held-out forward KL is measured in any case)"
+                )
+        return losses
 
     @field_validator("signals")
     @classmethod

@@ -99,7 +99,8 @@ def distill(
             eval_dataset=heldout,
             signals=signals,
         )
-        undo = bind_loss(model, taught_by, Mix(config.loss_weights(), config.temperature), signals)
+        mix = Mix(config.losses, config.temperature, config.beta, config.skew)
+        undo = bind_loss(model, taught_by, mix, signals)
         _train(trainer, folder, stage, pupil, steps, journal)
         undo()
         if ranks.is_main():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 NEEDS_TEACHER = False
+OPTIONS = ()
 
 
 def loss(

@@ -1,11 +1,14 @@
-"""Forward KL divergence from the teacher to the student (Hinton et al., 2015)."""
+"""Forward KL divergence from the teacher to the student (Hinton et al., 2015, arXiv:1503.02531)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from regrow.training.losses._distributions import over_temperature, softmax
+
 NEEDS_TEACHER = True
+OPTIONS = ()
 
 
 def loss(
@@ -16,18 +19,9 @@ def loss(
     With p from t and q from s this is Σ p (t − s) − logsumexp(t) + logsumexp(s), which needs no
     logarithm of a probability and is 0 for equal logits. Gradient: T (q − p).
     """
-    if temperature != 1.0:
-        student_NV, teacher_NV = student_NV / temperature, teacher_NV / temperature
-    q_NV, log_z_q = _softmax(student_NV)
-    p_NV, log_z_p = _softmax(teacher_NV)
-    difference_NV = teacher_NV.sub_(student_NV)
-    value_N = torch.linalg.vecdot(p_NV, difference_NV) - log_z_p + log_z_q
+    student_NV, teacher_NV = over_temperature(student_NV, teacher_NV, temperature)
+    q_NV, largest_s, log_q = softmax(student_NV)
+    p_NV, largest_t, log_p = softmax(teacher_NV)
+    log_z_N = (largest_t - largest_s) - (log_p - log_q)
+    value_N = torch.linalg.vecdot(p_NV, teacher_NV.sub_(student_NV)) - log_z_N
     return value_N * temperature**2, q_NV.sub_(p_NV).mul_(temperature)
-
-
-def _softmax(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax and the logarithm of its normaliser, the latter read off at the largest logit."""
-    probability_NV = logits_NV.softmax(-1)
-    largest, place = logits_NV.max(-1)
-    log_z = largest - probability_NV.gather(-1, place[:, None]).squeeze(-1).log()
-    return probability_NV, log_z
