@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -98,6 +99,27 @@ def test_distill(place: Path) -> None:
     assert models[1].dtype == torch.bfloat16
     assert not torch.equal(*(model(tiny_ids()).logits for model in models))
     assert read(place / "taught" / "plan.json") == read(place / "student" / "plan.json")
+
+
+def test_losses_by_name_and_weight(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command("distill", place, place / "student", tmp_path / "out")
+    weights = ["--losses", "reverse_kl", 1, "cross_entropy", 0.1]
+    call(*arguments, "--dry-run", *weights)
+    for given, said in {
+        ("revers_kl", 1): "--losses: no loss named 'revers_kl' — did you mean 'reverse_kl'?",
+        ("jsd", 0): "--losses: the weight of jsd must be above 0",
+        ("jsd",): "give each name once, and a weight after it",
+        ("jsd", 1, "jsd", 2): "give each name once, and a weight after it",
+    }.items():
+        capsys.readouterr()
+        with contextlib.suppress(SystemExit):  # of the parser, with the same exit code
+            assert main([str(part) for part in (*arguments, "--losses", *given)]) == 2
+        assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    with pytest.raises(SystemExit):
+        main(["distill", "--help"])
+    assert "--losses NAME WEIGHT [NAME WEIGHT ...]" in capsys.readouterr().out
 
 
 def test_distill_a_fresh_student(place: Path, tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from regrow.checkpoint import load
+from regrow.config import parse
 from regrow.errors import UserError
-from regrow.stages.distill import distill
+from regrow.stages.distill import DistillConfig, distill
 from regrow.stages.distill import stage as distill_stage
 from regrow.stages.distill.resume import last_checkpoint, rescue
 
@@ -115,6 +116,40 @@ def test_refused_before_any_slow_work(
     with pytest.raises(UserError, match="batch_tokens 100 is no multiple of 32"):
         distill(place / "stranger", place / "teacher", data(place), tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
+
+
+def test_losses_by_name(place: Path, tmp_path: Path) -> None:
+    """A student that no forward KL teaches learns, and is chosen by it all the same."""
+    losses = {"reverse_kl": 0.5, "jsd": 1.0, "cross_entropy": 0.05}
+    update = {"losses": losses, "beta": 0.3, "temperature": 2.0, "exact_head": True}
+    config = CONFIG.model_copy(update=update)
+    out = distill(
+        place / "pruned", place / "teacher", data(place), tmp_path / "out", config, OPTIONS
+    )
+    found = held_out(out)
+    assert found[12] < 0.9 * found[0]
+    measured = [row for row in rows_of(out) if "heldout_kl" in row]
+    names = {"heldout_kl", "heldout_reverse_kl", "heldout_jsd", "heldout_cross_entropy"}
+    assert all(names <= set(row) for row in measured)
+    assert measured[-1]["heldout_reverse_kl"] < measured[0]["heldout_reverse_kl"]
+    assert kl_of(out, place) == pytest.approx(found[12], rel=0.03)
+
+
+BAD_LOSSES: dict[str, tuple[dict[str, float], str]] = {
+    "unknown": ({"revers_kl": 1.0}, "no loss named 'revers_kl' — did you mean 'reverse_kl'?"),
+    "zero": ({"jsd": 1.0, "forward_kl": 0.0}, "the weight of forward_kl must be above 0"),
+    "negative": ({"jsd": -1.0}, "the weight of jsd must be above 0 and finite"),
+    "no number": ({"jsd": float("nan")}, "the weight of jsd must be above 0 and finite"),
+    "none": ({}, "name one at least, with its weight; there are: cross_entropy, forward_kl"),
+}
+
+
+@pytest.mark.parametrize(("losses", "said"), BAD_LOSSES.values(), ids=BAD_LOSSES)
+def test_bad_losses_are_refused_in_one_line(losses: dict[str, float], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(DistillConfig, {"losses": losses}, "distill")
+    assert str(caught.value).startswith(f"distill.losses: {said}")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_best_checkpoint_is_kept_not_the_last(place: Path, tmp_path: Path) -> None:

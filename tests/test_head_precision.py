@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from slow_losses import BETA, NAMES, SKEW, slow_gradient
 from test_head import MIXES, Case
 from tiny_training import Largest
 from torch import Tensor
 
-from regrow.training.head import Head, head_loss
+from regrow.training.head import Head, Mix, head_loss
+from regrow.training.products import add_product, product, split
 
 
 def frobenius(found: Tensor, exact: Tensor) -> float:
@@ -16,19 +18,25 @@ def frobenius(found: Tensor, exact: Tensor) -> float:
 
 
 def autocast_errors(
-    hidden: Tensor, student_VH: Tensor, teacher_VH: Tensor
+    hidden: Tensor, student_VH: Tensor, teacher_VH: Tensor, mix: Mix = MIXES["kl"]
 ) -> dict[str, tuple[float, float]]:
     """Relative error of the gradients by (hidden, weight): ours, and with a softmax in bfloat16.
 
     Against float64 over the same inputs, rounded to bfloat16.
     """
     x, w, t = hidden.bfloat16(), student_VH.bfloat16(), teacher_VH.bfloat16()
-    q, p = ((x.double() @ y.double().T).softmax(-1) for y in (w, t))
-    exact = (q - p) @ w.double(), (q - p).T @ x.double()
-    student_NH, student = hidden.clone().requires_grad_(), Head(student_VH.clone().requires_grad_())
     targets = torch.zeros(len(hidden), dtype=torch.int64)
+    logits = [x.double() @ y.double().T for y in (w, t)]
+    slope = torch.stack(
+        [
+            weight * slow_gradient(name, *logits, targets, mix.temperature)
+            for name, weight in mix.weights.items()
+        ]
+    ).sum(0)
+    exact = slope @ w.double(), slope.T @ x.double()
+    student_NH, student = hidden.clone().requires_grad_(), Head(student_VH.clone().requires_grad_())
     with torch.autocast("cpu", torch.bfloat16):
-        value, _ = head_loss(student_NH, student, targets, MIXES["kl"], x, Head(t), chunk_tokens=16)
+        value, _ = head_loss(student_NH, student, targets, mix, x, Head(t), chunk_tokens=16)
     ours = torch.autograd.grad(value, (student_NH, student.weight_VH))
     assert [found.dtype for found in (value, *ours)] == [torch.float32] * 3
     low = (x @ w.T).softmax(-1) - (x @ t.T).softmax(-1)
@@ -39,12 +47,45 @@ def autocast_errors(
     }
 
 
-def test_gradient_error_of_bfloat16_products() -> None:
-    """1.0 % by hidden and 0.9 % by weight at 0.5 nats from the teacher: logits rounded to bf16."""
+def half_a_nat_apart() -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     hidden, weight = torch.randn(96, 64), torch.randn(4096, 64) / 8
-    errors = autocast_errors(hidden, weight, weight + torch.randn(4096, 64) / 8)
+    return hidden, weight, weight + torch.randn(4096, 64) / 8
+
+
+def test_gradient_error_of_bfloat16_products() -> None:
+    """1.0 % by hidden and 0.9 % by weight at 0.5 nats from the teacher: logits rounded to bf16."""
+    errors = autocast_errors(*half_a_nat_apart())
     assert max(errors["ours"]) < 2e-2, errors
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("name", [*NAMES, "all"])
+def test_gradient_error_of_exact_products(name: str, temperature: float) -> None:
+    """0.003 %: what rounding to bfloat16 leaves out is made up for."""
+    weights = dict.fromkeys(NAMES, 1.0) if name == "all" else {name: 1.0}
+    mix = Mix(weights, temperature, BETA, SKEW, exact=True)
+    errors = autocast_errors(*half_a_nat_apart(), mix)
+    assert max(errors["ours"]) < 2e-4, errors
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_products(dtype: torch.dtype, exact: bool) -> None:
+    torch.manual_seed(0)
+    factor, right = torch.randn(40, 70), torch.randn(70, 90).to(dtype)
+    left = factor.to(dtype)
+    true = left.double() @ right.double()
+    found = product(left, right, exact)
+    coarse = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-6, torch.float64: 1e-14}
+    fine = {**coarse, torch.bfloat16: 1e-5, torch.float16: 1e-6}
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    assert frobenius(found, true) < (fine if exact else coarse)[dtype]
+    total = torch.ones(40, 90, dtype=found.dtype)
+    true = factor.double() @ right.double()
+    add_product(total, split(factor.to(found.dtype), dtype, exact), right)
+    bound = 4e-5 if dtype == torch.bfloat16 and exact else 2 * (fine if exact else coarse)[dtype]
+    assert frobenius(total - 1, true) < bound
 
 
 def test_softmax_and_accumulation_are_float32() -> None:
@@ -65,20 +106,26 @@ def test_the_loss_is_not_rounded_by_autocast() -> None:
     assert float(value.detach()) == pytest.approx(float(expected), rel=1e-6)
 
 
-def largest_of_head(n: int, v: int) -> tuple[int, torch.Size]:
-    case = Case(torch.float32, sizes=(n, 8, v, v))
+def largest_of_head(mix: Mix, n: int, v: int) -> tuple[int, torch.Size]:
+    case = Case(torch.bfloat16, sizes=(n, 8, v, v))
     weight = case.student.weight_VH.shape
     with Largest({weight, weight[::-1], case.teacher.weight_VH.shape}) as seen:
-        value, _ = case.chunked(MIXES["mix"])
+        value, _ = case.chunked(mix)
         case.gradients(value)
     return seen.elements, seen.shape
 
 
-def test_no_tensor_grows_with_tokens_times_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", [*NAMES, "all"])
+def test_no_tensor_grows_with_tokens_times_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, name: str, exact: bool
+) -> None:
     """The largest tensor beside the weights is one chunk of logits, whatever N and V are."""
     budget = 1 << 12
     monkeypatch.setattr("regrow.training.head.CHUNK_ELEMENTS", budget)
-    small, big = largest_of_head(100, 128), largest_of_head(200, 256)
+    weights = dict.fromkeys(NAMES, 1.0) if name == "all" else {name: 1.0}
+    mix = Mix(weights, 2.0, exact=exact)
+    small, big = largest_of_head(mix, 100, 128), largest_of_head(mix, 200, 256)
     assert small[0] <= budget, small
     assert big[0] <= budget, big
     assert small[0] >= budget // 2  # and the chunk is used, not one token at a time

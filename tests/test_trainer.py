@@ -131,6 +131,34 @@ def test_held_out_figures_are_means_over_all_scored_tokens(tmp_path: Path) -> No
         assert metrics[f"eval_{name}"] == pytest.approx(float(part / outputs["tokens"]), rel=1e-9)
 
 
+@pytest.mark.parametrize("weights", [{"cross_entropy": 1.0}, {"reverse_kl": 0.5, "jsd": 0.5}])
+def test_the_forward_kl_is_measured_when_it_does_not_teach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: dict[str, float]
+) -> None:
+    """By evaluation alone: no step computes it, nor runs a teacher that nothing reads."""
+    student, teacher = pair(torch.float64)
+    batch = next(blocks_of(5, seed=4).batches(5))
+    trainer = DistillTrainer(
+        model=student, args=arguments(tmp_path), eval_dataset=blocks_of(5, seed=4)
+    )
+    bind_loss(student, teacher, Mix({"forward_kl": 1.0}))
+    expected = trainer.evaluate()
+    bind_loss(student, teacher, Mix({"forward_kl": 1.0}, temperature=3.0))
+    assert trainer.evaluate() == expected  # the true KL, whatever softens it in training
+    undo = bind_loss(student, teacher, Mix(weights))
+    found = trainer.evaluate()
+    assert list(found) == ["eval_forward_kl", *(f"eval_{name}" for name in weights)]
+    assert found["eval_forward_kl"] == pytest.approx(expected["eval_forward_kl"], rel=1e-12)
+    evaluated = student(**batch)
+    student.train()
+    if list(weights) == ["cross_entropy"]:
+        monkeypatch.setattr(teacher, "hidden", lambda *_, **__: pytest.fail("the teacher runs"))
+    trained = student(**batch)
+    undo()
+    assert list(trained["parts"]) == list(weights)
+    torch.testing.assert_close(trained["loss"], evaluated["loss"])
+
+
 def test_journal_has_a_row_for_each_step(tmp_path: Path) -> None:
     student, teacher = pair()
     trainer = DistillTrainer(

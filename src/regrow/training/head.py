@@ -1,8 +1,8 @@
 """lm_head and loss in chunks over the scored tokens; [batch, time, vocabulary] is never made.
 
 Shapes: N scored tokens, H hidden, V vocabulary; `student_NH` is a tensor of that shape.
-The gradients are computed in the forward pass, chunk by chunk: matrix products in the compute
-dtype, softmax and accumulation in float32.
+The gradients are computed in the forward pass, chunk by chunk: factors of matrix products in the
+compute dtype (`products.py`), softmax and accumulation in float32.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from regrow import plugins
 from regrow.errors import UserError
+from regrow.training.products import add_product, exact_dtype, product, split
 
 Loss = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 CHUNK_ELEMENTS = 1 << 24  # logits of a chunk: 64 MB in float32
@@ -30,10 +31,12 @@ class Head:
     weight_VH: Tensor
     softcap: float | None = None
 
-    def logits(self, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
-        """Logits [N, V] of final hidden states, float32 at least; `weight_VH` as wide as those."""
-        logits_NV = hidden_NH @ weight_VH.T
-        logits_NV = logits_NV.to(exact_dtype(logits_NV.dtype))
+    def logits(self, hidden_NH: Tensor, weight_VH: Tensor, exact: bool = False) -> Tensor:
+        """Logits [N, V] of final hidden states, float32 at least; `weight_VH` as wide as those.
+
+        Off CUDA those of half precision are rounded to it, unless `exact`.
+        """
+        logits_NV = product(hidden_NH, weight_VH.T, exact)
         if self.softcap is not None:
             logits_NV = logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits_NV
@@ -43,11 +46,6 @@ class Head:
         if self.softcap is None:
             return gradient_NV
         return gradient_NV * (1 - (logits_NV / self.softcap) ** 2)
-
-
-def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of softmax and accumulation over products in `dtype`: float32, or float64 if so."""
-    return torch.promote_types(torch.float32, dtype)
 
 
 def head_of(model: Any) -> Head:
@@ -75,6 +73,8 @@ class Mix:
     """Share of the teacher in the mixture of `jsd`."""
     skew: float = 0.1
     """α of the skewed divergences."""
+    exact: bool = False
+    """Whether products of half-precision factors are made as exact as those of float32 ones."""
 
     def terms(self) -> list[tuple[str, float, Loss, bool]]:
         """(name, weight, function, whether it needs the teacher) of each loss in use."""
@@ -86,8 +86,8 @@ class Mix:
         return found
 
     def measuring(self, name: str) -> Mix:
-        """The same mix, in which the loss `name` is measured too, and comes first."""
-        return replace(self, weights={name: 0.0, **self.weights})
+        """The mix at temperature 1, in which the loss `name` is measured too, and comes first."""
+        return replace(self, weights={name: 0.0, **self.weights}, temperature=1.0)
 
     @property
     def needs_teacher(self) -> bool:
@@ -198,15 +198,18 @@ class _Sums:
         gradient_NV = self._gradient(part, logits_NV, targets_N, teacher_NH)
         if self.hidden_gradient is None and self.weight_gradient is None:
             return
-        gradient_NV = self.job.student.through_cap(gradient_NV, logits_NV).to(self.job.compute)
-        weight_VH = self.weight_VH[: self.shared]
+        gradient_NV = self.job.student.through_cap(gradient_NV, logits_NV)
+        parts_NV = split(gradient_NV, self.job.compute, self.job.mix.exact)
         if self.hidden_gradient is not None:
-            self.hidden_gradient[part] = (gradient_NV @ weight_VH).to(self.hidden_gradient.dtype)
+            sum_NH = torch.zeros_like(hidden_NH, dtype=exact_dtype(hidden_NH.dtype))
+            add_product(sum_NH, parts_NV, self.weight_VH[: self.shared])
+            self.hidden_gradient[part] = sum_NH.to(self.hidden_gradient.dtype)
         if self.weight_gradient is not None:
-            self.weight_gradient[: self.shared] += gradient_NV.T @ hidden_NH
+            parts_VN = tuple(part_NV.T for part_NV in parts_NV)
+            add_product(self.weight_gradient[: self.shared], parts_VN, hidden_NH)
 
     def _logits(self, head: Head, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
-        return head.logits(hidden_NH, weight_VH[: self.shared])
+        return head.logits(hidden_NH, weight_VH[: self.shared], self.job.mix.exact)
 
     def _gradient(
         self, part: slice, logits_NV: Tensor, targets_N: Tensor, teacher_NH: Tensor | None

@@ -44,9 +44,9 @@ def bind_loss(
     The loss is computed inside the student's forward, so that it goes through whatever wraps the
     student (DDP, FSDP), and the student itself stays the stock model that Trainer saves. Outputs:
     `loss` (sum of the mix and the weighted signals), `main` (of the mix alone), `parts` {name of
-    loss or signal: its plain sum}, `tokens` (how many were scored). In eval mode the forward KL is
-    among the parts and comes first, whether the student learns by it or not; in training it costs
-    only if it does.
+    loss or signal: its plain sum}, `tokens` (how many were scored). In eval mode all is measured at
+    temperature 1, and the forward KL comes first, whether the student learns by it or not; a
+    training step computes it only if it does.
     """
     stock = student.forward
     measured = mix if teacher is None else mix.measuring(CHOSEN_BY)

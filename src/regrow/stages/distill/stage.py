@@ -99,7 +99,7 @@ def distill(
             eval_dataset=heldout,
             signals=signals,
         )
-        mix = Mix(config.losses, config.temperature, config.beta, config.skew)
+        mix = Mix(config.losses, config.temperature, config.beta, config.skew, config.exact_head)
         undo = bind_loss(model, taught_by, mix, signals)
         _train(trainer, folder, stage, pupil, steps, journal)
         undo()

@@ -1,0 +1,59 @@
+"""Matrix products of half-precision factors with a result of float32.
+
+CUDA has them. Elsewhere the result is rounded to half precision; `exact` then adds what that
+rounding, and that of a factor, left out. Both are small, so half precision holds them well: in
+bfloat16 with errors of 2⁻¹⁸ of the result, for products instead of one two or, of a split factor,
+three.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax and accumulation over products in `dtype`: float32, or float64 if so."""
+    return torch.promote_types(torch.float32, dtype)
+
+
+def product(left_MK: Tensor, right_KN: Tensor, exact: bool) -> Tensor:
+    """left @ right, in float32 at least."""
+    if _widens(left_MK):
+        return torch.mm(left_MK, right_KN, out_dtype=torch.float32)
+    rounded_MN = left_MK @ right_KN
+    result_MN = rounded_MN.to(exact_dtype(rounded_MN.dtype))
+    if exact and result_MN.dtype != rounded_MN.dtype:
+        result_MN.add_(rounded_MN.addmm_(left_MK, right_KN, beta=-1))
+    return result_MN
+
+
+def split(factor: Tensor, dtype: torch.dtype, exact: bool) -> tuple[Tensor, ...]:
+    """A float32 factor as one of `dtype` and, if `exact`, what its rounding left out.
+
+    Overwrites the factor if `exact`.
+    """
+    high = factor.to(dtype)
+    if not exact or high.dtype == factor.dtype:
+        return (high,)
+    return high, factor.sub_(high).to(dtype)
+
+
+def add_product(sum_MN: Tensor, parts_MK: tuple[Tensor, ...], right_KN: Tensor) -> None:
+    """Add left @ right to a float32 sum, left being what `split` gave."""
+    if _widens(right_KN):
+        for part_MK in parts_MK:
+            sum_MN.add_(torch.mm(part_MK, right_KN, out_dtype=torch.float32))
+        return
+    high_MK, *low = parts_MK
+    rounded_MN = high_MK @ right_KN
+    sum_MN.add_(rounded_MN)
+    for low_MK in low:
+        rounded_MN.addmm_(high_MK, right_KN, beta=-1).addmm_(low_MK, right_KN)
+        sum_MN.add_(rounded_MN)
+
+
+def _widens(factor: Tensor) -> bool:
+    if factor.device.type != "cuda" or torch.version.cuda is None or torch.__version__ < "2.8":
+        return False
+    return factor.dtype in (torch.bfloat16, torch.float16)
