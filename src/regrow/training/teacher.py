@@ -24,6 +24,8 @@ class States(NamedTuple):
     """[B, T − 1, H]: what the output head reads, after the last norm, of predicting positions."""
     layers: tuple[Tensor, ...]
     """[B, T, H] each: the embedding, then every block's output; empty unless asked for."""
+    attentions: tuple[Tensor, ...] = ()
+    """[B, heads, T, T] each: the weights of every layer; empty unless asked for."""
 
 
 class Teacher:
@@ -38,14 +40,16 @@ class Teacher:
         self.ids_V = None if ids_V is None else ids_V.to(model.device)
 
     @torch.no_grad()
-    def hidden(self, batch: dict[str, Tensor], all_layers: bool = False) -> States:
+    def hidden(
+        self, batch: dict[str, Tensor], all_layers: bool = False, attentions: bool = False
+    ) -> States:
         """Hidden states in the teacher's own dtype, outside any autocast."""
         assert not self.model.training, "the teacher left eval mode"
         if self.ids_V is not None:
             own = self.ids_V[batch["input_ids"].to(self.ids_V.device)]
             batch = {**batch, "input_ids": own}
         with torch.autocast(batch["input_ids"].device.type, enabled=False):
-            return hidden_states(self.model, batch, all_layers)
+            return hidden_states(self.model, batch, all_layers, attentions)
 
     @cached_property
     def head(self) -> Head:
@@ -57,17 +61,26 @@ class Teacher:
 
 
 def hidden_states(
-    model: PreTrainedModel, batch: dict[str, Tensor], all_layers: bool = False
+    model: PreTrainedModel,
+    batch: dict[str, Tensor],
+    all_layers: bool = False,
+    attentions: bool = False,
 ) -> States:
-    """The final hidden states of a batch and, if asked for, those of all layers."""
+    """The final hidden states of a batch and, if asked for, those and the attention of all layers.
+
+    Attention weights come from a model with eager attention only.
+    """
     device = model.device
     outputs = model.base_model(
         input_ids=batch["input_ids"].to(device),
         position_ids=batch["position_ids"].to(device),
         use_cache=False,
         output_hidden_states=all_layers,
+        output_attentions=attentions,
     )
-    return States(outputs.last_hidden_state[:, :-1], outputs.hidden_states or ())
+    weights = outputs.attentions or ()
+    assert attentions == bool(weights) and None not in weights, "not eager: no attention weights"
+    return States(outputs.last_hidden_state[:, :-1], outputs.hidden_states or (), weights)
 
 
 def final_hidden(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:

@@ -16,7 +16,6 @@ from torch.nn import functional
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -25,8 +24,12 @@ from transformers import (
 
 from regrow.errors import UserError
 from regrow.progress import Progress
+from regrow.training.balance import MAIN
 from regrow.training.head import Mix, head_loss, head_of
-from regrow.training.signals.hidden import Hidden
+from regrow.training.inside import inside
+from regrow.training.signal_mix import SignalMix
+from regrow.training.signal_trainer import SignalTrainer
+from regrow.training.tally import Tally
 from regrow.training.teacher import Teacher, hidden_states, scored
 
 CHOSEN_BY = "forward_kl"
@@ -34,19 +37,20 @@ HELDOUT = {f"eval_{CHOSEN_BY}": "heldout_kl"}  # any other eval_x becomes heldou
 
 
 def bind_loss(
-    student: PreTrainedModel, teacher: Teacher | None, mix: Mix, signal: Hidden | None = None
+    student: PreTrainedModel, teacher: Teacher | None, mix: Mix, signals: SignalMix | None = None
 ) -> Callable[[], None]:
     """Make `student(**batch)` return the summed loss; returns what undoes it.
 
     The loss is computed inside the student's forward, so that it goes through whatever wraps the
     student (DDP, FSDP), and the student itself stays the stock model that Trainer saves. Outputs:
-    `loss` (sum of the mix and the weighted signal), `parts` {loss name: sum, in nats except for the
-    signal's}, `tokens` (how many were scored). In eval mode all is measured at temperature 1, and
-    the forward KL comes first, whether the student learns by it or not; a training step computes it
-    only if it does.
+    `loss` (sum of the mix and the weighted signals), `main` (of the mix alone), `parts` {name of
+    loss or signal: its plain sum}, `tokens` (how many were scored). In eval mode all is measured at
+    temperature 1, and the forward KL comes first, whether the student learns by it or not; a
+    training step computes it only if it does.
     """
     stock = student.forward
     measured = mix if teacher is None else mix.measuring(CHOSEN_BY)
+    reads = {} if signals is None else signals.reads
 
     def forward(
         self: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, labels: Tensor, **_: Any
@@ -57,19 +61,20 @@ def bind_loss(
         now = mix if self.training else measured
         teacher_NH = taught = None
         teacher_head = None if teacher is None else teacher.head  # its ids are compared, if given
-        if teacher is not None and (now.needs_teacher or signal is not None):
-            taught = teacher.hidden(batch, all_layers=signal is not None)
+        if teacher is not None and (now.needs_teacher or signals is not None):
+            taught = teacher.hidden(batch, **reads)
             teacher_NH = taught.final[mask]
-        own = hidden_states(self, batch, all_layers=signal is not None)
+        own = hidden_states(self, batch, **reads)
         total, parts = head_loss(
             own.final[mask], head_of(self), targets_N, now, teacher_NH, teacher_head
         )
-        if signal is not None and taught is not None:
-            predicting = functional.pad(mask, (0, 1))
-            value = signal.loss(own.layers, taught.layers, predicting)
-            total = total + signal.weight * value
-            parts["hidden"] = value.detach()
-        return {"loss": total, "parts": parts, "tokens": mask.sum()}
+        found = {"loss": total, "main": total.detach(), "parts": parts, "tokens": mask.sum()}
+        if signals is None or teacher is None or taught is None:
+            return found
+        ours = inside(self, own, head_of(self))
+        theirs = inside(teacher.model, taught, teacher.head)
+        more, inner = signals.loss(ours, theirs, functional.pad(mask, (0, 1)))
+        return {**found, "loss": total + more, "parts": {**parts, **inner}}
 
     student.forward = types.MethodType(forward, student)  # type: ignore[method-assign]
 
@@ -79,7 +84,7 @@ def bind_loss(
     return undo
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(SignalTrainer):
     """Sum of the loss ÷ the scored tokens of the whole step, over accumulation and ranks.
 
     Blocks are read in their own order: a longer budget goes on where a shorter one ended.
@@ -87,6 +92,7 @@ class DistillTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.logged = Tally()
         self.model_accepts_loss_kwargs = True  # asks Trainer to count the scored tokens
         self.loss_is_scaled_for_ga = True
         if self.args.world_size > 1 and self.eval_dataset is not None:
@@ -112,6 +118,9 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """The mixed loss of one micro-batch, as its share of the step's mean per scored token."""
         outputs = model(**_model_inputs(inputs))
+        row = {**outputs["parts"], "tokens": outputs["tokens"]}
+        self.logged.add(row)
+        self.this_step.add({**row, MAIN: outputs["main"]})
         if num_items_in_batch is None:
             num_items_in_batch = outputs["tokens"]
         # A step without scored tokens has the sum 0, and must not become 0 / 0.
@@ -126,24 +135,29 @@ class DistillTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         if not bool(loss.isfinite()):
             raise UserError(f"the loss became {float(loss)} at step {self.state.global_step + 1}")
+        if self.accelerator.sync_gradients:
+            self.end_step()
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; a row of training gets each loss and signal under its own name."""
+        if "loss" in logs:
+            logs = {**logs, **self.logged.means(self.sum_over_ranks)}
+        super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean of each loss over the held-out blocks, in nats per scored token, over all ranks."""
         self.student.eval()
-        sums: dict[str, Tensor] = {}
+        tally = Tally()
         dataloader = self.get_eval_dataloader()
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 outputs = self.model_wrapped(**_model_inputs(inputs))
-            row = {**outputs["parts"], "tokens": outputs["tokens"]}
-            for name, value in row.items():
-                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value
-        gathered = {k: float(self.accelerator.reduce(v.double(), "sum")) for k, v in sums.items()}
-        tokens = gathered.pop("tokens")
-        metrics = {f"eval_{name}": value / tokens for name, value in gathered.items()}
+            tally.add({**outputs["parts"], "tokens": outputs["tokens"]})
+        means = tally.means(self.sum_over_ranks)
+        metrics = {f"eval_{name}": value for name, value in means.items()}
         for value in metrics.values():
             if not math.isfinite(value):
                 step = self.state.global_step

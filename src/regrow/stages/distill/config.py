@@ -11,6 +11,7 @@ from regrow.config import Config
 from regrow.errors import nearest
 
 LOSSES = "regrow.training.losses"
+SIGNALS = "regrow.training.signals"
 
 
 class DistillConfig(Config):
@@ -48,9 +49,13 @@ class DistillConfig(Config):
     exact_head: bool = False
     """Products of the output head as exact as in float32: gradients of the losses are then right to
     1e-4 instead of 2e-2, for about twice the time of head and loss on a CPU."""
-    hidden_weight: float = Field(default=0.0, ge=0)
-    """Weight of the blocks' outputs beside the loss, as squared error relative to the teacher's;
-    for a student that was cut from the teacher."""
+    signals: dict[str, float] = Field(default={})
+    """Weight of each inner signal beside the losses by its name: hidden, hidden_cosine, embeddings,
+    attention, logit_lens, logit_lens_symmetric."""
+    lens_layers: tuple[int | float, ...] = (0.25, 0.5, 0.75)
+    """Where the logit lens reads: shares of the student's blocks, or numbers of blocks from 0."""
+    balance: bool = False
+    """Multiply each signal's weight by the running mean of the losses over that of the signal."""
     eval_tokens: int = Field(default=25_000, ge=1)
     """Measure held-out KL, and keep a checkpoint, about every so many training tokens."""
     heldout_blocks: int = Field(default=16, ge=1)
@@ -74,3 +79,27 @@ class DistillConfig(Config):
                     "out (held-out forward KL is measured in any case)"
                 )
         return losses
+
+    @field_validator("signals")
+    @classmethod
+    def _known_signals(cls, signals: dict[str, float]) -> dict[str, float]:
+        known = plugins.names(SIGNALS)
+        for name, weight in signals.items():
+            if name not in known:
+                hint = nearest(name, known)
+                raise ValueError(f"no signal named {name!r}{hint}; there are: {', '.join(known)}")
+            if not 0 < weight < math.inf:
+                raise ValueError(f"the weight of {name} must be above 0 and finite")
+        return signals
+
+    @field_validator("lens_layers")
+    @classmethod
+    def _depths(cls, depths: tuple[int | float, ...]) -> tuple[int | float, ...]:
+        for depth in depths:
+            if depth < 0 or (isinstance(depth, float) and not 0 < depth < 1):
+                raise ValueError(
+                    f"{depth} is no depth: give shares between 0 and 1, or numbers of blocks from 0"
+                )
+        if not depths:
+            raise ValueError("give one depth at least; without a lens, leave out its signal")
+        return depths

@@ -18,7 +18,6 @@ from regrow.data.digest import data_digest
 from regrow.errors import UserError
 from regrow.manifest import Figure, Stage, refuse_input, require_space
 from regrow.options import Options
-from regrow.plan import Plan
 from regrow.progress import progress, say
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.resume import (
@@ -28,14 +27,13 @@ from regrow.stages.distill.resume import (
     last_checkpoint,
     rescue,
 )
+from regrow.stages.distill.signals import CARRIED, signals_between
 from regrow.stages.distill.student import Student, open_student
 from regrow.training.head import Mix
-from regrow.training.signals.hidden import Hidden, LayerMap
+from regrow.training.inside import give_attentions
 from regrow.training.teacher import Teacher
 from regrow.training.tokens import teacher_ids
 from regrow.training.trainer import DistillTrainer, Journal, Pace, bind_loss
-
-CARRIED = ("plan.json", "plan-from-first.json")
 
 
 def distill(
@@ -72,7 +70,7 @@ def distill(
     if stage.complete:
         say(f"distill: {out} is complete and unchanged")
         return out
-    signal = _signal(pupil, master, config.hidden_weight)
+    signals = signals_between(pupil, master, config)
     steps, micro, accumulation = steps_of(config, data, options)
     # Weights and optimizer of the best, the last and the next checkpoint, and the result.
     require_space(out, pupil.parameters * (3 * 12 + pupil.dtype.itemsize))
@@ -89,34 +87,26 @@ def distill(
         if device.index is not None:
             torch.cuda.set_device(device)  # the trainer takes the current one
         taught_by = Teacher(master.model(torch.bfloat16, device), ids_V)
+        if signals is not None and "attentions" in signals.needs:
+            say("distill: the attention signal needs eager attention in both models: slower")
+            give_attentions(model)
+            give_attentions(taught_by.model)
         arguments = _arguments(folder, config, device, steps, micro, accumulation)
         trainer = DistillTrainer(
-            model=model, args=arguments, train_dataset=blocks, eval_dataset=heldout
+            model=model,
+            args=arguments,
+            train_dataset=blocks,
+            eval_dataset=heldout,
+            signals=signals,
         )
-        mix = Mix(
-            config.losses, config.temperature, config.beta, config.skew, config.exact_head
-        )
-        undo = bind_loss(model, taught_by, mix, signal)
+        mix = Mix(config.losses, config.temperature, config.beta, config.skew, config.exact_head)
+        undo = bind_loss(model, taught_by, mix, signals)
         _train(trainer, folder, stage, pupil, steps, journal)
         undo()
         if ranks.is_main():
             _write(trainer, pupil, folder)
         stage.figures += _figures(trainer, steps * config.batch_tokens)
     return out
-
-
-def _signal(pupil: Student, master: Checkpoint, weight: float) -> Hidden | None:
-    """The hidden-state signal, by the plan that the student was cut by."""
-    if weight == 0:
-        return None
-    for path in filter(None, map(pupil.carried, CARRIED)):
-        plan = Plan.read(path)
-        if plan.fingerprint == master.fingerprint:
-            return Hidden(weight, LayerMap.of(plan))
-    raise UserError(
-        "hidden_weight compares layers of the student with the teacher's, and needs the plan.json "
-        f"of a student that was cut from {master.folder}: set it to 0, or give that student"
-    )
 
 
 def steps_of(config: DistillConfig, data: DataConfig, options: Options) -> tuple[int, int, int]:

@@ -1,0 +1,36 @@
+"""Sums over micro-batches, turned into means per scored token over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+TOKENS = "tokens"
+
+
+class Tally:
+    """Running sums by name; `tokens` is what they are divided by."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, row: Mapping[str, Tensor]) -> None:
+        """Add the sums of a micro-batch, `tokens` among them."""
+        for name, value in row.items():
+            so_far = self.sums.get(name, torch.zeros((), device=value.device))
+            self.sums[name] = so_far + value.detach()
+
+    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Mean of each by name, and begin anew; `reduce` sums a tensor over the ranks.
+
+        Empty when no token was scored.
+        """
+        sums, self.sums = self.sums, {}
+        if not sums:
+            return {}
+        totals = reduce(torch.stack([value.double() for value in sums.values()])).tolist()
+        gathered = dict(zip(sums, totals, strict=True))
+        tokens = gathered.pop(TOKENS)
+        return {name: total / tokens for name, total in gathered.items()} if tokens else {}

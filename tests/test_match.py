@@ -1,0 +1,127 @@
+"""What answers to what: by plan, by depth, at chosen depths, through learned projections."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import random_plan, tiny_config, tiny_model
+from tiny_signals import KEPT, OUTPUTS
+from torch import Tensor
+
+from regrow.errors import UserError
+from regrow.training.head import Head
+from regrow.training.inside import Inside
+from regrow.training.match import Match, at_depths
+
+
+def inside(states: list[Tensor], attentions: list[Tensor] | None = None) -> Inside:
+    return Inside(tuple(states), tuple(attentions or ()), lambda x: x, Head(torch.eye(2)))
+
+
+def test_by_plan() -> None:
+    config = tiny_config("llama", num_hidden_layers=6).to_dict()
+    match = Match.of_plan(random_plan(config, layers=KEPT, heads=4, hidden=36))
+    assert match.outputs == OUTPUTS
+    assert match.layers == ((0, 0), (1, 2), (2, 3), (3, 5))
+    assert match.channels is not None
+    assert len(match.channels) == 36
+    assert match.heads is not None
+    assert {n: len(ids) for n, ids in match.heads.items()} == dict.fromkeys(range(4), 4)
+    same = Match.of_plan(random_plan(config))
+    assert same == Match.of_same(6)
+    assert (same.channels, same.heads, same.projections) == (None, None, {})
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "outputs", "last"),
+    [
+        (2, 4, ((0, 1),), (1, 3)),
+        (4, 4, ((0, 0), (1, 1), (2, 2)), (3, 3)),
+        (3, 8, ((0, 2), (1, 4)), (2, 7)),
+        (4, 2, ((0, 0), (1, 0)), (3, 1)),  # the teacher's last output is not compared
+        (1, 4, (), (0, 3)),
+        (2, 1, (), (1, 0)),
+    ],
+)
+def test_by_depth(
+    student: int, teacher: int, outputs: tuple[tuple[int, int], ...], last: tuple[int, int]
+) -> None:
+    match = Match.by_depth(student, teacher)
+    assert match.outputs == outputs
+    assert match.layers[-1] == last
+    assert match.mean_heads
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "depths", "blocks"),
+    [
+        (30, (0.25, 0.5, 0.75), [7, 14, 22]),
+        (4, (0.25, 0.5, 0.75), [0, 1, 2]),
+        (2, (0.25, 0.5, 0.75), [0]),
+        (8, (6, 0.01, 3), [0, 3, 6]),
+    ],
+)
+def test_depths(num_layers: int, depths: tuple[int | float, ...], blocks: list[int]) -> None:
+    outputs = tuple((n, 2 * n) for n in range(num_layers - 1))
+    assert at_depths(outputs, num_layers, depths) == tuple((n, 2 * n) for n in blocks)
+
+
+@pytest.mark.parametrize("depth", [3, 4, -1])
+def test_depths_that_are_not_there(depth: int) -> None:
+    with pytest.raises(UserError, match=rf"lens_layers: {depth} is no block .* \(0 to 2\)"):
+        at_depths(((0, 0), (1, 1), (2, 2)), 4, (0.5, depth))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(20, 48), (48, 20), (32, 32)])
+def test_projections_keep_the_size_of_a_state(ours: int, theirs: int) -> None:
+    match = Match.by_depth(3, 3)
+    match.project((ours, theirs), frozenset({"outputs", "embeddings"}), seed=1)
+    assert set(match.projections) == {"embeddings", "block 0", "block 1"}
+    states = torch.randn(500, ours, generator=torch.Generator().manual_seed(0))
+    for weight in match.projections.values():
+        assert weight.shape == (ours, theirs)
+        ratio = (states @ weight).square().mean() / states.square().mean()
+        assert 0.8 < float(ratio.detach()) < 1.25
+    other = Match.by_depth(3, 3)
+    other.project((ours, theirs), frozenset({"outputs", "lens"}), seed=1)
+    assert set(other.projections) == {"block 0", "block 1"}
+
+
+def test_projected_states() -> None:
+    """Each through its own matrix, in full precision under autocast."""
+    match = Match.by_depth(2, 2)
+    match.project((3, 5), frozenset({"outputs", "embeddings"}), seed=0)
+    draw = torch.Generator().manual_seed(2)
+    ours = [torch.randn(2, 4, 3, generator=draw) for _ in range(3)]
+    theirs = [torch.randn(2, 4, 5, generator=draw) for _ in range(3)]
+    mask = torch.tensor([[True, False, True, True], [False, True, False, False]])
+    with torch.autocast("cpu", torch.bfloat16):
+        embedded = match.embedded(inside(ours), inside(theirs), mask)
+        (states,) = match.states(inside(ours), inside(theirs), mask)
+    for found, layer, name in ((embedded, 0, "embeddings"), (states, 1, "block 0")):
+        expected = ours[layer][mask].double() @ match.projections[name].double()
+        torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[1], theirs[layer][mask], rtol=0, atol=0)
+
+
+def test_without_a_plan_the_mean_of_the_heads_is_compared() -> None:
+    match = Match.by_depth(1, 2)
+    draw = torch.Generator().manual_seed(2)
+    ours = [torch.rand(1, 2, 4, 4, generator=draw)]
+    theirs = [torch.rand(1, 3, 4, 4, generator=draw) for _ in range(2)]
+    mask = torch.tensor([[False, True, False, True]])
+    ((q, p),) = match.attended(inside([], ours), inside([], theirs), mask)
+    assert q.shape == p.shape == (2, 1, 4)
+    torch.testing.assert_close(q[1, 0], ours[0][0, :, 3].mean(0))
+    torch.testing.assert_close(p[0, 0], theirs[1][0, :, 1].mean(0))
+
+
+def test_tiny_models_have_the_final_norm_where_it_is_looked_for() -> None:
+    from tiny_models import SPECIAL
+
+    from regrow.training.inside import final_norm
+
+    for model_type in SPECIAL:
+        model = tiny_model(model_type)
+        state = torch.randn(1, 2, 48, dtype=torch.float64)
+        assert final_norm(model)(state).shape == state.shape
