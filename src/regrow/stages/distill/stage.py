@@ -93,9 +93,7 @@ def distill(
         trainer = DistillTrainer(
             model=model, args=arguments, train_dataset=blocks, eval_dataset=heldout
         )
-        mix = Mix(
-            config.losses, config.temperature, config.beta, config.skew, config.exact_head
-        )
+        mix = Mix(config.losses, config.temperature, config.beta, config.skew, config.exact_head)
         undo = bind_loss(model, taught_by, mix, signal)
         _train(trainer, folder, stage, pupil, steps, journal)
         undo()
