@@ -78,7 +78,7 @@ class Mix:
 
     def terms(self) -> list[tuple[str, float, Loss, bool]]:
         """(name, weight, function, whether it needs the teacher) of each loss in use."""
-        found = []
+        found: list[tuple[str, float, Loss, bool]] = []
         for name, weight in self.weights.items():
             module = plugins.load("regrow.training.losses", name)
             options = {option: vars(self)[option] for option in module.OPTIONS}

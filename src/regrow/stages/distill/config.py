@@ -33,7 +33,7 @@ class DistillConfig(Config):
     """AdamW's second-moment decay; short runs want a short memory."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradient norm to clip at."""
-    losses: dict[str, float] = {"forward_kl": 1.0}
+    losses: dict[str, float] = Field(default_factory=lambda: {"forward_kl": 1.0})
     """Weight of each output loss by its name: forward_kl, reverse_kl, jsd, skewed_kl,
     skewed_reverse_kl, total_variation, cross_entropy (of the text). Held-out forward KL is always
     measured, and the best student is chosen by it."""
@@ -41,8 +41,8 @@ class DistillConfig(Config):
     """T, by which the logits of both models are divided in all losses but cross_entropy, which then
     count T² times."""
     beta: float = Field(default=0.5, ge=1e-3, le=0.999)
-    """Of jsd: beta · KL(teacher ‖ M) + (1 − beta) · KL(student ‖ M), M = beta · teacher + (1 − beta)
-    · student."""
+    """Of jsd: beta · KL(teacher ‖ M) + (1 − beta) · KL(student ‖ M), where M is
+    beta · teacher + (1 − beta) · student."""
     skew: float = Field(default=0.1, ge=1e-3, le=0.999)
     """α of skewed_kl, KL(teacher ‖ α · teacher + (1 − α) · student), and of skewed_reverse_kl,
     KL(student ‖ (1 − α) · teacher + α · student)."""
