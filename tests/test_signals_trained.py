@@ -132,6 +132,7 @@ def test_every_signal_is_logged(whole: dict[str, Any]) -> None:
     assert len(rows) == STEPS
     student, teacher, signals = strangers(balance=True)
     bind_loss(student, teacher, MIX, signals)
+    student.train()
     with torch.no_grad():
         found = student(**next(blocks_of(8 * STEPS).batches(8)))
     for name in ("forward_kl", "cross_entropy", *NAMES):
