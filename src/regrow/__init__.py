@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from regrow.plan import Plan
     from regrow.recipe import Recipe, run
     from regrow.search import prune
+    from regrow.stages.cache import CacheConfig, cache
     from regrow.stages.distill import DistillConfig, distill
     from regrow.stages.evaluate import EvaluateConfig, evaluate
     from regrow.stages.profile import ProfileConfig, profile
@@ -29,6 +30,8 @@ _HOME = {
     "compare": "comparison",
     "DataConfig": "data",
     "SourceConfig": "data",
+    "CacheConfig": "stages.cache",
+    "cache": "stages.cache",
     "DistillConfig": "stages.distill",
     "distill": "stages.distill",
     "EvaluateConfig": "stages.evaluate",
@@ -47,6 +50,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CacheConfig",
     "Checkpoint",
     "DataConfig",
     "DistillConfig",
@@ -60,6 +64,7 @@ __all__ = [
     "SourceConfig",
     "UserError",
     "__version__",
+    "cache",
     "compare",
     "distill",
     "evaluate",

@@ -25,6 +25,7 @@ from transformers import (
 
 from regrow.errors import UserError
 from regrow.progress import Progress
+from regrow.training.cache.teacher import CachedTeacher
 from regrow.training.head import Mix, head_loss, head_of
 from regrow.training.signals.hidden import Hidden
 from regrow.training.teacher import Teacher, hidden_states, scored
@@ -37,7 +38,10 @@ HELDOUT = {
 
 
 def bind_loss(
-    student: PreTrainedModel, teacher: Teacher | None, mix: Mix, signal: Hidden | None = None
+    student: PreTrainedModel,
+    teacher: Teacher | CachedTeacher | None,
+    mix: Mix,
+    signal: Hidden | None = None,
 ) -> Callable[[], None]:
     """Make `student(**batch)` return the summed loss; returns what undoes it.
 
@@ -55,12 +59,13 @@ def bind_loss(
         mask = scored(batch)
         targets_N = labels[:, 1:][mask]
         teacher_NH = teacher_head = taught = None
-        if teacher is not None and (mix.needs_teacher or signal is not None):
+        sparse = teacher.sparse(batch) if teacher is not None and mix.needs_teacher else None
+        if teacher is not None and sparse is None and (mix.needs_teacher or signal is not None):
             taught = teacher.hidden(batch, all_layers=signal is not None)
             teacher_NH, teacher_head = taught.final[mask], teacher.head
         own = hidden_states(self, batch, all_layers=signal is not None)
         total, parts = head_loss(
-            own.final[mask], head_of(self), targets_N, mix, teacher_NH, teacher_head
+            own.final[mask], head_of(self), targets_N, mix, teacher_NH, teacher_head, sparse=sparse
         )
         if signal is not None and taught is not None:
             predicting = functional.pad(mask, (0, 1))

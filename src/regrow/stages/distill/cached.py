@@ -1,0 +1,48 @@
+"""The cache that a distillation takes in its teacher's place, checked before any slow work."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from regrow.checkpoint import Checkpoint
+from regrow.errors import UserError
+from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.student import Student
+from regrow.training.cache.folder import Cache
+from regrow.training.cache.teacher import check_use
+from regrow.training.head import Mix
+
+FEWER_TOKENS = (
+    "a cache is of the teacher's own tokens, and the student has fewer: leave out the cache, so "
+    "that the live teacher is used"
+)
+
+
+def open_cache(
+    config: DistillConfig, pupil: Student, master: Checkpoint, ids_V: Tensor | None
+) -> Cache | None:
+    """The cache that the config names, if any.
+
+    Raises UserError when it is of another teacher, or cannot teach this student in this way.
+    """
+    if config.cache is None:
+        return None
+    if ids_V is not None:
+        raise UserError(FEWER_TOKENS)
+    cache = Cache(config.cache)
+    cache.check_teacher(master)
+    check_loss(config, cache.header.format)
+    student = pupil.like.config if pupil.config is None else pupil.config.to_dict()
+    rows, size = int(student["vocab_size"]), cache.header.vocab_size
+    if rows < size and not cache.formats["train"].STATES:
+        raise UserError(
+            f"the student has {rows} ids, the cache {cache.folder} {size}: make one with "
+            "--format hidden, of which the ids that both have are used"
+        )
+    return cache
+
+
+def check_loss(config: DistillConfig, format: str) -> None:
+    """Raise UserError for a loss that a cache of this format cannot teach."""
+    mix = Mix(config.loss_weights(), config.temperature)
+    check_use(format, mix, needs_layers=config.hidden_weight > 0)
