@@ -37,7 +37,7 @@ def errors(
             sparse = stored[part].to(log_p_NV.device)
             found.append(_of_sparse(log_p_NV, sparse))
         else:
-            states_NH = stored[part].to(log_p_NV.device)
+            states_NH = stored[part].to(hidden_NH)
             (log_q_NV,) = log_probabilities(states_NH, head, vocab_size)
             found.append({"error": _sum(log_p_NV.exp(), log_p_NV - log_q_NV)})
     return {name: torch.cat([each[name] for each in found]) for name in found[0]}
