@@ -199,7 +199,7 @@ def of_distill(
     options: Options,
 ) -> list[str]:
     """Steps, memory and time of a distillation: 2 N_teacher + 6 N_student operations per token."""
-    open_cache(config, student, teacher, teacher_ids(student.like, teacher))
+    open_cache(config, teacher, teacher_ids(student.like, teacher))
     return _distill_lines(student.parameters, _parameters(teacher), data, config, options)
 
 

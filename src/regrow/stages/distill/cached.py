@@ -7,7 +7,6 @@ from torch import Tensor
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.stages.distill.config import DistillConfig
-from regrow.stages.distill.student import Student
 from regrow.training.cache.folder import Cache
 from regrow.training.cache.teacher import check_use
 from regrow.training.head import Mix
@@ -18,9 +17,7 @@ FEWER_TOKENS = (
 )
 
 
-def open_cache(
-    config: DistillConfig, pupil: Student, master: Checkpoint, ids_V: Tensor | None
-) -> Cache | None:
+def open_cache(config: DistillConfig, master: Checkpoint, ids_V: Tensor | None) -> Cache | None:
     """The cache that the config names, if any.
 
     Raises UserError when it is of another teacher, or cannot teach this student in this way.
@@ -32,13 +29,6 @@ def open_cache(
     cache = Cache(config.cache)
     cache.check_teacher(master)
     check_loss(config, cache.header.format)
-    student = pupil.like.config if pupil.config is None else pupil.config.to_dict()
-    rows, size = int(student["vocab_size"]), cache.header.vocab_size
-    if rows < size and not cache.formats["train"].STATES:
-        raise UserError(
-            f"the student has {rows} ids, the cache {cache.folder} {size}: make one with "
-            "--format hidden, of which the ids that both have are used"
-        )
     return cache
 
 

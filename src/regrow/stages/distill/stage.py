@@ -67,7 +67,7 @@ def distill(
     pupil = open_student(student, master)
     refuse_input(out, pupil.like.folder, master.folder)
     ids_V = teacher_ids(pupil.like, master)
-    cached = open_cache(config, pupil, master, ids_V)
+    cached = open_cache(config, master, ids_V)
     inputs = {
         "student": pupil.fingerprint,
         "teacher": master.fingerprint,
