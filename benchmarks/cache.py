@@ -52,12 +52,12 @@ VARIANTS: list[dict[str, Any]] = [
     *({"format": "topk", "k": k, "bits": 8} for k in (8, 18, 64)),
     *({"format": "topk", "k": 18, "bits": bits} for bits in (4, 6)),
     {"format": "topk", "k": 20, "bits": 6},
-    *({"format": "samples", "draws": draws} for draws in (16, 32, 64, 255)),
+    *({"format": "samples", "draws": draws} for draws in (16, 32, 40, 64, 255)),
     *({"format": "samples", "draws": n, "sampling": "multinomial"} for n in (32, 64)),
     {"format": "hidden", "dtype": "int8"},
     {"format": "hidden", "dtype": "bfloat16"},
 ]
-STUDENTS = ("topk k=18 bits=8", "topk k=64 bits=8", "samples draws=64", "hidden dtype=int8")
+STUDENTS = ("topk k=18 bits=8", "topk k=64 bits=8", "samples draws=40", "hidden dtype=int8")
 Rows = dict[str, dict[str, Any]]
 
 

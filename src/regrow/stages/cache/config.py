@@ -24,7 +24,7 @@ class CacheConfig(Config):
     """topk: how many ids."""
     bits: int = Field(default=8, ge=2, le=16)
     """topk: bits of a probability."""
-    draws: int = Field(default=64, ge=1, le=255)
+    draws: int = Field(default=40, ge=1, le=255)
     """samples: draws for each token."""
     sampling: Literal["systematic", "multinomial"] = "systematic"
     """samples: evenly spaced in the cumulated distribution, or independent (more noise)."""

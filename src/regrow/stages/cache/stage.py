@@ -10,6 +10,7 @@ import torch
 from regrow import families, manifest, ranks
 from regrow.checkpoint import Checkpoint, load
 from regrow.data import Blocks, DataConfig, build_blocks
+from regrow.data.blocks import IGNORED
 from regrow.data.digest import data_digest
 from regrow.errors import UserError
 from regrow.manifest import Figure, Stage, refuse_input, require_space
@@ -63,13 +64,13 @@ def cache(
         "heldout": build_blocks(data, tokenizer, "heldout", config.heldout_blocks),
         "train": build_blocks(data, tokenizer, "train", -(-config.tokens // data.sequence_length)),
     }
+    _check_space(stage, header, blocks)
     ranks.join(cpu=device.type == "cpu")
     with stage as folder:
         if ranks.is_main():
-            _tidy(out, folder, stage)
+            _tidy(folder, stage)
         ranks.wait()
-        todo = _todo(blocks, folder)
-        _check_space(out, header, todo, blocks)
+        todo = {split: missing_blocks(b, Store(folder / split)) for split, b in blocks.items()}
         ranks.wait()  # before anything is written, so that all ranks see the same to do
         if any(todo.values()):
             model = Teacher(master.model(torch.bfloat16, device))
@@ -108,31 +109,33 @@ def _stage(out: Path, config: CacheConfig, header: Header) -> Stage:
     return Stage(out, "cache", config, inputs, resumable=True, resume_digest=header.fingerprint)
 
 
-def _tidy(out: Path, folder: Path, stage: Stage) -> None:
+def _tidy(folder: Path, stage: Stage) -> None:
     """Take over the shards of a finished cache; drop what a kill left half written."""
-    found = manifest.read(out)
-    extends = found is not None and found.get("resume_digest") == stage.resume_digest
+    extends = _extends(stage)
     for split in SPLITS:
         (folder / split).mkdir(exist_ok=True)
-        for path in sorted((out / split).glob("*.safetensors")) if extends else ():
+        for path in sorted((stage.out / split).glob("*.safetensors")) if extends else ():
             if not (folder / split / path.name).exists():
                 manifest.link(str(path), str(folder / split / path.name))
         for path in [*(folder / split).glob("*.partial-*"), *Store(folder / split).broken]:
             path.unlink()
 
 
-def _todo(blocks: dict[str, Blocks], folder: Path) -> dict[str, dict[bytes, int]]:
-    return {split: missing_blocks(blocks[split], Store(folder / split)) for split in blocks}
-
-
-def _check_space(
-    out: Path, header: Header, todo: dict[str, dict[bytes, int]], blocks: dict[str, Blocks]
-) -> None:
+def _check_space(stage: Stage, header: Header, blocks: dict[str, Blocks]) -> None:
+    """For what neither an interrupted cache nor, if it is extended, the finished one holds."""
+    folders = [stage.partial, stage.out] if _extends(stage) else [stage.partial]
     needed = 0.0
     for split, form in header.formats().items():
-        part = blocks[split].labels[list(todo[split].values())]
-        needed += form.bytes_per_token() * int((part[:, 1:] != -100).sum())
-    require_space(out, int(needed))
+        todo = missing_blocks(blocks[split], *(Store(folder / split) for folder in folders))
+        labels = blocks[split].labels[list(todo.values())]
+        needed += form.bytes_per_token() * int((labels[:, 1:] != IGNORED).sum())
+    require_space(stage.out, int(needed))
+
+
+def _extends(stage: Stage) -> bool:
+    """Whether there is a finished cache of the same teacher and format."""
+    found = manifest.read(stage.out)
+    return found is not None and found.get("resume_digest") == stage.resume_digest
 
 
 def _fill(

@@ -15,6 +15,7 @@ from pydantic import Field
 from regrow import manifest
 from regrow.checkpoint import Checkpoint
 from regrow.config import Config, parse
+from regrow.data.blocks import IGNORED
 from regrow.errors import UserError
 from regrow.training.cache.formats import Format, make
 from regrow.training.cache.keys import block_keys
@@ -130,15 +131,16 @@ def _keyed(blocks: Blocks) -> list[tuple[bytes, bool]]:
     """The key of each block, and whether anything is scored in it."""
     found: list[tuple[bytes, bool]] = []
     for batch in blocks.batches(256):
-        there = (batch["labels"][:, 1:] != -100).any(-1).tolist()
+        there = (batch["labels"][:, 1:] != IGNORED).any(-1).tolist()
         found += zip(block_keys(batch), there, strict=True)
     return found
 
 
-def missing_blocks(blocks: Blocks, store: Store) -> dict[bytes, int]:
+def missing_blocks(blocks: Blocks, *stores: Store) -> dict[bytes, int]:
     """The blocks, by key, that are still to be stored, each with its number; once each."""
-    keyed = enumerate(_keyed(blocks))
-    return {key: n for n, (key, there) in reversed(list(keyed)) if there and key not in store}
+    keyed = [(key, n) for n, (key, there) in enumerate(_keyed(blocks)) if there]
+    first = dict(reversed(keyed))
+    return {key: n for key, n in first.items() if not any(key in store for store in stores)}
 
 
 def _read(folder: Path) -> Header:

@@ -30,7 +30,7 @@ class Format:
 
     STATES: ClassVar[bool] = False
     vocab_size: int
-    draws: int = 64
+    draws: int = 40
     sampling: Literal["systematic", "multinomial"] = "systematic"
     seed: int = 0
 
