@@ -46,7 +46,7 @@ def test_output_folder(
     assert sorted(tmp_path.iterdir()) == [place, out]
 
 
-@pytest.mark.parametrize("name", ["profile", "prune", "distill"])
+@pytest.mark.parametrize("name", ["profile", "prune", "cache", "distill"])
 def test_no_disk_space(
     name: str, place: Path, untouched: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ __all__ = ["write_text"]
 Refused = Callable[..., str]
 """Runs a command that must be refused; returns what it said."""
 
-COMMANDS = ("profile", "prune", "distill", "evaluate", "run")
+COMMANDS = ("profile", "prune", "cache", "distill", "evaluate", "run")
 """Those that write a folder."""
 LENGTH = 32
 """Tokens per block."""
@@ -70,6 +70,7 @@ def command(name: str, place: Path, model: Path, out: Path) -> list[object]:
         "inspect": ["inspect", model],
         "profile": ["profile", model, *text, "--samples", 16, "--gram-tokens", 512, "--out", out],
         "prune": ["prune", model, "--profile", place / "profile", *sizes, "--out", out],
+        "cache": ["cache", model, *text, "--tokens", 512, "--heldout-blocks", 2, "--out", out],
         "distill": [
             *("distill", model, "--teacher", model, *text, "--out", out),
             *("--tokens", 512, "--batch-tokens", 128, "--eval-tokens", 256, "--heldout-blocks", 2),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from regrow.plan import Plan
     from regrow.recipe import Recipe, run
     from regrow.search import prune
+    from regrow.stages.cache import CacheConfig, cache
     from regrow.stages.distill import DistillConfig, distill
     from regrow.stages.evaluate import EvaluateConfig, evaluate
     from regrow.stages.profile import ProfileConfig, profile
@@ -30,6 +31,8 @@ _HOME = {
     "compare": "comparison",
     "DataConfig": "data",
     "SourceConfig": "data",
+    "CacheConfig": "stages.cache",
+    "cache": "stages.cache",
     "DistillConfig": "stages.distill",
     "distill": "stages.distill",
     "EvaluateConfig": "stages.evaluate",
@@ -50,6 +53,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CacheConfig",
     "Checkpoint",
     "DataConfig",
     "DistillConfig",
@@ -64,6 +68,7 @@ __all__ = [
     "SourceConfig",
     "UserError",
     "__version__",
+    "cache",
     "compare",
     "distill",
     "evaluate",

@@ -27,6 +27,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "profile": commands.profile,
     "compare": commands.compare,
     "prune": commands.prune,
+    "cache": commands.cache,
     "distill": commands.distill,
     "evaluate": commands.evaluate,
     "report": commands.report,

@@ -14,6 +14,7 @@ from regrow.errors import UserError
 from regrow.manifest import refuse_foreign
 from regrow.options import Options
 from regrow.recipe import KeepStages
+from regrow.stages.cache import CacheConfig
 from regrow.stages.distill import DistillConfig
 from regrow.stages.evaluate import EvaluateConfig
 from regrow.stages.profile import ProfileConfig
@@ -213,6 +214,33 @@ def compare(
         _print(estimate.of_compare(_open(model), profile, blend, config, rounds, heads))
         return
     by_each(model, profile, blend, config, out, options, rounds, heads)
+
+
+def cache(
+    teacher: Annotated[Positional[str], tyro.conf.arg(metavar="TEACHER")],
+    text: OmitArgPrefixes[Text],
+    out: Path,
+    config: OmitArgPrefixes[CacheConfig] = CacheConfig(),
+    options: OmitArgPrefixes[Options] = Options(),
+    dry_run: bool = False,
+) -> None:
+    """Run a teacher once over the text of distillations to come, and store what it says.
+
+    Args:
+        teacher: Hugging Face folder, hub id, GGUF file, or package:NAME.
+        out: Folder to write the cache to; a finished one is added to.
+        config: How much to store, and how.
+        options: Device and portions.
+        dry_run: Check everything and print what would be done.
+    """
+    from regrow import estimate
+    from regrow.stages.cache import cache as stage
+
+    master, blend = _open(teacher), text.blend()
+    if dry_run:
+        _print(estimate.of_cache(master, blend, config), out)
+        return
+    stage(master, blend, out, config, options)
 
 
 def distill(

@@ -20,6 +20,9 @@ from regrow.recipe import Recipe
 from regrow.search import HANDFUL, SHOWN, blocks_for, check_keep_params, to_try
 from regrow.search import passes_for as passes_of_search
 from regrow.search.halving import rungs_for, tokens_for
+from regrow.stages.cache.config import CacheConfig
+from regrow.stages.cache.stage import header_of
+from regrow.stages.distill.cached import open_cache
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import steps_of
 from regrow.stages.distill.student import Student
@@ -37,7 +40,7 @@ from regrow.stages.rotate.basis import check as check_rotation
 from regrow.stages.rotate.basis import turned_config
 from regrow.stages.rotate.config import RotateConfig
 from regrow.statistics import Profile
-from regrow.steps import check_one_target
+from regrow.steps import check_one_target, fitted
 from regrow.training.tokens import teacher_ids
 from regrow.trial import TRIAL_BLOCKS, TRIAL_TOKENS
 
@@ -191,6 +194,19 @@ def of_compare(
     return [*lines, f"  time about {clock(seconds)} for the passes through the model{repair}"]
 
 
+def of_cache(teacher: Checkpoint, data: DataConfig, config: CacheConfig) -> list[str]:
+    """Tokens, disk and time of a cache: one pass, 2 N operations per token."""
+    form = header_of(teacher, data, config).formats()["train"]
+    heldout = config.heldout_blocks * data.sequence_length
+    seconds = (config.tokens + heldout) * 2 * _active(teacher) / matmul_rate()
+    size = config.tokens * form.bytes_per_token()
+    return [
+        f"cache: {config.format}, {config.tokens:,} tokens to train on and {heldout:,} held out",
+        f"  disk at most {size / 1e9:.2f} GB ({form.bytes_per_token():,.0f} bytes per token), time "
+        f"at best {clock(seconds)}",
+    ]
+
+
 def of_distill(
     student: Student,
     teacher: Checkpoint,
@@ -199,7 +215,7 @@ def of_distill(
     options: Options,
 ) -> list[str]:
     """Steps, memory and time of a distillation: 2 N_teacher + 6 N_student operations per token."""
-    teacher_ids(student.like, teacher)
+    open_cache(config, teacher, teacher_ids(student.like, teacher))
     return _distill_lines(student.parameters, _parameters(teacher), data, config, options)
 
 
@@ -230,6 +246,7 @@ def of_recipe(recipe: Recipe, options: Options) -> list[str]:
     checkpoint = load(recipe.model)
     teacher = student = _parameters(checkpoint)
     lines: list[str] = []
+    cached: set[str | None] = set()
     for step in recipe.steps():
         config: Any = step.config
         if isinstance(config, ProfileConfig):
@@ -244,7 +261,13 @@ def of_recipe(recipe: Recipe, options: Options) -> list[str]:
             if student != teacher:
                 lines.append(f"prune: {student:,} parameters then; to about {after:,}")
             student = after
+        elif isinstance(config, CacheConfig):
+            against = load(step.teacher) if step.teacher else checkpoint
+            lines += of_cache(against, recipe.data, fitted(step, recipe.steps(), recipe.model))
+            cached.add(step.teacher)
         elif isinstance(config, DistillConfig):
+            if step.teacher in cached:
+                config = config.model_copy(update={"cache": "cached by then"})
             lines += _distill_lines(student, teacher, recipe.data, config, options)
         else:
             lines.append(f"{step.name}: of what is there by then")
@@ -278,6 +301,7 @@ def _distill_lines(
     student: int, teacher: int, data: DataConfig, config: DistillConfig, options: Options
 ) -> list[str]:
     steps, micro, accumulation = steps_of(config, data, options)
+    teacher = 0 if config.cache else teacher
     seconds = config.tokens * (2 * teacher + 6 * student) / matmul_rate()
     return [
         f"distill: {steps} steps of {config.batch_tokens:,} tokens "

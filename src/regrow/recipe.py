@@ -21,10 +21,11 @@ from regrow.errors import UserError
 from regrow.options import Options
 from regrow.overrides import override
 from regrow.progress import say
-from regrow.steps import Step, check_steps, parse_step
+from regrow.steps import Step, check_steps, fitted, parse_step
 
 KeepStages = Literal["all", "last"]
 RECIPE = "recipe.yaml"
+HEAVY = ("trainer", "grams", "train", "heldout")
 
 
 class Recipe(Config):
@@ -98,6 +99,8 @@ class _Job:
     options: Options
     current: str | Path = ""
     profile: Path | None = None
+    caches: dict[str, Path] = field(default_factory=dict)
+    """By teacher, the last cache of it."""
     models: dict[str, str | Path] = field(default_factory=dict)
     reported: bool = False
 
@@ -209,16 +212,28 @@ def _prune(job: _Job, step: Step, name: str) -> None:
     job.add("repaired", repaired)
 
 
+def _cache(job: _Job, step: Step, name: str) -> None:
+    from regrow.stages.cache import CacheConfig, cache
+
+    assert isinstance(step.config, CacheConfig)
+    teacher, data = step.teacher or job.recipe.model, job.recipe.data
+    config = fitted(step, job.steps, job.recipe.model)
+    job.caches[teacher] = cache(teacher, data, job.folder(name), config, job.options)
+
+
 def _distill(job: _Job, step: Step, name: str) -> None:
     from regrow.stages.distill import DistillConfig, distill
 
-    assert isinstance(step.config, DistillConfig)
+    config, teacher = step.config, step.teacher or job.recipe.model
+    assert isinstance(config, DistillConfig)
+    if config.cache is None and teacher in job.caches:
+        config = config.model_copy(update={"cache": str(job.caches[teacher])})
     distill(
         job.current,
-        step.teacher or job.recipe.model,
+        teacher,
         job.recipe.data,
         job.folder(name),
-        step.config,
+        config,
         job.options,
         journal=job.out / "metrics.jsonl",
     )
@@ -247,6 +262,7 @@ _RUNNERS: dict[str, Callable[[_Job, Step, str], None]] = {
     "rotate": _rotate,
     "profile": _profile,
     "prune": _prune,
+    "cache": _cache,
     "distill": _distill,
     "evaluate": _evaluate,
     "report": _report,
@@ -264,7 +280,7 @@ def _publish(folder: Path, out: Path) -> None:
 
 def _drop_weights(folder: Path) -> None:
     """What is large goes; the stage then counts as not done: the next one could not read it."""
-    heavy = [*folder.glob("model*.safetensors*"), folder / "trainer", folder / "grams"]
+    heavy = [*folder.glob("model*.safetensors*"), *(folder / name for name in HEAVY)]
     there = [path for path in heavy if path.exists()]
     if there:
         manifest.forget(folder)

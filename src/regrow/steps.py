@@ -16,18 +16,20 @@ from regrow.options import Options
 if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint
     from regrow.families import Family
+    from regrow.stages.cache.config import CacheConfig
     from regrow.stages.prune.config import PruneConfig
 
 CONFIGS = {
     "rotate": "RotateConfig",
     "profile": "ProfileConfig",
     "prune": "PruneConfig",
+    "cache": "CacheConfig",
     "distill": "DistillConfig",
     "evaluate": "EvaluateConfig",
     "report": "ReportConfig",
 }
-LATER = ("cache", "generate", "quantize", "export", "advise")
-WITH_TEACHER = ("distill", "evaluate")
+LATER = ("generate", "quantize", "export", "advise")
+WITH_TEACHER = ("cache", "distill", "evaluate")
 
 
 class Step(Config):
@@ -69,6 +71,28 @@ def parse_step(entry: dict[str, Any] | str, number: int) -> Step:
     return Step(name=name, config=config, teacher=teacher, where=where)
 
 
+def fitted(step: Step, steps: list[Step], model: str) -> CacheConfig:
+    """A cache stage's config; tokens and held-out blocks it leaves open are those that follow.
+
+    Those of the largest distillation after it with the same teacher; `model` is the recipe's.
+    """
+    from regrow.stages.distill.stage import steps_in
+
+    config: CacheConfig = step.config
+    after = [
+        later.config
+        for later in steps[steps.index(step) + 1 :]
+        if later.name == "distill" and (later.teacher or model) == (step.teacher or model)
+    ]
+    needs = {
+        "tokens": [steps_in(each) * each.batch_tokens for each in after],
+        "heldout_blocks": [each.heldout_blocks for each in after],
+    }
+    given = config.model_fields_set
+    open_ones = {name: max(found) for name, found in needs.items() if found and name not in given}
+    return config.model_copy(update=open_ones)
+
+
 def check_steps(model: str, data: DataConfig, steps: list[Step], options: Options) -> None:
     """Raise UserError, before any slow work, for what in a job cannot succeed."""
     from regrow import families
@@ -82,6 +106,7 @@ def check_steps(model: str, data: DataConfig, steps: list[Step], options: Option
     for source in data.sources:
         check_source(source)
     _check_order(steps)
+    _check_cached(steps, model)
     for step in steps:
         with _in_place(step):
             _check_step(step, checkpoint, data, options)
@@ -103,16 +128,40 @@ def _check_order(steps: list[Step]) -> None:
     for step in steps:
         if step.name == "prune" and not profiled:
             raise UserError(f"{step.where}: put a profile stage of the same model before it")
-        profiled = step.name == "profile" or (profiled and step.name in ("evaluate", "report"))
+        idle = ("cache", "evaluate", "report")
+        profiled = step.name == "profile" or (profiled and step.name in idle)
+
+
+def _check_cached(steps: list[Step], model: str) -> None:
+    """What a cache cannot teach, in the distillations that will take one."""
+    from regrow.stages.distill.cached import FEWER_TOKENS, check_loss
+
+    formats: dict[str, str] = {}
+    fewer = False
+    for step in steps:
+        teacher = step.teacher or model
+        if step.name == "cache":
+            formats[teacher] = step.config.format
+        elif step.name == "prune":
+            fewer = fewer or step.config.vocab_size is not None
+        elif step.name == "distill" and (step.config.cache or teacher in formats):
+            with _in_place(step):
+                if fewer:
+                    raise UserError(FEWER_TOKENS)
+                if step.config.cache is None:
+                    check_loss(step.config, formats[teacher])
 
 
 def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: Options) -> None:
     from regrow import families
     from regrow.checkpoint import load
+    from regrow.stages.cache.stage import header_of
+    from regrow.stages.distill.cached import check_loss
     from regrow.stages.distill.stage import steps_of
     from regrow.stages.evaluate.texts import text_files
     from regrow.stages.profile.scoring import statistics_needed
     from regrow.stages.rotate.basis import check as check_rotation
+    from regrow.training.cache.folder import Cache
     from regrow.training.tokens import teacher_ids
 
     if step.name == "rotate":
@@ -121,6 +170,10 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
         statistics_needed(step.config)
     elif step.name == "distill":
         steps_of(step.config, data, options)
+        if step.config.cache is not None:
+            check_loss(step.config, Cache(step.config.cache).header.format)
+    elif step.name == "cache":
+        header_of(checkpoint if step.teacher is None else load(step.teacher), data, step.config)
     elif step.name == "evaluate":
         for source in step.config.texts.values():
             text_files(source)
@@ -186,9 +239,9 @@ def _check_text(steps: list[Step], checkpoint: Checkpoint, data: DataConfig, tri
     if not all(Path(source.source).expanduser().exists() for source in data.sources):
         return
     names = {step.name for step in steps}
-    if names & {"distill", "evaluate"}:
+    if names & {"cache", "distill", "evaluate"}:
         build_blocks(data, checkpoint.tokenizer(), "heldout", 1)
-    if "distill" in names:
+    if names & {"cache", "distill"}:
         build_blocks(data, checkpoint.tokenizer(), "train", 1)
     for step in steps:
         if step.name == "profile":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -67,7 +67,7 @@ class Blocks(Dataset[dict[str, Tensor]]):
             rows = slice(start, start + batch_size)
             yield {name: tensor[rows] for name, tensor in self._tensors().items()}
 
-    def select(self, indices: range) -> Blocks:
+    def select(self, indices: Sequence[int]) -> Blocks:
         """The blocks at these indices."""
         rows = torch.tensor(list(indices), dtype=torch.int64)
         return Blocks(**{name: tensor[rows] for name, tensor in self._tensors().items()})

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from regrow import plugins
 from regrow.errors import UserError
+from regrow.training.cache.sparse import Sparse
 from regrow.training.products import add_product, exact_dtype, product, split
 
 Loss = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -51,13 +52,18 @@ class Head:
 def head_of(model: Any) -> Head:
     """The output head of a stock causal language model; UserError for one we cannot reproduce."""
     config = model.config
-    for key in ("logit_scale", "logits_scaling"):
-        if getattr(config, key, None) not in (None, 1, 1.0):
-            raise UserError(f"{config.model_type} scales its logits ({key}): not supported")
+    refuse_scaled(config.to_dict(), config.model_type)
     output = model.get_output_embeddings()
     if output.bias is not None:
         raise UserError(f"{config.model_type} has a bias in its output head: not supported")
     return Head(output.weight, getattr(config, "final_logit_softcapping", None))
+
+
+def refuse_scaled(config: dict[str, Any], model_type: str) -> None:
+    """Raise UserError for a model that scales its logits."""
+    for key in ("logit_scale", "logits_scaling"):
+        if config.get(key) not in (None, 1, 1.0):
+            raise UserError(f"{model_type} scales its logits ({key}): not supported")
 
 
 @dataclass(frozen=True)
@@ -103,17 +109,19 @@ def head_loss(
     teacher_NH: Tensor | None = None,
     teacher: Head | None = None,
     chunk_tokens: int | None = None,
+    sparse: Sparse | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of the mixed loss over N tokens, differentiable by `student_NH` and the student's head.
 
     Also returns the plain sum of each loss by name, in nats. Vocabularies of different (padded)
     size are compared on the ids both have. N may be 0: then the sum is a zero with a graph.
+    With `sparse` the forward KL is taken against what a cache holds of the teacher.
     """
     compute = torch.get_autocast_dtype(student_NH.device.type)
     if not torch.is_autocast_enabled(student_NH.device.type):
         compute = student_NH.dtype
     chunk = chunk_tokens or max(16, CHUNK_ELEMENTS // student.weight_VH.shape[0])
-    job = _Job(student, teacher, mix, compute, chunk)
+    job = _Job(student, teacher, mix, compute, chunk, sparse)
     names = list(mix.weights)
     weight_VH = student.weight_VH
     if not torch.is_grad_enabled():  # a Function is told to give gradients even then
@@ -129,6 +137,7 @@ class _Job:
     mix: Mix
     compute: torch.dtype
     chunk: int
+    sparse: Sparse | None
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -183,6 +192,8 @@ class _Sums:
         self.weight_VH = weight_VH.detach().to(job.compute)
         self.teacher_VH = None if job.teacher is None else job.teacher.weight_VH.to(job.compute)
         self.shared = min(len(w) for w in (self.weight_VH, self.teacher_VH) if w is not None)
+        if job.sparse is not None:
+            self.shared = min(self.shared, job.sparse.vocab_size)
         self.terms = job.mix.terms()
         self.values = torch.zeros(len(self.terms), dtype=torch.float64, device=student_NH.device)
         self.hidden_gradient = torch.empty_like(student_NH) if wants_hidden else None
@@ -216,6 +227,7 @@ class _Sums:
     ) -> Tensor:
         """Gradient of the mix by the student's logits; adds each loss's value on the way."""
         teacher_NV = logits_NV
+        sparse = None if self.job.sparse is None else self.job.sparse[part]
         if self.job.teacher is not None and teacher_NH is not None:
             assert self.teacher_VH is not None
             hidden_NH = teacher_NH[part].to(self.job.compute)
@@ -223,13 +235,16 @@ class _Sums:
         # Losses may overwrite what they read: only the last one gets the originals.
         keep = self.job.student.softcap is not None
         total: Tensor | None = None
-        for place, (_, weight, loss, _) in enumerate(self.terms):
+        for place, (_, weight, loss, needs_teacher) in enumerate(self.terms):
             last = place == len(self.terms) - 1
             student_in = logits_NV if last and not keep else logits_NV.clone()
             teacher_in = teacher_NV if last else teacher_NV.clone()
-            value_N, gradient_NV = loss(
-                student_in, teacher_in, targets_N[part], self.job.mix.temperature
-            )
+            if sparse is not None and needs_teacher:
+                value_N, gradient_NV = sparse.loss(student_in)
+            else:
+                value_N, gradient_NV = loss(
+                    student_in, teacher_in, targets_N[part], self.job.mix.temperature
+                )
             self.values[place] += value_N.sum(dtype=torch.float64)
             if weight != 1.0:
                 gradient_NV = gradient_NV.mul_(weight)

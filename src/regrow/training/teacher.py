@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from regrow.training.cache.sparse import Sparse
 from regrow.training.head import Head, Mix, head_loss, head_of
 from regrow.training.tokens import rows_of
 
@@ -38,6 +39,10 @@ class Teacher:
     def __init__(self, model: PreTrainedModel, ids_V: Tensor | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.ids_V = None if ids_V is None else ids_V.to(model.device)
+
+    def sparse(self, batch: dict[str, Tensor]) -> Sparse | None:
+        """Nothing: a live teacher gives its states. See CachedTeacher."""
+        return None
 
     @torch.no_grad()
     def hidden(

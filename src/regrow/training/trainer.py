@@ -25,6 +25,7 @@ from transformers import (
 from regrow.errors import UserError
 from regrow.progress import Progress
 from regrow.training.balance import MAIN
+from regrow.training.cache.teacher import CachedTeacher
 from regrow.training.head import Mix, head_loss, head_of
 from regrow.training.inside import inside
 from regrow.training.signal_mix import SignalMix
@@ -37,7 +38,10 @@ HELDOUT = {f"eval_{CHOSEN_BY}": "heldout_kl"}  # any other eval_x becomes heldou
 
 
 def bind_loss(
-    student: PreTrainedModel, teacher: Teacher | None, mix: Mix, signals: SignalMix | None = None
+    student: PreTrainedModel,
+    teacher: Teacher | CachedTeacher | None,
+    mix: Mix,
+    signals: SignalMix | None = None,
 ) -> Callable[[], None]:
     """Make `student(**batch)` return the summed loss; returns what undoes it.
 
@@ -59,17 +63,19 @@ def bind_loss(
         mask = scored(batch)
         targets_N = labels[:, 1:][mask]
         now = mix if self.training else measured
-        teacher_NH = taught = None
+        teacher_NH = taught = sparse = None
         teacher_head = None if teacher is None else teacher.head  # its ids are compared, if given
-        if teacher is not None and (now.needs_teacher or signals is not None):
+        if isinstance(teacher, CachedTeacher) and now.needs_teacher:
+            sparse = teacher.sparse(batch)
+        if teacher is not None and sparse is None and (now.needs_teacher or signals is not None):
             taught = teacher.hidden(batch, **reads)
             teacher_NH = taught.final[mask]
         own = hidden_states(self, batch, **reads)
         total, parts = head_loss(
-            own.final[mask], head_of(self), targets_N, now, teacher_NH, teacher_head
+            own.final[mask], head_of(self), targets_N, now, teacher_NH, teacher_head, sparse=sparse
         )
         found = {"loss": total, "main": total.detach(), "parts": parts, "tokens": mask.sum()}
-        if signals is None or teacher is None or taught is None:
+        if signals is None or taught is None or not isinstance(teacher, Teacher):
             return found
         ours = inside(self, own, head_of(self))
         theirs = inside(teacher.model, taught, teacher.head)

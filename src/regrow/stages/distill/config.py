@@ -60,6 +60,9 @@ class DistillConfig(Config):
     """Measure held-out KL, and keep a checkpoint, about every so many training tokens."""
     heldout_blocks: int = Field(default=16, ge=1)
     """Held-out blocks to measure on."""
+    cache: str | None = None
+    """Folder that regrow cache wrote: the teacher's head is loaded, its body is not. In a recipe a
+    cache stage before this one is taken."""
     seed: int = 0
     """Seed of dropout and of a fresh student's weights."""
 

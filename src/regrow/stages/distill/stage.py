@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import TrainingArguments
 
 from regrow import checkpoint as checkpoints
@@ -19,7 +20,9 @@ from regrow.errors import UserError
 from regrow.manifest import Figure, Stage, refuse_input, require_space
 from regrow.options import Options
 from regrow.progress import progress, say
+from regrow.stages.distill.cached import open_cache
 from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.mix import mix_of
 from regrow.stages.distill.resume import (
     METRICS,
     TRAINER,
@@ -29,7 +32,8 @@ from regrow.stages.distill.resume import (
 )
 from regrow.stages.distill.signals import CARRIED, signals_between
 from regrow.stages.distill.student import Student, open_student
-from regrow.training.head import Mix
+from regrow.training.cache.folder import Cache
+from regrow.training.cache.teacher import CachedTeacher, head_from
 from regrow.training.inside import give_attentions
 from regrow.training.teacher import Teacher
 from regrow.training.tokens import teacher_ids
@@ -61,10 +65,12 @@ def distill(
     pupil = open_student(student, master)
     refuse_input(out, pupil.like.folder, master.folder)
     ids_V = teacher_ids(pupil.like, master)
+    cached = open_cache(config, master, ids_V)
     inputs = {
         "student": pupil.fingerprint,
         "teacher": master.fingerprint,
         "data": data_digest(data),
+        **({} if cached is None else {"cache": cached.fingerprint}),
     }
     stage = _stage(out, config, inputs)
     if stage.complete:
@@ -78,6 +84,9 @@ def distill(
     heldout = build_blocks(data, tokenizer, "heldout", config.heldout_blocks)
     count = steps * config.batch_tokens // data.sequence_length
     blocks = build_blocks(data, tokenizer, "train", count)
+    if cached is not None:
+        cached.check_blocks(heldout, "heldout")
+        cached.check_blocks(blocks, "train")
     ranks.join(cpu=device.type == "cpu")
     with stage as folder:
         if ranks.is_main():
@@ -86,8 +95,9 @@ def distill(
         model = pupil.model(config.seed)
         if device.index is not None:
             torch.cuda.set_device(device)  # the trainer takes the current one
-        taught_by = Teacher(master.model(torch.bfloat16, device), ids_V)
+        taught_by = _teacher(master, ids_V, cached, device)
         if signals is not None and "attentions" in signals.needs:
+            assert isinstance(taught_by, Teacher)
             say("distill: the attention signal needs eager attention in both models: slower")
             give_attentions(model)
             give_attentions(taught_by.model)
@@ -99,14 +109,21 @@ def distill(
             eval_dataset=heldout,
             signals=signals,
         )
-        mix = Mix(config.losses, config.temperature, config.beta, config.skew, config.exact_head)
-        undo = bind_loss(model, taught_by, mix, signals)
+        undo = bind_loss(model, taught_by, mix_of(config), signals)
         _train(trainer, folder, stage, pupil, steps, journal)
         undo()
         if ranks.is_main():
             _write(trainer, pupil, folder)
         stage.figures += _figures(trainer, steps * config.batch_tokens)
     return out
+
+
+def _teacher(
+    master: Checkpoint, ids_V: Tensor | None, cached: Cache | None, device: torch.device
+) -> Teacher | CachedTeacher:
+    if cached is not None:
+        return CachedTeacher(cached, head_from(master, device))
+    return Teacher(master.model(torch.bfloat16, device), ids_V)
 
 
 def steps_of(config: DistillConfig, data: DataConfig, options: Options) -> tuple[int, int, int]:
@@ -124,11 +141,18 @@ def steps_of(config: DistillConfig, data: DataConfig, options: Options) -> tuple
         )
     blocks = config.batch_tokens // unit
     micro = max(n for n in range(1, min(options.batch_size, blocks) + 1) if blocks % n == 0)
-    return max(1, round(config.tokens / config.batch_tokens)), micro, blocks // micro
+    return steps_in(config), micro, blocks // micro
+
+
+def steps_in(config: DistillConfig) -> int:
+    """Optimizer steps of the budget."""
+    return max(1, round(config.tokens / config.batch_tokens))
 
 
 def _stage(out: Path, config: DistillConfig, inputs: dict[str, str]) -> Stage:
     # Without the budget, so that a run with a raised one is known as the same run, extended.
+    # The cache is among the inputs, by what is in it; where it lies does not matter.
+    config = config.model_copy(update={"cache": None})
     same_run = config.model_copy(update={"tokens": 1})
     resume = Stage(out, "distill", same_run, inputs).digest
     return Stage(out, "distill", config, inputs, resumable=True, resume_digest=resume)

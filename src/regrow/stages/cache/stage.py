@@ -1,0 +1,234 @@
+"""The cache stage: a teacher and text in, what the teacher says about the text out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from regrow import families, manifest, ranks
+from regrow.checkpoint import Checkpoint, load
+from regrow.data import Blocks, DataConfig, build_blocks
+from regrow.data.blocks import IGNORED
+from regrow.data.digest import data_digest
+from regrow.errors import UserError
+from regrow.manifest import Figure, Stage, refuse_input, require_space
+from regrow.options import Options
+from regrow.progress import Progress, progress, say
+from regrow.stages.cache.config import CacheConfig
+from regrow.training.cache.error import CONVENTIONS, errors
+from regrow.training.cache.folder import (
+    HEADER,
+    SPLITS,
+    VERSION,
+    Header,
+    missing_blocks,
+    shared_ids,
+    tokenizer_fingerprint,
+)
+from regrow.training.cache.formats import Format, make
+from regrow.training.cache.store import Store, write_shard
+from regrow.training.cache.teacher import head_from
+from regrow.training.head import refuse_scaled
+from regrow.training.teacher import Teacher, scored
+
+SHARD_TOKENS = 1 << 15
+"""Tokens of a shard, about: what a kill loses at most."""
+
+
+def cache(
+    teacher: str | Path | Checkpoint,
+    data: DataConfig,
+    out: str | Path,
+    config: CacheConfig | None = None,
+    options: Options | None = None,
+) -> Path:
+    """Run `teacher` over the blocks that a distillation on `data` takes; store what it says.
+
+    Only scored tokens are stored. An interrupted cache goes on; a finished one of the same teacher
+    and format is added to. Several processes share the blocks and write the same files as one.
+    Raises UserError for a teacher that gives no numbers, too little text or disk.
+    """
+    out, config, options = Path(out), config or CacheConfig(), options or Options()
+    device = options.torch_device()
+    master = teacher if isinstance(teacher, Checkpoint) else load(teacher)
+    refuse_input(out, master.folder)
+    header = header_of(master, data, config)
+    stage = _stage(out, config, header)
+    if stage.complete:
+        say(f"cache: {out} is complete and unchanged")
+        return out
+    tokenizer = master.tokenizer()
+    blocks = {
+        "heldout": build_blocks(data, tokenizer, "heldout", config.heldout_blocks),
+        "train": build_blocks(data, tokenizer, "train", -(-config.tokens // data.sequence_length)),
+    }
+    _check_space(stage, header, blocks)
+    ranks.join(cpu=device.type == "cpu")
+    with stage as folder:
+        if ranks.is_main():
+            _tidy(folder, stage)
+        ranks.wait()
+        todo = {split: missing_blocks(b, Store(folder / split)) for split, b in blocks.items()}
+        ranks.wait()  # before anything is written, so that all ranks see the same to do
+        if any(todo.values()):
+            model = Teacher(master.model(torch.bfloat16, device))
+            stage.figures.append(_fill(folder, header, model, blocks, todo, options.batch_size))
+        ranks.wait()
+        if ranks.is_main():
+            _finish(stage, folder, header, master, device)
+    return out
+
+
+def header_of(master: Checkpoint, data: DataConfig, config: CacheConfig) -> Header:
+    """What the cache says about itself; raises UserError for settings that cannot be."""
+    family = families.of(master)
+    refuse_scaled(master.config, family.model_type)
+    tokenizer = master.tokenizer()
+    sizes = {
+        "vocab_size": shared_ids(master, tokenizer),
+        "hidden_size": family.sizes(master.config)["hidden"],
+    }
+    form = vars(make(config.format, {**vars(config), **sizes}))
+    return Header(
+        version=VERSION,
+        format=config.format,
+        settings={name: value for name, value in form.items() if name not in sizes},
+        teacher=master.fingerprint,
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        **sizes,
+        sequence_length=data.sequence_length,
+        data=data_digest(data),
+    )
+
+
+def _stage(out: Path, config: CacheConfig, header: Header) -> Stage:
+    inputs = {"teacher": header.teacher, "tokenizer": header.tokenizer, "data": header.data}
+    # Without budget and text, so that a cache that is to hold more is known as the same, extended.
+    return Stage(out, "cache", config, inputs, resumable=True, resume_digest=header.fingerprint)
+
+
+def _tidy(folder: Path, stage: Stage) -> None:
+    """Take over the shards of a finished cache; drop what a kill left half written."""
+    extends = _extends(stage)
+    for split in SPLITS:
+        (folder / split).mkdir(exist_ok=True)
+        for path in sorted((stage.out / split).glob("*.safetensors")) if extends else ():
+            if not (folder / split / path.name).exists():
+                manifest.link(str(path), str(folder / split / path.name))
+        for path in [*(folder / split).glob("*.partial-*"), *Store(folder / split).broken]:
+            path.unlink()
+
+
+def _check_space(stage: Stage, header: Header, blocks: dict[str, Blocks]) -> None:
+    """For what neither an interrupted cache nor, if it is extended, the finished one holds."""
+    folders = [stage.partial, stage.out] if _extends(stage) else [stage.partial]
+    needed = 0.0
+    for split, form in header.formats().items():
+        todo = missing_blocks(blocks[split], *(Store(folder / split) for folder in folders))
+        labels = blocks[split].labels[list(todo.values())]
+        needed += form.bytes_per_token() * int((labels[:, 1:] != IGNORED).sum())
+    require_space(stage.out, int(needed))
+
+
+def _extends(stage: Stage) -> bool:
+    """Whether there is a finished cache of the same teacher and format."""
+    found = manifest.read(stage.out)
+    return found is not None and found.get("resume_digest") == stage.resume_digest
+
+
+def _fill(
+    folder: Path,
+    header: Header,
+    teacher: Teacher,
+    blocks: dict[str, Blocks],
+    todo: dict[str, dict[bytes, int]],
+    batch_size: int,
+) -> Figure:
+    """Write this rank's shards of what is still to do; returns the tokens/s of all ranks."""
+    forms, length = header.formats(), header.sequence_length
+    count = sum(map(len, todo.values())) * length
+    with progress("cache", count) as counter:
+        for split, missing in todo.items():
+            shards = list(_shards(missing, max(1, SHARD_TOKENS // length)))
+            for shard in shards[ranks.rank() :: ranks.world_size()]:
+                rows = _encode(forms[split], teacher, blocks[split], shard, batch_size, counter)
+                write_shard(folder / split, dict(rows))
+        seconds = counter.seconds()
+    return Figure(name="speed", value=count / max(seconds, 1e-9), unit="tokens/s")
+
+
+def _shards(missing: dict[bytes, int], size: int) -> Iterator[dict[bytes, int]]:
+    """Blocks that go into one file: those of the same `size` numbers, whatever is there already."""
+    groups: dict[int, dict[bytes, int]] = {}
+    for key, number in sorted(missing.items(), key=lambda item: item[1]):
+        groups.setdefault(number // size, {})[key] = number
+    yield from groups.values()
+
+
+def _encode(
+    form: Format,
+    teacher: Teacher,
+    blocks: Blocks,
+    shard: dict[bytes, int],
+    batch_size: int,
+    counter: Progress,
+) -> Iterator[tuple[bytes, dict[str, torch.Tensor]]]:
+    """Each block's key and what is stored of it."""
+    chosen, keys = blocks.select(list(shard.values())), iter(shard)
+    device = teacher.model.device
+    for batch in chosen.batches(batch_size):
+        states_BTH, mask_BT = teacher.hidden(batch).final, scored(batch).to(device)
+        if not bool(states_BTH.isfinite().all()):
+            raise UserError(
+                f"the teacher {teacher.model.config._name_or_path} gives hidden states that are no "
+                "finite numbers: check its weights"
+            )
+        for states_TH, mask_T in zip(states_BTH, mask_BT, strict=True):
+            key = next(keys)
+            stored = form.encode(states_TH[mask_T], teacher.head, key)
+            yield key, {**stored, "tokens": mask_T.sum()[None].cpu()}
+        counter.advance(batch["input_ids"].numel() * ranks.world_size())
+
+
+def _finish(
+    stage: Stage, folder: Path, header: Header, master: Checkpoint, device: torch.device
+) -> None:
+    """Measure what was stored, and write the header."""
+    stores = {split: Store(folder / split) for split in SPLITS}
+    tokens, size = stores["train"].tokens(), stores["train"].bytes()
+    found = _errors(header, stores["heldout"], master, device)
+    unit = {"tail": "share"}
+    for name, value in found.items():
+        convention = CONVENTIONS[header.format] if name == "error" else ""
+        stage.figures.append(
+            Figure(name=name, value=value, unit=unit.get(name, "nats"), convention=convention)
+        )
+    stage.figures += [
+        Figure(name="tokens", value=tokens, unit="tokens", convention="scored, to train on"),
+        Figure(name="bytes", value=size + stores["heldout"].bytes(), unit="bytes"),
+        Figure(name="bytes per token", value=size / tokens, unit="bytes", n=tokens),
+    ]
+    figures = {**found, "bytes per token": size / tokens}
+    header = header.model_copy(update={"figures": figures})
+    manifest.write_json(folder / HEADER, header.model_dump(mode="json"))
+    for figure in stage.figures:
+        say(f"cache: {figure.name} {figure.value:,.6g} {figure.unit} {figure.convention}".rstrip())
+
+
+def _errors(
+    header: Header, heldout: Store, master: Checkpoint, device: torch.device
+) -> dict[str, float]:
+    """Means over the held-out tokens, which are stored exactly: no forward pass is needed."""
+    forms, head = header.formats(), head_from(master, device)
+    sums: dict[str, float] = {}
+    tokens = 0
+    for key in heldout.keys():  # noqa: SIM118
+        states_NH = forms["heldout"].decode(heldout.read(key))
+        assert isinstance(states_NH, torch.Tensor)
+        each = errors(forms["train"], states_NH.to(device), head, key, header.vocab_size)
+        tokens += len(states_NH)
+        for name, value_N in each.items():
+            sums[name] = sums.get(name, 0.0) + float(value_N.double().sum())
+    return {name: value / tokens for name, value in sums.items()}

@@ -1,0 +1,158 @@
+"""A cache as a folder: `cache.json` says what it is, `train/` and `heldout/` hold the blocks.
+
+Held-out blocks are always stored as the exact last hidden state, so that what a student is measured
+and chosen by is the same KL as with the live teacher, whatever it is trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from regrow import manifest
+from regrow.checkpoint import Checkpoint
+from regrow.config import Config, parse
+from regrow.data.blocks import IGNORED
+from regrow.errors import UserError
+from regrow.training.cache.formats import Format, make
+from regrow.training.cache.keys import block_keys
+from regrow.training.cache.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from regrow.data import Blocks
+
+HEADER = "cache.json"
+SPLITS = ("train", "heldout")
+VERSION = 1
+
+
+class Header(Config):
+    """What a cache holds, as written to cache.json."""
+
+    version: int
+    """Of the layout; this is 1."""
+    format: str
+    """How the blocks to train on are stored: a file's name in training/cache/formats."""
+    settings: dict[str, int | str]
+    """Of the format."""
+    teacher: str
+    """Fingerprint of the teacher."""
+    tokenizer: str
+    """Fingerprint of its tokenizer."""
+    vocab_size: int
+    """How many ids distributions are over: those of the tokenizer, without padding."""
+    hidden_size: int
+    """Channels of the teacher's last hidden state."""
+    sequence_length: int
+    """Tokens of a block."""
+    data: str
+    """Digest of the text that was cached last."""
+    figures: dict[str, float] = Field(default_factory=dict)
+    """What was measured: bytes per token, and the error in nats."""
+
+    def formats(self) -> dict[str, Format]:
+        """How the blocks of each split are stored."""
+        values = {**self.settings, "vocab_size": self.vocab_size, "hidden_size": self.hidden_size}
+        exact = make("hidden", {**values, "dtype": "bfloat16"})
+        return {"train": make(self.format, values), "heldout": exact}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides what is stored of a block."""
+        return manifest.digest(self.model_dump(exclude={"data", "figures", "sequence_length"}))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of the tokens and their ids."""
+    return manifest.digest(sorted(tokenizer.get_vocab().items()))
+
+
+def shared_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many ids a distribution over tokens is over: rows of padding are left out."""
+    return min(int(checkpoint.config["vocab_size"]), max(tokenizer.get_vocab().values()) + 1)
+
+
+class Cache:
+    """A finished cache; raises UserError for a folder that is none, or a broken one."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self.header = _read(self.folder)
+        self.formats = self.header.formats()
+        self.stores = {split: Store(self.folder / split) for split in SPLITS}
+        for store in self.stores.values():
+            if store.broken:
+                raise UserError(
+                    f"{store.broken[0]} is broken: delete it and run regrow cache again, which "
+                    "makes what is missing"
+                )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of teacher, tokenizer and format, not of which blocks are there."""
+        return self.header.fingerprint
+
+    def check_teacher(self, teacher: Checkpoint) -> None:
+        """Raise UserError unless the cache was made from this teacher, with this tokenizer."""
+        for what, cached, given in (
+            ("teacher", self.header.teacher, teacher.fingerprint),
+            ("tokenizer", self.header.tokenizer, tokenizer_fingerprint(teacher.tokenizer())),
+        ):
+            if cached != given:
+                raise UserError(
+                    f"the cache {self.folder} was made with another {what} than that of "
+                    f"{teacher.folder} (fingerprint {cached[:12]}, not {given[:12]}): give that "
+                    "one, or make a cache of this one with regrow cache"
+                )
+
+    def check_blocks(self, blocks: Blocks, split: str) -> None:
+        """Raise UserError unless all blocks in which something is scored are in the cache."""
+        length = blocks.input_ids.shape[1]
+        wanted = [key for key, there in _keyed(blocks) if there]
+        missing = sum(key not in self.stores[split] for key in wanted)
+        if not missing:
+            return
+        lengths = f"blocks are of {length} tokens, in the cache of {self.header.sequence_length}; "
+        more = f"--tokens {len(blocks) * length}" if split == "train" else ""
+        raise UserError(
+            f"{missing} of {len(wanted)} {split} blocks are not in the cache {self.folder}: "
+            f"{lengths if length != self.header.sequence_length else ''}run regrow cache with the "
+            f"same data and {more or f'--heldout-blocks {len(blocks)}'} into that folder, which "
+            "adds what is missing"
+        )
+
+
+def _keyed(blocks: Blocks) -> list[tuple[bytes, bool]]:
+    """The key of each block, and whether anything is scored in it."""
+    found: list[tuple[bytes, bool]] = []
+    for batch in blocks.batches(256):
+        there = (batch["labels"][:, 1:] != IGNORED).any(-1).tolist()
+        found += zip(block_keys(batch), there, strict=True)
+    return found
+
+
+def missing_blocks(blocks: Blocks, *stores: Store) -> dict[bytes, int]:
+    """The blocks, by key, that are still to be stored, each with its number; once each."""
+    keyed = [(key, n) for n, (key, there) in enumerate(_keyed(blocks)) if there]
+    first = dict(reversed(keyed))
+    return {key: n for key, n in first.items() if not any(key in store for store in stores)}
+
+
+def _read(folder: Path) -> Header:
+    path = folder / HEADER
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"no cache at {folder}: make one with regrow cache TEACHER --data … --out {folder}"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}): make the cache again") from None
+    if not isinstance(found, dict) or found.get("version") != VERSION:
+        raise UserError(f"{path} is no cache of version {VERSION}: make it again with regrow cache")
+    return parse(Header, found, str(path))

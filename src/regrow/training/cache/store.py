@@ -1,0 +1,105 @@
+"""Blocks of stored tensors in safetensors shards, found by key and read from the mapped file.
+
+A shard has `keys` uint8 [n, 32] and, of each named tensor, all blocks one after the other, with
+`NAME.ends` int64 [n]: where each block's part ends. It is named by its keys, and appears when it is
+whole; several processes may write into one folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+KEY_BYTES = 32
+OPEN_FILES = 256
+ENDS = ".ends"
+Block = dict[str, Tensor]
+
+
+def shard_name(keys: Iterable[bytes]) -> str:
+    """The file of the blocks with these keys, in this order."""
+    return f"{hashlib.sha256(b''.join(keys)).hexdigest()[:16]}.safetensors"
+
+
+def write_shard(folder: Path, blocks: dict[bytes, Block]) -> Path:
+    """Write blocks, by key, as one file that is there whole or not at all."""
+    keys = torch.frombuffer(bytearray(b"".join(blocks)), dtype=torch.uint8)
+    tensors = {"keys": keys.view(-1, KEY_BYTES)}
+    for name in next(iter(blocks.values())):
+        parts = [block[name] for block in blocks.values()]
+        tensors[name] = torch.cat(parts).contiguous()
+        tensors[name + ENDS] = torch.tensor([len(part) for part in parts]).cumsum(0)
+    path = folder / shard_name(blocks)
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    try:
+        save_file(tensors, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+class Store:
+    """The shards of a folder; broken ones do not count, and are listed in `broken`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.broken = folder, list[Path]()
+        self._place: dict[bytes, tuple[Path, int]] = {}
+        self._open: dict[Path, Any] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    keys = file.get_tensor("keys")
+            except (SafetensorError, OSError):
+                self.broken.append(path)
+                continue
+            rows = keys.numpy().tobytes()
+            for row in range(len(keys)):
+                place = row * KEY_BYTES
+                self._place[rows[place : place + KEY_BYTES]] = (path, row)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._place
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def keys(self) -> list[bytes]:
+        """Of all blocks, in the order of the files."""
+        return list(self._place)
+
+    def tokens(self) -> int:
+        """Scored tokens, as far as each block says so by a tensor `tokens`."""
+        return sum(int(self.read(key)["tokens"]) for key in self._place)
+
+    def read(self, key: bytes) -> Block:
+        """The tensors of a block; raises KeyError for one that is not there."""
+        path, row = self._place[key]
+        file, ends = self._shard(path)
+        found = {}
+        for name, all_ends in ends.items():
+            begin = int(all_ends[row - 1]) if row else 0
+            found[name] = file.get_slice(name)[begin : int(all_ends[row])]
+        return found
+
+    def bytes(self) -> int:
+        """Bytes of the files."""
+        return sum(path.stat().st_size for path in {path for path, _ in self._place.values()})
+
+    def _shard(self, path: Path) -> tuple[Any, dict[str, Tensor]]:
+        if path not in self._open:
+            if len(self._open) >= OPEN_FILES:
+                self._open.clear()
+            file = safe_open(path, framework="pt")
+            names = [name.removesuffix(ENDS) for name in file.keys() if name.endswith(ENDS)]  # noqa: SIM118
+            self._open[path] = (file, {name: file.get_tensor(name + ENDS) for name in names})
+        found: tuple[Any, dict[str, Tensor]] = self._open[path]
+        return found

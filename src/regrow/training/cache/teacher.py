@@ -1,0 +1,91 @@
+"""A teacher that is read from a cache: its head is loaded, its body never.
+
+Shapes: B blocks, T tokens, N scored tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regrow import families
+from regrow.checkpoint import Checkpoint
+from regrow.errors import UserError
+from regrow.training.cache.folder import Cache
+from regrow.training.cache.keys import block_keys
+from regrow.training.cache.sparse import Sparse
+from regrow.training.head import Head, Mix, refuse_scaled
+from regrow.training.teacher import States, scored
+
+ANY_CACHE = ("forward_kl", "cross_entropy")
+
+
+class CachedTeacher:
+    """Stands in for a Teacher: what it would give for a batch comes from a cache."""
+
+    def __init__(self, cache: Cache, head: Head) -> None:
+        self.cache, self.head = cache, head
+
+    def sparse(self, batch: dict[str, Tensor]) -> Sparse | None:
+        """The stored distributions [N] of a batch; None when its hidden states are stored."""
+        split, keys = self._find(batch)
+        form = self.cache.formats[split]
+        if form.STATES:
+            return None
+        parts = [form.decode(self.cache.stores[split].read(key)) for key in keys]
+        if not parts:
+            return Sparse.nothing(self.cache.header.vocab_size, batch["labels"].device)
+        return Sparse.join(parts).to(batch["labels"].device)  # type: ignore[arg-type]
+
+    def hidden(self, batch: dict[str, Tensor], **reads: bool) -> States:
+        """Final hidden states, as of the live teacher where a token is scored, 0 elsewhere."""
+        assert not any(reads.values()), "a cache has no states of inner layers"
+        split, keys = self._find(batch)
+        mask = scored(batch)
+        size = self.cache.header.hidden_size
+        final = torch.zeros(*mask.shape, size, dtype=torch.bfloat16, device=mask.device)
+        parts = [self.cache.formats[split].decode(self.cache.stores[split].read(k)) for k in keys]
+        if parts:
+            final[mask] = torch.cat(parts).to(mask.device)  # type: ignore[arg-type]
+        return States(final, ())
+
+    def _find(self, batch: dict[str, Tensor]) -> tuple[str, list[bytes]]:
+        """The split that a batch is of, and the keys of its blocks in which something is scored."""
+        there = scored(batch).any(-1).tolist()
+        keys = [key for key, some in zip(block_keys(batch), there, strict=True) if some]
+        for split, store in self.cache.stores.items():
+            if all(key in store for key in keys):
+                return split, keys
+        raise UserError(f"a block is not in the cache {self.cache.folder}: run regrow cache again")
+
+
+def head_from(teacher: Checkpoint, device: torch.device) -> Head:
+    """A checkpoint's output head in bfloat16, without loading anything else of it.
+
+    Raises UserError for a head that we cannot reproduce.
+    """
+    family = families.of(teacher)
+    refuse_scaled(teacher.config, family.model_type)
+    name = family.head if family.head in teacher.names() else family.embedding
+    weight_VH = teacher.tensor(name).to(device, torch.bfloat16)
+    return Head(weight_VH, teacher.config.get("final_logit_softcapping"))
+
+
+def check_use(format: str, mix: Mix, needs_layers: bool) -> None:
+    """Raise UserError for what a cache cannot teach: signals from inside, losses on all logits.
+
+    `format` is that of the blocks to train on.
+    """
+    if needs_layers:
+        raise UserError(
+            "signals from inside the models need the live teacher: leave out the cache, or them"
+        )
+    if format == "hidden":
+        return
+    others = [loss for loss, _, _, needs in mix.terms() if needs and loss not in ANY_CACHE]
+    if others or mix.temperature != 1.0:
+        what = f"the loss {others[0]}" if others else f"temperature {mix.temperature:g}"
+        raise UserError(
+            f"{what} needs all of the teacher's logits, and the cache has {format}: make one with "
+            "--format hidden, or use forward_kl at temperature 1"
+        )

@@ -1,0 +1,190 @@
+"""Caches that do not fit: one line each, before the slow work."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_cache import make_cache
+from tiny_distillation import CONFIG, OPTIONS, data, write_place
+from tiny_folders import data_of, write_model
+from tiny_job import DISTILL, PROFILE, Refused, command, recipe_fields, write_recipe
+from tiny_tokenizer import tiny_tokenizer
+
+from regrow.checkpoint import Checkpoint
+from regrow.data import DataConfig
+from regrow.errors import UserError
+from regrow.stages.cache import CacheConfig, cache
+from regrow.stages.distill import distill
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = write_place(tmp_path_factory.mktemp("place"))
+    make_cache(place, place / "topk")
+    make_cache(place, place / "hidden", format="hidden")
+    return place
+
+
+class Distil:
+    """Distils from a cache where that must be refused: nothing is written, no model is loaded."""
+
+    def __init__(self, place: Path, out: Path) -> None:
+        self.place, self.out = place, out
+
+    def __call__(
+        self,
+        cached: str = "topk",
+        student: Path | None = None,
+        teacher: Path | None = None,
+        text: DataConfig | None = None,
+        **fields: Any,
+    ) -> str:
+        config = CONFIG.model_copy(update={"cache": str(self.place / cached), **fields})
+        models = (student or self.place / "pruned", teacher or self.place / "teacher")
+        with pytest.raises(UserError) as refused:
+            distill(*models, text or data(self.place), self.out, config, OPTIONS)
+        assert not self.out.exists()
+        assert "\n" not in str(refused.value)
+        return str(refused.value)
+
+
+@pytest.fixture
+def distil(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Distil:
+    monkeypatch.setattr(Checkpoint, "model", lambda *_: pytest.fail("loads a model"))
+    return Distil(place, tmp_path / "out")
+
+
+def test_another_teacher(distil: Distil, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", dtype=torch.bfloat16, num_hidden_layers=3)
+    said = distil(teacher=other.folder)
+    assert said.startswith(f"the cache {distil.place}/topk was made with another teacher")
+    assert "or make a cache of this one with regrow cache" in said
+
+
+def test_the_same_teacher_with_other_weights(distil: Distil, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(distil.place / "teacher", tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    save_file({n: w + 1 for n, w in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    assert "made with another teacher" in distil(teacher=other)
+
+
+def test_another_tokenizer(distil: Distil, tmp_path: Path) -> None:
+    models = [shutil.copytree(distil.place / n, tmp_path / n) for n in ("pruned", "teacher")]
+    for model in models:
+        tiny_tokenizer(vocab_size=300).save_pretrained(str(model))
+    said = distil(student=models[0], teacher=models[1])
+    assert "was made with another tokenizer than that of" in said
+
+
+def test_a_student_of_fewer_tokens(distil: Distil, tmp_path: Path) -> None:
+    student = Path(shutil.copytree(distil.place / "pruned", tmp_path / "student"))
+    tiny_tokenizer(vocab_size=300).save_pretrained(str(student))
+    said = distil("hidden", student=student)
+    assert said.startswith("a cache is of the teacher's own tokens, and the student has fewer")
+
+
+def test_blocks_that_are_not_there(distil: Distil) -> None:
+    said = distil(tokens=2 * CONFIG.tokens)
+    assert said.startswith(f"48 of 96 train blocks are not in the cache {distil.place}/topk: ")
+    assert f"with the same data and --tokens {2 * CONFIG.tokens} into that folder" in said
+    said = distil(heldout_blocks=8)
+    assert said.startswith("2 of 8 heldout blocks are not in the cache")
+    assert "--heldout-blocks 8" in said
+
+
+def test_blocks_of_another_length(distil: Distil) -> None:
+    said = distil(text=data_of(distil.place / "text.jsonl", sequence_length=64))
+    assert "blocks are of 64 tokens, in the cache of 32" in said
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"temperature": 2.0}, "temperature 2 needs all of the teacher's logits"),
+        ({"signals": {"hidden": 1.0}}, "signals from inside the models need the live teacher"),
+    ],
+)
+def test_what_it_cannot_teach(distil: Distil, fields: dict[str, Any], expected: str) -> None:
+    assert distil(**fields).startswith(expected)
+    if "signals" in fields:
+        assert distil("hidden", **fields).startswith(expected)
+
+
+def test_hidden_states_serve_any_temperature(place: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"cache": str(place / "hidden"), "temperature": 2.0})
+    given = (place / "pruned", place / "teacher", data(place), tmp_path / "out")
+    assert distill(*given, config, OPTIONS).exists()
+
+
+def test_no_cache(distil: Distil, tmp_path: Path) -> None:
+    assert distil("none").startswith(f"no cache at {distil.place}/none: make one with regrow cache")
+    copy = Path(shutil.copytree(distil.place / "topk", tmp_path / "copy"))
+    shard = next((copy / "train").iterdir())
+    os.truncate(shard, shard.stat().st_size - 1)
+    assert distil(str(copy)).startswith(f"{shard} is broken: delete it and run regrow cache again")
+    (copy / "cache.json").write_text('{"version": 7}')
+    assert "is no cache of version 1" in distil(str(copy))
+    (copy / "cache.json").write_text("{")
+    assert "is no JSON" in distil(str(copy))
+
+
+def test_a_teacher_of_nan(place: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(place / "teacher", tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="gives hidden states that are no finite numbers"):
+        cache(other, data(place), tmp_path / "cache", CacheConfig(tokens=128), OPTIONS)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_more_ids_than_there_are(place: Path, tmp_path: Path) -> None:
+    config = CacheConfig(k=100_000)
+    with pytest.raises(UserError, match="k 100000: give 1 to "):
+        cache(place / "teacher", data(place), tmp_path / "cache", config, OPTIONS)
+    assert not list(tmp_path.iterdir())
+
+
+CACHE: dict[str, Any] = {"cache": {}}
+RECIPES: dict[str, tuple[list[Any], str]] = {
+    "temperature": (
+        [CACHE, {"distill": {**DISTILL["distill"], "temperature": 2.0}}],
+        "stages.1.distill: temperature 2 needs all of the teacher's logits",
+    ),
+    "signals": (
+        [CACHE, {"distill": {**DISTILL["distill"], "signals": {"hidden": 1.0}}}],
+        "stages.1.distill: signals from inside",
+    ),
+    "vocabulary": (
+        [PROFILE, CACHE, {"prune": {"vocab_size": 300}}, DISTILL],
+        "stages.3.distill: a cache is of the teacher's own tokens",
+    ),
+    "no such cache": (
+        [{"distill": {**DISTILL["distill"], "cache": "nowhere"}}],
+        "stages.0.distill: no cache at nowhere",
+    ),
+    "settings": ([{"cache": {"k": 5000}}], "stages.0.cache: k 5000: give 1 to"),
+}
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_recipes(
+    kind: str, shared: Path, tmp_path: Path, untouched: Path, refused: Refused
+) -> None:
+    stages, expected = RECIPES[kind]
+    fields = recipe_fields(shared / "model", shared / "text.jsonl", *stages)
+    recipe = write_recipe(shared / "cached.yaml", fields)
+    assert refused("run", recipe, "--out", untouched).startswith(expected)
+
+
+def test_dry_run_tells_of_a_cache_that_does_not_fit(
+    shared: Path, untouched: Path, refused: Refused
+) -> None:
+    arguments = command("distill", shared, shared / "model", untouched)
+    assert "no cache at" in refused(*arguments, "--cache", "nowhere", "--dry-run")

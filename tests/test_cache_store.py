@@ -1,0 +1,132 @@
+"""Blocks found by what is in them, and a teacher read from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_cache import make_cache
+from tiny_distillation import data, write_place
+from tiny_training import blocks_of
+
+from regrow.checkpoint import load
+from regrow.data import Blocks, build_blocks
+from regrow.data.blocks import IGNORED
+from regrow.errors import UserError
+from regrow.training.cache.folder import Cache, missing_blocks
+from regrow.training.cache.keys import block_keys
+from regrow.training.cache.store import Store, write_shard
+from regrow.training.cache.teacher import CachedTeacher, head_from
+from regrow.training.head import head_of
+from regrow.training.teacher import Teacher, scored
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = write_place(tmp_path_factory.mktemp("place"))
+    make_cache(place, place / "topk")
+    make_cache(place, place / "hidden", format="hidden")
+    return place
+
+
+def test_the_key_of_a_block() -> None:
+    """Its ids, positions, and which tokens are scored; not where it stands, nor the batch."""
+    batch = next(blocks_of(4).batches(4))
+    keys = block_keys(batch)
+    assert len({len(key) for key in keys}) == 1
+    assert len(set(keys)) == 4
+    alone = {name: tensor[2:3] for name, tensor in batch.items()}
+    assert block_keys(alone) == [keys[2]]
+    for name in ("input_ids", "position_ids"):
+        other = {**batch, name: batch[name].clone()}
+        other[name][2, 3] += 1
+        assert [a == b for a, b in zip(keys, block_keys(other), strict=True)] == [1, 1, 0, 1]
+    other = {**batch, "labels": batch["labels"].clone()}
+    other["labels"][2] = IGNORED
+    assert [a == b for a, b in zip(keys, block_keys(other), strict=True)] == [1, 1, 0, 1]
+
+
+def test_blocks_come_back_from_a_shard(tmp_path: Path) -> None:
+    """Of different lengths each, in two files; a broken one does not count."""
+    draw = torch.Generator().manual_seed(0)
+    blocks = {
+        bytes([n]) * 32: {
+            "rows": torch.randn(n + 1, 3, generator=draw).bfloat16(),
+            "stream": torch.randint(0, 255, (2 * n + 1,), generator=draw).to(torch.uint8),
+            "tokens": torch.tensor([n + 1]),
+        }
+        for n in range(5)
+    }
+    keys = list(blocks)
+    paths = [write_shard(tmp_path, {k: blocks[k] for k in some}) for some in (keys[:3], keys[3:])]
+    store = Store(tmp_path)
+    assert (len(store), store.tokens()) == (5, 15)
+    assert store.bytes() == sum(path.stat().st_size for path in paths)
+    for key, block in blocks.items():
+        found = store.read(key)
+        assert found.keys() == block.keys()
+        assert all(torch.equal(found[name], block[name]) for name in block)
+    assert b"x" * 32 not in store
+    paths[0].write_bytes(paths[0].read_bytes()[:-1])
+    broken = Store(tmp_path)
+    assert broken.broken == [paths[0]]
+    assert [key in broken for key in keys] == [False] * 3 + [True] * 2
+
+
+def test_what_is_missing(tmp_path: Path) -> None:
+    """Each block once, with its first number; those in which nothing is scored need no place."""
+    one = blocks_of(8)  # nothing is scored in the 1st and the 5th
+    twice = Blocks(
+        *(torch.cat([t, t]) for t in (one.input_ids, one.position_ids, one.labels)),
+        torch.cat([one.real, one.real]),
+    )
+    keys = block_keys(next(one.batches(8)))
+    there = [n for n in range(8) if n not in (0, 4)]
+    assert missing_blocks(twice, Store(tmp_path)) == {keys[n]: n for n in there}
+    write_shard(tmp_path, {keys[n]: {"x": torch.zeros(1)} for n in (1, 2)})
+    assert set(missing_blocks(twice, Store(tmp_path)).values()) == {3, 5, 6, 7}
+
+
+def test_states_are_the_live_teachers(place: Path) -> None:
+    """At the scored tokens, also beside a block in which none is; the head too."""
+    master = load(place / "teacher")
+    live = Teacher(master.model(torch.bfloat16))
+    cached = CachedTeacher(Cache(place / "hidden"), head_from(master, torch.device("cpu")))
+    assert torch.equal(cached.head.weight_VH, head_of(live.model).weight_VH)
+    blocks = build_blocks(data(place), master.tokenizer(), "train", 2)
+    batch = next(blocks.batches(2))
+    assert cached.sparse(batch) is None
+    mask = scored(batch)
+    assert torch.equal(cached.hidden(batch).final[mask], live.hidden(batch).final[mask])
+    batch["labels"][0] = IGNORED
+    mask = scored(batch)
+    assert torch.equal(cached.hidden(batch).final[mask], live.hidden(batch).final[mask])
+
+
+def test_distributions_are_in_the_order_of_the_batch(place: Path) -> None:
+    master = load(place / "teacher")
+    head = head_from(master, torch.device("cpu"))
+    cached = CachedTeacher(Cache(place / "topk"), head)
+    batch = next(build_blocks(data(place), master.tokenizer(), "train", 3).batches(3))
+    exact = CachedTeacher(Cache(place / "hidden"), head).hidden(batch).final[scored(batch)]
+    found = cached.sparse(batch)
+    assert found is not None
+    log_p = head.logits(exact, head.weight_VH).log_softmax(-1)
+    expected = log_p.gather(-1, found.ids_NK).exp()
+    assert float((found.probability_NK - expected).abs().max()) < 0.01
+    assert torch.equal(found.ids_NK[:, 0], log_p.argmax(-1))
+    heldout = build_blocks(data(place), master.tokenizer(), "heldout", 2)
+    assert cached.sparse(next(heldout.batches(2))) is None  # stored exactly
+    batch["labels"][:] = IGNORED
+    nothing = cached.sparse(batch)
+    assert nothing is not None
+    assert len(nothing.ids_NK) == 0
+
+
+def test_a_block_of_another_text(place: Path) -> None:
+    cached = CachedTeacher(
+        Cache(place / "topk"), head_from(load(place / "teacher"), torch.device("cpu"))
+    )
+    with pytest.raises(UserError, match="a block is not in the cache"):
+        cached.sparse(next(blocks_of(4, 32).batches(4)))
