@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from regrow.config import Config
@@ -37,8 +39,19 @@ class DistillConfig(Config):
     """Measure held-out KL, and keep a checkpoint, about every so many training tokens."""
     heldout_blocks: int = Field(default=16, ge=1)
     """Held-out blocks to measure on."""
+    adapter: Literal["none", "lora", "qlora"] = "none"
+    """What trains: none (all weights), lora (low-rank adapters beside frozen weights, merged into
+    them in the result), qlora (the same, the frozen weights held in 4 bits)."""
+    lora_rank: int = Field(default=16, ge=1)
+    """Rank of the adapters."""
+    lora_alpha: float = Field(default=32.0, gt=0)
+    """The adapters' product is scaled by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the blocks' linear projections with adapters, such as q_proj; all when empty."""
+    keep_adapters: bool = False
+    """Write the adapters beside the merged model too, in `adapter/`, as peft reads them."""
     seed: int = 0
-    """Seed of dropout and of a fresh student's weights."""
+    """Seed of dropout, and of the weights of a fresh student or of adapters."""
 
     def loss_weights(self) -> dict[str, float]:
         """Weight of each loss by name; the KL comes first, it is what is reported and kept by."""

@@ -35,6 +35,7 @@ from regrow.training.teacher import Teacher
 from regrow.training.tokens import teacher_ids
 from regrow.training.trainer import DistillTrainer, Journal, Pace, bind_loss
 
+ADAPTER = "adapter"
 CARRIED = ("plan.json", "plan-from-first.json")
 
 
@@ -73,9 +74,11 @@ def distill(
         say(f"distill: {out} is complete and unchanged")
         return out
     signal = _signal(pupil, master, config.hidden_weight)
+    adapter = pupil.adapter(config, device)
     steps, micro, accumulation = steps_of(config, data, options)
+    trained = pupil.parameters if adapter is None else adapter.parameters(pupil.on_meta())
     # Weights and optimizer of the best, the last and the next checkpoint, and the result.
-    require_space(out, pupil.parameters * (3 * 12 + pupil.dtype.itemsize))
+    require_space(out, trained * 3 * 12 + pupil.parameters * pupil.dtype.itemsize)
     tokenizer = (master if ids_V is None else pupil.like).tokenizer()
     heldout = build_blocks(data, tokenizer, "heldout", config.heldout_blocks)
     count = steps * config.batch_tokens // data.sequence_length
@@ -85,7 +88,7 @@ def distill(
         if ranks.is_main():
             adopt_finished(out, folder, stage, config)
         ranks.wait()
-        model = pupil.model(config.seed)
+        model = pupil.model(config.seed, adapter, device)
         if device.index is not None:
             torch.cuda.set_device(device)  # the trainer takes the current one
         taught_by = Teacher(master.model(torch.bfloat16, device), ids_V)
@@ -97,7 +100,7 @@ def distill(
         _train(trainer, folder, stage, pupil, steps, journal)
         undo()
         if ranks.is_main():
-            _write(trainer, pupil, folder)
+            _write(trainer, pupil, folder, config.keep_adapters and adapter is not None)
         stage.figures += _figures(trainer, steps * config.batch_tokens)
     return out
 
@@ -232,9 +235,11 @@ def _train(
             ) from None
 
 
-def _write(trainer: DistillTrainer, pupil: Student, folder: Path) -> None:
+def _write(trainer: DistillTrainer, pupil: Student, folder: Path, adapters: bool) -> None:
     """Write the best student in the parent's dtype, with what travels beside it."""
-    model = trainer.student.to(pupil.dtype)  # type: ignore[arg-type]
+    if adapters:
+        trainer.student.save_pretrained(str(folder / ADAPTER))
+    model = pupil.plain(trainer.student)
     model.config.use_cache = True
     checkpoints.write_model(model, folder, pupil.like)
     for name in CARRIED:
