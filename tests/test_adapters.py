@@ -167,7 +167,7 @@ def test_refused_before_any_slow_work(
             patch.setattr(
                 importlib.util,
                 "find_spec",
-                lambda name, *rest, missing=missing: None if name == missing else found(name, *rest),
+                lambda name, missing=missing: None if name == missing else found(name),
             )
             said = refused("pruned", adapter=kind)
             assert said.startswith(f"adapter {kind} needs {missing}, which is not installed")

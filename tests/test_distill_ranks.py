@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.multiprocessing
 from tiny_distillation import (
     CONFIG,
     OPTIONS,
@@ -18,7 +22,9 @@ from tiny_training import start_ranks
 from torch import Tensor
 
 from regrow.checkpoint import Checkpoint
+from regrow.errors import UserError
 from regrow.stages.distill import distill
+from regrow.training.trainer import Pace
 
 
 def _distill(rank: int, place: str, out: str) -> None:
@@ -26,15 +32,34 @@ def _distill(rank: int, place: str, out: str) -> None:
     distill(where / "pruned", where / "teacher", data(where), Path(out), CONFIG, OPTIONS)
 
 
+def _killed(rank: int, place: str, out: str) -> None:
+    """Rank 1 is killed in step 7; rank 0 says so in one line, and where the job goes on."""
+    began = Pace.on_step_begin
+
+    def die(self: Pace, args: object, state: Any, control: object, **_: object) -> None:
+        if state.global_step == 6 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Pace.on_step_begin = die  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="another process of this job has ended") as caught:
+        _distill(rank, place, out)
+    Pace.on_step_begin = began  # type: ignore[method-assign]
+    (Path(place) / "said").write_text(str(caught.value))
+    os._exit(2)
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     checkpoint = Checkpoint(folder)
     return {name: checkpoint.tensor(name).float() for name in checkpoint.names()}
 
 
-def test_two_ranks_write_the_student_of_one(tmp_path: Path) -> None:
+def test_two_ranks_write_the_student_of_one_also_after_a_kill(tmp_path: Path) -> None:
     place = write_place(tmp_path / "place")
     one, out = tmp_path / "one", tmp_path / "several" / "out"
     distill(place / "pruned", place / "teacher", data(place), one, CONFIG, OPTIONS)
+    with pytest.raises(torch.multiprocessing.ProcessExitedException):
+        start_ranks(2, _killed, str(place), str(out))
+    assert (place / "said").read_text().endswith("it goes on from checkpoint-4")
     start_ranks(2, _distill, str(place), str(out))
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     alone, together = held_out(one), held_out(out)

@@ -30,9 +30,9 @@ from regrow.training.head import Mix
 from regrow.training.trainer import DistillTrainer, Journal, Pace, bind_loss
 
 
-def slow_gradients(blocks: Blocks, mix: Mix = MIX) -> dict[str, Tensor]:
+def slow_gradients(blocks: Blocks, mix: Mix = MIX, **overrides: Any) -> dict[str, Tensor]:
     """∂/∂weights of Σ loss ÷ scored tokens in float64: each document alone, full logits."""
-    student, teacher = pair(torch.float64)
+    student, teacher = pair(torch.float64, **overrides)
     total, count = torch.zeros((), dtype=torch.float64), 0
     for ids, positions, labels in zip(
         blocks.input_ids, blocks.position_ids, blocks.labels, strict=True

@@ -50,6 +50,10 @@ class DistillConfig(Config):
     """Names of the blocks' linear projections with adapters, such as q_proj; all when empty."""
     keep_adapters: bool = False
     """Write the adapters beside the merged model too, in `adapter/`, as peft reads them."""
+    freeze_layers: int = Field(default=0, ge=0)
+    """Leave the embedding (and a head tied to it) and so many first blocks as they are: quicker,
+    most where they are the teacher's, as after a cut of later layers; they then run once for
+    both."""
     seed: int = 0
     """Seed of dropout, and of the weights of a fresh student or of adapters."""
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedModel
 
 from regrow import checkpoint as checkpoints
 from regrow import ranks
@@ -20,6 +19,7 @@ from regrow.manifest import Figure, Stage, refuse_input, require_space
 from regrow.options import Options
 from regrow.plan import Plan
 from regrow.progress import progress, say
+from regrow.stages.distill.arguments import arguments_of
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.resume import (
     METRICS,
@@ -29,7 +29,9 @@ from regrow.stages.distill.resume import (
     rescue,
 )
 from regrow.stages.distill.student import Student, open_student
+from regrow.training import prefix, sharding
 from regrow.training.head import Mix
+from regrow.training.prefix import SharedPrefix
 from regrow.training.signals.hidden import Hidden, LayerMap
 from regrow.training.teacher import Teacher
 from regrow.training.tokens import teacher_ids
@@ -75,6 +77,10 @@ def distill(
         return out
     signal = _signal(pupil, master, config.hidden_weight)
     adapter = pupil.adapter(config, device)
+    if config.freeze_layers:
+        prefix.check(pupil.on_meta(), config.freeze_layers)
+    sharding.require(options, device, config.adapter)
+    sharded = sharding.is_sharded(options)
     steps, micro, accumulation = steps_of(config, data, options)
     trained = pupil.parameters if adapter is None else adapter.parameters(pupil.on_meta())
     # Weights and optimizer of the best, the last and the next checkpoint, and the result.
@@ -91,18 +97,34 @@ def distill(
         model = pupil.model(config.seed, adapter, device)
         if device.index is not None:
             torch.cuda.set_device(device)  # the trainer takes the current one
-        taught_by = Teacher(master.model(torch.bfloat16, device), ids_V)
-        arguments = _arguments(folder, config, device, steps, micro, accumulation)
+        taught_by = Teacher(_teacher(master, device, sharded), ids_V)
+        shared = _freeze(model, taught_by, config.freeze_layers, signal is not None, sharded)
+        arguments = arguments_of(folder, config, options, device, (steps, micro, accumulation))
         trainer = DistillTrainer(
             model=model, args=arguments, train_dataset=blocks, eval_dataset=heldout
         )
         undo = bind_loss(model, taught_by, Mix(config.loss_weights(), config.temperature), signal)
         _train(trainer, folder, stage, pupil, steps, journal)
         undo()
+        if shared is not None:
+            shared.close()
         if ranks.is_main():
             _write(trainer, pupil, folder, config.keep_adapters and adapter is not None)
         stage.figures += _figures(trainer, steps * config.batch_tokens)
     return out
+
+
+def _freeze(
+    model: PreTrainedModel, teacher: Teacher, count: int, all_layers: bool, sharded: bool
+) -> SharedPrefix | None:
+    """Freeze the first blocks; shared with the teacher where they are the same and lie here."""
+    if count == 0:
+        return None
+    prefix.freeze(model, count)
+    if sharded or teacher.ids_V is not None or not prefix.same(model, teacher.model, count):
+        return None
+    say(f"distill: the first {count} blocks are the teacher's and run once for both")
+    return SharedPrefix(model, teacher.model, count, all_layers)
 
 
 def _signal(pupil: Student, master: Checkpoint, weight: float) -> Hidden | None:
@@ -144,62 +166,12 @@ def _stage(out: Path, config: DistillConfig, inputs: dict[str, str]) -> Stage:
     return Stage(out, "distill", config, inputs, resumable=True, resume_digest=resume)
 
 
-def _arguments(
-    folder: Path,
-    config: DistillConfig,
-    device: torch.device,
-    steps: int,
-    micro: int,
-    accumulation: int,
-) -> TrainingArguments:
-    every = max(1, min(steps, round(config.eval_tokens / config.batch_tokens)))
-    arguments = TrainingArguments(
-        output_dir=str(folder / TRAINER),
-        max_steps=steps,
-        per_device_train_batch_size=micro,
-        per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": config.min_learning_rate_ratio},
-        warmup_steps=max(1, round(config.warmup_ratio * steps)),
-        weight_decay=config.weight_decay,
-        adam_beta2=config.beta2,
-        max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch_fused",
-        bf16=True,
-        use_cpu=device.type == "cpu",
-        logging_steps=1,
-        eval_strategy="steps",
-        eval_steps=every,
-        eval_on_start=True,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,  # the best and the last; with 1 Trainer drops the last when it ends
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_forward_kl",
-        greater_is_better=False,
-        report_to=_trackers(folder),
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=device.type == "cuda",
-        average_tokens_across_devices=True,
-        ignore_data_skip=False,
-        disable_tqdm=True,
-        seed=config.seed,
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # without torchrun: DataParallel would multiply batch_tokens
-    return arguments
-
-
-def _trackers(folder: Path) -> list[str]:
-    from importlib.util import find_spec
-
-    if find_spec("tensorboard") is None:
-        return []
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    return ["tensorboard"]
+def _teacher(master: Checkpoint, device: torch.device, sharded: bool) -> PreTrainedModel:
+    if not sharded:
+        return master.model(torch.bfloat16, device)
+    model = master.model(torch.bfloat16)
+    sharding.share(model, device)
+    return model
 
 
 def _train(
@@ -219,6 +191,7 @@ def _train(
     ranks.wait()
     trainer.args.eval_on_start = last is None  # a run that goes on has that row
     if last is not None:
+        sharding.require_same(last, trainer.is_fsdp_enabled)
         say(f"distill: goes on from {last.name}")
     trainer.remove_callback(PrinterCallback)
     with progress("distill", steps * config.batch_tokens) as counter:
@@ -229,6 +202,14 @@ def _train(
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*pin_memory.*")
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except RuntimeError as error:  # what gloo and NCCL raise, each in its own words
+            if not ranks.lost_peer(error):
+                raise
+            kept = last_checkpoint(folder / TRAINER)
+            raise UserError(
+                "another process of this job has ended: run the same command again, it goes on "
+                f"from {'the start' if kept is None else kept.name}"
+            ) from None
         except UserError as error:
             raise UserError(
                 f"{error}; {rescue(folder / TRAINER, out, pupil.like)}; lower the learning rate"
@@ -239,7 +220,11 @@ def _write(trainer: DistillTrainer, pupil: Student, folder: Path, adapters: bool
     """Write the best student in the parent's dtype, with what travels beside it."""
     if adapters:
         trainer.student.save_pretrained(str(folder / ADAPTER))
-    model = pupil.plain(trainer.student)
+    if trainer.is_fsdp_enabled:  # the best checkpoint is a stock folder, put together from shares
+        assert trainer.state.best_model_checkpoint is not None
+        model = Checkpoint(trainer.state.best_model_checkpoint).model(pupil.dtype)
+    else:
+        model = pupil.plain(trainer.student)
     model.config.use_cache = True
     checkpoints.write_model(model, folder, pupil.like)
     for name in CARRIED:

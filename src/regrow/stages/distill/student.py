@@ -67,7 +67,8 @@ class Student:
         adapters.require(config.adapter, device)
         targets = adapters.targets_in(self.on_meta(), config.lora_targets)
         quantized = config.adapter == "qlora"
-        return Adapter(config.lora_rank, config.lora_alpha, targets, quantized)
+        first = config.freeze_layers
+        return Adapter(config.lora_rank, config.lora_alpha, targets, quantized, first)
 
     def model(
         self, seed: int, adapter: Adapter | None = None, device: torch.device | None = None
