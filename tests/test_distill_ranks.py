@@ -34,6 +34,7 @@ def _distill(rank: int, place: str, out: str) -> None:
 
 def _killed(rank: int, place: str, out: str) -> None:
     """Rank 1 is killed in step 7; rank 0 says so in one line, and where the job goes on."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the starter ends the others, as torchrun does
     began = Pace.on_step_begin
 
     def die(self: Pace, args: object, state: Any, control: object, **_: object) -> None:

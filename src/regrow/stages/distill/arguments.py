@@ -55,6 +55,7 @@ def arguments_of(
         label_names=["labels"],
         dataloader_pin_memory=device.type == "cuda",
         average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,  # there are none, and the search takes time
         ignore_data_skip=False,
         disable_tqdm=True,
         seed=config.seed,
