@@ -109,6 +109,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     from regrow import families
     from regrow.checkpoint import load
     from regrow.stages.distill.stage import steps_of
+    from regrow.stages.distill.student import Student, check_student
     from regrow.stages.evaluate.texts import text_files
     from regrow.stages.profile.scoring import statistics_needed
     from regrow.training.tokens import teacher_ids
@@ -117,6 +118,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
         statistics_needed(step.config)
     elif step.name == "distill":
         steps_of(step.config, data, options)
+        check_student(Student(checkpoint), step.config, options)
     elif step.name == "evaluate":
         for source in step.config.texts.values():
             text_files(source)

@@ -48,6 +48,8 @@ def training_fields(options: Options) -> dict[str, Any]:
     if is_sharded(options):
         whole = "FULL_STATE_DICT"
         fields |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": whole}}
+        # Else every device held the gradients of all blocks between the micro-batches of a step.
+        fields["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     return fields
 
 

@@ -28,7 +28,7 @@ from regrow.stages.distill.resume import (
     last_checkpoint,
     rescue,
 )
-from regrow.stages.distill.student import Student, open_student
+from regrow.stages.distill.student import Student, check_student, open_student
 from regrow.training import prefix, sharding
 from regrow.training.head import Mix
 from regrow.training.prefix import SharedPrefix
@@ -76,15 +76,13 @@ def distill(
         say(f"distill: {out} is complete and unchanged")
         return out
     signal = _signal(pupil, master, config.hidden_weight)
-    adapter = pupil.adapter(config, device)
-    if config.freeze_layers:
-        prefix.check(pupil.on_meta(), config.freeze_layers)
-    sharding.require(options, device, config.adapter)
+    adapter = check_student(pupil, config, options)
     sharded = sharding.is_sharded(options)
     steps, micro, accumulation = steps_of(config, data, options)
     trained = pupil.parameters if adapter is None else adapter.parameters(pupil.on_meta())
     # Weights and optimizer of the best, the last and the next checkpoint, and the result.
-    require_space(out, trained * 3 * 12 + pupil.parameters * pupil.dtype.itemsize)
+    each = 16 if sharded else 12  # in shares the weights are written twice
+    require_space(out, trained * 3 * each + pupil.parameters * pupil.dtype.itemsize)
     tokenizer = (master if ids_V is None else pupil.like).tokenizer()
     heldout = build_blocks(data, tokenizer, "heldout", config.heldout_blocks)
     count = steps * config.batch_tokens // data.sequence_length

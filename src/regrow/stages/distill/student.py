@@ -15,8 +15,9 @@ from regrow import families, plugins
 from regrow.checkpoint import Checkpoint, load, refuse_kind
 from regrow.errors import UserError
 from regrow.manifest import digest
+from regrow.options import Options
 from regrow.stages.distill.config import DistillConfig
-from regrow.training import adapters
+from regrow.training import adapters, prefix, sharding
 from regrow.training.adapters import Adapter
 
 if TYPE_CHECKING:
@@ -105,6 +106,19 @@ class Student:
         """The file `name` beside the student's weights, if there is one."""
         path = self.like.folder / name
         return path if self.config is None and path.exists() else None
+
+
+def check_student(student: Student, config: DistillConfig, options: Options) -> Adapter | None:
+    """The adapters asked for, if any.
+
+    Raises UserError when this student or machine cannot be trained as config and options ask.
+    """
+    device = options.torch_device()
+    adapter = student.adapter(config, device)
+    if config.freeze_layers:
+        prefix.check(student.on_meta(), config.freeze_layers)
+    sharding.require(options, device, config.adapter)
+    return adapter
 
 
 def _all_taken(module: Any, found: Any) -> None:
