@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.multiprocessing
+from safetensors.torch import load_file
 from tiny_distillation import (
     CONFIG,
     OPTIONS,
@@ -18,7 +23,11 @@ from tiny_training import start_ranks
 from torch import Tensor
 
 from regrow.checkpoint import Checkpoint
+from regrow.errors import UserError
 from regrow.stages.distill import distill
+from regrow.training.trainer import Pace
+
+LORA = CONFIG.model_copy(update={"adapter": "lora", "lora_rank": 3, "keep_adapters": True})
 
 
 def _distill(rank: int, place: str, out: str) -> None:
@@ -26,16 +35,43 @@ def _distill(rank: int, place: str, out: str) -> None:
     distill(where / "pruned", where / "teacher", data(where), Path(out), CONFIG, OPTIONS)
 
 
+def _distill_both(rank: int, place: str, out: str) -> None:
+    """All weights, and adapters."""
+    _distill(rank, place, out)
+    where = Path(place)
+    distill(where / "pruned", where / "teacher", data(where), where / "lora-2", LORA, OPTIONS)
+
+
+def _killed(rank: int, place: str, out: str) -> None:
+    """Rank 1 is killed in step 7; rank 0 says so in one line, and where the job goes on."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the starter ends the others, as torchrun does
+    began = Pace.on_step_begin
+
+    def die(self: Pace, args: object, state: Any, control: object, **_: object) -> None:
+        if state.global_step == 6 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Pace.on_step_begin = die  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="another process of this job has ended") as caught:
+        _distill(rank, place, out)
+    Pace.on_step_begin = began  # type: ignore[method-assign]
+    (Path(place) / "said").write_text(str(caught.value))
+    os._exit(2)
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     checkpoint = Checkpoint(folder)
     return {name: checkpoint.tensor(name).float() for name in checkpoint.names()}
 
 
-def test_two_ranks_write_the_student_of_one(tmp_path: Path) -> None:
+def test_two_ranks_write_the_student_of_one_also_after_a_kill(tmp_path: Path) -> None:
     place = write_place(tmp_path / "place")
     one, out = tmp_path / "one", tmp_path / "several" / "out"
     distill(place / "pruned", place / "teacher", data(place), one, CONFIG, OPTIONS)
-    start_ranks(2, _distill, str(place), str(out))
+    with pytest.raises(torch.multiprocessing.ProcessExitedException):
+        start_ranks(2, _killed, str(place), str(out))
+    assert (place / "said").read_text().endswith("it goes on from checkpoint-4")
+    start_ranks(2, _distill_both, str(place), str(out))
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     alone, together = held_out(one), held_out(out)
     assert list(together) == list(alone)
@@ -45,3 +81,14 @@ def test_two_ranks_write_the_student_of_one(tmp_path: Path) -> None:
     expected = weights(one)
     for name, value in weights(out).items():
         assert float((value - expected[name]).norm() / expected[name].norm()) < 1e-2, name
+    alone_too = distill(
+        place / "pruned", place / "teacher", data(place), place / "lora-1", LORA, OPTIONS
+    )
+    assert held_out(place / "lora-2") == pytest.approx(held_out(alone_too), rel=1e-3)
+    one_pair, two_pair = (
+        load_file(place / name / "adapter" / "adapter_model.safetensors")
+        for name in ("lora-1", "lora-2")
+    )
+    assert one_pair.keys() == two_pair.keys()
+    for name, value in one_pair.items():
+        assert float((two_pair[name] - value).norm()) < 0.1 * float(value.norm()), name

@@ -21,18 +21,20 @@ from tiny_training import (
 )
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from regrow.data import Blocks
 from regrow.data.blocks import IGNORED
 from regrow.errors import UserError
 from regrow.progress import Progress
+from regrow.training import trainer as trainer_module
 from regrow.training.head import Mix
 from regrow.training.trainer import DistillTrainer, Journal, Pace, bind_loss
 
 
-def slow_gradients(blocks: Blocks, mix: Mix = MIX) -> dict[str, Tensor]:
+def slow_gradients(blocks: Blocks, mix: Mix = MIX, **overrides: Any) -> dict[str, Tensor]:
     """∂/∂weights of Σ loss ÷ scored tokens in float64: each document alone, full logits."""
-    student, teacher = pair(torch.float64)
+    student, teacher = pair(torch.float64, **overrides)
     total, count = torch.zeros((), dtype=torch.float64), 0
     for ids, positions, labels in zip(
         blocks.input_ids, blocks.position_ids, blocks.labels, strict=True
@@ -95,11 +97,17 @@ def test_logged_loss_is_the_mean_per_scored_token(tmp_path: Path) -> None:
     assert row["loss"] == pytest.approx(float(outputs["loss"] / outputs["tokens"]), rel=1e-3)
 
 
-def _train_share(rank: int, folder: str, accumulation: str) -> None:
-    """One rank's share of the same step."""
-    trainer, watch = train(Path(folder) / str(rank), 1, int(accumulation), ddp_backend="gloo")
-    weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
-    torch.save((watch.gradients, weights), Path(folder) / f"{rank}.pt")
+def _train_share(rank: int, folder: str, share: str) -> None:
+    """One rank's share of the same step, by every split into micro-batches."""
+    blocks, accumulation = int(share), 1
+    while accumulation <= blocks:
+        name = f"{rank}-{accumulation}"
+        trainer, watch = train(
+            Path(folder) / name, blocks // accumulation, accumulation, ddp_backend="gloo"
+        )
+        weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
+        torch.save((watch.gradients, weights), Path(folder) / f"{name}.pt")
+        accumulation *= 2
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -108,11 +116,35 @@ def test_ranks_give_the_gradient_and_the_weights_of_one_process(
 ) -> None:
     start_ranks(world, _train_share, str(tmp_path), str(8 // world))
     alone, _ = train(tmp_path / "alone", 8, 1)
-    for rank in range(world):
-        gradients, weights = torch.load(tmp_path / f"{rank}.pt")
+    found = sorted(tmp_path.glob("*.pt"))
+    assert len(found) == world * {2: 3, 4: 2}[world]
+    for path in found:
+        gradients, weights = torch.load(path)
         assert error(gradients, exact) < 1e-5
         for name, parameter in alone.model.named_parameters():
             torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_checkpointed_activations_give_the_gradient_and_leave_the_head_alone(
+    tmp_path: Path, exact: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {"head": 0, "block": 0}
+    loss, block = trainer_module.head_loss, LlamaMLP.forward
+
+    def counted_loss(*given: Any) -> Any:
+        runs["head"] += 1
+        return loss(*given)
+
+    def counted_block(self: LlamaMLP, x: Tensor) -> Tensor:
+        runs["block"] += self.training
+        return block(self, x)
+
+    monkeypatch.setattr(trainer_module, "head_loss", counted_loss)
+    monkeypatch.setattr(LlamaMLP, "forward", counted_block)
+    fields = {"activation_checkpointing_kwargs": {"use_reentrant": False}}
+    _, watch = train(tmp_path, 4, 2, activation_checkpointing=True, **fields)
+    assert error(watch.gradients, exact) < 1e-5
+    assert runs == {"head": 2, "block": 2 * 2 * 2}  # two micro-batches of two blocks, twice each
 
 
 def test_held_out_figures_are_means_over_all_scored_tokens(tmp_path: Path) -> None:

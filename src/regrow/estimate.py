@@ -25,7 +25,7 @@ from regrow.stages.cache.stage import header_of
 from regrow.stages.distill.cached import open_cache
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import steps_of
-from regrow.stages.distill.student import Student
+from regrow.stages.distill.student import Student, check_student
 from regrow.stages.evaluate.config import EvaluateConfig
 from regrow.stages.profile.collect import GRADIENTS, REMOVALS
 from regrow.stages.profile.config import ProfileConfig
@@ -216,6 +216,8 @@ def of_distill(
 ) -> list[str]:
     """Steps, memory and time of a distillation: 2 N_teacher + 6 N_student operations per token."""
     open_cache(config, teacher, teacher_ids(student.like, teacher))
+    teacher_ids(student.like, teacher)
+    check_student(student, config, options)
     return _distill_lines(student.parameters, _parameters(teacher), data, config, options)
 
 
@@ -302,11 +304,13 @@ def _distill_lines(
 ) -> list[str]:
     steps, micro, accumulation = steps_of(config, data, options)
     teacher = 0 if config.cache else teacher
-    seconds = config.tokens * (2 * teacher + 6 * student) / matmul_rate()
+    # Operations per token, bytes per parameter: frozen weights have no gradient and no moments.
+    work, held = {"none": (6, 16.0), "lora": (4, 2.0), "qlora": (4, 0.6)}[config.adapter]
+    seconds = config.tokens * (2 * teacher + work * student) / matmul_rate()
     return [
         f"distill: {steps} steps of {config.batch_tokens:,} tokens "
         f"({accumulation} micro-batches of {micro} blocks)",
-        f"  memory {(16 * student + 2 * teacher) / 1e9:.2f} GB for weights, gradients, optimizer "
+        f"  memory {(held * student + 2 * teacher) / 1e9:.2f} GB for weights, gradients, optimizer "
         f"and teacher, activations on top; time at best {clock(seconds)}",
     ]
 

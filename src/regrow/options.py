@@ -25,6 +25,14 @@ class Options(Config):
     """How a profile runs: the whole model resident, layer by layer with hidden states on disk (for
     models larger than the device), or whichever fits."""
 
+    sharding: Literal["none", "fsdp"] = "none"
+    """What each GPU of a distillation holds: all (none), or its share of student, optimizer and
+    teacher (fsdp: FSDP2), for models larger than a GPU."""
+    deepspeed: str | None = None
+    """A DeepSpeed config (JSON, ZeRO stage 0 to 2) to distil under."""
+    gradient_checkpointing: bool = False
+    """Compute a distillation's activations again in the backward pass: less memory, more time."""
+
     def torch_device(self) -> torch.device:
         """The device to use; raises UserError for one this machine lacks."""
         import torch

@@ -35,3 +35,12 @@ def wait() -> None:
 
         if dist.is_initialized():
             dist.barrier()
+
+
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether an error says that another process of the job is gone."""
+    import torch.distributed as dist
+
+    text = str(error)
+    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(words in text for words in gone)

@@ -158,6 +158,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     from regrow.stages.cache.stage import header_of
     from regrow.stages.distill.cached import check_loss
     from regrow.stages.distill.stage import steps_of
+    from regrow.stages.distill.student import Student, check_student
     from regrow.stages.evaluate.texts import text_files
     from regrow.stages.profile.scoring import statistics_needed
     from regrow.stages.rotate.basis import check as check_rotation
@@ -170,6 +171,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
         statistics_needed(step.config)
     elif step.name == "distill":
         steps_of(step.config, data, options)
+        check_student(Student(checkpoint), step.config, options)
         if step.config.cache is not None:
             check_loss(step.config, Cache(step.config.cache).header.format)
     elif step.name == "cache":

@@ -24,6 +24,7 @@ from transformers import (
 
 from regrow.errors import UserError
 from regrow.progress import Progress
+from regrow.training.adapters import has_adapter, load_adapter
 from regrow.training.balance import MAIN
 from regrow.training.cache.teacher import CachedTeacher
 from regrow.training.head import Mix, head_loss, head_of
@@ -114,6 +115,20 @@ class DistillTrainer(SignalTrainer):
         """The model in training, unwrapped."""
         assert isinstance(self.model, PreTrainedModel)
         return self.model
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """A checkpoint holds adapters alone where there are any, which Trainer does not know."""
+        if has_adapter(self.student):
+            load_adapter(self.student, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if has_adapter(self.student):
+            assert self.state.best_model_checkpoint is not None
+            load_adapter(self.student, Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
 
     def compute_loss(
         self,

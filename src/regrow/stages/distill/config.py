@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -63,8 +64,23 @@ class DistillConfig(Config):
     cache: str | None = None
     """Folder that regrow cache wrote: the teacher's head is loaded, its body is not. In a recipe a
     cache stage before this one is taken."""
+    adapter: Literal["none", "lora", "qlora"] = "none"
+    """What trains: none (all weights), lora (low-rank adapters beside frozen weights, merged into
+    them in the result), qlora (the same, the frozen weights held in 4 bits)."""
+    lora_rank: int = Field(default=16, ge=1)
+    """Rank of the adapters."""
+    lora_alpha: float = Field(default=32.0, gt=0)
+    """The adapters' product is scaled by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the blocks' linear projections with adapters, such as q_proj; all when empty."""
+    keep_adapters: bool = False
+    """Write the adapters beside the merged model too, in `adapter/`, as peft reads them."""
+    freeze_layers: int = Field(default=0, ge=0)
+    """Leave the embedding (and a head tied to it) and so many first blocks as they are: quicker,
+    most where they are the teacher's, as after a cut of later layers; they then run once for
+    both."""
     seed: int = 0
-    """Seed of dropout and of a fresh student's weights."""
+    """Seed of dropout, and of the weights of a fresh student or of adapters."""
 
     @field_validator("losses")
     @classmethod

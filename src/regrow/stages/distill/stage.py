@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import TrainingArguments
 
 from regrow import checkpoint as checkpoints
 from regrow import ranks
@@ -20,6 +17,7 @@ from regrow.errors import UserError
 from regrow.manifest import Figure, Stage, refuse_input, require_space
 from regrow.options import Options
 from regrow.progress import progress, say
+from regrow.stages.distill.arguments import arguments_of
 from regrow.stages.distill.cached import open_cache
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.mix import mix_of
@@ -31,13 +29,13 @@ from regrow.stages.distill.resume import (
     rescue,
 )
 from regrow.stages.distill.signals import CARRIED, signals_between
-from regrow.stages.distill.student import Student, open_student
-from regrow.training.cache.folder import Cache
-from regrow.training.cache.teacher import CachedTeacher, head_from
-from regrow.training.inside import give_attentions
-from regrow.training.teacher import Teacher
+from regrow.stages.distill.student import Student, check_student, open_student
+from regrow.stages.distill.teaching import freeze, show_attentions, teacher_of
+from regrow.training import sharding
 from regrow.training.tokens import teacher_ids
 from regrow.training.trainer import DistillTrainer, Journal, Pace, bind_loss
+
+ADAPTER = "adapter"
 
 
 def distill(
@@ -77,9 +75,13 @@ def distill(
         say(f"distill: {out} is complete and unchanged")
         return out
     signals = signals_between(pupil, master, config)
+    adapter = check_student(pupil, config, options)
+    sharded = sharding.is_sharded(options)
     steps, micro, accumulation = steps_of(config, data, options)
+    trained = pupil.parameters if adapter is None else adapter.parameters(pupil.on_meta())
     # Weights and optimizer of the best, the last and the next checkpoint, and the result.
-    require_space(out, pupil.parameters * (3 * 12 + pupil.dtype.itemsize))
+    each = 16 if sharded else 12  # in shares the weights are written twice
+    require_space(out, trained * 3 * each + pupil.parameters * pupil.dtype.itemsize)
     tokenizer = (master if ids_V is None else pupil.like).tokenizer()
     heldout = build_blocks(data, tokenizer, "heldout", config.heldout_blocks)
     count = steps * config.batch_tokens // data.sequence_length
@@ -92,16 +94,13 @@ def distill(
         if ranks.is_main():
             adopt_finished(out, folder, stage, config)
         ranks.wait()
-        model = pupil.model(config.seed)
+        model = pupil.model(config.seed, adapter, device)
         if device.index is not None:
             torch.cuda.set_device(device)  # the trainer takes the current one
-        taught_by = _teacher(master, ids_V, cached, device)
-        if signals is not None and "attentions" in signals.needs:
-            assert isinstance(taught_by, Teacher)
-            say("distill: the attention signal needs eager attention in both models: slower")
-            give_attentions(model)
-            give_attentions(taught_by.model)
-        arguments = _arguments(folder, config, device, steps, micro, accumulation)
+        taught_by = teacher_of(master, ids_V, cached, device, sharded)
+        show_attentions(model, taught_by, signals)
+        shared = freeze(model, taught_by, config, signals, sharded)
+        arguments = arguments_of(folder, config, options, device, (steps, micro, accumulation))
         trainer = DistillTrainer(
             model=model,
             args=arguments,
@@ -112,18 +111,12 @@ def distill(
         undo = bind_loss(model, taught_by, mix_of(config), signals)
         _train(trainer, folder, stage, pupil, steps, journal)
         undo()
+        if shared is not None:
+            shared.close()
         if ranks.is_main():
-            _write(trainer, pupil, folder)
+            _write(trainer, pupil, folder, config.keep_adapters and adapter is not None)
         stage.figures += _figures(trainer, steps * config.batch_tokens)
     return out
-
-
-def _teacher(
-    master: Checkpoint, ids_V: Tensor | None, cached: Cache | None, device: torch.device
-) -> Teacher | CachedTeacher:
-    if cached is not None:
-        return CachedTeacher(cached, head_from(master, device))
-    return Teacher(master.model(torch.bfloat16, device), ids_V)
 
 
 def steps_of(config: DistillConfig, data: DataConfig, options: Options) -> tuple[int, int, int]:
@@ -158,64 +151,6 @@ def _stage(out: Path, config: DistillConfig, inputs: dict[str, str]) -> Stage:
     return Stage(out, "distill", config, inputs, resumable=True, resume_digest=resume)
 
 
-def _arguments(
-    folder: Path,
-    config: DistillConfig,
-    device: torch.device,
-    steps: int,
-    micro: int,
-    accumulation: int,
-) -> TrainingArguments:
-    every = max(1, min(steps, round(config.eval_tokens / config.batch_tokens)))
-    arguments = TrainingArguments(
-        output_dir=str(folder / TRAINER),
-        max_steps=steps,
-        per_device_train_batch_size=micro,
-        per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": config.min_learning_rate_ratio},
-        warmup_steps=max(1, round(config.warmup_ratio * steps)),
-        weight_decay=config.weight_decay,
-        adam_beta2=config.beta2,
-        max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch_fused",
-        bf16=True,
-        use_cpu=device.type == "cpu",
-        logging_steps=1,
-        eval_strategy="steps",
-        eval_steps=every,
-        eval_on_start=True,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,  # the best and the last; with 1 Trainer drops the last when it ends
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_forward_kl",
-        greater_is_better=False,
-        report_to=_trackers(folder),
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=device.type == "cuda",
-        average_tokens_across_devices=True,
-        ignore_data_skip=False,
-        disable_tqdm=True,
-        seed=config.seed,
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # without torchrun: DataParallel would multiply batch_tokens
-    return arguments
-
-
-def _trackers(folder: Path) -> list[str]:
-    from importlib.util import find_spec
-
-    if find_spec("tensorboard") is None:
-        return []
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    return ["tensorboard"]
-
-
 def _train(
     trainer: DistillTrainer,
     folder: Path,
@@ -233,6 +168,7 @@ def _train(
     ranks.wait()
     trainer.args.eval_on_start = last is None  # a run that goes on has that row
     if last is not None:
+        sharding.require_same(last, trainer.is_fsdp_enabled)
         say(f"distill: goes on from {last.name}")
     trainer.remove_callback(PrinterCallback)
     with progress("distill", steps * config.batch_tokens) as counter:
@@ -243,15 +179,29 @@ def _train(
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*pin_memory.*")
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except RuntimeError as error:  # what gloo and NCCL raise, each in its own words
+            if not ranks.lost_peer(error):
+                raise
+            kept = last_checkpoint(folder / TRAINER)
+            raise UserError(
+                "another process of this job has ended: run the same command again, it goes on "
+                f"from {'the start' if kept is None else kept.name}"
+            ) from None
         except UserError as error:
             raise UserError(
                 f"{error}; {rescue(folder / TRAINER, out, pupil.like)}; lower the learning rate"
             ) from None
 
 
-def _write(trainer: DistillTrainer, pupil: Student, folder: Path) -> None:
+def _write(trainer: DistillTrainer, pupil: Student, folder: Path, adapters: bool) -> None:
     """Write the best student in the parent's dtype, with what travels beside it."""
-    model = trainer.student.to(pupil.dtype)  # type: ignore[arg-type]
+    if adapters:
+        trainer.student.save_pretrained(str(folder / ADAPTER))
+    if trainer.is_fsdp_enabled:  # the best checkpoint is a stock folder, put together from shares
+        assert trainer.state.best_model_checkpoint is not None
+        model = Checkpoint(trainer.state.best_model_checkpoint).model(pupil.dtype)
+    else:
+        model = pupil.plain(trainer.student)
     model.config.use_cache = True
     checkpoints.write_model(model, folder, pupil.like)
     for name in CARRIED:

@@ -15,6 +15,10 @@ from regrow import families, plugins
 from regrow.checkpoint import Checkpoint, load, refuse_kind
 from regrow.errors import UserError
 from regrow.manifest import digest
+from regrow.options import Options
+from regrow.stages.distill.config import DistillConfig
+from regrow.training import adapters, prefix, sharding
+from regrow.training.adapters import Adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,12 +54,34 @@ class Student:
         if self.config is None:
             shapes = self.like.shapes.values()
             return sum(torch.Size(shape).numel() for shape in shapes)
-        return sum(p.numel() for p in _on_meta(self.config).parameters())
+        return sum(p.numel() for p in self.on_meta().parameters())
 
-    def model(self, seed: int) -> PreTrainedModel:
-        """The float32 model, in eval mode; random weights of a fresh one follow from `seed`."""
+    def adapter(self, config: DistillConfig, device: torch.device) -> Adapter | None:
+        """The adapters asked for; raises UserError for what this student or machine has not."""
+        if config.adapter == "none":
+            return None
+        if self.config is not None:
+            raise UserError(
+                f"adapter {config.adapter}: the student is made fresh from a config.json, and its "
+                "random weights must train: set adapter to none"
+            )
+        adapters.require(config.adapter, device)
+        targets = adapters.targets_in(self.on_meta(), config.lora_targets)
+        quantized = config.adapter == "qlora"
+        first = config.freeze_layers
+        return Adapter(config.lora_rank, config.lora_alpha, targets, quantized, first)
+
+    def model(
+        self, seed: int, adapter: Adapter | None = None, device: torch.device | None = None
+    ) -> PreTrainedModel:
+        """The float32 model, in eval mode; random weights of a fresh one follow from `seed`.
+
+        With `adapter` the weights are frozen as they are stored, and float32 adapters train.
+        """
         torch.manual_seed(seed)
-        if self.config is None:
+        if adapter is not None:
+            made = adapter.model(self.like, device or torch.device("cpu"), seed)
+        elif self.config is None:
             made = self.like.model(torch.float32)
         else:
             made = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
@@ -64,10 +90,35 @@ class Student:
         made.register_load_state_dict_post_hook(_all_taken)
         return made
 
+    def plain(self, trained: PreTrainedModel) -> PreTrainedModel:
+        """The trained student as a plain stock model, in its parent's dtype."""
+        if not adapters.has_adapter(trained):
+            return trained.to(self.dtype)  # type: ignore[arg-type]
+        merged = self.like.model(self.dtype)
+        adapters.merge_into(merged, trained)
+        return merged
+
+    def on_meta(self) -> PreTrainedModel:
+        """The student without memory for its weights."""
+        return _on_meta(self.config or AutoConfig.from_pretrained(str(self.like.folder)))
+
     def carried(self, name: str) -> Path | None:
         """The file `name` beside the student's weights, if there is one."""
         path = self.like.folder / name
         return path if self.config is None and path.exists() else None
+
+
+def check_student(student: Student, config: DistillConfig, options: Options) -> Adapter | None:
+    """The adapters asked for, if any.
+
+    Raises UserError when this student or machine cannot be trained as config and options ask.
+    """
+    device = options.torch_device()
+    adapter = student.adapter(config, device)
+    if config.freeze_layers:
+        prefix.check(student.on_meta(), config.freeze_layers)
+    sharding.require(options, device, config.adapter)
+    return adapter
 
 
 def _all_taken(module: Any, found: Any) -> None:

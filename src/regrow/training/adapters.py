@@ -1,0 +1,168 @@
+"""Students that train low-rank adapters beside frozen weights, and their merge into plain ones.
+
+W = W₀ + (alpha / rank) · B · A, of which only A [rank, in] and B [out, rank] train: LoRA (Hu et
+al., 2021, arXiv:2106.09685). With W₀ in 4 bits: QLoRA (Dettmers et al., 2023, arXiv:2305.14314).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from regrow.checkpoint import Checkpoint
+from regrow.errors import UserError, nearest
+from regrow.training.head import exact_dtype
+
+NAME = "default"
+PREFIX = "base_model.model."
+"""What peft's files have before the names of the model's modules."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Low-rank adapters on the linear projections `targets` of the blocks from `first_layer` on."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    quantized: bool = False
+    """Whether the frozen weights are held in 4 bits (NF4)."""
+    first_layer: int = 0
+
+    def model(self, base: Checkpoint, device: torch.device, seed: int) -> PreTrainedModel:
+        """The stock model with its weights frozen as they are stored, and fresh float32 adapters.
+
+        `seed` gives A; B is zero, so that the model begins as it was.
+        """
+        from peft import LoraConfig
+
+        dtype = base.compute_dtype()
+        model = _in_4_bits(base, dtype, device) if self.quantized else base.model(dtype)
+        layers = range(self.first_layer, model.config.num_hidden_layers)
+        torch.manual_seed(seed)
+        model.add_adapter(
+            LoraConfig(
+                r=self.rank,
+                lora_alpha=self.alpha,  # type: ignore[arg-type]
+                target_modules=list(self.targets),
+                layers_to_transform=list(layers) if self.first_layer else None,
+            ),
+            NAME,
+        )
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(exact_dtype(dtype))
+        return model.eval()
+
+    def parameters(self, model: PreTrainedModel) -> int:
+        """How many numbers train, in adapters on `model`, which may be on the meta device."""
+        wide = sum(
+            layer.in_features + layer.out_features
+            for name, layer in _linear(model)
+            if name.split(".")[-1] in self.targets and _layer_of(name) >= self.first_layer
+        )
+        return self.rank * wide
+
+
+def targets_in(model: PreTrainedModel, wanted: Sequence[str] = ()) -> tuple[str, ...]:
+    """The names of the blocks' linear projections: all, or those `wanted`, in a fixed order.
+
+    Routers and the stacked experts of a mixture are no linear layers: they stay as they are.
+    Raises UserError for a name that is not there; `model` may be on the meta device.
+    """
+    there = tuple(dict.fromkeys(name.split(".")[-1] for name, _ in _linear(model)))
+    for name in wanted:
+        if name not in there:
+            raise UserError(
+                f"lora_targets {name!r} is no linear projection of this model's blocks"
+                f"{nearest(name, there)}; there are: {', '.join(there)}"
+            )
+    return tuple(name for name in there if not wanted or name in wanted)
+
+
+def require(kind: str, device: torch.device) -> None:
+    """Raise UserError when a package or the hardware that adapters of this kind need is missing."""
+    packages = {"lora": ("peft",), "qlora": ("peft", "bitsandbytes")}[kind]
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"adapter {kind} needs {package}, which is not installed: "
+                f"pip install 'regrow[{kind}]', or set adapter to none"
+            )
+    if kind == "qlora" and device.type != "cuda":
+        raise UserError(f"adapter qlora needs a CUDA GPU, not {device.type}: set adapter to lora")
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    """Whether adapters train in this model."""
+    return bool(model._hf_peft_config_loaded)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Take over the adapters that `model.save_pretrained` wrote to a folder: all of them."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    found = {
+        name.removeprefix(PREFIX): tensor
+        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+    }
+    assert found.keys() == get_peft_model_state_dict(model, adapter_name=NAME).keys()
+    set_peft_model_state_dict(model, found, NAME)
+
+
+@torch.no_grad()
+def merge_into(plain: PreTrainedModel, trained: PreTrainedModel) -> None:
+    """Write W₀ + (alpha / rank) · B · A into the layers of `plain` that have adapters in `trained`.
+
+    Summed in float32 at least, then rounded once to the dtype of `plain`; W₀ is what was trained
+    beside: of 4-bit weights, what they stand for.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.integrations import dequantize_module_weight
+
+    for name, layer in trained.named_modules():
+        if isinstance(layer, LoraLayer):
+            adapted: Any = layer
+            target = plain.get_submodule(name).weight
+            assert isinstance(target, nn.Parameter)
+            base = dequantize_module_weight(adapted.get_base_layer())
+            wide = exact_dtype(base.dtype)
+            target.copy_(base.to(wide) + adapted.get_delta_weight(NAME).to(wide))
+
+
+def _in_4_bits(base: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+    given: dict[str, Any] = {"quantization_config": four_bits, "device_map": {"": device}}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            str(base.folder), dtype=dtype, local_files_only=True, use_safetensors=True, **given
+        )
+    except (ImportError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"bitsandbytes cannot hold 4-bit weights on {device}: {reason}") from None
+    return model
+
+
+def _linear(model: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
+    """Name and layer of each linear projection inside a block."""
+    return [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and _layer_of(name) >= 0
+    ]
+
+
+def _layer_of(name: str) -> int:
+    """The number of the block that a module is in; −1 for none."""
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    return numbers[0] if numbers else -1

@@ -1,0 +1,114 @@
+"""Student, optimizer and teacher held in shares by several GPUs (FSDP2), or a DeepSpeed config."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from regrow import ranks
+from regrow.errors import UserError
+from regrow.options import Options
+
+WHOLE = "pytorch_model_fsdp.bin"
+"""In a checkpoint of a sharded run: the weights, put together."""
+
+
+def is_sharded(options: Options) -> bool:
+    """Whether the job is sharded: by `sharding`, or by the config of `accelerate launch`."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return options.sharding == "fsdp" or asked
+
+
+def require(options: Options, device: torch.device, adapter: str) -> None:
+    """Raise UserError for a sharding or a DeepSpeed config that cannot run here."""
+    if options.deepspeed is not None:
+        _require_deepspeed(Path(options.deepspeed), is_sharded(options))
+    if not is_sharded(options):
+        return
+    if ranks.world_size() < 2:
+        raise UserError("sharding fsdp needs several processes: start with torchrun, or leave it")
+    if device.type == "cpu":
+        raise UserError("sharding fsdp needs GPUs (accelerate shards nothing on the CPU): leave it")
+    if adapter != "none":
+        raise UserError(f"sharding fsdp with adapter {adapter}: set one of them to none")
+
+
+def training_fields(options: Options) -> dict[str, Any]:
+    """What TrainingArguments are told about it."""
+    fields: dict[str, Any] = {}
+    if options.deepspeed is not None:
+        fields["deepspeed"] = options.deepspeed
+    if is_sharded(options):
+        whole = "FULL_STATE_DICT"
+        fields |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": whole}}
+        # Else every device held the gradients of all blocks between the micro-batches of a step.
+        fields["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    return fields
+
+
+def keep_precision(arguments: TrainingArguments) -> None:
+    """Reduce gradients in float32, leave outputs as they are; accelerate would take bf16 for both.
+
+    The loss is an output, and would be rounded to 8 bits.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    compute = torch.bfloat16 if arguments.bf16 else None
+    arguments.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=torch.float32
+    )
+
+
+def share(model: PreTrainedModel, device: torch.device) -> None:
+    """Leave each process its share of a frozen model's blocks; a block is whole while it computes.
+
+    Embedding, last norm and head, which are read from outside the forward pass, stay whole. Blocks
+    go to the device one at a time, so that it never holds the whole model.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (ranks.world_size(),))
+    names = set(model._no_split_modules or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    inside = {parameter for block in blocks for parameter in block.parameters()}
+    rest: set[nn.Parameter] = set(model.parameters()) - inside
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model.base_model, mesh=mesh, ignored_params=rest)
+    for parameter in rest:
+        parameter.data = parameter.data.to(device)
+
+
+def require_same(checkpoint: Path, sharded: bool) -> None:
+    """Raise UserError when a run would go on from a checkpoint of the other kind."""
+    if (checkpoint / WHOLE).exists() != sharded:
+        was, now = ("none", "fsdp") if sharded else ("fsdp", "none")
+        raise UserError(
+            f"{checkpoint} was written with sharding {was} and cannot go on with {now}: "
+            f"give --sharding {was}, or another --out"
+        )
+
+
+def _require_deepspeed(path: Path, sharded: bool) -> None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"deepspeed {path} cannot be read as JSON: {error}") from None
+    stage = found.get("zero_optimization", {}).get("stage", 0) if isinstance(found, dict) else 3
+    if stage not in (0, 1, 2):
+        raise UserError(
+            f"deepspeed {path}: ZeRO stage {stage} splits the output head, which the loss reads "
+            "whole; allowed are stages 0, 1, 2, or --sharding fsdp without DeepSpeed"
+        )
+    if sharded:
+        raise UserError("sharding fsdp and deepspeed exclude each other: give one of them")
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("deepspeed is not installed: pip install deepspeed, or leave the option")

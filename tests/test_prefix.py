@@ -1,0 +1,112 @@
+"""Frozen first blocks: nothing trains there, and what the teacher has run is not run again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_distillation import CONFIG, OPTIONS, data, held_out, kl_of
+from tiny_folders import write_model, write_text
+from tiny_models import tiny_model
+from tiny_training import MIX, blocks_of
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regrow import families, plugins
+from regrow.checkpoint import Checkpoint, save
+from regrow.errors import UserError
+from regrow.stages.distill import distill, stage
+from regrow.training import prefix
+from regrow.training.signals.hidden import Hidden, LayerMap
+from regrow.training.teacher import Teacher
+from regrow.training.trainer import bind_loss
+
+SIGNAL = Hidden(0.5, LayerMap(((0, 0), (1, 1))))
+
+
+def models(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A student whose first two of three or four blocks and embedding are the teacher's."""
+    student, teacher = tiny_model(name, torch.float32, seed=1), tiny_model(name, torch.float32)
+    student.get_input_embeddings().load_state_dict(teacher.get_input_embeddings().state_dict())
+    for n in range(2):
+        ours, theirs = student.base_model.layers[n], teacher.base_model.layers[n]
+        ours.load_state_dict(theirs.state_dict())
+    return student.train(), teacher
+
+
+def step(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[float, dict[str, Tensor]]:
+    undo = bind_loss(student, Teacher(teacher), MIX, SIGNAL)
+    student.zero_grad()
+    loss = student(**next(iter(blocks_of().batches(8))))["loss"]
+    loss.backward()
+    undo()
+    grads = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+    return float(loss.detach()), grads
+
+
+@pytest.mark.parametrize("name", plugins.names(families.__name__))
+def test_shared_blocks_run_once_and_change_nothing(name: str) -> None:
+    student, teacher = models(name)
+    loss, everything = step(student, teacher)
+    prefix.freeze(student, 2)
+    frozen_loss, frozen = step(student, teacher)
+    assert prefix.same(student, teacher, 2)
+    assert not prefix.same(student, teacher, 3)
+    shared = prefix.SharedPrefix(student, teacher, 2, all_layers=True)
+    runs: list[str] = []
+    for n, block in enumerate(student.base_model.layers):
+        block.self_attn.register_forward_hook(lambda *_, n=n: runs.append(f"student {n}"))
+    shared_loss, found = step(student, teacher)
+    assert set(runs) == {f"student {n}" for n in range(2, len(student.base_model.layers))}
+    assert frozen_loss == loss
+    assert shared_loss == pytest.approx(loss, rel=1e-6)
+    trained = {key for key, p in student.named_parameters() if p.requires_grad}
+    assert frozen.keys() == found.keys() == trained
+    assert not any(".0." in key or ".1." in key or "embed" in key for key in found)
+    for key, gradient in found.items():
+        torch.testing.assert_close(frozen[key], everything[key])
+        torch.testing.assert_close(gradient, everything[key], rtol=1e-5, atol=1e-6)
+    shared.close()
+    runs.clear()
+    assert step(student, teacher)[0] == loss
+    assert "student 0" in runs
+
+
+def test_a_prefix_that_computes_something_else_is_not_shared() -> None:
+    rope = {"rope_theta": 5.0, "rope_type": "default"}
+    for changes in ({"rms_norm_eps": 1e-3}, {"rope_parameters": rope}):
+        student, teacher = models("llama")
+        other = tiny_model("llama", torch.float32, **changes)
+        other.load_state_dict(student.state_dict())
+        assert prefix.same(student, teacher, 1)
+        assert not prefix.same(other, teacher, 1)
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_a_student_cut_later_keeps_its_first_blocks(
+    tmp_path: Path, adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_text(tmp_path / "text.jsonl")
+    teacher = write_model(tmp_path / "teacher", dtype=torch.bfloat16, num_hidden_layers=4)
+    cut = teacher.model(torch.bfloat16)
+    del cut.base_model.layers[2]
+    cut.config.num_hidden_layers = 3
+    student = save(cut, tmp_path / "student", teacher)
+    ran: list[str] = []
+    monkeypatch.setattr(stage, "say", ran.append)
+    changes = {"freeze_layers": 2, "adapter": adapter, "learning_rate": 3e-3}
+    config = CONFIG.model_copy(update=changes)
+    given = (student, teacher.folder, data(tmp_path), tmp_path / "out")
+    out = distill(*given, config, OPTIONS)
+    assert "distill: the first 2 blocks are the teacher's and run once for both" in ran
+    before, after = Checkpoint(student), Checkpoint(out)
+    for name in before.names():
+        fixed = ".2." not in name and "model.norm" not in name
+        fixed = fixed or (adapter == "lora" and "norm" in name)
+        assert torch.equal(before.tensor(name), after.tensor(name)) == fixed, name
+    found = held_out(out)
+    assert found[12] < 0.9 * found[0]
+    assert kl_of(out, tmp_path) == pytest.approx(min(found[n] for n in found if n), rel=0.03)
+    with pytest.raises(UserError, match="freeze_layers 3: allowed are 0 to 2"):
+        distill(*given, config.model_copy(update={"freeze_layers": 3}), OPTIONS)

@@ -1,0 +1,148 @@
+"""FSDP2 by two processes over gloo: the gradient, the student and the resuming of one process.
+
+accelerate shards on GPUs only; here it is told that the two processes have some.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+from test_distill_ranks import weights
+from test_trainer import error, slow_gradients
+from tiny_distillation import CONFIG, OPTIONS, STEPS, data, held_out, rows_of, write_place
+from tiny_training import MIX, arguments, blocks_of, pair, start_ranks, train
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback
+
+from regrow.errors import UserError
+from regrow.options import Options
+from regrow.stages.distill import distill
+from regrow.training import sharding
+from regrow.training.trainer import DistillTrainer, Pace, bind_loss
+
+SHARDED = OPTIONS.model_copy(update={"sharding": "fsdp"})
+CPU = torch.device("cpu")
+
+
+def whole(tensor: Any) -> Tensor:
+    full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().clone()
+
+
+class Watch(TrainerCallback):
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        named = dict(given["model"].named_parameters())
+        self.sharded = all(isinstance(parameter, DTensor) for parameter in named.values())
+        self.gradients = {name: whole(parameter.grad) for name, parameter in named.items()}
+
+
+def pretend_gpus() -> None:
+    """Make accelerate take two processes on the CPU for two with GPUs, and nothing refuse them."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    made = Trainer.create_accelerator_and_postprocess
+
+    def create(self: Trainer) -> None:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        made(self)
+
+    Trainer.create_accelerator_and_postprocess = create
+    sharding.require = lambda *_: None
+
+
+def _work(rank: int, place: str, folder: str) -> None:
+    pretend_gpus()
+    for tied in (True, False):
+        student, teacher = pair(tie_word_embeddings=tied)
+        sharding.share(teacher.model, CPU)
+        layers = teacher.model.base_model.layers
+        assert isinstance(next(layers.parameters()), DTensor)
+        given = arguments(
+            Path(folder) / "step",
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            activation_checkpointing=tied,
+            **sharding.training_fields(SHARDED),
+        )
+        sharding.keep_precision(given)
+        trainer = DistillTrainer(model=student, args=given, train_dataset=blocks_of())
+        watch = Watch()
+        trainer.add_callback(watch)
+        bind_loss(student, teacher, MIX)
+        trainer.train()
+        assert watch.sharded
+        after = {name: whole(p) for name, p in trainer.model.named_parameters()}
+        torch.save((watch.gradients, after), Path(folder) / f"{rank}-{tied}.pt")
+    where, out = Path(place), Path(folder) / "out"
+    job = (where / "pruned", where / "teacher", data(where), out, CONFIG)
+    began = Pace.on_step_begin
+
+    def stop(self: Pace, args: object, state: Any, control: object, **_: object) -> None:
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+
+    Pace.on_step_begin = stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        distill(*job, SHARDED)
+    Pace.on_step_begin = began  # type: ignore[method-assign]
+    del os.environ["ACCELERATE_USE_FSDP"]  # as it would be in a new process
+    with pytest.raises(UserError, match="written with sharding fsdp and cannot go on with none"):
+        distill(*job, OPTIONS)
+    distill(*job, SHARDED)
+
+
+def test_two_processes_with_shares_give_what_one_gives(tmp_path: Path) -> None:
+    place = write_place(tmp_path / "place")
+    start_ranks(2, _work, str(place), str(tmp_path))
+    exact = {name: value.double() for name, value in slow_gradients(blocks_of()).items()}
+    alone, _ = train(tmp_path / "alone", 8, 1)
+    for rank in range(2):
+        gradients, after = torch.load(tmp_path / f"{rank}-True.pt")
+        assert error(gradients, exact) < 1e-5
+        for name, parameter in alone.model.named_parameters():
+            torch.testing.assert_close(after[name], parameter.detach(), rtol=1e-5, atol=1e-6)
+        gradients, _ = torch.load(tmp_path / f"{rank}-False.pt")
+        assert error(gradients, slow_gradients(blocks_of(), tie_word_embeddings=False)) < 1e-5
+    one, out = tmp_path / "one", tmp_path / "out"
+    distill(place / "pruned", place / "teacher", data(place), one, CONFIG, OPTIONS)
+    expected, together = held_out(one), held_out(out)
+    assert list(together) == list(expected)
+    assert [row["step"] for row in rows_of(out) if "loss" in row] == list(range(1, STEPS + 1))
+    for step, value in expected.items():
+        assert together[step] == pytest.approx(value, rel=1e-2)
+    before, ours, theirs = weights(place / "pruned"), weights(one), weights(out)
+    assert ours.keys() == theirs.keys()
+    moved = sum(float((ours[name] - before[name]).square().sum()) for name in before)
+    apart = sum(float((ours[name] - theirs[name]).square().sum()) for name in before)
+    assert apart < 0.2**2 * moved
+
+
+def test_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(device: str = "cuda", adapter: str = "none", **fields: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            sharding.require(Options(**fields), torch.device(device), adapter)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "needs several processes" in refused(sharding="fsdp")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "needs GPUs" in refused("cpu", sharding="fsdp")
+    assert "adapter lora" in refused(adapter="lora", sharding="fsdp")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "needs GPUs" in refused("cpu")  # asked for by accelerate launch
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    path = tmp_path / "ds.json"
+    assert "cannot be read as JSON" in refused(deepspeed=str(path))
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    assert "ZeRO stage 3" in refused(deepspeed=str(path))
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    assert "exclude each other" in refused(deepspeed=str(path), sharding="fsdp")
+    assert "pip install deepspeed" in refused(deepspeed=str(path))
