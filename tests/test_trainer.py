@@ -88,6 +88,7 @@ def test_gradient_is_the_same_however_the_step_is_split(
 def test_logged_loss_is_the_mean_per_scored_token(tmp_path: Path) -> None:
     trainer, _ = train(tmp_path, 2, 4)
     student, teacher = pair(torch.float64)
+    student.train()  # in eval mode it would be measured at temperature 1
     undo = bind_loss(student, teacher, MIX)
     batch = next(iter(blocks_of().batches(8)))
     with torch.no_grad():
