@@ -29,7 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe_of(place: Path, cache: dict[str, Any], tokens: int = 1280) -> Recipe:
     plain = {"prune": {**PRUNE["prune"], "repair": False}}
     trained = {"distill": {**DISTILL["distill"], "tokens": tokens}}
-    stages = [PROFILE, plain, {"cache": cache}, trained]
+    stages = [PROFILE, plain, {"cache": cache}, trained, "report"]
     fields = recipe_fields(place / "model", place / "text.jsonl", *stages)
     return Recipe.model_validate(fields)
 
@@ -45,6 +45,7 @@ def test_a_recipe(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert first["03-cache"]["config"]["tokens"] == 1280
     assert first["03-cache"]["config"]["heldout_blocks"] == 4
     assert "cache" in first["04-distill"]["inputs"]
+    assert "03-cache" in (out / "report.html").read_text()
     (tmp_path / "a").rename(tmp_path / "b")
     out = tmp_path / "b" / "run"
     run(recipe_of(place, {}), out)

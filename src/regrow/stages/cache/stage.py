@@ -214,7 +214,8 @@ def _finish(
     header = header.model_copy(update={"figures": figures})
     manifest.write_json(folder / HEADER, header.model_dump(mode="json"))
     for figure in stage.figures:
-        say(f"cache: {figure.name} {figure.value:,.6g} {figure.unit} {figure.convention}".rstrip())
+        number = f"{figure.value:,.{0 if figure.value >= 1000 else 5}f}"
+        say(f"cache: {figure.name} {number} {figure.unit} {figure.convention}".rstrip())
 
 
 def _errors(

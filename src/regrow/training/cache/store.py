@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 KEY_BYTES = 32
@@ -27,6 +27,11 @@ Block = dict[str, Tensor]
 def shard_name(keys: Iterable[bytes]) -> str:
     """The file of the blocks with these keys, in this order."""
     return f"{hashlib.sha256(b''.join(keys)).hexdigest()[:16]}.safetensors"
+
+
+def save_file(tensors: Block, path: Path) -> None:
+    """Like that of safetensors, which gives others no right to read the file."""
+    path.write_bytes(save(tensors))
 
 
 def write_shard(folder: Path, blocks: dict[bytes, Block]) -> Path:
