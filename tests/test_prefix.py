@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from regrow import families, plugins
 from regrow.checkpoint import Checkpoint, save
 from regrow.errors import UserError
-from regrow.stages.distill import distill, stage
+from regrow.stages.distill import distill, teaching
 from regrow.training import prefix
-from regrow.training.signals.hidden import Hidden, LayerMap
+from regrow.training.match import Match
+from regrow.training.signal_mix import SignalMix
 from regrow.training.teacher import Teacher
 from regrow.training.trainer import bind_loss
 
-SIGNAL = Hidden(0.5, LayerMap(((0, 0), (1, 1))))
+SIGNALS = SignalMix({"hidden": 0.5}, Match.of_same(3))
 
 
 def models(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -36,7 +37,7 @@ def models(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 def step(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[float, dict[str, Tensor]]:
-    undo = bind_loss(student, Teacher(teacher), MIX, SIGNAL)
+    undo = bind_loss(student, Teacher(teacher), MIX, SIGNALS)
     student.zero_grad()
     loss = student(**next(iter(blocks_of().batches(8))))["loss"]
     loss.backward()
@@ -94,7 +95,7 @@ def test_a_student_cut_later_keeps_its_first_blocks(
     cut.config.num_hidden_layers = 3
     student = save(cut, tmp_path / "student", teacher)
     ran: list[str] = []
-    monkeypatch.setattr(stage, "say", ran.append)
+    monkeypatch.setattr(teaching, "say", ran.append)
     changes = {"freeze_layers": 2, "adapter": adapter, "learning_rate": 3e-3}
     config = CONFIG.model_copy(update=changes)
     given = (student, teacher.folder, data(tmp_path), tmp_path / "out")
