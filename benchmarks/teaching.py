@@ -1,0 +1,130 @@
+"""Ways of teaching, on the same student, text and budget.
+
+    python benchmarks/teaching.py --texts ../shared/data --out runs/teaching --tokens 250000
+
+Student: SmolLM2-135M-Instruct with its MLPs cut to 1,024 channels (80.3 % of the parameters), or with
+23 of its 30 layers (`--student depth`), repaired; protocol P1. Each way of WAYS is distilled on
+`--tokens` tokens, the same in the same order, and measured: held-out KL, and perplexity × dense and
+KL on the first 16,384 tokens of WikiText-2 raw test, LAMBADA and C4. What needs only the teacher's
+logits is taught from one cache of exact hidden states. Resumable: run it again and it goes on;
+`--ways` runs some. Writes `teaching.md` into `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from protocol import DENSE, TESTS, blend, figures, measure
+
+from regrow import (
+    CacheConfig,
+    DataConfig,
+    DistillConfig,
+    Options,
+    ProfileConfig,
+    PruneConfig,
+    cache,
+    distill,
+    profile,
+    prune,
+)
+
+KL_ONLY = {"forward_kl": 1.0}
+WAYS: dict[str, dict[str, Any]] = {
+    "KL": {"losses": KL_ONLY},
+    "hard labels": {"losses": {"cross_entropy": 1.0}},
+    "KL + 0.3 CE": {"losses": {"forward_kl": 0.7, "cross_entropy": 0.3}},
+    "reverse KL": {"losses": {"reverse_kl": 1.0}},
+    "JSD": {"losses": {"jsd": 4.0}},  # its gradient is a quarter of the KL's where models agree
+    "skewed KL": {"losses": {"skewed_kl": 1.0}},
+    "total variation": {"losses": {"total_variation": 1.0}},
+    "KL, T = 2": {"losses": KL_ONLY, "temperature": 2.0},
+    "KL + hidden": {"losses": KL_ONLY, "signals": {"hidden": 1.0}, "balance": True},
+    "KL + embeddings + hidden": {
+        "losses": KL_ONLY,
+        "signals": {"embeddings": 0.5, "hidden": 0.5},
+        "balance": True,
+    },
+    "KL + logit lens": {"losses": KL_ONLY, "signals": {"logit_lens": 0.5}, "balance": True},
+}
+STUDENTS = {
+    "width": PruneConfig(intermediate_size=1024),
+    "depth": PruneConfig(num_layers=23, layer_criterion="block_influence"),
+}
+
+
+def main() -> None:
+    arguments = _arguments()
+    out, data = arguments.out, blend(arguments.texts)
+    criteria = ("activation_l2", "block_influence")
+    config = ProfileConfig(criteria=criteria, samples=96, gram_tokens=0)
+    measured = profile(DENSE, data, out / "profile", config)
+    student = prune(DENSE, out / arguments.student, STUDENTS[arguments.student], measured)
+    cached = out / f"cache-{arguments.tokens}"
+    exact = CacheConfig(tokens=arguments.tokens, format="hidden")
+    cache(DENSE, data, cached, exact, Options(batch_size=2))
+    measure({"dense": DENSE}, out / "dense", arguments.texts, TESTS)
+    measure({"student": student}, out / f"untrained-{arguments.student}", arguments.texts, TESTS)
+    for way in arguments.ways:
+        _taught(way, student, data, cached, arguments)
+        text = _table(arguments)
+        (out / "teaching.md").write_text(text)
+    print(text)
+
+
+def _place(way: str, arguments: argparse.Namespace) -> Path:
+    name = way.replace(" ", "-").replace("=", "").lower()
+    place: Path = arguments.out / f"{arguments.student}-{arguments.tokens}" / name
+    return place
+
+
+def _taught(
+    way: str, student: Path, data: DataConfig, cached: Path, arguments: argparse.Namespace
+) -> None:
+    """Distil and measure; the model goes when it is measured."""
+    place = _place(way, arguments)
+    if (place / "evaluation" / "evaluation.json").exists():
+        return
+    fields = {**WAYS[way], "tokens": arguments.tokens, "batch_tokens": 1024}
+    if "signals" not in fields:
+        fields["cache"] = str(cached)
+    config = DistillConfig.model_validate(fields)
+    model = distill(student, DENSE, data, place / "model", config, Options(batch_size=2))
+    measure({"student": model}, place / "evaluation", arguments.texts, TESTS)
+    for path in model.glob("*.safetensors"):
+        path.unlink()
+
+
+def _table(arguments: argparse.Namespace) -> str:
+    out = arguments.out
+    dense = figures(out / "dense")["dense"]
+    rows = {"untrained": out / f"untrained-{arguments.student}"}
+    rows |= {way: _place(way, arguments) / "evaluation" for way in WAYS}
+    head = "".join(f"| {test} ppl × dense | KL " for test in TESTS)
+    lines = [f"| way {head}|", "|---|" + "---:|---:|" * len(TESTS)]
+    for way, folder in rows.items():
+        if (folder / "evaluation.json").exists():
+            found = figures(folder)["student"]
+            cells = [
+                f"{found[f'perplexity/{test}'] / dense[f'perplexity/{test}']:.3f} "
+                f"| {found[f'kl/{test}']:.3f}"
+                for test in TESTS
+            ]
+            lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", type=Path, required=True, help="folder with train/ and eval/")
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
+    parser.add_argument("--tokens", type=int, default=250_000, help="tokens to distil on")
+    parser.add_argument("--student", choices=STUDENTS, default="width")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
