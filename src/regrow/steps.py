@@ -109,6 +109,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     from regrow import families
     from regrow.checkpoint import load
     from regrow.stages.distill.stage import steps_of
+    from regrow.stages.evaluate.task_rows import check_tasks
     from regrow.stages.evaluate.texts import text_files
     from regrow.stages.profile.scoring import statistics_needed
     from regrow.training.tokens import teacher_ids
@@ -120,6 +121,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     elif step.name == "evaluate":
         for source in step.config.texts.values():
             text_files(source)
+        check_tasks(step.config)
     elif step.name == "report":
         import_module("regrow.stages.report.stage").check_extra()
     if step.teacher is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from regrow import plugins
 from regrow.config import Config
@@ -44,14 +44,21 @@ class EvaluateConfig(Config):
     """Prompts to continue greedily."""
     new_tokens: int = Field(default=64, ge=1)
     """Tokens to generate for each prompt, at most."""
-    prefill_tokens: int = Field(default=512, ge=1)
-    """Length of the prompt whose reading is timed."""
+    prefill_tokens: tuple[PositiveInt, ...] = Field(default=(512,), min_length=1)
+    """Lengths of the prompts whose reading is timed."""
+    batch_sizes: tuple[PositiveInt, ...] = Field(default=(1,), min_length=1)
+    """How many prompts are read at once, each with every length."""
     decode_tokens: int = Field(default=32, ge=1)
-    """Tokens whose generation is timed, after that prompt."""
-    repeats: int = Field(default=3, ge=1)
-    """Timed runs, after one run to warm up."""
+    """Tokens whose generation is timed, after each prompt."""
+    repeats: int = Field(default=5, ge=1)
+    """Timed runs, after one run to warm up; all models in turn."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Data type to compute in."""
+
+    @field_validator("prefill_tokens", "batch_sizes", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, int) else given
 
     @field_validator("metrics")
     @classmethod

@@ -136,8 +136,8 @@ class Model(HFLM):
 def run(model: Model, rows: Rows, limit: int | None) -> dict[str, Any]:
     """lm_eval's results of the first `limit` rows: `results`, `samples`, `n-shot` and so on.
 
-    Standard errors are left out. Raises UserError for what lm_eval refuses: a task without data here,
-    a model of too few positions.
+    Standard errors are left out. Raises UserError for what lm_eval refuses: a task whose data
+    cannot be had, a model of too few positions.
     """
     model.title = f"{model.label} on {rows.source.name}"
     try:

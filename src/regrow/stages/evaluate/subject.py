@@ -56,6 +56,19 @@ class Subject:
         """The model, loaded when it is first needed."""
         return self.checkpoint.model(self.dtype, self.device)
 
+    def unload(self) -> None:
+        """Let the model go; it is loaded again when it is needed."""
+        self.__dict__.pop("model", None)
+        self.__dict__.pop("head", None)
+
+    @property
+    def where(self) -> str:
+        """Data type, device and threads."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.device.type == "cuda":
+            return f"{dtype} on {torch.cuda.get_device_name(self.device)}"
+        return f"{dtype} on {self.device.type} with {torch.get_num_threads()} threads"
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""

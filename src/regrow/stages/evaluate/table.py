@@ -16,7 +16,20 @@ ORDER = (
     "bits_per_byte",
     "kl",
 )
-SPEED = ("prefill", "decode")
+SPEED = (
+    "prefill",
+    "prefill_speedup",
+    "prefill_of_flops",
+    "decode",
+    "decode_speedup",
+    "decode_of_flops",
+    "ttft",
+    "ttft_p95",
+    "time_per_output_token",
+    "time_per_output_token_p95",
+    "load_time",
+    "peak_memory",
+)
 KEPT = "_kept"
 """Ending of the kind of a figure that is a share of the teacher's."""
 TITLES = {
@@ -27,6 +40,16 @@ TITLES = {
     "bytes": "MB",
     "prefill": "prefill tok/s",
     "decode": "decode tok/s",
+    "prefill_speedup": "×",
+    "decode_speedup": "×",
+    "prefill_of_flops": "÷ FLOP ratio",
+    "decode_of_flops": "÷ FLOP ratio",
+    "ttft": "TTFT ms",
+    "ttft_p95": "p95",
+    "time_per_output_token": "ms/token",
+    "time_per_output_token_p95": "p95",
+    "load_time": "load s",
+    "peak_memory": "peak MB",
 }
 
 
@@ -35,10 +58,11 @@ def show(evaluation: dict[str, Any]) -> None:
     width = None if sys.stdout.isatty() else 160
     console = Console(file=sys.stdout, width=width)
     names = column_names(evaluation)
-    parts = {
-        "evaluation": [name for name in names if _kind(name) in ORDER],
-        "speed": [name for name in names if _kind(name) in SPEED],
-    }
+    parts = {"evaluation": [name for name in names if _kind(name) in ORDER]}
+    for name in names:
+        if _kind(name) in SPEED:
+            setting = name.partition("/")[2]
+            parts.setdefault(f"speed {setting}".rstrip(), []).append(name)
     for heading, some in parts.items():
         if some:
             console.print(table(evaluation, heading, some))
@@ -52,7 +76,9 @@ def table(evaluation: dict[str, Any], heading: str, columns: list[str]) -> Table
     found = Table(title=heading, title_justify="left")
     found.add_column("model", no_wrap=True)
     for name in columns:
-        found.add_column(title(name), justify="right", no_wrap=True)
+        kind, _, _ = name.partition("/")
+        heading = TITLES[kind] if kind in SPEED else title(name)
+        found.add_column(heading, justify="right", no_wrap=True)
     for label in evaluation["labels"]:
         values = {f["name"]: f["value"] for f in evaluation["figures"][label]}
         cells = [cell(name, values[name]) if name in values else "–" for name in columns]
@@ -110,11 +136,11 @@ def cell(name: str, value: float) -> str:
     kind = _kind(name)
     if kind == "parameters":
         return f"{value:,.0f}"
-    if kind.endswith(KEPT):
+    if kind.endswith((KEPT, "_of_flops")):
         return f"{value:.1%}"
     if kind.startswith(("acc", "exact_match")):
         return f"{value:.4f}"
-    if kind == "bytes":
+    if kind in ("bytes", "peak_memory"):
         return f"{value / 1e6:,.1f}"
     if kind in ("kl", "bits_per_byte"):
         return f"{value:.4f}"

@@ -151,6 +151,18 @@ def read(source: Source) -> Rows:
     return Rows(source, kind, rows, _shots(source, rows))
 
 
+def check_tasks(config: EvaluateConfig) -> list[str]:
+    """A line per task with its rows; raises UserError, before any slow work, for what is wrong.
+
+    Fetches nothing: rows that are on the hub are not looked at.
+    """
+    lines = []
+    for source in find(config):
+        what = convention(read(source), config.limit) if source.files else source.where
+        lines.append(f"{source.name}: {what}")
+    return lines
+
+
 def _shots(source: Source, rows: list[Row]) -> list[Row]:
     """Worked examples; none where there is no such file, and other rows are to serve."""
     if source.task is None or not source.task.config.get("num_fewshot"):
