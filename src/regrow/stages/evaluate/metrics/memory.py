@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from pathlib import Path
 
 import torch
@@ -62,10 +64,13 @@ def _begin(device: torch.device) -> int | None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return int(torch.cuda.memory_allocated(device))
+    gc.collect()
     try:
+        # What was freed but kept for later would hide part of what the model takes.
+        ctypes.CDLL(None).malloc_trim(0)
         RESET.write_text("5")  # VmHWM becomes VmRSS
         return _status("VmRSS")
-    except OSError:
+    except (OSError, AttributeError):  # another system, or C library
         return None
 
 
