@@ -60,12 +60,12 @@ def evaluate(
         say(f"evaluate: {out} is complete and unchanged")
     else:
         device = options.torch_device()
+        tasks = [read(source) for source in sources]
         _check_window(checkpoints, config)
         texts = texts_of(checkpoints, data, config, teacher or next(iter(checkpoints)))
         ids: dict[str, Tensor | None] = {}
         if teacher is not None and "kl" in config.metrics:
             ids = teacher_ids_of(checkpoints, teacher, texts)
-        tasks = [read(source) for source in sources]
         with stage as folder:
             parts = folder / PARTS
             found = measure_all(
