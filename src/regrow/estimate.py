@@ -27,6 +27,7 @@ from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import steps_of
 from regrow.stages.distill.student import Student, check_student
 from regrow.stages.evaluate.config import EvaluateConfig
+from regrow.stages.evaluate.task_rows import check_tasks
 from regrow.stages.profile.collect import GRADIENTS, REMOVALS
 from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.removal import passes_for
@@ -231,6 +232,7 @@ def of_evaluate(
     tokens = len(config.texts) * config.text_tokens
     tokens += config.heldout_blocks * data.sequence_length if data is not None else 0
     lines = [f"evaluate: {', '.join(config.metrics)} on {tokens:,} tokens"]
+    lines += [f"  {line}" for line in check_tasks(config)]
     rate = matmul_rate()
     for label, checkpoint in {**models, **({"against": against} if against else {})}.items():
         checkpoint.tokenizer()
@@ -238,7 +240,7 @@ def of_evaluate(
         seconds = 2 * _active(checkpoint) * tokens / rate
         lines.append(
             f"  {label}: {_parameters(checkpoint):,} parameters, {size / 1e6:,.1f} MB, about "
-            f"{clock(seconds)} for the text, speed and generations on top"
+            f"{clock(seconds)} for the text; speed, tasks and generations on top"
         )
     return lines
 

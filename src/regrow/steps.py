@@ -159,6 +159,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     from regrow.stages.distill.cached import check_loss
     from regrow.stages.distill.stage import steps_of
     from regrow.stages.distill.student import Student, check_student
+    from regrow.stages.evaluate.task_rows import check_tasks
     from regrow.stages.evaluate.texts import text_files
     from regrow.stages.profile.scoring import statistics_needed
     from regrow.stages.rotate.basis import check as check_rotation
@@ -179,6 +180,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     elif step.name == "evaluate":
         for source in step.config.texts.values():
             text_files(source)
+        check_tasks(step.config)
     elif step.name == "report":
         import_module("regrow.stages.report.stage").check_extra()
     if step.teacher is not None:

@@ -40,8 +40,12 @@ def figure(name: str, value: float) -> str:
     kind = name.partition("/")[0]
     if kind == "parameters":
         return millions(value)
-    if kind == "bytes":
+    if kind in ("bytes", "peak_memory"):
         return megabytes(value)
+    if kind.endswith(("_kept", "_of_flops")):
+        return f"{value:.1%}"
+    if kind.startswith(("acc", "exact_match")):
+        return f"{value:.3f}"
     if kind in ("kl", "bits_per_byte"):
         return f"{value:.3f}"
     if kind.startswith("perplexity"):
