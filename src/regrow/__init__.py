@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from regrow.search import prune
     from regrow.stages.distill import DistillConfig, distill
     from regrow.stages.evaluate import EvaluateConfig, evaluate
+    from regrow.stages.export import ExportConfig, export
     from regrow.stages.profile import ProfileConfig, profile
     from regrow.stages.prune import PruneConfig
     from regrow.stages.report import ReportConfig, report
@@ -33,6 +34,8 @@ _HOME = {
     "distill": "stages.distill",
     "EvaluateConfig": "stages.evaluate",
     "evaluate": "stages.evaluate",
+    "ExportConfig": "stages.export",
+    "export": "stages.export",
     "Options": "options",
     "Plan": "plan",
     "ProfileConfig": "stages.profile",
@@ -51,6 +54,7 @@ __all__ = [
     "DataConfig",
     "DistillConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "Options",
     "Plan",
     "ProfileConfig",
@@ -63,6 +67,7 @@ __all__ = [
     "compare",
     "distill",
     "evaluate",
+    "export",
     "load",
     "profile",
     "prune",

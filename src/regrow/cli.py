@@ -27,6 +27,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "prune": commands.prune,
     "distill": commands.distill,
     "evaluate": commands.evaluate,
+    "export": commands.export,
     "report": commands.report,
 }
 

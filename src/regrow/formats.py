@@ -69,7 +69,7 @@ class Format:
 
 
 def _gguf(linear: str, **more: dict[str, str]) -> Format:
-    head = "q8_0" if linear == "q8_0" else "q6_k"
+    head = "q6_k" if linear.endswith("_k") else "q8_0"
     return Format(linear, linear, head, "f32", **more)
 
 

@@ -23,9 +23,10 @@ CONFIGS = {
     "prune": "PruneConfig",
     "distill": "DistillConfig",
     "evaluate": "EvaluateConfig",
+    "export": "ExportConfig",
     "report": "ReportConfig",
 }
-LATER = ("cache", "generate", "quantize", "export", "advise")
+LATER = ("cache", "generate", "quantize", "advise")
 WITH_TEACHER = ("distill", "evaluate")
 
 
@@ -102,7 +103,7 @@ def _check_order(steps: list[Step]) -> None:
     for step in steps:
         if step.name == "prune" and not profiled:
             raise UserError(f"{step.where}: put a profile stage of the same model before it")
-        profiled = step.name == "profile" or (profiled and step.name in ("evaluate", "report"))
+        profiled = step.name == "profile" or (profiled and step.name in ("evaluate", "export", "report"))
 
 
 def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: Options) -> None:
@@ -120,6 +121,8 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     elif step.name == "evaluate":
         for source in step.config.texts.values():
             text_files(source)
+    elif step.name == "export":
+        import_module("regrow.stages.export.stage").check(checkpoint, step.config)
     elif step.name == "report":
         import_module("regrow.stages.report.stage").check_extra()
     if step.teacher is not None:
