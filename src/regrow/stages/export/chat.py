@@ -68,7 +68,8 @@ def pieces_of(tokenizer: Any) -> Pieces | None:
                 return None
     except (TemplateError, ValueError, TypeError, KeyError):
         return None
-    return None if any("{{" in text for text in _texts(found)) else found
+    bad = ("{{", '"""')  # would end what they stand in
+    return None if any(mark in text for text in _texts(found) for mark in bad) else found
 
 
 def _pieces(tokenizer: Any) -> Pieces | None:
@@ -92,7 +93,7 @@ def _pieces(tokenizer: Any) -> Pieces | None:
 
 def _opening(tokenizer: Any, start: str, later: str) -> tuple[str, tuple[str, str] | None]:
     """What stands before a user's message wherever it is, and around a system message if any."""
-    opening = _common_end(start, later)
+    opening = _after_end(_common_end(start, later), tokenizer.eos_token)
     try:
         text = _render(tokenizer, [_said("system", SYSTEM), _said("user", USER)])
     except (TemplateError, ValueError, TypeError):
@@ -103,6 +104,13 @@ def _opening(tokenizer: Any, start: str, later: str) -> tuple[str, tuple[str, st
     middle = rest.split(USER)[0]
     opening = _common_end(opening, middle)
     return opening, (before, middle.removesuffix(opening))
+
+
+def _after_end(text: str, mark: str | None) -> str:
+    """What follows the mark that ends a message, and its line: the rest is that message's."""
+    if not mark or mark not in text:
+        return text
+    return text.rpartition(mark)[2].removeprefix("\n")
 
 
 def _common_end(one: str, other: str) -> str:

@@ -17,6 +17,8 @@ KNOWN = {
     "gemma3": ("default", "linear"),
 }
 """Kinds of scaling by architecture; others have default, linear and yarn."""
+BETAS = {"beta_fast": 32, "beta_slow": 1}
+"""Where YaRN's ramp ends and begins, in turns over the original context."""
 
 
 def parameters(config: Any) -> dict[str, Any]:
@@ -38,6 +40,11 @@ def check(config: Any, architecture: str) -> None:
     if share != 1.0 and architecture != "phi3":
         raise UserError(
             f"partial_rotary_factor {share}: llama.cpp's {architecture} rotates whole heads only"
+        )
+    betas = [parameters(config).get(key) or usual for key, usual in BETAS.items()]
+    if kind == "yarn" and betas != [*BETAS.values()]:
+        raise UserError(
+            f"beta_fast and beta_slow {betas} of YaRN: llama.cpp computes {[*BETAS.values()]} only"
         )
     local = config.rope_parameters.get("sliding_attention")
     if local and local.get("rope_type", "default") != "default":
@@ -75,9 +82,7 @@ def write(writer: Any, config: Any, head_dim: int) -> None:
 
 
 def _write_yarn(writer: Any, given: dict[str, Any]) -> None:
-    """YaRN's ramp, and what queries and keys are multiplied by: 1 + 0.1 ln(factor) by default."""
-    writer.add_rope_scaling_yarn_beta_fast(given.get("beta_fast") or 32)
-    writer.add_rope_scaling_yarn_beta_slow(given.get("beta_slow") or 1)
+    """What YaRN multiplies queries and keys by, where it is not 1 + 0.1 ln(factor)."""
     usual = 1 + 0.1 * math.log(given["factor"])
     mscale, all_dim = given.get("mscale"), given.get("mscale_all_dim")
     wanted = given.get("attention_factor")
@@ -85,7 +90,7 @@ def _write_yarn(writer: Any, given: dict[str, Any]) -> None:
         log = 0.1 * math.log(given["factor"])
         wanted = (mscale * log + 1) / (all_dim * log + 1)
     if wanted is not None:
-        writer.add_rope_scaling_yarn_attn_factor(wanted / usual)
+        writer.add_rope_scaling_attn_factors(wanted / usual)
 
 
 def tensors(config: Any, head_dim: int) -> Iterator[tuple[str, np.ndarray]]:

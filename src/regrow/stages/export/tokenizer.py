@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
+from regrow.progress import say
 from regrow.stages.export import pre
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def vocabulary(checkpoint: Checkpoint, vocab_size: int, given_pre: str | None) -
         )
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = _kind(rules)
+    if kind == "t5" and rules["model"].get("byte_fallback"):
+        say("export: llama.cpp's Unigram spells no unknown character in bytes: it gets the <unk>")
     tokens, kinds = _tokens(rules, vocab_size, kind)
     prefix = _puts_space(tokenizer) if kind != "gpt2" else False
     if kind == "gpt2":
