@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_folders import write_model, write_text
 from tiny_gguf import FLAT, WIDE, exported, write_case
 from tiny_job import PROFILE, PRUNE, Refused, recipe_fields, write_recipe
-from tiny_folders import write_model, write_text
 from tiny_tokenizer import GENERATION_TEMPLATE, tiny_tokenizer
 from tokenizers import Regex, pre_tokenizers
 
@@ -159,13 +159,18 @@ def test_refused_by_a_missing_extra(
 ) -> None:
     find = importlib.util.find_spec
     for missing, more, expected in (
-        ("cyllama", ["--type", "Q4_K_M"], "type Q4_K_M needs llama.cpp: pip install 'regrow[llama]'"),
+        (
+            "cyllama",
+            ["--type", "Q4_K_M"],
+            "type Q4_K_M needs llama.cpp: pip install 'regrow[llama]'",
+        ),
         ("cyllama", ["--verify", "always"], "needs llama.cpp: pip install 'regrow[llama]'"),
         ("gguf", [], "writing GGUF needs the gguf package: pip install 'regrow[gguf]'"),
     ):
         for module in ("regrow.llama_cpp", "regrow.stages.export.stage"):
             monkeypatch.setattr(
-                f"{module}.find_spec", lambda name, gone=missing: None if name == gone else find(name)
+                f"{module}.find_spec",
+                lambda name, gone=missing: None if name == gone else find(name),
             )
         assert expected in refused("export", model, "--out", tmp_path / "out", *more)
 

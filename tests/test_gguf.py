@@ -180,7 +180,7 @@ def test_a_broken_file_is_told_in_one_line(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for size in (100, len(whole) // 2, len(whole) - 4096):
         path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match="llama.cpp cannot load it") as caught:
+        with pytest.raises(UserError, match=r"llama\.cpp cannot load it") as caught:
             GgufModel(path)
         assert "\n" not in str(caught.value)
     path.write_bytes(whole[:100])

@@ -20,8 +20,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"head_dim": 24}),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
     "llama3 rotation": ("llama", {"rope_parameters": {**ROPE, **LLAMA3, "rope_type": "llama3"}}),
-    "linear rotation": ("llama", {"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 4.0}}),
-    "yarn rotation": ("qwen2", {"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0}, **FLAT}),
+    "linear rotation": (
+        "llama",
+        {"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 4.0}},
+    ),
+    "yarn rotation": (
+        "qwen2",
+        {"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0}, **FLAT},
+    ),
+    "yarn with another attention": (
+        "llama",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                **ROPE,
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.5,
+            },
+        },
+    ),
     "mistral": ("mistral", {"head_dim": 16, "sliding_window": None}),
     "qwen2": ("qwen2", FLAT),
     "qwen3": ("qwen3", {"head_dim": 24}),
@@ -56,7 +75,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mixtral": ("mixtral", {"head_dim": 16, "sliding_window": None}),
-    "qwen3_moe": ("qwen3_moe", {"head_dim": 24, "decoder_sparse_step": 1, "moe_intermediate_size": 32}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"head_dim": 24, "decoder_sparse_step": 1, "moe_intermediate_size": 32},
+    ),
 }
 
 

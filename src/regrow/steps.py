@@ -103,7 +103,9 @@ def _check_order(steps: list[Step]) -> None:
     for step in steps:
         if step.name == "prune" and not profiled:
             raise UserError(f"{step.where}: put a profile stage of the same model before it")
-        profiled = step.name == "profile" or (profiled and step.name in ("evaluate", "export", "report"))
+        profiled = step.name == "profile" or (
+            profiled and step.name in ("evaluate", "export", "report")
+        )
 
 
 def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: Options) -> None:

@@ -72,7 +72,8 @@ def _lineage(lineage: Lineage, family: Family) -> str:
         inputs = made.get("inputs") or {}
         of = next((value[:12] for key, value in inputs.items() if "data" not in key), "")
         lines.append(f"- {name}: {made['stage']}" + (f" of `{of}`" if of else ""))
-    versions = next(iter(reversed(list(lineage.stages.values()))), {}).get("versions", {})
+    last = [*lineage.stages.values()][-1:]
+    versions = last[0].get("versions", {}) if last else {}
     if versions:
         lines.append("- made with " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     return "\n".join(lines) + "\n"
@@ -124,7 +125,9 @@ def _row(figure: dict[str, Any]) -> str:
     value = figure["value"]
     shown = f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
     how = str(figure.get("convention", "")).replace("|", "\\|")
-    return f"| {figure['name']} | {shown} | {figure.get('unit', '')} | {figure.get('n', '')} | {how} |"
+    return (
+        f"| {figure['name']} | {shown} | {figure.get('unit', '')} | {figure.get('n', '')} | {how} |"
+    )
 
 
 def _run(name: str, file: str | None) -> str:
@@ -133,7 +136,7 @@ def _run(name: str, file: str | None) -> str:
             "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
             'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```\n\n'
-            "    vllm serve PATH\n    regrow export PATH --out FILE.gguf    # for llama.cpp and Ollama\n"
+            "    vllm serve PATH\n    regrow export PATH --out FILE.gguf    # llama.cpp, Ollama\n"
         )
     ollama = name.lower().replace(" ", "-")
     return (
@@ -143,5 +146,3 @@ def _run(name: str, file: str | None) -> str:
         f"    ollama create {ollama} -f Modelfile && ollama run {ollama}\n\n"
         "The Modelfile lies beside the file.\n"
     )
-
-

@@ -18,7 +18,9 @@ NO_BIAS = ("qwen3", "qwen3moe", "gemma3")
 def check(checkpoint: Checkpoint, family: Family, config: Any) -> None:
     """Raise UserError, naming the reason, when llama.cpp cannot compute what this model does."""
     if family.gguf is None:
-        raise UserError(f"llama.cpp knows no {family.model_type} models: there is nothing to export to")
+        raise UserError(
+            f"llama.cpp knows no {family.model_type} models: there is nothing to export to"
+        )
     arch, raw = family.gguf, checkpoint.config
     found = raw.get("hidden_activation") or raw.get("hidden_act") or "silu"
     wanted = ACTIVATION.get(arch, "silu")
@@ -50,7 +52,9 @@ def _check_qwen3moe(family: Family, raw: dict[str, Any], config: Any) -> None:
             f"layer {dense[0]} has no experts: llama.cpp's qwen3moe has experts in every layer"
         )
     if not config.norm_topk_prob:
-        raise UserError("norm_topk_prob false: llama.cpp's qwen3moe normalizes what the router chose")
+        raise UserError(
+            "norm_topk_prob false: llama.cpp's qwen3moe normalizes what the router chose"
+        )
 
 
 def _check_gemma3(family: Family, raw: dict[str, Any], config: Any) -> None:

@@ -1,4 +1,4 @@
-"""Where a model comes from, and under which licences, as far as files say so: nothing is guessed."""
+"""Where a model comes from and under which licence, as far as files say so: nothing is guessed."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def lineage_of(folder: Path, given: str | None = None) -> Lineage:
         recipe = (run / RECIPE).read_text()
         fields = yaml.safe_load(recipe)
         parent, sources = str(fields["model"]), _sources(fields.get("data"))
-        found = _stages(run)
         name = run.resolve().name
-        return Lineage(name, parent_name(parent), licence_of(parent), sources, recipe, found)
+        stages = _stages(run)
+        return Lineage(name, parent_name(parent), licence_of(parent), sources, recipe, stages)
     found = manifest.read(folder)
     if found is not None and "stage" in found:
         name = folder.resolve().name

@@ -88,7 +88,7 @@ def check(checkpoint: Checkpoint, config: ExportConfig, given: str | None = None
     name = config.name or lineage.name
     source = writer.Source(checkpoint, family, loaded, vocabulary, name, lineage)
     types.check_holds({entry.name: entry.shape for entry in source.entries}, config.type)
-    if (reason := limits.context(loaded, str(family.gguf))[1]):
+    if reason := limits.context(loaded, str(family.gguf))[1]:
         say(f"export: {reason}")
     return source
 

@@ -145,8 +145,9 @@ def check_holds(shapes: dict[str, tuple[int, ...]], wanted: str) -> None:
     whole = sum(math.prod(shape) for shape in shapes.values() if shape in matrices)
     if 2 * sum(weights.values()) > whole:
         columns = ", ".join(map(str, sorted(weights)))
+        share = sum(weights.values()) / whole
         raise UserError(
-            f"type {wanted} packs {block} weights of a row, and {sum(weights.values()) / whole:.0%} "
+            f"type {wanted} packs {block} weights of a row, and {share:.0%} "
             f"of this model's are in rows of {columns}, which is no multiple of it: use "
             f"{', '.join(PLAIN)}, or prune to widths that are a multiple of {block}"
         )

@@ -31,7 +31,7 @@ since he was nineteen.
 
 A prime number has exactly two divisors, 1 and itself: 2, 3, 5, 7, 11, 13, 17, 19, 23 and so on.
 There is no largest one. Suppose there were; multiply all of them together, add one, and the result
-is divisible by none of them, so it is a prime itself or has a prime factor that was not in the list.
+is divisible by none of them: it is a prime itself or has a prime factor that was not in the list.
 
     def largest(values):
         best = values[0]
@@ -72,7 +72,9 @@ class Proof:
             Figure(name="kl", value=self.kl, unit="nats", n=n, convention=how),
             Figure(name="kl_worst", value=self.worst, unit="nats", n=n, convention=how),
             Figure(name="same_top_token", value=self.same_top, n=n, convention=how),
-            Figure(name="greedy_equal", value=self.greedy_equal, unit="tokens", n=self.greedy_tokens),
+            Figure(
+                name="greedy_equal", value=self.greedy_equal, unit="tokens", n=self.greedy_tokens
+            ),
             Figure(name="same_tokens", value=float(self.first_difference is None), convention=how),
         ]
 
@@ -138,8 +140,8 @@ def check(proof: Proof, type_name: str, path: Path) -> None:
     if most is not None and not proof.kl <= most:
         raise UserError(
             f"{path.name}: llama.cpp's next-token distributions are {proof.kl:.2g} nats from "
-            f"transformers', more than {most} for {type_name}: the file is not kept; --verify never "
-            "writes it all the same, to look into it"
+            f"transformers', more than {most} for {type_name}: the file is not kept; --verify "
+            "never writes it all the same, to look into it"
         )
 
 

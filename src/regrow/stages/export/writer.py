@@ -97,7 +97,7 @@ def _write(path: Path, source: Source, type_name: str, stored: list[Stored]) -> 
     from gguf import GGMLQuantizationType, GGUFWriter
 
     family = source.family
-    writer = GGUFWriter(path, family.gguf)
+    writer = GGUFWriter(path, str(family.gguf))
     try:
         licence = source.lineage.licence.id
         hyperparameters.write_general(writer, source.name, file_type(type_name), licence)
