@@ -10,7 +10,7 @@ import yaml
 from regrow import families
 from regrow.checkpoint import load
 from regrow.families import Family
-from regrow.stages.export.lineage import Lineage, lineage_of
+from regrow.stages.export.lineage import Lineage, lineage_of, text_licence
 from regrow.stages.export.place import CARD
 
 NOT_COMPARED = ("speed", "seconds", "tokens/s")
@@ -88,7 +88,7 @@ def _licence(lineage: Lineage) -> str:
 
 
 def _data(lineage: Lineage) -> str:
-    """The text with the licence that the recipe gives for it, if it gives one."""
+    """The text that the model was made with, each source with its licence where it is known."""
     if not lineage.sources:
         return "" if not lineage.made else "## Data\n\nNot recorded with this model.\n"
     lines = ["## Data\n"]
@@ -96,7 +96,8 @@ def _data(lineage: Lineage) -> str:
         named = str(source["source"])
         public = named.startswith("package:") or not named.startswith(("/", ".", "~"))
         shown = named if public else named.rsplit("/", 1)[-1]
-        lines.append(f"- {shown}: licence unknown to regrow, look where it comes from")
+        licence = text_licence(named) or "licence unknown to regrow, look where it comes from"
+        lines.append(f"- {shown}: {licence}")
     return "\n".join(lines) + "\n"
 
 

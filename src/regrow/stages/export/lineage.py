@@ -39,6 +39,9 @@ TERMS = {
 }
 """Whether models made from one of that licence may be shared, where its text is plain about it."""
 
+TEXTS = {"/data/enwik8.gz": "GFDL (English Wikipedia of 2006)"}
+"""Licences of texts that the project itself uses, by the end of their name in a package."""
+
 
 @dataclass(frozen=True)
 class Licence:
@@ -86,7 +89,7 @@ def lineage_of(folder: Path, given: str | None = None) -> Lineage:
         fields = yaml.safe_load(recipe)
         parent, sources = str(fields["model"]), _sources(fields.get("data"))
         name = run.resolve().name
-        stages = _stages(run)
+        stages = _stages(run, folder.resolve())
         return Lineage(name, parent_name(parent), licence_of(parent), sources, recipe, stages)
     found = manifest.read(folder)
     if found is not None and "stage" in found:
@@ -140,7 +143,7 @@ def _of_gguf(path: Path) -> Licence:
 
 def _run_of(folder: Path) -> Path | None:
     for above in list(folder.resolve().parents)[:2]:
-        if (above / RECIPE).exists():
+        if (above / RECIPE).exists() and (above / "stages").is_dir():
             return above
     return None
 
@@ -151,9 +154,15 @@ def _sources(data: Any) -> list[dict[str, Any]]:
     return [{"source": each} if isinstance(each, str) else each for each in given if each]
 
 
-def _stages(run: Path) -> dict[str, dict[str, Any]]:
-    folders = sorted(path for path in run.glob("stages/*") if path.is_dir())
-    return {path.name: found for path in folders if (found := manifest.read(path)) is not None}
+def _stages(run: Path, model: Path) -> dict[str, dict[str, Any]]:
+    """Manifests of the stages that led to `model`, and of evaluations, which measure it later."""
+    found = {}
+    for path in sorted(run.glob("stages/*")):
+        made = manifest.read(path)
+        later = model.parent.name == "stages" and path.name > model.name
+        if made is not None and (not later or made.get("stage") == "evaluate"):
+            found[path.name] = made
+    return found
 
 
 def short_name(model: str) -> str:
@@ -164,6 +173,13 @@ def short_name(model: str) -> str:
     if not path.exists():
         return model.rpartition("/")[2]
     return path.stem if path.is_file() else path.resolve().name
+
+
+def text_licence(source: str) -> str | None:
+    """The licence of a source of text, where the project knows it."""
+    if not source.startswith(PACKAGE):
+        return None
+    return next((licence for end, licence in TEXTS.items() if source.endswith(end)), None)
 
 
 def parent_name(model: str) -> str:
