@@ -32,7 +32,7 @@ LEVELS = (
     ("checkpoint",),
     ("origin", "shards", "plan", "statistics"),
     ("manifest",),
-    ("plugins", "options", "progress"),
+    ("plugins", "options", "progress", "llama_cpp"),
     ("config", "formats", "ranks"),
     ("errors",),
 )
@@ -99,7 +99,7 @@ def test_a_stage_imports_no_other_stage(stage: str) -> None:
 
 
 def test_the_stages_are_found() -> None:
-    assert {"distill", "evaluate", "profile", "prune", "report"} <= set(STAGES)
+    assert {"distill", "evaluate", "export", "profile", "prune", "report"} <= set(STAGES)
 
 
 def test_what_the_tests_see(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from regrow.stages.cache import CacheConfig, cache
     from regrow.stages.distill import DistillConfig, distill
     from regrow.stages.evaluate import EvaluateConfig, evaluate
+    from regrow.stages.export import ExportConfig, export
     from regrow.stages.profile import ProfileConfig, profile
     from regrow.stages.prune import PruneConfig
     from regrow.stages.report import ReportConfig, report
@@ -37,6 +38,8 @@ _HOME = {
     "distill": "stages.distill",
     "EvaluateConfig": "stages.evaluate",
     "evaluate": "stages.evaluate",
+    "ExportConfig": "stages.export",
+    "export": "stages.export",
     "Options": "options",
     "Plan": "plan",
     "ProfileConfig": "stages.profile",
@@ -58,6 +61,7 @@ __all__ = [
     "DataConfig",
     "DistillConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "Options",
     "Plan",
     "ProfileConfig",
@@ -72,6 +76,7 @@ __all__ = [
     "compare",
     "distill",
     "evaluate",
+    "export",
     "load",
     "profile",
     "prune",

@@ -30,6 +30,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "cache": commands.cache,
     "distill": commands.distill,
     "evaluate": commands.evaluate,
+    "export": commands.export,
     "report": commands.report,
 }
 

@@ -17,6 +17,7 @@ from regrow.recipe import KeepStages
 from regrow.stages.cache import CacheConfig
 from regrow.stages.distill import DistillConfig
 from regrow.stages.evaluate import EvaluateConfig
+from regrow.stages.export import ExportConfig
 from regrow.stages.profile import ProfileConfig
 from regrow.stages.prune import PruneConfig
 from regrow.stages.report import ReportConfig
@@ -304,6 +305,33 @@ def evaluate(
         _print(estimate.of_evaluate(named, master, blend, config), out)
         return
     stage(named, out, blend, master, config, options)
+
+
+def export(
+    model: Model,
+    out: Path,
+    text: OmitArgPrefixes[OptionalText] = OptionalText(),
+    config: OmitArgPrefixes[ExportConfig] = ExportConfig(),
+    dry_run: bool = False,
+) -> None:
+    """Write a GGUF file for llama.cpp and Ollama, and prove it by llama.cpp.
+
+    Args:
+        model: Hugging Face folder, hub id, GGUF file, or package:NAME.
+        out: Folder to write to, or the file's name, NAME.gguf.
+        config: The file's type, and how it is proven.
+        dry_run: Check everything and print what would be done.
+    """
+    from regrow.checkpoint import load
+    from regrow.stages.export.stage import describe
+    from regrow.stages.export.stage import export as stage
+
+    blend = text.blend() if text.data else None
+    if dry_run:
+        folder = None if out.suffix == ".gguf" else out
+        _print(describe(load(model), config, model), folder)
+        return
+    print(stage(model, out, config, blend))
 
 
 def report(

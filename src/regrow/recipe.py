@@ -159,7 +159,10 @@ class _Job:
     def finish(self, keep_stages: KeepStages) -> None:
         """Put the final model at model/, and drop intermediate weights if asked to."""
         if isinstance(self.current, Path):
+            from regrow.stages.export.card import write_card
+
             _publish(self.current, self.out / "model")
+            write_card(self.out / "model", self.current)
             say(f"model:  {self.out / 'model'}")
         if keep_stages == "last":
             for path in self.out.glob("stages/*"):
@@ -250,6 +253,13 @@ def _evaluate(job: _Job, step: Step, name: str) -> None:
     evaluate(models, job.folder(name), job.recipe.data, against, step.config, job.options)
 
 
+def _export(job: _Job, step: Step, name: str) -> None:
+    from regrow.stages.export import ExportConfig, export
+
+    assert isinstance(step.config, ExportConfig)
+    export(job.current, job.folder(name), step.config, job.recipe.data)
+
+
 def _report(job: _Job, step: Step, name: str) -> None:
     from regrow.stages.report import ReportConfig, report
 
@@ -265,6 +275,7 @@ _RUNNERS: dict[str, Callable[[_Job, Step, str], None]] = {
     "cache": _cache,
     "distill": _distill,
     "evaluate": _evaluate,
+    "export": _export,
     "report": _report,
 }
 

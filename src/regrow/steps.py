@@ -26,9 +26,10 @@ CONFIGS = {
     "cache": "CacheConfig",
     "distill": "DistillConfig",
     "evaluate": "EvaluateConfig",
+    "export": "ExportConfig",
     "report": "ReportConfig",
 }
-LATER = ("generate", "quantize", "export", "advise")
+LATER = ("generate", "quantize", "advise")
 WITH_TEACHER = ("cache", "distill", "evaluate")
 
 
@@ -128,7 +129,7 @@ def _check_order(steps: list[Step]) -> None:
     for step in steps:
         if step.name == "prune" and not profiled:
             raise UserError(f"{step.where}: put a profile stage of the same model before it")
-        idle = ("cache", "evaluate", "report")
+        idle = ("cache", "evaluate", "export", "report")
         profiled = step.name == "profile" or (profiled and step.name in idle)
 
 
@@ -181,6 +182,8 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
         for source in step.config.texts.values():
             text_files(source)
         check_tasks(step.config)
+    elif step.name == "export":
+        import_module("regrow.stages.export.stage").check(checkpoint, step.config)
     elif step.name == "report":
         import_module("regrow.stages.report.stage").check_extra()
     if step.teacher is not None:
