@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from regrow.stages.evaluate import EvaluateConfig, evaluate
     from regrow.stages.profile import ProfileConfig, profile
     from regrow.stages.prune import PruneConfig
+    from regrow.stages.quantize import QuantizeConfig, quantize
     from regrow.stages.report import ReportConfig, report
 
 _HOME = {
@@ -39,6 +40,8 @@ _HOME = {
     "profile": "stages.profile",
     "PruneConfig": "stages.prune",
     "prune": "search",
+    "QuantizeConfig": "stages.quantize",
+    "quantize": "stages.quantize",
     "Recipe": "recipe",
     "ReportConfig": "stages.report",
     "report": "stages.report",
@@ -55,6 +58,7 @@ __all__ = [
     "Plan",
     "ProfileConfig",
     "PruneConfig",
+    "QuantizeConfig",
     "Recipe",
     "ReportConfig",
     "SourceConfig",
@@ -66,6 +70,7 @@ __all__ = [
     "load",
     "profile",
     "prune",
+    "quantize",
     "report",
     "run",
     "save",

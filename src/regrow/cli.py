@@ -26,6 +26,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": commands.compare,
     "prune": commands.prune,
     "distill": commands.distill,
+    "quantize": commands.quantize,
     "evaluate": commands.evaluate,
     "report": commands.report,
 }

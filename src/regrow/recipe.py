@@ -217,6 +217,14 @@ def _distill(job: _Job, step: Step, name: str) -> None:
     job.add("distilled", job.folder(name))
 
 
+def _quantize(job: _Job, step: Step, name: str) -> None:
+    from regrow.stages.quantize import QuantizeConfig, quantize
+
+    assert isinstance(step.config, QuantizeConfig)
+    quantize(job.current, job.folder(name), step.config, job.recipe.data, job.options)
+    job.add("quantized", job.folder(name))
+
+
 def _evaluate(job: _Job, step: Step, name: str) -> None:
     from regrow.stages.evaluate import EvaluateConfig, evaluate
 
@@ -239,6 +247,7 @@ _RUNNERS: dict[str, Callable[[_Job, Step, str], None]] = {
     "profile": _profile,
     "prune": _prune,
     "distill": _distill,
+    "quantize": _quantize,
     "evaluate": _evaluate,
     "report": _report,
 }
