@@ -169,7 +169,8 @@ class Checkpoint:
                 trust_remote_code=False,
                 **experts_option(dtype),
             )
-            if self.quantized:  # now, not at the first forward
+            if self.quantized and not self.config["quantization_config"].get("dequantize"):
+                # Now, not at the first forward pass: the head is read, not run.
                 model.hf_quantizer.compressor.decompress_model(model)
         found: PreTrainedModel = model.to(device).eval()
         return found
