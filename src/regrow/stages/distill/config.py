@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from regrow.config import Config
+from regrow.quantization import schemes
 
 
 class DistillConfig(Config):
@@ -33,12 +34,25 @@ class DistillConfig(Config):
     hidden_weight: float = Field(default=0.0, ge=0)
     """Weight of the blocks' outputs beside the loss, as squared error relative to the teacher's;
     for a student that was cut from the teacher."""
+    fake_quantize: str | None = None
+    """Scheme (int8, int4, int4-g32, …) that the layers' weights are rounded to while training, for
+    `quantize` with the method rtn afterwards; the student is written in float32, unrounded."""
     eval_tokens: int = Field(default=25_000, ge=1)
     """Measure held-out KL, and keep a checkpoint, about every so many training tokens."""
     heldout_blocks: int = Field(default=16, ge=1)
     """Held-out blocks to measure on."""
     seed: int = 0
     """Seed of dropout and of a fresh student's weights."""
+
+    @field_validator("fake_quantize")
+    @classmethod
+    def _weights_alone(cls, name: str | None) -> str | None:
+        if name is None:
+            return None
+        scheme = schemes.find(name)
+        if scheme.dynamic:
+            raise ValueError(f"{scheme.name} rounds inputs too; give int8 or a kind of int4")
+        return scheme.name
 
     def loss_weights(self) -> dict[str, float]:
         """Weight of each loss by name; the KL comes first, it is what is reported and kept by."""

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from regrow import checkpoint as checkpoints
-from regrow import ranks
+from regrow import families, plugins, ranks
 from regrow.checkpoint import Checkpoint, load
 from regrow.data import DataConfig, build_blocks
 from regrow.data.digest import data_digest
@@ -20,6 +20,7 @@ from regrow.manifest import Figure, Stage, refuse_input, require_space
 from regrow.options import Options
 from regrow.plan import Plan
 from regrow.progress import progress, say
+from regrow.quantization.schemes import Scheme, find
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.resume import (
     METRICS,
@@ -29,6 +30,7 @@ from regrow.stages.distill.resume import (
     rescue,
 )
 from regrow.stages.distill.student import Student, open_student
+from regrow.training.fake_quantize import bind_rounding
 from regrow.training.head import Mix
 from regrow.training.signals.hidden import Hidden, LayerMap
 from regrow.training.teacher import Teacher
@@ -73,9 +75,11 @@ def distill(
         say(f"distill: {out} is complete and unchanged")
         return out
     signal = _signal(pupil, master, config.hidden_weight)
+    rounding = _rounding(pupil, config.fake_quantize)
+    written = pupil.dtype if rounding is None else torch.float32
     steps, micro, accumulation = steps_of(config, data, options)
     # Weights and optimizer of the best, the last and the next checkpoint, and the result.
-    require_space(out, pupil.parameters * (3 * 12 + pupil.dtype.itemsize))
+    require_space(out, pupil.parameters * (3 * 12 + written.itemsize))
     tokenizer = (master if ids_V is None else pupil.like).tokenizer()
     heldout = build_blocks(data, tokenizer, "heldout", config.heldout_blocks)
     count = steps * config.batch_tokens // data.sequence_length
@@ -94,10 +98,12 @@ def distill(
             model=model, args=arguments, train_dataset=blocks, eval_dataset=heldout
         )
         undo = bind_loss(model, taught_by, Mix(config.loss_weights(), config.temperature), signal)
+        unround = bind_rounding(model, rounding) if rounding is not None else lambda: None
         _train(trainer, folder, stage, pupil, steps, journal)
+        unround()
         undo()
         if ranks.is_main():
-            _write(trainer, pupil, folder)
+            _write(trainer, pupil, folder, written)
         stage.figures += _figures(trainer, steps * config.batch_tokens)
     return out
 
@@ -114,6 +120,17 @@ def _signal(pupil: Student, master: Checkpoint, weight: float) -> Hidden | None:
         "hidden_weight compares layers of the student with the teacher's, and needs the plan.json "
         f"of a student that was cut from {master.folder}: set it to 0, or give that student"
     )
+
+
+def _rounding(pupil: Student, name: str | None) -> Scheme | None:
+    """The scheme to train for; raises UserError for experts, which are no linear layers."""
+    if name is None:
+        return None
+    model_type = (pupil.config.to_dict() if pupil.config else pupil.like.config)["model_type"]
+    known = model_type in plugins.names(families.__name__)
+    if known and "experts" in families.get(model_type).config_keys:
+        raise UserError(f"fake_quantize {name}: not for a mixture of experts ({model_type})")
+    return find(name)
 
 
 def steps_of(config: DistillConfig, data: DataConfig, options: Options) -> tuple[int, int, int]:
@@ -232,9 +249,9 @@ def _train(
             ) from None
 
 
-def _write(trainer: DistillTrainer, pupil: Student, folder: Path) -> None:
-    """Write the best student in the parent's dtype, with what travels beside it."""
-    model = trainer.student.to(pupil.dtype)  # type: ignore[arg-type]
+def _write(trainer: DistillTrainer, pupil: Student, folder: Path, dtype: torch.dtype) -> None:
+    """Write the best student, with what travels beside it."""
+    model = trainer.student.to(dtype)  # type: ignore[arg-type]
     model.config.use_cache = True
     checkpoints.write_model(model, folder, pupil.like)
     for name in CARRIED:
