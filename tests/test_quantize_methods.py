@@ -7,7 +7,7 @@ import torch
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
-from regrow import plugins
+from regrow import formats, plugins
 from regrow.errors import UserError
 from regrow.quantization.grid import Grid, fake_quantize, fit
 from regrow.quantization.schemes import SCHEMES, Scheme, find, fitting
@@ -186,5 +186,7 @@ def test_names_and_fallbacks() -> None:
         assert fitting(SCHEMES["int4-g128"], columns).name == name
         ends = name + "-asym" if name != "int8" else name
         assert fitting(SCHEMES["int4-g128-asym"], columns).name == ends
+    for name in ("int4-g128", "int4-g64", "int4-g32"):  # what sizes are promised by
+        assert formats.TYPES[name].fallback == SCHEMES[name].fallback
     assert SCHEMES["int4-g64"].stored_bits(2, 128) == 2 * (128 * 4 + 2 * 16)
     assert SCHEMES["int4-g64-asym"].stored_bits(2, 128) == 2 * (128 * 4 + 2 * 20)
