@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from compressed_tensors.quantization.utils import calculate_qparams
@@ -135,6 +137,30 @@ def test_gptq_is_never_worse_than_rounding(scheme: Scheme) -> None:
         better += int((new < 0.9 * old).sum())
         assert (grid.nearest(solved) - solved).abs().max() < 1e-6  # on the grid that is returned
     assert better >= 10
+
+
+@pytest.mark.parametrize("name", ["int4-g64", "int4-g64-asym"])
+def test_a_row_that_got_worse_is_rounded_to_nearest(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme, w, h = SCHEMES[name], weight(), gram()
+    good, grid = gptq.quantize(w, scheme, BF16, h)
+    compensate = gptq.compensate
+
+    def spoilt(*given: Any) -> Tensor:
+        found = compensate(*given)
+        found[2] = 0
+        return found
+
+    monkeypatch.setattr(gptq, "compensate", spoilt)
+    found, mixed = gptq.quantize(w, scheme, BF16, h)
+    plain = fit(w, scheme, BF16)
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(found[2], plain.nearest(w)[2])
+    assert torch.equal(mixed.scale_RG[2], plain.scale_RG[2])
+    assert torch.equal(found[others], good[others])
+    assert torch.equal(mixed.scale_RG[others], grid.scale_RG[others])
+    assert (mixed.nearest(found) - found).abs().max() < 1e-6
 
 
 def test_gptq_of_dead_inputs_and_without_text() -> None:
