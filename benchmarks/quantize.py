@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from protocol import DENSE, TESTS, blend, figures
+from protocol import DENSE, TESTS, Figures, blend, figures
 
 from regrow import (
     DataConfig,
@@ -54,21 +54,19 @@ def main() -> None:
         models[name] = quantize(arguments.student, folder, config, data, OPTIONS)
     if arguments.tokens:
         models |= _trained(arguments, data)
+    rows = _measure({"unquantized": arguments.student, **models}, arguments)
     lines = [
         "| student | MB | WikiText-2 ppl | × | C4 ppl | × | KL WikiText-2 | KL C4 |",
         "|---|" + "---:|" * 7,
     ]
-    student = {}
-    for name, folder in {"unquantized": arguments.student, **models}.items():
-        row = _measure(name, folder, arguments, out)
-        student = student or row
+    for name, row in rows.items():
         cells = [name, f"{row['bytes'] / 1e6:.1f}"]
         for text in TEXTS:
             value = row[f"perplexity/{text}"]
-            cells += [f"{value:.2f}", f"{value / student[f'perplexity/{text}']:.4f}"]
+            cells += [f"{value:.2f}", f"{value / rows['unquantized'][f'perplexity/{text}']:.4f}"]
         cells += [f"{row.get(f'kl/{text}', 0.0):.4f}" for text in TEXTS]
         lines.append("| " + " | ".join(cells) + " |")
-        (out / "quantize.md").write_text("\n".join(lines) + "\n")
+    (out / "quantize.md").write_text("\n".join(lines) + "\n")
     print((out / "quantize.md").read_text())
 
 
@@ -96,14 +94,13 @@ def _trained(arguments: argparse.Namespace, data: DataConfig) -> dict[str, Path]
     return found
 
 
-def _measure(name: str, folder: Path, arguments: argparse.Namespace, out: Path) -> dict[str, float]:
+def _measure(models: dict[str, Path], arguments: argparse.Namespace) -> Figures:
     texts = {text: str(arguments.texts / TESTS[text]) for text in TEXTS}
     config = EvaluateConfig(
         metrics=("size", "perplexity", "kl"), texts=texts, text_tokens=arguments.text_tokens
     )
-    place = out / "evaluation" / name.replace(" ", "-")
-    evaluate({"model": folder}, place, None, arguments.student, config, OPTIONS)
-    return figures(place)["model"]
+    place = arguments.out / "evaluation"
+    return figures(evaluate(models, place, None, arguments.student, config, OPTIONS))
 
 
 def _arguments() -> argparse.Namespace:

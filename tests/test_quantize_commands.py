@@ -78,12 +78,15 @@ def test_bad_input(
 
 
 def test_a_recipe_ends_with_a_quantized_model(place: Path, tmp_path: Path) -> None:
-    out = run(recipe_of(place, PROFILE, PRUNE, DISTILL, QUANTIZE, EVALUATE), tmp_path / "run")
+    out = run(
+        recipe_of(place, PROFILE, PRUNE, DISTILL, QUANTIZE, EVALUATE, "report"), tmp_path / "run"
+    )
     made = json.loads((out / "model" / "config.json").read_text())
     assert made["quantization_config"]["quant_method"] == "compressed-tensors"
     assert AutoModelForCausalLM.from_pretrained(out / "model").config.intermediate_size == 40
     found = json.loads((out / "stages" / "05-evaluate" / "evaluation.json").read_text())
     assert found["labels"] == ["teacher", "pruned", "repaired", "distilled", "quantized"]
+    assert "quantized" in (out / "report.html").read_text()
     figures = {f["name"]: f["value"] for f in (manifest.read(out / "model") or {})["figures"]}
     assert figures["times smaller than the first"] > figures["times smaller"] > 1
 
