@@ -79,6 +79,14 @@ def test_rounding_the_student_gives_what_was_trained(aware: Path, place: Path) -
             assert torch.equal(module.weight, fake_quantize(master, scheme, STORED)), path
 
 
+def test_another_grid_is_told(aware: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "was trained to be rounded to int4-g32 by rtn; int8 by rtn takes its weights elsewhere"
+    quantize(aware, place / "other", QuantizeConfig(scheme="int8", method="rtn"))
+    assert said in capsys.readouterr().err
+    quantize(aware, place / "same", ROUND)
+    assert "elsewhere" not in capsys.readouterr().err
+
+
 def test_held_out_figures_are_those_of_the_rounded_student(aware: Path, place: Path) -> None:
     out = quantize(aware, place / "rounded", ROUND)
     assert kl_of(out, place) == pytest.approx(figures(aware)["held-out KL"], rel=0.03)  # bf16

@@ -281,6 +281,12 @@ def test_experts_refused(tmp_path: Path) -> None:
             quantize(checkpoint, tmp_path / "o", QuantizeConfig(scheme=name, method="rtn"))
 
 
+def test_too_little_text(tmp_path: Path) -> None:
+    short = write_text(tmp_path / "short.jsonl", documents=3)
+    with pytest.raises(UserError, match="too little text"):
+        quantize(tiny(tmp_path), tmp_path / "out", QuantizeConfig(), data_of(short))
+
+
 def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = tiny(tmp_path)
     out = quantize(checkpoint, tmp_path / "out", QuantizeConfig(method="rtn"))

@@ -61,7 +61,7 @@ def quantize(
     else:
         require_space(out, sum(map(checkpoint.bytes, checkpoint.names())))
         fit, unseen = _text(job, data, options)
-        for line in fallbacks(checkpoint, config, job.chosen):
+        for line in [*_moves(checkpoint, config), *fallbacks(checkpoint, config, job.chosen)]:
             say(f"quantize: {line}")
         with stage as folder:
             job.write(folder, fit, device)
@@ -187,6 +187,18 @@ class Job:
         return {**config, "quantization_config": pack.quantization_config(self.chosen, kept)}
 
 
+def _moves(checkpoint: Checkpoint, config: QuantizeConfig) -> list[str]:
+    """A line when the weights were trained for another grid, or would not go to their nearest."""
+    made = manifest.read(checkpoint.folder) or {}
+    trained = made.get("config", {}).get("fake_quantize")
+    if trained is None or (trained, "rtn") == (config.scheme, config.method):
+        return []
+    return [
+        f"{checkpoint.folder} was trained to be rounded to {trained} by rtn; {config.scheme} by "
+        f"{config.method} takes its weights elsewhere"
+    ]
+
+
 def _text(
     job: Job, data: DataConfig | None, options: Options
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
@@ -194,6 +206,11 @@ def _text(
     if data is None:
         return [], []
     blocks = build_blocks(data, job.checkpoint.tokenizer(), "calibration", job.config.samples)
+    if len(blocks) < 2:
+        raise UserError(
+            "too little text: 1 calibration block, and it takes one to calibrate on and one to "
+            "measure on; add text or raise calibration_fraction"
+        )
     numbers = range(len(blocks))
     unseen = [n for n in numbers if held_out(n)] or [len(blocks) - 1]
     return tuple(  # type: ignore[return-value]
