@@ -13,8 +13,17 @@ from tiny_folders import data_of, write_model, write_text
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from regrow import EvaluateConfig, QuantizeConfig, UserError, evaluate, manifest, quantize
+from regrow import (
+    EvaluateConfig,
+    QuantizeConfig,
+    UserError,
+    evaluate,
+    families,
+    manifest,
+    quantize,
+)
 from regrow.checkpoint import Checkpoint, load
+from regrow.footprint import file_bytes
 from regrow.quantization.grid import fit
 from regrow.quantization.schemes import SCHEMES, Scheme, find, fitting
 from regrow.stages.quantize.choose import choose
@@ -100,6 +109,17 @@ def test_the_stock_reader_sees_what_was_rounded(family: str, name: str, tmp_path
     assert (expected - dense).abs().max() > 1e-3  # something was rounded
 
 
+@pytest.mark.parametrize("name", ["int8", "int4-g32", "int4-g64", "int4-g128"])
+def test_bytes_are_those_that_prune_was_told(name: str, tmp_path: Path) -> None:
+    """`prune --max-bytes --format int4-g64` counts what quantize will write."""
+    checkpoint = tiny(tmp_path)
+    out = quantize(checkpoint, tmp_path / "out", QuantizeConfig(scheme=name, method="rtn"))
+    made = Checkpoint(out, quantized=True)
+    shapes = 16 * sum(tensor.endswith("weight_shape") for tensor in made.names())
+    promised = file_bytes(families.of(checkpoint), checkpoint.config, name)
+    assert sum(map(made.bytes, made.names())) - shapes == promised
+
+
 @pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
 def test_experts(name: str, tmp_path: Path, text: Path) -> None:
     """They lie one by one on disk, and are rounded to nearest; the router stays as it is."""
@@ -113,8 +133,7 @@ def test_experts(name: str, tmp_path: Path, text: Path) -> None:
         data_of(text),
     )
     out = quantize(checkpoint, tmp_path / "out", config, data_of(text))
-    inputs = {"int8": False, "fp8": True, "int4": False}[name]
-    if not inputs:
+    if not find(name).dynamic:
         torch.testing.assert_close(logits(stock(out)), logits(stock(plain)), rtol=2e-2, atol=2e-2)
     shapes = Checkpoint(out, quantized=True).shapes
     assert "model.layers.0.block_sparse_moe.gate.weight" in shapes
@@ -196,8 +215,6 @@ def test_mixed_settings(tmp_path: Path) -> None:
 def test_what_vllm_reads(tmp_path: Path) -> None:
     """Names of formats and groups, and targets by regular expression where schemes are mixed."""
     checkpoint = tiny(tmp_path)
-    from regrow import families
-
     chosen = choose(checkpoint, families.of(checkpoint), QuantizeConfig())
     config = quantization_config(chosen, ["lm_head"])
     assert config["quant_method"] == "compressed-tensors"
