@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from regrow.stages.export import ExportConfig, export
     from regrow.stages.profile import ProfileConfig, profile
     from regrow.stages.prune import PruneConfig
+    from regrow.stages.quantize import QuantizeConfig, quantize
     from regrow.stages.report import ReportConfig, report
     from regrow.stages.rotate import RotateConfig, rotate
 
@@ -46,6 +47,8 @@ _HOME = {
     "profile": "stages.profile",
     "PruneConfig": "stages.prune",
     "prune": "search",
+    "QuantizeConfig": "stages.quantize",
+    "quantize": "stages.quantize",
     "Recipe": "recipe",
     "ReportConfig": "stages.report",
     "report": "stages.report",
@@ -66,6 +69,7 @@ __all__ = [
     "Plan",
     "ProfileConfig",
     "PruneConfig",
+    "QuantizeConfig",
     "Recipe",
     "ReportConfig",
     "RotateConfig",
@@ -80,6 +84,7 @@ __all__ = [
     "load",
     "profile",
     "prune",
+    "quantize",
     "report",
     "rotate",
     "run",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ from regrow.stages.prune.choose import full_sizes
 from regrow.stages.prune.config import PruneConfig
 from regrow.stages.prune.shapes import Shape
 from regrow.stages.prune.stage import REPAIR, make_plan
+from regrow.stages.quantize.choose import WEIGHT
+from regrow.stages.quantize.choose import fallbacks as misfits
+from regrow.stages.quantize.config import QuantizeConfig
+from regrow.stages.quantize.stage import check as check_quantize
 from regrow.stages.rotate.basis import check as check_rotation
 from regrow.stages.rotate.basis import turned_config
 from regrow.stages.rotate.config import RotateConfig
@@ -220,6 +225,29 @@ def of_distill(
     teacher_ids(student.like, teacher)
     check_student(student, config, options)
     return _distill_lines(student.parameters, _parameters(teacher), data, config, options)
+
+
+def of_quantize(
+    checkpoint: Checkpoint, data: DataConfig | None, config: QuantizeConfig
+) -> list[str]:
+    """Layers and bytes by scheme, what is kept, and the time of the passes over the text."""
+    job = check_quantize(checkpoint, config, data)
+    shapes = checkpoint.shapes
+    lines = [f"quantize: {len(job.chosen)} layers by {config.method}"]
+    for name in sorted({scheme.name for scheme in job.chosen.values()}):
+        some = [module for module, scheme in job.chosen.items() if scheme.name == name]
+        bits = sum(job.chosen[module].stored_bits(*shapes[module + WEIGHT]) for module in some)
+        lines.append(f"  {len(some)} layers in {name}: {bits / 8e6:,.1f} MB")
+    kept = [name for name in shapes if name.removesuffix(WEIGHT) not in job.chosen]
+    size = 2 * sum(math.prod(shapes[name]) for name in kept)
+    lines.append(f"  {len(kept)} tensors kept in 16 bits: {size / 1e6:,.1f} MB")
+    lines += [f"  {line}" for line in misfits(checkpoint, config, job.chosen)]
+    if data is not None:
+        tokens = config.samples * data.sequence_length
+        passes = 2 if job.method.NEEDS_GRAM else 0.25  # of an eighth, two models
+        seconds = passes * tokens * 2 * _active(checkpoint) / matmul_rate()
+        lines.append(f"  time about {clock(seconds)} for the passes over {tokens:,} tokens")
+    return lines
 
 
 def of_evaluate(

@@ -243,6 +243,14 @@ def _distill(job: _Job, step: Step, name: str) -> None:
     job.add("distilled", job.folder(name))
 
 
+def _quantize(job: _Job, step: Step, name: str) -> None:
+    from regrow.stages.quantize import QuantizeConfig, quantize
+
+    assert isinstance(step.config, QuantizeConfig)
+    quantize(job.current, job.folder(name), step.config, job.recipe.data, job.options)
+    job.add("quantized", job.folder(name))
+
+
 def _evaluate(job: _Job, step: Step, name: str) -> None:
     from regrow.stages.evaluate import EvaluateConfig, evaluate
 
@@ -274,6 +282,7 @@ _RUNNERS: dict[str, Callable[[_Job, Step, str], None]] = {
     "prune": _prune,
     "cache": _cache,
     "distill": _distill,
+    "quantize": _quantize,
     "evaluate": _evaluate,
     "export": _export,
     "report": _report,

@@ -25,11 +25,12 @@ CONFIGS = {
     "prune": "PruneConfig",
     "cache": "CacheConfig",
     "distill": "DistillConfig",
+    "quantize": "QuantizeConfig",
     "evaluate": "EvaluateConfig",
     "export": "ExportConfig",
     "report": "ReportConfig",
 }
-LATER = ("generate", "quantize", "advise")
+LATER = ("generate", "advise")
 WITH_TEACHER = ("cache", "distill", "evaluate")
 
 
@@ -124,9 +125,17 @@ def _in_place(step: Step) -> Iterator[None]:
 
 
 def _check_order(steps: list[Step]) -> None:
-    """A prune stage needs a profile of the model that it gets."""
-    profiled = False
+    """A prune stage needs a profile of the model that it gets; quantized weights are final."""
+    profiled, quantized = False, ""
     for step in steps:
+        if quantized and step.name in ("profile", "prune", "distill", "quantize"):
+            raise UserError(
+                f"{step.where}: comes after {quantized}, whose rounding it would undo or be undone "
+                "by: distil, prune, and quantize last (distill: {fake_quantize: int4} trains for "
+                f"it); to insist, set {quantized}.dequantize: true"
+            )
+        if step.name == "quantize" and not step.config.dequantize:
+            quantized = step.where
         if step.name == "prune" and not profiled:
             raise UserError(f"{step.where}: put a profile stage of the same model before it")
         idle = ("cache", "evaluate", "export", "report")
@@ -163,6 +172,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     from regrow.stages.evaluate.task_rows import check_tasks
     from regrow.stages.evaluate.texts import text_files
     from regrow.stages.profile.scoring import statistics_needed
+    from regrow.stages.quantize.stage import check as check_quantize
     from regrow.stages.rotate.basis import check as check_rotation
     from regrow.training.cache.folder import Cache
     from regrow.training.tokens import teacher_ids
@@ -184,6 +194,8 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
         check_tasks(step.config)
     elif step.name == "export":
         import_module("regrow.stages.export.stage").check(checkpoint, step.config)
+    elif step.name == "quantize":
+        check_quantize(checkpoint, step.config, data)
     elif step.name == "report":
         import_module("regrow.stages.report.stage").check_extra()
     if step.teacher is not None:
@@ -250,6 +262,8 @@ def _check_text(steps: list[Step], checkpoint: Checkpoint, data: DataConfig, tri
         build_blocks(data, checkpoint.tokenizer(), "heldout", 1)
     if names & {"cache", "distill"}:
         build_blocks(data, checkpoint.tokenizer(), "train", 1)
+    if "quantize" in names:
+        build_blocks(data, checkpoint.tokenizer(), "calibration", 1)
     for step in steps:
         if step.name == "profile":
             more = blocks_for(tried) if tried else 0

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from regrow import plugins
 from regrow.config import Config
 from regrow.errors import nearest
+from regrow.quantization import schemes
 
 LOSSES = "regrow.training.losses"
 SIGNALS = "regrow.training.signals"
@@ -55,6 +56,9 @@ class DistillConfig(Config):
     attention, logit_lens, logit_lens_symmetric."""
     lens_layers: tuple[int | float, ...] = (0.25, 0.5, 0.75)
     """Where the logit lens reads: shares of the student's blocks, or numbers of blocks from 0."""
+    fake_quantize: str | None = None
+    """Scheme (int8, int4, int4-g32, …) that the layers' weights are rounded to while training, for
+    `quantize` with the method rtn afterwards; the student is written in float32, unrounded."""
     balance: bool = False
     """Multiply each signal's weight by the running mean of the losses over that of the signal."""
     eval_tokens: int = Field(default=25_000, ge=1)
@@ -110,6 +114,16 @@ class DistillConfig(Config):
             if not 0 < weight < math.inf:
                 raise ValueError(f"the weight of {name} must be above 0 and finite")
         return signals
+
+    @field_validator("fake_quantize")
+    @classmethod
+    def _weights_alone(cls, name: str | None) -> str | None:
+        if name is None:
+            return None
+        scheme = schemes.find(name)
+        if scheme.dynamic:
+            raise ValueError(f"{scheme.name} rounds inputs too; give int8 or a kind of int4")
+        return scheme.name
 
     @field_validator("lens_layers")
     @classmethod

@@ -28,10 +28,12 @@ from regrow.stages.distill.resume import (
     last_checkpoint,
     rescue,
 )
+from regrow.stages.distill.rounding import rounding_of
 from regrow.stages.distill.signals import CARRIED, signals_between
 from regrow.stages.distill.student import Student, check_student, open_student
 from regrow.stages.distill.teaching import freeze, show_attentions, teacher_of
 from regrow.training import sharding
+from regrow.training.fake_quantize import bind_rounding
 from regrow.training.tokens import teacher_ids
 from regrow.training.trainer import DistillTrainer, Journal, Pace, bind_loss
 
@@ -77,11 +79,13 @@ def distill(
     signals = signals_between(pupil, master, config)
     adapter = check_student(pupil, config, options)
     sharded = sharding.is_sharded(options)
+    rounding = rounding_of(pupil, config, sharded)
+    written = pupil.dtype if rounding is None else torch.float32
     steps, micro, accumulation = steps_of(config, data, options)
     trained = pupil.parameters if adapter is None else adapter.parameters(pupil.on_meta())
     # Weights and optimizer of the best, the last and the next checkpoint, and the result.
     each = 16 if sharded else 12  # in shares the weights are written twice
-    require_space(out, trained * 3 * each + pupil.parameters * pupil.dtype.itemsize)
+    require_space(out, trained * 3 * each + pupil.parameters * written.itemsize)
     tokenizer = (master if ids_V is None else pupil.like).tokenizer()
     heldout = build_blocks(data, tokenizer, "heldout", config.heldout_blocks)
     count = steps * config.batch_tokens // data.sequence_length
@@ -109,12 +113,14 @@ def distill(
             signals=signals,
         )
         undo = bind_loss(model, taught_by, mix_of(config), signals)
+        unround = bind_rounding(model, rounding) if rounding is not None else lambda: None
         _train(trainer, folder, stage, pupil, steps, journal)
+        unround()
         undo()
         if shared is not None:
             shared.close()
         if ranks.is_main():
-            _write(trainer, pupil, folder, config.keep_adapters and adapter is not None)
+            _write(trainer, pupil, folder, written, config.keep_adapters and adapter is not None)
         stage.figures += _figures(trainer, steps * config.batch_tokens)
     return out
 
@@ -193,15 +199,17 @@ def _train(
             ) from None
 
 
-def _write(trainer: DistillTrainer, pupil: Student, folder: Path, adapters: bool) -> None:
-    """Write the best student in the parent's dtype, with what travels beside it."""
+def _write(
+    trainer: DistillTrainer, pupil: Student, folder: Path, dtype: torch.dtype, adapters: bool
+) -> None:
+    """Write the best student, with what travels beside it."""
     if adapters:
         trainer.student.save_pretrained(str(folder / ADAPTER))
     if trainer.is_fsdp_enabled:  # the best checkpoint is a stock folder, put together from shares
         assert trainer.state.best_model_checkpoint is not None
-        model = Checkpoint(trainer.state.best_model_checkpoint).model(pupil.dtype)
+        model = Checkpoint(trainer.state.best_model_checkpoint).model(dtype)
     else:
-        model = pupil.plain(trainer.student)
+        model = pupil.plain(trainer.student, dtype)
     model.config.use_cache = True
     checkpoints.write_model(model, folder, pupil.like)
     for name in CARRIED:

@@ -90,11 +90,11 @@ class Student:
         made.register_load_state_dict_post_hook(_all_taken)
         return made
 
-    def plain(self, trained: PreTrainedModel) -> PreTrainedModel:
-        """The trained student as a plain stock model, in its parent's dtype."""
+    def plain(self, trained: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+        """The trained student as a plain stock model."""
         if not adapters.has_adapter(trained):
-            return trained.to(self.dtype)  # type: ignore[arg-type]
-        merged = self.like.model(self.dtype)
+            return trained.to(dtype)  # type: ignore[arg-type]
+        merged = self.like.model(dtype)
         adapters.merge_into(merged, trained)
         return merged
 

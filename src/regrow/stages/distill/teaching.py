@@ -64,6 +64,8 @@ def freeze(
     prefix.freeze(model, count)
     if sharded or not isinstance(teacher, Teacher) or teacher.ids_V is not None:
         return None
+    if config.fake_quantize is not None:  # the teacher's blocks are not rounded
+        return None
     runs = mix_of(config).needs_teacher or signals is not None
     shows = signals is not None and "attentions" in signals.needs
     if not runs or shows or not prefix.same(model, teacher.model, count):

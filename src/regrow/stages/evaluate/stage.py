@@ -110,7 +110,7 @@ def line_up(
 
 
 def _open(model: str | Path | Checkpoint) -> Checkpoint:
-    return model if isinstance(model, Checkpoint) else load(model)
+    return model if isinstance(model, Checkpoint) else load(model, quantized=True)
 
 
 def _inputs(
