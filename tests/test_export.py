@@ -17,7 +17,7 @@ from tiny_gguf import FLAT, WIDE, exported, write_case
 from tiny_job import PROFILE, PRUNE, Refused, recipe_fields, write_recipe
 
 from regrow import UserError, llama_cpp
-from regrow.checkpoint import Checkpoint
+from regrow.checkpoint import Checkpoint, load
 from regrow.cli import main
 from regrow.stages.export import writer
 
@@ -89,6 +89,20 @@ def test_in_a_recipe(tmp_path: Path) -> None:
         assert "- text.jsonl: licence unknown to regrow" in told
         assert str(tmp_path) not in told
     assert "| kl | " in (out / "README.md").read_text()
+
+
+def test_after_quantize_it_is_made_from_the_unrounded_weights(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", dtype=torch.bfloat16, head_dim=8).folder
+    text = write_text(tmp_path / "text.jsonl", documents=120)
+    quantized = {"quantize": {"scheme": "int8", "method": "rtn"}}
+    stages = [quantized, {"export": {"type": "BF16", "verify": "never"}}]
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_fields(folder, text, *stages))
+    assert main(["run", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    made = tmp_path / "run" / "stages" / "02-export" / "model-BF16.gguf"
+    source, again = Checkpoint(folder), load(str(made))
+    for name in source.names():
+        assert torch.equal(again.tensor(name).to(torch.bfloat16), source.tensor(name)), name
+    assert (tmp_path / "run" / "model" / "config.json").read_text().count("quantization_config")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

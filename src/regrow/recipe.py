@@ -98,6 +98,8 @@ class _Job:
     out: Path
     options: Options
     current: str | Path = ""
+    plain: str | Path = ""
+    """The current model before it was quantized: what a file of other types is made from."""
     profile: Path | None = None
     caches: dict[str, Path] = field(default_factory=dict)
     """By teacher, the last cache of it."""
@@ -106,7 +108,7 @@ class _Job:
 
     def __post_init__(self) -> None:
         self.steps = self.recipe.steps()
-        self.current = self.recipe.model
+        self.current = self.plain = self.recipe.model
         self.models = {"teacher": self.recipe.model}
 
     def folder(self, name: str) -> Path:
@@ -117,7 +119,7 @@ class _Job:
         """Make `folder` the current model, to be evaluated under `label`."""
         count = sum(known.split(" ")[0] == label for known in self.models)
         self.models[f"{label} {count + 1}" if count else label] = folder
-        self.current = folder
+        self.current = self.plain = folder
 
     def check(self) -> None:
         """Raise UserError for whatever can be known to fail before any slow work."""
@@ -247,8 +249,10 @@ def _quantize(job: _Job, step: Step, name: str) -> None:
     from regrow.stages.quantize import QuantizeConfig, quantize
 
     assert isinstance(step.config, QuantizeConfig)
-    quantize(job.current, job.folder(name), step.config, job.recipe.data, job.options)
+    plain = job.current
+    quantize(plain, job.folder(name), step.config, job.recipe.data, job.options)
     job.add("quantized", job.folder(name))
+    job.plain = plain
 
 
 def _evaluate(job: _Job, step: Step, name: str) -> None:
@@ -265,7 +269,7 @@ def _export(job: _Job, step: Step, name: str) -> None:
     from regrow.stages.export import ExportConfig, export
 
     assert isinstance(step.config, ExportConfig)
-    export(job.current, job.folder(name), step.config, job.recipe.data)
+    export(job.plain, job.folder(name), step.config, job.recipe.data)
 
 
 def _report(job: _Job, step: Step, name: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from regrow import families
-from regrow.checkpoint import load
+from regrow.checkpoint import Checkpoint
 from regrow.families import Family
 from regrow.stages.export.lineage import Lineage, lineage_of, text_licence
 from regrow.stages.export.place import CARD
@@ -21,7 +21,7 @@ MADE = ("profile", "prune", "distill", "quantize")
 def write_card(folder: Path, made: Path) -> None:
     """The card README.md of a published model `folder`, which the stage in `made` wrote."""
     lineage = lineage_of(made)
-    family = families.of(load(folder))
+    family = families.get(Checkpoint(folder, quantized=True).config["model_type"])
     (folder / CARD).write_text(text(lineage.name, lineage, family), encoding="utf-8")
 
 
