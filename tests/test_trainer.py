@@ -28,8 +28,9 @@ from regrow.data.blocks import IGNORED
 from regrow.errors import UserError
 from regrow.progress import Progress
 from regrow.training import trainer as trainer_module
+from regrow.training.callbacks import Journal, Pace
 from regrow.training.head import Mix
-from regrow.training.trainer import DistillTrainer, Journal, Pace, bind_loss
+from regrow.training.trainer import DistillTrainer, bind_loss
 
 
 def slow_gradients(blocks: Blocks, mix: Mix = MIX, **overrides: Any) -> dict[str, Tensor]:

@@ -33,9 +33,10 @@ from regrow.stages.distill.signals import CARRIED, signals_between
 from regrow.stages.distill.student import Student, check_student, open_student
 from regrow.stages.distill.teaching import freeze, show_attentions, teacher_of
 from regrow.training import sharding
+from regrow.training.callbacks import Journal, Pace
 from regrow.training.fake_quantize import bind_rounding
 from regrow.training.tokens import teacher_ids
-from regrow.training.trainer import DistillTrainer, Journal, Pace, bind_loss
+from regrow.training.trainer import DistillTrainer, bind_loss
 
 ADAPTER = "adapter"
 
