@@ -134,6 +134,7 @@ def _check_order(steps: list[Step]) -> None:
 
 def _check_cached(steps: list[Step], model: str) -> None:
     """What a cache cannot teach, in the distillations that will take one."""
+    from regrow.stages.distill.blend import check_blend
     from regrow.stages.distill.cached import FEWER_TOKENS, check_loss
 
     formats: dict[str, str] = {}
@@ -148,6 +149,7 @@ def _check_cached(steps: list[Step], model: str) -> None:
             with _in_place(step):
                 if fewer:
                     raise UserError(FEWER_TOKENS)
+                check_blend(step.config.model_copy(update={"cache": "of the recipe"}))
                 if step.config.cache is None:
                     check_loss(step.config, formats[teacher])
 
@@ -156,6 +158,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     from regrow import families
     from regrow.checkpoint import load
     from regrow.stages.cache.stage import header_of
+    from regrow.stages.distill.blend import open_blend
     from regrow.stages.distill.cached import check_loss
     from regrow.stages.distill.stage import steps_of
     from regrow.stages.distill.student import Student, check_student
@@ -172,6 +175,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     elif step.name == "distill":
         steps_of(step.config, data, options)
         check_student(Student(checkpoint), step.config, options)
+        open_blend(step.config, checkpoint)
         if step.config.cache is not None:
             check_loss(step.config, Cache(step.config.cache).header.format)
     elif step.name == "cache":

@@ -26,6 +26,7 @@ from regrow.errors import UserError
 from regrow.progress import Progress
 from regrow.training.adapters import has_adapter, load_adapter
 from regrow.training.balance import MAIN
+from regrow.training.blend import BlendedTeacher
 from regrow.training.cache.teacher import CachedTeacher
 from regrow.training.head import Mix, head_loss, head_of
 from regrow.training.inside import inside
@@ -40,7 +41,7 @@ HELDOUT = {f"eval_{CHOSEN_BY}": "heldout_kl"}  # any other eval_x becomes heldou
 
 def bind_loss(
     student: PreTrainedModel,
-    teacher: Teacher | CachedTeacher | None,
+    teacher: Teacher | CachedTeacher | BlendedTeacher | None,
     mix: Mix,
     signals: SignalMix | None = None,
 ) -> Callable[[], None]:
@@ -71,14 +72,16 @@ def bind_loss(
         if teacher is not None and sparse is None and (now.needs_teacher or signals is not None):
             taught = teacher.hidden(batch, **reads)
             teacher_NH = taught.final[mask]
-        own = hidden_states(self, batch, **reads)
+        own, head = hidden_states(self, batch, **reads), head_of(self)
+        if teacher is not None:
+            head, targets_N = teacher.compared(head, targets_N)
         total, parts = head_loss(
-            own.final[mask], head_of(self), targets_N, now, teacher_NH, teacher_head, sparse=sparse
+            own.final[mask], head, targets_N, now, teacher_NH, teacher_head, sparse=sparse
         )
         found = {"loss": total, "main": total.detach(), "parts": parts, "tokens": mask.sum()}
         if signals is None or taught is None or not isinstance(teacher, Teacher):
             return found
-        ours = inside(self, own, head_of(self))
+        ours = inside(self, own, head)
         theirs = inside(teacher.model, taught, teacher.head)
         more, inner = signals.loss(ours, theirs, functional.pad(mask, (0, 1)))
         return {**found, "loss": total + more, "parts": {**parts, **inner}}

@@ -64,6 +64,9 @@ class DistillConfig(Config):
     cache: str | None = None
     """Folder that regrow cache wrote: the teacher's head is loaded, its body is not. In a recipe a
     cache stage before this one is taken."""
+    blend: dict[str, float] = Field(default={})
+    """Further teachers (folder or hub id) of the same tokens, each with its share of the target
+    distribution; the teacher has the rest. {other: 0.3} teaches 0.7 p_teacher + 0.3 p_other."""
     adapter: Literal["none", "lora", "qlora"] = "none"
     """What trains: none (all weights), lora (low-rank adapters beside frozen weights, merged into
     them in the result), qlora (the same, the frozen weights held in 4 bits)."""
@@ -110,6 +113,16 @@ class DistillConfig(Config):
             if not 0 < weight < math.inf:
                 raise ValueError(f"the weight of {name} must be above 0 and finite")
         return signals
+
+    @field_validator("blend")
+    @classmethod
+    def _shares(cls, blend: dict[str, float]) -> dict[str, float]:
+        if not all(share > 0 for share in blend.values()) or not sum(blend.values()) < 1:
+            raise ValueError(
+                f"the shares {list(blend.values())} must be above 0 and sum to less than 1: the "
+                "teacher has the rest"
+            )
+        return blend
 
     @field_validator("lens_layers")
     @classmethod

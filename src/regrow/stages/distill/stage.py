@@ -18,6 +18,7 @@ from regrow.manifest import Figure, Stage, refuse_input, require_space
 from regrow.options import Options
 from regrow.progress import progress, say
 from regrow.stages.distill.arguments import arguments_of
+from regrow.stages.distill.blend import Further, open_blend
 from regrow.stages.distill.cached import open_cache
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.mix import mix_of
@@ -30,9 +31,9 @@ from regrow.stages.distill.resume import (
 )
 from regrow.stages.distill.signals import CARRIED, signals_between
 from regrow.stages.distill.student import Student, check_student, open_student
-from regrow.stages.distill.teaching import freeze, show_attentions, teacher_of
+from regrow.stages.distill.teaching import blended, freeze, mass_lost, show_attentions, teacher_of
 from regrow.training import sharding
-from regrow.training.tokens import teacher_ids
+from regrow.training.tokens import check_text, teacher_ids
 from regrow.training.trainer import DistillTrainer, Journal, Pace, bind_loss
 
 ADAPTER = "adapter"
@@ -50,8 +51,8 @@ def distill(
     """Train `student` towards `teacher` on the train split of `data`; write the best student.
 
     A student given as a config.json is made fresh, with the teacher's tokenizer. One whose tokens
-    are some of the teacher's is taught on its own tokens, over which the teacher's distribution is
-    renormalised.
+    are some of the teacher's, or differ in added tokens alone, is taught on its own tokens; the
+    teacher's distribution is renormalised over those that both have.
     bf16 compute over float32 master weights; the checkpoint with the lowest held-out KL is kept.
     Metrics go to `metrics.jsonl` in the folder and, if given, to `journal` as well.
     An interrupted run goes on from its last checkpoint, a raised `tokens` extends a finished one.
@@ -61,14 +62,17 @@ def distill(
     device = options.torch_device()
     master = teacher if isinstance(teacher, Checkpoint) else load(teacher)
     pupil = open_student(student, master)
-    refuse_input(out, pupil.like.folder, master.folder)
     ids_V = teacher_ids(pupil.like, master)
+    further = open_blend(config, pupil.like, ids_V)
+    others = [each.checkpoint for each in further]
+    refuse_input(out, *(each.folder for each in (pupil.like, master, *others)))
     cached = open_cache(config, master, ids_V)
     inputs = {
         "student": pupil.fingerprint,
         "teacher": master.fingerprint,
         "data": data_digest(data),
         **({} if cached is None else {"cache": cached.fingerprint}),
+        **{f"teacher {n}": other.fingerprint for n, other in enumerate(others, start=2)},
     }
     stage = _stage(out, config, inputs)
     if stage.complete:
@@ -86,6 +90,10 @@ def distill(
     heldout = build_blocks(data, tokenizer, "heldout", config.heldout_blocks)
     count = steps * config.batch_tokens // data.sequence_length
     blocks = build_blocks(data, tokenizer, "train", count)
+    for text in (heldout, blocks):
+        for one in (Further(master, 1.0, ids_V), *further):
+            rows = pupil.vocab_size, int(one.checkpoint.config["vocab_size"])
+            check_text(text, tokenizer, rows, one.ids_V)
     if cached is not None:
         cached.check_blocks(heldout, "heldout")
         cached.check_blocks(blocks, "train")
@@ -97,7 +105,8 @@ def distill(
         model = pupil.model(config.seed, adapter, device)
         if device.index is not None:
             torch.cuda.set_device(device)  # the trainer takes the current one
-        taught_by = teacher_of(master, ids_V, cached, device, sharded)
+        taught_by = blended(teacher_of(master, ids_V, cached, device, sharded), further, sharded)
+        lost = mass_lost(taught_by, heldout, micro)
         show_attentions(model, taught_by, signals)
         shared = freeze(model, taught_by, config, signals, sharded)
         arguments = arguments_of(folder, config, options, device, (steps, micro, accumulation))
@@ -115,7 +124,7 @@ def distill(
             shared.close()
         if ranks.is_main():
             _write(trainer, pupil, folder, config.keep_adapters and adapter is not None)
-        stage.figures += _figures(trainer, steps * config.batch_tokens)
+        stage.figures += _figures(trainer, steps * config.batch_tokens) + lost
     return out
 
 

@@ -20,7 +20,7 @@ from regrow.progress import progress
 from regrow.stages.evaluate.config import EvaluateConfig
 from regrow.stages.evaluate.texts import IGNORED, Text, in_other_ids
 from regrow.training.head import Head, Mix, head_loss, head_of
-from regrow.training.tokens import rows_of
+from regrow.training.tokens import rows_of, token_ids
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,9 @@ class Teacher:
         """The loaded `subject` as a model's teacher; `ids_V` are its ids of that one's tokens."""
         if ids_V is None:
             windows = {text.name: subject.windows(text) for text in subject.texts}
-            return cls(subject.label, subject.head, windows)
+            ids = slice(token_ids(subject.tokenizer))  # what the embedding has beyond is padding
+            head = replace(subject.head, weight_VH=subject.head.weight_VH[ids])
+            return cls(subject.label, head, windows)
         head = replace(subject.head, weight_VH=rows_of(subject.head.weight_VH, ids_V))
         return cls(
             subject.label,
