@@ -32,6 +32,7 @@ from regrow.training.head import Mix, head_loss, head_of
 from regrow.training.inside import inside
 from regrow.training.signal_mix import SignalMix
 from regrow.training.signal_trainer import SignalTrainer
+from regrow.training.spans.teacher import SpanTeacher
 from regrow.training.tally import Tally
 from regrow.training.teacher import Teacher, hidden_states, scored
 
@@ -41,7 +42,7 @@ HELDOUT = {f"eval_{CHOSEN_BY}": "heldout_kl"}  # any other eval_x becomes heldou
 
 def bind_loss(
     student: PreTrainedModel,
-    teacher: Teacher | CachedTeacher | BlendedTeacher | None,
+    teacher: Teacher | CachedTeacher | BlendedTeacher | SpanTeacher | None,
     mix: Mix,
     signals: SignalMix | None = None,
 ) -> Callable[[], None]:
@@ -62,9 +63,11 @@ def bind_loss(
         self: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, labels: Tensor, **_: Any
     ) -> dict[str, Any]:
         batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+        now = mix if self.training else measured
+        if isinstance(teacher, SpanTeacher):
+            return teacher.outputs(self, batch, now)
         mask = scored(batch)
         targets_N = labels[:, 1:][mask]
-        now = mix if self.training else measured
         teacher_NH = taught = sparse = None
         teacher_head = None if teacher is None else teacher.head  # its ids are compared, if given
         if isinstance(teacher, CachedTeacher) and now.needs_teacher:
