@@ -274,12 +274,14 @@ def test_refusals() -> None:
     positions = torch.arange(ids.shape[1])[None]
     blocks = Blocks(ids, positions, ids, torch.ones_like(ids, dtype=torch.bool))
     with pytest.raises(UserError, match=r"special token '<\|im_start\|>', which the teacher"):
-        Aligner(chat, other).check(blocks)
-    assert Aligner(chat, tiny_tokenizer(300)).check(blocks) > 0.5  # it has the same marks
+        Aligner(chat, other).check_specials(blocks)
+    marked = Aligner(chat, tiny_tokenizer(300))  # it has the same marks
+    marked.check_specials(blocks)
+    assert marked.coverage(blocks) > 0.5
     plain = block_of(chat)
     plain.labels[:] = IGNORED
     with pytest.raises(UserError, match="no text comes back unchanged"):
-        Aligner(chat, other).check(plain)
+        Aligner(chat, other).coverage(plain)
     words = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     words.decoder = decoders.WordPiece()
     silent = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
@@ -293,4 +295,4 @@ def test_text_that_does_not_come_back_is_left_out() -> None:
     aligner = Aligner(one, other)
     assert aligner.align(one("日本語")["input_ids"]) is None
     assert aligner.align(one("The capital of France")["input_ids"]) is not None
-    assert aligner.check(block_of(one)) < 1
+    assert aligner.coverage(block_of(one)) < 1

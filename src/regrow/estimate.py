@@ -22,9 +22,8 @@ from regrow.search import passes_for as passes_of_search
 from regrow.search.halving import rungs_for, tokens_for
 from regrow.stages.cache.config import CacheConfig
 from regrow.stages.cache.stage import header_of
-from regrow.stages.distill.blend import open_blend
-from regrow.stages.distill.cached import open_cache
 from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.opposite import Opposite
 from regrow.stages.distill.stage import steps_of
 from regrow.stages.distill.student import Student, check_student
 from regrow.stages.evaluate.config import EvaluateConfig
@@ -42,7 +41,6 @@ from regrow.stages.rotate.basis import turned_config
 from regrow.stages.rotate.config import RotateConfig
 from regrow.statistics import Profile
 from regrow.steps import check_one_target, fitted
-from regrow.training.tokens import teacher_ids
 from regrow.trial import TRIAL_BLOCKS, TRIAL_TOKENS
 
 
@@ -216,11 +214,9 @@ def of_distill(
     options: Options,
 ) -> list[str]:
     """Steps, memory and time of a distillation: 2 N_teacher + 6 N_student operations per token."""
-    ids_V = teacher_ids(student.like, teacher)
-    open_cache(config, teacher, ids_V)
-    others = [each.checkpoint for each in open_blend(config, student.like, ids_V)]
+    opposite = Opposite.open(config, student, teacher, options)
     check_student(student, config, options)
-    teachers = sum(map(_parameters, (teacher, *others)))
+    teachers = sum(map(_parameters, opposite.checkpoints))
     return _distill_lines(student.parameters, teachers, data, config, options)
 
 

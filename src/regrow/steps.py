@@ -158,6 +158,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     from regrow import families
     from regrow.checkpoint import load
     from regrow.stages.cache.stage import header_of
+    from regrow.stages.distill.across import aligner_of
     from regrow.stages.distill.blend import open_blend
     from regrow.stages.distill.cached import check_loss
     from regrow.stages.distill.stage import steps_of
@@ -188,7 +189,8 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     if step.teacher is not None:
         teacher = load(step.teacher)
         families.of(teacher)
-        teacher_ids(checkpoint, teacher)
+        if step.name != "distill" or not aligner_of(step.config, checkpoint, teacher, options):
+            teacher_ids(checkpoint, teacher)
 
 
 def _check_cuts(prunes: list[Step], checkpoint: Checkpoint) -> int:

@@ -33,17 +33,32 @@ def teacher_ids(student: Checkpoint, teacher: Checkpoint) -> Tensor | None:
     ours, theirs = student.tokenizer(), teacher.tokenizer()
     if ours.get_vocab() == theirs.get_vocab():
         return None
-    size = int(teacher.config["vocab_size"])
-    found = ids_in(ours, theirs, size)
-    if found is None and same_rules(ours, theirs):
-        found = common_ids(ours, theirs, size)
+    found = _ids_of(ours, theirs, int(teacher.config["vocab_size"]))
     if found is None:
         different = len(set(ours.get_vocab().items()) ^ set(theirs.get_vocab().items()))
         raise UserError(
             f"student {student.folder} and teacher {teacher.folder} have different tokenizers "
             f"({different} entries differ): distillation needs the same tokens in both, or a "
-            "student whose tokens are some of the teacher's, or differ in added tokens alone"
+            "student whose tokens are some of the teacher's, or differ in added tokens alone; "
+            "else give --cross-tokenizer spans"
         )
+    return found
+
+
+def comparable(student: Checkpoint, teacher: Checkpoint) -> bool:
+    """Whether `teacher_ids` finds the tokens of one among those of the other."""
+    ours, theirs = student.tokenizer(), teacher.tokenizer()
+    if ours.get_vocab() == theirs.get_vocab():
+        return True
+    return _ids_of(ours, theirs, int(teacher.config["vocab_size"])) is not None
+
+
+def _ids_of(
+    ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, vocab_size: int
+) -> Tensor | None:
+    found = ids_in(ours, theirs, vocab_size)
+    if found is None and same_rules(ours, theirs):
+        return common_ids(ours, theirs, vocab_size)
     return found
 
 

@@ -37,7 +37,10 @@ from regrow.training.tally import Tally
 from regrow.training.teacher import Teacher, hidden_states, scored
 
 CHOSEN_BY = "forward_kl"
-HELDOUT = {f"eval_{CHOSEN_BY}": "heldout_kl"}  # any other eval_x becomes heldout_x
+SPAN_CHOSEN_BY = f"span_{CHOSEN_BY}"
+"""In its place with a teacher of another tokenizer."""
+HELDOUT = {f"eval_{CHOSEN_BY}": "heldout_kl", f"eval_{SPAN_CHOSEN_BY}": "heldout_span_kl"}
+"""Any other eval_x becomes heldout_x."""
 
 
 def bind_loss(
@@ -226,7 +229,11 @@ class Pace(TrainerCallback):
         **_: Any,
     ) -> None:
         """Remember the last losses, to be shown with the progress."""
-        for key, name in (("loss", "loss"), ("eval_forward_kl", "held-out KL")):
+        for key, name in (
+            ("loss", "loss"),
+            ("eval_forward_kl", "held-out KL"),
+            (f"eval_{SPAN_CHOSEN_BY}", "held-out span KL"),
+        ):
             if logs and key in logs:
                 self.note = f"{name} {logs[key]:.3f}"
 

@@ -67,6 +67,12 @@ class DistillConfig(Config):
     blend: dict[str, float] = Field(default={})
     """Further teachers (folder or hub id) of the same tokens, each with its share of the target
     distribution; the teacher has the rest. {other: 0.3} teaches 0.7 p_teacher + 0.3 p_other."""
+    cross_tokenizer: Literal["refuse", "spans"] = "refuse"
+    """For a teacher with another tokenizer: refuse it, or let the student match the probability of
+    each span of text at whose ends tokens of both end; losses but cross_entropy are then of spans,
+    (span's probability, its rest)."""
+    span_temperature: float = Field(default=100.0, gt=0)
+    """τ: probabilities of spans are taken to the power 1/τ, so that unlikely ones count too."""
     adapter: Literal["none", "lora", "qlora"] = "none"
     """What trains: none (all weights), lora (low-rank adapters beside frozen weights, merged into
     them in the result), qlora (the same, the frozen weights held in 4 bits)."""

@@ -23,10 +23,11 @@ from regrow.training.cache.teacher import CachedTeacher, head_from
 from regrow.training.inside import give_attentions
 from regrow.training.prefix import SharedPrefix
 from regrow.training.signal_mix import SignalMix
+from regrow.training.spans.teacher import SpanTeacher
 from regrow.training.teacher import Teacher
 from regrow.training.tokens import NONE
 
-AnyTeacher: TypeAlias = Teacher | CachedTeacher | BlendedTeacher
+AnyTeacher: TypeAlias = Teacher | CachedTeacher | BlendedTeacher | SpanTeacher
 
 
 def teacher_of(

@@ -77,11 +77,8 @@ class Aligner:
         self.ours_spaced = _spaced(student, self.ours)
         self.theirs_spaced = _spaced(teacher, self.theirs)
 
-    def check(self, blocks: Blocks) -> float:
-        """Share of the scored tokens of these blocks that lie in spans.
-
-        Raises UserError for a special token that the teacher lacks, and when there are no spans.
-        """
+    def check_specials(self, blocks: Blocks) -> None:
+        """Raise UserError for a special token in these blocks that the teacher lacks."""
         unread = {self.student.bos_token_id, self.student.pad_token_id, self.student.unk_token_id}
         for i in blocks.input_ids.unique().tolist():
             if self.ours[i] is None and i not in self.special and i not in unread:
@@ -90,8 +87,10 @@ class Aligner:
                     f"the text has the special token {token!r}, which the teacher's tokenizer "
                     "lacks: spans need text without it, such as plain text instead of chats"
                 )
-        found = [self.batch(batch) for batch in blocks.batches(16)]
-        inside = sum(len(aligned.student.at) for aligned in found)
+
+    def coverage(self, blocks: Blocks) -> float:
+        """Share of the scored tokens of these blocks that lie in spans; UserError for none."""
+        inside = sum(len(self.batch(batch).student.at) for batch in blocks.batches(16))
         if not inside:
             raise UserError(
                 "no text comes back unchanged from both tokenizers: spans cannot be compared"
