@@ -23,8 +23,8 @@ from regrow.search import passes_for as passes_of_search
 from regrow.search.halving import rungs_for, tokens_for
 from regrow.stages.cache.config import CacheConfig
 from regrow.stages.cache.stage import header_of
-from regrow.stages.distill.cached import open_cache
 from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.opposite import Opposite
 from regrow.stages.distill.stage import steps_of
 from regrow.stages.distill.student import Student, check_student
 from regrow.stages.evaluate.config import EvaluateConfig
@@ -47,7 +47,6 @@ from regrow.stages.rotate.basis import turned_config
 from regrow.stages.rotate.config import RotateConfig
 from regrow.statistics import Profile
 from regrow.steps import check_one_target, fitted
-from regrow.training.tokens import teacher_ids
 from regrow.trial import TRIAL_BLOCKS, TRIAL_TOKENS
 
 
@@ -221,10 +220,10 @@ def of_distill(
     options: Options,
 ) -> list[str]:
     """Steps, memory and time of a distillation: 2 N_teacher + 6 N_student operations per token."""
-    open_cache(config, teacher, teacher_ids(student.like, teacher))
-    teacher_ids(student.like, teacher)
+    opposite = Opposite.open(config, student, teacher, options)
     check_student(student, config, options)
-    return _distill_lines(student.parameters, _parameters(teacher), data, config, options)
+    teachers = sum(map(_parameters, opposite.checkpoints))
+    return _distill_lines(student.parameters, teachers, data, config, options)
 
 
 def of_quantize(
@@ -298,9 +297,10 @@ def of_recipe(recipe: Recipe, options: Options) -> list[str]:
             lines += of_cache(against, recipe.data, fitted(step, recipe.steps(), recipe.model))
             cached.add(step.teacher)
         elif isinstance(config, DistillConfig):
+            others = sum(_parameters(load(name)) for name in config.blend)
             if step.teacher in cached:
                 config = config.model_copy(update={"cache": "cached by then"})
-            lines += _distill_lines(student, teacher, recipe.data, config, options)
+            lines += _distill_lines(student, teacher + others, recipe.data, config, options)
         else:
             lines.append(f"{step.name}: of what is there by then")
     return lines

@@ -137,6 +137,7 @@ class _Job:
         from regrow.stages.evaluate.texts import text_files
 
         models = {self.recipe.model, *(step.teacher for step in self.steps if step.teacher)}
+        models |= {name for s in self.steps if s.name == "distill" for name in s.config.blend}
         texts = [
             sha256_of(path)
             for step in self.steps

@@ -144,6 +144,7 @@ def _check_order(steps: list[Step]) -> None:
 
 def _check_cached(steps: list[Step], model: str) -> None:
     """What a cache cannot teach, in the distillations that will take one."""
+    from regrow.stages.distill.blend import check_blend
     from regrow.stages.distill.cached import FEWER_TOKENS, check_loss
 
     formats: dict[str, str] = {}
@@ -158,6 +159,7 @@ def _check_cached(steps: list[Step], model: str) -> None:
             with _in_place(step):
                 if fewer:
                     raise UserError(FEWER_TOKENS)
+                check_blend(step.config.model_copy(update={"cache": "of the recipe"}))
                 if step.config.cache is None:
                     check_loss(step.config, formats[teacher])
 
@@ -166,6 +168,8 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     from regrow import families
     from regrow.checkpoint import load
     from regrow.stages.cache.stage import header_of
+    from regrow.stages.distill.across import aligner_of
+    from regrow.stages.distill.blend import open_blend
     from regrow.stages.distill.cached import check_loss
     from regrow.stages.distill.stage import steps_of
     from regrow.stages.distill.student import Student, check_student
@@ -184,6 +188,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     elif step.name == "distill":
         steps_of(step.config, data, options)
         check_student(Student(checkpoint), step.config, options)
+        open_blend(step.config, checkpoint)
         if step.config.cache is not None:
             check_loss(step.config, Cache(step.config.cache).header.format)
     elif step.name == "cache":
@@ -201,7 +206,8 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     if step.teacher is not None:
         teacher = load(step.teacher)
         families.of(teacher)
-        teacher_ids(checkpoint, teacher)
+        if step.name != "distill" or not aligner_of(step.config, checkpoint, teacher, options):
+            teacher_ids(checkpoint, teacher)
 
 
 def _check_cuts(prunes: list[Step], checkpoint: Checkpoint) -> int:

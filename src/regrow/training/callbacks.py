@@ -13,7 +13,10 @@ from regrow.progress import Progress
 
 CHOSEN_BY = "forward_kl"
 """The loss whose held-out mean chooses the best checkpoint."""
-HELDOUT = {f"eval_{CHOSEN_BY}": "heldout_kl"}  # any other eval_x becomes heldout_x
+SPAN_CHOSEN_BY = f"span_{CHOSEN_BY}"
+"""In its place with a teacher of another tokenizer."""
+HELDOUT = {f"eval_{CHOSEN_BY}": "heldout_kl", f"eval_{SPAN_CHOSEN_BY}": "heldout_span_kl"}
+"""Any other eval_x becomes heldout_x."""
 
 
 class Pace(TrainerCallback):
@@ -46,7 +49,11 @@ class Pace(TrainerCallback):
         **_: Any,
     ) -> None:
         """Remember the last losses, to be shown with the progress."""
-        for key, name in (("loss", "loss"), ("eval_forward_kl", "held-out KL")):
+        for key, name in (
+            ("loss", "loss"),
+            (f"eval_{CHOSEN_BY}", "held-out KL"),
+            (f"eval_{SPAN_CHOSEN_BY}", "held-out span KL"),
+        ):
             if logs and key in logs:
                 self.note = f"{name} {logs[key]:.3f}"
 

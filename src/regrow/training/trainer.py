@@ -19,19 +19,21 @@ from transformers import (
 from regrow.errors import UserError
 from regrow.training.adapters import has_adapter, load_adapter
 from regrow.training.balance import MAIN
+from regrow.training.blend import BlendedTeacher
 from regrow.training.cache.teacher import CachedTeacher
 from regrow.training.callbacks import CHOSEN_BY
 from regrow.training.head import Mix, head_loss, head_of
 from regrow.training.inside import inside
 from regrow.training.signal_mix import SignalMix
 from regrow.training.signal_trainer import SignalTrainer
+from regrow.training.spans.teacher import SpanTeacher
 from regrow.training.tally import Tally
 from regrow.training.teacher import Teacher, hidden_states, scored
 
 
 def bind_loss(
     student: PreTrainedModel,
-    teacher: Teacher | CachedTeacher | None,
+    teacher: Teacher | CachedTeacher | BlendedTeacher | SpanTeacher | None,
     mix: Mix,
     signals: SignalMix | None = None,
 ) -> Callable[[], None]:
@@ -52,9 +54,11 @@ def bind_loss(
         self: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, labels: Tensor, **_: Any
     ) -> dict[str, Any]:
         batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+        now = mix if self.training else measured
+        if isinstance(teacher, SpanTeacher):
+            return teacher.outputs(self, batch, now)
         mask = scored(batch)
         targets_N = labels[:, 1:][mask]
-        now = mix if self.training else measured
         teacher_NH = taught = sparse = None
         teacher_head = None if teacher is None else teacher.head  # its ids are compared, if given
         if isinstance(teacher, CachedTeacher) and now.needs_teacher:
@@ -62,14 +66,16 @@ def bind_loss(
         if teacher is not None and sparse is None and (now.needs_teacher or signals is not None):
             taught = teacher.hidden(batch, **reads)
             teacher_NH = taught.final[mask]
-        own = hidden_states(self, batch, **reads)
+        own, head = hidden_states(self, batch, **reads), head_of(self)
+        if teacher is not None:
+            head, targets_N = teacher.compared(head, targets_N)
         total, parts = head_loss(
-            own.final[mask], head_of(self), targets_N, now, teacher_NH, teacher_head, sparse=sparse
+            own.final[mask], head, targets_N, now, teacher_NH, teacher_head, sparse=sparse
         )
         found = {"loss": total, "main": total.detach(), "parts": parts, "tokens": mask.sum()}
         if signals is None or taught is None or not isinstance(teacher, Teacher):
             return found
-        ours = inside(self, own, head_of(self))
+        ours = inside(self, own, head)
         theirs = inside(teacher.model, taught, teacher.head)
         more, inner = signals.loss(ours, theirs, functional.pad(mask, (0, 1)))
         return {**found, "loss": total + more, "parts": {**parts, **inner}}

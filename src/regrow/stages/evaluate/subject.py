@@ -22,7 +22,7 @@ from regrow.stages.evaluate.measured import Kept, Measured
 from regrow.stages.evaluate.task_rows import Rows
 from regrow.stages.evaluate.texts import IGNORED, Text, in_other_ids
 from regrow.training.head import Head, Mix, head_loss, head_of
-from regrow.training.tokens import rows_of
+from regrow.training.tokens import rows_of, token_ids
 
 __all__ = ["Context", "Measured", "Subject", "Teacher", "Window", "mean_loss", "ratio"]
 
@@ -123,7 +123,9 @@ class Teacher:
         """The loaded `subject` as a model's teacher; `ids_V` are its ids of that one's tokens."""
         if ids_V is None:
             windows = {text.name: subject.windows(text) for text in subject.texts}
-            return cls(subject.label, subject.head, windows)
+            ids = slice(token_ids(subject.tokenizer))  # what the embedding has beyond is padding
+            head = replace(subject.head, weight_VH=subject.head.weight_VH[ids])
+            return cls(subject.label, head, windows)
         head = replace(subject.head, weight_VH=rows_of(subject.head.weight_VH, ids_V))
         return cls(
             subject.label,
