@@ -73,6 +73,44 @@ def write_evaluation(folder: Path, labels: list[str], prompt: str, answer: str) 
     write_json(folder / "evaluation.json", evaluation)
 
 
+def task_figures(label: str, step: int) -> list[dict[str, Any]]:
+    """Benchmarks and speeds as `regrow evaluate` writes them; less from step to step."""
+    found: list[dict[str, Any]] = []
+    scores = {"acc/arc_easy": 0.6, "acc_norm/arc_easy": 0.5, "acc/lambada_openai": 0.4}
+    scores |= {"acc/mmlu": 0.3, "acc/mmlu_anatomy": 0.35, "exact_match,strict-match/gsm8k": 0.1}
+    for name, full in scores.items():
+        value = full * (1 - step / 20)
+        figure = {"name": name, "value": value, "n": 1000, "stderr": 0.015}
+        found.append({**figure, "convention": f"1,000 rows of {name.partition('/')[2]}"})
+        if step:
+            kind, _, task = name.partition("/")
+            share = {"name": f"{kind}_kept/{task}", "value": 1 - step / 20, "stderr": 0.02}
+            found.append({**share, "n": 1000, "convention": "Σ scores ÷ Σ scores of the teacher"})
+    found.append({"name": "task_perplexity/lambada_openai", "value": 30.0 + step, "n": 1000})
+    for tail in ("", "/4 x 512"):
+        speeds = {"prefill": 900.0 + 100 * step, "decode": 30.0 + step, "ttft": 500.0 - step}
+        speeds |= {"ttft_p95": 550.0, "time_per_output_token": 33.3, "load_time": 1.25}
+        speeds |= {"peak_memory": 300e6} | ({"prefill_speedup": 1.1} if step else {})
+        units = {"prefill": "tokens/s", "decode": "tokens/s", "ttft": "ms", "load_time": "s"}
+        for name, value in speeds.items():
+            if tail and name in ("load_time", "peak_memory"):
+                continue
+            unit, how = units.get(name, ""), f"batch 1, on {label.partition(' ')[0]}"
+            row = {"name": f"{name}{tail}", "value": value, "unit": unit, "convention": how}
+            found.append({**row, "n": 5})
+    return found
+
+
+def add_benchmarks(run: Path) -> None:
+    """Give every model of a run's evaluation benchmarks and speeds."""
+    path = run / "stages" / "04-evaluate" / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    for step, label in enumerate(evaluation["labels"]):
+        old = [f for f in evaluation["figures"][label] if f["name"] != "prefill"]
+        evaluation["figures"][label] = old + task_figures(label, step)
+    write_json(path, evaluation)
+
+
 def write_profile(folder: Path, before: dict[str, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     scores = {"block_influence/layers/all": torch.rand(before["layers"], generator=generator)}
@@ -120,15 +158,21 @@ def write_manifest(folder: Path, stage: str, **extra: Any) -> None:
     write_json(folder / "manifest.json", made)
 
 
-def write_metrics(path: Path, stage: str, steps: int = 200) -> None:
+def write_metrics(
+    path: Path, stage: str, steps: int = 200, signals: dict[str, float] | None = None
+) -> None:
+    """200 steps; `signals` are further losses by name, as shares of the loss."""
     draw = random.Random(0)
     rows: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
         common = {"stage": stage, "step": step, "tokens": 2048 * step, "seconds": 7.0 * step}
         loss = 0.4 + 0.5 * math.exp(-step / 40) + draw.gauss(0, 0.03)
-        rows.append({**common, "loss": loss, "learning_rate": 2e-4})
+        parts = {name: loss * share for name, share in (signals or {}).items()}
+        rows.append({**common, "loss": loss, "learning_rate": 2e-4, **parts})
         if step % 25 == 0:
-            rows.append({**common, "heldout_kl": 0.42 + 0.4 * math.exp(-step / 40)})
+            kl = 0.42 + 0.4 * math.exp(-step / 40)
+            parts = {f"heldout_{name}": kl * share for name, share in (signals or {}).items()}
+            rows.append({**common, "heldout_kl": kl, **parts})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -180,7 +180,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
         for source in step.config.texts.values():
             text_files(source)
     elif step.name == "report":
-        import_module("regrow.stages.report.stage").check_extra()
+        import_module("regrow.stages.report.stage").check(step.config)
     if step.teacher is not None:
         teacher = load(step.teacher)
         families.of(teacher)

@@ -10,6 +10,7 @@ from typing import Any
 from regrow.stages.report import charts
 from regrow.stages.report.blocks import Block, Cell, Chart, Details, Section, Table
 from regrow.stages.report.numbers import megabytes, millions, plain
+from regrow.stages.report.pareto import front
 from regrow.stages.report.run_folder import Cut, Run
 
 NOTE = (
@@ -20,15 +21,15 @@ NOTE = (
 )
 SHOWN = 20  # rows of the table, the last round's first; the others are folded away
 LABELLED = 12  # points that still have room for a name
-GREY, FAINT = "#8a95a3", "#ccd3da"
+GREY = "#8a95a3"
 
 Row = dict[str, Any]
 
 
-def section(run: Run) -> Section | None:
+def section(runs: list[Run]) -> Section | None:
     """Per pruning a table of the candidates, and KL over what they cost, with the Pareto front."""
     blocks: list[Block] = []
-    for cut in run.cuts:
+    for cut in (cut for run in runs for cut in run.cuts):
         if cut.candidates:
             blocks += _tables(cut)
         if len(cut.candidates) > 1:
@@ -135,7 +136,7 @@ def _charts(rows: list[Row]) -> list[Block]:
 def _scatter(rows: list[Row], title: str, value: Callable[[Row], float]) -> Chart:
     last = max(row.get("round", 1) for row in rows)
     kinds = [
-        ("earlier rounds", FAINT, 8, [row for row in rows if row.get("round", 1) < last]),
+        ("earlier rounds", charts.FAINT, 8, [row for row in rows if row.get("round", 1) < last]),
         (
             "last round",
             GREY,
@@ -156,15 +157,6 @@ def _scatter(rows: list[Row], title: str, value: Callable[[Row], float]) -> Char
     x, y = charts.axis(title), charts.axis("KL, nats per token", rangemode="tozero")
     caption = f"KL of untrained shapes over {title}; the line is the Pareto front of the last round"
     return Chart(charts.figure(traces, x, y), caption)
-
-
-def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points of which no other is at most as large in both, by x: the Pareto front."""
-    found: list[tuple[float, float]] = []
-    for x, y in sorted(points):
-        if not found or y < found[-1][1]:
-            found.append((x, y))
-    return found
 
 
 def _line(points: list[tuple[float, float]]) -> charts.Trace:
