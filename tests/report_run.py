@@ -16,6 +16,26 @@ from regrow.plan import Plan
 
 BEFORE = {"layers": 6, "hidden": 64, "mlp": 200, "heads": 8, "kv_heads": 2, "vocab": 384}
 
+TEACHER, STUDENT = "f" * 64, "5" * 64
+MADE: dict[str, dict[str, Any]] = {
+    "profile": {
+        "inputs": {"model": TEACHER},
+        "figures": [{"name": "calibration tokens", "value": 24576.0, "unit": "tokens"}],
+    },
+    "prune": {
+        "inputs": {"model": TEACHER},
+        "figures": [
+            {"name": "parameters", "value": 108_800_000.0},
+            {"name": "kept share of parameters", "value": 108_800_000 / 134_515_008},
+        ],
+    },
+    "distill": {
+        "inputs": {"student": STUDENT, "teacher": TEACHER},
+        "config": {"adapter": "none"},
+        "figures": [{"name": "training tokens", "value": 409_600.0, "unit": "tokens"}],
+    },
+}
+
 
 def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,13 +223,17 @@ def write_run(
     plan = make_plan(before)
     write_profile(stages / "01-profile", before)
     for name in ("02-prune", "02-prune-repaired", "03-distill"):
-        write_manifest(stages / name, name.split("-")[1])
+        write_manifest(stages / name, name.split("-")[1], **MADE[name.split("-")[1]])
         plan.write(stages / name / "plan.json")
-    write_manifest(stages / "01-profile", "profile", note=words)
+    write_manifest(stages / "01-profile", "profile", note=words, **MADE["profile"])
     write_candidates(stages / "02-prune-repaired" / "candidates.json", words)
     write_metrics(folder / "metrics.jsonl", "03-distill")
     write_evaluation(stages / "04-evaluate", list(labels), words, f"answer: {words}")
-    write_manifest(stages / "04-evaluate", "evaluate")
-    recipe = {"model": words, "stages": ["profile", {"prune": {}}, "distill", "evaluate"]}
+    fingerprints = dict(zip(labels, (TEACHER, "p" * 64, STUDENT, "e" * 64), strict=False))
+    read = {f"model {label}": value for label, value in fingerprints.items()}
+    inputs = {**read, "data": "a" * 64, "text wikitext2": "b" * 64}
+    write_manifest(stages / "04-evaluate", "evaluate", inputs=inputs)
+    stages_of = ["profile", {"prune": {}}, {"distill": {"tokens": 409_600}}, "evaluate"]
+    recipe = {"model": words, "data": "text.jsonl", "stages": stages_of}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder

@@ -18,7 +18,7 @@ LEVELS = (
     ("__main__",),
     ("cli",),
     ("commands",),
-    ("estimate", "inspect"),
+    ("estimate", "inspect", "watch"),
     ("recipe",),
     ("steps", "overrides"),
     ("comparison",),

@@ -31,6 +31,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "distill": commands.distill,
     "evaluate": commands.evaluate,
     "report": commands.report,
+    "watch": commands.watch,
 }
 
 WEIGHTS = ConstructorRegistry()

@@ -329,6 +329,25 @@ def report(
     print(stage(runs, out, config))
 
 
+def watch(
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")],
+    once: bool = False,
+    every: float = 2.0,
+) -> None:
+    """Show a run that goes on, or is done, in the terminal, until it is complete.
+
+    Args:
+        run: Folder that regrow run writes.
+        once: Print one frame and leave.
+        every: Seconds from frame to frame.
+    """
+    from regrow.watch import watch as live
+
+    if every <= 0:
+        raise UserError(f"--every {every}: give a number of seconds above 0")
+    live(run, once, every)
+
+
 def _print(lines: list[str], out: Path | None = None) -> None:
     if out is not None:
         refuse_foreign(out)

@@ -96,7 +96,7 @@ def read(folder: Path) -> Run:
     recipe = _text(folder / RECIPE)
     named = _named_by(recipe)
     stages = _stage_folders(folder, named)
-    metrics = [r for r in _rows(folder / METRICS) if named is None or r["stage"] in named]
+    metrics = [r for r in rows(folder / METRICS) if named is None or r["stage"] in named]
     if not stages and not metrics:
         raise UserError(
             f"{folder} holds no run: expected stages/ or {METRICS} in it; give the folder that "
@@ -109,7 +109,7 @@ def read(folder: Path) -> Run:
     return Run(
         folder=folder,
         recipe=recipe,
-        metrics=metrics or [row for path in stages for row in _rows(path / METRICS)],
+        metrics=metrics or [row for path in stages for row in rows(path / METRICS)],
         manifests=manifests,
         evaluation=None if evaluated is None else _json(evaluated / EVALUATION),
         measured=read_by,
@@ -169,7 +169,7 @@ def _cuts(stages: list[Path], profiles: dict[str, Profile]) -> list[Cut]:
     return list(found.values())
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def rows(path: Path) -> list[dict[str, Any]]:
     """JSON lines; a last line that a kill cut short is left out."""
     lines = [line for line in _text(path).splitlines() if line.strip()]
     if lines and not lines[-1].endswith("}"):

@@ -22,6 +22,7 @@ WIDE = 20
 NO_LOSS = ("stage", "step", "tokens", "seconds", "epoch", "loss", "learning_rate", "grad_norm")
 HELDOUT = "heldout_"
 KL = "heldout_kl"
+PACE = (("grad_norm", "gradient norm"), ("learning_rate", "learning rate"))
 NOTE = "In nats per scored token, held-out text at temperature 1. Lower is better."
 
 Pairs = list[tuple[float, float]]
@@ -56,11 +57,7 @@ class Curves:
 
 def section(runs: list[Run]) -> Section | None:
     """Loss and held-out KL; then single losses and signals, and the learning rate."""
-    curves = [
-        Curves(run.at(stage), [row for row in run.metrics if row.get("stage") == stage])
-        for run in runs
-        for stage in dict.fromkeys(str(row["stage"]) for row in run.metrics if "stage" in row)
-    ]
+    curves = [one for run in runs for one in _curves(run)]
     groups = [[one] for one in curves]
     if len({id(run) for run in runs if run.metrics}) > 1:
         groups = [curves]  # runs are compared: one plot for all
@@ -68,8 +65,18 @@ def section(runs: list[Run]) -> Section | None:
     return Section("training", "Distillation", NOTE, blocks) if blocks else None
 
 
+def _curves(run: Run) -> list[Curves]:
+    stages = list(dict.fromkeys(str(row["stage"]) for row in run.metrics if "stage" in row))
+    alone = run.name if len(stages) == 1 else ""
+    return [
+        Curves(alone or run.at(stage), [row for row in run.metrics if row.get("stage") == stage])
+        for stage in stages
+    ]
+
+
 def _charts(group: list[Curves]) -> list[Block | None]:
-    return [_main(group), _parts(group), _heldout(group), _pace(group)]
+    pace = [_pace(group, *of) for of in PACE]
+    return [_main(group), _parts(group), _heldout(group), *pace]
 
 
 def _main(group: list[Curves]) -> Chart | None:
@@ -134,22 +141,16 @@ def _lines(group: list[Curves], names: list[list[str]], smooth: bool) -> list[ch
     return traces
 
 
-def _pace(group: list[Curves]) -> Chart | None:
-    """Gradient norm, and the learning rate as a share of its peak on an axis of its own."""
+def _pace(group: list[Curves], name: str, title: str) -> Chart | None:
+    """Gradient norm or learning rate."""
     traces = []
     for number, one in enumerate(group):
-        at = f"{one.what}: " if len(group) > 1 else ""
-        norms, rates = one.pairs("grad_norm"), one.pairs("learning_rate")
-        if norms:
-            trace = charts.line(f"{at}gradient norm", *_mean(norms), 2 * number)
-            traces.append({**trace, "mode": "lines"})
-        if rates:
-            trace = charts.line(f"{at}learning rate", *_columns(_thin(rates)), 2 * number + 1)
-            traces.append({**trace, "mode": "lines", "yaxis": "y2"})
-    right = {"overlaying": "y", "side": "right", "showgrid": False, "rangemode": "tozero"}
-    y2 = charts.axis("learning rate", automargin=True, exponentformat="e", **right)
-    caption = f"Gradient norm (running mean) and learning rate, {_names(group)}"
-    return _chart(traces, "gradient norm", caption, half=True, yaxis2=y2)
+        if pairs := one.pairs(name):
+            columns = _mean(pairs) if name == "grad_norm" else _columns(_thin(pairs))
+            traces.append({**charts.line(one.what, *columns, number), "mode": "lines"})
+    mean = " (running mean)" if name == "grad_norm" else ""
+    caption = f"{title[0].upper()}{title[1:]}{mean}, {_names(group)}"
+    return _chart(traces, title, caption, half=True)
 
 
 def _names(group: list[Curves]) -> str:
@@ -157,16 +158,16 @@ def _names(group: list[Curves]) -> str:
 
 
 def _chart(
-    traces: list[charts.Trace], title: str, caption: str, half: bool = False, **layout: Any
+    traces: list[charts.Trace], title: str, caption: str, half: bool = False
 ) -> Chart | None:
     if not traces:
         return None
-    values = [value for trace in traces if "yaxis" not in trace for value in trace["y"]]
-    wide = bool(values) and min(values) > 0 and max(values) > WIDE * min(values)
+    values = [value for trace in traces for value in trace["y"]]
+    wide = min(values) > 0 and max(values) > WIDE * min(values)
     scale = {"type": "log", "dtick": "D2"} if wide else {"rangemode": "tozero"}
     y = charts.axis(title + (" (log scale)" if wide else ""), **scale)
     x = charts.axis("tokens", rangemode="tozero")
-    figure = charts.figure(traces, x, y, **layout)
+    figure = charts.figure(traces, x, y)
     return Chart(figure, caption, 300 if half else 340, half=half)
 
 
