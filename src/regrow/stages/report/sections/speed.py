@@ -45,8 +45,11 @@ def _table(found: Evaluated, setting: str, names: list[str]) -> Table:
 
 def _called(found: Evaluated, setting: str) -> str:
     """`1 x 512`; the first setting's name is in its convention alone."""
-    told = SETTING.search(found.convention("prefill")) if not setting else None
-    return setting or (f"{told[2]} x {told[1]}" if told else "as said below")
+    if setting:
+        return setting
+    rows = [row for label in found.labels if (row := found.figure(label, "prefill")) is not None]
+    told = [SETTING.search(row.get("convention", "")) for row in rows[:1]]
+    return next((f"{one[2]} x {one[1]}" for one in told if one), "as said below")
 
 
 def _cell(found: Evaluated, label: str, name: str) -> Cell:

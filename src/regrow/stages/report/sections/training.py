@@ -19,6 +19,8 @@ SMOOTHING = 0.1
 """Weight of a new step in the running mean."""
 WIDE = 20
 """From so many times between least and most on, an axis is logarithmic."""
+LEGEND = 16
+"""Pixels of a line of a legend, which on a phone has a line for each curve."""
 NO_LOSS = ("stage", "step", "tokens", "seconds", "epoch", "loss", "learning_rate", "grad_norm")
 HELDOUT = "heldout_"
 KL = "heldout_kl"
@@ -117,13 +119,13 @@ def seconds_of(rows: list[dict[str, Any]]) -> float:
 def _parts(group: list[Curves]) -> Chart | None:
     traces = _lines(group, [one.parts for one in group], smooth=True)
     caption = f"Losses and signals by name, running means, {_names(group)}"
-    return _chart(traces, "value per token", caption, half=True)
+    return _chart(traces, "value per token", caption, half=len(group) == 1)
 
 
 def _heldout(group: list[Curves]) -> Chart | None:
     traces = _lines(group, [one.heldout_parts for one in group], smooth=False)
     caption = f"Held-out text: losses and signals by name, {_names(group)}"
-    return _chart(traces, "value per token", caption, half=True)
+    return _chart(traces, "value per token", caption, half=len(group) == 1)
 
 
 def _lines(group: list[Curves], names: list[list[str]], smooth: bool) -> list[charts.Trace]:
@@ -165,10 +167,11 @@ def _chart(
     values = [value for trace in traces for value in trace["y"]]
     wide = min(values) > 0 and max(values) > WIDE * min(values)
     scale = {"type": "log", "dtick": "D2"} if wide else {"rangemode": "tozero"}
-    y = charts.axis(title + (" (log scale)" if wide else ""), **scale)
+    y = charts.axis(title + (" (log scale)" if wide else ""), exponentformat="power", **scale)
     x = charts.axis("tokens", rangemode="tozero")
     figure = charts.figure(traces, x, y)
-    return Chart(figure, caption, 300 if half else 340, half=half)
+    legend = LEGEND * max(0, len(traces) - 3)
+    return Chart(figure, caption, (300 if half else 340) + legend, half=half)
 
 
 def _mean(pairs: Pairs) -> tuple[list[float], list[float]]:
