@@ -129,7 +129,7 @@ def _heldout(group: list[Curves]) -> Chart | None:
 
 
 def _lines(group: list[Curves], names: list[list[str]], smooth: bool) -> list[charts.Trace]:
-    traces = []
+    traces: list[charts.Trace] = []
     for one, some in zip(group, names, strict=True):
         for name in some:
             pairs = one.pairs(name)
