@@ -146,12 +146,12 @@ def test_an_evaluation_set_beside_a_run(runs: list[Path], tmp_path: Path) -> Non
     path = other / "evaluation.json"
     path.write_text(path.read_text().replace("61.0", "55.0"))
     write_manifest(other, "evaluate")
-    config = ReportConfig(compare=(str(other),))
+    config = ReportConfig(compare=(f"theirs={other}",))
     page = Page(report(runs[0], tmp_path / "page.html", config).read_text())
     assert page.ids[:3] == ["result", "tradeoff", "tasks"] and "importance" in page.ids
-    assert "other · theirs" in page.words and "other · 01-profile" not in page.words
+    assert "theirs · theirs" in page.words and "theirs · 01-profile" not in page.words
     points = page.figures["tradeoff-1"]["data"]
-    assert [trace["name"] for trace in points] == ["Pareto front", "this run", "other"]
+    assert [trace["name"] for trace in points] == ["Pareto front", "this run", "theirs"]
     assert (points[2]["x"], points[2]["y"]) == ([217.6], [55.0])  # dense is where the teacher is
     assert points[1]["text"][0] == "teacher, dense"
     assert page.figures["quality-1"]["data"][0]["x"] == [

@@ -12,4 +12,4 @@ class ReportConfig(Config):
     """Heading of the page."""
     compare: tuple[str, ...] = ()
     """Folders of other evaluations (what regrow evaluate wrote, or runs) whose models are set
-    beside this run's."""
+    beside this run's; NAME=FOLDER gives one a name."""

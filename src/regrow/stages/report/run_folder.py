@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,14 @@ class Run:
         return str((self.evaluation or {}).get("teacher") or "")
 
 
-def gather(folders: list[Path], beside: list[Path]) -> list[Run]:
-    """The runs of a page, and of each folder in `beside` the evaluation alone.
+def gather(folders: list[Path], compare: Sequence[str]) -> list[Run]:
+    """The runs of a page, and of each FOLDER or NAME=FOLDER to compare with the evaluation alone.
 
-    Several runs get names, from their folders. Raises UserError as `read`, and for a folder beside
-    that has no evaluation.
+    Several runs get names, from their folders. Raises UserError as `read`, and for a folder to
+    compare with that has no evaluation.
     """
-    names = _names([*folders, *beside])
+    beside = {folder: given for given, folder in map(split, compare)}
+    names = {**_names([*folders, *beside]), **{f: name for f, name in beside.items() if name}}
     runs = [read(folder) for folder in folders]
     if len(runs) > 1:
         runs = [replace(run, name=names[run.folder]) for run in runs]
@@ -77,6 +79,12 @@ def gather(folders: list[Path], beside: list[Path]) -> list[Run]:
             )
         others.append(Run(folder, names[folder], evaluation=run.evaluation, measured=run.measured))
     return runs + others
+
+
+def split(given: str) -> tuple[str, Path]:
+    """NAME and FOLDER of `NAME=FOLDER`; an empty name when only the folder is given."""
+    name, equals, folder = given.partition("=")
+    return (name, Path(folder)) if equals else ("", Path(given))
 
 
 def _names(folders: list[Path]) -> dict[Path, str]:

@@ -78,7 +78,7 @@ def report(
     folders = [Path(run)] if isinstance(run, str | Path) else [Path(one) for one in run]
     target = target_of(folders, out)
     check(config)
-    runs = run_folder.gather(folders, [Path(one) for one in config.compare])
+    runs = run_folder.gather(folders, config.compare)
     modules = SECTIONS if len(folders) == 1 else COMPARED
     sections = [made for module in modules if (made := module.section(runs)) is not None]
     page = render(config.title, result.headline(runs), sections)
@@ -106,8 +106,8 @@ def check(config: ReportConfig) -> None:
     """Raise UserError when plotly is not installed, or a folder to compare with is not there."""
     if find_spec("plotly") is None:
         raise UserError("the report needs plotly: pip install 'regrow[report]'")
-    for folder in config.compare:
-        if not Path(folder).is_dir():
+    for _, folder in map(run_folder.split, config.compare):
+        if not folder.is_dir():
             raise UserError(
                 f"no such folder to compare with: {folder}; give one that regrow evaluate or "
                 "regrow run wrote"

@@ -79,16 +79,19 @@ def _values(found: Evaluated, name: str) -> dict[str, float]:
 
 
 def _qualities(found: Evaluated) -> list[Axis]:
-    """The first text's perplexity, or bits per byte where tokens differ, and the mean of tasks."""
-    axes = []
-    for kind in ("perplexity", "bits_per_byte"):
-        names = found.texts(kind)
-        alike = [name for name in names if not found.unlike(name)] or names
-        if alike and len(values := _values(found, alike[0])) > 1:
-            apart = found.unlike(alike[0])
-            how = f" (another {apart} by run)" if apart else ""
-            axes.append(Axis(title(alike[0]) + how, values))
-            break
+    """Perplexity or, where tokens differ, bits per byte, and the mean of tasks.
+
+    Of several texts the first, and each that has models which those before it have not.
+    """
+    axes: list[Axis] = []
+    drawn: set[str] = set()
+    names = [*found.texts("perplexity"), *found.texts("bits_per_byte")]
+    for name in sorted(names, key=lambda name: bool(found.unlike(name))):
+        values = _values(found, name)
+        if len(values) > 1 and set(values) - drawn:
+            apart = found.unlike(name)
+            axes.append(Axis(title(name) + (f" (another {apart} by run)" if apart else ""), values))
+            drawn |= set(values)
     tasks = scored(found)
     if tasks and len(means := mean_scores(found, tasks)) > 1:
         axes.append(Axis(f"mean score of {len(tasks)} tasks", means, more_is_better=True))
