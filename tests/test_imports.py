@@ -33,7 +33,7 @@ LEVELS = (
     ("origin", "shards", "plan", "statistics"),
     ("manifest",),
     ("plugins", "options", "progress"),
-    ("config", "formats", "ranks"),
+    ("config", "energy", "formats", "ranks"),
     ("errors",),
 )
 """`plan` and `statistics` name Checkpoint as a type only; see MAY."""

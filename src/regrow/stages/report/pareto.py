@@ -9,6 +9,8 @@ WIDTH, HEIGHT = 275, 195
 LETTER, LINE, GAP = 7.0, 15, 9
 """Pixels of a letter, of a line, and from a point to its name."""
 
+ROUNDS = 4
+
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 
@@ -25,17 +27,19 @@ def front(points: list[Point]) -> list[Point]:
 def places(points: list[Point], names: list[str]) -> list[str]:
     """Where each name goes beside its point, in plotly's words: `top center`, `middle right`, …
 
-    Points are in shares of the chart's width and height, from bottom left. Greedy: each takes the
-    place that covers least of what is there and hangs out least.
+    Points are in shares of the chart's width and height, from bottom left. In some rounds each
+    takes the place that covers least of points and other names, and hangs out least.
     """
     pixels = [(x * WIDTH, (1 - y) * HEIGHT) for x, y in points]
-    taken: list[Box] = [(x - GAP, y - GAP, x + GAP, y + GAP) for x, y in pixels]
-    found = []
-    for point, name in zip(pixels, names, strict=True):
-        options = {place: _box(point, name, place) for place in _PLACES}
-        best = min(options, key=lambda place: _cost(options[place], taken))
-        taken.append(options[best])
-        found.append(best)
+    marks: list[Box] = [(x - GAP, y - GAP, x + GAP, y + GAP) for x, y in pixels]
+    boxes: dict[int, Box] = {}
+    found = [_PLACES[0]] * len(names)
+    for _ in range(ROUNDS):
+        for number, (point, name) in enumerate(zip(pixels, names, strict=True)):
+            taken = marks + [box for other, box in boxes.items() if other != number]
+            options = {place: _box(point, name, place) for place in _PLACES}
+            best = min(options, key=lambda place: _cost(options[place], taken))
+            boxes[number], found[number] = options[best], best
     return found
 
 

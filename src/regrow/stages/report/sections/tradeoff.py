@@ -113,8 +113,9 @@ def _chart(found: Evaluated, labels: list[str], cost: Axis, quality: Axis) -> Ch
     for number, label in enumerate(points):
         groups.setdefault(found.runs[label].name, []).append(number)
     traces = [_front(cost, quality)]
-    for shade, (run, numbers) in enumerate(groups.items()):
-        some = [list(points)[n] for n in numbers]
+    every = list(dict.fromkeys(found.runs[label].name for label in found.labels))
+    for run, numbers in groups.items():
+        some, shade = [list(points)[n] for n in numbers], every.index(run)
         trace = _points(found, some, cost, quality, charts.SHADES[shade % len(charts.SHADES)])
         if len(points) <= LABELLED:
             shown = [charts.label(names[n]) for n in numbers]
