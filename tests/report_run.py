@@ -16,6 +16,26 @@ from regrow.plan import Plan
 
 BEFORE = {"layers": 6, "hidden": 64, "mlp": 200, "heads": 8, "kv_heads": 2, "vocab": 384}
 
+TEACHER, STUDENT = "f" * 64, "5" * 64
+MADE: dict[str, dict[str, Any]] = {
+    "profile": {
+        "inputs": {"model": TEACHER},
+        "figures": [{"name": "calibration tokens", "value": 24576.0, "unit": "tokens"}],
+    },
+    "prune": {
+        "inputs": {"model": TEACHER},
+        "figures": [
+            {"name": "parameters", "value": 108_800_000.0},
+            {"name": "kept share of parameters", "value": 108_800_000 / 134_515_008},
+        ],
+    },
+    "distill": {
+        "inputs": {"student": STUDENT, "teacher": TEACHER},
+        "config": {"adapter": "none"},
+        "figures": [{"name": "training tokens", "value": 409_600.0, "unit": "tokens"}],
+    },
+}
+
 
 def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,6 +93,47 @@ def write_evaluation(folder: Path, labels: list[str], prompt: str, answer: str) 
     write_json(folder / "evaluation.json", evaluation)
 
 
+def task_figures(step: int) -> list[dict[str, Any]]:
+    """Benchmarks and speeds as `regrow evaluate` writes them; less from step to step."""
+    found: list[dict[str, Any]] = []
+    scores = {"acc/arc_easy": 0.6, "acc_norm/arc_easy": 0.5, "acc/lambada_openai": 0.4}
+    scores |= {"acc/mmlu": 0.3, "acc/mmlu_anatomy": 0.35, "exact_match,strict-match/gsm8k": 0.1}
+    for name, full in scores.items():
+        value = full * (1 - step / 20)
+        figure = {"name": name, "value": value, "n": 1000, "stderr": 0.015}
+        found.append({**figure, "convention": f"1,000 rows of {name.partition('/')[2]}"})
+        if step:
+            kind, _, task = name.partition("/")
+            share = {"name": f"{kind}_kept/{task}", "value": 1 - step / 20, "stderr": 0.02}
+            found.append({**share, "n": 1000, "convention": "Σ scores ÷ Σ scores of the teacher"})
+    found.append({"name": "task_perplexity/lambada_openai", "value": 30.0 + step, "n": 1000})
+    for tail in ("", "/4 x 512"):
+        speeds = {"prefill": 900.0 + 100 * step, "decode": 30.0 + step, "ttft": 500.0 - step}
+        speeds |= {"ttft_p95": 550.0, "time_per_output_token": 33.3, "load_time": 1.25}
+        speeds |= {"peak_memory": 300e6} | ({"prefill_speedup": 1.1} if step else {})
+        units = {"prefill": "tokens/s", "decode": "tokens/s", "ttft": "ms", "load_time": "s"}
+        for name, value in speeds.items():
+            if tail and name in ("load_time", "peak_memory"):
+                continue
+            unit, how = (
+                units.get(name, ""),
+                "a prompt of 128 random tokens, batch 1, bfloat16; runs from 1 to 2",
+            )
+            row = {"name": f"{name}{tail}", "value": value, "unit": unit, "convention": how}
+            found.append({**row, "n": 5})
+    return found
+
+
+def add_benchmarks(run: Path) -> None:
+    """Give every model of a run's evaluation benchmarks and speeds."""
+    path = run / "stages" / "04-evaluate" / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    for step, label in enumerate(evaluation["labels"]):
+        old = [f for f in evaluation["figures"][label] if f["name"] != "prefill"]
+        evaluation["figures"][label] = old + task_figures(step)
+    write_json(path, evaluation)
+
+
 def write_profile(folder: Path, before: dict[str, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     scores = {"block_influence/layers/all": torch.rand(before["layers"], generator=generator)}
@@ -120,15 +181,21 @@ def write_manifest(folder: Path, stage: str, **extra: Any) -> None:
     write_json(folder / "manifest.json", made)
 
 
-def write_metrics(path: Path, stage: str, steps: int = 200) -> None:
+def write_metrics(
+    path: Path, stage: str, steps: int = 200, signals: dict[str, float] | None = None
+) -> None:
+    """200 steps; `signals` are further losses by name, as shares of the loss."""
     draw = random.Random(0)
     rows: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
         common = {"stage": stage, "step": step, "tokens": 2048 * step, "seconds": 7.0 * step}
         loss = 0.4 + 0.5 * math.exp(-step / 40) + draw.gauss(0, 0.03)
-        rows.append({**common, "loss": loss, "learning_rate": 2e-4})
+        parts = {name: loss * share for name, share in (signals or {}).items()}
+        rows.append({**common, "loss": loss, "learning_rate": 2e-4, **parts})
         if step % 25 == 0:
-            rows.append({**common, "heldout_kl": 0.42 + 0.4 * math.exp(-step / 40)})
+            kl = 0.42 + 0.4 * math.exp(-step / 40)
+            parts = {f"heldout_{name}": kl * share for name, share in (signals or {}).items()}
+            rows.append({**common, "heldout_kl": kl, **parts})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -159,13 +226,17 @@ def write_run(
     plan = make_plan(before)
     write_profile(stages / "01-profile", before)
     for name in ("02-prune", "02-prune-repaired", "03-distill"):
-        write_manifest(stages / name, name.split("-")[1])
+        write_manifest(stages / name, name.split("-")[1], **MADE[name.split("-")[1]])
         plan.write(stages / name / "plan.json")
-    write_manifest(stages / "01-profile", "profile", note=words)
+    write_manifest(stages / "01-profile", "profile", note=words, **MADE["profile"])
     write_candidates(stages / "02-prune-repaired" / "candidates.json", words)
     write_metrics(folder / "metrics.jsonl", "03-distill")
     write_evaluation(stages / "04-evaluate", list(labels), words, f"answer: {words}")
-    write_manifest(stages / "04-evaluate", "evaluate")
-    recipe = {"model": words, "stages": ["profile", {"prune": {}}, "distill", "evaluate"]}
+    fingerprints = dict(zip(labels, (TEACHER, "p" * 64, STUDENT, "e" * 64), strict=False))
+    read = {f"model {label}": value for label, value in fingerprints.items()}
+    inputs = {**read, "data": "a" * 64, "text wikitext2": "b" * 64}
+    write_manifest(stages / "04-evaluate", "evaluate", inputs=inputs)
+    stages_of = ["profile", {"prune": {}}, {"distill": {"tokens": 409_600}}, "evaluate"]
+    recipe = {"model": words, "data": "text.jsonl", "stages": stages_of}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder

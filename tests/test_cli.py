@@ -185,6 +185,12 @@ def test_run_and_report(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     call("report", out, "--out", tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
     assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
+    call("watch", out)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown if "✓ done" in line] == [
+        *("01-profile", "02-prune", "03-distill", "04-evaluate", "05-report")
+    ]
+    assert shown[-1] == "complete"
 
 
 def test_stopped_by_the_user(

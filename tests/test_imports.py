@@ -18,7 +18,7 @@ LEVELS = (
     ("__main__",),
     ("cli",),
     ("commands",),
-    ("estimate", "inspect"),
+    ("estimate", "inspect", "watch"),
     ("recipe",),
     ("steps", "overrides"),
     ("comparison",),
@@ -33,7 +33,7 @@ LEVELS = (
     ("origin", "shards", "plan", "statistics"),
     ("manifest",),
     ("plugins", "options", "progress", "llama_cpp"),
-    ("config", "formats", "ranks"),
+    ("config", "energy", "formats", "ranks"),
     ("errors",),
 )
 """`plan` and `statistics` name Checkpoint as a type only; see MAY."""

@@ -28,12 +28,14 @@ HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)></script><!-
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 SECTIONS = [
     "result",
+    "tradeoff",
     "quality",
     "generations",
     "training",
     "candidates",
     "kept",
     "importance",
+    "cost",
     "conventions",
     "provenance",
 ]
@@ -118,7 +120,7 @@ def test_the_headline_tells_the_result(run: Path, page: Page) -> None:
         "108.8 M of 134.5 M parameters kept (80.9%); perplexity (heldout) "
         "28.5 → 61 pruned → 47 repaired → 42 distilled; reads prompts 1.33× as fast"
     )
-    assert headline(folders.read(run)) == expected
+    assert headline([folders.read(run)]) == expected
     assert expected in page.words
 
 
@@ -151,7 +153,7 @@ def test_the_policy_allows_just_the_scripts_of_the_page(page: Page) -> None:
 
 
 def test_figures_are_what_plotly_takes(page: Page) -> None:
-    assert len(page.figures) == len([a for _, a in page.tags if a.get("class") == "plot"]) == 13
+    assert len(page.figures) == len([a for _, a in page.tags if a.get("class") == "plot"]) == 16
     for found in page.figures.values():
         go.Figure(found)  # raises for an unknown property or a bad value
         for trace in found["data"]:
@@ -210,7 +212,7 @@ def test_embedded_json_comes_back_whole() -> None:
 @pytest.mark.parametrize(
     ("gone", "missing"),
     [
-        ("stages/04-evaluate", {"result", "quality", "generations", "conventions"}),
+        ("stages/04-evaluate", {"result", "tradeoff", "quality", "generations", "conventions"}),
         ("stages/01-profile", {"importance"}),
         ("stages/01-profile/scores.safetensors", {"importance"}),
         ("metrics.jsonl", {"training"}),
@@ -246,7 +248,9 @@ def test_a_lone_evaluation_and_an_unfinished_run(tmp_path: Path) -> None:
     write_evaluation(alone, ["one", "two"], "Hi", "there")
     write_manifest(alone, "evaluate")
     page = Page(report(alone).read_text())
-    assert page.ids == ["result", "quality", "generations", "conventions", "provenance"]
+    assert page.ids == [
+        *("result", "tradeoff", "quality", "generations", "cost", "conventions", "provenance")
+    ]
     running = tmp_path / "running"
     running.mkdir()
     write_metrics(running / "metrics.jsonl", "03-distill", steps=30)

@@ -9,8 +9,9 @@ import pytest
 from tiny_models import random_plan, tiny_config
 
 from regrow.stages.report.blocks import Chart, Details, Table
+from regrow.stages.report.pareto import front
 from regrow.stages.report.run_folder import Cut, Run
-from regrow.stages.report.sections.candidates import front, section
+from regrow.stages.report.sections.candidates import section
 
 
 def row(n: int, **fields: Any) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def rows_of(count: int) -> list[dict[str, Any]]:
 
 def blocks_of(rows: list[dict[str, Any]]) -> list[Any]:
     plan = random_plan(tiny_config("llama").to_dict(), mlp=20)
-    found = section(Run(Path("."), cuts=[Cut("02-prune", plan, rows, None)]))
+    found = section([Run(Path("."), cuts=[Cut("02-prune", plan, rows, None)])])
     assert found is not None
     return found.blocks
 

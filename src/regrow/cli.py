@@ -34,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": commands.evaluate,
     "export": commands.export,
     "report": commands.report,
+    "watch": commands.watch,
 }
 
 WEIGHTS = ConstructorRegistry()

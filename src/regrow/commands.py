@@ -363,25 +363,45 @@ def export(
 
 
 def report(
-    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")],
+    runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")],
     out: Path | None = None,
     config: OmitArgPrefixes[ReportConfig] = ReportConfig(),
     dry_run: bool = False,
 ) -> None:
-    """Write a run's one-page HTML report.
+    """Write a run's one-page HTML report, or one of several runs compared.
 
     Args:
-        run: Folder that regrow run wrote.
-        out: HTML file to write; default RUN/report.html.
+        runs: Folders that regrow run wrote.
+        out: HTML file to write; default RUN/report.html for a single run.
         config: What to show.
         dry_run: Print what would be written.
     """
     from regrow.stages.report import report as stage
+    from regrow.stages.report.stage import target_of
 
     if dry_run:
-        print(f"report: of {run} to {out or run / 'report.html'}")
+        print(f"report: of {', '.join(map(str, runs))} to {target_of(list(runs), out)}")
         return
-    print(stage(run, out, config))
+    print(stage(runs, out, config))
+
+
+def watch(
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")],
+    once: bool = False,
+    every: float = 2.0,
+) -> None:
+    """Show a run that goes on, or is done, in the terminal, until it is complete.
+
+    Args:
+        run: Folder that regrow run writes.
+        once: Print one frame and leave.
+        every: Seconds from frame to frame.
+    """
+    from regrow.watch import watch as live
+
+    if every <= 0:
+        raise UserError(f"--every {every}: give a number of seconds above 0")
+    live(run, once, every)
 
 
 def _print(lines: list[str], out: Path | None = None) -> None:

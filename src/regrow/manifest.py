@@ -22,6 +22,7 @@ from typing import Any
 import regrow
 from regrow import ranks
 from regrow.config import Config
+from regrow.energy import Meter
 from regrow.errors import UserError
 
 NAME = "manifest.json"
@@ -114,6 +115,7 @@ class Stage:
         self.figures: list[Figure] = []
         self.extra: dict[str, Any] = {}
         self.started = time.time()
+        self.meter = Meter()
         self.partial = out.parent / f".{out.name}.partial"
         if ranks.is_main():
             recover(out)
@@ -132,6 +134,7 @@ class Stage:
         return self.partial
 
     def _begin(self) -> None:
+        self.meter.start()
         mark = self.partial / MARK
         same = mark.exists() and mark.read_text() == self.resume_digest
         if self.partial.exists() and not (self.resumable and same):
@@ -158,6 +161,7 @@ class Stage:
             raise
 
     def _abandon(self, error: BaseException) -> None:
+        self.meter.stop()
         if not self.resumable and ranks.is_main():
             shutil.rmtree(self.partial, ignore_errors=True)
         if is_full_disk(error):
@@ -166,7 +170,7 @@ class Stage:
             ) from error
 
     def _finish(self) -> None:
-        write_json(self.partial / NAME, self.manifest())
+        write_json(self.partial / NAME, {**self.manifest(), **self.meter.stop()})
         (self.partial / MARK).unlink()
         replace_folder(self.partial, self.out)
 

@@ -202,7 +202,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     elif step.name == "quantize":
         check_quantize(checkpoint, step.config, data)
     elif step.name == "report":
-        import_module("regrow.stages.report.stage").check_extra()
+        import_module("regrow.stages.report.stage").check(step.config)
     if step.teacher is not None:
         teacher = load(step.teacher)
         families.of(teacher)

@@ -28,12 +28,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A plotly figure {data, layout} with what it shows in words."""
+    """A plotly figure {data, layout} with what it shows in words; two halves share a line."""
 
     kind: ClassVar[str] = "chart"
     figure: dict[str, Any]
     caption: str
     height: int = 340
+    half: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 INK, SOFT, LINE, ACCENT = "#1c2430", "#5b6675", "#e3e7ec", "#0f6e84"
-SHADES = (ACCENT, "#8a95a3", "#c47f17", "#54606e", "#6fb1bf")
+FAINT = "#ccd3da"
+SHADES = (ACCENT, "#8a95a3", "#c47f17", "#54606e", "#6fb1bf", "#8c4a6b", "#7f9c3a", "#b9a089")
 SCALE = [[0.0, "#f3f6f8"], [0.35, "#b5d4dc"], [0.7, "#4a98aa"], [1.0, "#0b4f60"]]
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 

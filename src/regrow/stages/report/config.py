@@ -10,3 +10,6 @@ class ReportConfig(Config):
 
     title: str = "A smaller model, and what it cost"
     """Heading of the page."""
+    compare: tuple[str, ...] = ()
+    """Folders of other evaluations (what regrow evaluate wrote, or runs) whose models are set
+    beside this run's; NAME=FOLDER gives one a name."""

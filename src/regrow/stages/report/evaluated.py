@@ -1,48 +1,66 @@
-"""An evaluation, looked up by model and figure."""
+"""Evaluations of one or several runs as one: models by label, figures by name."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from regrow.stages.report.numbers import in_order
 from regrow.stages.report.run_folder import Run
 
+Figure = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Evaluated:
-    """`labels` in order; the first model is the one to compare with if there is no teacher."""
+    """`labels` in order, those of several runs as `run · model`."""
 
-    raw: dict[str, Any]
-
-    @property
-    def labels(self) -> list[str]:
-        """Models, in the order of the evaluation."""
-        return list(self.raw["labels"])
+    labels: list[str] = field(default_factory=list)
+    figures: dict[str, dict[str, Figure]] = field(default_factory=dict)
+    """By label and name."""
+    generations: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    """By label."""
+    references: dict[str, str] = field(default_factory=dict)
+    """By label the model that ratios are taken to: its evaluation's teacher or first model."""
+    runs: dict[str, Run] = field(default_factory=dict)
+    """By label."""
 
     @property
     def reference(self) -> str:
-        """The model that ratios are taken to."""
-        return str(self.raw.get("teacher") or self.labels[0])
+        """The model that ratios of the first run are taken to."""
+        return self.references[self.labels[0]]
 
     @property
-    def result(self) -> str:
-        """The last model: what the run was for."""
-        return self.labels[-1]
+    def results(self) -> list[str]:
+        """The last model of each run: what the run was for."""
+        return list({id(run): label for label, run in self.runs.items()}.values())
+
+    @property
+    def drawn(self) -> list[str]:
+        """Models for plots with a colour each: all, of several runs the teachers and results."""
+        if len(self.results) == 1:
+            return self.labels
+        kept = {*self.references.values(), *self.results}
+        return [label for label in self.labels if label in kept]
+
+    def short(self, label: str) -> str:
+        """A label without its run."""
+        return label.removeprefix(self.runs[label].at(""))
 
     @cached_property
     def names(self) -> list[str]:
         """Names of all figures, in the order to show them."""
-        return in_order([f["name"] for some in self.raw["figures"].values() for f in some])
+        return in_order([name for some in self.figures.values() for name in some])
 
     def texts(self, kind: str) -> list[str]:
         """Names of the figures of a kind that is measured per text."""
         return [name for name in self.names if name.startswith(f"{kind}/")]
 
-    def figure(self, label: str, name: str) -> dict[str, Any] | None:
+    def figure(self, label: str, name: str) -> Figure | None:
         """One figure of one model, if it was measured."""
-        return next((f for f in self.raw["figures"][label] if f["name"] == name), None)
+        return self.figures[label].get(name)
 
     def value(self, label: str, name: str) -> float | None:
         """Its value."""
@@ -51,13 +69,55 @@ class Evaluated:
 
     def ratio(self, label: str, name: str) -> float | None:
         """Its value over that of the reference; None for the reference itself."""
-        mine, theirs = self.value(label, name), self.value(self.reference, name)
-        if label == self.reference or mine is None or not theirs:
+        reference = self.references[label]
+        mine, theirs = self.value(label, name), self.value(reference, name)
+        if label == reference or mine is None or not theirs:
             return None
         return mine / theirs
 
+    def convention(self, name: str) -> str:
+        """The first parts, up to a semicolon, of its convention that all models share."""
+        rows = [row for label in self.labels if (row := self.figure(label, name)) is not None]
+        parts = zip(*(row.get("convention", "").split("; ") for row in rows), strict=False)
+        return "; ".join(same[0] for same in takewhile(lambda some: len(set(some)) == 1, parts))
 
-def of(run: Run) -> Evaluated | None:
-    """The run's evaluation, if it has one with at least one model."""
-    raw = run.evaluation
-    return Evaluated(raw) if raw is not None and raw["labels"] else None
+    def unlike(self, name: str) -> str:
+        """What differs between runs in how a figure was measured: text, teacher, convention."""
+        kind, _, text = name.partition("/")
+        seen: dict[str, dict[int, set[str]]] = {"text": {}, "teacher": {}, "convention": {}}
+
+        def add(what: str, run: Run, value: str) -> None:
+            seen[what].setdefault(id(run), set()).add(value)
+
+        for label, run in self.runs.items():
+            row = self.figure(label, name)
+            if row is None:
+                continue
+            add("convention", run, row.get("convention", "").partition("; ")[0])
+            key = "data" if text == "heldout" else f"text {text}"
+            if read := run.measured.get(key, run.measured.get(f"task {text}", "")):
+                add("text", run, read)
+            if kind == "kl" or kind.endswith("_kept"):
+                add("teacher", run, run.measured.get(f"model {run.teacher}", ""))
+        return ", ".join(what for what, by_run in seen.items() if _differ(list(by_run.values())))
+
+
+def _differ(some: list[set[str]]) -> bool:
+    return any(one != some[0] for one in some)
+
+
+def of(runs: list[Run]) -> Evaluated | None:
+    """The evaluations of runs, if there is one with at least one model."""
+    found = Evaluated()
+    for run in runs:
+        raw = run.evaluation
+        if raw is None or not raw["labels"]:
+            continue
+        shown = {label: run.at(label) for label in raw["labels"]}
+        reference = shown[raw.get("teacher") or raw["labels"][0]]
+        for label, long in shown.items():
+            found.labels.append(long)
+            found.figures[long] = {f["name"]: f for f in raw["figures"][label]}
+            found.generations[long] = raw["generations"].get(label, [])
+            found.references[long], found.runs[long] = reference, run
+    return found if found.labels else None

@@ -10,9 +10,25 @@ NAMES = {
     "bits_per_byte": "bits per byte",
     "kl": "KL to teacher",
     "prefill": "prefill tokens/s",
+    "prefill_speedup": "prefill ×",
+    "prefill_of_flops": "prefill × ÷ ratio of FLOPs",
     "decode": "decode tokens/s",
+    "decode_speedup": "decode ×",
+    "decode_of_flops": "decode × ÷ ratio of FLOPs",
+    "ttft": "time to first token",
+    "ttft_p95": "first token, p95",
+    "time_per_output_token": "time per token",
+    "time_per_output_token_p95": "per token, p95",
+    "load_time": "time to load",
+    "peak_memory": "peak memory",
 }
 ORDER = tuple(NAMES)
+QUALITY = ORDER[: ORDER.index("prefill")]
+"""Kinds of figures of size and quality."""
+SPEED = ORDER[len(QUALITY) :]
+"""Kinds of figures of speed and memory; what is in neither is a task's."""
+
+TIMES = ("ttft", "ttft_p95", "time_per_output_token", "time_per_output_token_p95")
 
 
 def millions(value: float) -> str:
@@ -44,6 +60,12 @@ def figure(name: str, value: float) -> str:
         return megabytes(value)
     if kind.endswith(("_kept", "_of_flops")):
         return f"{value:.1%}"
+    if kind.endswith("_speedup"):
+        return f"{value:.2f}×"
+    if kind in TIMES:
+        return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+    if kind == "load_time":
+        return f"{value:.3g} s"
     if kind.startswith(("acc", "exact_match")):
         return f"{value:.3f}"
     if kind in ("kl", "bits_per_byte"):

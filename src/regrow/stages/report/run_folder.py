@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,66 @@ class Run:
     """The pieces of a run folder, in the order of its stages."""
 
     folder: Path
+    name: str = ""
+    """What its models are called after; empty for a page of one run."""
     recipe: str = ""
     metrics: list[dict[str, Any]] = field(default_factory=list)
     manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluation: dict[str, Any] | None = None
+    measured: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of what was evaluated, by `model LABEL`, `data`, `text NAME`, `task NAME`."""
     cuts: list[Cut] = field(default_factory=list)
     profiles: dict[str, Profile] = field(default_factory=dict)
+
+    def at(self, what: str) -> str:
+        """`what`, after the run's name where there are several runs."""
+        return f"{self.name} · {what}" if self.name else what
+
+    @property
+    def teacher(self) -> str:
+        """The label of the teacher in its evaluation."""
+        return str((self.evaluation or {}).get("teacher") or "")
+
+
+def gather(folders: list[Path], compare: Sequence[str]) -> list[Run]:
+    """The runs of a page, and of each FOLDER or NAME=FOLDER to compare with the evaluation alone.
+
+    Several runs get names, from their folders. Raises UserError as `read`, and for a folder to
+    compare with that has no evaluation.
+    """
+    beside = {folder: given for given, folder in map(split, compare)}
+    names = {**_names([*folders, *beside]), **{f: name for f, name in beside.items() if name}}
+    runs = [read(folder) for folder in folders]
+    if len(runs) > 1:
+        runs = [replace(run, name=names[run.folder]) for run in runs]
+    others = []
+    for folder in beside:
+        run = read(folder)
+        if run.evaluation is None:
+            raise UserError(
+                f"{folder} holds no {EVALUATION}: run regrow evaluate on it, and give --compare "
+                "the folder that writes"
+            )
+        others.append(Run(folder, names[folder], evaluation=run.evaluation, measured=run.measured))
+    return runs + others
+
+
+def split(given: str) -> tuple[str, Path]:
+    """NAME and FOLDER of `NAME=FOLDER`; an empty name when only the folder is given."""
+    name, equals, folder = given.partition("=")
+    return (name, Path(folder)) if equals else ("", Path(given))
+
+
+def _names(folders: list[Path]) -> dict[Path, str]:
+    """As few last parts of each path as tell them apart."""
+    parts = {folder: folder.resolve().parts for folder in folders}
+    if len(set(parts.values())) < len(folders):
+        raise UserError("a run is given twice: name each once")
+    for count in range(1, max(map(len, parts.values())) + 1):
+        names = {folder: "/".join(some[-count:]) for folder, some in parts.items()}
+        if len(set(names.values())) == len(folders):
+            return names
+    raise AssertionError("paths that differ have parts that differ")
 
 
 def read(folder: Path) -> Run:
@@ -49,20 +104,23 @@ def read(folder: Path) -> Run:
     recipe = _text(folder / RECIPE)
     named = _named_by(recipe)
     stages = _stage_folders(folder, named)
-    metrics = [r for r in _rows(folder / METRICS) if named is None or r["stage"] in named]
+    metrics = [r for r in rows(folder / METRICS) if named is None or r["stage"] in named]
     if not stages and not metrics:
         raise UserError(
             f"{folder} holds no run: expected stages/ or {METRICS} in it; give the folder that "
             "regrow run wrote"
         )
     profiles = {path.name: Profile(path) for path in stages if (path / INFO).exists()}
-    evaluations = [path / EVALUATION for path in stages if (path / EVALUATION).exists()]
+    manifests = {path.name: found for path in stages if (found := manifest.read(path))}
+    evaluated = next((p for p in reversed(stages) if (p / EVALUATION).exists()), None)
+    read_by = {} if evaluated is None else manifests.get(evaluated.name, {}).get("inputs", {})
     return Run(
         folder=folder,
         recipe=recipe,
-        metrics=metrics or [row for path in stages for row in _rows(path / METRICS)],
-        manifests={path.name: found for path in stages if (found := manifest.read(path))},
-        evaluation=_json(evaluations[-1]) if evaluations else None,
+        metrics=metrics or [row for path in stages for row in rows(path / METRICS)],
+        manifests=manifests,
+        evaluation=None if evaluated is None else _json(evaluated / EVALUATION),
+        measured=read_by,
         cuts=_cuts(stages, profiles),
         profiles={name: found for name, found in profiles.items() if has_scores(found)},
     )
@@ -119,7 +177,7 @@ def _cuts(stages: list[Path], profiles: dict[str, Profile]) -> list[Cut]:
     return list(found.values())
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def rows(path: Path) -> list[dict[str, Any]]:
     """JSON lines; a last line that a kill cut short is left out."""
     lines = [line for line in _text(path).splitlines() if line.strip()]
     if lines and not lines[-1].endswith("}"):

@@ -1,7 +1,8 @@
-"""The report stage: a run folder in, one HTML page out that needs nothing but a browser."""
+"""The report stage: run folders in, one HTML page out that needs nothing but a browser."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,46 +14,74 @@ from regrow.stages.report.page import render
 from regrow.stages.report.sections import (
     candidates,
     conventions,
+    cost,
     generations,
     importance,
     kept,
     provenance,
     quality,
     result,
+    shapes,
+    speed,
+    stored,
+    tasks,
+    tradeoff,
     training,
 )
 
 NAME = "report.html"
 SECTIONS = (
     result,
+    tradeoff,
+    tasks,
     quality,
+    speed,
     generations,
     training,
     candidates,
     kept,
     importance,
+    stored,
+    cost,
     conventions,
     provenance,
 )
 """In the order of the page."""
+COMPARED = (
+    result,
+    tradeoff,
+    tasks,
+    speed,
+    generations,
+    training,
+    shapes,
+    stored,
+    cost,
+    conventions,
+    provenance,
+)
+"""Those of several runs."""
 
 
 def report(
-    run: str | Path, out: str | Path | None = None, config: ReportConfig | None = None
+    run: str | Path | Sequence[str | Path],
+    out: str | Path | None = None,
+    config: ReportConfig | None = None,
 ) -> Path:
-    """Write the page of a run to `out` (default RUN/report.html) and return its path.
+    """Write the page of a run, or of several compared, to `out` and return its path.
 
-    Sections whose input is not there are left out. Raises UserError for a folder that holds no run
-    and when plotly is not installed.
+    `out` is RUN/report.html by default, and needed for several. Sections whose input is not there
+    are left out. Raises UserError for a folder that holds no run or, in `config.compare`, no
+    evaluation, and when plotly is not installed.
     """
-    check_extra()
-    folder, config = Path(run), config or ReportConfig()
-    target = folder / NAME if out is None else Path(out)
-    if target.is_dir():
-        raise UserError(f"{target} is a folder: give --out the name of an HTML file")
-    found = run_folder.read(folder)
-    sections = [made for module in SECTIONS if (made := module.section(found)) is not None]
-    page = render(config.title, result.headline(found), sections)
+    config = config or ReportConfig()
+    folders = [Path(run)] if isinstance(run, str | Path) else [Path(one) for one in run]
+    target = target_of(folders, out)
+    check(config)
+    runs = run_folder.gather(folders, config.compare)
+    modules = SECTIONS if len(folders) == 1 else COMPARED
+    sections = [made for module in modules if (made := module.section(runs)) is not None]
+    page = render(config.title, result.headline(runs), sections)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     partial.write_text(page, encoding="utf-8")
@@ -61,7 +90,25 @@ def report(
     return target
 
 
-def check_extra() -> None:
-    """Raise UserError when plotly, which draws the page's charts, is not installed."""
+def target_of(folders: list[Path], out: str | Path | None) -> Path:
+    """The file to write; raises UserError when it cannot be told, or is a folder."""
+    if not folders:
+        raise UserError("nothing to report on: name at least one run")
+    if out is None and len(folders) > 1:
+        raise UserError(f"{len(folders)} runs on one page: give --out the name of an HTML file")
+    target = folders[0] / NAME if out is None else Path(out)
+    if target.is_dir():
+        raise UserError(f"{target} is a folder: give --out the name of an HTML file")
+    return target
+
+
+def check(config: ReportConfig) -> None:
+    """Raise UserError when plotly is not installed, or a folder to compare with is not there."""
     if find_spec("plotly") is None:
         raise UserError("the report needs plotly: pip install 'regrow[report]'")
+    for _, folder in map(run_folder.split, config.compare):
+        if not folder.is_dir():
+            raise UserError(
+                f"no such folder to compare with: {folder}; give one that regrow evaluate or "
+                "regrow run wrote"
+            )

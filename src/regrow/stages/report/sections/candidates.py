@@ -10,6 +10,7 @@ from typing import Any
 from regrow.stages.report import charts
 from regrow.stages.report.blocks import Block, Cell, Chart, Details, Section, Table
 from regrow.stages.report.numbers import megabytes, millions, plain
+from regrow.stages.report.pareto import front, places
 from regrow.stages.report.run_folder import Cut, Run
 
 NOTE = (
@@ -20,15 +21,15 @@ NOTE = (
 )
 SHOWN = 20  # rows of the table, the last round's first; the others are folded away
 LABELLED = 12  # points that still have room for a name
-GREY, FAINT = "#8a95a3", "#ccd3da"
+GREY = "#8a95a3"
 
 Row = dict[str, Any]
 
 
-def section(run: Run) -> Section | None:
+def section(runs: list[Run]) -> Section | None:
     """Per pruning a table of the candidates, and KL over what they cost, with the Pareto front."""
     blocks: list[Block] = []
-    for cut in run.cuts:
+    for cut in (cut for run in runs for cut in run.cuts):
         if cut.candidates:
             blocks += _tables(cut)
         if len(cut.candidates) > 1:
@@ -135,7 +136,7 @@ def _charts(rows: list[Row]) -> list[Block]:
 def _scatter(rows: list[Row], title: str, value: Callable[[Row], float]) -> Chart:
     last = max(row.get("round", 1) for row in rows)
     kinds = [
-        ("earlier rounds", FAINT, 8, [row for row in rows if row.get("round", 1) < last]),
+        ("earlier rounds", charts.FAINT, 8, [row for row in rows if row.get("round", 1) < last]),
         (
             "last round",
             GREY,
@@ -144,9 +145,9 @@ def _scatter(rows: list[Row], title: str, value: Callable[[Row], float]) -> Char
         ),
         ("chosen", charts.ACCENT, 14, [row for row in rows if row["chosen"]]),
     ]
-    labelled = len(rows) <= LABELLED
+    where = _beside(rows, value) if len(rows) <= LABELLED else {}
     traces = [
-        _points(name, colour, size, some, value, labelled)
+        _points(name, colour, size, some, value, where)
         for name, colour, size, some in kinds
         if some
     ]
@@ -156,15 +157,6 @@ def _scatter(rows: list[Row], title: str, value: Callable[[Row], float]) -> Char
     x, y = charts.axis(title), charts.axis("KL, nats per token", rangemode="tozero")
     caption = f"KL of untrained shapes over {title}; the line is the Pareto front of the last round"
     return Chart(charts.figure(traces, x, y), caption)
-
-
-def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points of which no other is at most as large in both, by x: the Pareto front."""
-    found: list[tuple[float, float]] = []
-    for x, y in sorted(points):
-        if not found or y < found[-1][1]:
-            found.append((x, y))
-    return found
 
 
 def _line(points: list[tuple[float, float]]) -> charts.Trace:
@@ -185,21 +177,37 @@ def _points(
     size: int,
     rows: list[Row],
     value: Callable[[Row], float],
-    labelled: bool,
+    where: dict[str, str],
 ) -> charts.Trace:
     return {
         "type": "scatter",
-        "mode": "markers+text" if labelled else "markers",
+        "mode": "markers+text" if where else "markers",
         "name": name,
         "x": [value(row) for row in rows],
         "y": [row["kl"] for row in rows],
-        "text": [charts.label(shorten(row["name"], 28, placeholder="…")) for row in rows],
-        "textposition": "top center",
+        "text": [charts.label(_short(row)) for row in rows],
+        "textposition": [where.get(row["name"], "top center") for row in rows],
         "cliponaxis": False,
         "marker": {"size": size, "color": colour},
         "customdata": [[charts.label(_hover(row))] for row in rows],
         "hovertemplate": "%{customdata[0]}<br>%{x:.4g}, KL %{y:.3f}<extra></extra>",
     }
+
+
+def _beside(rows: list[Row], value: Callable[[Row], float]) -> dict[str, str]:
+    """Where each shape's name goes beside its point; the KL's axis begins at 0."""
+    least, most = min(map(value, rows)), max(map(value, rows))
+    room = 0.07 * (most - least or 1.0)
+    top = 1.07 * max(row["kl"] for row in rows) or 1.0
+    points = [
+        ((value(row) - least + room) / (most - least + 2 * room), row["kl"] / top) for row in rows
+    ]
+    found = places(points, [_short(row) for row in rows])
+    return {row["name"]: place for row, place in zip(rows, found, strict=True)}
+
+
+def _short(row: Row) -> str:
+    return shorten(row["name"], 28, placeholder="…")
 
 
 def _hover(row: Row) -> str:

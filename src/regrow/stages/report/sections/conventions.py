@@ -8,15 +8,14 @@ from regrow.stages.report.numbers import title
 from regrow.stages.report.run_folder import Run
 
 
-def section(run: Run) -> Section | None:
+def section(runs: list[Run]) -> Section | None:
     """Per figure its convention, the number of items, and what differs between models."""
-    found = of(run)
+    found = of(runs)
     if found is None:
         return None
-    shared: dict[str, str] = found.raw["conventions"]
     rows = []
     for name in found.names:
-        convention = shared.get(name, "")
+        convention = found.convention(name)
         small = " · ".join(_own(found, name, convention))
         rows.append(
             [text(title(name)), Cell(convention or "–", small, number=False), _count(found, name)]

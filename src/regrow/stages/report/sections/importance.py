@@ -29,12 +29,13 @@ NAMES = {
 NOTE = "What the profile measured on calibration text: a higher score is more worth keeping."
 
 
-def section(run: Run) -> Section | None:
+def section(runs: list[Run]) -> Section | None:
     """Block influence as bars, units as heat maps, hidden channels as a curve; per profile."""
     blocks: list[Block] = []
-    for name, profile in run.profiles.items():
-        cut = next((c for c in run.cuts if c.profile and c.profile.folder == profile.folder), None)
-        blocks += _charts(profile, cut, f" ({name})" if len(run.profiles) > 1 else "")
+    profiles = [(name, found, run.cuts) for run in runs for name, found in run.profiles.items()]
+    for name, profile, cuts in profiles:
+        cut = next((c for c in cuts if c.profile and c.profile.folder == profile.folder), None)
+        blocks += _charts(profile, cut, f" ({name})" if len(profiles) > 1 else "")
     return Section("importance", "What matters in the model", NOTE, blocks) if blocks else None
 
 

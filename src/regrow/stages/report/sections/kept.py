@@ -17,10 +17,10 @@ NOTE = (
 )
 
 
-def section(run: Run) -> Section | None:
+def section(runs: list[Run]) -> Section | None:
     """Per pruning a table of sizes, and a map of kept units for each pruned dimension."""
     blocks: list[Block] = []
-    for cut in run.cuts:
+    for cut in (cut for run in runs for cut in run.cuts):
         blocks.append(_sizes(cut))
         blocks += [_map(cut.plan, dim) for dim in PER_LAYER if _pruned(cut.plan, dim)]
         if (chart := _mass(cut)) is not None:

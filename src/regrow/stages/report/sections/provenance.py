@@ -12,17 +12,15 @@ from regrow.stages.report.run_folder import Run
 FIRST = ("stage", "config", "inputs", "figures", "versions", "machine", "seconds", "finished")
 
 
-def section(run: Run) -> Section | None:
+def section(runs: list[Run]) -> Section | None:
     """A table of the stages, then everything their manifests say, folded away."""
     blocks: list[Block] = []
-    if run.manifests:
-        blocks.append(_table(run.manifests))
-        blocks += [
-            Details(f"Stage {name}", _readable(made)) for name, made in run.manifests.items()
-        ]
-    if run.recipe:
-        blocks.append(Details("Recipe", run.recipe.strip()))
-    return Section("provenance", "Manifest", _versions(run), blocks) if blocks else None
+    made = {run.at(name): found for run in runs for name, found in run.manifests.items()}
+    if made:
+        blocks.append(_table(made))
+        blocks += [Details(f"Stage {name}", _readable(found)) for name, found in made.items()]
+    blocks += [Details(run.at("Recipe"), run.recipe.strip()) for run in runs if run.recipe]
+    return Section("provenance", "Manifest", _versions(made), blocks) if blocks else None
 
 
 def _table(manifests: dict[str, dict[str, Any]]) -> Table:
@@ -43,14 +41,14 @@ def _figure(row: dict[str, Any]) -> str:
     return f"{row['name']} {plain(row['value'])} {row.get('unit', '')}".strip()
 
 
-def _versions(run: Run) -> str:
+def _versions(manifests: dict[str, dict[str, Any]]) -> str:
     """Versions and machine of the last stage, and the sum of all stages' time."""
-    if not run.manifests:
+    if not manifests:
         return ""
-    last = list(run.manifests.values())[-1]
+    last = list(manifests.values())[-1]
     versions = ", ".join(f"{name} {version}" for name, version in last.get("versions", {}).items())
     machine = " ".join(last.get("machine", {}).values())
-    total = duration(sum(made.get("seconds", 0.0) for made in run.manifests.values()))
+    total = duration(sum(made.get("seconds", 0.0) for made in manifests.values()))
     return f"{total} in all. Made with {versions} on {machine}."
 
 

@@ -8,9 +8,9 @@ from regrow.stages.report.evaluated import Evaluated, of
 from regrow.stages.report.run_folder import Run
 
 
-def section(run: Run) -> Section | None:
-    """Perplexity and KL over the models, a line per text."""
-    found = of(run)
+def section(runs: list[Run]) -> Section | None:
+    """Perplexity and KL over the models of the first run, a line per text."""
+    found = of(runs[:1])
     if found is None or len(found.labels) < 2:
         return None
     blocks = [

@@ -4,30 +4,62 @@ from __future__ import annotations
 
 from regrow.stages.report.blocks import Cell, Section, Table, text
 from regrow.stages.report.evaluated import Evaluated, of
-from regrow.stages.report.numbers import figure, millions, plain, title
+from regrow.stages.report.numbers import QUALITY, figure, millions, plain, title
 from regrow.stages.report.run_folder import Run
 
+SPEED = ("prefill", "decode")
 
-def section(run: Run) -> Section | None:
+
+def section(runs: list[Run]) -> Section | None:
     """One row per model, one column per figure, with the ratio to the teacher."""
-    found = of(run)
+    found = of(runs)
     if found is None:
         return None
-    rows = [
-        [text(label), *(_cell(found, label, name) for name in found.names)]
-        for label in found.labels
-    ]
-    table = Table(["model", *map(title, found.names)], rows, frozenset({len(rows) - 1}))
-    note = f"Small print: standard error, and the ratio to {found.reference}."
-    return Section("result", "Size, quality and speed", note, [table])
+    names = [n for n in found.names if n.partition("/")[0] in QUALITY or n in SPEED]
+    if not names:
+        return None
+    rows = [[text(label), *(_cell(found, label, name) for name in names)] for label in found.labels]
+    marked = frozenset(found.labels.index(label) for label in found.results)
+    table = Table(["model", *map(title, names)], rows, marked)
+    return Section("result", "Size, quality and speed", _note(found, names), [table])
 
 
-def headline(run: Run) -> str:
-    """What came out, in a sentence; from the plan alone when nothing was evaluated."""
-    found = of(run)
+def _note(found: Evaluated, names: list[str]) -> str:
+    references = set(found.references.values())
+    to = found.reference if len(references) == 1 else "the teacher of the same evaluation"
+    note = f"Small print: standard error, and the ratio to {to}."
+    unlike = [f"{title(name)} (another {how})" for name in names if (how := found.unlike(name))]
+    if unlike:
+        note += f" Not measured alike, so not to be compared across runs: {', '.join(unlike)}."
+    return note
+
+
+def headline(runs: list[Run]) -> str:
+    """What came out, in a sentence; of several runs what each kept, and at which perplexity."""
+    if len(runs) == 1 or not runs[0].name:
+        return _of_one(runs[0])
+    found = of(runs)
+    if found is None:
+        return f"{len(runs)} runs, none of them evaluated"
+    return "; ".join(_short(found, label) for label in found.results)
+
+
+def _short(found: Evaluated, label: str) -> str:
+    size = found.ratio(label, "parameters")
+    words = [f"{size:.1%} of the parameters"] if size is not None else []
+    name = next(iter(found.texts("perplexity")), None)
+    value = None if name is None else found.value(label, name)
+    if name is not None and value is not None:
+        words.append(f"perplexity ({name.partition('/')[2]}) {plain(value)}")
+    return f"{label}: {', '.join(words)}" if words else label
+
+
+def _of_one(run: Run) -> str:
+    found = of([run])
     if found is None:
         return _from_plan(run)
-    parts = [_size(found)]
+    (result,) = found.results
+    parts = [_size(found, result)]
     name = next(iter(found.texts("perplexity")), None)
     if name is not None:
         steps = [(label, found.value(label, name)) for label in found.labels]
@@ -40,13 +72,13 @@ def headline(run: Run) -> str:
     parts += [
         f"{does} {ratio:.2f}× as fast"
         for kind, does in (("prefill", "reads prompts"), ("decode", "generates"))
-        if (ratio := found.ratio(found.result, kind)) is not None
+        if (ratio := found.ratio(result, kind)) is not None
     ]
     return "; ".join(part for part in parts if part)
 
 
-def _size(found: Evaluated) -> str:
-    after = found.value(found.result, "parameters")
+def _size(found: Evaluated, result: str) -> str:
+    after = found.value(result, "parameters")
     before = found.value(found.reference, "parameters")
     if after is None or before is None:
         return ""

@@ -1,66 +1,192 @@
-"""Distillation: the loss, and the held-out KL, over tokens."""
+"""Distillation over tokens: the loss, what held-out text says, and every loss and signal by name.
+
+Of several runs all curves are in the same plots.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from regrow.stages.report import charts
 from regrow.stages.report.blocks import Block, Chart, Section
+from regrow.stages.report.numbers import duration
 from regrow.stages.report.run_folder import Run
 
 POINTS = 800
 SMOOTHING = 0.1
 """Weight of a new step in the running mean."""
+WIDE = 20
+"""From so many times between least and most on, an axis is logarithmic."""
+LEGEND = 16
+"""Pixels of a line of a legend, which on a phone has a line for each curve."""
+NO_LOSS = ("stage", "step", "tokens", "seconds", "epoch", "loss", "learning_rate", "grad_norm")
+HELDOUT = "heldout_"
+KL = "heldout_kl"
+PACE = (("grad_norm", "gradient norm"), ("learning_rate", "learning rate"))
+NOTE = "In nats per scored token, held-out text at temperature 1. Lower is better."
+
+Pairs = list[tuple[float, float]]
 
 
-def section(run: Run) -> Section | None:
-    """Per distillation the training loss (steps and running mean) and what held-out text says."""
-    stages = dict.fromkeys(str(row["stage"]) for row in run.metrics if "stage" in row)
-    blocks: list[Block] = []
-    for stage in stages:
-        rows = [row for row in run.metrics if row.get("stage") == stage]
-        if (chart := _chart(rows, stage)) is not None:
-            blocks.append(chart)
-    note = "Training loss and KL on held-out text, in nats per scored token. Lower is better."
-    return Section("training", "Distillation", note, blocks) if blocks else None
+@dataclass(frozen=True)
+class Curves:
+    """One distillation: `what` it is called, and its rows of metrics.jsonl."""
+
+    what: str
+    rows: list[dict[str, Any]]
+
+    def pairs(self, name: str) -> Pairs:
+        """(tokens, value) of the rows that have it; what is no number is left out."""
+        rows = [row for row in self.rows if name in row and "tokens" in row]
+        found = [(row["tokens"], float(row[name])) for row in rows]
+        return [(tokens, float(f"{v:.5g}")) for tokens, v in found if math.isfinite(v)]
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the losses and signals that are logged beside the loss they make up."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        parts = [n for n in names if n not in NO_LOSS and not n.startswith(HELDOUT)]
+        return parts if len(parts) > 1 or self.pairs("loss") != self.pairs("".join(parts)) else []
+
+    @property
+    def heldout_parts(self) -> list[str]:
+        """Names of what is measured on held-out text beside the KL."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        return [name for name in names if name.startswith(HELDOUT) and name != KL]
 
 
-def _chart(rows: list[dict[str, Any]], stage: str) -> Chart | None:
-    steps = _pairs(rows, "loss")
+def section(runs: list[Run]) -> Section | None:
+    """Loss and held-out KL; then single losses and signals, and the learning rate."""
+    curves = [one for run in runs for one in _curves(run)]
+    groups = [[one] for one in curves]
+    if len({id(run) for run in runs if run.metrics}) > 1:
+        groups = [curves]  # runs are compared: one plot for all
+    blocks = [chart for group in groups for chart in _charts(group) if chart is not None]
+    return Section("training", "Distillation", NOTE, blocks) if blocks else None
+
+
+def _curves(run: Run) -> list[Curves]:
+    stages = list(dict.fromkeys(str(row["stage"]) for row in run.metrics if "stage" in row))
+    alone = run.name if len(stages) == 1 else ""
+    return [
+        Curves(alone or run.at(stage), [row for row in run.metrics if row.get("stage") == stage])
+        for stage in stages
+    ]
+
+
+def _charts(group: list[Curves]) -> list[Block | None]:
+    pace = [_pace(group, *of) for of in PACE]
+    return [_main(group), _parts(group), _heldout(group), *pace]
+
+
+def _main(group: list[Curves]) -> Chart | None:
+    """The loss, faint, with its running mean, and the held-out KL."""
     traces: list[charts.Trace] = []
-    if steps:
-        thin = steps[:: max(1, len(steps) // POINTS)]
-        faint = {**charts.line("loss", *_columns(thin), number=1), "mode": "lines", "opacity": 0.35}
-        mean = charts.line("loss, running mean", *_columns(_running_mean(steps)), number=1)
-        traces += [faint, {**mean, "mode": "lines"}]
-    heldout = _pairs(rows, "heldout_kl")
-    if heldout:
-        traces.append(charts.line("held-out KL", *_columns(heldout), number=0))
+    for number, one in enumerate(group):
+        shade = 2 * number if len(group) > 1 else 0
+        at = f"{one.what}: " if len(group) > 1 else ""
+        steps, heldout = one.pairs("loss"), one.pairs(KL)
+        if steps:
+            faint = charts.line(f"{at}loss", *_columns(_thin(steps)), shade + 1)
+            if not at:
+                traces.append({**faint, "mode": "lines", "opacity": 0.35})
+            mean = charts.line(f"{at}loss, running mean", *_mean(steps), shade + 1)
+            traces.append({**mean, "mode": "lines"})
+        if heldout:
+            traces.append(charts.line(f"{at}held-out KL", *_columns(heldout), shade))
+    caption = "; ".join(f"{one.what}: {_told(one)}" for one in group)
+    return _chart(traces, "nats per token", caption)
+
+
+def _told(one: Curves) -> str:
+    tokens = max(float(row.get("tokens", 0)) for row in one.rows)
+    return f"{tokens:,.0f} tokens in {duration(seconds_of(one.rows))}"
+
+
+def seconds_of(rows: list[dict[str, Any]]) -> float:
+    """Seconds of training over all processes that took part; each counts from its own start."""
+    total = last = 0.0
+    for row in rows:
+        now = float(row.get("seconds", 0.0))
+        if now < last:  # another process went on
+            total += last
+        last = now
+    return total + last
+
+
+def _parts(group: list[Curves]) -> Chart | None:
+    traces = _lines(group, [one.parts for one in group], smooth=True)
+    caption = f"Losses and signals by name, running means, {_names(group)}"
+    return _chart(traces, "value per token", caption, half=len(group) == 1)
+
+
+def _heldout(group: list[Curves]) -> Chart | None:
+    traces = _lines(group, [one.heldout_parts for one in group], smooth=False)
+    caption = f"Held-out text: losses and signals by name, {_names(group)}"
+    return _chart(traces, "value per token", caption, half=len(group) == 1)
+
+
+def _lines(group: list[Curves], names: list[list[str]], smooth: bool) -> list[charts.Trace]:
+    traces: list[charts.Trace] = []
+    for one, some in zip(group, names, strict=True):
+        for name in some:
+            pairs = one.pairs(name)
+            if not pairs:
+                continue
+            at = f"{one.what}: " if len(group) > 1 else ""
+            x, y = _mean(pairs) if smooth else _columns(pairs)
+            shown = name.removeprefix(HELDOUT)
+            trace = charts.line(f"{at}{shown}", x, y, len(traces))
+            traces.append({**trace, "mode": "lines"} if smooth else trace)
+    return traces
+
+
+def _pace(group: list[Curves], name: str, title: str) -> Chart | None:
+    """Gradient norm or learning rate."""
+    traces = []
+    for number, one in enumerate(group):
+        if pairs := one.pairs(name):
+            columns = _mean(pairs) if name == "grad_norm" else _columns(_thin(pairs))
+            traces.append({**charts.line(one.what, *columns, number), "mode": "lines"})
+    mean = " (running mean)" if name == "grad_norm" else ""
+    caption = f"{title[0].upper()}{title[1:]}{mean}, {_names(group)}"
+    return _chart(traces, title, caption, half=True)
+
+
+def _names(group: list[Curves]) -> str:
+    return ", ".join(one.what for one in group)
+
+
+def _chart(
+    traces: list[charts.Trace], title: str, caption: str, half: bool = False
+) -> Chart | None:
     if not traces:
         return None
-    y = charts.axis("nats per token", rangemode="tozero")
-    figure = charts.figure(traces, charts.axis("tokens", rangemode="tozero"), y)
-    seconds = max((float(row.get("seconds", 0.0)) for row in rows), default=0.0)
-    tokens = max(float(row.get("tokens", 0)) for row in rows)
-    return Chart(figure, f"{stage}: {tokens:,.0f} tokens, last process {seconds:,.0f} s")
+    values = [value for trace in traces for value in trace["y"]]
+    wide = min(values) > 0 and max(values) > WIDE * min(values)
+    scale = {"type": "log", "dtick": "D2"} if wide else {"rangemode": "tozero"}
+    y = charts.axis(title + (" (log scale)" if wide else ""), exponentformat="power", **scale)
+    x = charts.axis("tokens", rangemode="tozero")
+    figure = charts.figure(traces, x, y)
+    legend = LEGEND * max(0, len(traces) - 3)
+    return Chart(figure, caption, (300 if half else 340) + legend, half=half)
 
 
-def _pairs(rows: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    """(tokens, value) of the rows that have it; a loss that became NaN ends the curve."""
-    found = [(row["tokens"], row[name]) for row in rows if name in row and "tokens" in row]
-    return [(tokens, round(value, 5)) for tokens, value in found if math.isfinite(value)]
-
-
-def _running_mean(pairs: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _mean(pairs: Pairs) -> tuple[list[float], list[float]]:
     """Exponential mean, started at the first value; thinned to POINTS."""
     found = []
     mean = pairs[0][1]
     for tokens, value in pairs:
         mean += SMOOTHING * (value - mean)
-        found.append((tokens, round(mean, 5)))
-    return found[:: max(1, len(found) // POINTS)]
+        found.append((tokens, float(f"{mean:.5g}")))
+    return _columns(_thin(found))
 
 
-def _columns(pairs: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def _thin(pairs: Pairs) -> Pairs:
+    return pairs[:: max(1, len(pairs) // POINTS)]
+
+
+def _columns(pairs: Pairs) -> tuple[list[float], list[float]]:
     return [x for x, _ in pairs], [y for _, y in pairs]

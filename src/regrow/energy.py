@@ -1,0 +1,120 @@
+"""Energy that a piece of work took, where the machine counts it: RAPL of the CPU, NVML of GPUs.
+
+Nothing is measured where no counter can be read: RAPL's are root's on most systems.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+POWERCAP = Path("/sys/class/powercap")
+NVML = "libnvidia-ml.so.1"
+EVERY = 60.0
+"""Seconds between two looks at the counters, which begin anew after some minutes at full power."""
+
+
+@dataclass(frozen=True)
+class Counter:
+    """Joules so far by `read`; it begins anew after `size` joules, or never (0)."""
+
+    name: str
+    read: Callable[[], float]
+    size: float = 0.0
+
+
+class Meter:
+    """Joules of all counters since `start`, with all else that ran there meanwhile."""
+
+    def __init__(self) -> None:
+        self.counters: list[Counter] = []
+        self.last: list[float] = []
+        self.joules = 0.0
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._look, daemon=True)
+
+    def start(self) -> None:
+        """Find the counters and begin; without one nothing runs."""
+        self.counters = [*_rapl(), *_nvml()]
+        self.last = [counter.read() for counter in self.counters]
+        if self.counters:
+            self.thread.start()
+
+    def stop(self) -> dict[str, Any]:
+        """`{"energy": {joules, meters}}` for a manifest; empty when nothing could be read."""
+        self.stopped.set()
+        if not self.counters:
+            return {}
+        self.thread.join()
+        self.update()
+        meters = [counter.name for counter in self.counters]
+        return {"energy": {"joules": round(self.joules, 1), "meters": meters}}
+
+    def update(self) -> None:
+        """Add what the counters counted since the last look."""
+        for number, counter in enumerate(self.counters):
+            now = counter.read()
+            grown = now - self.last[number]
+            self.joules += grown + counter.size if grown < 0 else grown
+            self.last[number] = now
+
+    def _look(self) -> None:
+        while not self.stopped.wait(EVERY):
+            self.update()
+
+
+def _rapl() -> list[Counter]:
+    """Packages and memory: the other zones are parts of a package, or hold them all."""
+    found = []
+    for zone in sorted(POWERCAP.glob("intel-rapl:*")):
+        try:
+            name = (zone / "name").read_text().strip()
+            size = float((zone / "max_energy_range_uj").read_text()) / 1e6
+            counter = Counter(f"RAPL {name}", _reader(zone / "energy_uj"), size)
+            counter.read()
+        except (OSError, ValueError):
+            continue
+        if name.startswith(("package", "dram")):
+            found.append(counter)
+    return found
+
+
+def _reader(path: Path) -> Callable[[], float]:
+    return lambda: float(path.read_text()) / 1e6
+
+
+def _nvml() -> list[Counter]:
+    """The GPUs that this process may use, by NVML's counter since the driver was loaded."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        nvml = ctypes.CDLL(NVML)
+    except OSError:
+        return []
+    count = ctypes.c_uint()
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        return []
+    found = []
+    for number in range(count.value):
+        handle = ctypes.c_void_p()
+        if visible is not None and str(number) not in visible.split(","):
+            continue
+        if nvml.nvmlDeviceGetHandleByIndex_v2(number, ctypes.byref(handle)):
+            continue
+        millijoules = ctypes.c_ulonglong()
+        if not nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)):
+            found.append(Counter(f"NVML GPU {number}", _gpu_reader(nvml, handle)))
+    return found
+
+
+def _gpu_reader(nvml: Any, handle: ctypes.c_void_p) -> Callable[[], float]:
+    def read() -> float:
+        millijoules = ctypes.c_ulonglong()
+        nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
+        return millijoules.value / 1000
+
+    return read

@@ -1,0 +1,159 @@
+"""What a run cost: time, tokens, operations, and energy where it was read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from regrow.stages.report.blocks import Cell, Section, Table, text
+from regrow.stages.report.numbers import duration, millions, plain
+from regrow.stages.report.run_folder import Run
+from regrow.stages.report.sections.training import seconds_of
+
+TOKENS = {"profile": "calibration tokens", "distill": "training tokens", "cache": "tokens"}
+"""By stage the figure of its manifest that says how many tokens it read."""
+NOTE = (
+    "FLOPs by the usual rule, N parameters and T tokens: 2·N·T for reading (profile, cache, the "
+    "teacher), 6·N·T for training all of a student, 4·N·T for adapters beside frozen weights; a "
+    "distillation is T·(6·N_student + 2·N_teacher), without the second part from a cache. "
+    "Attention scores, held-out measuring, repair and the choice of shape are not counted; where "
+    "a dash stands, N or T was not written down."
+)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What one stage took; None is not known."""
+
+    stage: str
+    seconds: float
+    tokens: float | None
+    flops: float | None
+    joules: float | None
+
+
+def section(runs: list[Run]) -> Section | None:
+    """A row per stage and a sum per run."""
+    rows, marked = [], []
+    spent = [(run, each) for run in runs if run.manifests for each in [spent_by(run)]]
+    energy = any(one.joules is not None for _, each in spent for one in each)
+    for run, each in spent:
+        rows += [_row(run.at(one.stage), one, energy) for one in each]
+        marked.append(len(rows))
+        rows.append(_row(run.at("all"), _sum(each), energy))
+    head = ["stage", "time", "tokens", "FLOPs", "FLOP/s", *(["energy"] if energy else [])]
+    note = NOTE + (" " + _meters(runs) if energy else "")
+    table = Table(head, rows, frozenset(marked))
+    return Section("cost", "What it cost", note, [table]) if rows else None
+
+
+def spent_by(run: Run) -> list[Spent]:
+    """Per stage of a run its time, tokens, FLOPs and energy."""
+    found = []
+    sizes = Sizes(run)
+    for name, made in run.manifests.items():
+        kind = made["stage"]
+        seconds = float(made.get("seconds", 0.0))
+        if kind == "distill":
+            seconds = max(seconds, seconds_of([r for r in run.metrics if r["stage"] == name]))
+        tokens = _figure(made, TOKENS.get(kind, ""))
+        each = sizes.flops_per_token(name, made)
+        flops = None if tokens is None or each is None else tokens * each
+        joules = made.get("energy", {}).get("joules")
+        found.append(Spent(name, seconds, tokens, flops, joules))
+    return found
+
+
+class Sizes:
+    """Parameters of a run's models, by fingerprint, from its evaluation and its prunings."""
+
+    def __init__(self, run: Run) -> None:
+        self.known: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        """By a stage's name the parameters of the model that it wrote or was given."""
+        for label, some in ((run.evaluation or {}).get("figures") or {}).items():
+            fingerprint = run.measured.get(f"model {label}")
+            count = next((f["value"] for f in some if f["name"] == "parameters"), None)
+            if fingerprint and count:
+                self.known[fingerprint] = count
+        now = None
+        for name, made in run.manifests.items():
+            count, share = (_figure(made, n) for n in ("parameters", "kept share of parameters"))
+            if made["stage"] == "prune" and count and share:
+                self.known.setdefault(made["inputs"].get("model", ""), count / share)
+                now = count
+            if now is not None:
+                self.after[name] = now
+
+    def flops_per_token(self, name: str, made: dict[str, Any]) -> float | None:
+        """By NOTE; None where a size is not known."""
+        inputs, config = made.get("inputs", {}), made.get("config", {})
+        if made["stage"] in ("profile", "cache"):
+            read = self.known.get(inputs.get("model", inputs.get("teacher", "")))
+            return None if read is None else 2 * read
+        if made["stage"] != "distill":
+            return None
+        student = self.known.get(inputs.get("student", ""), self.after.get(name))
+        teacher = 0.0 if "cache" in inputs else self.known.get(inputs.get("teacher", ""))
+        if student is None or teacher is None:
+            return None
+        trained = 6 if config.get("adapter", "none") == "none" else 4
+        return trained * student + 2 * teacher
+
+
+def _figure(made: dict[str, Any], name: str) -> float | None:
+    return next((f["value"] for f in made.get("figures", []) if f["name"] == name), None)
+
+
+def _sum(each: list[Spent]) -> Spent:
+    """Of what is known."""
+
+    def total(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) if known else None
+
+    return Spent(
+        "all",
+        sum(one.seconds for one in each),
+        total([one.tokens for one in each]),
+        total([one.flops for one in each]),
+        total([one.joules for one in each]),
+    )
+
+
+def _row(name: str, one: Spent, energy: bool) -> list[Cell]:
+    rate = None
+    if one.stage != "all" and one.flops is not None and one.seconds > 0:
+        rate = one.flops / one.seconds
+    cells = [
+        text(name),
+        Cell(duration(one.seconds)),
+        Cell("–" if one.tokens is None else millions(one.tokens)),
+        Cell("–" if one.flops is None else flops(one.flops)),
+        Cell("–" if rate is None else flops(rate)),
+    ]
+    if energy:
+        cells.append(Cell("–" if one.joules is None else watt_hours(one.joules)))
+    return cells
+
+
+def flops(value: float) -> str:
+    """Operations as 1.2 TFLOP, or in powers of ten from 1,000 EFLOP on."""
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if value >= size:
+            return f"{plain(value / size)} {unit}"
+    return f"{value / 1e6:.3g} M"
+
+
+def watt_hours(joules: float) -> str:
+    """Energy as 12.3 Wh or 1.23 kWh."""
+    hours = joules / 3600
+    return f"{hours / 1000:.3g} kWh" if hours >= 1000 else f"{hours:.3g} Wh"
+
+
+def _meters(runs: list[Run]) -> str:
+    made = [
+        found["energy"] for run in runs for found in run.manifests.values() if "energy" in found
+    ]
+    meters = dict.fromkeys(meter for each in made for meter in each["meters"])
+    return f"Energy by {', '.join(meters)}, with all else that ran there meanwhile."

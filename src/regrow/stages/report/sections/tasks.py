@@ -1,0 +1,165 @@
+"""Benchmarks: each model's score on each task, and the share of its teacher's that it keeps."""
+
+from __future__ import annotations
+
+from regrow.stages.report import charts
+from regrow.stages.report.blocks import Block, Cell, Chart, Details, Section, Table
+from regrow.stages.report.evaluated import Evaluated, of
+from regrow.stages.report.numbers import QUALITY, SPEED, figure, title
+from regrow.stages.report.run_folder import Run
+
+KEPT = "_kept"
+"""Ending of the kind of a figure that is a share of the teacher's score."""
+CHOSEN = ("acc_norm", "acc", "exact_match")
+"""Of several scores of a task the one that is drawn: the first of these that there is."""
+NOTE = (
+    "Scores as lm_eval gives them; error bars and ± are standard errors. The share is of the "
+    "teacher's score on the same items."
+)
+BAR, AROUND = 17, 110
+"""Pixels of a bar with its gap, and of what is around them."""
+
+
+def section(runs: list[Run]) -> Section | None:
+    """Bars of scores and of shares kept, and a table of all scores."""
+    found = of(runs)
+    names = [] if found is None else _all(found)
+    if found is None or not names:
+        return None
+    blocks: list[Block] = []
+    drawn = scored(found)
+    if drawn:
+        blocks.append(_bars(found, drawn, "score", "Score by task"))
+    shares = [kept for name in drawn if (kept := _kept(name)) in found.names]
+    if shares:
+        blocks.append(_bars(found, shares, "share of the teacher's score", "Share kept by task"))
+    top = [name for name in names if not _part(name, names)]
+    blocks.append(_table(found, top))
+    if rest := [name for name in names if name not in top]:
+        blocks.append(Details(f"parts of tasks ({len(rest)} scores)", _lines(found, rest)))
+    return Section("tasks", "Benchmarks", _note(found, names), blocks)
+
+
+def scored(found: Evaluated) -> list[str]:
+    """The score of each task that is drawn."""
+    by_task: dict[str, list[str]] = {}
+    names = _all(found)
+    for name in names:
+        if not _part(name, names):
+            by_task.setdefault(name.partition("/")[2], []).append(name)
+    chosen = []
+    for some in by_task.values():
+        ranked = [n for kind in CHOSEN for n in some if _kind(n).partition(",")[0] == kind]
+        chosen += ranked[:1]
+    return chosen
+
+
+def mean_scores(found: Evaluated, names: list[str]) -> dict[str, float]:
+    """Per model that has them all the mean of its scores."""
+    rows = {label: [found.value(label, name) for name in names] for label in found.labels}
+    whole = {label: [v for v in row if v is not None] for label, row in rows.items()}
+    return {label: sum(row) / len(row) for label, row in whole.items() if len(row) == len(names)}
+
+
+def _kind(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def _all(found: Evaluated) -> list[str]:
+    """Every score of a task, without the shares kept."""
+    known = (*QUALITY, *SPEED)
+    return [n for n in found.names if _kind(n) not in known and not _kind(n).endswith(KEPT)]
+
+
+def _kept(name: str) -> str:
+    kind, _, task = name.partition("/")
+    return f"{kind}{KEPT}/{task}"
+
+
+def _part(name: str, names: list[str]) -> bool:
+    """Whether another task's name begins this one's: mmlu and mmlu_anatomy."""
+    task = name.partition("/")[2]
+    return any(task.startswith(f"{other.partition('/')[2]}_") for other in names)
+
+
+def _note(found: Evaluated, names: list[str]) -> str:
+    unlike = [f"{title(name)} (another {how})" for name in names if (how := found.unlike(name))]
+    more = f" Not measured alike across runs: {', '.join(unlike)}." if unlike else ""
+    return NOTE + more
+
+
+def _bars(found: Evaluated, names: list[str], what: str, caption: str) -> Chart:
+    """Horizontal, so that names have room on a phone; one colour per model."""
+    tasks = [charts.label(name.partition("/")[2]) for name in names]
+    traces = []
+    for number, label in enumerate(found.drawn):
+        rows = [found.figure(label, name) for name in names]
+        if all(row is None for row in rows):
+            continue
+        traces.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": charts.label(label),
+                "y": tasks,
+                "x": [None if row is None else row["value"] for row in rows],
+                "error_x": {
+                    "type": "data",
+                    "array": [0.0 if row is None else row.get("stderr", 0.0) for row in rows],
+                    "thickness": 1.2,
+                    "width": 3,
+                    "color": charts.INK,
+                },
+                "marker": {"color": charts.SHADES[number % len(charts.SHADES)]},
+                "hovertemplate": "%{fullData.name}, %{y}: %{x:.1%}<extra></extra>",
+            }
+        )
+    share = {"tickformat": ".0%", "rangemode": "tozero"}
+    more = {"barmode": "group", "bargap": 0.25, "bargroupgap": 0.08}
+    if what != "score":
+        more |= {"shapes": [_whole()]}
+    x, y = charts.axis(what, **share), {"autorange": "reversed", "type": "category"}
+    height = AROUND + BAR * len(names) * (len(traces) + 1)
+    made = charts.figure(traces, x, y, **more)
+    return Chart(made, f"{caption}; lines at the ends are standard errors", height)
+
+
+def _whole() -> charts.Trace:
+    """A dashed line at 100 %."""
+    line = {"color": charts.SOFT, "width": 1.2, "dash": "dash"}
+    return {"type": "line", "x0": 1, "x1": 1, "yref": "paper", "y0": 0, "y1": 1, "line": line}
+
+
+def _table(found: Evaluated, names: list[str]) -> Table:
+    rows = [[_name(name), *(_cell(found, label, name) for label in found.labels)] for name in names]
+    return Table(["task", *found.labels], rows)
+
+
+def _name(name: str) -> Cell:
+    kind, _, task = name.partition("/")
+    return Cell(task, kind.replace(",", ", "), number=False) if task else Cell(kind, number=False)
+
+
+def _cell(found: Evaluated, label: str, name: str) -> Cell:
+    row = found.figure(label, name)
+    if row is None:
+        return Cell("–")
+    share = found.figure(label, _kept(name))
+    small = [] if share is None else [f"{_with_error(_kept(name), share)} kept"]
+    return Cell(_with_error(name, row), " · ".join(small))
+
+
+def _with_error(name: str, row: dict[str, object]) -> str:
+    value, error = row["value"], row.get("stderr")
+    assert isinstance(value, float | int)
+    if not isinstance(error, float | int):
+        return figure(name, value)
+    return f"{figure(name, value)} ± {figure(name, error)}"
+
+
+def _lines(found: Evaluated, names: list[str]) -> str:
+    lines = [" · ".join(["score", *found.labels])]
+    for name in names:
+        cells = [_cell(found, label, name).text for label in found.labels]
+        lines.append(" · ".join([title(name), *cells]))
+    return "\n".join(lines)

@@ -1,0 +1,187 @@
+"""What quality costs: each model's quality over its size and its speed, with the Pareto front."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from textwrap import shorten
+
+from regrow.stages.report import charts
+from regrow.stages.report.blocks import Block, Chart, Section
+from regrow.stages.report.evaluated import Evaluated, of
+from regrow.stages.report.numbers import title
+from regrow.stages.report.pareto import front, places
+from regrow.stages.report.run_folder import Run
+from regrow.stages.report.sections.tasks import mean_scores, scored
+
+NOTE = (
+    "Each point is a model; the dotted line joins those that no other beats in both. "
+    "Figures of models evaluated apart compare as far as they were measured alike."
+)
+COSTS = {"bytes": 1e6, "prefill": 1.0, "decode": 1.0}
+"""Figures that quality is drawn over, and what they are divided by."""
+AXES = {
+    "bytes": "size of the weights, MB",
+    "prefill": "reading prompts, tokens/s",
+    "decode": "generating, tokens/s",
+}
+MARGIN = 0.14
+WIDE = 8
+"""From so many times between least and most on, an axis is logarithmic."""
+LABELLED = 12
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One thing a model is judged by, of all models that have it."""
+
+    title: str
+    values: dict[str, float]
+    more_is_better: bool = False
+
+    @property
+    def log(self) -> bool:
+        """Whether to draw it on a logarithmic scale."""
+        some = list(self.values.values())
+        return min(some) > 0 and max(some) > WIDE * min(some)
+
+    def position(self, label: str) -> float:
+        """Where a model stands, as plotly counts: log10 on a logarithmic axis."""
+        value = self.values[label]
+        return math.log10(value) if self.log else value
+
+    def range(self) -> tuple[float, float]:
+        """What the axis shows."""
+        some = [self.position(label) for label in self.values]
+        room = MARGIN * ((max(some) - min(some)) or abs(max(some)) or 1.0)
+        return min(some) - room, max(some) + room
+
+
+def section(runs: list[Run]) -> Section | None:
+    """Per quality (perplexity, tasks) a plot over size and over each speed."""
+    found = of(runs)
+    if found is None:
+        return None
+    blocks: list[Block] = []
+    for quality in _qualities(found):
+        for name, unit in COSTS.items():
+            values = _values(found, name)
+            cost = Axis(AXES[name], {k: v / unit for k, v in values.items()}, name != "bytes")
+            both = [label for label in found.labels if label in values and label in quality.values]
+            if len(both) > 1:
+                blocks.append(_chart(found, both, cost, quality))
+    return Section("tradeoff", "Quality against size and speed", NOTE, blocks) if blocks else None
+
+
+def _values(found: Evaluated, name: str) -> dict[str, float]:
+    some = {label: found.value(label, name) for label in found.labels}
+    return {label: value for label, value in some.items() if value is not None}
+
+
+def _qualities(found: Evaluated) -> list[Axis]:
+    """Perplexity or, where tokens differ, bits per byte, and the mean of tasks.
+
+    Of several texts the first, and each that has models which those before it have not.
+    """
+    axes: list[Axis] = []
+    drawn: set[str] = set()
+    names = [*found.texts("perplexity"), *found.texts("bits_per_byte")]
+    for name in sorted(names, key=lambda name: bool(found.unlike(name))):
+        values = _values(found, name)
+        if len(values) > 1 and set(values) - drawn:
+            apart = found.unlike(name)
+            axes.append(Axis(title(name) + (f" (another {apart} by run)" if apart else ""), values))
+            drawn |= set(values)
+    tasks = scored(found)
+    if tasks and len(means := mean_scores(found, tasks)) > 1:
+        axes.append(Axis(f"mean score of {len(tasks)} tasks", means, more_is_better=True))
+    return axes
+
+
+def _chart(found: Evaluated, labels: list[str], cost: Axis, quality: Axis) -> Chart:
+    cost = Axis(cost.title, {k: cost.values[k] for k in labels}, cost.more_is_better)
+    quality = Axis(quality.title, {k: quality.values[k] for k in labels}, quality.more_is_better)
+    (x0, x1), (y0, y1) = cost.range(), quality.range()
+    points = merged(found, labels, cost, quality)
+    shares = [
+        ((cost.position(one) - x0) / (x1 - x0), (quality.position(one) - y0) / (y1 - y0))
+        for one in points
+    ]
+    names = [shorten(name, 26, placeholder="…") for name in points.values()]
+    where = places(shares, names)
+    groups: dict[str, list[int]] = {}
+    for number, label in enumerate(points):
+        groups.setdefault(found.runs[label].name, []).append(number)
+    traces = [_front(cost, quality)]
+    every = list(dict.fromkeys(found.runs[label].name for label in found.labels))
+    for run, numbers in groups.items():
+        some, shade = [list(points)[n] for n in numbers], every.index(run)
+        trace = _points(found, some, cost, quality, charts.SHADES[shade % len(charts.SHADES)])
+        if len(points) <= LABELLED:
+            shown = [charts.label(names[n]) for n in numbers]
+            trace |= {"text": shown, "textposition": [where[n] for n in numbers]}
+            trace["mode"] = "markers+text"
+        traces.append({**trace, "name": charts.label(run or "this run")})
+    layout = {"showlegend": len(groups) > 1}
+    x = charts.axis(cost.title, range=[x0, x1], **_scale(cost))
+    y = charts.axis(quality.title, range=[y0, y1], **_scale(quality))
+    better = "upper" if quality.more_is_better else "lower"
+    side = "right" if cost.more_is_better else "left"
+    caption = f"{quality.title} over {cost.title}; best is {better} {side}"
+    caption = caption[0].upper() + caption[1:]
+    return Chart(charts.figure(traces, x, y, **layout), caption, 330, half=True)
+
+
+def merged(found: Evaluated, labels: list[str], cost: Axis, quality: Axis) -> dict[str, str]:
+    """Names of the models to draw, by label; of those on one point the first has all names.
+
+    The run is left out: its colour tells it.
+    """
+    points: dict[tuple[float, float], list[str]] = {}
+    for label in labels:
+        points.setdefault((cost.values[label], quality.values[label]), []).append(label)
+    return {
+        same[0]: ", ".join(dict.fromkeys(found.short(label) for label in same))
+        for same in points.values()
+    }
+
+
+def _scale(axis: Axis) -> dict[str, str]:
+    return {"type": "log", "dtick": "D2"} if axis.log else {}
+
+
+def _points(
+    found: Evaluated, labels: list[str], cost: Axis, quality: Axis, colour: str
+) -> charts.Trace:
+    final, first = set(found.results), {found.references[label] for label in labels}
+    symbols = [
+        "square" if label in first else "diamond" if label in final else "circle"
+        for label in labels
+    ]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [cost.values[label] for label in labels],
+        "y": [quality.values[label] for label in labels],
+        "marker": {"size": 12, "color": colour, "symbol": symbols},
+        "cliponaxis": False,
+        "customdata": [[charts.label(label)] for label in labels],
+        "hovertemplate": "%{customdata[0]}<br>%{x:.4g}, %{y:.4g}<extra></extra>",
+    }
+
+
+def _front(cost: Axis, quality: Axis) -> charts.Trace:
+    """A step line: for a limit on the cost, the best quality within it."""
+    x_sign, y_sign = -1 if cost.more_is_better else 1, -1 if quality.more_is_better else 1
+    points = [(x_sign * cost.values[k], y_sign * quality.values[k]) for k in cost.values]
+    best = front(points)
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "Pareto front",
+        "x": [x_sign * x for x, _ in best],
+        "y": [y_sign * y for _, y in best],
+        "line": {"color": charts.FAINT, "width": 1.5, "shape": "hv", "dash": "dot"},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
