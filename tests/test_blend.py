@@ -184,7 +184,7 @@ def test_refused_before_any_slow_work(place: Path) -> None:
     signals = DistillConfig(blend=other, signals={"hidden": 1.0})
     with pytest.raises(UserError, match="blend: signals is of one teacher alone"):
         open_blend(signals, student)
-    with pytest.raises(UserError, match=r"no such model folder|nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         open_blend(DistillConfig(blend={str(place / "nowhere"): 0.5}), student)
     with pytest.raises(UserError, match="every teacher must have all tokens"):
         open_blend(DistillConfig(blend=other), Checkpoint(place / "odd"))

@@ -258,7 +258,7 @@ def distill(
 
     Args:
         student: A pruned or otherwise smaller model, or a config.json for one made fresh.
-        teacher: The model to learn from, of the same tokenizer.
+        teacher: The model to learn from; for one of another tokenizer see --cross-tokenizer.
         out: Folder to write the distilled model to.
         config: Budget, loss and schedule.
         options: Device and portions.

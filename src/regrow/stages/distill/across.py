@@ -44,11 +44,6 @@ def check_across(config: DistillConfig, options: Options) -> None:
             f"cross_tokenizer spans: temperature {config.temperature:g} softens distributions over "
             "tokens; set it to 1, and span_temperature instead"
         )
-    if not any(name != "cross_entropy" for name in config.losses):
-        raise UserError(
-            "cross_tokenizer spans: cross_entropy alone learns nothing from the teacher; add "
-            "forward_kl, which is then of spans"
-        )
     if sharding.is_sharded(options):
         raise UserError("cross_tokenizer spans with sharding fsdp is not supported: leave one out")
 

@@ -73,8 +73,8 @@ class DistillConfig(Config):
     distribution; the teacher has the rest. {other: 0.3} teaches 0.7 p_teacher + 0.3 p_other."""
     cross_tokenizer: Literal["refuse", "spans"] = "refuse"
     """For a teacher with another tokenizer: refuse it, or let the student match the probability of
-    each span of text at whose ends tokens of both end; losses but cross_entropy are then of spans,
-    (span's probability, its rest)."""
+    each span of text at whose ends tokens of both end. All losses but cross_entropy then compare
+    those probabilities."""
     span_temperature: float = Field(default=100.0, gt=0)
     """τ: probabilities of spans are taken to the power 1/τ, so that unlikely ones count too."""
     adapter: Literal["none", "lora", "qlora"] = "none"
