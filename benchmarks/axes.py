@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 from protocol import DENSE, blend, measure
@@ -34,7 +33,7 @@ from regrow import (
     prune,
 )
 from regrow.stages.evaluate.metrics import speed
-from regrow.stages.evaluate.subject import Context, Subject
+from regrow.stages.evaluate.subject import Subject
 from regrow.statistics import Profile
 
 KEEP = 0.803  # what an MLP of 1,024 leaves
@@ -131,20 +130,16 @@ def _distilled(
 
 def _speeds(models: dict[str, Path], turns: int) -> dict[str, dict[str, float]]:
     """Prefill and decode of each × dense: medians of the ratios within each turn."""
-    context = Context(EvaluateConfig(repeats=1))
-    subjects = [
-        Subject(label, load(str(path)), [], torch.bfloat16, torch.device("cpu"), 1)
+    subjects = {
+        label: Subject(label, load(str(path)), [], torch.bfloat16, torch.device("cpu"), 1)
         for label, path in models.items()
-    ]
-    ratios: dict[str, dict[str, list[float]]] = {label: {} for label in models}
-    for _ in range(turns):
-        dense: dict[str, float] = {}
-        for subject in subjects:
-            rates = {f.name: float(f.value) for f in speed.measure(subject, context).figures}
-            dense = dense or rates
-            for name, rate in rates.items():
-                ratios[subject.label].setdefault(name, []).append(rate / dense[name])
-    return {label: {n: median(r) for n, r in each.items()} for label, each in ratios.items()}
+    }
+    found = speed.measure_all(subjects, EvaluateConfig(repeats=turns), None)
+    values = {label: {f.name: f.value for f in m.figures} for label, m in found.items()}
+    return {
+        label: {kind: each.get(f"{kind}_speedup", 1.0) for kind in ("prefill", "decode")}
+        for label, each in values.items()
+    }
 
 
 def _table(

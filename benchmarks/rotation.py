@@ -37,7 +37,12 @@ def main() -> None:
         place = out / ("rotated" if model == turned else "own")
         measured = profile(model, data, place / "profile", config)
         for kind in ("plain", "repaired"):
-            sizes = PruneConfig(hidden_size=hidden, multiple_of=1, repair=kind == "repaired")
+            sizes = PruneConfig(
+                hidden_size=hidden,
+                multiple_of=1,
+                repair=kind == "repaired",
+                repair_tokens=arguments.repair_tokens,
+            )
             models[f"{name}/{kind}"] = prune(model, place / f"{hidden}-{kind}", sizes, measured)
     found = measure({"dense": DENSE, **models}, out / "evaluation", arguments.texts)
     dense = found["dense"]
@@ -72,6 +77,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, required=True, help="folder with train/ and eval/")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
     parser.add_argument("--samples", type=int, default=96, help="calibration blocks of 512")
+    parser.add_argument("--repair-tokens", type=int, default=131072, help="at most so many")
     parser.add_argument("--hidden-size", type=int, default=459, help="channels that are kept")
     return parser.parse_args()
 

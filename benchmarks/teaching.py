@@ -3,11 +3,11 @@
     python benchmarks/teaching.py --texts ../shared/data --out runs/teaching --tokens 250000
 
 Student: SmolLM2-135M-Instruct with its MLPs cut to 1,024 channels (80.3 % of the parameters), or
-with 23 of its 30 layers (`--student depth`), repaired; protocol P1. Each way of WAYS is distilled on
-`--tokens` tokens, the same in the same order, and measured: held-out KL, and perplexity × dense and
-KL on the first 16,384 tokens of WikiText-2 raw test, LAMBADA and C4. What needs only the teacher's
-logits is taught from one cache of exact hidden states. Resumable: run it again and it goes on;
-`--ways` runs some. Writes `teaching.md` into `--out`.
+with 23 of its 30 layers (`--student depth`), repaired; protocol P1. Each way of WAYS is distilled
+on `--tokens` tokens, the same in the same order, and measured: perplexity × dense and KL on the
+first 16,384 tokens of WikiText-2 raw test, LAMBADA and C4. What needs only the teacher's logits is
+taught from one cache of exact hidden states. Resumable: run it again and it goes on; `--ways` runs
+some. Writes `teaching.md` into `--out`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from regrow.errors import UserError
 from regrow.stages.distill import DistillConfig, distill
 from regrow.stages.distill import stage as distill_stage
 from regrow.training import adapters
-from regrow.training.trainer import Pace
+from regrow.training.callbacks import Pace
 
 LORA = CONFIG.model_copy(
     update={

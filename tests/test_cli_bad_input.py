@@ -130,7 +130,7 @@ UNKNOWN_KEYS = {
         "stages.1.prune.keep_parms: unknown key — did you mean 'keep_params'?",
     ),
     "a stage": (["stages=[profile, prun]"], "no stage named 'prun' — did you mean 'prune'?"),
-    "a stage to come": (["stages=[quantize]"], "the stage quantize is not built yet"),
+    "a stage to come": (["stages=[advise]"], "the stage advise is not built yet"),
     "no key": (["keep_params"], "--set keep_params: write key=value"),
     "no place": (["stages.finetune.tokens=3"], "the recipe has no 'finetune' there"),
     "no YAML": (["data.seed=["], "'[' is no YAML value"),
@@ -208,3 +208,18 @@ def test_prune_before_profile(place: Path, untouched: Path, refused: Refused) ->
     write_recipe(place / "recipe.yaml", fields)
     said = refused("run", place / "recipe.yaml", "--out", untouched)
     assert "stages.0.prune: put a profile stage" in said
+
+
+def test_task(place: Path, untouched: Path, refused: Refused) -> None:
+    """Rows are checked by the command, by its dry run, and by a recipe before its first stage."""
+    (place / "mine.jsonl").write_text('{"prompt": "x"}\n')
+    tasks = [str(place / "mine.jsonl")]
+    expected = "mine.jsonl:1: has prompt; a task's row needs `context` + `choices` + `gold`, or"
+    evaluate = command("evaluate", place, place / "model", untouched)
+    assert expected in refused(*evaluate, "--tasks", *tasks)
+    assert expected in refused(*evaluate, "--tasks", *tasks, "--dry-run")
+    fields = recipe_fields(place / "model", place / "text.jsonl", {"evaluate": {"tasks": tasks}})
+    write_recipe(place / "recipe.yaml", fields)
+    assert f"stages.0.evaluate: {place}" in refused(
+        "run", place / "recipe.yaml", "--out", untouched
+    )

@@ -36,11 +36,11 @@ def test_output_folder(
     if holds == "a foreign manifest":
         (out / "manifest.json").write_text('{"name": "a browser extension"}')
     if holds == "another stage":
-        made = {"stage": "quantize", "digest": "0", "config": {}, "inputs": {}}
+        made = {"stage": "export", "digest": "0", "config": {}, "inputs": {}}
         (out / "manifest.json").write_text(json.dumps(made))
     target = out / "model" if holds == "under" else out
     said = refused(*command(name, place, place / "model", target), at_once=False)
-    expected = {"a file": "is a file", "under": "is a file", "another stage": "result of quantize"}
+    expected = {"a file": "is a file", "under": "is a file", "another stage": "result of export"}
     assert expected.get(holds, "holds something else") in said
     assert (out if out.is_file() else out / "mine").read_text() == "mine"
     assert sorted(tmp_path.iterdir()) == [place, out]

@@ -25,7 +25,8 @@ from regrow.errors import UserError
 from regrow.options import Options
 from regrow.stages.distill import distill
 from regrow.training import sharding
-from regrow.training.trainer import DistillTrainer, Pace, bind_loss
+from regrow.training.callbacks import Pace
+from regrow.training.trainer import DistillTrainer, bind_loss
 
 SHARDED = OPTIONS.model_copy(update={"sharding": "fsdp"})
 CPU = torch.device("cpu")

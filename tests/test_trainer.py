@@ -28,8 +28,9 @@ from regrow.data.blocks import IGNORED
 from regrow.errors import UserError
 from regrow.progress import Progress
 from regrow.training import trainer as trainer_module
+from regrow.training.callbacks import Journal, Pace
 from regrow.training.head import Mix
-from regrow.training.trainer import DistillTrainer, Journal, Pace, bind_loss
+from regrow.training.trainer import DistillTrainer, bind_loss
 
 
 def slow_gradients(blocks: Blocks, mix: Mix = MIX, **overrides: Any) -> dict[str, Tensor]:
@@ -132,9 +133,9 @@ def test_checkpointed_activations_give_the_gradient_and_leave_the_head_alone(
     runs = {"head": 0, "block": 0}
     loss, block = trainer_module.head_loss, LlamaMLP.forward
 
-    def counted_loss(*given: Any) -> Any:
+    def counted_loss(*given: Any, **named: Any) -> Any:
         runs["head"] += 1
-        return loss(*given)
+        return loss(*given, **named)
 
     def counted_block(self: LlamaMLP, x: Tensor) -> Tensor:
         runs["block"] += self.training

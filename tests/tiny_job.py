@@ -19,7 +19,7 @@ __all__ = ["write_text"]
 Refused = Callable[..., str]
 """Runs a command that must be refused; returns what it said."""
 
-COMMANDS = ("profile", "prune", "cache", "distill", "evaluate", "run")
+COMMANDS = ("profile", "prune", "cache", "distill", "quantize", "evaluate", "run")
 """Those that write a folder."""
 LENGTH = 32
 """Tokens per block."""
@@ -75,6 +75,7 @@ def command(name: str, place: Path, model: Path, out: Path) -> list[object]:
             *("distill", model, "--teacher", model, *text, "--out", out),
             *("--tokens", 512, "--batch-tokens", 128, "--eval-tokens", 256, "--heldout-blocks", 2),
         ],
+        "quantize": ["quantize", model, *text, "--samples", 16, "--out", out],
         "evaluate": ["evaluate", model, "--against", model, *text, "--out", out],
         "run": ["run", recipe, "--out", out],
     }[name]

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from regrow.stages.cache import CacheConfig, cache
     from regrow.stages.distill import DistillConfig, distill
     from regrow.stages.evaluate import EvaluateConfig, evaluate
+    from regrow.stages.export import ExportConfig, export
     from regrow.stages.profile import ProfileConfig, profile
     from regrow.stages.prune import PruneConfig
+    from regrow.stages.quantize import QuantizeConfig, quantize
     from regrow.stages.report import ReportConfig, report
     from regrow.stages.rotate import RotateConfig, rotate
 
@@ -37,12 +39,16 @@ _HOME = {
     "distill": "stages.distill",
     "EvaluateConfig": "stages.evaluate",
     "evaluate": "stages.evaluate",
+    "ExportConfig": "stages.export",
+    "export": "stages.export",
     "Options": "options",
     "Plan": "plan",
     "ProfileConfig": "stages.profile",
     "profile": "stages.profile",
     "PruneConfig": "stages.prune",
     "prune": "search",
+    "QuantizeConfig": "stages.quantize",
+    "quantize": "stages.quantize",
     "Recipe": "recipe",
     "ReportConfig": "stages.report",
     "report": "stages.report",
@@ -58,10 +64,12 @@ __all__ = [
     "DataConfig",
     "DistillConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "Options",
     "Plan",
     "ProfileConfig",
     "PruneConfig",
+    "QuantizeConfig",
     "Recipe",
     "ReportConfig",
     "RotateConfig",
@@ -72,9 +80,11 @@ __all__ = [
     "compare",
     "distill",
     "evaluate",
+    "export",
     "load",
     "profile",
     "prune",
+    "quantize",
     "report",
     "rotate",
     "run",

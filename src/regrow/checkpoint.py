@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import io
 import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, redirect_stderr
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrow import manifest
 from regrow.errors import UserError
-from regrow.shards import DTYPES, read_headers, write_shards
+from regrow.shards import DTYPES, PACKED, read_headers, write_shards
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +35,7 @@ CARRIED = (
     "NOTICE*",
 )
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+COMPRESSED = "compressed-tensors"
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -42,10 +46,13 @@ class Checkpoint:
     is not pruned: quantized, multimodal, hybrid, pickled.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, quantized: bool = False) -> None:
+        """Open a folder; `quantized` says that one in compressed-tensors is welcome, too."""
         self.folder = Path(folder)
         self.config = _read_config(self.folder)
-        refuse_kind(self.config, self.folder)
+        method = (self.config.get("quantization_config") or {}).get("quant_method")
+        self.quantized = quantized and method == COMPRESSED
+        refuse_kind(self.config, self.folder, quantized)
         # The stock class is used, so that what we write must not ask for code that is not there.
         self.has_remote_code = self.config.pop("auto_map", None) is not None
         self._shard_of, self._headers = read_headers(self.folder)
@@ -63,9 +70,10 @@ class Checkpoint:
     def dtype(self, name: str) -> str:
         """The tensor's dtype as torch spells it, for instance bfloat16."""
         stored = self._headers[name]["dtype"]
-        if stored not in DTYPES:
-            raise UserError(f"{self.folder}: {name} is stored as {stored}; allowed: {list(DTYPES)}")
-        return DTYPES[stored]
+        allowed = {**DTYPES, **PACKED} if self.quantized else DTYPES
+        if stored not in allowed:
+            raise UserError(f"{self.folder}: {name} is stored as {stored}; allowed: {[*allowed]}")
+        return allowed[stored]
 
     def bytes(self, name: str) -> int:
         """Bytes the tensor takes on disk."""
@@ -147,15 +155,25 @@ class Checkpoint:
         """The whole model by the stock reader, in eval mode."""
         from transformers import AutoModelForCausalLM
 
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(self.folder),
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **experts_option(dtype),
-        )
-        return model.to(device).eval()  # type: ignore[arg-type]
+        if self.quantized and importlib.util.find_spec("compressed_tensors") is None:
+            raise UserError(
+                f"{self.folder} is quantized: pip install 'regrow[quantize]' to open it"
+            )
+        # compressed-tensors draws bars that know no off switch.
+        with redirect_stderr(io.StringIO()) if self.quantized else nullcontext():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(self.folder),
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **experts_option(dtype),
+            )
+            if self.quantized and not self.config["quantization_config"].get("dequantize"):
+                # Now, not at the first forward pass: the head is read, not run.
+                model.hf_quantizer.compressor.decompress_model(model)
+        found: PreTrainedModel = model.to(device).eval()
+        return found
 
 
 def experts_option(dtype: torch.dtype) -> dict[str, str]:
@@ -165,14 +183,15 @@ def experts_option(dtype: torch.dtype) -> dict[str, str]:
     return {"experts_implementation": "eager"} if dtype == torch.float64 else {}
 
 
-def load(source: str | Path) -> Checkpoint:
+def load(source: str | Path, quantized: bool = False) -> Checkpoint:
     """Open a Hugging Face folder, a hub id, a GGUF file or `package:NAME` (a GGUF in a package).
 
+    `quantized` says that a folder in compressed-tensors is welcome, too: to measure it.
     Raises UserError, in one line, for what is missing, broken or of a kind that is not pruned.
     """
     from regrow.origin import resolve_model
 
-    return Checkpoint(resolve_model(str(source)))
+    return Checkpoint(resolve_model(str(source)), quantized)
 
 
 def save(model: PreTrainedModel, out: str | Path, like: Checkpoint) -> Path:
@@ -233,14 +252,20 @@ def carry(source: Path, folder: Path) -> None:
                 shutil.copyfile(path, target)
 
 
-def refuse_kind(config: dict[str, Any], folder: Path) -> None:
-    """Raise UserError for kinds of checkpoints that cannot be pruned, with the reason."""
+def refuse_kind(config: dict[str, Any], folder: Path, quantized: bool = False) -> None:
+    """Raise UserError for kinds of checkpoints that cannot be pruned, with the reason.
+
+    `quantized` lets compressed-tensors pass.
+    """
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown")
-        raise UserError(
-            f"{folder} is quantized ({method}): prune first and quantize last; "
-            "give the unquantized checkpoint"
-        )
+        if quantized and method != COMPRESSED:
+            raise UserError(f"{folder} is quantized by {method}: only {COMPRESSED} is read here")
+        if not quantized:
+            raise UserError(
+                f"{folder} is quantized ({method}): prune first and quantize last; "
+                "give the unquantized checkpoint"
+            )
     parts = [key for key in ("vision_config", "audio_config", "text_config") if config.get(key)]
     if parts:
         raise UserError(

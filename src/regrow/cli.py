@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -29,7 +30,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "prune": commands.prune,
     "cache": commands.cache,
     "distill": commands.distill,
+    "quantize": commands.quantize,
     "evaluate": commands.evaluate,
+    "export": commands.export,
     "report": commands.report,
     "watch": commands.watch,
 }
@@ -152,3 +155,12 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("COMPRESSED_TENSORS_LOG_DISABLED", "1")
+    # torchao, which transformers' Trainer imports where it is installed, tells of its CUDA kernels
+    # on machines without a GPU, and of types that torch will want otherwise.
+    logging.getLogger("torchao").addFilter(_is_news)
+    logging.getLogger("torch.utils._pytree").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(("Failed to load", "<enum"))

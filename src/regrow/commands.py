@@ -17,8 +17,10 @@ from regrow.recipe import KeepStages
 from regrow.stages.cache import CacheConfig
 from regrow.stages.distill import DistillConfig
 from regrow.stages.evaluate import EvaluateConfig
+from regrow.stages.export import ExportConfig
 from regrow.stages.profile import ProfileConfig
 from regrow.stages.prune import PruneConfig
+from regrow.stages.quantize import QuantizeConfig
 from regrow.stages.report import ReportConfig
 from regrow.stages.rotate import RotateConfig
 
@@ -275,6 +277,33 @@ def distill(
     stage(student, master, blend, out, config, options)
 
 
+def quantize(
+    model: Model,
+    out: Path,
+    text: OmitArgPrefixes[OptionalText] = OptionalText(),
+    config: OmitArgPrefixes[QuantizeConfig] = QuantizeConfig(),
+    options: OmitArgPrefixes[Options] = Options(),
+    dry_run: bool = False,
+) -> None:
+    """Store a model's weights in 8 or 4 bits, calibrated on text, as compressed-tensors.
+
+    Args:
+        model: Hugging Face folder, hub id, GGUF file, or package:NAME.
+        out: Folder to write the quantized model to.
+        config: Scheme, method, and what is left out.
+        options: Device and portions.
+        dry_run: Check everything and print what would be done.
+    """
+    from regrow import estimate
+    from regrow.stages.quantize import quantize as stage
+
+    blend = text.blend() if text.data else None
+    if dry_run:
+        _print(estimate.of_quantize(_open(model), blend, config), out)
+        return
+    stage(_open(model), out, config, blend, options)
+
+
 def evaluate(
     models: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL")],
     out: Path,
@@ -297,13 +326,40 @@ def evaluate(
     from regrow import estimate
     from regrow.stages.evaluate import evaluate as stage
 
-    named = {name: _open(model) for name, model in _named(models).items()}
-    master = None if against is None else _open(against)
+    named = {name: _open(model, quantized=True) for name, model in _named(models).items()}
+    master = None if against is None else _open(against, quantized=True)
     blend = text.blend() if text.data else None
     if dry_run:
         _print(estimate.of_evaluate(named, master, blend, config), out)
         return
     stage(named, out, blend, master, config, options)
+
+
+def export(
+    model: Model,
+    out: Path,
+    text: OmitArgPrefixes[OptionalText] = OptionalText(),
+    config: OmitArgPrefixes[ExportConfig] = ExportConfig(),
+    dry_run: bool = False,
+) -> None:
+    """Write a GGUF file for llama.cpp and Ollama, and prove it by llama.cpp.
+
+    Args:
+        model: Hugging Face folder, hub id, GGUF file, or package:NAME.
+        out: Folder to write to, or the file's name, NAME.gguf.
+        config: The file's type, and how it is proven.
+        dry_run: Check everything and print what would be done.
+    """
+    from regrow.checkpoint import load
+    from regrow.stages.export.stage import describe
+    from regrow.stages.export.stage import export as stage
+
+    blend = text.blend() if text.data else None
+    if dry_run:
+        folder = None if out.suffix == ".gguf" else out
+        _print(describe(load(model), config, model), folder)
+        return
+    print(stage(model, out, config, blend))
 
 
 def report(
@@ -354,12 +410,12 @@ def _print(lines: list[str], out: Path | None = None) -> None:
     print("\n".join(lines))
 
 
-def _open(model: str) -> Checkpoint:
+def _open(model: str, quantized: bool = False) -> Checkpoint:
     """A checkpoint of a known family: the stages take any, and find out late."""
     from regrow import families
     from regrow.checkpoint import load
 
-    checkpoint = load(model)
+    checkpoint = load(model, quantized)
     families.of(checkpoint)
     return checkpoint
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from regrow.search import passes_for as passes_of_search
 from regrow.search.halving import rungs_for, tokens_for
 from regrow.stages.cache.config import CacheConfig
 from regrow.stages.cache.stage import header_of
-from regrow.stages.distill.cached import open_cache
 from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.opposite import Opposite
 from regrow.stages.distill.stage import steps_of
 from regrow.stages.distill.student import Student, check_student
 from regrow.stages.evaluate.config import EvaluateConfig
+from regrow.stages.evaluate.task_rows import check_tasks
 from regrow.stages.profile.collect import GRADIENTS, REMOVALS
 from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.removal import passes_for
@@ -36,12 +38,15 @@ from regrow.stages.prune.choose import full_sizes
 from regrow.stages.prune.config import PruneConfig
 from regrow.stages.prune.shapes import Shape
 from regrow.stages.prune.stage import REPAIR, make_plan
+from regrow.stages.quantize.choose import WEIGHT
+from regrow.stages.quantize.choose import fallbacks as misfits
+from regrow.stages.quantize.config import QuantizeConfig
+from regrow.stages.quantize.stage import check as check_quantize
 from regrow.stages.rotate.basis import check as check_rotation
 from regrow.stages.rotate.basis import turned_config
 from regrow.stages.rotate.config import RotateConfig
 from regrow.statistics import Profile
 from regrow.steps import check_one_target, fitted
-from regrow.training.tokens import teacher_ids
 from regrow.trial import TRIAL_BLOCKS, TRIAL_TOKENS
 
 
@@ -215,10 +220,33 @@ def of_distill(
     options: Options,
 ) -> list[str]:
     """Steps, memory and time of a distillation: 2 N_teacher + 6 N_student operations per token."""
-    open_cache(config, teacher, teacher_ids(student.like, teacher))
-    teacher_ids(student.like, teacher)
+    opposite = Opposite.open(config, student, teacher, options)
     check_student(student, config, options)
-    return _distill_lines(student.parameters, _parameters(teacher), data, config, options)
+    teachers = sum(map(_parameters, opposite.checkpoints))
+    return _distill_lines(student.parameters, teachers, data, config, options)
+
+
+def of_quantize(
+    checkpoint: Checkpoint, data: DataConfig | None, config: QuantizeConfig
+) -> list[str]:
+    """Layers and bytes by scheme, what is kept, and the time of the passes over the text."""
+    job = check_quantize(checkpoint, config, data)
+    shapes = checkpoint.shapes
+    lines = [f"quantize: {len(job.chosen)} layers by {config.method}"]
+    for name in sorted({scheme.name for scheme in job.chosen.values()}):
+        some = [module for module, scheme in job.chosen.items() if scheme.name == name]
+        bits = sum(job.chosen[module].stored_bits(*shapes[module + WEIGHT]) for module in some)
+        lines.append(f"  {len(some)} layers in {name}: {bits / 8e6:,.1f} MB")
+    kept = [name for name in shapes if name.removesuffix(WEIGHT) not in job.chosen]
+    size = 2 * sum(math.prod(shapes[name]) for name in kept)
+    lines.append(f"  {len(kept)} tensors kept in 16 bits: {size / 1e6:,.1f} MB")
+    lines += [f"  {line}" for line in misfits(checkpoint, config, job.chosen)]
+    if data is not None:
+        tokens = config.samples * data.sequence_length
+        passes = 2 if job.method.NEEDS_GRAM else 0.25  # of an eighth, two models
+        seconds = passes * tokens * 2 * _active(checkpoint) / matmul_rate()
+        lines.append(f"  time about {clock(seconds)} for the passes over {tokens:,} tokens")
+    return lines
 
 
 def of_evaluate(
@@ -231,6 +259,7 @@ def of_evaluate(
     tokens = len(config.texts) * config.text_tokens
     tokens += config.heldout_blocks * data.sequence_length if data is not None else 0
     lines = [f"evaluate: {', '.join(config.metrics)} on {tokens:,} tokens"]
+    lines += [f"  {line}" for line in check_tasks(config)]
     rate = matmul_rate()
     for label, checkpoint in {**models, **({"against": against} if against else {})}.items():
         checkpoint.tokenizer()
@@ -238,7 +267,7 @@ def of_evaluate(
         seconds = 2 * _active(checkpoint) * tokens / rate
         lines.append(
             f"  {label}: {_parameters(checkpoint):,} parameters, {size / 1e6:,.1f} MB, about "
-            f"{clock(seconds)} for the text, speed and generations on top"
+            f"{clock(seconds)} for the text; speed, tasks and generations on top"
         )
     return lines
 
@@ -268,9 +297,10 @@ def of_recipe(recipe: Recipe, options: Options) -> list[str]:
             lines += of_cache(against, recipe.data, fitted(step, recipe.steps(), recipe.model))
             cached.add(step.teacher)
         elif isinstance(config, DistillConfig):
+            others = sum(_parameters(load(name)) for name in config.blend)
             if step.teacher in cached:
                 config = config.model_copy(update={"cache": "cached by then"})
-            lines += _distill_lines(student, teacher, recipe.data, config, options)
+            lines += _distill_lines(student, teacher + others, recipe.data, config, options)
         else:
             lines.append(f"{step.name}: of what is there by then")
     return lines

@@ -1,4 +1,4 @@
-"""Bytes of a shape: on disk in a named format, and in memory at a given context."""
+"""What a shape costs: bytes on disk in a named format and in memory, operations of a pass."""
 
 from __future__ import annotations
 
@@ -79,6 +79,22 @@ def ram_bytes(
         inside = max(inside, full["expert_mlp"] * family.value(config, "num_experts_per_tok"))
     wide = tokens * (3 * full["hidden"] + heads + 2 * inside + context_length)
     return file_bytes(family, config, format, sizes) + cache + 4 * (wide + full["vocab"])
+
+
+def forward_flops(family: Family, config: dict[str, Any], tokens: int, past: int = 0) -> int:
+    """Operations to read `tokens` after `past` cached ones, batch 1, with the last one's logits.
+
+    2 · weights · tokens, of all weights that a token runs through but embedding and head; 4 ·
+    layers · heads · head_dim · Σ_t (past + t) for scores and sums of full attention; 2 · vocab ·
+    hidden for the head.
+    """
+    full = family.sizes(config)
+    table = full["vocab"] * full["hidden"]
+    tables = 1 + family.exists(family.tensors[family.head], config)
+    weights = family.active(config) - tables * table
+    seen = tokens * past + tokens * (tokens + 1) // 2
+    attention = 4 * full["layers"] * full["heads"] * full["head_dim"] * seen
+    return 2 * weights * tokens + attention + 2 * table
 
 
 def fallbacks(

@@ -2,7 +2,8 @@
 
 A GGUF type packs a block of weights of one row into a fixed number of bytes (the sizes are those of
 the gguf package's GGML_QUANT_SIZES). Which type a tensor gets in a named mix, and which one where
-its rows are no multiple of the block, follows llama.cpp's quantizer (llama_tensor_get_type). The
+its rows are no multiple of the block, follows llama.cpp's quantizer (llama_tensor_get_type); where
+`regrow export` writes the file itself (no K-quants), the head has q8_0. The
 int4 and int8 formats are those of compressed-tensors: symmetric, a 16-bit scale per group or row,
 with embedding, head and norms left in bf16.
 """
@@ -46,9 +47,9 @@ TYPES = {
     "q4_k": Type(256, 144, "q5_0"),
     "q5_k": Type(256, 176, "q5_1"),
     "q6_k": Type(256, 210, "q8_0"),
-    "int4-g32": Type(32, 16 + 2, "bf16"),
-    "int4-g64": Type(64, 32 + 2, "bf16"),
-    "int4-g128": Type(128, 64 + 2, "bf16"),
+    "int4-g32": Type(32, 16 + 2, "int8"),
+    "int4-g64": Type(64, 32 + 2, "int4-g32"),
+    "int4-g128": Type(128, 64 + 2, "int4-g64"),
 }
 
 
@@ -69,7 +70,7 @@ class Format:
 
 
 def _gguf(linear: str, **more: dict[str, str]) -> Format:
-    head = "q8_0" if linear == "q8_0" else "q6_k"
+    head = "q6_k" if linear.endswith("_k") else "q8_0"
     return Format(linear, linear, head, "f32", **more)
 
 

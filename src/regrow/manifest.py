@@ -54,8 +54,13 @@ def digest(*parts: Any) -> str:
 
 def read(folder: Path) -> dict[str, Any] | None:
     """The manifest in `folder`, or None when there is none or it cannot be read."""
+    return read_file(folder / NAME)
+
+
+def read_file(path: Path) -> dict[str, Any] | None:
+    """The manifest in a file, or None when there is none or it cannot be read."""
     try:
-        found = json.loads((folder / NAME).read_text())
+        found = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):
         return None
     return found if isinstance(found, dict) else None

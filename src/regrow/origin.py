@@ -26,18 +26,25 @@ def resolve_model(source: str) -> Path:
 
     Raises UserError when there is nothing there.
     """
-    if source.startswith("package:"):
-        return convert_gguf(_gguf_in_package(source.removeprefix("package:")))
+    file = gguf_of(source)
+    if file is not None:
+        return convert_gguf(file)
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    if path.is_file() and path.suffix == ".gguf":
-        return convert_gguf(path)
     if path.exists():
         raise UserError(f"{path} is a file of an unknown kind: give a model folder or a .gguf file")
     if HUB_ID.fullmatch(source) and not source.startswith("."):
         return _from_hub(source)
     raise UserError(f"no such model folder: {source}")
+
+
+def gguf_of(source: str) -> Path | None:
+    """The GGUF file that `source` names, itself or in a package; None for anything else."""
+    if source.startswith("package:"):
+        return _gguf_in_package(source.removeprefix("package:"))
+    path = Path(source).expanduser()
+    return path if path.is_file() and path.suffix == ".gguf" else None
 
 
 def convert_gguf(path: Path) -> Path:

@@ -98,6 +98,8 @@ class _Job:
     out: Path
     options: Options
     current: str | Path = ""
+    plain: str | Path = ""
+    """The current model before it was quantized: what a file of other types is made from."""
     profile: Path | None = None
     caches: dict[str, Path] = field(default_factory=dict)
     """By teacher, the last cache of it."""
@@ -106,7 +108,7 @@ class _Job:
 
     def __post_init__(self) -> None:
         self.steps = self.recipe.steps()
-        self.current = self.recipe.model
+        self.current = self.plain = self.recipe.model
         self.models = {"teacher": self.recipe.model}
 
     def folder(self, name: str) -> Path:
@@ -117,7 +119,7 @@ class _Job:
         """Make `folder` the current model, to be evaluated under `label`."""
         count = sum(known.split(" ")[0] == label for known in self.models)
         self.models[f"{label} {count + 1}" if count else label] = folder
-        self.current = folder
+        self.current = self.plain = folder
 
     def check(self) -> None:
         """Raise UserError for whatever can be known to fail before any slow work."""
@@ -135,6 +137,7 @@ class _Job:
         from regrow.stages.evaluate.texts import text_files
 
         models = {self.recipe.model, *(step.teacher for step in self.steps if step.teacher)}
+        models |= {name for s in self.steps if s.name == "distill" for name in s.config.blend}
         texts = [
             sha256_of(path)
             for step in self.steps
@@ -159,7 +162,10 @@ class _Job:
     def finish(self, keep_stages: KeepStages) -> None:
         """Put the final model at model/, and drop intermediate weights if asked to."""
         if isinstance(self.current, Path):
+            from regrow.stages.export.card import write_card
+
             _publish(self.current, self.out / "model")
+            write_card(self.out / "model", self.current)
             say(f"model:  {self.out / 'model'}")
         if keep_stages == "last":
             for path in self.out.glob("stages/*"):
@@ -240,6 +246,16 @@ def _distill(job: _Job, step: Step, name: str) -> None:
     job.add("distilled", job.folder(name))
 
 
+def _quantize(job: _Job, step: Step, name: str) -> None:
+    from regrow.stages.quantize import QuantizeConfig, quantize
+
+    assert isinstance(step.config, QuantizeConfig)
+    plain = job.current
+    quantize(plain, job.folder(name), step.config, job.recipe.data, job.options)
+    job.add("quantized", job.folder(name))
+    job.plain = plain
+
+
 def _evaluate(job: _Job, step: Step, name: str) -> None:
     from regrow.stages.evaluate import EvaluateConfig, evaluate
 
@@ -248,6 +264,13 @@ def _evaluate(job: _Job, step: Step, name: str) -> None:
     if against != job.recipe.model:  # the model that all began with is another than the teacher
         models = {"original" if label == "teacher" else label: m for label, m in models.items()}
     evaluate(models, job.folder(name), job.recipe.data, against, step.config, job.options)
+
+
+def _export(job: _Job, step: Step, name: str) -> None:
+    from regrow.stages.export import ExportConfig, export
+
+    assert isinstance(step.config, ExportConfig)
+    export(job.plain, job.folder(name), step.config, job.recipe.data)
 
 
 def _report(job: _Job, step: Step, name: str) -> None:
@@ -264,7 +287,9 @@ _RUNNERS: dict[str, Callable[[_Job, Step, str], None]] = {
     "prune": _prune,
     "cache": _cache,
     "distill": _distill,
+    "quantize": _quantize,
     "evaluate": _evaluate,
+    "export": _export,
     "report": _report,
 }
 

@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I8": 8, "U8": 8}
+BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8}
+BITS |= {"I64": 64, "I32": 32, "I8": 8, "U8": 8}
 """Of the dtypes whose size is checked; others are told apart, and refused, by Checkpoint.dtype."""
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The dtypes that weights may have, as torch spells them."""
-STORED = {torch_name: stored for stored, torch_name in DTYPES.items()}
+PACKED = {"I64": "int64", "I32": "int32", "I8": "int8", "F8_E4M3": "float8_e4m3fn"}
+"""Those that quantized weights are packed in, beside."""
+STORED = {torch_name: stored for stored, torch_name in {**DTYPES, **PACKED}.items()}
 ALIGNMENT = 8
 
 Header = dict[str, dict[str, Any]]

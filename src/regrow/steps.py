@@ -25,10 +25,12 @@ CONFIGS = {
     "prune": "PruneConfig",
     "cache": "CacheConfig",
     "distill": "DistillConfig",
+    "quantize": "QuantizeConfig",
     "evaluate": "EvaluateConfig",
+    "export": "ExportConfig",
     "report": "ReportConfig",
 }
-LATER = ("generate", "quantize", "export", "advise")
+LATER = ("generate", "advise")
 WITH_TEACHER = ("cache", "distill", "evaluate")
 
 
@@ -123,17 +125,26 @@ def _in_place(step: Step) -> Iterator[None]:
 
 
 def _check_order(steps: list[Step]) -> None:
-    """A prune stage needs a profile of the model that it gets."""
-    profiled = False
+    """A prune stage needs a profile of the model that it gets; quantized weights are final."""
+    profiled, quantized = False, ""
     for step in steps:
+        if quantized and step.name in ("profile", "prune", "distill", "quantize"):
+            raise UserError(
+                f"{step.where}: comes after {quantized}, whose rounding it would undo or be undone "
+                "by: distil, prune, and quantize last (distill: {fake_quantize: int4} trains for "
+                f"it); to insist, set {quantized}.dequantize: true"
+            )
+        if step.name == "quantize" and not step.config.dequantize:
+            quantized = step.where
         if step.name == "prune" and not profiled:
             raise UserError(f"{step.where}: put a profile stage of the same model before it")
-        idle = ("cache", "evaluate", "report")
+        idle = ("cache", "evaluate", "export", "report")
         profiled = step.name == "profile" or (profiled and step.name in idle)
 
 
 def _check_cached(steps: list[Step], model: str) -> None:
     """What a cache cannot teach, in the distillations that will take one."""
+    from regrow.stages.distill.blend import check_blend
     from regrow.stages.distill.cached import FEWER_TOKENS, check_loss
 
     formats: dict[str, str] = {}
@@ -148,6 +159,7 @@ def _check_cached(steps: list[Step], model: str) -> None:
             with _in_place(step):
                 if fewer:
                     raise UserError(FEWER_TOKENS)
+                check_blend(step.config.model_copy(update={"cache": "of the recipe"}))
                 if step.config.cache is None:
                     check_loss(step.config, formats[teacher])
 
@@ -156,11 +168,15 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     from regrow import families
     from regrow.checkpoint import load
     from regrow.stages.cache.stage import header_of
+    from regrow.stages.distill.across import aligner_of
+    from regrow.stages.distill.blend import open_blend
     from regrow.stages.distill.cached import check_loss
     from regrow.stages.distill.stage import steps_of
     from regrow.stages.distill.student import Student, check_student
+    from regrow.stages.evaluate.task_rows import check_tasks
     from regrow.stages.evaluate.texts import text_files
     from regrow.stages.profile.scoring import statistics_needed
+    from regrow.stages.quantize.stage import check as check_quantize
     from regrow.stages.rotate.basis import check as check_rotation
     from regrow.training.cache.folder import Cache
     from regrow.training.tokens import teacher_ids
@@ -172,6 +188,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     elif step.name == "distill":
         steps_of(step.config, data, options)
         check_student(Student(checkpoint), step.config, options)
+        open_blend(step.config, checkpoint)
         if step.config.cache is not None:
             check_loss(step.config, Cache(step.config.cache).header.format)
     elif step.name == "cache":
@@ -179,12 +196,18 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     elif step.name == "evaluate":
         for source in step.config.texts.values():
             text_files(source)
+        check_tasks(step.config)
+    elif step.name == "export":
+        import_module("regrow.stages.export.stage").check(checkpoint, step.config)
+    elif step.name == "quantize":
+        check_quantize(checkpoint, step.config, data)
     elif step.name == "report":
         import_module("regrow.stages.report.stage").check(step.config)
     if step.teacher is not None:
         teacher = load(step.teacher)
         families.of(teacher)
-        teacher_ids(checkpoint, teacher)
+        if step.name != "distill" or not aligner_of(step.config, checkpoint, teacher, options):
+            teacher_ids(checkpoint, teacher)
 
 
 def _check_cuts(prunes: list[Step], checkpoint: Checkpoint) -> int:
@@ -245,6 +268,8 @@ def _check_text(steps: list[Step], checkpoint: Checkpoint, data: DataConfig, tri
         build_blocks(data, checkpoint.tokenizer(), "heldout", 1)
     if names & {"cache", "distill"}:
         build_blocks(data, checkpoint.tokenizer(), "train", 1)
+    if "quantize" in names:
+        build_blocks(data, checkpoint.tokenizer(), "calibration", 1)
     for step in steps:
         if step.name == "profile":
             more = blocks_for(tried) if tried else 0

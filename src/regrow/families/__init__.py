@@ -55,5 +55,6 @@ def of(checkpoint: Checkpoint) -> Family:
             "one, read docs/add-a-family.md"
         )
     family = get(checkpoint.config["model_type"])
-    family.check_tensors(checkpoint.config, checkpoint.shapes)
+    if not checkpoint.quantized:  # whose tensors are packed, under other names
+        family.check_tensors(checkpoint.config, checkpoint.shapes)
     return family

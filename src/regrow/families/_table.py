@@ -68,6 +68,8 @@ class Family:
     n where only every nth layer has them."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other names under which a config.json may have a key."""
+    gguf: str | None = None
+    """llama.cpp's architecture for it, the GGUF key general.architecture; None when it has none."""
     embedding: str = "model.embed_tokens.weight"
     """Name of the token embedding [vocab, hidden]."""
     final_norm: str = "model.norm.weight"

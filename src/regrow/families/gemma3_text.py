@@ -10,6 +10,7 @@ from regrow.families import Family, Tensor
 
 FAMILY = Family(
     model_type="gemma3_text",
+    gguf="gemma3",
     tensors={
         "model.embed_tokens.weight": Tensor(("vocab", "hidden")),
         "model.layers.{layer}.input_layernorm.weight": Tensor(("hidden",), norm=True),

@@ -6,6 +6,7 @@ from regrow.families import Family, Tensor
 
 FAMILY = Family(
     model_type="llama",
+    gguf="llama",
     tensors={
         "model.embed_tokens.weight": Tensor(("vocab", "hidden")),
         "model.layers.{layer}.input_layernorm.weight": Tensor(("hidden",), norm=True),

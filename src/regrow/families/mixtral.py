@@ -12,6 +12,7 @@ EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}."
 
 FAMILY = Family(
     model_type="mixtral",
+    gguf="llama",
     tensors={
         "model.embed_tokens.weight": Tensor(("vocab", "hidden")),
         "model.layers.{layer}.input_layernorm.weight": Tensor(("hidden",), norm=True),

@@ -6,6 +6,7 @@ from regrow.families import Family, Tensor
 
 FAMILY = Family(
     model_type="phi3",
+    gguf="phi3",
     tensors={
         "model.embed_tokens.weight": Tensor(("vocab", "hidden")),
         "model.layers.{layer}.input_layernorm.weight": Tensor(("hidden",), norm=True),

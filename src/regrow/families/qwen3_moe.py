@@ -13,6 +13,7 @@ EXPERT = "model.layers.{layer}.mlp.experts.{expert}."
 
 FAMILY = Family(
     model_type="qwen3_moe",
+    gguf="qwen3moe",
     tensors={
         "model.embed_tokens.weight": Tensor(("vocab", "hidden")),
         "model.layers.{layer}.input_layernorm.weight": Tensor(("hidden",), norm=True),

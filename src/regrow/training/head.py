@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +47,33 @@ class Head:
         if self.softcap is None:
             return gradient_NV
         return gradient_NV * (1 - (logits_NV / self.softcap) ** 2)
+
+    @property
+    def rows(self) -> int:
+        """How many ids its logits are of."""
+        return len(self.weight_VH)
+
+    def to(self, dtype: torch.dtype) -> Head:
+        """The same with weights of a dtype."""
+        return replace(self, weight_VH=self.weight_VH.to(dtype))
+
+    def target(self, hidden_NH: Tensor, rows: int, mix: Mix) -> Tensor:
+        """Logits [N, rows] that a student learns from."""
+        return self.logits(hidden_NH, self.weight_VH[:rows], mix.exact)
+
+
+class Target(Protocol):
+    """What gives a teacher's logits: a Head, or several of them (`blend.py`)."""
+
+    @property
+    def rows(self) -> int:
+        """How many ids its logits are of."""
+
+    def to(self, dtype: torch.dtype) -> Target:
+        """The same with weights of a dtype."""
+
+    def target(self, hidden_NH: Tensor, rows: int, mix: Mix) -> Tensor:
+        """Logits [N, rows] that a student learns from."""
 
 
 def head_of(model: Any) -> Head:
@@ -107,7 +134,7 @@ def head_loss(
     targets_N: Tensor,
     mix: Mix,
     teacher_NH: Tensor | None = None,
-    teacher: Head | None = None,
+    teacher: Target | None = None,
     chunk_tokens: int | None = None,
     sparse: Sparse | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -133,7 +160,7 @@ def head_loss(
 @dataclass(frozen=True)
 class _Job:
     student: Head
-    teacher: Head | None
+    teacher: Target | None
     mix: Mix
     compute: torch.dtype
     chunk: int
@@ -190,8 +217,10 @@ class _Sums:
     ) -> None:
         self.job, self.student_NH = job, student_NH
         self.weight_VH = weight_VH.detach().to(job.compute)
-        self.teacher_VH = None if job.teacher is None else job.teacher.weight_VH.to(job.compute)
-        self.shared = min(len(w) for w in (self.weight_VH, self.teacher_VH) if w is not None)
+        self.teacher = None if job.teacher is None else job.teacher.to(job.compute)
+        self.shared = len(self.weight_VH)
+        if self.teacher is not None:
+            self.shared = min(self.shared, self.teacher.rows)
         if job.sparse is not None:
             self.shared = min(self.shared, job.sparse.vocab_size)
         self.terms = job.mix.terms()
@@ -205,7 +234,8 @@ class _Sums:
 
     def add_chunk(self, part: slice, targets_N: Tensor, teacher_NH: Tensor | None) -> None:
         hidden_NH = self.student_NH[part].detach().to(self.job.compute)
-        logits_NV = self._logits(self.job.student, hidden_NH, self.weight_VH)
+        weight_VH = self.weight_VH[: self.shared]
+        logits_NV = self.job.student.logits(hidden_NH, weight_VH, self.job.mix.exact)
         gradient_NV = self._gradient(part, logits_NV, targets_N, teacher_NH)
         if self.hidden_gradient is None and self.weight_gradient is None:
             return
@@ -213,14 +243,11 @@ class _Sums:
         parts_NV = split(gradient_NV, self.job.compute, self.job.mix.exact)
         if self.hidden_gradient is not None:
             sum_NH = torch.zeros_like(hidden_NH, dtype=exact_dtype(hidden_NH.dtype))
-            add_product(sum_NH, parts_NV, self.weight_VH[: self.shared])
+            add_product(sum_NH, parts_NV, weight_VH)
             self.hidden_gradient[part] = sum_NH.to(self.hidden_gradient.dtype)
         if self.weight_gradient is not None:
             parts_VN = tuple(part_NV.T for part_NV in parts_NV)
             add_product(self.weight_gradient[: self.shared], parts_VN, hidden_NH)
-
-    def _logits(self, head: Head, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
-        return head.logits(hidden_NH, weight_VH[: self.shared], self.job.mix.exact)
 
     def _gradient(
         self, part: slice, logits_NV: Tensor, targets_N: Tensor, teacher_NH: Tensor | None
@@ -228,10 +255,9 @@ class _Sums:
         """Gradient of the mix by the student's logits; adds each loss's value on the way."""
         teacher_NV = logits_NV
         sparse = None if self.job.sparse is None else self.job.sparse[part]
-        if self.job.teacher is not None and teacher_NH is not None:
-            assert self.teacher_VH is not None
+        if self.teacher is not None and teacher_NH is not None:
             hidden_NH = teacher_NH[part].to(self.job.compute)
-            teacher_NV = self._logits(self.job.teacher, hidden_NH, self.teacher_VH)
+            teacher_NV = self.teacher.target(hidden_NH, self.shared, self.job.mix)
         # Losses may overwrite what they read: only the last one gets the originals.
         keep = self.job.student.softcap is not None
         total: Tensor | None = None

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from regrow.training.cache.sparse import Sparse
-from regrow.training.head import Head, Mix, head_loss, head_of
-from regrow.training.tokens import rows_of
+from regrow.training.head import CHUNK_ELEMENTS, Head, Mix, head_loss, head_of
+from regrow.training.tokens import NONE, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from regrow.data import Blocks
 
 
 class States(NamedTuple):
@@ -32,13 +34,21 @@ class States(NamedTuple):
 class Teacher:
     """A frozen model. A plain object, so that no trainer registers, trains or saves it.
 
-    With `ids_V`, its ids for those of a student with fewer tokens, it reads the student's tokens
-    and its head gives the logits of those alone.
+    With `ids_V`, its ids for those of a student with other tokens, it reads the student's tokens
+    and its head gives the logits of those alone that both have. With `size`, ids from there on are
+    padding of its embedding, and its head leaves them out.
     """
 
-    def __init__(self, model: PreTrainedModel, ids_V: Tensor | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, ids_V: Tensor | None = None, size: int | None = None
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.ids_V = None if ids_V is None else ids_V.to(model.device)
+        self.size = size
+        self.shared_S: Tensor | None = None
+        """Ids of the student that the teacher has too; None: all of them."""
+        if self.ids_V is not None and bool((self.ids_V == NONE).any()):
+            self.shared_S = (self.ids_V != NONE).nonzero().squeeze(-1)
 
     def sparse(self, batch: dict[str, Tensor]) -> Sparse | None:
         """Nothing: a live teacher gives its states. See CachedTeacher."""
@@ -61,8 +71,37 @@ class Teacher:
         """The teacher's output head."""
         whole = head_of(self.model)
         if self.ids_V is None:
-            return whole
-        return replace(whole, weight_VH=rows_of(whole.weight_VH, self.ids_V))
+            return replace(whole, weight_VH=whole.weight_VH[: self.size])
+        ids = self.ids_V if self.shared_S is None else self.ids_V[self.shared_S]
+        return replace(whole, weight_VH=rows_of(whole.weight_VH, ids))
+
+    def compared(self, head: Head, targets_N: Tensor) -> tuple[Head, Tensor]:
+        """A student's head and targets [N] over the ids that this teacher's head is over."""
+        if self.shared_S is None:
+            return head, targets_N
+        shared_S = self.shared_S.to(targets_N.device)
+        return replace(head, weight_VH=rows_of(head.weight_VH, shared_S)), torch.searchsorted(
+            shared_S, targets_N
+        )
+
+    @torch.no_grad()
+    def mass_outside(self, blocks: Blocks, batch_size: int) -> float:
+        """Mean share of its probability, over the scored tokens, on ids that its head leaves out.
+
+        1 − Σ_shared p: what is lost when the distribution is renormalised over the shared tokens.
+        """
+        whole, lost, count = head_of(self.model), 0.0, 0
+        for batch in blocks.batches(batch_size):
+            batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+            hidden_NH = self.hidden(batch).final[scored(batch)]
+            for part_NH in hidden_NH.split(max(16, CHUNK_ELEMENTS // len(whole.weight_VH))):
+                shared_N, all_N = (
+                    head.logits(part_NH, head.weight_VH).double().logsumexp(-1)
+                    for head in (self.head, whole)
+                )
+                lost += float(-(shared_N - all_N).expm1().sum())
+            count += len(hidden_NH)
+        return lost / max(count, 1)
 
 
 def hidden_states(

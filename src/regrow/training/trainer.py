@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -16,31 +14,26 @@ from torch.nn import functional
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
     PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 
 from regrow.errors import UserError
-from regrow.progress import Progress
 from regrow.training.adapters import has_adapter, load_adapter
 from regrow.training.balance import MAIN
+from regrow.training.blend import BlendedTeacher
 from regrow.training.cache.teacher import CachedTeacher
+from regrow.training.callbacks import CHOSEN_BY
 from regrow.training.head import Mix, head_loss, head_of
 from regrow.training.inside import inside
 from regrow.training.signal_mix import SignalMix
 from regrow.training.signal_trainer import SignalTrainer
+from regrow.training.spans.teacher import SpanTeacher
 from regrow.training.tally import Tally
 from regrow.training.teacher import Teacher, hidden_states, scored
-
-CHOSEN_BY = "forward_kl"
-HELDOUT = {f"eval_{CHOSEN_BY}": "heldout_kl"}  # any other eval_x becomes heldout_x
 
 
 def bind_loss(
     student: PreTrainedModel,
-    teacher: Teacher | CachedTeacher | None,
+    teacher: Teacher | CachedTeacher | BlendedTeacher | SpanTeacher | None,
     mix: Mix,
     signals: SignalMix | None = None,
 ) -> Callable[[], None]:
@@ -61,9 +54,11 @@ def bind_loss(
         self: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, labels: Tensor, **_: Any
     ) -> dict[str, Any]:
         batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+        now = mix if self.training else measured
+        if isinstance(teacher, SpanTeacher):
+            return teacher.outputs(self, batch, now)
         mask = scored(batch)
         targets_N = labels[:, 1:][mask]
-        now = mix if self.training else measured
         teacher_NH = taught = sparse = None
         teacher_head = None if teacher is None else teacher.head  # its ids are compared, if given
         if isinstance(teacher, CachedTeacher) and now.needs_teacher:
@@ -71,14 +66,16 @@ def bind_loss(
         if teacher is not None and sparse is None and (now.needs_teacher or signals is not None):
             taught = teacher.hidden(batch, **reads)
             teacher_NH = taught.final[mask]
-        own = hidden_states(self, batch, **reads)
+        own, head = hidden_states(self, batch, **reads), head_of(self)
+        if teacher is not None:
+            head, targets_N = teacher.compared(head, targets_N)
         total, parts = head_loss(
-            own.final[mask], head_of(self), targets_N, now, teacher_NH, teacher_head, sparse=sparse
+            own.final[mask], head, targets_N, now, teacher_NH, teacher_head, sparse=sparse
         )
         found = {"loss": total, "main": total.detach(), "parts": parts, "tokens": mask.sum()}
         if signals is None or taught is None or not isinstance(teacher, Teacher):
             return found
-        ours = inside(self, own, head_of(self))
+        ours = inside(self, own, head)
         theirs = inside(teacher.model, taught, teacher.head)
         more, inner = signals.loss(ours, theirs, functional.pad(mask, (0, 1)))
         return {**found, "loss": total + more, "parts": {**parts, **inner}}
@@ -190,81 +187,6 @@ class DistillTrainer(SignalTrainer):
         return metrics
 
 
-class Pace(TrainerCallback):
-    """Tells tokens/s and ETA; asks for a last evaluation and checkpoint at the last step."""
-
-    def __init__(self, tokens_per_step: int, progress: Progress) -> None:
-        self.tokens_per_step, self.progress, self.note = tokens_per_step, progress, ""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Count on from the step that an earlier process reached."""
-        self.progress.resume_at(state.global_step * self.tokens_per_step)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Count the step's tokens."""
-        if state.is_world_process_zero:
-            self.progress.advance(self.tokens_per_step, self.note)
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = control.should_save = control.should_log = True
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Remember the last losses, to be shown with the progress."""
-        for key, name in (("loss", "loss"), ("eval_forward_kl", "held-out KL")):
-            if logs and key in logs:
-                self.note = f"{name} {logs[key]:.3f}"
-
-
-class Journal(TrainerCallback):
-    """Writes metrics.jsonl, the stage's and the run's: one JSON object per logged step."""
-
-    def __init__(self, paths: tuple[Path, ...], stage: str, tokens_per_step: int) -> None:
-        self.paths, self.stage, self.tokens_per_step = paths, stage, tokens_per_step
-        self.start = time.monotonic()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Drop the rows of steps that will be done again, after a kill."""
-        if state.is_world_process_zero:
-            # From the start, the row of step 0 will be written again too.
-            for path in self.paths:
-                _drop_later_rows(path, self.stage, state.global_step or -1)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Append {stage, step, tokens, seconds in this process, name: value …}."""
-        numbers = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float)}
-        if not state.is_world_process_zero or "train_runtime" in numbers:
-            return
-        row = {
-            "stage": self.stage,
-            "step": state.global_step,
-            "tokens": state.global_step * self.tokens_per_step,
-            "seconds": round(time.monotonic() - self.start, 2),
-            **{_row_name(name): value for name, value in numbers.items()},
-        }
-        for path in self.paths:
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-
-
 class _EvenShares(Dataset[dict[str, Tensor]]):
     """Blocks, and some in which nothing is scored, so that their number is a multiple of `share`.
 
@@ -282,21 +204,6 @@ class _EvenShares(Dataset[dict[str, Tensor]]):
             block: dict[str, Tensor] = self.blocks[index]
             return block
         return {**self.blocks[0], "labels": torch.full_like(self.blocks[0]["labels"], -100)}
-
-
-def _row_name(logged: str) -> str:
-    """A held-out figure's name in metrics.jsonl."""
-    inside = logged.removeprefix("eval_")
-    return logged if inside == logged else HELDOUT.get(logged, f"heldout_{inside}")
-
-
-def _drop_later_rows(path: Path, stage: str, step: int) -> None:
-    """Rows of steps that will be done again, after a kill, go."""
-    if not path.exists():
-        return
-    rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    kept = [r for r in rows if json.loads(r)["stage"] != stage or json.loads(r)["step"] <= step]
-    path.write_text("".join(row + "\n" for row in kept))
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -15,10 +15,17 @@ ENDINGS = (".jsonl", ".ndjson")
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """One row per line; empty lines are skipped, any other that is no object is a UserError."""
+    for _, row in placed(path):
+        yield row
+
+
+def placed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows as `read` gives them, each with its place, `file:line`."""
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield _row(line, f"{path}:{number}")
+                where = f"{path}:{number}"
+                yield where, _row(line, where)
 
 
 def _row(line: str, where: str) -> dict[str, Any]:

@@ -20,8 +20,12 @@ def arguments_of(
     options: Options,
     device: torch.device,
     counts: tuple[int, int, int],
+    chosen_by: str,
 ) -> TrainingArguments:
-    """The trainer's arguments; `counts`: steps, blocks per micro-batch, micro-batches per step."""
+    """The trainer's arguments; `counts`: steps, blocks per micro-batch, micro-batches per step.
+
+    `chosen_by` is the held-out loss by which the best checkpoint is chosen.
+    """
     steps, micro, accumulation = counts
     every = max(1, min(steps, round(config.eval_tokens / config.batch_tokens)))
     arguments = TrainingArguments(
@@ -48,7 +52,7 @@ def arguments_of(
         save_steps=every,
         save_total_limit=2,  # the best and the last; with 1 Trainer drops the last when it ends
         load_best_model_at_end=True,
-        metric_for_best_model="eval_forward_kl",
+        metric_for_best_model=f"eval_{chosen_by}",
         greater_is_better=False,
         report_to=_trackers(folder),
         remove_unused_columns=False,

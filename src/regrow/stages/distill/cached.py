@@ -12,8 +12,8 @@ from regrow.training.cache.folder import Cache
 from regrow.training.cache.teacher import check_use
 
 FEWER_TOKENS = (
-    "a cache is of the teacher's own tokens, and the student has fewer: leave out the cache, so "
-    "that the live teacher is used"
+    "a cache is of the teacher's own tokens, and the student has fewer, or others: leave out the "
+    "cache, so that the live teacher is used"
 )
 
 

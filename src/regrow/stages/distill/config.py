@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from regrow import plugins
 from regrow.config import Config
 from regrow.errors import nearest
+from regrow.quantization import schemes
 
 LOSSES = "regrow.training.losses"
 SIGNALS = "regrow.training.signals"
@@ -55,6 +56,9 @@ class DistillConfig(Config):
     attention, logit_lens, logit_lens_symmetric."""
     lens_layers: tuple[int | float, ...] = (0.25, 0.5, 0.75)
     """Where the logit lens reads: shares of the student's blocks, or numbers of blocks from 0."""
+    fake_quantize: str | None = None
+    """Scheme (int8, int4, int4-g32, …) that the layers' weights are rounded to while training, for
+    `quantize` with the method rtn afterwards; the student is written in float32, unrounded."""
     balance: bool = False
     """Multiply each signal's weight by the running mean of the losses over that of the signal."""
     eval_tokens: int = Field(default=25_000, ge=1)
@@ -64,6 +68,15 @@ class DistillConfig(Config):
     cache: str | None = None
     """Folder that regrow cache wrote: the teacher's head is loaded, its body is not. In a recipe a
     cache stage before this one is taken."""
+    blend: dict[str, float] = Field(default={})
+    """Further teachers (folder or hub id) of the same tokens, each with its share of the target
+    distribution; the teacher has the rest. {other: 0.3} teaches 0.7 p_teacher + 0.3 p_other."""
+    cross_tokenizer: Literal["refuse", "spans"] = "refuse"
+    """For a teacher with another tokenizer: refuse it, or let the student match the probability of
+    each span of text at whose ends tokens of both end; losses but cross_entropy are then of spans,
+    (span's probability, its rest)."""
+    span_temperature: float = Field(default=100.0, gt=0)
+    """τ: probabilities of spans are taken to the power 1/τ, so that unlikely ones count too."""
     adapter: Literal["none", "lora", "qlora"] = "none"
     """What trains: none (all weights), lora (low-rank adapters beside frozen weights, merged into
     them in the result), qlora (the same, the frozen weights held in 4 bits)."""
@@ -110,6 +123,26 @@ class DistillConfig(Config):
             if not 0 < weight < math.inf:
                 raise ValueError(f"the weight of {name} must be above 0 and finite")
         return signals
+
+    @field_validator("fake_quantize")
+    @classmethod
+    def _weights_alone(cls, name: str | None) -> str | None:
+        if name is None:
+            return None
+        scheme = schemes.find(name)
+        if scheme.dynamic:
+            raise ValueError(f"{scheme.name} rounds inputs too; give int8 or a kind of int4")
+        return scheme.name
+
+    @field_validator("blend")
+    @classmethod
+    def _shares(cls, blend: dict[str, float]) -> dict[str, float]:
+        if not all(share > 0 for share in blend.values()) or not sum(blend.values()) < 1:
+            raise ValueError(
+                f"the shares {list(blend.values())} must be above 0 and sum to less than 1: the "
+                "teacher has the rest"
+            )
+        return blend
 
     @field_validator("lens_layers")
     @classmethod

@@ -18,9 +18,9 @@ from regrow.manifest import Figure, Stage, refuse_input, require_space
 from regrow.options import Options
 from regrow.progress import progress, say
 from regrow.stages.distill.arguments import arguments_of
-from regrow.stages.distill.cached import open_cache
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.mix import mix_of
+from regrow.stages.distill.opposite import Opposite
 from regrow.stages.distill.resume import (
     METRICS,
     TRAINER,
@@ -28,12 +28,18 @@ from regrow.stages.distill.resume import (
     last_checkpoint,
     rescue,
 )
+from regrow.stages.distill.rounding import rounding_of
 from regrow.stages.distill.signals import CARRIED, signals_between
 from regrow.stages.distill.student import Student, check_student, open_student
-from regrow.stages.distill.teaching import freeze, show_attentions, teacher_of
+from regrow.stages.distill.teaching import (
+    freeze,
+    mass_lost,
+    show_attentions,
+)
 from regrow.training import sharding
-from regrow.training.tokens import teacher_ids
-from regrow.training.trainer import DistillTrainer, Journal, Pace, bind_loss
+from regrow.training.callbacks import CHOSEN_BY, Journal, Pace
+from regrow.training.fake_quantize import bind_rounding
+from regrow.training.trainer import DistillTrainer, bind_loss
 
 ADAPTER = "adapter"
 
@@ -50,8 +56,9 @@ def distill(
     """Train `student` towards `teacher` on the train split of `data`; write the best student.
 
     A student given as a config.json is made fresh, with the teacher's tokenizer. One whose tokens
-    are some of the teacher's is taught on its own tokens, over which the teacher's distribution is
-    renormalised.
+    are some of the teacher's, or differ in added tokens alone, is taught on its own tokens; the
+    teacher's distribution is renormalised over those that both have. With `cross_tokenizer: spans`
+    a teacher of another tokenizer teaches by the probabilities of spans of text.
     bf16 compute over float32 master weights; the checkpoint with the lowest held-out KL is kept.
     Metrics go to `metrics.jsonl` in the folder and, if given, to `journal` as well.
     An interrupted run goes on from its last checkpoint, a raised `tokens` extends a finished one.
@@ -61,14 +68,12 @@ def distill(
     device = options.torch_device()
     master = teacher if isinstance(teacher, Checkpoint) else load(teacher)
     pupil = open_student(student, master)
-    refuse_input(out, pupil.like.folder, master.folder)
-    ids_V = teacher_ids(pupil.like, master)
-    cached = open_cache(config, master, ids_V)
+    opposite = Opposite.open(config, pupil, master, options)
+    refuse_input(out, pupil.like.folder, *(each.folder for each in opposite.checkpoints))
     inputs = {
         "student": pupil.fingerprint,
-        "teacher": master.fingerprint,
         "data": data_digest(data),
-        **({} if cached is None else {"cache": cached.fingerprint}),
+        **opposite.inputs,
     }
     stage = _stage(out, config, inputs)
     if stage.complete:
@@ -77,18 +82,18 @@ def distill(
     signals = signals_between(pupil, master, config)
     adapter = check_student(pupil, config, options)
     sharded = sharding.is_sharded(options)
+    rounding = rounding_of(pupil, config, sharded)
+    written = pupil.dtype if rounding is None else torch.float32
     steps, micro, accumulation = steps_of(config, data, options)
     trained = pupil.parameters if adapter is None else adapter.parameters(pupil.on_meta())
     # Weights and optimizer of the best, the last and the next checkpoint, and the result.
     each = 16 if sharded else 12  # in shares the weights are written twice
-    require_space(out, trained * 3 * each + pupil.parameters * pupil.dtype.itemsize)
-    tokenizer = (master if ids_V is None else pupil.like).tokenizer()
+    require_space(out, trained * 3 * each + pupil.parameters * written.itemsize)
+    tokenizer = opposite.tokenizer()
     heldout = build_blocks(data, tokenizer, "heldout", config.heldout_blocks)
     count = steps * config.batch_tokens // data.sequence_length
     blocks = build_blocks(data, tokenizer, "train", count)
-    if cached is not None:
-        cached.check_blocks(heldout, "heldout")
-        cached.check_blocks(blocks, "train")
+    opposite.check(heldout, blocks)
     ranks.join(cpu=device.type == "cpu")
     with stage as folder:
         if ranks.is_main():
@@ -97,10 +102,12 @@ def distill(
         model = pupil.model(config.seed, adapter, device)
         if device.index is not None:
             torch.cuda.set_device(device)  # the trainer takes the current one
-        taught_by = teacher_of(master, ids_V, cached, device, sharded)
+        taught_by = opposite.teacher(config, device, sharded)
+        lost = mass_lost(taught_by, heldout, micro)
         show_attentions(model, taught_by, signals)
         shared = freeze(model, taught_by, config, signals, sharded)
-        arguments = arguments_of(folder, config, options, device, (steps, micro, accumulation))
+        counts = (steps, micro, accumulation)
+        arguments = arguments_of(folder, config, options, device, counts, opposite.chosen_by)
         trainer = DistillTrainer(
             model=model,
             args=arguments,
@@ -109,13 +116,15 @@ def distill(
             signals=signals,
         )
         undo = bind_loss(model, taught_by, mix_of(config), signals)
+        unround = bind_rounding(model, rounding) if rounding is not None else lambda: None
         _train(trainer, folder, stage, pupil, steps, journal)
+        unround()
         undo()
         if shared is not None:
             shared.close()
         if ranks.is_main():
-            _write(trainer, pupil, folder, config.keep_adapters and adapter is not None)
-        stage.figures += _figures(trainer, steps * config.batch_tokens)
+            _write(trainer, pupil, folder, written, config.keep_adapters and adapter is not None)
+        stage.figures += _figures(trainer, steps * config.batch_tokens) + lost
     return out
 
 
@@ -193,15 +202,17 @@ def _train(
             ) from None
 
 
-def _write(trainer: DistillTrainer, pupil: Student, folder: Path, adapters: bool) -> None:
-    """Write the best student in the parent's dtype, with what travels beside it."""
+def _write(
+    trainer: DistillTrainer, pupil: Student, folder: Path, dtype: torch.dtype, adapters: bool
+) -> None:
+    """Write the best student, with what travels beside it."""
     if adapters:
         trainer.student.save_pretrained(str(folder / ADAPTER))
     if trainer.is_fsdp_enabled:  # the best checkpoint is a stock folder, put together from shares
         assert trainer.state.best_model_checkpoint is not None
-        model = Checkpoint(trainer.state.best_model_checkpoint).model(pupil.dtype)
+        model = Checkpoint(trainer.state.best_model_checkpoint).model(dtype)
     else:
-        model = pupil.plain(trainer.student)
+        model = pupil.plain(trainer.student, dtype)
     model.config.use_cache = True
     checkpoints.write_model(model, folder, pupil.like)
     for name in CARRIED:
@@ -211,18 +222,18 @@ def _write(trainer: DistillTrainer, pupil: Student, folder: Path, adapters: bool
 
 
 def _figures(trainer: DistillTrainer, tokens: int) -> list[Figure]:
-    rows = [row for row in trainer.state.log_history if "eval_forward_kl" in row]
-    convention = "KL(teacher || student) on held-out blocks, bf16"
-    first = Figure(
-        name="held-out KL before",
-        value=rows[0]["eval_forward_kl"],
-        unit="nats",
-        convention=convention,
-    )
+    metric = trainer.args.metric_for_best_model
+    assert metric is not None
+    rows = [row for row in trainer.state.log_history if metric in row]
+    name, convention = "held-out KL", "KL(teacher || student) on held-out blocks, bf16"
+    if metric != f"eval_{CHOSEN_BY}":
+        name = "held-out span KL"
+        convention = "of the probabilities of spans, to the power 1/τ, times τ, per scored token"
+    first = Figure(name=f"{name} before", value=rows[0][metric], unit="nats", convention=convention)
     # Of the checkpoint that was kept: none is made at step 0, which is measured too.
     assert trainer.state.best_metric is not None
     best = Figure(
-        name="held-out KL",
+        name=name,
         value=trainer.state.best_metric,
         unit="nats",
         convention=convention,

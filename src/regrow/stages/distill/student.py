@@ -16,9 +16,11 @@ from regrow.checkpoint import Checkpoint, load, refuse_kind
 from regrow.errors import UserError
 from regrow.manifest import digest
 from regrow.options import Options
+from regrow.progress import say
 from regrow.stages.distill.config import DistillConfig
 from regrow.training import adapters, prefix, sharding
 from regrow.training.adapters import Adapter
+from regrow.training.tokens import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +49,13 @@ class Student:
         """What the result is written in."""
         found: torch.dtype = getattr(torch, self.like.dtype(self.like.names()[0]))
         return found
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of its embedding."""
+        return int(
+            self.like.config["vocab_size"] if self.config is None else self.config.vocab_size
+        )
 
     @property
     def parameters(self) -> int:
@@ -90,11 +99,11 @@ class Student:
         made.register_load_state_dict_post_hook(_all_taken)
         return made
 
-    def plain(self, trained: PreTrainedModel) -> PreTrainedModel:
-        """The trained student as a plain stock model, in its parent's dtype."""
+    def plain(self, trained: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+        """The trained student as a plain stock model."""
         if not adapters.has_adapter(trained):
-            return trained.to(self.dtype)  # type: ignore[arg-type]
-        merged = self.like.model(self.dtype)
+            return trained.to(dtype)  # type: ignore[arg-type]
+        merged = self.like.model(dtype)
         adapters.merge_into(merged, trained)
         return merged
 
@@ -137,11 +146,16 @@ def open_student(student: str | Path | Checkpoint, teacher: Checkpoint) -> Stude
         return Student(load(student))
     path = Path(student).expanduser()
     config = _config(path, _read(path), teacher)
-    needed = max(teacher.tokenizer().get_vocab().values()) + 1
+    needed = token_ids(teacher.tokenizer())
     if config.vocab_size < needed:
         raise UserError(
             f"{path}: vocab_size {config.vocab_size} is too small for the teacher's tokenizer; "
             f"give {needed} or more"
+        )
+    if config.vocab_size > needed:
+        say(
+            f"distill: {path} has vocab_size {config.vocab_size}, and the tokenizer {needed} ids: "
+            "rows beyond them are not taught, and may be generated; leave them out"
         )
     return Student(teacher, config)
 

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from regrow.checkpoint import Checkpoint
+from regrow.data import Blocks
+from regrow.manifest import Figure
 from regrow.progress import say
+from regrow.stages.distill.blend import Further
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.mix import mix_of
 from regrow.training import prefix, sharding
-from regrow.training.cache.folder import Cache
+from regrow.training.blend import BlendedTeacher
+from regrow.training.cache.folder import Cache, shared_ids
 from regrow.training.cache.teacher import CachedTeacher, head_from
 from regrow.training.inside import give_attentions
 from regrow.training.prefix import SharedPrefix
 from regrow.training.signal_mix import SignalMix
+from regrow.training.spans.teacher import SpanTeacher
 from regrow.training.teacher import Teacher
+from regrow.training.tokens import NONE
+
+AnyTeacher: TypeAlias = Teacher | CachedTeacher | BlendedTeacher | SpanTeacher
 
 
 def teacher_of(
@@ -26,19 +37,52 @@ def teacher_of(
     device: torch.device,
     sharded: bool,
 ) -> Teacher | CachedTeacher:
-    """The teacher in bfloat16: its head and a cache, or all of it, on the device or in shares."""
+    """The teacher in bfloat16: its head and a cache, or all of it, on the device or in shares.
+
+    Its distribution is over the ids of its tokenizer: rows of padding are left out.
+    """
     if cached is not None:
-        return CachedTeacher(cached, head_from(master, device))
+        head = head_from(master, device)
+        weight_VH = head.weight_VH[: cached.header.vocab_size]
+        return CachedTeacher(cached, replace(head, weight_VH=weight_VH))
+    size = shared_ids(master, master.tokenizer())
     if not sharded:
-        return Teacher(master.model(torch.bfloat16, device), ids_V)
+        return Teacher(master.model(torch.bfloat16, device), ids_V, size)
     model = master.model(torch.bfloat16)
     sharding.share(model, device)
-    return Teacher(model, ids_V)
+    return Teacher(model, ids_V, size)
 
 
-def show_attentions(
-    model: PreTrainedModel, teacher: Teacher | CachedTeacher, signals: SignalMix | None
-) -> None:
+def blended(teacher: Teacher | CachedTeacher, further: list[Further], sharded: bool) -> AnyTeacher:
+    """The teacher, and those beside it on the same device."""
+    if not further:
+        return teacher
+    assert isinstance(teacher, Teacher)
+    device, teachers = teacher.model.device, [teacher]
+    for each in further:
+        made = teacher_of(each.checkpoint, each.ids_V, None, device, sharded)
+        assert isinstance(made, Teacher)
+        teachers.append(made)
+    shares = [each.share for each in further]
+    return BlendedTeacher(teachers, [1 - sum(shares), *shares])
+
+
+def mass_lost(teacher: AnyTeacher, heldout: Blocks, batch_size: int) -> list[Figure]:
+    """How much of the teacher's distribution is on tokens that the student has not; said, too."""
+    if not isinstance(teacher, Teacher) or teacher.ids_V is None:
+        return []
+    lost = teacher.mass_outside(heldout, batch_size)
+    count = int((teacher.ids_V != NONE).sum())
+    say(
+        f"distill: the {count:,} tokens that both models have are compared; the teacher gives "
+        f"{lost:.2%} of its probability to others, on held-out text"
+    )
+    convention = "mean over scored held-out tokens, bf16"
+    name = "teacher's probability outside the shared tokens"
+    return [Figure(name=name, value=lost, unit="share", convention=convention)]
+
+
+def show_attentions(model: PreTrainedModel, teacher: AnyTeacher, signals: SignalMix | None) -> None:
     """Have both models form their attention weights, if a signal reads them."""
     if signals is not None and "attentions" in signals.needs:
         assert isinstance(teacher, Teacher)
@@ -49,7 +93,7 @@ def show_attentions(
 
 def freeze(
     model: PreTrainedModel,
-    teacher: Teacher | CachedTeacher,
+    teacher: AnyTeacher,
     config: DistillConfig,
     signals: SignalMix | None,
     sharded: bool,
@@ -63,6 +107,8 @@ def freeze(
         return None
     prefix.freeze(model, count)
     if sharded or not isinstance(teacher, Teacher) or teacher.ids_V is not None:
+        return None
+    if config.fake_quantize is not None:  # the teacher's blocks are not rounded
         return None
     runs = mix_of(config).needs_teacher or signals is not None
     shows = signals is not None and "attentions" in signals.needs

@@ -13,6 +13,7 @@ from regrow.checkpoint import Checkpoint
 from regrow.data import DataConfig
 from regrow.errors import UserError
 from regrow.manifest import digest
+from regrow.progress import say
 from regrow.stages.evaluate.config import HELDOUT, EvaluateConfig
 from regrow.stages.evaluate.texts import Reference, Text, build_texts, openings_of
 from regrow.training.tokens import ids_in
@@ -26,7 +27,7 @@ def texts_of(
     """The texts by model's label, tokenized once per distinct tokenizer.
 
     The first tokens of a further text are those of the model `first`; a model with another
-    tokenizer gets the same string in its own tokens.
+    tokenizer gets the same string in its own tokens, and no model a figure per token.
     """
     tokenizers = {label: checkpoint.tokenizer() for label, checkpoint in checkpoints.items()}
     keys = {label: fingerprint(tokenizer) for label, tokenizer in tokenizers.items()}
@@ -37,6 +38,10 @@ def texts_of(
     for label, key in keys.items():
         if key not in built:
             built[key] = build_texts(data, tokenizers[label], config, openings)
+    say(
+        "evaluate: the models' tokenizers differ, so perplexities per token do not compare and are "
+        f"left out; compare bits per byte, or perplexities per token of {first}"
+    )
     references = {text.name: _reference(first, text) for text in built[keys[first]]}
     built = {
         key: [_told_apart(text, references[text.name]) for text in texts]
@@ -48,8 +53,8 @@ def texts_of(
 def _told_apart(text: Text, reference: Reference | None) -> Text:
     if text.name == HELDOUT:
         own = "in the model's own tokens: not the same text for one of other tokens"
-        return replace(text, convention=f"{text.convention}; {own}")
-    return replace(text, reference=reference)
+        return replace(text, convention=f"{text.convention}; {own}", per_token=False)
+    return replace(text, reference=reference, per_token=False)
 
 
 def _reference(label: str, text: Text) -> Reference | None:

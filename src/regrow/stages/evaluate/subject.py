@@ -6,6 +6,7 @@ N scored tokens of a window, H hidden.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -15,12 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
-from regrow.manifest import Figure
 from regrow.progress import progress
 from regrow.stages.evaluate.config import EvaluateConfig
+from regrow.stages.evaluate.measured import Kept, Measured
+from regrow.stages.evaluate.task_rows import Rows
 from regrow.stages.evaluate.texts import IGNORED, Text, in_other_ids
 from regrow.training.head import Head, Mix, head_loss, head_of
-from regrow.training.tokens import rows_of
+from regrow.training.tokens import rows_of, token_ids
+
+__all__ = ["Context", "Measured", "Subject", "Teacher", "Window", "mean_loss", "ratio"]
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,6 @@ class Window:
 
     states_NH: Tensor
     targets_N: Tensor
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a metric found."""
-
-    figures: list[Figure] = field(default_factory=list)
-    generations: list[dict[str, str]] = field(default_factory=list)
 
 
 class Subject:
@@ -53,8 +49,25 @@ class Subject:
     ) -> None:
         self.label, self.checkpoint, self.texts = label, checkpoint, texts
         self.dtype, self.device, self.batch_size = dtype, device, batch_size
-        self.model: PreTrainedModel = checkpoint.model(dtype, device)
         self._windows: dict[str, list[Window]] = {}
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model, loaded when it is first needed."""
+        return self.checkpoint.model(self.dtype, self.device)
+
+    def unload(self) -> None:
+        """Let the model go; it is loaded again when it is needed."""
+        self.__dict__.pop("model", None)
+        self.__dict__.pop("head", None)
+
+    @property
+    def where(self) -> str:
+        """Data type, device and threads."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.device.type == "cuda":
+            return f"{dtype} on {torch.cuda.get_device_name(self.device)}"
+        return f"{dtype} on {self.device.type} with {torch.get_num_threads()} threads"
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -110,7 +123,9 @@ class Teacher:
         """The loaded `subject` as a model's teacher; `ids_V` are its ids of that one's tokens."""
         if ids_V is None:
             windows = {text.name: subject.windows(text) for text in subject.texts}
-            return cls(subject.label, subject.head, windows)
+            ids = slice(token_ids(subject.tokenizer))  # what the embedding has beyond is padding
+            head = replace(subject.head, weight_VH=subject.head.weight_VH[ids])
+            return cls(subject.label, head, windows)
         head = replace(subject.head, weight_VH=rows_of(subject.head.weight_VH, ids_V))
         return cls(
             subject.label,
@@ -122,10 +137,17 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Context:
-    """What a metric may need beside the subject; `teacher` is None for the teacher itself."""
+    """What a metric may need beside the subject; None of the teacher for the teacher itself."""
 
     config: EvaluateConfig
     teacher: Teacher | None = None
+    """Its states on the texts."""
+    theirs: Measured | None = None
+    """What was measured of it."""
+    tasks: list[Rows] = field(default_factory=list)
+    """The tasks to score."""
+    kept: Kept = field(default_factory=Kept)
+    """What an interrupted evaluation found already."""
 
 
 @torch.no_grad()
@@ -160,7 +182,7 @@ def mean_loss(
     return (*ratio(sums, counts), sum(counts))
 
 
-def ratio(sums: list[float], counts: list[int]) -> tuple[float, float]:
+def ratio(sums: list[float], counts: Sequence[float]) -> tuple[float, float]:
     """Σ sums ÷ Σ counts and its standard error over the clusters (0 for a single one).
 
     se² = k/(k−1) · Σ (s_i − m n_i)² ÷ (Σ n_i)²: linearised ratio estimator (Cochran, 1977, §6.4).

@@ -34,6 +34,8 @@ class Text:
     convention: str
     num_bytes: int | None = None
     """UTF-8 bytes of the scored tokens; None when they cannot be told."""
+    per_token: bool = True
+    """Whether figures per token compare, as all models have the same tokens."""
     reference: Reference | None = None
     """Where another model's tokens say where the text ends, what they are like."""
 

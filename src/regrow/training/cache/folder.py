@@ -20,6 +20,7 @@ from regrow.errors import UserError
 from regrow.training.cache.formats import Format, make
 from regrow.training.cache.keys import block_keys
 from regrow.training.cache.store import Store
+from regrow.training.tokens import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +75,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def shared_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many ids a distribution over tokens is over: rows of padding are left out."""
-    return min(int(checkpoint.config["vocab_size"]), max(tokenizer.get_vocab().values()) + 1)
+    return min(int(checkpoint.config["vocab_size"]), token_ids(tokenizer))
 
 
 class Cache:

@@ -49,6 +49,10 @@ class CachedTeacher:
             final[mask] = torch.cat(parts).to(mask.device)  # type: ignore[arg-type]
         return States(final, ())
 
+    def compared(self, head: Head, targets_N: Tensor) -> tuple[Head, Tensor]:
+        """A student's head and targets as they are: it has the teacher's own tokens."""
+        return head, targets_N
+
     def _find(self, batch: dict[str, Tensor]) -> tuple[str, list[bytes]]:
         """The split that a batch is of, and the keys of its blocks in which something is scored."""
         there = scored(batch).any(-1).tolist()

@@ -17,23 +17,23 @@ def measure(subject: Subject, context: Context) -> Measured:
     """exp(mean −log q(token)); the standard error is that of the mean times the perplexity.
 
     Where the text's bytes are known, also Σ −log2 q(token) ÷ bytes; and, where tokenizers differ,
-    exp(Σ −log q(token) ÷ bytes · bytes per token of the first model), which compares with that
-    model's perplexity.
+    in place of the perplexity exp(Σ −log q(token) ÷ bytes · bytes per token of the first model),
+    which is that model's own perplexity.
     """
     figures = []
     for text in subject.texts:
         mean, stderr, tokens = mean_loss(subject, text, "cross_entropy")
         value = math.exp(min(mean, LARGEST))
         convention = f"{text.convention}; {context.config.dtype}, {CLUSTERS}"
-        figures.append(
-            Figure(
-                name=f"perplexity/{text.name}",
-                value=value,
-                n=tokens,
-                stderr=value * stderr,
-                convention=convention,
-            )
+        figure = Figure(
+            name=f"perplexity/{text.name}",
+            value=value,
+            n=tokens,
+            stderr=value * stderr,
+            convention=convention,
         )
+        if text.per_token:
+            figures.append(figure)
         if text.num_bytes:
             figures += _per_byte(text, mean * tokens, stderr * tokens, convention)
     return Measured(figures)

@@ -1,0 +1,1 @@
+"""Named schemes of quantized weights and the grids they put weights on."""

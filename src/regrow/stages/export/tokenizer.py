@@ -1,0 +1,176 @@
+"""A tokenizer as the keys of a GGUF file: tokens, their kinds, merges or scores, special ids."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from regrow.checkpoint import Checkpoint
+from regrow.errors import UserError
+from regrow.progress import say
+from regrow.stages.export import pre
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unk", "pad": "pad"}
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""Kinds of tokens, as llama.cpp numbers them."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What llama.cpp must know to split text as the tokenizer does."""
+
+    model: str
+    """gpt2 for byte-level BPE, llama for BPE over characters with bytes for the rest, t5 for
+    Unigram."""
+    tokens: list[str]
+    kinds: list[int]
+    pre: str | None = None
+    merges: list[str] | None = None
+    scores: list[float] | None = None
+    space_prefix: bool = False
+    """Whether a space is put before the text."""
+
+
+def vocabulary(checkpoint: Checkpoint, vocab_size: int, given_pre: str | None) -> Vocabulary:
+    """The checkpoint's tokenizer for an embedding of `vocab_size` rows.
+
+    Raises UserError for one that llama.cpp has no way to split text as, or with more ids than rows.
+    """
+    tokenizer = checkpoint.tokenizer()
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer in {checkpoint.folder} has no tokenizer.json: save it with a fast "
+            "tokenizer of transformers first"
+        )
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    kind = _kind(rules)
+    if kind == "t5" and rules["model"].get("byte_fallback"):
+        say("export: llama.cpp's Unigram spells no unknown character in bytes: it gets the <unk>")
+    tokens, kinds = _tokens(rules, vocab_size, kind)
+    prefix = _puts_space(tokenizer) if kind != "gpt2" else False
+    if kind == "gpt2":
+        merges = [m if isinstance(m, str) else " ".join(m) for m in rules["model"]["merges"]]
+        return Vocabulary(kind, tokens, kinds, pre.name_of(rules, given_pre), merges)
+    scores = _bpe_scores(rules, tokens) if kind == "llama" else _unigram_scores(rules, tokens)
+    return Vocabulary(kind, tokens, kinds, "default", None, scores, prefix)
+
+
+def write(writer: Any, checkpoint: Checkpoint, found: Vocabulary) -> None:
+    """Add the tokenizer's keys to a GGUFWriter: vocabulary, special ids, chat template."""
+    writer.add_tokenizer_model(found.model)
+    writer.add_tokenizer_pre(found.pre)
+    writer.add_token_list(found.tokens)
+    writer.add_token_types(found.kinds)
+    if found.scores is not None:
+        writer.add_token_scores(found.scores)
+    if found.merges is not None:
+        writer.add_token_merges(found.merges)
+    writer.add_add_space_prefix(found.space_prefix)
+    if found.model == "t5":
+        writer.add_remove_extra_whitespaces(False)
+    tokenizer: Any = checkpoint.tokenizer()
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
+    for name, number in ids.items():
+        if number is not None and number < len(found.tokens):
+            getattr(writer, f"add_{name}_token_id")(number)
+    for number in end_ids(checkpoint):
+        if number != ids["eos"]:
+            writer.add_eot_token_id(number)
+            break
+    around = tokenizer("a")["input_ids"]
+    writer.add_add_bos_token(bool(around) and around[0] == ids["bos"])
+    writer.add_add_eos_token(len(around) > 1 and around[-1] == ids["eos"])
+    if template := chat_template(tokenizer):
+        writer.add_chat_template(template)
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The tokenizer's chat template; of several the default."""
+    found: Any = tokenizer.chat_template
+    if isinstance(found, dict):
+        found = found.get("default") or next(iter(found.values()), None)
+    return found or None
+
+
+def end_ids(checkpoint: Checkpoint) -> list[int]:
+    """Ids that end an answer: the tokenizer's eos, then those of the generation config."""
+    path = checkpoint.folder / "generation_config.json"
+    found = [checkpoint.tokenizer().eos_token_id, checkpoint.config.get("eos_token_id")]
+    if path.exists():
+        found.append(json.loads(path.read_text()).get("eos_token_id"))
+    flat = [n for each in found for n in (each if isinstance(each, list) else [each])]
+    return list(dict.fromkeys(int(n) for n in flat if n is not None))
+
+
+def _kind(rules: dict[str, Any]) -> str:
+    model = rules["model"]
+    text = json.dumps([rules.get("pre_tokenizer"), rules.get("normalizer")])
+    if model["type"] == "BPE":
+        if '"ByteLevel"' in text:
+            return "gpt2"
+        if model.get("byte_fallback"):
+            return "llama"
+    if model["type"] == "Unigram":
+        return "t5"
+    raise UserError(
+        f"a tokenizer of type {model['type']} that is neither byte-level nor falls back to bytes: "
+        "llama.cpp has no way to split text as it does"
+    )
+
+
+def _tokens(rules: dict[str, Any], size: int, kind: str) -> tuple[list[str], list[int]]:
+    """Text and kind of every id; ids of the embedding that the tokenizer lacks are unused."""
+    listed = rules["model"]["vocab"]
+    if isinstance(listed, dict):
+        of_id = {number: token for token, number in listed.items()}
+    else:
+        of_id = {number: token for number, (token, _) in enumerate(listed)}
+    unknown = rules["model"].get("unk_token")
+    if unknown is None and rules["model"].get("unk_id") is not None:
+        unknown = of_id[rules["model"]["unk_id"]]
+    kinds = dict.fromkeys(of_id, NORMAL)
+    for number, token in of_id.items():
+        if token == unknown:
+            kinds[number] = UNKNOWN
+        elif kind != "gpt2" and len(token) == 6 and token.startswith("<0x"):
+            kinds[number] = BYTE
+    for added in rules["added_tokens"]:
+        number = added["id"]
+        of_id[number] = added["content"]
+        if kinds.get(number) not in (UNKNOWN, BYTE):
+            kinds[number] = CONTROL if added["special"] else USER_DEFINED
+    if of_id and max(of_id) >= size:
+        raise UserError(
+            f"the tokenizer has ids up to {max(of_id)}, but the embedding {size} rows: this "
+            "tokenizer is of another model"
+        )
+    tokens = [of_id.get(number, f"[PAD{number}]") for number in range(size)]
+    return tokens, [kinds.get(number, UNUSED) for number in range(size)]
+
+
+def _bpe_scores(rules: dict[str, Any], tokens: list[str]) -> list[float]:
+    """Scores by which llama.cpp merges as the list of merges says: the earliest gives the highest.
+
+    A token that no merge makes has the lowest.
+    """
+    merges = rules["model"]["merges"]
+    rank: dict[str, int] = {}
+    for number, merge in enumerate(merges):
+        pair = merge.split(" ", 1) if isinstance(merge, str) else merge
+        rank.setdefault("".join(pair), number)
+    return [-float(rank.get(token, len(merges))) for token in tokens]
+
+
+def _unigram_scores(rules: dict[str, Any], tokens: list[str]) -> list[float]:
+    scores = dict(rules["model"]["vocab"])
+    return [float(scores.get(token, 0.0)) for token in tokens]
+
+
+def _puts_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text's first token begins with a space that the text does not have."""
+    first = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens
+    return bool(first) and first[0].startswith("▁")

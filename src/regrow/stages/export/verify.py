@@ -1,0 +1,205 @@
+"""Proof of an export: llama.cpp and transformers side by side on the same tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from regrow.checkpoint import Checkpoint
+from regrow.errors import UserError
+from regrow.llama_cpp import GgufModel
+from regrow.manifest import Figure
+from regrow.progress import say
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from transformers import PreTrainedModel
+
+MOST = {"F32": 0.01, "F16": 0.01, "BF16": 0.02, "Q8_0": 0.2}
+"""Mean KL in nats above which something must be wrong with the file, not with its precision."""
+ROWS = 64
+"""Positions whose distributions are compared at once."""
+SAMPLE = """\
+The lighthouse keeper wrote one line each evening: the wind, the tide, and the number of ships that
+had passed. In 1907 there were 412 of them; by the spring of 1911, fewer than 30. "Nobody comes this
+way any more," he said, "and I can't blame them." Still, he lit the lamp at 6:45 p.m., as he'd done
+since he was nineteen.
+
+A prime number has exactly two divisors, 1 and itself: 2, 3, 5, 7, 11, 13, 17, 19, 23 and so on.
+There is no largest one. Suppose there were; multiply all of them together, add one, and the result
+is divisible by none of them: it is a prime itself or has a prime factor that was not in the list.
+
+    def largest(values):
+        best = values[0]
+        for value in values[1:]:
+            if value > best:
+                best = value
+        return best
+
+Water boils at 100 °C at sea level, but at about 93 °C in Denver, which lies 1,609 metres higher.
+Größe, naïve, 東京 and Москва are words, too.
+"""
+"""What is compared on when no text is given."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How llama.cpp's answers differ from transformers'."""
+
+    positions: int
+    kl: float
+    """Mean over the positions of KL(transformers ‖ llama.cpp) of the next token, in nats."""
+    worst: float
+    """The largest of them."""
+    same_top: float
+    """Share of the positions with the same most likely token."""
+    greedy_equal: int
+    """Tokens of the greedy continuation that are equal before the first that differs."""
+    greedy_tokens: int
+    first_difference: str | None
+    """Where the two tokenizers part on the text; None when they do not."""
+    text: str
+
+    def figures(self) -> list[Figure]:
+        """As they go into the manifest."""
+        how = f"llama.cpp on the file against transformers in float32 on the folder; {self.text}"
+        n = self.positions
+        return [
+            Figure(name="kl", value=self.kl, unit="nats", n=n, convention=how),
+            Figure(name="kl_worst", value=self.worst, unit="nats", n=n, convention=how),
+            Figure(name="same_top_token", value=self.same_top, n=n, convention=how),
+            Figure(
+                name="greedy_equal", value=self.greedy_equal, unit="tokens", n=self.greedy_tokens
+            ),
+            Figure(name="same_tokens", value=float(self.first_difference is None), convention=how),
+        ]
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        whole = self.greedy_equal == self.greedy_tokens
+        greedy = "equal" if whole else f"parts after {self.greedy_equal} tokens"
+        lines = [
+            f"verified: llama.cpp against transformers, {self.positions} positions of {self.text}: "
+            f"KL {self.kl:.2e} nats (worst {self.worst:.1e}), same top token {self.same_top:.1%}, "
+            f"greedy {greedy} ({self.greedy_tokens})"
+        ]
+        if self.first_difference is not None:
+            lines.append(f"  llama.cpp splits this text otherwise: {self.first_difference}")
+        return lines
+
+
+def prove(
+    path: Path,
+    checkpoint: Checkpoint,
+    windows: list[list[int]],
+    text: tuple[str, str],
+    prompt: str,
+    new_tokens: int,
+) -> Proof:
+    """Compare the file with the checkpoint it was made of on windows of token ids.
+
+    `text` is a plain text, whose tokens are compared too, and what to call the windows. Raises
+    UserError when llama.cpp cannot open the file.
+    """
+    tokenizer = checkpoint.tokenizer()
+    ids = tokenizer(prompt)["input_ids"]
+    assert isinstance(ids, list)
+    longest = max([len(ids) + new_tokens, *map(len, windows)])
+    with GgufModel(path, context=longest) as theirs:
+        kls, same = [], []
+        model = checkpoint.model(_dtype(checkpoint, path))
+        for window in windows:
+            kl, top = compare(_logits(model, window), theirs.logits(window))
+            kls.append(kl)
+            same.append(top)
+        expected, found = _greedy(model, ids, new_tokens), theirs.greedy(ids, new_tokens)
+        difference = _difference(tokenizer, theirs, text[0])
+    every = [float(value) for kl in kls for value in kl]
+    pairs = list(zip(expected, found, strict=True))
+    equal = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    tops = [float(value) for top in same for value in top]
+    return Proof(
+        positions=len(every),
+        kl=sum(every) / len(every),
+        worst=max(every),
+        same_top=sum(tops) / len(tops),
+        greedy_equal=equal,
+        greedy_tokens=new_tokens,
+        first_difference=difference,
+        text=text[1],
+    )
+
+
+def check(proof: Proof, type_name: str, path: Path) -> None:
+    """Raise UserError when the file cannot be right: an error of the export, not of the type."""
+    most = MOST.get(type_name)
+    if most is not None and not proof.kl <= most:
+        raise UserError(
+            f"{path.name}: llama.cpp's next-token distributions are {proof.kl:.2g} nats from "
+            f"transformers', more than {most} for {type_name}: the file is not kept; --verify "
+            "never writes it all the same, to look into it"
+        )
+
+
+def compare(ours: torch.Tensor, theirs: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(ours ‖ theirs) of the next token [T] in nats, and whether the top tokens agree [T].
+
+    From logits [T, V], in float64.
+    """
+    import torch
+
+    kls, same = [], []
+    for rows in range(0, len(ours), ROWS):
+        p = ours[rows : rows + ROWS].double().log_softmax(-1)
+        q = torch.from_numpy(theirs[rows : rows + ROWS]).double().log_softmax(-1)
+        kls.append((p.exp() * (p - q)).sum(-1))
+        same.append(p.argmax(-1) == q.argmax(-1))
+    return torch.cat(kls), torch.cat(same)
+
+
+def _logits(model: PreTrainedModel, window: list[int]) -> torch.Tensor:
+    import torch
+
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.tensor([window])).logits[0].float()
+    return logits
+
+
+def _greedy(model: PreTrainedModel, ids: list[int], count: int) -> list[int]:
+    import torch
+
+    found: list[int] = []
+    fed, cache = ids, None
+    with torch.inference_mode():
+        for _ in range(count):
+            out = model(torch.tensor([fed]), past_key_values=cache, use_cache=True)
+            cache, fed = out.past_key_values, [int(out.logits[0, -1].argmax())]
+            found += fed
+    return found
+
+
+def _dtype(checkpoint: Checkpoint, path: Path) -> torch.dtype:
+    """float32 if the memory holds the model in it beside the file, else as it is stored."""
+    import torch
+
+    stored = sum(map(checkpoint.bytes, checkpoint.names()))
+    width = getattr(torch, checkpoint.dtype(checkpoint.names()[0])).itemsize
+    if psutil.virtual_memory().available > 4 * stored // width + path.stat().st_size:
+        return torch.float32
+    say("verify: too little memory for float32; transformers computes in the stored dtype")
+    return checkpoint.compute_dtype()
+
+
+def _difference(tokenizer: object, theirs: GgufModel, text: str) -> str | None:
+    assert callable(tokenizer)
+    ours: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    other = theirs.tokenize(text)
+    if ours == other:
+        return None
+    at = next((n for n, (a, b) in enumerate(zip(ours, other, strict=False)) if a != b), None)
+    at = min(len(ours), len(other)) if at is None else at
+    return f"token {at} is {other[at : at + 3]}, in transformers {ours[at : at + 3]}"

@@ -1,0 +1,100 @@
+"""What was gained and lost: bytes, and distance to the unquantized model on held-out blocks."""
+
+from __future__ import annotations
+
+import gc
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from regrow.checkpoint import Checkpoint
+from regrow.families import Family
+from regrow.manifest import Figure
+from regrow.plan import Plan
+from regrow.quantization.schemes import Scheme
+from regrow.stages.quantize.choose import WEIGHT
+from regrow.training.head import head_of
+from regrow.training.teacher import final_hidden, mean_loss, scored
+
+PLANS = ("plan-from-first.json", "plan.json")
+Batches = list[dict[str, Tensor]]
+
+
+def sizes(
+    before: Checkpoint, after: Checkpoint, family: Family, chosen: dict[str, Scheme]
+) -> list[Figure]:
+    """Bytes, bits per weight, and how many times smaller than it was, and than its ancestor was."""
+    old, new = (sum(map(c.bytes, c.names())) for c in (before, after))
+    shapes = [(before.shapes[module + WEIGHT], scheme) for module, scheme in chosen.items()]
+    weights = sum(rows * columns for (rows, columns), _ in shapes)
+    bits = sum(scheme.stored_bits(*shape) for shape, scheme in shapes)
+    parameters = family.count(before.config)
+    found = [
+        Figure(name="bytes before", value=old, unit="bytes"),
+        Figure(name="bytes", value=new, unit="bytes"),
+        Figure(name="bits per quantized weight", value=bits / weights, unit="bits", n=weights),
+        Figure(name="bits per parameter", value=8 * new / parameters, unit="bits", n=parameters),
+        Figure(name="times smaller", value=old / new),
+    ]
+    ancestor = _ancestor_parameters(before, family)
+    if ancestor is not None:
+        how = f"{ancestor:,} parameters in 16 bits, before it was cut, ÷ bytes"
+        ratio = 2 * ancestor / new
+        found.append(Figure(name="times smaller than the first", value=ratio, convention=how))
+    return found
+
+
+def _ancestor_parameters(checkpoint: Checkpoint, family: Family) -> int | None:
+    """Parameters of the model that the first cut was made in, by the plan beside the weights."""
+    for name in PLANS:
+        if (checkpoint.folder / name).exists():
+            plan = Plan.read(checkpoint.folder / name)
+            return family.count(checkpoint.config, plan.before)
+    return None
+
+
+@torch.no_grad()
+def quality(
+    before: Checkpoint, after: Checkpoint, batches: Batches, device: torch.device
+) -> list[Figure]:
+    """Perplexity of both models and KL between them, each opened by the stock reader in turn."""
+    dtype = before.compute_dtype()
+    model = before.model(dtype, device)
+    reference = [final_hidden(model, batch)[scored(batch)] for batch in batches]
+    head = head_of(model)
+    head = replace(head, weight_VH=head.weight_VH.detach())
+    old = mean_loss(model, batches, reference, head, "cross_entropy")
+    del model
+    gc.collect()
+    model = after.model(dtype, device)
+    new = mean_loss(model, batches, reference, head, "cross_entropy")
+    kl = mean_loss(model, batches, reference, head, "forward_kl")
+    tokens = sum(int(scored(batch).sum()) for batch in batches)
+    how = f"calibration blocks not calibrated on, {dtype}".replace("torch.", "")
+    return [
+        Figure(name="perplexity before", value=math.exp(old), n=tokens, convention=how),
+        Figure(name="perplexity", value=math.exp(new), n=tokens, convention=how),
+        Figure(name="× perplexity", value=math.exp(new - old), n=tokens, convention=how),
+        Figure(
+            name="kl",
+            value=kl,
+            unit="nats",
+            n=tokens,
+            convention=f"KL(unquantized || quantized) per scored token; {how}",
+        ),
+    ]
+
+
+def report(folder: Path, figures: list[dict[str, object]]) -> str:
+    """The figures of a quantized folder, a line each."""
+    width = max(len(str(figure["name"])) for figure in figures)
+    lines = [f"quantized: {folder}"]
+    for figure in figures:
+        value = figure["value"]
+        assert isinstance(value, float)
+        shown = f"{value:,.0f}" if figure.get("unit") == "bytes" else f"{value:,.4f}"
+        lines.append(f"  {figure['name']:<{width}}  {shown:>15} {figure.get('unit', '')}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,23 @@
+"""Round to nearest over each group's full range: the baseline, which needs no text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regrow.quantization.grid import Grid, fit
+from regrow.quantization.schemes import Scheme
+
+NEEDS_GRAM = False
+
+
+def quantize(
+    weight_RC: Tensor,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    gram_CC: Tensor | None = None,
+    damping: float = 0.0,
+) -> tuple[Tensor, Grid]:
+    """The nearest values of the grid, float32 [R, C], and the grid."""
+    grid = fit(weight_RC, scheme, dtype)
+    return grid.nearest(weight_RC), grid

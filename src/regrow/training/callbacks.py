@@ -1,0 +1,113 @@
+"""What a training run tells while it goes on: its pace, and a journal of its figures."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from regrow.progress import Progress
+
+CHOSEN_BY = "forward_kl"
+"""The loss whose held-out mean chooses the best checkpoint."""
+SPAN_CHOSEN_BY = f"span_{CHOSEN_BY}"
+"""In its place with a teacher of another tokenizer."""
+HELDOUT = {f"eval_{CHOSEN_BY}": "heldout_kl", f"eval_{SPAN_CHOSEN_BY}": "heldout_span_kl"}
+"""Any other eval_x becomes heldout_x."""
+
+
+class Pace(TrainerCallback):
+    """Tells tokens/s and ETA; asks for a last evaluation and checkpoint at the last step."""
+
+    def __init__(self, tokens_per_step: int, progress: Progress) -> None:
+        self.tokens_per_step, self.progress, self.note = tokens_per_step, progress, ""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Count on from the step that an earlier process reached."""
+        self.progress.resume_at(state.global_step * self.tokens_per_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Count the step's tokens."""
+        if state.is_world_process_zero:
+            self.progress.advance(self.tokens_per_step, self.note)
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = control.should_log = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Remember the last losses, to be shown with the progress."""
+        for key, name in (
+            ("loss", "loss"),
+            (f"eval_{CHOSEN_BY}", "held-out KL"),
+            (f"eval_{SPAN_CHOSEN_BY}", "held-out span KL"),
+        ):
+            if logs and key in logs:
+                self.note = f"{name} {logs[key]:.3f}"
+
+
+class Journal(TrainerCallback):
+    """Writes metrics.jsonl, the stage's and the run's: one JSON object per logged step."""
+
+    def __init__(self, paths: tuple[Path, ...], stage: str, tokens_per_step: int) -> None:
+        self.paths, self.stage, self.tokens_per_step = paths, stage, tokens_per_step
+        self.start = time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Drop the rows of steps that will be done again, after a kill."""
+        if state.is_world_process_zero:
+            # From the start, the row of step 0 will be written again too.
+            for path in self.paths:
+                _drop_later_rows(path, self.stage, state.global_step or -1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Append {stage, step, tokens, seconds in this process, name: value …}."""
+        numbers = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float)}
+        if not state.is_world_process_zero or "train_runtime" in numbers:
+            return
+        row = {
+            "stage": self.stage,
+            "step": state.global_step,
+            "tokens": state.global_step * self.tokens_per_step,
+            "seconds": round(time.monotonic() - self.start, 2),
+            **{_row_name(name): value for name, value in numbers.items()},
+        }
+        for path in self.paths:
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def _row_name(logged: str) -> str:
+    """A held-out figure's name in metrics.jsonl."""
+    inside = logged.removeprefix("eval_")
+    return logged if inside == logged else HELDOUT.get(logged, f"heldout_{inside}")
+
+
+def _drop_later_rows(path: Path, stage: str, step: int) -> None:
+    """Rows of steps that will be done again, after a kill, go."""
+    if not path.exists():
+        return
+    rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    kept = [r for r in rows if json.loads(r)["stage"] != stage or json.loads(r)["step"] <= step]
+    path.write_text("".join(row + "\n" for row in kept))

@@ -1,0 +1,190 @@
+"""Two teachers as one: against the mixture of whole distributions in float64, and in a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from slow_losses import BETA, NAMES, SKEW
+from slow_losses import slow as slow_loss
+from tiny_distillation import OPTIONS, figures
+from tiny_folders import data_of, write_model, write_text
+from tiny_models import tiny_model
+from tiny_tokenizer import tiny_tokenizer
+from torch import Tensor
+from transformers import AddedToken
+
+from regrow.checkpoint import Checkpoint
+from regrow.config import parse
+from regrow.data import build_blocks
+from regrow.errors import UserError
+from regrow.recipe import Recipe, check, run
+from regrow.stages.distill import DistillConfig, distill
+from regrow.stages.distill.blend import open_blend
+from regrow.training.blend import Blend, BlendedTeacher
+from regrow.training.head import Head, Mix, head_loss
+from regrow.training.teacher import Teacher
+from regrow.training.trainer import bind_loss
+
+N, V = 11, 13
+SHARES = (0.5, 0.3, 0.2)
+WIDTHS = (4, 7, 6)
+CONFIG = DistillConfig(tokens=512, batch_tokens=128, eval_tokens=256, heldout_blocks=4)
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+
+def blend_of(caps: tuple[float | None, ...] = (None, None, 1.5)) -> tuple[Blend, Tensor]:
+    """Heads of different width, rows and cap, and the states of N tokens side by side."""
+    heads = tuple(
+        Head(random(V + n, width, seed=n), cap)
+        for n, (width, cap) in enumerate(zip(WIDTHS, caps, strict=True))
+    )
+    return Blend(heads, SHARES), random(N, sum(WIDTHS), seed=9)
+
+
+def slow_target(blend: Blend, hidden_NH: Tensor, temperature: float) -> Tensor:
+    """log Σ w softmax(logits / T), one probability after the other."""
+    found, begin = torch.zeros(N, V, dtype=torch.float64), 0
+    for head, share in zip(blend.heads, blend.shares, strict=True):
+        width = head.weight_VH.shape[1]
+        logits = hidden_NH[:, begin : begin + width] @ head.weight_VH[:V].T
+        begin += width
+        if head.softcap is not None:
+            logits = head.softcap * (logits / head.softcap).tanh()
+        found += share * (logits / temperature).softmax(-1)
+    return found.log()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 4.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_loss_learns_the_mixture(name: str, temperature: float) -> None:
+    blend, hidden_NH = blend_of()
+    student_NH = random(N, 5, seed=20).requires_grad_()
+    head = Head(random(V, 5, seed=21).requires_grad_())
+    targets = torch.arange(N) % V
+    mix = Mix({name: 1.3}, temperature, BETA, SKEW)
+    # The slow losses divide by T: logits of the softened mixture are T times its logarithm.
+    target = temperature * slow_target(blend, hidden_NH, temperature)
+    expected = (
+        1.3 * slow_loss(name, student_NH @ head.weight_VH.T, target, targets, temperature).sum()
+    )
+    inputs = (student_NH, head.weight_VH)
+    gradients = torch.autograd.grad(expected, inputs)
+    for chunk in (1, 4, N, N + 3):
+        value, _ = head_loss(student_NH, head, targets, mix, hidden_NH, blend, chunk)
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+        for one, other in zip(torch.autograd.grad(value, inputs), gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_a_share_of_nearly_nothing_and_a_far_token_stay_finite() -> None:
+    heads = tuple(Head(100 * random(V, 4, seed=n)) for n in range(2))
+    blend, hidden_NH = Blend(heads, (1 - 1e-12, 1e-12)), 10 * random(N, 8, seed=3)
+    found = blend.target(hidden_NH, V, Mix({"forward_kl": 1.0}))
+    assert bool(found.isfinite().all())
+    torch.testing.assert_close(found.logsumexp(-1), torch.zeros(N, dtype=torch.float64))
+
+
+def test_the_teacher_with_itself_is_that_teacher() -> None:
+    models = [tiny_model("llama", torch.float64, seed=seed) for seed in (1, 2, 2)]
+    student, teachers = models[0], [Teacher(model) for model in models[1:]]
+    ids = torch.randint(4, 384, (2, 12), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "position_ids": torch.arange(12).expand(2, -1), "labels": ids}
+    values = []
+    for teacher in (teachers[0], BlendedTeacher(teachers, (0.3, 0.7))):
+        undo = bind_loss(student, teacher, Mix({"forward_kl": 1.0}, 2.0))
+        values.append(float(student.train()(**batch)["loss"].detach()))
+        undo()
+    assert values[0] == pytest.approx(values[1], rel=1e-12)
+    bind_loss(models[1], BlendedTeacher(teachers, (0.3, 0.7)), Mix({"forward_kl": 1.0}))
+    assert abs(float(models[1](**batch)["loss"].detach())) < 1e-10
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("blend")
+    write_text(folder / "text.jsonl")
+    write_model(folder / "student", num_hidden_layers=1)
+    write_model(folder / "one", num_hidden_layers=2, vocab_size=400)
+    write_model(folder / "other", "qwen3", hidden_size=36, num_hidden_layers=1)
+    odd = write_model(folder / "odd", num_hidden_layers=1, vocab_size=385)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|mine|>", special=True)])
+    tokenizer.save_pretrained(str(odd.folder))
+    return folder
+
+
+def slow_kl(folder: Path, place: Path) -> float:
+    """KL(0.75 one + 0.25 other ‖ model) per scored held-out token, over the tokenizer's ids."""
+    blocks = build_blocks(data_of(place / "text.jsonl"), tiny_tokenizer(), "heldout", 4)
+    batch = next(blocks.batches(4))
+    given = {key: batch[key] for key in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        q, one, other = (
+            Checkpoint(path).model(torch.float64)(**given, use_cache=False).logits
+            for path in (folder, place / "one", place / "other")
+        )
+    size = len(tiny_tokenizer())
+    p = 0.75 * one[..., :size].softmax(-1) + 0.25 * other[..., :size].softmax(-1)
+    kl_BT = (p * (p.log() - q[..., :size].log_softmax(-1))).sum(-1)[:, :-1]
+    return float(kl_BT[batch["labels"][:, 1:] != -100].mean())
+
+
+def test_a_run_learns_the_mixture_and_knows_its_teachers(place: Path, tmp_path: Path) -> None:
+    data, out = data_of(place / "text.jsonl"), tmp_path / "out"
+    config = CONFIG.model_copy(
+        update={"blend": {str(place / "other"): 0.25}, "learning_rate": 3e-3}
+    )
+    distill(place / "student", place / "one", data, out, config, OPTIONS)
+    found = figures(out)
+    assert found["held-out KL before"] == pytest.approx(slow_kl(place / "student", place), rel=0.05)
+    assert found["held-out KL"] == pytest.approx(slow_kl(out, place), rel=0.05)
+    assert found["held-out KL"] < found["held-out KL before"]
+    before = (out / "manifest.json").stat().st_mtime_ns
+    distill(place / "student", place / "one", data, out, config, OPTIONS)
+    assert (out / "manifest.json").stat().st_mtime_ns == before  # complete and unchanged
+
+
+def test_a_recipe_blends(place: Path, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"tokens": 128, "batch_tokens": 128, "heldout_blocks": 2}
+    fields |= {"teacher": str(place / "one"), "blend": {str(place / "other"): 0.5}}
+    data = data_of(place / "text.jsonl")
+    recipe = Recipe(model=str(place / "student"), data=data, stages=[{"distill": fields}])
+    out = run(recipe, tmp_path / "run", OPTIONS)
+    assert (out / "model" / "config.json").exists()
+    cached = {"cache": {"teacher": str(place / "one"), "tokens": 128}}
+    both = recipe.model_copy(update={"stages": [cached, {"distill": fields}]})
+    with pytest.raises(UserError, match=r"stages.1.distill: blend: cache is of one teacher alone"):
+        check(both, OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"blend": {"x": 1.0}}, "sum to less than 1"),
+        ({"blend": {"x": 0.6, "y": 0.5}}, "sum to less than 1"),
+        ({"blend": {"x": 0.0}}, "must be above 0"),
+        ({"blend": {"x": float("nan")}}, "must be above 0"),
+    ],
+)
+def test_bad_shares(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse(DistillConfig, fields, "distill")
+
+
+def test_refused_before_any_slow_work(place: Path) -> None:
+    student = Checkpoint(place / "student")
+    other = {str(place / "other"): 0.5}
+    signals = DistillConfig(blend=other, signals={"hidden": 1.0})
+    with pytest.raises(UserError, match="blend: signals is of one teacher alone"):
+        open_blend(signals, student)
+    with pytest.raises(UserError, match=r"no such model folder|nowhere"):
+        open_blend(DistillConfig(blend={str(place / "nowhere"): 0.5}), student)
+    with pytest.raises(UserError, match="every teacher must have all tokens"):
+        open_blend(DistillConfig(blend=other), Checkpoint(place / "odd"))

@@ -1,0 +1,119 @@
+"""Parts of an export by themselves: how a tokenizer splits, a chat template, a licence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_gguf import exported, write_case
+from tiny_tokenizer import GENERATION_TEMPLATE, tiny_tokenizer
+from tokenizers import Regex, pre_tokenizers
+
+from regrow import UserError
+from regrow.checkpoint import Checkpoint
+from regrow.llama_cpp import GgufModel
+from regrow.stages.export import chat, pre
+from regrow.stages.export.lineage import Licence, licence_of
+
+
+def set_config(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def rules_of(splitter: Any, ignore_merges: bool = False) -> dict[str, Any]:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = splitter
+    rules: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules["model"]["ignore_merges"] = ignore_merges
+    return rules
+
+
+def test_how_a_tokenizer_splits() -> None:
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
+    assert pre.identify(rules_of(plain)) == "gpt-2"
+    assert pre.identify(rules_of(digits)) == "smollm"
+    assert pre.identify(rules_of(pre_tokenizers.ByteLevel(add_prefix_space=True))) is None
+    odd = rules_of(pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), plain]))
+    with pytest.raises(UserError, match=r"splits text \(Punctuation \+ words and bytes\)"):
+        pre.name_of(odd, None)
+    assert pre.name_of(odd, "gpt-2") == "gpt-2"
+
+
+@pytest.mark.parametrize("name", pre.KNOWN)
+def test_llama_cpp_splits_as_the_tokenizer(name: str, tmp_path: Path) -> None:
+    """The same expressions, by their effect: llama.cpp's tokens are those of the tokenizer."""
+    steps, whole = pre.KNOWN[name]
+    made: list[Any] = []
+    for step in steps:
+        if step[0] == "split":
+            made.append(pre_tokenizers.Split(Regex(step[1]), "isolated"))
+        elif step[0] == "digits":
+            made.append(pre_tokenizers.Digits(individual_digits=step[1]))
+        else:
+            regex = step[0] != "bytes"
+            made.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex))
+    checkpoint = write_case(tmp_path / "m", "llama")
+    tokenizer = checkpoint.tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(made)
+    path = tmp_path / "m" / "tokenizer.json"
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules["model"]["ignore_merges"] = whole
+    # Merges across what some ways keep apart, so that a wrong way shows.
+    for pair in ("1 2", "12 3", "Ġ 1", "1 9", ". Ċ", "Ċ Ċ", "Ġ Ġ", "' S", "a B"):
+        left, right = pair.split(" ")
+        rules["model"]["vocab"].setdefault(left + right, len(rules["model"]["vocab"]))
+        rules["model"]["merges"].insert(0, [left, right])
+    path.write_text(json.dumps(rules))
+    set_config(tmp_path / "m", vocab_size=len(rules["model"]["vocab"]))
+    _widen(tmp_path / "m", len(rules["model"]["vocab"]))
+    again = Checkpoint(tmp_path / "m")
+    assert pre.identify(json.loads(again.tokenizer().backend_tokenizer.to_str())) == name
+    file = exported(again, tmp_path / "out", "F32", verify="never")
+    with GgufModel(file) as opened:
+        for text in ("In 1907 12345 ships;  it'S\n\n\nHe'll aBc.\n\n x", "naïve  東京 ÄÖ १२३"):
+            expected = again.tokenizer()(text, add_special_tokens=False)["input_ids"]
+            assert opened.tokenize(text) == expected, text
+
+
+def _widen(folder: Path, size: int) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    old = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = torch.cat([old, old[: size - len(old)]]).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_chat_template_in_ollamas_language(tmp_path: Path) -> None:
+    found = chat.pieces_of(tiny_tokenizer())
+    assert found is not None
+    assert found.system == ("<|im_start|>system\n", "<|im_end|>\n")
+    assert found.user == ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
+    assert found.answer == "<|im_end|>\n"
+    assert found.default == ""
+    assert found.go() == (
+        '{{ range .Messages }}{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}'
+        '<|im_end|>\n{{ else if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n'
+        '<|im_start|>assistant\n{{ else if eq .Role "assistant" }}{{ .Content }}<|im_end|>\n'
+        "{{ end }}{{ end }}"
+    )
+    assert chat.pieces_of(tiny_tokenizer(chat_template=None)) is None
+    assert chat.pieces_of(tiny_tokenizer(chat_template="{{ messages | length }}")) is None
+    shouts = GENERATION_TEMPLATE.replace("m['content']", "m['content'] | upper")
+    assert chat.pieces_of(tiny_tokenizer(chat_template=shouts)) is None
+
+
+def test_a_licence_is_not_guessed(tmp_path: Path) -> None:
+    assert licence_of(str(tmp_path)) == Licence()
+    assert str(licence_of(str(tmp_path))) == "unknown"
+    assert licence_of("someone/some-model").id is None
+    (tmp_path / "LICENSE").write_text("You may do what you like, mostly.")
+    assert licence_of(str(tmp_path)).id is None
+    (tmp_path / "LICENSE.txt").write_text("   Apache License\n   Version 2.0, January 2004")
+    assert licence_of(str(tmp_path)).id == "apache-2.0"
+    (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# A model\n")
+    assert "non-commercial" in licence_of(str(tmp_path)).terms

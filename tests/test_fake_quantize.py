@@ -1,0 +1,114 @@
+"""Distillation with rounded weights: what is computed is what rounding gives afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from tiny_distillation import CONFIG, OPTIONS, data, figures, kl_of
+from tiny_folders import write_model, write_text
+from tiny_models import random_plan, tiny_ids, tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from regrow import DistillConfig, QuantizeConfig, UserError, quantize
+from regrow.quantization.grid import fake_quantize
+from regrow.quantization.schemes import find, fitting
+from regrow.stages.distill import distill
+from regrow.stages.prune import PruneConfig, prune
+from regrow.training.fake_quantize import STORED, bind_rounding
+
+SCHEME = "int4-g32"
+ROUND = QuantizeConfig(scheme=SCHEME, method="rtn")
+AWARE = CONFIG.model_copy(update={"fake_quantize": SCHEME})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As for any distillation, but of widths that groups of 32 fit."""
+    place = tmp_path_factory.mktemp("place")
+    write_text(place / "text.jsonl")
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "head_dim": 16}
+    teacher = write_model(place / "teacher", dtype=torch.bfloat16, num_hidden_layers=2, **sizes)
+    plan = random_plan(teacher.config, teacher.fingerprint, mlp=64)
+    plan.write(place / "plan.json")
+    prune(teacher, place / "pruned", PruneConfig(plan=str(place / "plan.json"), repair=False))
+    return place
+
+
+@pytest.fixture(scope="module")
+def aware(place: Path) -> Path:
+    return distill(
+        place / "pruned", place / "teacher", data(place), place / "aware", AWARE, OPTIONS
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_the_forward_pass_is_that_of_rounded_weights(name: str) -> None:
+    model, twin = (tiny_model(name, torch.float32, tie_word_embeddings=False) for _ in range(2))
+    for path, module in twin.named_modules():
+        if isinstance(module, nn.Linear) and path != "lm_head":
+            scheme = fitting(find(SCHEME), module.in_features)
+            module.weight.data = fake_quantize(module.weight.data, scheme, STORED)
+    plain = model(tiny_ids()).logits
+    undo = bind_rounding(model, find(SCHEME))
+    assert torch.equal(model(tiny_ids()).logits, twin(tiny_ids()).logits)
+    model(tiny_ids()).logits.square().sum().backward()
+    twin(tiny_ids()).logits.square().sum().backward()
+    for (path, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=path)  # straight through
+    undo()
+    assert torch.equal(model(tiny_ids()).logits, plain)
+    assert not torch.equal(plain, twin(tiny_ids()).logits)
+
+
+def test_rounding_the_student_gives_what_was_trained(aware: Path, place: Path) -> None:
+    """The masters are float32; rounded to nearest they are, to the bit, what training used."""
+    masters = load_file(aware / "model.safetensors")
+    assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
+    out = quantize(aware, place / "rounded", ROUND)
+    small = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    small(tiny_ids())  # unpacks the weights
+    for path, module in small.named_modules():
+        if isinstance(module, nn.Linear) and path != "lm_head":
+            master = masters[f"{path}.weight"]
+            scheme = fitting(find(SCHEME), master.shape[1])
+            assert torch.equal(module.weight, fake_quantize(master, scheme, STORED)), path
+
+
+def test_another_grid_is_told(aware: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "was trained to be rounded to int4-g32 by rtn; int8 by rtn takes its weights elsewhere"
+    quantize(aware, place / "other", QuantizeConfig(scheme="int8", method="rtn"))
+    assert said in capsys.readouterr().err
+    quantize(aware, place / "same", ROUND)
+    assert "elsewhere" not in capsys.readouterr().err
+
+
+def test_held_out_figures_are_those_of_the_rounded_student(aware: Path, place: Path) -> None:
+    out = quantize(aware, place / "rounded", ROUND)
+    assert kl_of(out, place) == pytest.approx(figures(aware)["held-out KL"], rel=0.03)  # bf16
+
+
+def test_better_than_rounding_after_training(aware: Path, place: Path) -> None:
+    """At equal tokens and equal bits."""
+    folders = (place / "pruned", place / "teacher", data(place))
+    plain = distill(*folders, place / "plain", CONFIG, OPTIONS)
+    kls = [
+        kl_of(quantize(folder, place / f"{folder.name}-4", ROUND), place)
+        for folder in (aware, plain)
+    ]
+    assert kls[0] < kls[1]
+    assert kl_of(plain, place) < kls[1]
+
+
+def test_refused(tmp_path: Path, place: Path) -> None:
+    with pytest.raises(ValidationError, match="fp8 rounds inputs too; give int8 or a kind of int4"):
+        DistillConfig(fake_quantize="fp8")
+    with pytest.raises(ValidationError, match="no scheme named 'int5'"):
+        DistillConfig(fake_quantize="int5")
+    mixture = write_model(tmp_path / "m", "mixtral", num_local_experts=4, head_dim=8)
+    with pytest.raises(UserError, match=r"int4-g32: not for a mixture of experts \(mixtral\)"):
+        distill(mixture, mixture, data(place), tmp_path / "out", AWARE, OPTIONS)

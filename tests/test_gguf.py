@@ -1,0 +1,188 @@
+"""Exported files, opened by real llama.cpp, give what transformers gives on the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from tiny_folders import data_of, write_model, write_text
+from tiny_gguf import CASES, WIDE, exported, random_ids, write_case
+from tiny_tokenizer import tiny_tokenizer_of
+
+from regrow import UserError, families, load
+from regrow.checkpoint import Checkpoint
+from regrow.llama_cpp import GgufModel
+from regrow.stages.export import rope
+from regrow.stages.export.tensors import interleaved
+from regrow.stages.export.types import BY_LLAMA_CPP
+from regrow.stages.export.verify import compare
+from regrow.stages.export.writer import contents
+
+
+def logits(checkpoint: Checkpoint, ids: list[int]) -> torch.Tensor:
+    """Logits [T, V] by transformers in float32."""
+    model = checkpoint.model(torch.float32)
+    with torch.inference_mode():
+        found: torch.Tensor = model(torch.tensor([ids])).logits[0]
+    return found
+
+
+def figures(folder: Path) -> dict[str, float]:
+    rows = json.loads((folder / "manifest.json").read_text())["figures"]
+    return {row["name"]: row["value"] for row in rows}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_computes_the_same(case: str, tmp_path: Path) -> None:
+    checkpoint = write_case(tmp_path / "model", case)
+    out = tmp_path / "out"
+    path = exported(checkpoint, out, "F32", verify="always", verify_tokens=64)
+    ids = random_ids()
+    ours = logits(checkpoint, ids)
+    with GgufModel(path, context=len(ids)) as opened:
+        theirs = opened.logits(ids)
+    scale = ours.abs().max().item()  # llama.cpp keeps keys and values in F16
+    assert np.abs(ours.numpy() - theirs).max() < 2e-3 * scale
+    kl, same = compare(ours, theirs)
+    assert kl.mean() < 1e-5
+    assert same.float().mean() > 0.97
+    found = figures(out)
+    assert found["kl"] < 1e-5
+    assert found["greedy_equal"] == 24
+    assert found["same_tokens"] == 1
+    assert found["bits_per_weight"] == 32
+
+
+def test_every_family_that_llama_cpp_knows_is_tried() -> None:
+    from regrow import plugins
+
+    known = {n for n in plugins.names("regrow.families") if families.get(n).gguf is not None}
+    assert {model_type for model_type, _ in CASES.values()} == known
+
+
+@pytest.mark.parametrize("type_name", ["F16", "BF16", "Q8_0", "Q5_1", "Q4_0", "Q4_K_M", "Q6_K"])
+def test_types(type_name: str, tmp_path: Path) -> None:
+    checkpoint = write_case(tmp_path / "model", "llama", torch.bfloat16)
+    path = exported(checkpoint, tmp_path / "out", type_name, verify="always")
+    most = {"F16": 1e-3, "BF16": 2e-3, "Q8_0": 2e-2, "Q5_1": 0.1, "Q6_K": 0.05}.get(type_name, 0.4)
+    found = figures(path.parent)
+    assert 0 < found["kl"] < most
+    stored = contents(path)
+    matrices = {tensor.type for tensor in stored if len(tensor.shape) > 1}
+    if type_name not in BY_LLAMA_CPP:
+        wanted = {type_name} | ({"Q8_0"} if type_name in ("Q5_1", "Q4_0") else set())
+        assert matrices == wanted  # the head, here also the embedding, has more bits
+    told = json.loads((path.parent / "manifest.json").read_text())["fallbacks"]
+    assert bool(told) == (type_name in BY_LLAMA_CPP)  # rows of 64 and 96 are no multiple of 256
+    bits = 8 * sum(t.bytes for t in stored) / families.of(checkpoint).count(checkpoint.config)
+    assert found["bits_per_weight"] == pytest.approx(bits)
+    assert path.stat().st_size == found["file_bytes"]
+
+
+def test_rows_that_a_type_cannot_hold(tmp_path: Path) -> None:
+    fields = {**WIDE, "head_dim": 16, "intermediate_size": 72}
+    checkpoint = write_model(tmp_path / "model", **fields)
+    path = exported(checkpoint, tmp_path / "out", "Q4_0")
+    by_name = {tensor.name: tensor.type for tensor in contents(path)}
+    assert by_name["blk.0.ffn_down.weight"] == "F16"
+    assert by_name["blk.0.ffn_up.weight"] == "Q4_0"
+    (told,) = json.loads((path.parent / "manifest.json").read_text())["fallbacks"]
+    taken = 3 * 64 * 72 * 2  # three layers in F16
+    more = taken - 3 * 64 * 72 * 18 / 32
+    assert told == (
+        "3 tensors with rows of 72 (no multiple of 32): F16 instead of Q4_0, "
+        f"{taken / 1e6:.2f} MB, {more / 1e6:.2f} MB more"
+    )
+
+
+def test_read_back_as_it_was(tmp_path: Path) -> None:
+    """F16 → transformers' own reader of GGUF → the same tensors."""
+    checkpoint = write_case(tmp_path / "model", "llama", torch.float16)
+    path = exported(checkpoint, tmp_path / "out", "F16", verify="never")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REGROW_CACHE", str(tmp_path / "cache"))
+        again = load(path)
+    assert set(again.names()) == set(checkpoint.names())
+    for name in checkpoint.names():
+        expected = checkpoint.tensor(name).to(torch.bfloat16)  # what regrow keeps a GGUF file in
+        assert torch.equal(again.tensor(name), expected), name
+    text = "Hello there, 12  cats.\n\nIt's <|im_end|>"
+    assert again.tokenizer()(text)["input_ids"] == checkpoint.tokenizer()(text)["input_ids"]
+
+
+def test_interleaved() -> None:
+    rows = torch.arange(12.0)[:, None] * torch.ones(1, 3)
+    found = interleaved(rows, 2)[:, 0].tolist()
+    assert found == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+
+
+def test_llama3_divisors_are_those_of_transformers() -> None:
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    given = {**CASES["llama3 rotation"][1]["rope_parameters"]}
+    config = AutoConfig.for_model("llama", head_dim=24, rope_parameters=given)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 10000.0 ** (-torch.arange(0, 24, 2).double() / 24)
+    expected = (plain / scaled.double()).numpy()
+    assert np.allclose(rope.llama3_divisors(given, 24), expected, rtol=1e-5)
+    assert 1 < expected[5:].max() == pytest.approx(8)
+
+
+def test_sliding_windows_end_the_context(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {**WIDE, "head_dim": 16, "sliding_window": 40}
+    checkpoint = write_model(tmp_path / "model", "mistral", **fields)
+    path = exported(checkpoint, tmp_path / "out", "F32", verify_tokens=40)
+    assert "no sliding window: context_length is set to the window, 40 of 256" in (
+        capsys.readouterr().err
+    )
+    assert GGUFReader(path).fields["llama.context_length"].contents() == 40
+    assert figures(path.parent)["kl"] < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["byte fallback", "unigram", "unigram without bytes"])
+def test_other_tokenizers(kind: str, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer_of(kind)
+    size = len(tokenizer) + 5  # an embedding with rows for no token
+    checkpoint = write_model(tmp_path / "model", **WIDE, head_dim=16, vocab_size=size)
+    tokenizer.save_pretrained(str(tmp_path / "model"))
+    path = exported(checkpoint, tmp_path / "out", "F32", verify="always")
+    with GgufModel(path) as opened:
+        assert opened.vocab_size == size
+        spelt = "The quick fox; naïve 東京\n\nParagraphs" if kind == "byte fallback" else "One fox"
+        for text in ("Hello there, 12 cats.", spelt):
+            expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert opened.tokenize(text) == expected, text
+    assert figures(path.parent)["kl"] < 1e-5
+
+
+def test_held_out_text_is_what_is_compared_on(tmp_path: Path) -> None:
+    checkpoint = write_case(tmp_path / "model", "llama")
+    from regrow import ExportConfig, export
+
+    data = data_of(write_text(tmp_path / "text.jsonl"))
+    export(checkpoint, tmp_path / "out", ExportConfig(type="F16", verify_tokens=50), data)
+    made = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    (kl,) = [row for row in made["figures"] if row["name"] == "kl"]
+    assert kl["n"] == 50
+    assert "held-out text of the data, in windows of 32" in kl["convention"]
+
+
+def test_a_broken_file_is_told_in_one_line(tmp_path: Path) -> None:
+    checkpoint = write_case(tmp_path / "model", "llama")
+    path = exported(checkpoint, tmp_path / "out", "F32", verify="never")
+    whole = path.read_bytes()
+    for size in (100, len(whole) // 2, len(whole) - 4096):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"llama\.cpp cannot load it") as caught:
+            GgufModel(path)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole[:100])
+    with pytest.raises(UserError, match="truncated or no GGUF file"):
+        contents(path)
