@@ -25,6 +25,7 @@ from regrow.errors import UserError
 from regrow.stages.report import ReportConfig, report
 from regrow.stages.report import run_folder as folders
 from regrow.stages.report.blocks import Chart, Details, Section, Table
+from regrow.stages.report.charts import clip
 from regrow.stages.report.evaluated import Evaluated, of
 from regrow.stages.report.numbers import figure
 from regrow.stages.report.pareto import places
@@ -251,7 +252,18 @@ def test_a_collapse_makes_the_axis_logarithmic(tmp_path: Path) -> None:
     assert 10**low < 28.5 and 5000 < 10**high < 50_000
 
 
+def test_what_is_no_number_is_not_drawn(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    change(folder, "pruned", {"perplexity/heldout": float("inf"), "kl/heldout": float("nan")})
+    page = Page(report(folder, tmp_path / "page.html").read_text())
+    assert page.figures["quality-1"]["data"][0]["x"] == ["teacher", "repaired", "distilled"]
+    assert page.figures["tradeoff-1"]["data"][1]["text"] == ["teacher", "repaired", "distilled"]
+    assert "inf" in page.words
+
+
 def test_names_beside_points_by_hand() -> None:
+    assert clip("short name") == "short name"
+    assert clip("one-long-name-without-any-space") == "one-long-name-without-any…"
     assert places([(0.2, 0.5)], ["name"]) == ["middle right"]
     assert places([(0.98, 0.5)], ["a long name"]) == ["middle left"]
     left, right = places([(0.5, 0.5), (0.55, 0.5)], ["first", "second"])

@@ -96,3 +96,8 @@ def heat(x: list[Any], y: list[Any], z: Sequence[Sequence[float | None]], **more
 def label(text: str) -> str:
     """Text as plotly shows it letter by letter: it takes some tags and entities for markup."""
     return html.escape(text)
+
+
+def clip(text: str, most: int = 26) -> str:
+    """At most so many letters of a text, for a name beside a point."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"

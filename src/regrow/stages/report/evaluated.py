@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
@@ -63,9 +64,15 @@ class Evaluated:
         return self.figures[label].get(name)
 
     def value(self, label: str, name: str) -> float | None:
-        """Its value."""
+        """Its value; None for what is no number, such as the perplexity of a ruin."""
         found = self.figure(label, name)
-        return None if found is None else float(found["value"])
+        value = None if found is None else float(found["value"])
+        return value if value is not None and math.isfinite(value) else None
+
+    def stderr(self, label: str, name: str) -> float:
+        """Its standard error, 0 when there is none."""
+        error = float((self.figure(label, name) or {}).get("stderr", 0.0))
+        return error if math.isfinite(error) else 0.0
 
     def ratio(self, label: str, name: str) -> float | None:
         """Its value over that of the reference; None for the reference itself."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import product
 
-WIDTH, HEIGHT = 275, 195
-"""Pixels of a chart's inside on a phone; where names fit there, they fit on a wider one."""
+SIZES = ((275, 195), (430, 240), (850, 250))
+"""Pixels of a chart's inside: on a phone, as one of two in a line, and as the only one."""
 LETTER, LINE, GAP = 7.0, 15, 9
 """Pixels of a letter, of a line, and from a point to its name."""
 
@@ -28,19 +28,28 @@ def places(points: list[Point], names: list[str]) -> list[str]:
     """Where each name goes beside its point, in plotly's words: `top center`, `middle right`, …
 
     Points are in shares of the chart's width and height, from bottom left. In some rounds each
-    takes the place that covers least of points and other names, and hangs out least.
+    takes the place that covers least of points and other names, and hangs out least, summed over
+    the sizes that a chart may have.
     """
-    pixels = [(x * WIDTH, (1 - y) * HEIGHT) for x, y in points]
-    marks: list[Box] = [(x - GAP, y - GAP, x + GAP, y + GAP) for x, y in pixels]
-    boxes: dict[int, Box] = {}
-    found = [_PLACES[0]] * len(names)
+    pixels = [[(x * width, (1 - y) * height) for x, y in points] for width, height in SIZES]
+    marks = [[(x - GAP, y - GAP, x + GAP, y + GAP) for x, y in some] for some in pixels]
+    found: list[str | None] = [None] * len(names)
+
+    def cost(number: int, place: str) -> float:
+        total = 0.0
+        for size, some, taken in zip(SIZES, pixels, marks, strict=True):
+            others = [
+                _box(some[other], names[other], where)
+                for other, where in enumerate(found)
+                if where is not None and other != number
+            ]
+            total += _cost(_box(some[number], names[number], place), taken + others, size)
+        return total
+
     for _ in range(ROUNDS):
-        for number, (point, name) in enumerate(zip(pixels, names, strict=True)):
-            taken = marks + [box for other, box in boxes.items() if other != number]
-            options = {place: _box(point, name, place) for place in _PLACES}
-            best = min(options, key=lambda place: _cost(options[place], taken))
-            boxes[number], found[number] = options[best], best
-    return found
+        for number in range(len(names)):
+            found[number] = min(_PLACES, key=lambda place: cost(number, place))
+    return [str(place) for place in found]
 
 
 _PLACES = [
@@ -58,10 +67,10 @@ def _box(point: Point, name: str, place: str) -> Box:
     return left, top, left + width, top + LINE
 
 
-def _cost(box: Box, taken: list[Box]) -> float:
+def _cost(box: Box, taken: list[Box], size: Point) -> float:
     """Area that is covered already, and area outside the chart, which is worse."""
     whole = (box[2] - box[0]) * (box[3] - box[1])
-    outside = whole - _shared(box, (0, 0, WIDTH, HEIGHT))
+    outside = whole - _shared(box, (0, 0, *size))
     return 4 * outside + sum(_shared(box, other) for other in taken)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from textwrap import shorten
 from typing import Any
 
 from regrow.stages.report import charts
@@ -207,7 +206,7 @@ def _beside(rows: list[Row], value: Callable[[Row], float]) -> dict[str, str]:
 
 
 def _short(row: Row) -> str:
-    return shorten(row["name"], 28, placeholder="…")
+    return charts.clip(row["name"])
 
 
 def _hover(row: Row) -> str:

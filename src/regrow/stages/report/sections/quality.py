@@ -27,13 +27,12 @@ def section(runs: list[Run]) -> Section | None:
 
 
 def _chart(found: Evaluated, kind: str, title: str) -> Block | None:
-    traces = []
+    traces: list[charts.Trace] = []
     for number, name in enumerate(found.texts(kind)):
-        rows = [(label, found.figure(label, name)) for label in found.labels]
-        measured = [(charts.label(label), row) for label, row in rows if row is not None]
-        values = [float(row["value"]) for _, row in measured]
-        errors = [float(row.get("stderr", 0.0)) for _, row in measured]
-        labels = [label for label, _ in measured]
+        there = [label for label in found.labels if found.value(label, name) is not None]
+        values = [value for label in there if (value := found.value(label, name)) is not None]
+        errors = [found.stderr(label, name) for label in there]
+        labels = [charts.label(label) for label in there]
         traces.append(charts.line(name.partition("/")[2], labels, values, number, errors))
     if not traces:
         return None

@@ -93,8 +93,8 @@ def _bars(found: Evaluated, names: list[str], what: str, caption: str) -> Chart:
     tasks = [charts.label(name.partition("/")[2]) for name in names]
     traces = []
     for number, label in enumerate(found.drawn):
-        rows = [found.figure(label, name) for name in names]
-        if all(row is None for row in rows):
+        values = [found.value(label, name) for name in names]
+        if all(value is None for value in values):
             continue
         traces.append(
             {
@@ -102,10 +102,10 @@ def _bars(found: Evaluated, names: list[str], what: str, caption: str) -> Chart:
                 "orientation": "h",
                 "name": charts.label(label),
                 "y": tasks,
-                "x": [None if row is None else row["value"] for row in rows],
+                "x": values,
                 "error_x": {
                     "type": "data",
-                    "array": [0.0 if row is None else row.get("stderr", 0.0) for row in rows],
+                    "array": [found.stderr(label, name) for name in names],
                     "thickness": 1.2,
                     "width": 3,
                     "color": charts.INK,

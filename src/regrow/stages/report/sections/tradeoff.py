@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from textwrap import shorten
 
 from regrow.stages.report import charts
 from regrow.stages.report.blocks import Block, Chart, Section
@@ -107,7 +106,7 @@ def _chart(found: Evaluated, labels: list[str], cost: Axis, quality: Axis) -> Ch
         ((cost.position(one) - x0) / (x1 - x0), (quality.position(one) - y0) / (y1 - y0))
         for one in points
     ]
-    names = [shorten(name, 26, placeholder="…") for name in points.values()]
+    names = [charts.clip(name) for name in points.values()]
     where = places(shares, names)
     groups: dict[str, list[int]] = {}
     for number, label in enumerate(points):

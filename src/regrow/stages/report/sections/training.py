@@ -19,6 +19,8 @@ SMOOTHING = 0.1
 """Weight of a new step in the running mean."""
 WIDE = 20
 """From so many times between least and most on, an axis is logarithmic."""
+SMALL = 0.01
+"""Below it plotly would write 200μ."""
 LEGEND = 16
 """Pixels of a line of a legend, which on a phone has a line for each curve."""
 NO_LOSS = ("stage", "step", "tokens", "seconds", "epoch", "loss", "learning_rate", "grad_norm")
@@ -167,7 +169,9 @@ def _chart(
     values = [value for trace in traces for value in trace["y"]]
     wide = min(values) > 0 and max(values) > WIDE * min(values)
     scale = {"type": "log", "dtick": "D2"} if wide else {"rangemode": "tozero"}
-    y = charts.axis(title + (" (log scale)" if wide else ""), exponentformat="power", **scale)
+    if max(values) < SMALL:
+        scale["exponentformat"] = "power"
+    y = charts.axis(title + (" (log scale)" if wide else ""), **scale)
     x = charts.axis("tokens", rangemode="tozero")
     figure = charts.figure(traces, x, y)
     legend = LEGEND * max(0, len(traces) - 3)
