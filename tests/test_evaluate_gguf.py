@@ -136,7 +136,13 @@ def test_scores_on_the_way(place: Path) -> None:
         ]
 
     long = " ".join(SENTENCES * 12)
-    pairs = [("", "Hello"), (long, "the end"), ("The cat", " sat"), ("The cat", " on"), ("T", " he")]
+    pairs = [
+        ("", "Hello"),
+        (long, "the end"),
+        ("The cat", " sat"),
+        ("The cat", " on"),
+        ("T", " he"),
+    ]
     requests = asked("loglikelihood", *pairs)
     expected, found = theirs.loglikelihood(requests), ours.loglikelihood(requests)
     assert [value for value, _ in found] == pytest.approx([v for v, _ in expected], rel=1e-4)
@@ -188,10 +194,11 @@ def test_what_is_kept_of_the_cache_changes_nothing(place: Path) -> None:
     tokens = Checkpoint(place / "student").tokenizer()(TEXT)["input_ids"][:700]
     with GgufModel(place / "f32.gguf", 64) as model:
         whole = model.logits(tokens)
+        near = 2e-3 * float(abs(whole).max())  # keys and values are kept in F16
         for start in (0, 5, 300, 650):
             model.logits([*tokens[:start], 7, 8, 9])
-            assert model.logits(tokens, start) == pytest.approx(whole[start:], abs=2e-3)
-        assert model.logits(tokens[:3]) == pytest.approx(whole[:3], abs=2e-3)
+            assert model.logits(tokens, start) == pytest.approx(whole[start:], abs=near)
+        assert model.logits(tokens[:3]) == pytest.approx(whole[:3], abs=near)
 
 
 def test_goes_on_where_it_stopped(
@@ -236,7 +243,7 @@ def test_text_that_llama_cpp_splits_otherwise_has_no_figures(
 
     def other(self: GgufModel, text: str, special: bool = False) -> list[int]:
         found = plain(self, text, special)
-        return found if text.startswith("Story") else [*found, 0]
+        return [*found, 0] if text.startswith("0 ") else found
 
     monkeypatch.setattr(agree.GgufModel, "tokenize", other)
     config = config_of(place, metrics=("perplexity", "kl"), tasks=())

@@ -41,9 +41,7 @@ class GgufLM(TemplateLM):
         apart = sum(not same for same in self._encoded.values())
         if not apart:
             return "tokens by transformers and llama.cpp alike"
-        return (
-            f"tokens by transformers: llama.cpp's differ in {apart} of {len(self._encoded)}"
-        )
+        return f"tokens by transformers: llama.cpp's differ in {apart} of {len(self._encoded)}"
 
     @property
     def eot_token_id(self) -> int:
