@@ -15,13 +15,14 @@ from regrow import families
 from regrow.checkpoint import load
 from regrow.footprint import forward_flops
 from regrow.stages.evaluate import EvaluateConfig
+from regrow.stages.evaluate.folder_subject import FolderSubject
 from regrow.stages.evaluate.metrics import memory, speed
 from regrow.stages.evaluate.metrics.speed import Run, Setting
 from regrow.stages.evaluate.subject import Context, Measured, Subject
 
 
-def subject(folder: Path, label: str = "m") -> Subject:
-    return Subject(label, load(folder), [], torch.float32, torch.device("cpu"), 1)
+def subject(folder: Path, label: str = "m") -> FolderSubject:
+    return FolderSubject(label, load(folder), [], torch.float32, torch.device("cpu"), 1)
 
 
 def values(measured: Measured) -> dict[str, float]:

@@ -26,6 +26,7 @@ from regrow.stages.rotate import RotateConfig
 
 if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint
+    from regrow.stages.evaluate.gguf_file import GgufFile
 
 Model = Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
 
@@ -316,7 +317,8 @@ def evaluate(
     """Measure models side by side: perplexity, KL to the teacher, size, speed, generations.
 
     Args:
-        models: Model folders; NAME=FOLDER gives one a name.
+        models: Model folders, and files NAME.gguf, which llama.cpp runs; NAME=MODEL gives one a
+            name.
         out: Folder to write the evaluation to.
         against: The teacher, for KL and ratios.
         config: What to measure.
@@ -326,7 +328,7 @@ def evaluate(
     from regrow import estimate
     from regrow.stages.evaluate import evaluate as stage
 
-    named = {name: _open(model, quantized=True) for name, model in _named(models).items()}
+    named = {name: _to_measure(model) for name, model in _named(models).items()}
     master = None if against is None else _open(against, quantized=True)
     blend = text.blend() if text.data else None
     if dry_run:
@@ -418,6 +420,17 @@ def _open(model: str, quantized: bool = False) -> Checkpoint:
     checkpoint = load(model, quantized)
     families.of(checkpoint)
     return checkpoint
+
+
+def _to_measure(model: str) -> Checkpoint | GgufFile:
+    """As `_open`, and a file NAME.gguf for llama.cpp to run."""
+    from regrow import families
+    from regrow.stages.evaluate.gguf_file import GgufFile, open_model
+
+    found = open_model(model)
+    if not isinstance(found, GgufFile):
+        families.of(found)
+    return found
 
 
 def _named(models: tuple[str, ...]) -> dict[str, str]:

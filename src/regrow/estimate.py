@@ -15,6 +15,7 @@ from regrow.comparison import line_up
 from regrow.comparison.head_removal import check_heads
 from regrow.data.config import DataConfig
 from regrow.footprint import fallbacks, file_bytes, ram_bytes
+from regrow.llama_cpp import threads
 from regrow.options import Options
 from regrow.progress import clock
 from regrow.recipe import Recipe
@@ -28,6 +29,7 @@ from regrow.stages.distill.opposite import Opposite
 from regrow.stages.distill.stage import steps_of
 from regrow.stages.distill.student import Student, check_student
 from regrow.stages.evaluate.config import EvaluateConfig
+from regrow.stages.evaluate.gguf_file import GgufFile, find_parents
 from regrow.stages.evaluate.task_rows import check_tasks
 from regrow.stages.profile.collect import GRADIENTS, REMOVALS
 from regrow.stages.profile.config import ProfileConfig
@@ -250,7 +252,7 @@ def of_quantize(
 
 
 def of_evaluate(
-    models: dict[str, Checkpoint],
+    models: dict[str, Checkpoint | GgufFile],
     against: Checkpoint | None,
     data: DataConfig | None,
     config: EvaluateConfig,
@@ -261,8 +263,14 @@ def of_evaluate(
     lines = [f"evaluate: {', '.join(config.metrics)} on {tokens:,} tokens"]
     lines += [f"  {line}" for line in check_tasks(config)]
     rate = matmul_rate()
-    for label, checkpoint in {**models, **({"against": against} if against else {})}.items():
+    every = {**models, **({"against": against} if against else {})}
+    find_parents(every, "against")
+    for label, checkpoint in every.items():
         checkpoint.tokenizer()
+        if isinstance(checkpoint, GgufFile):
+            what = f"{checkpoint.parameters:,} parameters, {checkpoint.bytes / 1e6:,.1f} MB"
+            lines.append(f"  {label}: {what}, by llama.cpp with {threads()} threads")
+            continue
         size = sum(map(checkpoint.bytes, checkpoint.names()))
         seconds = 2 * _active(checkpoint) * tokens / rate
         lines.append(

@@ -7,7 +7,9 @@ for a `n_vocab` that its own class lacks; what is needed of it stands here and n
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,8 @@ from regrow.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
+BATCH = 512
+"""Tokens computed at once, as llama.cpp's own n_ubatch."""
 ERROR = 4
 """llama.cpp's log level of an error."""
 _said: list[str] = []
@@ -44,27 +48,37 @@ def threads() -> int:
 class GgufModel:
     """A GGUF file opened by llama.cpp on the CPU; a context manager.
 
+    `context` tokens are made room for; there is more room when more is asked. With `only_look`
+    weights stay in the file, and no room is made yet.
     Raises UserError, in one line, for a file that llama.cpp cannot load.
     """
 
-    def __init__(self, path: str | Path, context: int = 512, num_threads: int | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        context: int = 512,
+        num_threads: int | None = None,
+        only_look: bool = False,
+    ):
         require(f"opening {path}")
-        api = _api()
-        self.path, self.context = Path(path), context
+        self._api = _api()
+        self.path, self.num_threads = Path(path), num_threads or threads()
         if not self.path.is_file():
             raise UserError(f"no such GGUF file: {path}")
-        parameters = api.LlamaModelParams()
+        parameters = self._api.LlamaModelParams()
         parameters.n_gpu_layers = 0
-        self._model = self._loaded(api, parameters)
+        parameters.use_extra_bufts = not only_look  # repacked weights would be read now
+        self._model = self._loaded(parameters)
         self._vocab = self._model.get_vocab()
-        wanted = api.LlamaContextParams()
-        wanted.n_ctx = wanted.n_batch = wanted.n_ubatch = context
-        wanted.n_threads = wanted.n_threads_batch = num_threads or threads()
-        self._context = api.LlamaContext(self._model, wanted)
-        self._batch = api.LlamaBatch(n_tokens=context, embd=0, n_seq_max=1)
+        self._batch = self._api.LlamaBatch(n_tokens=BATCH, embd=0, n_seq_max=1)
+        self._context: Any = None
+        self._room = (0, 0)
+        self._held: list[int] = []
+        if not only_look:
+            self._reserve(context)
 
-    def _loaded(self, api: Any, parameters: Any) -> Any:
-        class Model(api.LlamaModel):  # type: ignore[misc,name-defined]
+    def _loaded(self, parameters: Any) -> Any:
+        class Model(self._api.LlamaModel):  # type: ignore[misc,name-defined]
             """With the size of its vocabulary, which LlamaContext asks it for."""
 
             @property
@@ -78,57 +92,133 @@ class GgufModel:
             reason = _said[0] if _said else str(error).splitlines()[0]
             raise UserError(f"{self.path}: llama.cpp cannot load it: {reason}") from None
 
+    def _reserve(self, tokens: int, sequences: int = 1) -> None:
+        """Make room for so many tokens of so many sequences; what was held may be forgotten."""
+        if tokens <= self._room[0] and sequences == self._room[1]:
+            return
+        if self._context is not None:
+            self._context.close()
+        tokens = -(-tokens // 256) * 256
+        wanted = self._api.LlamaContextParams()
+        wanted.n_ctx, wanted.n_seq_max = tokens * sequences, sequences
+        wanted.n_batch = wanted.n_ubatch = BATCH
+        wanted.n_threads = wanted.n_threads_batch = self.num_threads
+        self._context, self._room = self._api.LlamaContext(self._model, wanted), (tokens, sequences)
+        self._held = []
+
     @property
     def vocab_size(self) -> int:
         """Number of token ids V."""
         return int(self._vocab.n_vocab)
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens added, special ones in it as plain text."""
-        found: list[int] = self._vocab.tokenize(text, False, False)
+    @property
+    def num_parameters(self) -> int:
+        """Weights of all tensors in the file."""
+        return int(self._model.n_params)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors in the file."""
+        return int(self._model.size)
+
+    @property
+    def positions(self) -> int:
+        """Tokens of context that the model was made for."""
+        return int(self._model.n_ctx_train)
+
+    @property
+    def kind(self) -> str:
+        """Architecture and type as llama.cpp names them, for instance `llama 256M Q4_1`."""
+        return str(self._model.desc)
+
+    def tokens(self) -> list[str]:
+        """Each token's string, as the file has it."""
+        return [self._vocab.get_text(token) for token in range(self.vocab_size)]
+
+    def ends(self) -> set[int]:
+        """Token ids that end a generation."""
+        return {token for token in range(self.vocab_size) if self._vocab.is_eog(token)}
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of a text, without special tokens added, special ones in it as plain text.
+
+        With `special` the latter are the tokens they name.
+        """
+        found: list[int] = self._vocab.tokenize(text, False, special)
         return found
 
-    def logits(self, tokens: list[int]) -> np.ndarray:
-        """Logits [T, V] in float32 of the next token after each of `tokens`, from an empty cache.
+    def logits(self, tokens: list[int], start: int = 0) -> np.ndarray:
+        """Logits [T − start, V] in float32 of the next token after each of `tokens[start:]`.
 
-        At most `context` tokens.
+        What they have in common with the tokens of the last call is not computed again.
         """
         import numpy as np
 
-        assert 0 < len(tokens) <= self.context, (len(tokens), self.context)
-        self._context.kv_cache_clear()
-        self._run(tokens, 0, every=True)
-        out = np.empty((len(tokens), self.vocab_size), dtype=np.float32)
-        for row in range(len(tokens)):
-            out[row] = self._context.get_logits_ith(row)
+        assert 0 <= start < len(tokens), (start, len(tokens))
+        self._reserve(len(tokens))
+        same = 0
+        for ours, theirs in zip(tokens[:start], self._held, strict=False):
+            if ours != theirs:
+                break
+            same += 1
+        self._held = []  # if it fails on the way
+        if same == 0 or not self._context.memory_seq_rm(0, same, -1):
+            self._context.kv_cache_clear()
+            same = 0
+        out = np.empty((len(tokens) - start, self.vocab_size), dtype=np.float32)
+        for begin in range(same, len(tokens), BATCH):
+            part = tokens[begin : begin + BATCH]
+            self._batch.clear()
+            for place, token in enumerate(part, start=begin):
+                self._batch.add(token, place, [0], place >= start)
+            self._context.decode(self._batch)
+            for place in range(max(begin, start), begin + len(part)):
+                row = self._context.get_logits_ith(place - begin)
+                out[place - start] = np.fromiter(row, np.float32, self.vocab_size)
+        self._held = list(tokens)
         return out
+
+    def continuation(self, tokens: list[int]) -> Iterator[int]:
+        """The most likely token id after `tokens`, then the one after that, without end."""
+        tokens = list(tokens)
+        while True:
+            if len(tokens) > self._room[0]:
+                self._reserve(2 * len(tokens))
+            tokens.append(int(self.logits(tokens, len(tokens) - 1).argmax()))
+            yield tokens[-1]
 
     def greedy(self, tokens: list[int], count: int) -> list[int]:
         """The `count` most likely token ids after `tokens`, each after the ones before it."""
-        import numpy as np
+        self._reserve(len(tokens) + count)
+        return list(islice(self.continuation(tokens), count))
 
-        assert 0 < len(tokens) + count <= self.context, (len(tokens), count, self.context)
-        self._context.kv_cache_clear()
-        found: list[int] = []
-        fed, place = tokens, 0
-        for _ in range(count):
-            self._run(fed, place, every=False)
-            place += len(fed)
-            found.append(int(np.argmax(self._context.get_logits_ith(-1))))
-            fed = found[-1:]
-        return found
+    def feed(self, rows: list[list[int]], past: int, room: int) -> None:
+        """Read B sequences of equally many tokens, after `past` of each that were fed before.
 
-    def _run(self, tokens: list[int], start: int, every: bool) -> None:
-        self._batch.clear()
-        for number, token in enumerate(tokens):
-            last = number == len(tokens) - 1
-            self._batch.add(token, start + number, [0], every or last)
-        self._context.decode(self._batch)
+        `room` is the length that they will reach. Logits after the last token of each are computed
+        and not fetched: for timing.
+        """
+        self._reserve(room, len(rows))
+        self._held = []
+        if past == 0:
+            self._context.kv_cache_clear()
+        fed = [
+            (token, past + number, sequence, number == len(row) - 1)
+            for sequence, row in enumerate(rows)
+            for number, token in enumerate(row)
+        ]
+        for begin in range(0, len(fed), BATCH):
+            self._batch.clear()
+            for token, place, sequence, last in fed[begin : begin + BATCH]:
+                self._batch.add(token, place, [sequence], last)
+            self._context.decode(self._batch)
+        self._context.synchronize()
 
     def close(self) -> None:
         """Release the memory."""
         for part in (self._batch, self._context, self._model):
-            part.close()
+            if part is not None:
+                part.close()
 
     def __enter__(self) -> GgufModel:
         return self

@@ -12,13 +12,15 @@ from transformers import PreTrainedTokenizerBase
 from regrow.checkpoint import Checkpoint
 from regrow.data import DataConfig
 from regrow.errors import UserError
+from regrow.llama_cpp import GgufModel
 from regrow.manifest import digest
 from regrow.progress import say
 from regrow.stages.evaluate.config import HELDOUT, EvaluateConfig
+from regrow.stages.evaluate.gguf_file import GgufFile
 from regrow.stages.evaluate.texts import Reference, Text, build_texts, openings_of
 from regrow.training.tokens import ids_in
 
-Models: TypeAlias = dict[str, Checkpoint]
+Models: TypeAlias = dict[str, Checkpoint | GgufFile]
 
 
 def texts_of(
@@ -33,7 +35,7 @@ def texts_of(
     keys = {label: fingerprint(tokenizer) for label, tokenizer in tokenizers.items()}
     built = {keys[first]: build_texts(data, tokenizers[first], config)}
     if len(set(keys.values())) == 1:
-        return {label: built[key] for label, key in keys.items()}
+        return _split_alike({label: built[key] for label, key in keys.items()}, checkpoints)
     openings = openings_of(tokenizers[first], config)
     for label, key in keys.items():
         if key not in built:
@@ -47,7 +49,37 @@ def texts_of(
         key: [_told_apart(text, references[text.name]) for text in texts]
         for key, texts in built.items()
     }
-    return {label: built[key] for label, key in keys.items()}
+    return _split_alike({label: built[key] for label, key in keys.items()}, checkpoints)
+
+
+def _split_alike(texts: dict[str, list[Text]], models: Models) -> dict[str, list[Text]]:
+    """The texts by label; of a GGUF file those alone that llama.cpp splits into these tokens."""
+    found = dict(texts)
+    for label, model in models.items():
+        if isinstance(model, GgufFile):
+            apart = _split_apart(texts[label], model)
+            found[label] = [text for text in texts[label] if text.name not in apart]
+            for name in apart:
+                say(
+                    f"evaluate: llama.cpp splits the text {name!r} into other tokens than the "
+                    f"tokenizer of {label} does: no figures of it"
+                )
+    return found
+
+
+def _split_apart(texts: list[Text], file: GgufFile) -> list[str]:
+    """Names of the texts that llama.cpp splits otherwise."""
+    tokenizer = file.tokenizer()
+    apart = []
+    with GgufModel(file.folder, only_look=True) as opened:
+        for text in texts:
+            for ids, real in zip(text.blocks.input_ids, text.blocks.real, strict=True):
+                plain = tokenizer.decode(ids[real].tolist(), skip_special_tokens=True)
+                assert isinstance(plain, str)
+                if tokenizer.encode(plain, add_special_tokens=False) != opened.tokenize(plain):
+                    apart.append(text.name)
+                    break
+    return apart
 
 
 def _told_apart(text: Text, reference: Reference | None) -> Text:
@@ -106,7 +138,9 @@ def _difference(
             f"token {at} is {other_of[at]!r} in one and {token_of[at]!r} in the other; leave `kl` "
             "out of metrics, or compare with a model of the same tokens"
         )
-    for one, reference in zip(mine, theirs, strict=True):
+    reference_of = {text.name: text for text in theirs}
+    for one in mine:
+        reference = reference_of[one.name]
         if one is not reference and one.blocks.fingerprint != reference.blocks.fingerprint:
             return (
                 f"their tokenizers split the text {one.name!r} differently; leave `kl` out of "

@@ -22,6 +22,9 @@ from regrow.errors import UserError
 from regrow.manifest import write_json
 from regrow.options import cache_folder
 from regrow.progress import Progress, progress, say
+from regrow.stages.evaluate.folder_subject import FolderSubject
+from regrow.stages.evaluate.gguf_subject import GgufSubject
+from regrow.stages.evaluate.harness_gguf import GgufLM
 from regrow.stages.evaluate.subject import Subject
 from regrow.stages.evaluate.task_rows import Rows
 
@@ -93,13 +96,14 @@ class RowsTask(ConfigurableTask):
 class Model(HFLM):
     """lm_eval's class for transformers models around a loaded one, with our progress."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: FolderSubject) -> None:
         super().__init__(
             pretrained=subject.model,
             tokenizer=subject.checkpoint.tokenizer(),  # its own: lm_eval may add a pad token
             batch_size=subject.batch_size,
         )
         self.label = self.title = f"evaluate {subject.label}"
+        self.remark = ""
         self.counter: Progress
 
     def get_model_info(self) -> dict[str, Any]:
@@ -133,7 +137,15 @@ class Model(HFLM):
         return found
 
 
-def run(model: Model, rows: Rows, limit: int | None) -> dict[str, Any]:
+def model_of(subject: Subject) -> Model | GgufLM:
+    """lm_eval's model around a subject."""
+    if isinstance(subject, GgufSubject):
+        return GgufLM(subject)
+    assert isinstance(subject, FolderSubject)
+    return Model(subject)
+
+
+def run(model: Model | GgufLM, rows: Rows, limit: int | None) -> dict[str, Any]:
     """lm_eval's results of the first `limit` rows: `results`, `samples`, `n-shot` and so on.
 
     Standard errors are left out. Raises UserError for what lm_eval refuses: a task whose data

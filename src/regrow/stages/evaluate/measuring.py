@@ -15,6 +15,9 @@ from torch import Tensor
 from regrow import plugins
 from regrow.stages.evaluate.agree import Models
 from regrow.stages.evaluate.config import METRICS, EvaluateConfig
+from regrow.stages.evaluate.folder_subject import FolderSubject
+from regrow.stages.evaluate.gguf_file import GgufFile
+from regrow.stages.evaluate.gguf_subject import GgufSubject
 from regrow.stages.evaluate.measured import Kept, Measured
 from regrow.stages.evaluate.subject import Context, Subject, Teacher
 from regrow.stages.evaluate.task_rows import Rows
@@ -39,11 +42,13 @@ class Job:
     batch_size: int
     folder: Path
 
-    def subject(self, label: str) -> Subject:
+    def subject(self, label: str, teacher: Teacher | None = None) -> Subject:
         """A model to measure; it is loaded when it is first needed."""
+        model, texts = self.checkpoints[label], self.texts[label]
+        if isinstance(model, GgufFile):
+            return GgufSubject(label, model, texts, teacher)
         dtype: torch.dtype = getattr(torch, self.config.dtype)
-        checkpoint, texts = self.checkpoints[label], self.texts[label]
-        return Subject(label, checkpoint, texts, dtype, self.device, self.batch_size)
+        return FolderSubject(label, model, texts, dtype, self.device, self.batch_size)
 
     def kept(self, label: str) -> Kept:
         """What is known of a model already."""
@@ -76,7 +81,7 @@ def _one_by_one(job: Job, modules: dict[str, ModuleType], found: dict[str, Measu
     teachers: dict[str, Teacher] = {}
     names = sorted(modules, key=lambda name: name not in FIRST)
     for label in sorted(job.checkpoints, key=lambda label: label != job.teacher):
-        subject, kept = job.subject(label), job.kept(label)
+        subject, kept = job.subject(label, teachers.get(label)), job.kept(label)
         theirs = None if job.teacher in (None, label) else found[str(job.teacher)]
         context = Context(job.config, teachers.get(label), theirs, job.tasks, kept)
         for name in names:
@@ -84,12 +89,13 @@ def _one_by_one(job: Job, modules: dict[str, ModuleType], found: dict[str, Measu
             found[label].extend(kept.get(name, make))
         others = [other for other in job.ids if other != label and not job.kept(other).has("kl")]
         if label == job.teacher and others:
+            assert isinstance(subject, FolderSubject), "a teacher is a folder"
             teachers = _teachers(subject, job, others)
         del subject, context
         gc.collect()
 
 
-def _teachers(subject: Subject, job: Job, others: list[str]) -> dict[str, Teacher]:
+def _teachers(subject: FolderSubject, job: Job, others: list[str]) -> dict[str, Teacher]:
     """The teacher of every other model; those of one tokenizer share it."""
     made: dict[int, Teacher] = {}
     for label in others:

@@ -21,6 +21,7 @@ from regrow.options import Options
 from regrow.progress import say
 from regrow.stages.evaluate.agree import Models, teacher_ids_of, texts_of
 from regrow.stages.evaluate.config import EvaluateConfig
+from regrow.stages.evaluate.gguf_file import GgufFile, find_parents, open_model
 from regrow.stages.evaluate.measured import Measured
 from regrow.stages.evaluate.measuring import Job, measure_all
 from regrow.stages.evaluate.table import show
@@ -36,7 +37,7 @@ TEACHER = "teacher"
 
 
 def evaluate(
-    models: Mapping[str, str | Path | Checkpoint],
+    models: Mapping[str, str | Path | Checkpoint | GgufFile],
     out: str | Path,
     data: DataConfig | None = None,
     against: str | Path | Checkpoint | None = None,
@@ -45,10 +46,11 @@ def evaluate(
 ) -> Path:
     """Measure models, one loaded at a time; write `evaluation.json`, print a table, return `out`.
 
-    `models` maps labels to folders; `against` is the teacher that KL is measured from, listed
-    first if it is not among them. An interrupted evaluation goes on with the metric, and the task,
-    where it stopped. Raises UserError for what cannot be loaded, for no text, for an unknown task
-    or a row that is none, and for KL between models of different tokenizers.
+    `models` maps labels to folders, and to files NAME.gguf, which llama.cpp runs; `against` is the
+    teacher that KL is measured from, by transformers, listed first if it is not among them. An
+    interrupted evaluation goes on with the metric, and the task, where it stopped. Raises UserError
+    for what cannot be loaded, for no text, for an unknown task or a row that is none, and for KL
+    between models of different tokenizers.
     """
     config, options = config or EvaluateConfig(), options or Options()
     checkpoints, teacher = line_up(models, against)
@@ -61,6 +63,7 @@ def evaluate(
     else:
         device = options.torch_device()
         tasks = [read(source) for source in sources]
+        find_parents(checkpoints, teacher)
         _check_window(checkpoints, config)
         texts = texts_of(checkpoints, data, config, teacher or next(iter(checkpoints)))
         ids: dict[str, Tensor | None] = {}
@@ -89,15 +92,19 @@ def evaluate(
 
 
 def line_up(
-    models: Mapping[str, str | Path | Checkpoint], against: str | Path | Checkpoint | None
+    models: Mapping[str, str | Path | Checkpoint | GgufFile],
+    against: str | Path | Checkpoint | None,
 ) -> tuple[Models, str | None]:
     """Opened checkpoints by label, the teacher's first if it is not among them, and its label."""
     if not models and against is None:
         raise UserError("nothing to evaluate: name at least one model")
-    checkpoints = {label: _open(model) for label, model in models.items()}
+    checkpoints = {
+        label: open_model(model) if isinstance(model, str | Path) else model
+        for label, model in models.items()
+    }
     if against is None:
         return checkpoints, None
-    teacher = _open(against)
+    teacher = against if isinstance(against, Checkpoint) else load(against, quantized=True)
     for label, checkpoint in checkpoints.items():
         if checkpoint.folder.resolve() == teacher.folder.resolve():
             return checkpoints, label
@@ -107,10 +114,6 @@ def line_up(
             "give that model another label"
         )
     return {TEACHER: teacher, **checkpoints}, TEACHER
-
-
-def _open(model: str | Path | Checkpoint) -> Checkpoint:
-    return model if isinstance(model, Checkpoint) else load(model, quantized=True)
 
 
 def _inputs(

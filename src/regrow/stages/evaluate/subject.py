@@ -1,4 +1,4 @@
-"""One loaded model under measurement, and what the teacher leaves behind for comparison.
+"""A model under measurement, and what the teacher leaves behind for comparison.
 
 N scored tokens of a window, H hidden.
 """
@@ -6,25 +6,29 @@ N scored tokens of a window, H hidden.
 from __future__ import annotations
 
 import math
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
-from regrow.progress import progress
 from regrow.stages.evaluate.config import EvaluateConfig
 from regrow.stages.evaluate.measured import Kept, Measured
 from regrow.stages.evaluate.task_rows import Rows
-from regrow.stages.evaluate.texts import IGNORED, Text, in_other_ids
-from regrow.training.head import Head, Mix, head_loss, head_of
+from regrow.stages.evaluate.texts import Text, in_other_ids
+from regrow.training.head import Head
 from regrow.training.tokens import rows_of, token_ids
 
-__all__ = ["Context", "Measured", "Subject", "Teacher", "Window", "mean_loss", "ratio"]
+if TYPE_CHECKING:
+    from regrow.stages.evaluate.folder_subject import FolderSubject
+
+__all__ = ["Context", "Measured", "Subject", "Teacher", "Window", "mean_loss", "now", "ratio"]
 
 
 @dataclass(frozen=True)
@@ -35,77 +39,63 @@ class Window:
     targets_N: Tensor
 
 
-class Subject:
-    """A model on its device, with its texts; final hidden states are kept, logits never are."""
+class Subject(ABC):
+    """A model with its texts, as metrics see it: a folder by transformers, or a file by llama.cpp.
 
-    def __init__(
-        self,
-        label: str,
-        checkpoint: Checkpoint,
-        texts: list[Text],
-        dtype: torch.dtype,
-        device: torch.device,
-        batch_size: int,
-    ) -> None:
-        self.label, self.checkpoint, self.texts = label, checkpoint, texts
-        self.dtype, self.device, self.batch_size = dtype, device, batch_size
-        self._windows: dict[str, list[Window]] = {}
+    Loaded when it is first needed.
+    """
 
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        """The model, loaded when it is first needed."""
-        return self.checkpoint.model(self.dtype, self.device)
-
-    def unload(self) -> None:
-        """Let the model go; it is loaded again when it is needed."""
-        self.__dict__.pop("model", None)
-        self.__dict__.pop("head", None)
+    label: str
+    texts: list[Text]
+    device: torch.device
+    batch_size: int
+    source: Path
+    """Folder or file."""
+    arithmetic: str
+    """What it computes in, or by."""
+    engine: str
+    """What runs it: only speeds of the same compare."""
+    next_tokens: str
+    """What generation is timed on: `greedy` tokens or given ones."""
 
     @property
+    @abstractmethod
     def where(self) -> str:
-        """Data type, device and threads."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        if self.device.type == "cuda":
-            return f"{dtype} on {torch.cuda.get_device_name(self.device)}"
-        return f"{dtype} on {self.device.type} with {torch.get_num_threads()} threads"
+        """What it runs on, and with how many threads."""
 
-    @cached_property
+    @property
+    @abstractmethod
+    def bytes_to_load(self) -> float:
+        """Bytes that it takes when loaded, about."""
+
+    @property
+    @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
-        return self.checkpoint.tokenizer()
 
-    @cached_property
-    def head(self) -> Head:
-        """The output projection, detached: a loss over it then computes no gradients."""
-        head = head_of(self.model)
-        return replace(head, weight_VH=head.weight_VH.detach())
+    @abstractmethod
+    def load(self) -> None:
+        """Have it in memory."""
 
-    def windows(self, text: Text) -> list[Window]:
-        """Each window's scored states, in host memory, from one forward pass of the body."""
-        if text.name not in self._windows:
-            self._windows[text.name] = self.run(text)
-        return self._windows[text.name]
+    @abstractmethod
+    def unload(self) -> None:
+        """Let the model go; it is loaded again when it is needed."""
 
-    @torch.no_grad()
-    def run(self, text: Text) -> list[Window]:
-        """Each window's scored states of any text in this model's ids, not kept."""
-        found = []
-        tokens = int(text.blocks.real.sum())
-        with progress(f"evaluate {self.label} on {text.name}", tokens) as counter:
-            for batch in text.blocks.batches(self.batch_size):
-                ids, positions = batch["input_ids"], batch["position_ids"]
-                states_BTH = self.model.base_model(
-                    input_ids=ids.to(self.device),
-                    position_ids=positions.to(self.device),
-                    use_cache=False,
-                ).last_hidden_state
-                # Position t predicts token t + 1.
-                for states_TH, labels_T in zip(states_BTH, batch["labels"], strict=True):
-                    scored = labels_T[1:] != IGNORED
-                    kept = states_TH[:-1][scored.to(self.device)].cpu()
-                    found.append(Window(kept, labels_T[1:][scored]))
-                counter.advance(int(batch["real"].sum()))
-        return found
+    @abstractmethod
+    def sums(self, text: Text, loss: str, teacher: Teacher | None) -> tuple[list[float], list[int]]:
+        """Per window the sum of a loss over its scored tokens, in nats, and their number."""
+
+    @abstractmethod
+    def continuation(self, ids: list[int], new_tokens: int) -> list[int]:
+        """At most `new_tokens` greedy tokens after `ids`, without the one that ends them."""
+
+    @abstractmethod
+    def times(self, batch: int, prompt: int, new: int) -> list[float]:
+        """Seconds to read a batch of prompts of random tokens, then for each of `new` more."""
+
+    @abstractmethod
+    def flops(self, tokens: int, past: int = 0) -> int | None:
+        """Operations to read `tokens` after `past` cached ones; None where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +109,7 @@ class Teacher:
     """Whether it read a model's own tokens, with the head's rows of those alone."""
 
     @classmethod
-    def of(cls, subject: Subject, texts: list[Text], ids_V: Tensor | None) -> Teacher:
+    def of(cls, subject: FolderSubject, texts: list[Text], ids_V: Tensor | None) -> Teacher:
         """The loaded `subject` as a model's teacher; `ids_V` are its ids of that one's tokens."""
         if ids_V is None:
             windows = {text.name: subject.windows(text) for text in subject.texts}
@@ -150,34 +140,19 @@ class Context:
     """What an interrupted evaluation found already."""
 
 
-@torch.no_grad()
 def mean_loss(
     subject: Subject, text: Text, loss: str, teacher: Teacher | None = None
 ) -> tuple[float, float, int]:
     """Mean of a loss over the scored tokens in nats, its standard error, and their number.
 
-    Logits come from a matrix product in the compute dtype, softmax is float32, sums float64. The
-    tokens of a window are not independent, so the standard error is that of a ratio over windows.
+    The tokens of a window are not independent, so the standard error is that of a ratio over
+    windows.
     """
-    others: list[Window | None] = [None] * len(text.blocks)
-    if teacher is not None:
-        others = list(teacher.windows[text.name])
-    sums, counts = [], []
-    for window, other in zip(subject.windows(text), others, strict=True):
-        total, _ = head_loss(
-            window.states_NH.to(subject.device),
-            subject.head,
-            window.targets_N.to(subject.device),
-            Mix({loss: 1.0}),
-            None if other is None else other.states_NH.to(subject.device),
-            None if teacher is None else teacher.head,
-        )
-        sums.append(float(total))
-        counts.append(len(window.targets_N))
+    sums, counts = subject.sums(text, loss, teacher)
     if not all(map(math.isfinite, sums)):
         raise UserError(
             f"{subject.label} computes values that are not finite on {text.name}: its checkpoint "
-            f"({subject.checkpoint.folder}) is broken, or overflows in {subject.dtype}"
+            f"({subject.source}) is broken, or overflows in {subject.arithmetic}"
         )
     return (*ratio(sums, counts), sum(counts))
 
@@ -193,3 +168,10 @@ def ratio(sums: list[float], counts: Sequence[float]) -> tuple[float, float]:
         return mean, 0.0
     squares = sum((s - mean * n) ** 2 for s, n in zip(sums, counts, strict=True))
     return mean, (clusters / (clusters - 1) * squares) ** 0.5 / total
+
+
+def now(device: torch.device) -> float:
+    """Seconds on the clock once the device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -11,6 +11,7 @@ from rich.table import Table
 ORDER = (
     "parameters",
     "bytes",
+    "bits_per_weight",
     "perplexity",
     "perplexity_per_reference_token",
     "bits_per_byte",
@@ -38,6 +39,7 @@ TITLES = {
     "bits_per_byte": "bits/byte",
     "kl": "KL",
     "bytes": "MB",
+    "bits_per_weight": "bits/weight",
     "prefill": "prefill tok/s",
     "decode": "decode tok/s",
     "prefill_speedup": "×",

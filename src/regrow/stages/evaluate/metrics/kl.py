@@ -24,7 +24,7 @@ def measure(subject: Subject, context: Context) -> Measured:
                 unit="nats",
                 n=tokens,
                 stderr=stderr,
-                convention=f"{how}; {text.convention}; {context.config.dtype}",
+                convention=f"{how}; {text.convention}; {subject.arithmetic}",
             )
         )
     return Measured(figures)

@@ -7,12 +7,9 @@ import gc
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache
 
 from regrow.manifest import Figure
-from regrow.stages.evaluate.greedy import step
-from regrow.stages.evaluate.metrics.speed import now
-from regrow.stages.evaluate.subject import Context, Measured, Subject
+from regrow.stages.evaluate.subject import Context, Measured, Subject, now
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 NEW = 4
@@ -29,19 +26,16 @@ def measure(subject: Subject, context: Context) -> Measured:
     batch, prompt = max(context.config.batch_sizes), max(context.config.prefill_tokens)
     before = _begin(subject.device)
     start = now(subject.device)
-    model = subject.model
+    subject.load()
     seconds = now(subject.device) - start
-    ids_BT = torch.zeros(batch, prompt, dtype=torch.int64, device=subject.device)
-    cache = DynamicCache(config=model.config)
-    for _ in range(NEW):
-        ids_BT = step(model, ids_BT, cache)
+    subject.times(batch, prompt, NEW - 1)
     figures = [
         Figure(
             name="load_time",
             value=seconds,
             unit="s",
             n=1,
-            convention=f"stock reader, files as warm as they are, {subject.where}",
+            convention=f"{subject.engine}, files as warm as they are, {subject.where}",
         )
     ]
     if before is not None:

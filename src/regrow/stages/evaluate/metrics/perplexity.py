@@ -24,7 +24,7 @@ def measure(subject: Subject, context: Context) -> Measured:
     for text in subject.texts:
         mean, stderr, tokens = mean_loss(subject, text, "cross_entropy")
         value = math.exp(min(mean, LARGEST))
-        convention = f"{text.convention}; {context.config.dtype}, {CLUSTERS}"
+        convention = f"{text.convention}; {subject.arithmetic}, {CLUSTERS}"
         figure = Figure(
             name=f"perplexity/{text.name}",
             value=value,

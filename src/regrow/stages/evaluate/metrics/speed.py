@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -10,15 +9,10 @@ from statistics import median
 import numpy
 import psutil
 import torch
-from transformers import DynamicCache
 
-from regrow import families
-from regrow.errors import UserError
-from regrow.footprint import forward_flops
 from regrow.manifest import Figure
 from regrow.progress import progress
 from regrow.stages.evaluate.config import EvaluateConfig
-from regrow.stages.evaluate.greedy import step
 from regrow.stages.evaluate.subject import Measured, Subject
 
 SHARE = 0.5
@@ -56,7 +50,8 @@ def measure_all(
     """Rates, time to the first token and per further one, at every batch size and length.
 
     Models stay loaded and take turns, so that a busy machine slows all alike; where they do not fit
-    in memory together, one is timed after the other. Speed-ups are to the teacher or first model.
+    in memory together, one is timed after the other. Speed-ups are to the teacher or the first
+    model, of those that the same program runs.
     """
     settings = [
         Setting(batch, prompt, config.decode_tokens)
@@ -82,8 +77,8 @@ def measure_all(
         label: Measured(_figures(subjects[label], runs[label], how if len(subjects) > 1 else ""))
         for label in subjects
     }
-    base = teacher if teacher is not None else next(iter(subjects))
     for label in subjects:
+        base = _base(subjects, label, teacher)
         if label != base:
             found[label].figures.extend(
                 _speed_ups(subjects[label], subjects[base], runs[label], runs[base])
@@ -91,14 +86,16 @@ def measure_all(
     return found
 
 
+def _base(subjects: dict[str, Subject], label: str, teacher: str | None) -> str:
+    """The model that another's speed is compared with: the first run by the same program."""
+    order = subjects if teacher is None else [teacher, *subjects]
+    return next(other for other in order if subjects[other].engine == subjects[label].engine)
+
+
 def _fit(subjects: list[Subject]) -> bool:
     """Whether all models are expected to fit in the memory of their device together."""
     device = subjects[0].device
-    wanted = sum(
-        sum(numpy.prod(shape, dtype=float) for shape in subject.checkpoint.shapes.values())
-        * subject.dtype.itemsize
-        for subject in subjects
-    )
+    wanted = sum(subject.bytes_to_load for subject in subjects)
     free = psutil.virtual_memory().available
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -106,26 +103,9 @@ def _fit(subjects: list[Subject]) -> bool:
 
 
 def _run(subject: Subject, setting: Setting) -> Run:
-    """One timed run on random tokens, the same for every model of a vocabulary."""
-    model = subject.model
-    vocabulary = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    shape = (setting.batch, setting.prompt)
-    ids_BT = torch.randint(vocabulary, shape, generator=generator).to(subject.device)
-    cache = DynamicCache(config=model.config)
-    times = [now(subject.device)]
-    for _ in range(setting.new + 1):
-        ids_BT = step(model, ids_BT, cache)
-        times.append(now(subject.device))
-    seconds = numpy.diff(times).tolist()
+    """One timed run."""
+    seconds = subject.times(setting.batch, setting.prompt, setting.new)
     return Run(seconds[0], seconds[1:])
-
-
-def now(device: torch.device) -> float:
-    """Seconds on the clock once the device has nothing left to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _figures(subject: Subject, runs: dict[Setting, list[Run]], how: str) -> list[Figure]:
@@ -135,7 +115,7 @@ def _figures(subject: Subject, runs: dict[Setting, list[Run]], how: str) -> list
         tail = "" if number == 0 else f"/{setting}"
         turns = f"{len(timed)} runs after a warm-up" + (f", {how}" if how else "")
         prompt = f"a prompt of {setting.prompt} random tokens, batch {setting.batch}"
-        after = f"{setting.new} greedy tokens after {prompt}, with KV cache"
+        after = f"{setting.new} {subject.next_tokens} tokens after {prompt}, with KV cache"
         first = [1000 * run.first for run in timed]
         others = [1000 * seconds for run in timed for seconds in run.others]
         read = [setting.batch * setting.prompt / run.first for run in timed]
@@ -210,18 +190,11 @@ def _flop_ratios(mine: Subject, base: Subject, setting: Setting) -> dict[str, fl
     """Operations of the base ÷ this model's; None where a family is not known."""
     counts = []
     for subject in (base, mine):
-        try:
-            family = families.of(subject.checkpoint)
-        except UserError:
+        read = subject.flops(setting.prompt)
+        written = subject.flops(1, past=setting.prompt + setting.new // 2)
+        if read is None or written is None:
             return None
-        config = subject.checkpoint.config
-        middle = setting.prompt + setting.new // 2
-        counts.append(
-            (
-                forward_flops(family, config, setting.prompt),
-                forward_flops(family, config, 1, past=middle),
-            )
-        )
+        counts.append((read, written))
     return {
         "prefill": counts[0][0] / counts[1][0],
         "decode": counts[0][1] / counts[1][1],

@@ -15,7 +15,7 @@ from regrow.stages.evaluate.subject import Context, Measured, Subject, ratio
 from regrow.stages.evaluate.task_rows import Rows, convention
 
 if TYPE_CHECKING:
-    from regrow.stages.evaluate.harness import Model
+    from regrow.stages.evaluate.harness import GgufLM, Model
 
 OURS = ("perplexity", "bits_per_byte")
 """Figures of texts, which a task's of that name are told from."""
@@ -42,11 +42,11 @@ class _Models:
         self.subject = subject
 
     @cached_property
-    def model(self) -> Model:
-        from regrow.stages.evaluate.harness import Model, few_words
+    def model(self) -> Model | GgufLM:
+        from regrow.stages.evaluate.harness import few_words, model_of
 
         with few_words(None):
-            return Model(self.subject)
+            return model_of(self.subject)
 
 
 def _task(models: _Models, rows: Rows, context: Context) -> Measured:
@@ -62,13 +62,13 @@ def _task(models: _Models, rows: Rows, context: Context) -> Measured:
         if not math.isfinite(value):
             raise UserError(
                 f"{subject.label} gives {name} {value}: its checkpoint "
-                f"({subject.checkpoint.folder}) is broken, or overflows in {subject.dtype}"
+                f"({subject.source}) is broken, or overflows in {subject.arithmetic}"
             )
         figure = Figure(
             name=name,
             value=value,
             n=found["n-samples"].get(task, {}).get("effective"),
-            convention=_how(found, rows, task, metric, filtering, context),
+            convention=_how(found, rows, task, metric, filtering, models, context),
         )
         if scores is not None:
             measured.items[name] = scores
@@ -108,7 +108,13 @@ def _items(found: dict[str, Any], task: str, metric: str, filtering: str) -> lis
 
 
 def _how(
-    found: dict[str, Any], rows: Rows, task: str, metric: str, filtering: str, context: Context
+    found: dict[str, Any],
+    rows: Rows,
+    task: str,
+    metric: str,
+    filtering: str,
+    models: _Models,
+    context: Context,
 ) -> str:
     by = {
         "acc_norm": "log-likelihood of an answer ÷ its characters",
@@ -118,8 +124,8 @@ def _how(
     if rows.source.task is not None and rows.source.task.config.get("num_fewshot"):
         shots += " of the training split" if rows.shots else " of the other rows"
     where = f"{convention(rows, context.config.limit)}, {shots}"
-    how = f"lm_eval {version('lm_eval')}, no chat template, {context.config.dtype}"
-    return ", ".join(part for part in (where, by, how) if part)
+    how = f"lm_eval {version('lm_eval')}, no chat template, {models.subject.arithmetic}"
+    return ", ".join(part for part in (where, by, how, models.model.remark) if part)
 
 
 def kept_shares(mine: Measured, theirs: Measured) -> list[Figure]:

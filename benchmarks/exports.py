@@ -1,6 +1,6 @@
 """llama.cpp on exported files against transformers on the folder: KL for each type.
 
-    python benchmarks/gguf.py --texts ../shared/data --work runs/gguf --out benchmarks/results
+    python benchmarks/exports.py --texts ../shared/data --work runs/gguf --out benchmarks/results
 
 Exports a model (SmolLM2-135M-Instruct by default) as each type and compares next-token
 distributions on the first 2,000 tokens of held-out C4 text, in windows of 500, and a greedy
