@@ -101,6 +101,10 @@ class _Job:
     profile: Path | None = None
     caches: dict[str, Path] = field(default_factory=dict)
     """By teacher, the last cache of it."""
+    answers: dict[str, Path] = field(default_factory=dict)
+    """By teacher, its last answers."""
+    own_answers: Path | None = None
+    """Those of the current model."""
     models: dict[str, str | Path] = field(default_factory=dict)
     reported: bool = False
 
@@ -117,7 +121,7 @@ class _Job:
         """Make `folder` the current model, to be evaluated under `label`."""
         count = sum(known.split(" ")[0] == label for known in self.models)
         self.models[f"{label} {count + 1}" if count else label] = folder
-        self.current = folder
+        self.current, self.own_answers = folder, None
 
     def check(self) -> None:
         """Raise UserError for whatever can be known to fail before any slow work."""
@@ -215,6 +219,19 @@ def _prune(job: _Job, step: Step, name: str) -> None:
     job.add("repaired", repaired)
 
 
+def _generate(job: _Job, step: Step, name: str) -> None:
+    from regrow.stages.generate import GenerateConfig, generate
+
+    assert isinstance(step.config, GenerateConfig)
+    teacher = step.teacher or job.recipe.model
+    model = teacher if step.by == "teacher" else job.current
+    folder = generate(model, job.recipe.data, job.folder(name), step.config, job.options)
+    if step.by == "teacher":
+        job.answers[teacher] = folder
+    else:
+        job.own_answers = folder
+
+
 def _cache(job: _Job, step: Step, name: str) -> None:
     from regrow.stages.cache import CacheConfig, cache
 
@@ -231,6 +248,10 @@ def _distill(job: _Job, step: Step, name: str) -> None:
     assert isinstance(config, DistillConfig)
     if config.cache is None and teacher in job.caches:
         config = config.model_copy(update={"cache": str(job.caches[teacher])})
+    if config.answers is None and teacher in job.answers:
+        config = config.model_copy(update={"answers": str(job.answers[teacher])})
+    if config.own_answers is None and job.own_answers is not None:
+        config = config.model_copy(update={"own_answers": str(job.own_answers)})
     distill(
         job.current,
         teacher,
@@ -280,6 +301,7 @@ _RUNNERS: dict[str, Callable[[_Job, Step, str], None]] = {
     "rotate": _rotate,
     "profile": _profile,
     "prune": _prune,
+    "generate": _generate,
     "cache": _cache,
     "distill": _distill,
     "quantize": _quantize,

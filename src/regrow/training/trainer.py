@@ -31,7 +31,7 @@ from regrow.training.head import Mix, head_loss, head_of
 from regrow.training.inside import inside
 from regrow.training.signal_mix import SignalMix
 from regrow.training.signal_trainer import SignalTrainer
-from regrow.training.tally import Tally
+from regrow.training.tally import OWN, Tally
 from regrow.training.teacher import Teacher, hidden_states, scored
 
 CHOSEN_BY = "forward_kl"
@@ -49,7 +49,8 @@ def bind_loss(
     The loss is computed inside the student's forward, so that it goes through whatever wraps the
     student (DDP, FSDP), and the student itself stays the stock model that Trainer saves. Outputs:
     `loss` (sum of the mix and the weighted signals), `main` (of the mix alone), `parts` {name of
-    loss or signal: its plain sum}, `tokens` (how many were scored). In eval mode all is measured at
+    loss or signal: its plain sum}, `tokens` (how many were scored), `counts` {name of a loss that
+    some sources' tokens alone have: how many those are}. In eval mode all is measured at
     temperature 1, and the forward KL comes first, whether the student learns by it or not; a
     training step computes it only if it does.
     """
@@ -58,11 +59,17 @@ def bind_loss(
     reads = {} if signals is None else signals.reads
 
     def forward(
-        self: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, labels: Tensor, **_: Any
+        self: PreTrainedModel,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        source: Tensor | None = None,
+        **_: Any,
     ) -> dict[str, Any]:
         batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
         mask = scored(batch)
         targets_N = labels[:, 1:][mask]
+        source_N = None if source is None else source[:, 1:][mask]
         now = mix if self.training else measured
         teacher_NH = taught = sparse = None
         teacher_head = None if teacher is None else teacher.head  # its ids are compared, if given
@@ -73,9 +80,18 @@ def bind_loss(
             teacher_NH = taught.final[mask]
         own = hidden_states(self, batch, **reads)
         total, parts = head_loss(
-            own.final[mask], head_of(self), targets_N, now, teacher_NH, teacher_head, sparse=sparse
+            own.final[mask],
+            head_of(self),
+            targets_N,
+            now,
+            teacher_NH,
+            teacher_head,
+            sparse=sparse,
+            source_N=source_N,
         )
+        counts = {} if source_N is None else now.counts(source_N)
         found = {"loss": total, "main": total.detach(), "parts": parts, "tokens": mask.sum()}
+        found["counts"] = counts
         if signals is None or taught is None or not isinstance(teacher, Teacher):
             return found
         ours = inside(self, own, head_of(self))
@@ -139,7 +155,7 @@ class DistillTrainer(SignalTrainer):
     ) -> Any:
         """The mixed loss of one micro-batch, as its share of the step's mean per scored token."""
         outputs = model(**_model_inputs(inputs))
-        row = {**outputs["parts"], "tokens": outputs["tokens"]}
+        row = _sums(outputs)
         self.logged.add(row)
         self.this_step.add({**row, MAIN: outputs["main"]})
         if num_items_in_batch is None:
@@ -176,7 +192,7 @@ class DistillTrainer(SignalTrainer):
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 outputs = self.model_wrapped(**_model_inputs(inputs))
-            tally.add({**outputs["parts"], "tokens": outputs["tokens"]})
+            tally.add(_sums(outputs))
         means = tally.means(self.sum_over_ranks)
         metrics = {f"eval_{name}": value for name, value in means.items()}
         for value in metrics.values():
@@ -300,4 +316,11 @@ def _drop_later_rows(path: Path, stage: str, step: int) -> None:
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {key: inputs[key] for key in ("input_ids", "position_ids", "labels")}
+    keys = ("input_ids", "position_ids", "labels", "source")
+    return {key: inputs[key] for key in keys if key in inputs}
+
+
+def _sums(outputs: dict[str, Any]) -> dict[str, Tensor]:
+    """A micro-batch's row for a Tally."""
+    counts = {OWN + name: count for name, count in outputs["counts"].items()}
+    return {**outputs["parts"], **counts, "tokens": outputs["tokens"]}

@@ -17,6 +17,7 @@ from regrow.errors import UserError
 from regrow.manifest import Figure, Stage, refuse_input, require_space
 from regrow.options import Options
 from regrow.progress import progress, say
+from regrow.stages.distill.answers import digests_of, text_of
 from regrow.stages.distill.arguments import arguments_of
 from regrow.stages.distill.cached import open_cache
 from regrow.stages.distill.config import DistillConfig
@@ -65,12 +66,15 @@ def distill(
     pupil = open_student(student, master)
     refuse_input(out, pupil.like.folder, master.folder)
     ids_V = teacher_ids(pupil.like, master)
-    cached = open_cache(config, master, ids_V)
+    text = text_of(data, config)
+    mix = mix_of(config, text)
+    cached = open_cache(config, master, ids_V, text)
     inputs = {
         "student": pupil.fingerprint,
         "teacher": master.fingerprint,
         "data": data_digest(data),
         **({} if cached is None else {"cache": cached.fingerprint}),
+        **digests_of(config),
     }
     stage = _stage(out, config, inputs)
     if stage.complete:
@@ -89,7 +93,7 @@ def distill(
     tokenizer = (master if ids_V is None else pupil.like).tokenizer()
     heldout = build_blocks(data, tokenizer, "heldout", config.heldout_blocks)
     count = steps * config.batch_tokens // data.sequence_length
-    blocks = build_blocks(data, tokenizer, "train", count)
+    blocks = build_blocks(text, tokenizer, "train", count)
     if cached is not None:
         cached.check_blocks(heldout, "heldout")
         cached.check_blocks(blocks, "train")
@@ -103,7 +107,7 @@ def distill(
             torch.cuda.set_device(device)  # the trainer takes the current one
         taught_by = teacher_of(master, ids_V, cached, device, sharded)
         show_attentions(model, taught_by, signals)
-        shared = freeze(model, taught_by, config, signals, sharded)
+        shared = freeze(model, taught_by, config, mix, signals, sharded)
         arguments = arguments_of(folder, config, options, device, (steps, micro, accumulation))
         trainer = DistillTrainer(
             model=model,
@@ -112,7 +116,7 @@ def distill(
             eval_dataset=heldout,
             signals=signals,
         )
-        undo = bind_loss(model, taught_by, mix_of(config), signals)
+        undo = bind_loss(model, taught_by, mix, signals)
         unround = bind_rounding(model, rounding) if rounding is not None else lambda: None
         _train(trainer, folder, stage, pupil, steps, journal)
         unround()
@@ -150,8 +154,8 @@ def steps_in(config: DistillConfig) -> int:
 
 def _stage(out: Path, config: DistillConfig, inputs: dict[str, str]) -> Stage:
     # Without the budget, so that a run with a raised one is known as the same run, extended.
-    # The cache is among the inputs, by what is in it; where it lies does not matter.
-    config = config.model_copy(update={"cache": None})
+    # Cache and answers are among the inputs, by what is in them; where they lie does not matter.
+    config = config.model_copy(update={"cache": None, "answers": None, "own_answers": None})
     same_run = config.model_copy(update={"tokens": 1})
     resume = Stage(out, "distill", same_run, inputs).digest
     return Stage(out, "distill", config, inputs, resumable=True, resume_digest=resume)

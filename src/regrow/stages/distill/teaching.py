@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 from regrow.checkpoint import Checkpoint
 from regrow.progress import say
 from regrow.stages.distill.config import DistillConfig
-from regrow.stages.distill.mix import mix_of
 from regrow.training import prefix, sharding
 from regrow.training.cache.folder import Cache
 from regrow.training.cache.teacher import CachedTeacher, head_from
+from regrow.training.head import Mix
 from regrow.training.inside import give_attentions
 from regrow.training.prefix import SharedPrefix
 from regrow.training.signal_mix import SignalMix
@@ -51,6 +51,7 @@ def freeze(
     model: PreTrainedModel,
     teacher: Teacher | CachedTeacher,
     config: DistillConfig,
+    mix: Mix,
     signals: SignalMix | None,
     sharded: bool,
 ) -> SharedPrefix | None:
@@ -66,7 +67,7 @@ def freeze(
         return None
     if config.fake_quantize is not None:  # the teacher's blocks are not rounded
         return None
-    runs = mix_of(config).needs_teacher or signals is not None
+    runs = mix.needs_teacher or signals is not None
     shows = signals is not None and "attentions" in signals.needs
     if not runs or shows or not prefix.same(model, teacher.model, count):
         return None
