@@ -21,7 +21,7 @@ from regrow.errors import UserError
 from regrow.options import Options
 from regrow.overrides import override
 from regrow.progress import say
-from regrow.steps import Step, check_steps, fitted, parse_step
+from regrow.steps import Step, check_steps, fitted, parse_step, prompts_of
 
 KeepStages = Literal["all", "last"]
 RECIPE = "recipe.yaml"
@@ -151,6 +151,7 @@ class _Job:
             [load(model).fingerprint for model in sorted(models)],
             data_digest(self.recipe.data),
             texts,
+            *(data_digest(step.prompts) for step in self.steps if step.prompts is not None),
         )
 
     def begin(self) -> None:
@@ -225,7 +226,8 @@ def _generate(job: _Job, step: Step, name: str) -> None:
     assert isinstance(step.config, GenerateConfig)
     teacher = step.teacher or job.recipe.model
     model = teacher if step.by == "teacher" else job.current
-    folder = generate(model, job.recipe.data, job.folder(name), step.config, job.options)
+    asked = prompts_of(step, job.recipe.data)
+    folder = generate(model, asked, job.folder(name), step.config, job.options)
     if step.by == "teacher":
         job.answers[teacher] = folder
     else:

@@ -46,6 +46,8 @@ class Step(Config):
     """The model it learns from or is compared with; the recipe's own when None."""
     by: Literal["student", "teacher"] = "student"
     """Of generate: whose answers, those of the model as it is there or those of the teacher."""
+    prompts: DataConfig | None = None
+    """Of generate: what to answer, in place of the recipe's data."""
     where: str = ""
     """Its place in the recipe, for errors."""
 
@@ -71,12 +73,15 @@ def parse_step(entry: dict[str, Any] | str, number: int) -> Step:
     teacher = fields.pop("teacher", None) if name in WITH_TEACHER else None
     if teacher is not None and not isinstance(teacher, str):
         raise UserError(f"{where}.teacher: give a model folder or hub id (given: {teacher!r})")
-    by = fields.pop("by", "student") if name == "generate" else "student"
+    by, asked = "student", None
+    if name == "generate":
+        by, asked = fields.pop("by", by), fields.pop("prompts", None)
     if by not in ("student", "teacher"):
         raise UserError(f"{where}.by: must be student or teacher (given: {by!r})")
+    prompts = None if asked is None else parse(DataConfig, asked, f"{where}.prompts")
     kind = getattr(import_module(f"regrow.stages.{name}"), CONFIGS[name])
     config = parse(kind, fields, where)
-    return Step(name=name, config=config, teacher=teacher, by=by, where=where)
+    return Step(name=name, config=config, teacher=teacher, by=by, prompts=prompts, where=where)
 
 
 def fitted(step: Step, steps: list[Step], model: str) -> CacheConfig:
@@ -271,17 +276,34 @@ def _cut(now: dict[str, Any] | None, family: Family, config: PruneConfig) -> dic
     return {**now, **sizes, "head_dim": before["head_dim"]}
 
 
+def prompts_of(step: Step, data: DataConfig) -> DataConfig:
+    """What a generate stage answers; splits are drawn as those of the recipe's data."""
+    if step.prompts is None:
+        return data
+    return data.model_copy(update={"sources": step.prompts.sources})
+
+
+def _at_hand(data: DataConfig) -> bool:
+    return all(Path(source.source).expanduser().exists() for source in data.sources)
+
+
 def _check_text(steps: list[Step], checkpoint: Checkpoint, data: DataConfig, tried: int) -> None:
     """Text that is at hand must fill a block of every split that is read; a search needs more."""
     from regrow.data import build_blocks
     from regrow.data.prompts import prompts
+    from regrow.data.sources import check_source
     from regrow.search import blocks_for
 
-    if not all(Path(source.source).expanduser().exists() for source in data.sources):
-        return
     names = {step.name for step in steps}
-    if "generate" in names:
-        next(prompts(data, "all", bool(checkpoint.tokenizer().chat_template)), None)
+    for step in (step for step in steps if step.name == "generate"):
+        with _in_place(step):
+            asked = prompts_of(step, data)
+            for source in asked.sources:
+                check_source(source)
+            if _at_hand(asked):
+                next(prompts(asked, "all", bool(checkpoint.tokenizer().chat_template)), None)
+    if not _at_hand(data):
+        return
     if names & {"cache", "distill", "evaluate"}:
         build_blocks(data, checkpoint.tokenizer(), "heldout", 1)
     if names & {"cache", "distill"}:
