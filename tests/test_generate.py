@@ -11,6 +11,7 @@ import torch
 from tiny_folders import data_of, write_model
 from tiny_job import refused
 from tiny_tokenizer import SENTENCES, tiny_tokenizer
+from tiny_training import start_ranks
 
 from regrow.checkpoint import Checkpoint
 from regrow.data import DataConfig, build_blocks
@@ -20,7 +21,6 @@ from regrow.errors import UserError
 from regrow.manifest import read as read_manifest
 from regrow.options import Options
 from regrow.stages.generate import GenerateConfig, generate
-from regrow.stages.generate import stage as stage_module
 from regrow.stages.generate.answering import Answerer
 from regrow.stages.generate.sampling import draw_ids
 
@@ -166,6 +166,18 @@ def test_an_interrupted_run_goes_on_to_the_same_file(
     assert len(asked) == 5  # complete: nothing was asked again
 
 
+def _share(rank: int, folder: str, out: str) -> None:
+    place = Path(folder)
+    generate(place / "model", data(place), out, ALL, options(2))
+
+
+def test_several_processes_write_the_file_of_one(place: Path, tmp_path: Path) -> None:
+    start_ranks(2, _share, str(place), str(tmp_path / "two"))
+    one = generate(place / "model", data(place), tmp_path / "one", ALL, options())
+    assert (tmp_path / "two" / "answers.jsonl").read_bytes() == (one / "answers.jsonl").read_bytes()
+    assert len(list((tmp_path / "two").iterdir())) == 2
+
+
 def test_the_manifest_names_model_and_counts(place: Path, tmp_path: Path) -> None:
     out = generate(place / "model", data(place), tmp_path / "out", ALL, options())
     found = read_manifest(out)
@@ -270,4 +282,3 @@ def test_what_else_is_refused(
     some = [*given, "--split", "all", "--max-new-tokens", 1, "--greedy"]
     ended = refused(capsys, *some, "--out", tmp_path / "x", at_once=False)
     assert "none of 9 answers ended within 1 tokens" in ended
-    assert stage_module.ANSWERS == "answers.jsonl"
