@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from regrow.stages.distill import DistillConfig, distill
     from regrow.stages.evaluate import EvaluateConfig, evaluate
     from regrow.stages.export import ExportConfig, export
+    from regrow.stages.generate import GenerateConfig, generate
     from regrow.stages.profile import ProfileConfig, profile
     from regrow.stages.prune import PruneConfig
     from regrow.stages.quantize import QuantizeConfig, quantize
@@ -41,6 +42,8 @@ _HOME = {
     "evaluate": "stages.evaluate",
     "ExportConfig": "stages.export",
     "export": "stages.export",
+    "GenerateConfig": "stages.generate",
+    "generate": "stages.generate",
     "Options": "options",
     "Plan": "plan",
     "ProfileConfig": "stages.profile",
@@ -65,6 +68,7 @@ __all__ = [
     "DistillConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "GenerateConfig",
     "Options",
     "Plan",
     "ProfileConfig",
@@ -81,6 +85,7 @@ __all__ = [
     "distill",
     "evaluate",
     "export",
+    "generate",
     "load",
     "profile",
     "prune",

@@ -28,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "profile": commands.profile,
     "compare": commands.compare,
     "prune": commands.prune,
+    "generate": commands.generate,
     "cache": commands.cache,
     "distill": commands.distill,
     "quantize": commands.quantize,

@@ -18,6 +18,7 @@ from regrow.stages.cache import CacheConfig
 from regrow.stages.distill import DistillConfig
 from regrow.stages.evaluate import EvaluateConfig
 from regrow.stages.export import ExportConfig
+from regrow.stages.generate import GenerateConfig
 from regrow.stages.profile import ProfileConfig
 from regrow.stages.prune import PruneConfig
 from regrow.stages.quantize import QuantizeConfig
@@ -217,6 +218,33 @@ def compare(
         _print(estimate.of_compare(_open(model), profile, blend, config, rounds, heads))
         return
     by_each(model, profile, blend, config, out, options, rounds, heads)
+
+
+def generate(
+    model: Model,
+    text: OmitArgPrefixes[Text],
+    out: Path,
+    config: OmitArgPrefixes[GenerateConfig] = GenerateConfig(),
+    options: OmitArgPrefixes[Options] = Options(),
+    dry_run: bool = False,
+) -> None:
+    """Let a model answer prompts; its answers are text to distil on.
+
+    Args:
+        model: Hugging Face folder, hub id, GGUF file, or package:NAME.
+        out: Folder to write answers.jsonl to; it can be given as --data.
+        config: Which prompts, and how the answers are drawn.
+        options: Device and portions; --batch-size prompts are answered at once.
+        dry_run: Check everything and print what would be done.
+    """
+    from regrow import estimate
+    from regrow.stages.generate import generate as stage
+
+    master, blend = _open(model, quantized=True), text.blend()
+    if dry_run:
+        _print(estimate.of_generate(master, blend, config), out)
+        return
+    stage(master, blend, out, config, options)
 
 
 def cache(

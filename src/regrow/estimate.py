@@ -24,13 +24,17 @@ from regrow.search import passes_for as passes_of_search
 from regrow.search.halving import rungs_for, tokens_for
 from regrow.stages.cache.config import CacheConfig
 from regrow.stages.cache.stage import header_of
+from regrow.stages.distill.answers import digests_of, text_of
 from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.mix import mix_of
 from regrow.stages.distill.opposite import Opposite
 from regrow.stages.distill.stage import steps_of
 from regrow.stages.distill.student import Student, check_student
 from regrow.stages.evaluate.config import EvaluateConfig
 from regrow.stages.evaluate.gguf_file import GgufFile, find_parents
 from regrow.stages.evaluate.task_rows import check_tasks
+from regrow.stages.generate.config import GenerateConfig
+from regrow.stages.generate.stage import ask
 from regrow.stages.profile.collect import GRADIENTS, REMOVALS
 from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.removal import passes_for
@@ -201,6 +205,17 @@ def of_compare(
     return [*lines, f"  time about {clock(seconds)} for the passes through the model{repair}"]
 
 
+def of_generate(checkpoint: Checkpoint, data: DataConfig, config: GenerateConfig) -> list[str]:
+    """Prompts, the most tokens that may come, and the time if all came at the full rate."""
+    asked = ask(data, config, checkpoint, checkpoint.tokenizer())
+    read, most = sum(len(ids) for _, ids in asked), len(asked) * config.max_new_tokens
+    seconds = (read + most) * 2 * _active(checkpoint) / matmul_rate()
+    return [
+        f"generate: {len(asked):,} prompts of {read:,} tokens, at most {most:,} tokens of answers",
+        f"  time at best {clock(seconds)} if all are as long; small batches take many times that",
+    ]
+
+
 def of_cache(teacher: Checkpoint, data: DataConfig, config: CacheConfig) -> list[str]:
     """Tokens, disk and time of a cache: one pass, 2 N operations per token."""
     form = header_of(teacher, data, config).formats()["train"]
@@ -222,7 +237,10 @@ def of_distill(
     options: Options,
 ) -> list[str]:
     """Steps, memory and time of a distillation: 2 N_teacher + 6 N_student operations per token."""
-    opposite = Opposite.open(config, student, teacher, options)
+    text = text_of(data, config)
+    mix_of(config, text)
+    digests_of(config)
+    opposite = Opposite.open(config, student, teacher, options, text)
     check_student(student, config, options)
     teachers = sum(map(_parameters, opposite.checkpoints))
     return _distill_lines(student.parameters, teachers, data, config, options)

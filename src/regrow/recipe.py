@@ -21,7 +21,7 @@ from regrow.errors import UserError
 from regrow.options import Options
 from regrow.overrides import override
 from regrow.progress import say
-from regrow.steps import Step, check_steps, fitted, parse_step
+from regrow.steps import Step, check_steps, fitted, parse_step, prompts_of
 
 KeepStages = Literal["all", "last"]
 RECIPE = "recipe.yaml"
@@ -103,6 +103,10 @@ class _Job:
     profile: Path | None = None
     caches: dict[str, Path] = field(default_factory=dict)
     """By teacher, the last cache of it."""
+    answers: dict[str, Path] = field(default_factory=dict)
+    """By teacher, its last answers."""
+    own_answers: Path | None = None
+    """Those of the current model."""
     models: dict[str, str | Path] = field(default_factory=dict)
     reported: bool = False
 
@@ -120,6 +124,7 @@ class _Job:
         count = sum(known.split(" ")[0] == label for known in self.models)
         self.models[f"{label} {count + 1}" if count else label] = folder
         self.current = self.plain = folder
+        self.own_answers = None
 
     def check(self) -> None:
         """Raise UserError for whatever can be known to fail before any slow work."""
@@ -150,6 +155,7 @@ class _Job:
             [load(model).fingerprint for model in sorted(models)],
             data_digest(self.recipe.data),
             texts,
+            *(data_digest(step.prompts) for step in self.steps if step.prompts is not None),
         )
 
     def begin(self) -> None:
@@ -218,6 +224,20 @@ def _prune(job: _Job, step: Step, name: str) -> None:
     job.add("repaired", repaired)
 
 
+def _generate(job: _Job, step: Step, name: str) -> None:
+    from regrow.stages.generate import GenerateConfig, generate
+
+    assert isinstance(step.config, GenerateConfig)
+    teacher = step.teacher or job.recipe.model
+    model = teacher if step.by == "teacher" else job.current
+    asked = prompts_of(step, job.recipe.data)
+    folder = generate(model, asked, job.folder(name), step.config, job.options)
+    if step.by == "teacher":
+        job.answers[teacher] = folder
+    else:
+        job.own_answers = folder
+
+
 def _cache(job: _Job, step: Step, name: str) -> None:
     from regrow.stages.cache import CacheConfig, cache
 
@@ -234,6 +254,10 @@ def _distill(job: _Job, step: Step, name: str) -> None:
     assert isinstance(config, DistillConfig)
     if config.cache is None and teacher in job.caches:
         config = config.model_copy(update={"cache": str(job.caches[teacher])})
+    if config.answers is None and teacher in job.answers:
+        config = config.model_copy(update={"answers": str(job.answers[teacher])})
+    if config.own_answers is None and job.own_answers is not None:
+        config = config.model_copy(update={"own_answers": str(job.own_answers)})
     distill(
         job.current,
         teacher,
@@ -285,6 +309,7 @@ _RUNNERS: dict[str, Callable[[_Job, Step, str], None]] = {
     "rotate": _rotate,
     "profile": _profile,
     "prune": _prune,
+    "generate": _generate,
     "cache": _cache,
     "distill": _distill,
     "quantize": _quantize,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from regrow.config import Config, parse
 from regrow.data.config import DataConfig
@@ -23,6 +23,7 @@ CONFIGS = {
     "rotate": "RotateConfig",
     "profile": "ProfileConfig",
     "prune": "PruneConfig",
+    "generate": "GenerateConfig",
     "cache": "CacheConfig",
     "distill": "DistillConfig",
     "quantize": "QuantizeConfig",
@@ -30,8 +31,8 @@ CONFIGS = {
     "export": "ExportConfig",
     "report": "ReportConfig",
 }
-LATER = ("generate", "advise")
-WITH_TEACHER = ("cache", "distill", "evaluate")
+LATER = ("advise",)
+WITH_TEACHER = ("generate", "cache", "distill", "evaluate")
 
 
 class Step(Config):
@@ -43,6 +44,10 @@ class Step(Config):
     """Its config, of the class that CONFIGS names."""
     teacher: str | None = None
     """The model it learns from or is compared with; the recipe's own when None."""
+    by: Literal["student", "teacher"] = "student"
+    """Of generate: whose answers, those of the model as it is there or those of the teacher."""
+    prompts: DataConfig | None = None
+    """Of generate: what to answer, in place of the recipe's data."""
     where: str = ""
     """Its place in the recipe, for errors."""
 
@@ -68,9 +73,15 @@ def parse_step(entry: dict[str, Any] | str, number: int) -> Step:
     teacher = fields.pop("teacher", None) if name in WITH_TEACHER else None
     if teacher is not None and not isinstance(teacher, str):
         raise UserError(f"{where}.teacher: give a model folder or hub id (given: {teacher!r})")
+    by, asked = "student", None
+    if name == "generate":
+        by, asked = fields.pop("by", by), fields.pop("prompts", None)
+    if by not in ("student", "teacher"):
+        raise UserError(f"{where}.by: must be student or teacher (given: {by!r})")
+    prompts = None if asked is None else parse(DataConfig, asked, f"{where}.prompts")
     kind = getattr(import_module(f"regrow.stages.{name}"), CONFIGS[name])
     config = parse(kind, fields, where)
-    return Step(name=name, config=config, teacher=teacher, where=where)
+    return Step(name=name, config=config, teacher=teacher, by=by, prompts=prompts, where=where)
 
 
 def fitted(step: Step, steps: list[Step], model: str) -> CacheConfig:
@@ -108,7 +119,7 @@ def check_steps(model: str, data: DataConfig, steps: list[Step], options: Option
     for source in data.sources:
         check_source(source)
     _check_order(steps)
-    _check_cached(steps, model)
+    _check_cached(steps, model, data)
     for step in steps:
         with _in_place(step):
             _check_step(step, checkpoint, data, options)
@@ -138,21 +149,24 @@ def _check_order(steps: list[Step]) -> None:
             quantized = step.where
         if step.name == "prune" and not profiled:
             raise UserError(f"{step.where}: put a profile stage of the same model before it")
-        idle = ("cache", "evaluate", "export", "report")
+        idle = ("generate", "cache", "evaluate", "export", "report")
         profiled = step.name == "profile" or (profiled and step.name in idle)
 
 
-def _check_cached(steps: list[Step], model: str) -> None:
+def _check_cached(steps: list[Step], model: str, data: DataConfig) -> None:
     """What a cache cannot teach, in the distillations that will take one."""
     from regrow.stages.distill.blend import check_blend
     from regrow.stages.distill.cached import FEWER_TOKENS, check_loss
 
     formats: dict[str, str] = {}
     fewer = False
+    answers: set[str] = set()  # of which teachers, and "" for the student's own
     for step in steps:
         teacher = step.teacher or model
         if step.name == "cache":
             formats[teacher] = step.config.format
+        elif step.name == "generate":
+            answers.add(teacher if step.by == "teacher" else "")
         elif step.name == "prune":
             fewer = fewer or step.config.vocab_size is not None
         elif step.name == "distill" and (step.config.cache or teacher in formats):
@@ -160,8 +174,15 @@ def _check_cached(steps: list[Step], model: str) -> None:
                 if fewer:
                     raise UserError(FEWER_TOKENS)
                 check_blend(step.config.model_copy(update={"cache": "of the recipe"}))
+                if answers & {teacher, ""}:
+                    raise UserError(
+                        "a cache is of the data's text, and this distillation takes the answers of "
+                        "a generate stage: leave out the cache"
+                    )
                 if step.config.cache is None:
-                    check_loss(step.config, formats[teacher])
+                    check_loss(step.config, formats[teacher], data)
+        if step.name in ("rotate", "prune", "distill", "quantize"):
+            answers.discard("")  # of a model that is no more
 
 
 def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: Options) -> None:
@@ -169,8 +190,10 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     from regrow.checkpoint import load
     from regrow.stages.cache.stage import header_of
     from regrow.stages.distill.across import aligner_of
+    from regrow.stages.distill.answers import digests_of, text_of
     from regrow.stages.distill.blend import open_blend
     from regrow.stages.distill.cached import check_loss
+    from regrow.stages.distill.mix import mix_of
     from regrow.stages.distill.stage import steps_of
     from regrow.stages.distill.student import Student, check_student
     from regrow.stages.evaluate.task_rows import check_tasks
@@ -189,8 +212,11 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
         steps_of(step.config, data, options)
         check_student(Student(checkpoint), step.config, options)
         open_blend(step.config, checkpoint)
+        text = text_of(data, step.config)
+        mix_of(step.config, text)
+        digests_of(step.config)
         if step.config.cache is not None:
-            check_loss(step.config, Cache(step.config.cache).header.format)
+            check_loss(step.config, Cache(step.config.cache).header.format, text)
     elif step.name == "cache":
         header_of(checkpoint if step.teacher is None else load(step.teacher), data, step.config)
     elif step.name == "evaluate":
@@ -256,14 +282,34 @@ def _cut(now: dict[str, Any] | None, family: Family, config: PruneConfig) -> dic
     return {**now, **sizes, "head_dim": before["head_dim"]}
 
 
+def prompts_of(step: Step, data: DataConfig) -> DataConfig:
+    """What a generate stage answers; splits are drawn as those of the recipe's data."""
+    if step.prompts is None:
+        return data
+    return data.model_copy(update={"sources": step.prompts.sources})
+
+
+def _at_hand(data: DataConfig) -> bool:
+    return all(Path(source.source).expanduser().exists() for source in data.sources)
+
+
 def _check_text(steps: list[Step], checkpoint: Checkpoint, data: DataConfig, tried: int) -> None:
     """Text that is at hand must fill a block of every split that is read; a search needs more."""
     from regrow.data import build_blocks
+    from regrow.data.prompts import prompts
+    from regrow.data.sources import check_source
     from regrow.search import blocks_for
 
-    if not all(Path(source.source).expanduser().exists() for source in data.sources):
-        return
     names = {step.name for step in steps}
+    for step in (step for step in steps if step.name == "generate"):
+        with _in_place(step):
+            asked = prompts_of(step, data)
+            for source in asked.sources:
+                check_source(source)
+            if _at_hand(asked):
+                next(prompts(asked, "all", bool(checkpoint.tokenizer().chat_template)), None)
+    if not _at_hand(data):
+        return
     if names & {"cache", "distill", "evaluate"}:
         build_blocks(data, checkpoint.tokenizer(), "heldout", 1)
     if names & {"cache", "distill"}:

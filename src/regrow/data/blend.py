@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -53,7 +53,8 @@ def build_blocks(
     """
     assert num_blocks >= 1, num_blocks
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    packer = Packer(data.sequence_length, pad if pad is not None else 0, split == "train")
+    tagged = any(source.losses is not None for source in data.sources)
+    packer = Packer(data.sequence_length, pad if pad is not None else 0, split == "train", tagged)
     counter = Progress(f"reading {split} text", num_blocks * data.sequence_length, "tokens")
     for document in blend(Job(data, tokenizer, split, cache)):
         packer.add(document)
@@ -128,7 +129,7 @@ def _documents(number: int, job: Job) -> Iterator[Document]:
         while batch := list(islice(stream, TOKENIZED_AT_ONCE)):
             for document in tokenize(batch, job.tokenizer):
                 found = found or any(document.scored[1:])
-                yield document
+                yield replace(document, source=number)
         if job.split != "train" or not found:
             return
         if epoch == 0:
@@ -140,7 +141,9 @@ def _passages(number: int, job: Job) -> Iterator[Passage]:
     size = max(PIECE, 8 * job.data.sequence_length)
     for where, row in rows(job.data.sources[number], job.cache):
         passage = read_row(row, where)
-        if passage.text.strip() and split_of(passage.text, job.data) == job.split:
+        if not passage.text.strip():
+            continue
+        if split_of(passage.text, job.data, passage.split_at) == job.split:
             yield from pieces(passage, size)
 
 

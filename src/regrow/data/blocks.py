@@ -27,15 +27,22 @@ class Blocks(Dataset[dict[str, Tensor]]):
 
     Positions start over at 0 with each document and with each block. labels[t] is input_ids[t], or
     -100 where that token is not scored, which a document's first token in a block never is: like
-    Hugging Face models expect, not shifted. `real` is False on padding.
+    Hugging Face models expect, not shifted. `real` is False on padding. `source`, int64 [n, T], is
+    the number of each token's source where sources have losses of their own, else None.
     """
 
     def __init__(
-        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, real: Tensor
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        real: Tensor,
+        source: Tensor | None = None,
     ) -> None:
         assert input_ids.shape == position_ids.shape == labels.shape == real.shape
+        assert source is None or source.shape == input_ids.shape
         self.input_ids, self.position_ids = input_ids, position_ids
-        self.labels, self.real = labels, real
+        self.labels, self.real, self.source = labels, real, source
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -55,7 +62,7 @@ class Blocks(Dataset[dict[str, Tensor]]):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, as hex, of the four tensors and their shape."""
+        """SHA-256, as hex, of the tensors and their shape."""
         digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
         for tensor in self._tensors().values():
             digest.update(tensor.contiguous().numpy().tobytes())
@@ -73,7 +80,7 @@ class Blocks(Dataset[dict[str, Tensor]]):
         return Blocks(**{name: tensor[rows] for name, tensor in self._tensors().items()})
 
     def save(self, path: Path) -> None:
-        """Write the four tensors to a safetensors file, ids as int32."""
+        """Write the tensors to a safetensors file, ids as int32."""
         narrow = {
             name: tensor if tensor.dtype == torch.bool else tensor.int()
             for name, tensor in self._tensors().items()
@@ -87,9 +94,10 @@ class Blocks(Dataset[dict[str, Tensor]]):
         return cls(**{n: t if t.dtype == torch.bool else t.long() for n, t in found.items()})
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {
+        found = {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
             "labels": self.labels,
             "real": self.real,
         }
+        return found if self.source is None else {**found, "source": self.source}

@@ -22,19 +22,14 @@ def render(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[list
     that turn, white space after its end mark left out.
     Raises UserError without a chat template, or for turns that the template does not take.
     """
-    if not tokenizer.chat_template:
-        raise UserError(
-            "the tokenizer has no chat template, which rows with `messages` need; use an "
-            "instruction-tuned model's tokenizer, or rows with `prompt` and `completion`"
-        )
+    _require_template(tokenizer)
     try:
         if GENERATION.search(tokenizer.get_chat_template()):
             return _marked(messages, tokenizer)
         text = _text(messages, tokenizer)
         spans = _spans(messages, text, tokenizer)
     except TemplateError as error:
-        roles = ", ".join(str(turn["role"]) for turn in messages)
-        raise UserError(f"the chat template refuses turns by {roles}: {error}") from None
+        raise _refusal(messages, error) from None
     if not tokenizer.is_fast:
         raise UserError(
             "marking the assistant's tokens needs a fast tokenizer or a chat template with "
@@ -46,6 +41,28 @@ def render(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[list
         for start, end in encoding["offset_mapping"]
     ]
     return list(encoding["input_ids"]), scored
+
+
+def prompt_text(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The conversation rendered up to where the assistant answers; UserError as for `render`."""
+    _require_template(tokenizer)
+    try:
+        return _text(messages, tokenizer, prompt=True)
+    except TemplateError as error:
+        raise _refusal(messages, error) from None
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the tokenizer has no chat template, which rows with `messages` need; use an "
+            "instruction-tuned model's tokenizer, or rows with `prompt` and `completion`"
+        )
+
+
+def _refusal(messages: Messages, error: TemplateError) -> UserError:
+    roles = ", ".join(str(turn["role"]) for turn in messages)
+    return UserError(f"the chat template refuses turns by {roles}: {error}")
 
 
 def _marked(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:

@@ -26,6 +26,9 @@ class SourceConfig(Config):
     """How to read it: a name in regrow/data/readers; guessed from the file's ending when absent."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-fA-F]{64}$")
     """SHA-256 (hex) that the file must have, as fetched and before any decompression."""
+    losses: dict[str, float] | None = None
+    """Weight by name of the losses that a distillation has on this source's tokens, in place of its
+    own `losses`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -47,7 +50,7 @@ class DataConfig(Config):
     """Sources and how they become blocks; a string or a list of sources stands for the whole."""
 
     sources: list[SourceConfig]
-    """The blend: each a string or {source, weight, reader, sha256}."""
+    """The blend: each a string or {source, weight, reader, sha256, losses}."""
     sequence_length: int = Field(default=512, ge=8)
     """Tokens per block."""
     heldout_fraction: float = Field(default=0.05, gt=0, lt=1)

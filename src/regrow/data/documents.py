@@ -30,6 +30,8 @@ class Passage:
     """Whether the document ends here, and gets the end-of-sequence token."""
     messages: list[dict[str, Any]] | None = None
     """The turns, for the chat template to render."""
+    split_at: float | None = None
+    """Where it falls among the splits, as `place_of`; None: that of its own text."""
 
 
 @dataclass(frozen=True)
@@ -38,38 +40,51 @@ class Document:
 
     ids: list[int]
     scored: list[bool]
+    source: int = 0
+    """Number of the source it is from."""
 
 
 def read_row(row: dict[str, Any], where: str) -> Passage:
     """The passage in a row; of several kinds `messages` go first, then pairs, then `text`.
 
+    A `split_at` in [0, 1), which generated rows have, puts it into the split of its prompt's row.
     Raises UserError, naming `where`, for a row of no known kind or with anything but text in it.
     """
+    place = row.get("split_at")
+    known = isinstance(place, float) and 0 <= place < 1
+    return replace(_passage(row, where), split_at=place if known else None)
+
+
+def _passage(row: dict[str, Any], where: str) -> Passage:
     if "messages" in row:
         return _conversation(row["messages"], where)
     if "prompt" in row and "completion" in row:
-        prompt, answer = _string(row, "prompt", where), _string(row, "completion", where)
+        prompt, answer = text_in(row, "prompt", where), text_in(row, "completion", where)
         apart = not prompt or prompt[-1].isspace() or answer[:1].isspace()
         prompt += "" if apart else " "
         return Passage(prompt + answer, prompt=len(prompt))
     if "question" in row and "answer" in row:
-        prompt = _string(row, "question", where) + "\n"
-        return Passage(prompt + _string(row, "answer", where), prompt=len(prompt))
+        prompt = text_in(row, "question", where) + "\n"
+        return Passage(prompt + text_in(row, "answer", where), prompt=len(prompt))
     if "text" in row:
-        return Passage(_string(row, "text", where))
+        return Passage(text_in(row, "text", where))
     keys = ", ".join(sorted(map(str, row))) or "none"
     raise UserError(f"{where}: has the keys {keys}; a row needs {ALLOWED}")
 
 
-def split_of(text: str, data: DataConfig) -> Split:
+def place_of(text: str, seed: int) -> float:
+    """u = blake2b(text, keyed by the seed) / 2^64 in [0, 1): what decides a document's split."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def split_of(text: str, data: DataConfig, place: float | None = None) -> Split:
     """The split of the document `text`: by its content alone, so copies go the same way.
 
-    u = blake2b(text, keyed by the seed) / 2^64 in [0, 1): held out below `heldout_fraction`, then
+    By u, its `place` if given, else `place_of` it: held out below `heldout_fraction`, then
     calibration for `calibration_fraction`, train for the rest.
     """
-    key = str(data.seed).encode()
-    digest = hashlib.blake2b(text.encode(), digest_size=8, key=key).digest()
-    u = int.from_bytes(digest, "big") / 2**64
+    u = place_of(text, data.seed) if place is None else place
     if u < data.heldout_fraction:
         return "heldout"
     return "calibration" if u < data.heldout_fraction + data.calibration_fraction else "train"
@@ -160,7 +175,8 @@ def _conversation(messages: Any, where: str) -> Passage:
     return Passage(text, messages=messages)
 
 
-def _string(row: dict[str, Any], key: str, where: str) -> str:
+def text_in(row: dict[str, Any], key: str, where: str) -> str:
+    """The text under a key; raises UserError, naming `where`, for anything else there."""
     value = row[key]
     if not isinstance(value, str):
         raise UserError(f"{where}: `{key}` is of type {type(value).__name__}; it must be text")

@@ -16,14 +16,17 @@ class Packer:
     There it is a document of its own (positions from 0, first token not scored), because blocks are
     shown to the model one by one and a token has nothing before its block to be predicted from.
     With `scored_only`, tokens from which nothing in their block is predicted (prompts longer than
-    the room left, what follows the last answer) are left out.
+    the room left, what follows the last answer) are left out. `tagged` blocks tell the source of
+    each token.
     """
 
-    def __init__(self, sequence_length: int, pad_id: int, scored_only: bool = False) -> None:
+    def __init__(
+        self, sequence_length: int, pad_id: int, scored_only: bool = False, tagged: bool = False
+    ) -> None:
         self.sequence_length, self.pad_id = sequence_length, pad_id
-        self.scored_only = scored_only
+        self.scored_only, self.tagged = scored_only, tagged
         self.documents = self.tokens = 0
-        self.full: list[NDArray[np.int32]] = []  # each [3, T]: ids, positions, labels
+        self.full: list[NDArray[np.int32]] = []  # each [3 or 4, T]: ids, positions, labels, source
         self.block = self._empty()
         self.used = 0
 
@@ -41,6 +44,7 @@ class Packer:
             self.block[1, here] = np.arange(room)
             self.block[2, here] = labels[taken]
             self.block[2, self.used] = IGNORED
+            self.block[3:, here] = document.source
             self.used, start = self.used + room, start + room
             if self.used == self.sequence_length:
                 self.full.append(self.block)
@@ -59,10 +63,10 @@ class Packer:
             full = [self.block.copy()]
             full[0][1, self.used :] = np.arange(self.sequence_length - self.used)
             real = (np.arange(self.sequence_length) < self.used)[None]
-        ids, positions, labels = (
-            _stacked([block[row] for block in full], real) for row in range(3)
+        ids, positions, labels, *source = (
+            _stacked([block[row] for block in full], real) for row in range(len(self.block))
         )
-        return Blocks(ids, positions, labels, torch.from_numpy(real))
+        return Blocks(ids, positions, labels, torch.from_numpy(real), *source)
 
     def _begin(self, labels: NDArray[np.int32], start: int) -> int:
         """Where the next piece begins: at `start`, or as far on as it takes to score something."""
@@ -79,9 +83,8 @@ class Packer:
         return max(start, min(len(labels) - room, first - room // 2))
 
     def _empty(self) -> NDArray[np.int32]:
-        block = np.empty((3, self.sequence_length), dtype=np.int32)
-        block[:] = [[self.pad_id], [0], [IGNORED]]
-        return block
+        fill = [[self.pad_id], [0], [IGNORED], [0]][: 3 + self.tagged]
+        return np.repeat(np.array(fill, dtype=np.int32), self.sequence_length, axis=1)
 
 
 def _stacked(rows: list[NDArray[np.int32]], like: NDArray[np.bool_]) -> torch.Tensor:

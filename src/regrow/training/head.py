@@ -108,6 +108,23 @@ class Mix:
     """α of the skewed divergences."""
     exact: bool = False
     """Whether products of half-precision factors are made as exact as those of float32 ones."""
+    by_source: tuple[dict[str, float], ...] = ()
+    """Weights in place of `weights` for tokens of which the source is known, by its number."""
+
+    @property
+    def mixes(self) -> tuple[Mix, ...]:
+        """The mix of tokens of no known source, then that of each source."""
+        each = (self.weights, *self.by_source)
+        return tuple(replace(self, weights=weights, by_source=()) for weights in each)
+
+    def counts(self, source_N: Tensor) -> dict[str, Tensor]:
+        """How many of the tokens each loss is taken of, by name."""
+        tokens = [(source_N == number).sum() for number in range(len(self.by_source))]
+        names = {name: None for weights in self.by_source for name in weights}
+        taken = {
+            n: [t for t, w in zip(tokens, self.by_source, strict=True) if n in w] for n in names
+        }
+        return {name: torch.stack(found).sum() for name, found in taken.items()}
 
     def terms(self) -> list[tuple[str, float, Loss, bool]]:
         """(name, weight, function, whether it needs the teacher) of each loss in use."""
@@ -120,12 +137,13 @@ class Mix:
 
     def measuring(self, name: str) -> Mix:
         """The mix at temperature 1, in which the loss `name` is measured too, and comes first."""
-        return replace(self, weights={name: 0.0, **self.weights}, temperature=1.0)
+        each = tuple({name: 0.0, **weights} for weights in self.by_source)
+        return replace(self, weights={name: 0.0, **self.weights}, temperature=1.0, by_source=each)
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any loss of the mix reads the teacher's logits."""
-        return any(needs for *_, needs in self.terms())
+        return any(needs for mix in self.mixes for *_, needs in mix.terms())
 
 
 def head_loss(
@@ -137,34 +155,45 @@ def head_loss(
     teacher: Target | None = None,
     chunk_tokens: int | None = None,
     sparse: Sparse | None = None,
+    source_N: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of the mixed loss over N tokens, differentiable by `student_NH` and the student's head.
 
     Also returns the plain sum of each loss by name, in nats. Vocabularies of different (padded)
     size are compared on the ids both have. N may be 0: then the sum is a zero with a graph.
-    With `sparse` the forward KL is taken against what a cache holds of the teacher.
+    With `sparse` the forward KL is taken against what a cache holds of the teacher. With `source_N`
+    each token has the losses of its source, `mix.by_source`, and no others.
     """
     compute = torch.get_autocast_dtype(student_NH.device.type)
     if not torch.is_autocast_enabled(student_NH.device.type):
         compute = student_NH.dtype
     chunk = chunk_tokens or max(16, CHUNK_ELEMENTS // student.weight_VH.shape[0])
-    job = _Job(student, teacher, mix, compute, chunk, sparse)
-    names = list(mix.weights)
+    mixes = (mix,) if source_N is None else mix.mixes[1:]
+    job = _Job(student, teacher, mixes, compute, chunk, sparse, source_N)
     weight_VH = student.weight_VH
     if not torch.is_grad_enabled():  # a Function is told to give gradients even then
         student_NH, weight_VH = student_NH.detach(), weight_VH.detach()
     total, *parts = _HeadLoss.apply(student_NH, weight_VH, targets_N, teacher_NH, job)
-    return total, dict(zip(names, parts, strict=True))
+    found: dict[str, Tensor] = {}
+    for name, part in zip((name for each in mixes for name in each.weights), parts, strict=True):
+        found[name] = found[name] + part if name in found else part
+    return total, found
 
 
 @dataclass(frozen=True)
 class _Job:
     student: Head
     teacher: Target | None
-    mix: Mix
+    mixes: tuple[Mix, ...]
+    """One for all tokens or, with `source_N`, one for those of each source."""
     compute: torch.dtype
     chunk: int
     sparse: Sparse | None
+    source_N: Tensor | None
+
+    @property
+    def exact(self) -> bool:
+        return self.mixes[0].exact
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -184,7 +213,7 @@ class _HeadLoss(torch.autograd.Function):
                 sums.add_chunk(slice(begin, begin + job.chunk), targets_N, teacher_NH)
         ctx.gradients = (sums.hidden_gradient, sums.weight_gradient)
         values = sums.values.to(exact_dtype(student_NH.dtype))
-        weights = values.new_tensor(list(job.mix.weights.values()))
+        weights = values.new_tensor([w for mix in job.mixes for w in mix.weights.values()])
         parts = [part.clone() for part in values]
         ctx.mark_non_differentiable(*parts)
         # No product: autocast would round the sum to half precision.
@@ -223,8 +252,9 @@ class _Sums:
             self.shared = min(self.shared, self.teacher.rows)
         if job.sparse is not None:
             self.shared = min(self.shared, job.sparse.vocab_size)
-        self.terms = job.mix.terms()
-        self.values = torch.zeros(len(self.terms), dtype=torch.float64, device=student_NH.device)
+        self.terms = [mix.terms() for mix in job.mixes]
+        count = sum(map(len, self.terms))
+        self.values = torch.zeros(count, dtype=torch.float64, device=student_NH.device)
         self.hidden_gradient = torch.empty_like(student_NH) if wants_hidden else None
         self.weight_gradient = (
             torch.zeros_like(weight_VH, dtype=exact_dtype(student_NH.dtype))
@@ -235,12 +265,12 @@ class _Sums:
     def add_chunk(self, part: slice, targets_N: Tensor, teacher_NH: Tensor | None) -> None:
         hidden_NH = self.student_NH[part].detach().to(self.job.compute)
         weight_VH = self.weight_VH[: self.shared]
-        logits_NV = self.job.student.logits(hidden_NH, weight_VH, self.job.mix.exact)
+        logits_NV = self.job.student.logits(hidden_NH, weight_VH, self.job.exact)
         gradient_NV = self._gradient(part, logits_NV, targets_N, teacher_NH)
         if self.hidden_gradient is None and self.weight_gradient is None:
             return
         gradient_NV = self.job.student.through_cap(gradient_NV, logits_NV)
-        parts_NV = split(gradient_NV, self.job.compute, self.job.mix.exact)
+        parts_NV = split(gradient_NV, self.job.compute, self.job.exact)
         if self.hidden_gradient is not None:
             sum_NH = torch.zeros_like(hidden_NH, dtype=exact_dtype(hidden_NH.dtype))
             add_product(sum_NH, parts_NV, weight_VH)
@@ -257,21 +287,42 @@ class _Sums:
         sparse = None if self.job.sparse is None else self.job.sparse[part]
         if self.teacher is not None and teacher_NH is not None:
             hidden_NH = teacher_NH[part].to(self.job.compute)
-            teacher_NV = self.teacher.target(hidden_NH, self.shared, self.job.mix)
+            teacher_NV = self.teacher.target(hidden_NH, self.shared, self.job.mixes[0])
+        if self.job.source_N is None:
+            keep = self.job.student.softcap is not None
+            return self._mixed(0, logits_NV, teacher_NV, targets_N[part], sparse, keep)
+        gradient_NV = torch.zeros_like(logits_NV)
+        for number in range(len(self.terms)):
+            rows = (self.job.source_N[part] == number).nonzero().squeeze(1)
+            if len(rows):
+                known = None if sparse is None else sparse[rows]
+                given = (logits_NV[rows], teacher_NV[rows], targets_N[part][rows], known)
+                gradient_NV[rows] = self._mixed(number, *given)
+        return gradient_NV
+
+    def _mixed(
+        self,
+        number: int,
+        logits_NV: Tensor,
+        teacher_NV: Tensor,
+        targets_N: Tensor,
+        sparse: Sparse | None,
+        keep: bool = False,
+    ) -> Tensor:
+        """Gradient of the mix of that number; overwrites the logits, unless to `keep` them."""
         # Losses may overwrite what they read: only the last one gets the originals.
-        keep = self.job.student.softcap is not None
+        terms, temperature = self.terms[number], self.job.mixes[number].temperature
+        first = sum(map(len, self.terms[:number]))
         total: Tensor | None = None
-        for place, (_, weight, loss, needs_teacher) in enumerate(self.terms):
-            last = place == len(self.terms) - 1
+        for place, (_, weight, loss, needs_teacher) in enumerate(terms):
+            last = place == len(terms) - 1
             student_in = logits_NV if last and not keep else logits_NV.clone()
             teacher_in = teacher_NV if last else teacher_NV.clone()
             if sparse is not None and needs_teacher:
                 value_N, gradient_NV = sparse.loss(student_in)
             else:
-                value_N, gradient_NV = loss(
-                    student_in, teacher_in, targets_N[part], self.job.mix.temperature
-                )
-            self.values[place] += value_N.sum(dtype=torch.float64)
+                value_N, gradient_NV = loss(student_in, teacher_in, targets_N, temperature)
+            self.values[first + place] += value_N.sum(dtype=torch.float64)
             if weight != 1.0:
                 gradient_NV = gradient_NV.mul_(weight)
             total = gradient_NV if total is None else total.add_(gradient_NV)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 TOKENS = "tokens"
+OWN = "tokens of "
+"""Before the name of what is not taken of all tokens: how many it is taken of."""
 
 
 class Tally:
-    """Running sums by name; `tokens` is what they are divided by."""
+    """Running sums by name; `tokens` or, where there is one, `tokens of NAME` divides them."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -25,7 +27,7 @@ class Tally:
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Mean of each by name, and begin anew; `reduce` sums a tensor over the ranks.
 
-        Empty when no token was scored.
+        What no token was scored for is left out.
         """
         sums, self.sums = self.sums, {}
         if not sums:
@@ -33,4 +35,6 @@ class Tally:
         totals = reduce(torch.stack([value.double() for value in sums.values()])).tolist()
         gathered = dict(zip(sums, totals, strict=True))
         tokens = gathered.pop(TOKENS)
-        return {name: total / tokens for name, total in gathered.items()} if tokens else {}
+        own = {name.removeprefix(OWN): n for name, n in gathered.items() if name.startswith(OWN)}
+        counts = {name: own.get(name, tokens) for name in gathered if not name.startswith(OWN)}
+        return {name: gathered[name] / count for name, count in counts.items() if count}

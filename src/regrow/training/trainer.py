@@ -27,7 +27,7 @@ from regrow.training.inside import inside
 from regrow.training.signal_mix import SignalMix
 from regrow.training.signal_trainer import SignalTrainer
 from regrow.training.spans.teacher import SpanTeacher
-from regrow.training.tally import Tally
+from regrow.training.tally import OWN, Tally
 from regrow.training.teacher import Teacher, hidden_states, scored
 
 
@@ -42,7 +42,8 @@ def bind_loss(
     The loss is computed inside the student's forward, so that it goes through whatever wraps the
     student (DDP, FSDP), and the student itself stays the stock model that Trainer saves. Outputs:
     `loss` (sum of the mix and the weighted signals), `main` (of the mix alone), `parts` {name of
-    loss or signal: its plain sum}, `tokens` (how many were scored). In eval mode all is measured at
+    loss or signal: its plain sum}, `tokens` (how many were scored), `counts` {name of a loss that
+    some sources' tokens alone have: how many those are}. In eval mode all is measured at
     temperature 1, and the forward KL comes first, whether the student learns by it or not; a
     training step computes it only if it does.
     """
@@ -51,14 +52,20 @@ def bind_loss(
     reads = {} if signals is None else signals.reads
 
     def forward(
-        self: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, labels: Tensor, **_: Any
+        self: PreTrainedModel,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        source: Tensor | None = None,
+        **_: Any,
     ) -> dict[str, Any]:
         batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
         now = mix if self.training else measured
         if isinstance(teacher, SpanTeacher):
-            return teacher.outputs(self, batch, now)
+            return {"counts": {}, **teacher.outputs(self, batch, now)}
         mask = scored(batch)
         targets_N = labels[:, 1:][mask]
+        source_N = None if source is None else source[:, 1:][mask]
         teacher_NH = taught = sparse = None
         teacher_head = None if teacher is None else teacher.head  # its ids are compared, if given
         if isinstance(teacher, CachedTeacher) and now.needs_teacher:
@@ -70,9 +77,18 @@ def bind_loss(
         if teacher is not None:
             head, targets_N = teacher.compared(head, targets_N)
         total, parts = head_loss(
-            own.final[mask], head, targets_N, now, teacher_NH, teacher_head, sparse=sparse
+            own.final[mask],
+            head,
+            targets_N,
+            now,
+            teacher_NH,
+            teacher_head,
+            sparse=sparse,
+            source_N=source_N,
         )
+        counts = {} if source_N is None else now.counts(source_N)
         found = {"loss": total, "main": total.detach(), "parts": parts, "tokens": mask.sum()}
+        found["counts"] = counts
         if signals is None or taught is None or not isinstance(teacher, Teacher):
             return found
         ours = inside(self, own, head)
@@ -136,7 +152,7 @@ class DistillTrainer(SignalTrainer):
     ) -> Any:
         """The mixed loss of one micro-batch, as its share of the step's mean per scored token."""
         outputs = model(**_model_inputs(inputs))
-        row = {**outputs["parts"], "tokens": outputs["tokens"]}
+        row = _sums(outputs)
         self.logged.add(row)
         self.this_step.add({**row, MAIN: outputs["main"]})
         if num_items_in_batch is None:
@@ -173,7 +189,7 @@ class DistillTrainer(SignalTrainer):
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 outputs = self.model_wrapped(**_model_inputs(inputs))
-            tally.add({**outputs["parts"], "tokens": outputs["tokens"]})
+            tally.add(_sums(outputs))
         means = tally.means(self.sum_over_ranks)
         metrics = {f"eval_{name}": value for name, value in means.items()}
         for value in metrics.values():
@@ -207,4 +223,11 @@ class _EvenShares(Dataset[dict[str, Tensor]]):
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {key: inputs[key] for key in ("input_ids", "position_ids", "labels")}
+    keys = ("input_ids", "position_ids", "labels", "source")
+    return {key: inputs[key] for key in keys if key in inputs}
+
+
+def _sums(outputs: dict[str, Any]) -> dict[str, Tensor]:
+    """A micro-batch's row for a Tally."""
+    counts = {OWN + name: count for name, count in outputs["counts"].items()}
+    return {**outputs["parts"], **counts, "tokens": outputs["tokens"]}

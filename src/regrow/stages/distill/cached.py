@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from regrow.checkpoint import Checkpoint
+from regrow.data.config import DataConfig
 from regrow.errors import UserError
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.mix import mix_of
@@ -17,8 +18,10 @@ FEWER_TOKENS = (
 )
 
 
-def open_cache(config: DistillConfig, master: Checkpoint, ids_V: Tensor | None) -> Cache | None:
-    """The cache that the config names, if any.
+def open_cache(
+    config: DistillConfig, master: Checkpoint, ids_V: Tensor | None, text: DataConfig
+) -> Cache | None:
+    """The cache that the config names, if any; `text` is what is trained on.
 
     Raises UserError when it is of another teacher, or cannot teach this student in this way.
     """
@@ -28,10 +31,10 @@ def open_cache(config: DistillConfig, master: Checkpoint, ids_V: Tensor | None) 
         raise UserError(FEWER_TOKENS)
     cache = Cache(config.cache)
     cache.check_teacher(master)
-    check_loss(config, cache.header.format)
+    check_loss(config, cache.header.format, text)
     return cache
 
 
-def check_loss(config: DistillConfig, format: str) -> None:
+def check_loss(config: DistillConfig, format: str, text: DataConfig) -> None:
     """Raise UserError for a loss that a cache of this format cannot teach."""
-    check_use(format, mix_of(config), needs_layers=bool(config.signals))
+    check_use(format, mix_of(config, text), needs_layers=bool(config.signals))

@@ -77,6 +77,17 @@ class DistillConfig(Config):
     those probabilities."""
     span_temperature: float = Field(default=100.0, gt=0)
     """τ: probabilities of spans are taken to the power 1/τ, so that unlikely ones count too."""
+    answers: str | None = None
+    """Folder that regrow generate wrote with the teacher: its answers are trained on in place of
+    the data, which is measured on only. In a recipe a generate stage by the teacher before this one
+    is taken."""
+    own_answers: str | None = None
+    """Folder that regrow generate wrote with the student: trained on beside the other text, by
+    own_losses. In a recipe a generate stage by this student, before this one, is taken."""
+    own_losses: dict[str, float] = Field(default_factory=lambda: {"skewed_reverse_kl": 1.0})
+    """Weight by name of the losses on the student's own answers."""
+    own_share: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the student's own answers in the tokens."""
     adapter: Literal["none", "lora", "qlora"] = "none"
     """What trains: none (all weights), lora (low-rank adapters beside frozen weights, merged into
     them in the result), qlora (the same, the frozen weights held in 4 bits)."""
@@ -95,22 +106,10 @@ class DistillConfig(Config):
     seed: int = 0
     """Seed of dropout, and of the weights of a fresh student or of adapters."""
 
-    @field_validator("losses")
+    @field_validator("losses", "own_losses")
     @classmethod
     def _known_losses(cls, losses: dict[str, float]) -> dict[str, float]:
-        known = plugins.names(LOSSES)
-        if not losses:
-            raise ValueError(f"name one at least, with its weight; there are: {', '.join(known)}")
-        for name, weight in losses.items():
-            if name not in known:
-                hint = nearest(name, known)
-                raise ValueError(f"no loss named {name!r}{hint}; there are: {', '.join(known)}")
-            if not 0 < weight < math.inf:
-                raise ValueError(
-                    f"the weight of {name} must be above 0 and finite; to go without it, leave it "
-                    "out (held-out forward KL is measured in any case)"
-                )
-        return losses
+        return known_losses(losses)
 
     @field_validator("signals")
     @classmethod
@@ -155,3 +154,20 @@ class DistillConfig(Config):
         if not depths:
             raise ValueError("give one depth at least; without a lens, leave out its signal")
         return depths
+
+
+def known_losses(losses: dict[str, float]) -> dict[str, float]:
+    """The weights as they are; raises ValueError for no loss, an unknown one or a bad weight."""
+    known = plugins.names(LOSSES)
+    if not losses:
+        raise ValueError(f"name one at least, with its weight; there are: {', '.join(known)}")
+    for name, weight in losses.items():
+        if name not in known:
+            hint = nearest(name, known)
+            raise ValueError(f"no loss named {name!r}{hint}; there are: {', '.join(known)}")
+        if not 0 < weight < math.inf:
+            raise ValueError(
+                f"the weight of {name} must be above 0 and finite; to go without it, leave it out "
+                "(held-out forward KL is measured in any case)"
+            )
+    return losses

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from regrow.checkpoint import Checkpoint
-from regrow.data import Blocks
+from regrow.data import Blocks, DataConfig
+from regrow.errors import UserError
 from regrow.options import Options
 from regrow.stages.distill.across import aligner_of, say_coverage
 from regrow.stages.distill.blend import Further, open_blend
@@ -45,15 +46,25 @@ class Opposite:
 
     @classmethod
     def open(
-        cls, config: DistillConfig, pupil: Student, master: Checkpoint, options: Options
+        cls,
+        config: DistillConfig,
+        pupil: Student,
+        master: Checkpoint,
+        options: Options,
+        text: DataConfig,
     ) -> Opposite:
-        """Raises UserError when this teacher cannot teach this student as the config asks."""
+        """Raises UserError when this teacher cannot teach this student on `text` as is asked."""
         aligner = aligner_of(config, pupil.like, master, options)
+        if aligner is not None and any(source.losses is not None for source in text.sources):
+            raise UserError(
+                "cross_tokenizer spans: all text takes the same losses: leave out own_answers, and "
+                "the losses of sources"
+            )
         if aligner is not None:
             return cls(pupil, master, aligner=aligner)
         ids_V = teacher_ids(pupil.like, master)
         further = open_blend(config, pupil.like, ids_V)
-        return cls(pupil, master, ids_V, open_cache(config, master, ids_V), further)
+        return cls(pupil, master, ids_V, open_cache(config, master, ids_V, text), further)
 
     @property
     def checkpoints(self) -> list[Checkpoint]:

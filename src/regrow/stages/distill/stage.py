@@ -17,6 +17,7 @@ from regrow.errors import UserError
 from regrow.manifest import Figure, Stage, refuse_input, require_space
 from regrow.options import Options
 from regrow.progress import progress, say
+from regrow.stages.distill.answers import digests_of, text_of
 from regrow.stages.distill.arguments import arguments_of
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.mix import mix_of
@@ -68,12 +69,15 @@ def distill(
     device = options.torch_device()
     master = teacher if isinstance(teacher, Checkpoint) else load(teacher)
     pupil = open_student(student, master)
-    opposite = Opposite.open(config, pupil, master, options)
+    text = text_of(data, config)
+    mix = mix_of(config, text)
+    opposite = Opposite.open(config, pupil, master, options, text)
     refuse_input(out, pupil.like.folder, *(each.folder for each in opposite.checkpoints))
     inputs = {
         "student": pupil.fingerprint,
         "data": data_digest(data),
         **opposite.inputs,
+        **digests_of(config),
     }
     stage = _stage(out, config, inputs)
     if stage.complete:
@@ -92,7 +96,7 @@ def distill(
     tokenizer = opposite.tokenizer()
     heldout = build_blocks(data, tokenizer, "heldout", config.heldout_blocks)
     count = steps * config.batch_tokens // data.sequence_length
-    blocks = build_blocks(data, tokenizer, "train", count)
+    blocks = build_blocks(text, tokenizer, "train", count)
     opposite.check(heldout, blocks)
     ranks.join(cpu=device.type == "cpu")
     with stage as folder:
@@ -105,7 +109,7 @@ def distill(
         taught_by = opposite.teacher(config, device, sharded)
         lost = mass_lost(taught_by, heldout, micro)
         show_attentions(model, taught_by, signals)
-        shared = freeze(model, taught_by, config, signals, sharded)
+        shared = freeze(model, taught_by, config, mix, signals, sharded)
         counts = (steps, micro, accumulation)
         arguments = arguments_of(folder, config, options, device, counts, opposite.chosen_by)
         trainer = DistillTrainer(
@@ -115,7 +119,7 @@ def distill(
             eval_dataset=heldout,
             signals=signals,
         )
-        undo = bind_loss(model, taught_by, mix_of(config), signals)
+        undo = bind_loss(model, taught_by, mix, signals)
         unround = bind_rounding(model, rounding) if rounding is not None else lambda: None
         _train(trainer, folder, stage, pupil, steps, journal)
         unround()
@@ -153,8 +157,8 @@ def steps_in(config: DistillConfig) -> int:
 
 def _stage(out: Path, config: DistillConfig, inputs: dict[str, str]) -> Stage:
     # Without the budget, so that a run with a raised one is known as the same run, extended.
-    # The cache is among the inputs, by what is in it; where it lies does not matter.
-    config = config.model_copy(update={"cache": None})
+    # Cache and answers are among the inputs, by what is in them; where they lie does not matter.
+    config = config.model_copy(update={"cache": None, "answers": None, "own_answers": None})
     same_run = config.model_copy(update={"tokens": 1})
     resume = Stage(out, "distill", same_run, inputs).digest
     return Stage(out, "distill", config, inputs, resumable=True, resume_digest=resume)

@@ -15,11 +15,11 @@ from regrow.manifest import Figure
 from regrow.progress import say
 from regrow.stages.distill.blend import Further
 from regrow.stages.distill.config import DistillConfig
-from regrow.stages.distill.mix import mix_of
 from regrow.training import prefix, sharding
 from regrow.training.blend import BlendedTeacher
 from regrow.training.cache.folder import Cache, shared_ids
 from regrow.training.cache.teacher import CachedTeacher, head_from
+from regrow.training.head import Mix
 from regrow.training.inside import give_attentions
 from regrow.training.prefix import SharedPrefix
 from regrow.training.signal_mix import SignalMix
@@ -95,6 +95,7 @@ def freeze(
     model: PreTrainedModel,
     teacher: AnyTeacher,
     config: DistillConfig,
+    mix: Mix,
     signals: SignalMix | None,
     sharded: bool,
 ) -> SharedPrefix | None:
@@ -110,7 +111,7 @@ def freeze(
         return None
     if config.fake_quantize is not None:  # the teacher's blocks are not rounded
         return None
-    runs = mix_of(config).needs_teacher or signals is not None
+    runs = mix.needs_teacher or signals is not None
     shows = signals is not None and "attentions" in signals.needs
     if not runs or shows or not prefix.same(model, teacher.model, count):
         return None

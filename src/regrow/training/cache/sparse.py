@@ -25,7 +25,7 @@ class Sparse:
     entropy_N: Tensor | None = None
     """Of samples: the entropy of what was sampled from, in nats."""
 
-    def __getitem__(self, part: slice) -> Sparse:
+    def __getitem__(self, part: slice | Tensor) -> Sparse:
         return self._each(lambda tensor: tensor[part])
 
     def to(self, device: torch.device) -> Sparse:

@@ -86,7 +86,8 @@ def check_use(format: str, mix: Mix, needs_layers: bool) -> None:
         )
     if format == "hidden":
         return
-    others = [loss for loss, _, _, needs in mix.terms() if needs and loss not in ANY_CACHE]
+    terms = [term for each in mix.mixes for term in each.terms()]
+    others = [loss for loss, _, _, needs in terms if needs and loss not in ANY_CACHE]
     if others or mix.temperature != 1.0:
         what = f"the loss {others[0]}" if others else f"temperature {mix.temperature:g}"
         raise UserError(

@@ -1,0 +1,103 @@
+"""Rows → prompts for a model to answer, and the rows that prompt and answer make."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from regrow.data import chat
+from regrow.data.config import DataConfig, Split
+from regrow.data.documents import place_of, read_row, split_of, text_in
+from regrow.data.sources import rows
+from regrow.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be answered."""
+
+    messages: list[dict[str, Any]] | None
+    """The turns before the answer; None: `text` is continued as it stands."""
+    text: str
+    split_at: float
+    """Where the row it is from falls among the splits."""
+
+    @property
+    def key(self) -> str:
+        """Hash, as hex, of what the model is shown."""
+        shown = json.dumps([self.messages, self.text], sort_keys=True, default=str)
+        return hashlib.sha256(shown.encode()).hexdigest()[:32]
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Token ids to be continued; raises UserError for turns that the template refuses."""
+        if self.messages is not None:
+            text = chat.prompt_text(self.messages, tokenizer)
+            return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = list(tokenizer(self.text, verbose=False)["input_ids"])
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+
+    def answered(self, answer: str) -> dict[str, Any]:
+        """The row of prompt and answer: read again, it is in the split of the prompt's own row."""
+        if self.messages is None:
+            row: dict[str, Any] = {"prompt": self.text, "completion": answer}
+        else:
+            row = {"messages": [*self.messages, {"role": "assistant", "content": answer}]}
+        return {**row, "split_at": self.split_at, "id": self.key}
+
+
+def prompts(
+    data: DataConfig,
+    split: Split | Literal["all"],
+    with_template: bool,
+    cache: Path | None = None,
+) -> Iterator[Prompt]:
+    """The prompts of a split, in the sources' order; the answers that rows have are left out.
+
+    `with_template`: whether a plain prompt becomes the turn of a user, or is continued.
+    Raises UserError, with the row's place, for one without a prompt or with an empty one.
+    """
+    for source in data.sources:
+        for where, row in rows(source, cache):
+            prompt = read_prompt(row, where, data.seed, with_template)
+            if split in ("all", split_of("", data, prompt.split_at)):
+                yield prompt
+
+
+def read_prompt(row: dict[str, Any], where: str, seed: int, with_template: bool) -> Prompt:
+    """The prompt in a row: the turns before the last answer, `prompt`, or `question`.
+
+    A plain prompt that is continued ends in white space, so that no token spans it and the answer.
+    """
+    if "messages" in row:
+        passage = read_row(row, where)
+        turns, text, place = passage.messages or [], passage.text, passage.split_at
+        turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+        if not any(str(turn["content"] or "").strip() for turn in turns):
+            raise _empty(where)
+        return Prompt(turns, "", place_of(text, seed) if place is None else place)
+    key = next((key for key in ("prompt", "question") if key in row), None)
+    if key is None:
+        keys = ", ".join(sorted(map(str, row))) or "none"
+        raise UserError(
+            f"{where}: has the keys {keys}, no prompt to answer; a row needs `messages`, `prompt` "
+            "or `question`"
+        )
+    prompt = text_in(row, key, where)
+    if not prompt.strip():
+        raise _empty(where)
+    pair = ("prompt" in row and "completion" in row) or ("question" in row and "answer" in row)
+    passage = read_row(row if pair else {"text": prompt, **row}, where)
+    place = place_of(passage.text, seed) if passage.split_at is None else passage.split_at
+    if with_template:
+        return Prompt([{"role": "user", "content": prompt}], "", place)
+    return Prompt(None, prompt if prompt[-1].isspace() else prompt + "\n", place)
+
+
+def _empty(where: str) -> UserError:
+    return UserError(f"{where}: the prompt is empty; give it words, or leave the row out")

@@ -1,0 +1,195 @@
+"""The generate stage: a model and prompts in, rows with its answers out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from regrow import ranks
+from regrow.checkpoint import Checkpoint, load
+from regrow.data import DataConfig
+from regrow.data.digest import data_digest
+from regrow.data.prompts import Prompt, prompts
+from regrow.errors import UserError
+from regrow.manifest import Figure, Stage, digest, refuse_input, require_space
+from regrow.options import Options
+from regrow.progress import progress, say
+from regrow.stages.generate import done
+from regrow.stages.generate.answering import Answerer
+from regrow.stages.generate.config import GenerateConfig
+from regrow.training.cache.folder import tokenizer_fingerprint
+
+ANSWERS = "answers.jsonl"
+Asked = list[tuple[Prompt, list[int]]]
+
+
+def generate(
+    model: str | Path | Checkpoint,
+    data: DataConfig,
+    out: str | Path,
+    config: GenerateConfig | None = None,
+    options: Options | None = None,
+) -> Path:
+    """Let `model` answer the prompts of `data`; write `answers.jsonl`, a source of data itself.
+
+    A plain prompt is a user's turn where the tokenizer has a chat template, else it is continued.
+    Rows are in the prompts' order, whatever the batches were. An interrupted run goes on; several
+    processes share the prompts. Raises UserError for no or empty prompts, and for no whole answer.
+    """
+    out, config, options = Path(out), config or GenerateConfig(), options or Options()
+    device = options.torch_device()
+    master = model if isinstance(model, Checkpoint) else load(model, quantized=True)
+    check_out(out)
+    refuse_input(out, master.folder)
+    tokenizer = master.tokenizer()
+    stage = _stage(out, config, inputs_of(master, tokenizer, data))
+    if stage.complete:
+        say(f"generate: {out} is complete and unchanged")
+        return out
+    asked = ask(data, config, master, tokenizer)
+    require_space(out, 16 * sum(len(ids) + config.max_new_tokens for _, ids in asked))
+    ranks.join(cpu=device.type == "cpu")
+    with stage as folder:
+        if ranks.is_main():
+            done.tidy(folder)
+        ranks.wait()
+        known = done.read(folder)
+        ranks.wait()  # before anything is written, so that all ranks see the same to do
+        todo = [(prompt, ids) for prompt, ids in asked if prompt.key not in known]
+        if todo:
+            loaded = master.model(master.compute_dtype(), device)
+            answerer = Answerer(loaded, tokenizer, config)
+            _answer(folder, answerer, tokenizer, todo, len(asked), options.batch_size)
+        ranks.wait()
+        if ranks.is_main():
+            _finish(stage, folder, [prompt for prompt, _ in asked])
+    return out
+
+
+def _stage(out: Path, config: GenerateConfig, inputs: dict[str, str]) -> Stage:
+    # What changes no answer, only which are written, does not undo what was answered so far.
+    same = config.model_copy(update={"limit": None, "keep_unfinished": False})
+    resume = Stage(out, "generate", same, inputs).digest
+    return Stage(out, "generate", config, inputs, resumable=True, resume_digest=resume)
+
+
+def inputs_of(
+    master: Checkpoint, tokenizer: PreTrainedTokenizerBase, data: DataConfig
+) -> dict[str, str]:
+    """What the answers follow from, beside the config."""
+    return {
+        "model": master.fingerprint,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "template": digest(tokenizer.chat_template),
+        "data": data_digest(data),
+    }
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError for the name of a file."""
+    if out.suffix in (".jsonl", ".json"):
+        raise UserError(
+            f"{out} looks like a file: give --out a folder; the rows go to {ANSWERS} in it, and "
+            "the folder itself can be given as --data"
+        )
+
+
+def ask(
+    data: DataConfig,
+    config: GenerateConfig,
+    master: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Asked:
+    """The prompts, each once, with their ids; too long ones are left out, which is told.
+
+    Raises UserError when there is none.
+    """
+    room = int(master.config.get("max_position_embeddings") or 1 << 30) - config.max_new_tokens
+    found: dict[str, tuple[Prompt, list[int]]] = {}
+    long = 0
+    for prompt in islice(prompts(data, config.split, bool(tokenizer.chat_template)), config.limit):
+        ids = prompt.ids(tokenizer)
+        long += len(ids) > room
+        if len(ids) <= room:
+            found.setdefault(prompt.key, (prompt, ids))
+    if long:
+        say(
+            f"generate: {long} prompts are left out: longer than {room} tokens, what "
+            f"max_new_tokens {config.max_new_tokens} leaves of the model's positions"
+        )
+    if not found:
+        raise UserError(
+            f"no prompt to answer in the {config.split} split: give more prompts, shorter ones, or "
+            "--split all"
+        )
+    return list(found.values())
+
+
+def _answer(
+    folder: Path,
+    answerer: Answerer,
+    tokenizer: PreTrainedTokenizerBase,
+    todo: Asked,
+    total: int,
+    batch_size: int,
+) -> None:
+    """Answer this rank's share in batches of like length, the longest first."""
+    tokens = 0
+    with progress("generate", total, "answers") as counter:
+        counter.resume_at(total - len(todo))
+        for batch in list(_batches(todo, batch_size))[ranks.rank() :: ranks.world_size()]:
+            keys = [prompt.key for prompt, _ in batch]
+            answers = answerer.answer([ids for _, ids in batch], keys)
+            rows: list[dict[str, Any]] = [
+                {
+                    "id": key,
+                    "answer": tokenizer.decode(
+                        answer.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                    ),
+                    "finished": answer.finished,
+                    "tokens": len(answer.ids) + answer.finished,
+                }
+                for key, answer in zip(keys, answers, strict=True)
+            ]
+            done.append(folder, rows)
+            tokens += sum(row["tokens"] for row in rows) * ranks.world_size()
+            rate = tokens / max(counter.seconds(), 1e-9)
+            counter.advance(len(batch) * ranks.world_size(), f"{rate:,.0f} tokens/s")
+
+
+def _batches(todo: Asked, size: int) -> Iterator[Asked]:
+    by_length = sorted(todo, key=lambda pair: -len(pair[1]))
+    for start in range(0, len(by_length), size):
+        yield by_length[start : start + size]
+
+
+def _finish(stage: Stage, folder: Path, asked: list[Prompt]) -> None:
+    """Write the answers in the prompts' order."""
+    config, found = stage.config, done.read(folder)
+    assert isinstance(config, GenerateConfig)
+    rows = [found[prompt.key] for prompt in asked]
+    whole = sum(row["finished"] for row in rows)
+    written = len(rows) if config.keep_unfinished else whole
+    if not written:
+        raise UserError(
+            f"none of {len(rows)} answers ended within {config.max_new_tokens} tokens: raise "
+            "max_new_tokens, or set keep_unfinished"
+        )
+    with (folder / ANSWERS).open("w", encoding="utf-8") as file:
+        for prompt, row in zip(asked, rows, strict=True):
+            if row["finished"] or config.keep_unfinished:
+                file.write(done.line(prompt.answered(row["answer"])))
+    for path in folder.glob("done-*.jsonl"):
+        path.unlink()
+    tokens = sum(row["tokens"] for row in rows)
+    stage.figures += [
+        Figure(name="prompts", value=len(rows)),
+        Figure(name="answers", value=written, convention="written"),
+        Figure(name="finished", value=whole / len(rows), unit="share", n=len(rows)),
+        Figure(name="tokens", value=tokens, unit="tokens", convention="generated"),
+    ]
+    say(f"generate: {written:,} answers written, {whole:,} of {len(rows):,} finished")
