@@ -380,6 +380,20 @@ def test_a_cached_teacher_and_adapters_cost_less(tmp_path: Path) -> None:
     assert spent_by(run)[3].flops == pytest.approx(409_600 * 4 * 108_800_000)
 
 
+def test_every_teacher_costs(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    path = folder / "stages" / "03-distill" / "manifest.json"
+    made = json.loads(path.read_text())
+    inputs = {"student": STUDENT, "teacher": TEACHER, "teacher 2": "p" * 64}
+    write_json(path, {**made, "inputs": inputs})
+    (run,) = folders.gather([folder], [])
+    expected = 409_600 * (6 * 108_800_000 + 2 * (134_515_008 + 108_800_000))
+    assert spent_by(run)[3].flops == pytest.approx(expected)
+    write_json(path, {**made, "inputs": {**inputs, "teacher 2": "unknown"}})
+    (run,) = folders.gather([folder], [])
+    assert spent_by(run)[3].flops is None
+
+
 def test_sizes_from_the_prunings_alone(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     shutil.rmtree(folder / "stages" / "04-evaluate")

@@ -15,7 +15,7 @@ TOKENS = {"profile": "calibration tokens", "distill": "training tokens", "cache"
 NOTE = (
     "FLOPs by the usual rule, N parameters and T tokens: 2·N·T for reading (profile, cache, the "
     "teacher), 6·N·T for training all of a student, 4·N·T for adapters beside frozen weights; a "
-    "distillation is T·(6·N_student + 2·N_teacher), without the second part from a cache. "
+    "distillation is T·(6·N_student + 2·N_teacher), for each teacher, none from a cache. "
     "Attention scores, held-out measuring, repair and the choice of shape are not counted; where "
     "a dash stands, N or T was not written down."
 )
@@ -94,11 +94,13 @@ class Sizes:
         if made["stage"] != "distill":
             return None
         student = self.known.get(inputs.get("student", ""), self.after.get(name))
-        teacher = 0.0 if "cache" in inputs else self.known.get(inputs.get("teacher", ""))
-        if student is None or teacher is None:
+        teachers = [value for key, value in inputs.items() if key.split(" ")[0] == "teacher"]
+        read = [] if "cache" in inputs else [self.known.get(each) for each in teachers]
+        known = [count for count in read if count is not None]
+        if student is None or len(known) < len(read):
             return None
         trained = 6 if config.get("adapter", "none") == "none" else 4
-        return trained * student + 2 * teacher
+        return trained * student + 2 * sum(known)
 
 
 def _figure(made: dict[str, Any], name: str) -> float | None:
