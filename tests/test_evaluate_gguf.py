@@ -1,4 +1,4 @@
-"""GGUF files in an evaluation: llama.cpp's figures of an F32 file are transformers' of its folder."""
+"""GGUF files in an evaluation: llama.cpp gives for an F32 file what transformers does."""
 
 from __future__ import annotations
 
