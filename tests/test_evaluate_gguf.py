@@ -1,4 +1,4 @@
-"""GGUF files evaluated: llama.cpp finds in an F32 file what transformers does in its folder."""
+"""GGUF files in an evaluation: llama.cpp gives for an F32 file what transformers does."""
 
 from __future__ import annotations
 

@@ -37,6 +37,8 @@ class FolderSubject(Subject):
         self.label, self.checkpoint, self.texts = label, checkpoint, texts
         self.dtype, self.device, self.batch_size = dtype, device, batch_size
         self.source, self.arithmetic = checkpoint.folder, str(dtype).removeprefix("torch.")
+        if checkpoint.quantized:
+            self.arithmetic += " from decompressed weights"
         self.engine, self.next_tokens = "transformers", "greedy"
         self._windows: dict[str, list[Window]] = {}
 
