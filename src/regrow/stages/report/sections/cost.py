@@ -89,8 +89,8 @@ class Sizes:
         """By NOTE; None where a size is not known."""
         inputs, config = made.get("inputs", {}), made.get("config", {})
         if made["stage"] in ("profile", "cache"):
-            read = self.known.get(inputs.get("model", inputs.get("teacher", "")))
-            return None if read is None else 2 * read
+            size = self.known.get(inputs.get("model", inputs.get("teacher", "")))
+            return None if size is None else 2 * size
         if made["stage"] != "distill":
             return None
         student = self.known.get(inputs.get("student", ""), self.after.get(name))
