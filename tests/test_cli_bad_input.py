@@ -130,7 +130,7 @@ UNKNOWN_KEYS = {
         "stages.1.prune.keep_parms: unknown key — did you mean 'keep_params'?",
     ),
     "a stage": (["stages=[profile, prun]"], "no stage named 'prun' — did you mean 'prune'?"),
-    "a stage to come": (["stages=[export]"], "the stage export is not built yet"),
+    "a stage to come": (["stages=[advise]"], "the stage advise is not built yet"),
     "no key": (["keep_params"], "--set keep_params: write key=value"),
     "no place": (["stages.finetune.tokens=3"], "the recipe has no 'finetune' there"),
     "no YAML": (["data.seed=["], "'[' is no YAML value"),
