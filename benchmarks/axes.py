@@ -7,7 +7,8 @@ P1 (p1.py). For each shape, untrained: KL to the dense model and perplexity × d
 16,384 tokens of WikiText-2 raw test, plain and repaired, and the speed of its shape × dense
 (prefill and decode of the evaluate stage, all models in one process, in turn). With `--tokens`, the
 best of depth, width and mixes are then distilled alike, and measured again. Resumable: run it again
-and it goes on; only the speeds are measured anew. Writes `axes.md` into `--out`.
+and it goes on; only the speeds are measured anew. Writes `axes.md` into `--out`, and with `--tokens`
+`distilled.md`, those shapes before and after on three texts.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from protocol import DENSE, blend, measure
+from protocol import DENSE, TESTS, blend, measure
 
 from regrow import (
     DataConfig,
@@ -32,8 +33,8 @@ from regrow import (
     profile,
     prune,
 )
+from regrow.stages.evaluate.folder_subject import FolderSubject
 from regrow.stages.evaluate.metrics import speed
-from regrow.stages.evaluate.subject import Subject
 from regrow.statistics import Profile
 
 KEEP = 0.803  # what an MLP of 1,024 leaves
@@ -117,21 +118,36 @@ def _distilled(
     arguments: argparse.Namespace,
 ) -> dict[str, dict[str, float]]:
     """Figures after distilling, with the same budget, the best untrained row of each kind."""
-    config, found = DistillConfig(tokens=arguments.tokens, batch_tokens=1024), {}
+    config = DistillConfig(tokens=arguments.tokens, batch_tokens=1024)
+    found, starts = {}, {}
     for kind in ("width", "depth", "mix"):
         rows = {name: list(models[name])[-1] for name, cut in cuts.items() if cut.kind == kind}
         best = min(rows, key=lambda name: figures[f"{name}/{rows[name]}"][KL])
         folder = arguments.out / f"distilled-{arguments.tokens}" / kind
         start = models[best][rows[best]]
         found[best] = distill(start, DENSE, data, folder, config, Options(batch_size=2))
+        starts[f"{best} before"] = start
     out = arguments.out / f"evaluation-{arguments.tokens}"
-    return measure(found, out, arguments.texts, text_tokens=arguments.text_tokens)
+    both = measure(
+        {**found, **starts}, out, arguments.texts, TESTS, text_tokens=arguments.text_tokens
+    )
+    lines = ["| shape | " + " | ".join(f"{test} ppl × dense | KL" for test in TESTS) + " |"]
+    lines.append("|---|" + "---:|---:|" * len(TESTS))
+    for label in (*starts, *found):
+        cells = [
+            f"{both[label][f'perplexity/{test}'] / both['teacher'][f'perplexity/{test}']:.3f} "
+            f"| {both[label][f'kl/{test}']:.3f}"
+            for test in TESTS
+        ]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    (arguments.out / "distilled.md").write_text("\n".join(lines) + "\n")
+    return both
 
 
 def _speeds(models: dict[str, Path], turns: int) -> dict[str, dict[str, float]]:
     """Prefill and decode of each × dense: medians of the ratios within each turn."""
     subjects = {
-        label: Subject(label, load(str(path)), [], torch.bfloat16, torch.device("cpu"), 1)
+        label: FolderSubject(label, load(str(path)), [], torch.bfloat16, torch.device("cpu"), 1)
         for label, path in models.items()
     }
     found = speed.measure_all(subjects, EvaluateConfig(repeats=turns), None)
