@@ -7,8 +7,8 @@ P1 (p1.py). For each shape, untrained: KL to the dense model and perplexity × d
 16,384 tokens of WikiText-2 raw test, plain and repaired, and the speed of its shape × dense
 (prefill and decode of the evaluate stage, all models in one process, in turn). With `--tokens`, the
 best of depth, width and mixes are then distilled alike, and measured again. Resumable: run it again
-and it goes on; only the speeds are measured anew. Writes `axes.md` into `--out`, and with `--tokens`
-`distilled.md`, those shapes before and after on three texts.
+and it goes on; only the speeds are measured anew. Writes `axes.md` into `--out`, and with
+`--tokens` `distilled.md`: those shapes before and after, on three texts.
 """
 
 from __future__ import annotations
