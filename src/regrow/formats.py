@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from regrow.errors import UserError, nearest
+from regrow.errors import unknown
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,7 @@ FORMATS = {
 def find(name: str) -> Format:
     """The format of that name; raises UserError when there is none."""
     if name.lower() not in FORMATS:
-        hint = nearest(name.lower(), FORMATS)
-        raise UserError(f"no format named {name!r}{hint}; there are: {', '.join(FORMATS)}")
+        raise unknown("format", name, FORMATS)
     return FORMATS[name.lower()]
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
-from regrow.checkpoint import experts_option
+from regrow.checkpoint import Checkpoint, experts_option
 from regrow.families import Family, in_memory
 
 LAYER = "model.layers.{layer}"
@@ -97,6 +97,19 @@ class LayerByLayer:
         self.layers: list[nn.Module] = list(self.model.base_model.layers)
         self._input: Tensor | None = None
         self._output: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        family: Family,
+        device: torch.device,
+        read: Callable[[str], Tensor] | None = None,
+    ) -> LayerByLayer:
+        """The model of a checkpoint, in the dtype to compute in; `read` in place of its tensors."""
+        config = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
+        dtype, given = checkpoint.compute_dtype(), read or checkpoint.tensor
+        return cls(family, config, checkpoint.names(), given, dtype, device)
 
     @contextmanager
     def resident(self, layer: int) -> Iterator[nn.Module]:

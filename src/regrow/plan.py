@@ -14,6 +14,13 @@ from regrow.errors import UserError
 if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint
 
+FILE = "plan.json"
+"""The cut that a model was made by, beside its weights."""
+FROM_FIRST = "plan-from-first.json"
+"""Beside it after several rounds: the same cut in the ids of the first parent."""
+FILES = (FROM_FIRST, FILE)
+"""What stays with the weights, the longest history first."""
+
 PER_LAYER = ("mlp", "heads", "kv_heads", "experts")
 PER_EXPERT = "expert_mlp"
 WHOLE = ("layers", "hidden", "vocab")

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-from regrow.errors import UserError, nearest
+from regrow.errors import unknown
 
 
 def names(package: str) -> list[str]:
@@ -23,7 +23,5 @@ def load(package: str, name: str) -> ModuleType:
     """
     known = names(package)
     if name not in known:
-        kind = package.rpartition(".")[2]
-        hint = nearest(name, known)
-        raise UserError(f"no {kind} named {name!r}{hint}; there are: {', '.join(known)}")
+        raise unknown(package.rpartition(".")[2], name, known)
     return importlib.import_module(f"{package}.{name}")

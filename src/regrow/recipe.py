@@ -20,6 +20,7 @@ from regrow.data.files import sha256_of
 from regrow.errors import UserError
 from regrow.options import Options
 from regrow.overrides import override
+from regrow.plan import FILE as PLAN
 from regrow.progress import say
 from regrow.steps import Step, check_steps, fitted, parse_step, prompts_of
 
@@ -218,7 +219,7 @@ def _prune(job: _Job, step: Step, name: str) -> None:
         return
     repaired = job.folder(name + "-repaired")
     prune(parent, repaired, config, job.profile, job.recipe.data, job.options)
-    plain = PruneConfig(plan=str(repaired / "plan.json"), repair=False)
+    plain = PruneConfig(plan=str(repaired / PLAN), repair=False)
     prune(parent, folder, plain, job.profile)
     job.add("pruned", folder)
     job.add("repaired", repaired)

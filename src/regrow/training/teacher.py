@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from regrow.training.cache.sparse import Sparse
 from regrow.training.head import CHUNK_ELEMENTS, Head, Mix, head_loss, head_of
 from regrow.training.tokens import NONE, rows_of
 
@@ -49,10 +48,6 @@ class Teacher:
         """Ids of the student that the teacher has too; None: all of them."""
         if self.ids_V is not None and bool((self.ids_V == NONE).any()):
             self.shared_S = (self.ids_V != NONE).nonzero().squeeze(-1)
-
-    def sparse(self, batch: dict[str, Tensor]) -> Sparse | None:
-        """Nothing: a live teacher gives its states. See CachedTeacher."""
-        return None
 
     @torch.no_grad()
     def hidden(
@@ -132,6 +127,11 @@ def final_hidden(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     return hidden_states(model, batch).final
 
 
+def reference_states(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    """Per batch, the final hidden states [N, H] of its scored positions."""
+    return [final_hidden(model, batch)[scored(batch)] for batch in batches]
+
+
 def mean_loss(
     model: PreTrainedModel,
     batches: Sequence[dict[str, Tensor]],
@@ -141,7 +141,7 @@ def mean_loss(
 ) -> float:
     """Mean of a loss over the scored tokens, against a teacher's final hidden states and head.
 
-    `reference` holds, per batch, the teacher's states of the scored positions [N, H].
+    `reference` holds the teacher's states: see `reference_states`.
     """
     total, tokens = 0.0, 0
     mix = Mix({loss: 1.0})

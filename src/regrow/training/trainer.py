@@ -62,7 +62,7 @@ def bind_loss(
         batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
         now = mix if self.training else measured
         if isinstance(teacher, SpanTeacher):
-            return {"counts": {}, **teacher.outputs(self, batch, now)}
+            return teacher.outputs(self, batch, now)
         mask = scored(batch)
         targets_N = labels[:, 1:][mask]
         source_N = None if source is None else source[:, 1:][mask]

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from regrow import plugins
 from regrow.config import Config
-from regrow.errors import nearest
+from regrow.errors import unknown
 from regrow.quantization import schemes
 
 LOSSES = "regrow.training.losses"
@@ -117,8 +117,7 @@ class DistillConfig(Config):
         known = plugins.names(SIGNALS)
         for name, weight in signals.items():
             if name not in known:
-                hint = nearest(name, known)
-                raise ValueError(f"no signal named {name!r}{hint}; there are: {', '.join(known)}")
+                raise unknown("signal", name, known)
             if not 0 < weight < math.inf:
                 raise ValueError(f"the weight of {name} must be above 0 and finite")
         return signals
@@ -163,8 +162,7 @@ def known_losses(losses: dict[str, float]) -> dict[str, float]:
         raise ValueError(f"name one at least, with its weight; there are: {', '.join(known)}")
     for name, weight in losses.items():
         if name not in known:
-            hint = nearest(name, known)
-            raise ValueError(f"no loss named {name!r}{hint}; there are: {', '.join(known)}")
+            raise unknown("loss", name, known)
         if not 0 < weight < math.inf:
             raise ValueError(
                 f"the weight of {name} must be above 0 and finite; to go without it, leave it out "

@@ -6,15 +6,13 @@ from typing import Any
 
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
-from regrow.plan import Plan
+from regrow.plan import FILES, Plan
 from regrow.progress import say
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.student import Student
 from regrow.training.balance import Balance
 from regrow.training.match import Match, at_depths
 from regrow.training.signal_mix import SignalMix, needs_of
-
-CARRIED = ("plan.json", "plan-from-first.json")
 
 
 def signals_between(pupil: Student, master: Checkpoint, config: DistillConfig) -> SignalMix | None:
@@ -48,7 +46,7 @@ def signals_between(pupil: Student, master: Checkpoint, config: DistillConfig) -
 
 def _descent(pupil: Student, master: Checkpoint) -> Match | None:
     """The match by the plan, or of the teacher with itself."""
-    for path in filter(None, map(pupil.carried, CARRIED)):
+    for path in filter(None, map(pupil.carried, FILES)):
         plan = Plan.read(path)
         if plan.fingerprint == master.fingerprint:
             return Match.of_plan(plan)

@@ -16,6 +16,7 @@ from regrow.data.digest import data_digest
 from regrow.errors import UserError
 from regrow.manifest import Figure, Stage, refuse_input, require_space
 from regrow.options import Options
+from regrow.plan import FILES
 from regrow.progress import progress, say
 from regrow.stages.distill.answers import digests_of, text_of
 from regrow.stages.distill.arguments import arguments_of
@@ -30,7 +31,7 @@ from regrow.stages.distill.resume import (
     rescue,
 )
 from regrow.stages.distill.rounding import rounding_of
-from regrow.stages.distill.signals import CARRIED, signals_between
+from regrow.stages.distill.signals import signals_between
 from regrow.stages.distill.student import Student, check_student, open_student
 from regrow.stages.distill.teaching import (
     freeze,
@@ -219,7 +220,7 @@ def _write(
         model = pupil.plain(trainer.student, dtype)
     model.config.use_cache = True
     checkpoints.write_model(model, folder, pupil.like)
-    for name in CARRIED:
+    for name in FILES:
         path = pupil.carried(name)
         if path is not None:
             shutil.copyfile(path, folder / name)

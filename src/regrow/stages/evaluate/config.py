@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from regrow import plugins
 from regrow.config import Config
-from regrow.errors import nearest
+from regrow.errors import unknown
 
 METRICS = "regrow.stages.evaluate.metrics"
 HELDOUT = "heldout"
@@ -66,9 +66,7 @@ class EvaluateConfig(Config):
         known = plugins.names(METRICS)
         for name in metrics:
             if name not in known:
-                raise ValueError(
-                    f"no metric named {name!r}{nearest(name, known)}; there are: {', '.join(known)}"
-                )
+                raise unknown("metric", name, known)
         return metrics
 
     @field_validator("texts")

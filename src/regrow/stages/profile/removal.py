@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from regrow.layerwise import Pass
 from regrow.progress import progress
 from regrow.training.head import head_of
-from regrow.training.teacher import final_hidden, mean_loss, scored
+from regrow.training.teacher import mean_loss, reference_states
 
 SHARE = 3  # a third of the layers is removed; the others are ranked by what each would cost next
 
@@ -18,7 +18,7 @@ SHARE = 3  # a third of the layers is removed; the others are ranked by what eac
 def removal_order(model: PreTrainedModel, batches: list[dict[str, Tensor]], loss: str) -> Tensor:
     """Place of each layer in a greedy removal [layers], 0 for the first to go."""
     layers = list(model.get_submodule("model.layers").children())
-    reference = [final_hidden(model, batch)[scored(batch)] for batch in batches]
+    reference = reference_states(model, batches)
     left: list[int] = list(range(len(layers)))
     order: list[int] = []
     rounds = _rounds(len(layers))

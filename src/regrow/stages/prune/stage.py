@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from regrow import families, plugins
+from regrow import plan as plans
 from regrow.checkpoint import Checkpoint, load
 from regrow.data.blocks import VALIDATE_EVERY
 from regrow.errors import UserError
@@ -24,8 +25,6 @@ from regrow.stages.prune.repair import Job, Repaired
 from regrow.stages.prune.vocabulary import check_vocab_size
 from regrow.statistics import Profile
 
-PLAN = "plan.json"
-FROM_FIRST = "plan-from-first.json"
 REPAIR = "regrow.stages.prune.repair"
 DEEP = 0.6  # share of the parameters below which one round is too much (Minitron: a third a round)
 RUN_BYTES = 500_000_000
@@ -61,7 +60,7 @@ def prune(
     if search is not None:
         inputs["search"] = search
     if config.plan is not None:  # its digest counts, not where it lay; it is written beside
-        config = config.model_copy(update={"plan": PLAN, "allow_sibling": False})
+        config = config.model_copy(update={"plan": plans.FILE, "allow_sibling": False})
     stage = Stage(out, "prune", config, inputs)
     if stage.complete:
         say(f"prune: {out} is complete and unchanged")
@@ -87,9 +86,9 @@ def prune(
             repaired = repair_by(checkpoint, found, plan, config, work, how)
         cut_folder(checkpoint, plan, folder, replace=repaired)
         shutil.rmtree(folder / "work", ignore_errors=True)
-        plan.write(folder / PLAN)
+        plan.write(folder / plans.FILE)
         if from_first is not None:
-            from_first.write(folder / FROM_FIRST)
+            from_first.write(folder / plans.FROM_FIRST)
         for name, value in (extra or {}).items():
             write_json(folder / f"{name}.json", value)
         stage.figures += _figures(before, after, repaired)
@@ -100,7 +99,7 @@ def prune(
 
 def _from_first(checkpoint: Checkpoint, plan: Plan) -> Plan | None:
     """All cuts since the first model as one plan; None when this is the first."""
-    for name in (FROM_FIRST, PLAN):
+    for name in plans.FILES:
         path = checkpoint.folder / name
         if path.exists():
             earlier = Plan.read(path)

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from regrow import plugins
 from regrow.config import Config
-from regrow.errors import nearest
+from regrow.errors import unknown
 from regrow.quantization import schemes
 
 METHODS = "regrow.stages.quantize.methods"
@@ -45,9 +45,7 @@ class QuantizeConfig(Config):
     def _known_method(cls, method: str) -> str:
         known = plugins.names(METHODS)
         if method not in known:
-            raise ValueError(
-                f"no method named {method!r}{nearest(method, known)}; there are: {', '.join(known)}"
-            )
+            raise unknown("method", method, known)
         return method
 
     @field_validator("keep")

@@ -13,13 +13,12 @@ from torch import Tensor
 from regrow.checkpoint import Checkpoint
 from regrow.families import Family
 from regrow.manifest import Figure
-from regrow.plan import Plan
+from regrow.plan import FILES, Plan
 from regrow.quantization.schemes import Scheme
 from regrow.stages.quantize.choose import WEIGHT
 from regrow.training.head import head_of
-from regrow.training.teacher import final_hidden, mean_loss, scored
+from regrow.training.teacher import mean_loss, reference_states, scored
 
-PLANS = ("plan-from-first.json", "plan.json")
 Batches = list[dict[str, Tensor]]
 
 
@@ -49,7 +48,7 @@ def sizes(
 
 def _ancestor_parameters(checkpoint: Checkpoint, family: Family) -> int | None:
     """Parameters of the model that the first cut was made in, by the plan beside the weights."""
-    for name in PLANS:
+    for name in FILES:
         if (checkpoint.folder / name).exists():
             plan = Plan.read(checkpoint.folder / name)
             return family.count(checkpoint.config, plan.before)
@@ -63,7 +62,7 @@ def quality(
     """Perplexity of both models and KL between them, each opened by the stock reader in turn."""
     dtype = before.compute_dtype()
     model = before.model(dtype, device)
-    reference = [final_hidden(model, batch)[scored(batch)] for batch in batches]
+    reference = reference_states(model, batches)
     head = head_of(model)
     head = replace(head, weight_VH=head.weight_VH.detach())
     old = mean_loss(model, batches, reference, head, "cross_entropy")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from regrow import checkpoint as checkpoints
 from regrow import families, manifest, plugins
+from regrow import plan as plans
 from regrow.checkpoint import Checkpoint, load
 from regrow.data import Blocks, DataConfig, build_blocks
 from regrow.data.blocks import held_out
@@ -30,8 +31,6 @@ from regrow.stages.quantize import measure, pack
 from regrow.stages.quantize.choose import WEIGHT, choose, fallbacks
 from regrow.stages.quantize.config import METHODS, QuantizeConfig
 from regrow.stages.quantize.walk import Walk
-
-CARRIED = ("plan.json", "plan-from-first.json")
 
 
 def quantize(
@@ -122,7 +121,7 @@ class Job:
             layout = dict(self.layout())
             tensors = self.tensors(waiting, device)
             checkpoints.write(folder, self.new_config(), layout, tensors, self.checkpoint)
-        for name in CARRIED:
+        for name in plans.FILES:
             if (self.checkpoint.folder / name).exists():
                 shutil.copyfile(self.checkpoint.folder / name, folder / name)
 

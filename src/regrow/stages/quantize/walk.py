@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from regrow.checkpoint import Checkpoint
 from regrow.families import Family
@@ -71,10 +70,7 @@ class Walk:
         def read(name: str) -> Tensor:
             return rounded[name] if name in rounded else self.checkpoint.tensor(name)
 
-        config = AutoConfig.from_pretrained(str(self.checkpoint.folder), local_files_only=True)
-        dtype = self.checkpoint.compute_dtype()
-        names = self.checkpoint.names()
-        return LayerByLayer(self.family, config, names, read, dtype, self.device)
+        return LayerByLayer.of(self.checkpoint, self.family, self.device, read)
 
     def _round(self, module: str, gram_CC: Tensor | None) -> Tensor:
         weight = self.checkpoint.tensor(module + WEIGHT).to(self.device)

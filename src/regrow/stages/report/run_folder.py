@@ -12,14 +12,13 @@ import yaml
 
 from regrow import manifest
 from regrow.errors import UserError
-from regrow.plan import Plan
+from regrow.plan import FILE, Plan
 from regrow.statistics import INFO, SCORES, Profile
 
 EVALUATION = "evaluation.json"
 CANDIDATES = "candidates.json"
 METRICS = "metrics.jsonl"
 RECIPE = "recipe.yaml"
-PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -163,9 +162,9 @@ def _cuts(stages: list[Path], profiles: dict[str, Profile]) -> list[Cut]:
         profile = profiles.get(path.name, profile)
         made = manifest.read(path)
         # A distilled model carries its plan too.
-        if made is None or made["stage"] != "prune" or not (path / PLAN).exists():
+        if made is None or made["stage"] != "prune" or not (path / FILE).exists():
             continue
-        plan = Plan.read(path / PLAN)
+        plan = Plan.read(path / FILE)
         table = _json(path / CANDIDATES) if (path / CANDIDATES).exists() else []
         earlier = found.get(plan.digest())
         if earlier is not None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from regrow import checkpoint as checkpoints
 from regrow import families
@@ -75,9 +74,7 @@ def second_moment(checkpoint: Checkpoint, blocks: Blocks, options: Options, spil
     Over the real tokens and all norms on the residual stream, one layer of the model resident.
     """
     family, device = families.of(checkpoint), options.torch_device()
-    config = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
-    given = (family, config, checkpoint.names(), checkpoint.tensor, checkpoint.compute_dtype())
-    shell = LayerByLayer(*given, device)
+    shell = LayerByLayer.of(checkpoint, family, device)
     total = _Moment(family.sizes(checkpoint.config)["hidden"], device)
     batches = list(blocks.batches(options.batch_size))
     last = len(shell.layers) - 1

@@ -47,7 +47,8 @@ class SpanTeacher:
             total = total + more
             parts = {**{f"span_{name}": value for name, value in found.items()}, **parts}
             parts[INSIDE] = torch.tensor(float(inside), device=final_BTH.device)
-        return {"loss": total, "main": total.detach(), "parts": parts, "tokens": mask.sum()}
+        made: dict[str, Any] = {"loss": total, "main": total.detach(), "parts": parts}
+        return {**made, "tokens": mask.sum(), "counts": {}}
 
     def _compare(
         self, final_BTH: Tensor, head: Head, batch: dict[str, Tensor], mix: Mix

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from regrow.data import Blocks
 from regrow.data.blocks import VALIDATE_EVERY, held_out
@@ -69,13 +68,13 @@ class Sequential:
         self._scale = {dim: Spill(job.work / f"scale-{dim}") for dim in BLOCKS}
         self._batches = _batches(job)
         checkpoint, family = job.checkpoint, job.family
-        read = checkpoint.tensor
         device, dtype = job.options.torch_device(), checkpoint.compute_dtype()
-        config = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
-        self._dense = LayerByLayer(family, config, checkpoint.names(), read, dtype, device)
+        self._dense = LayerByLayer.of(checkpoint, family, device)
         names = {new_name(n, plan, family, checkpoint.config): n for n in checkpoint.names()}
         self._parents = {new: name for new, name in names.items() if new is not None}
-        config = type(config).from_dict(cut_config(checkpoint.config, plan, family))
+        config = type(self._dense.model.config).from_dict(
+            cut_config(checkpoint.config, plan, family)
+        )
         like = self._dense if plan.hidden is None else None  # then the embeddings are equal
         self._cut = LayerByLayer(
             family, config, self._parents, self._read_cut, dtype, device, like=like
