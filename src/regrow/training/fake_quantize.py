@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from regrow.quantization.grid import fake_quantize
+from regrow.quantization.grid import Grid, fake_quantize, fit
 from regrow.quantization.schemes import Scheme, fitting
 
 STORED = torch.bfloat16
@@ -18,27 +18,34 @@ STORED = torch.bfloat16
 
 
 def bind_rounding(student: PreTrainedModel, scheme: Scheme) -> Callable[[], None]:
-    """Make the student's linear layers, but not its head, round their weights; returns the undo.
+    """Make the student's linear layers, but not its head, compute with rounded weights.
 
-    The weights themselves, their names and what is saved stay: rounding them to nearest afterwards
-    gives what was computed with. Gradients pass straight through (Jacob et al., 2018,
-    arXiv:1712.05877). A layer whose width does not fit gets the scheme's fallback.
+    Each has the grid that its weight lies on, else the one of least squares for it, and keeps it.
+    The weights themselves, their names and what is saved stay. Gradients pass straight through
+    (Jacob et al., 2018, arXiv:1712.05877). A layer whose width does not fit gets the scheme's
+    fallback. What is returned ends it, with the weights rounded as they were computed with.
     """
     head = student.get_output_embeddings()
     linear = [m for m in student.modules() if isinstance(m, nn.Linear) and m is not head]
+    grids = {module: grid_of(module.weight, scheme) for module in linear}
 
-    def rounded(own: Scheme) -> Callable[[nn.Linear, Tensor], Tensor]:
-        def forward(self: nn.Linear, x: Tensor) -> Tensor:
-            return functional.linear(x, fake_quantize(self.weight, own, STORED), self.bias)
-
-        return forward
+    def forward(self: nn.Linear, x: Tensor) -> Tensor:
+        return functional.linear(x, fake_quantize(self.weight, grids[self]), self.bias)
 
     for module in linear:
-        forward = rounded(fitting(scheme, module.in_features))
         module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
 
-    def undo() -> None:
+    def settle() -> None:
         for module in linear:
             del module.forward
+            module.weight.data = grids[module].nearest(module.weight.data)
 
-    return undo
+    return settle
+
+
+@torch.no_grad()
+def grid_of(weight_RC: Tensor, scheme: Scheme) -> Grid:
+    """The grid to train a weight for."""
+    columns = weight_RC.shape[1]
+    every = torch.ones(columns, device=weight_RC.device)
+    return fit(weight_RC, fitting(scheme, columns), STORED, every)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -23,21 +24,11 @@ from regrow.stages.distill.arguments import arguments_of
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.mix import mix_of
 from regrow.stages.distill.opposite import Opposite
-from regrow.stages.distill.resume import (
-    METRICS,
-    TRAINER,
-    adopt_finished,
-    last_checkpoint,
-    rescue,
-)
+from regrow.stages.distill.resume import METRICS, TRAINER, adopt_finished, last_checkpoint, rescue
 from regrow.stages.distill.rounding import rounding_of
 from regrow.stages.distill.signals import signals_between
 from regrow.stages.distill.student import Student, check_student, open_student
-from regrow.stages.distill.teaching import (
-    freeze,
-    mass_lost,
-    show_attentions,
-)
+from regrow.stages.distill.teaching import freeze, mass_lost, show_attentions
 from regrow.training import sharding
 from regrow.training.callbacks import CHOSEN_BY, Journal, Pace
 from regrow.training.fake_quantize import bind_rounding
@@ -104,9 +95,9 @@ def distill(
         if ranks.is_main():
             adopt_finished(out, folder, stage, config)
         ranks.wait()
-        model = pupil.model(config.seed, adapter, device)
         if device.index is not None:
             torch.cuda.set_device(device)  # the trainer takes the current one
+        model = pupil.model(config.seed, adapter, device)
         taught_by = opposite.teacher(config, device, sharded)
         lost = mass_lost(taught_by, heldout, micro)
         show_attentions(model, taught_by, signals)
@@ -120,13 +111,13 @@ def distill(
             eval_dataset=heldout,
             signals=signals,
         )
-        undo = bind_loss(model, taught_by, mix, signals)
-        unround = bind_rounding(model, rounding) if rounding is not None else lambda: None
-        _train(trainer, folder, stage, pupil, steps, journal)
-        unround()
-        undo()
-        if shared is not None:
-            shared.close()
+        with ExitStack() as bound:
+            if shared is not None:
+                bound.callback(shared.close)
+            bound.callback(bind_loss(model, taught_by, mix, signals))
+            if rounding is not None:
+                bound.callback(bind_rounding(model, rounding))
+            _train(trainer, folder, stage, pupil, steps, journal)
         if ranks.is_main():
             _write(trainer, pupil, folder, written, config.keep_adapters and adapter is not None)
         stage.figures += _figures(trainer, steps * config.batch_tokens) + lost

@@ -187,14 +187,14 @@ class Job:
 
 
 def _moves(checkpoint: Checkpoint, config: QuantizeConfig) -> list[str]:
-    """A line when the weights were trained for another grid, or would not go to their nearest."""
+    """A line when the weights were trained for another grid."""
     made = manifest.read(checkpoint.folder) or {}
     trained = made.get("config", {}).get("fake_quantize")
-    if trained is None or (trained, "rtn") == (config.scheme, config.method):
+    if trained in (None, config.scheme):
         return []
     return [
-        f"{checkpoint.folder} was trained to be rounded to {trained} by rtn; {config.scheme} by "
-        f"{config.method} takes its weights elsewhere"
+        f"{checkpoint.folder} was trained to be rounded to {trained}; {config.scheme} takes its "
+        "weights elsewhere"
     ]
 
 
