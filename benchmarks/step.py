@@ -17,7 +17,8 @@ sft):
 Peers that are not installed are left out. Speed: steps taken in turn in one process, medians of the
 ratios within a turn. Memory: one process each, peak above what weights, gradients, optimizer state
 and teacher take. The floor is 2 N_teacher + 6 N_student operations a token (heads included) at the
-rate of a bf16 product of this student's largest shape, measured in the same turns.
+rate of a bf16 product of this student's largest shape, measured in the same turns. Resumable: what
+was measured is kept in `--out`, where `step.md` is written.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import cache as cache_calls
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from protocol import DENSE, blend
@@ -132,25 +135,26 @@ def sft(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
 
 
 def ours(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
-    bind_loss(student, Teacher(teacher), Mix({"forward_kl": 1.0}))
-
-    def loss(batch: Batch) -> Tensor:
+    def read(batch: Batch) -> Batch:
         ids = batch["input_ids"]
         positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
-        outputs = student(input_ids=ids, position_ids=positions, labels=ids)
-        found: Tensor = outputs["loss"] / outputs["tokens"]
-        return found
+        return {"input_ids": ids, "position_ids": positions, "labels": ids}
 
-    return loss
+    return _bound(student, Teacher(teacher), read)
 
 
 def ours_cached(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
-    master = load(DENSE)
-    read = CachedTeacher(Cache(cached), head_from(master, torch.device("cpu")))
-    bind_loss(student, read, Mix({"forward_kl": 1.0}))
+    from_disk = CachedTeacher(Cache(cached), head_from(load(DENSE), torch.device("cpu")))
+    return _bound(student, from_disk, lambda batch: {name: batch[name] for name in READ})
 
+
+def _bound(
+    student: nn.Module, taught_by: Teacher | CachedTeacher, read: Callable[[Batch], Batch]
+) -> Loss:
     def loss(batch: Batch) -> Tensor:
-        outputs = student(**{name: batch[name] for name in READ})
+        undo = bind_loss(student, taught_by, Mix({"forward_kl": 1.0}))
+        outputs = student(**read(batch))
+        undo()  # others share the student
         found: Tensor = outputs["loss"] / outputs["tokens"]
         return found
 
@@ -179,8 +183,14 @@ def main() -> None:
     kinds = [k for k, (_, package) in KINDS.items() if package is None or find_spec(package)]
     config = CacheConfig(tokens=arguments.blocks * LENGTH, heldout_blocks=1)
     cache(DENSE, blend(arguments.texts), arguments.out / "cache", config)
-    rates, ratios, losses = _speed(kinds, arguments)
-    memory = {kind: _memory_of(kind, arguments) for kind in kinds}
+    rates, ratios, losses = _kept(arguments.out / "speed.json", lambda: _speed(kinds, arguments))
+    memory = {
+        kind: _kept(
+            arguments.out / f"{kind.replace(' ', '-')}.json",
+            lambda kind=kind: _memory_of(kind, arguments),  # type: ignore[misc]
+        )
+        for kind in kinds
+    }
     lines = ["| step | tokens/s | ours ÷ it | peak (GB) | loss |", "|---|" + "---:|" * 4]
     for kind in kinds:
         lines.append(
@@ -192,21 +202,20 @@ def main() -> None:
     print("\n".join(lines))
 
 
+def _kept(path: Path, measure: Callable[[], Any]) -> Any:
+    """What was measured before, else now."""
+    if not path.exists():
+        path.write_text(json.dumps(measure()))
+    return json.loads(path.read_text())
+
+
 def _step(kind: str, arguments: argparse.Namespace) -> Callable[[], float]:
-    """A whole optimizer step of a kind, on models of its own; gives the loss."""
-    dense = load(DENSE)
-    student, teacher = dense.model(torch.float32), dense.model(torch.bfloat16)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # a student that differs, so that there is a loss
-        for parameter in student.parameters():
-            parameter += 0.02 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    """A whole optimizer step of a kind; gives the loss."""
+    student, teacher, optimizer = _models(kind == "modelopt")
     count = arguments.blocks
-    blocks = build_blocks(blend(arguments.texts), dense.tokenizer(), "train", count)
+    blocks = build_blocks(blend(arguments.texts), load(DENSE).tokenizer(), "train", count)
     batch = next(blocks.batches(count))
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-7, fused=True)
-    loss_of = KINDS[kind][0](
-        student.train(), teacher.requires_grad_(False), arguments.out / "cache"
-    )
+    loss_of = KINDS[kind][0](student, teacher, arguments.out / "cache")
 
     def run() -> float:
         with torch.autocast("cpu", torch.bfloat16):
@@ -217,6 +226,19 @@ def _step(kind: str, arguments: argparse.Namespace) -> Callable[[], float]:
         return float(loss)
 
     return run
+
+
+@cache_calls
+def _models(wrapped: bool) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+    """Student, teacher and optimizer; those of the kind that wraps the student are its own."""
+    dense = load(DENSE)
+    student, teacher = dense.model(torch.float32), dense.model(torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # a student that differs, so that there is a loss
+        for parameter in student.parameters():
+            parameter += 0.02 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-7, fused=True)
+    return student.train(), teacher.requires_grad_(False), optimizer
 
 
 def _speed(

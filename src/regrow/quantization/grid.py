@@ -122,10 +122,9 @@ def _grid_under(
         q = (grouped / (gap / part)[..., None]).round()
         step = ((grouped * q).sum(-1) / q.square().sum(-1)).to(dtype).float()
         off = (grouped - q * step[..., None]).abs().amax(-1)
-        reach = q.amax(-1).clamp_min(0) - q.amin(-1).clamp_max(0)
         zero = (bottom - q.amin(-1).clamp_max(0)) * (not scheme.symmetric)
         inside = (q.amin(-1) + zero >= bottom) & (q.amax(-1) + zero <= top)
-        new = ~lies & inside & (off <= 0.05 * step) & (reach <= top - bottom)
+        new = ~lies & inside & (off <= 0.05 * step)
         found = torch.where(new, step.to(dtype), found)
         zeros = torch.where(new, zero, zeros)
         lies |= new
