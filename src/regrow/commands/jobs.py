@@ -56,7 +56,7 @@ def inspect(model: Model) -> None:
 
 
 def report(
-    runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")],
+    runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")],
     out: Path | None = None,
     config: OmitArgPrefixes[ReportConfig] = ReportConfig(),
     dry_run: bool = False,
