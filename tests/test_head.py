@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from slow_losses import BETA, NAMES, SKEW
@@ -68,6 +70,22 @@ class Case:
         hidden, weight = torch.autograd.grad(value, (self.student_NH, self.student.weight_VH))
         return hidden, weight
 
+    def check_by_finite_differences(self, value: Callable[[], Tensor]) -> None:
+        """The gradients of `value`, which is computed anew, are its slopes."""
+        tensors = (self.student_NH, self.student.weight_VH)
+        for tensor, gradient in zip(tensors, self.gradients(value()), strict=True):
+            with torch.no_grad():
+                flat = tensor.view(-1)
+                for place in range(len(flat)):
+                    old, step, values = float(flat[place]), 1e-5, []
+                    for sign in (1, -1):
+                        flat[place] = old + sign * step
+                        values.append(float(value()))
+                    flat[place] = old
+                    slope = (values[0] - values[1]) / (2 * step)
+                    wanted = float(gradient.view(-1)[place])
+                    assert slope == pytest.approx(wanted, rel=1e-6, abs=1e-8)
+
 
 def slow_parts(case: Case, mix: Mix) -> dict[str, Tensor]:
     """Each loss of the mix by its definition, on full logits over the shared ids, in float64."""
@@ -107,18 +125,7 @@ def test_value_and_gradients_equal_the_slow_version(mix: Mix, cap: float | None)
 @pytest.mark.parametrize("cap", [None, 2.0], ids=["plain", "softcap"])
 def test_gradients_by_finite_differences(mix: Mix, cap: float | None) -> None:
     case = Case(sizes=(4, 3, 5, 5), softcap=cap, teacher_softcap=cap)
-    gradients = case.gradients(case.chunked(mix, 3)[0])
-    for tensor, gradient in zip((case.student_NH, case.student.weight_VH), gradients, strict=True):
-        with torch.no_grad():
-            flat = tensor.view(-1)
-            for place in range(len(flat)):
-                old, step, values = float(flat[place]), 1e-5, []
-                for sign in (1, -1):
-                    flat[place] = old + sign * step
-                    values.append(float(case.chunked(mix, 3)[0]))
-                flat[place] = old
-                slope = (values[0] - values[1]) / (2 * step)
-                assert slope == pytest.approx(float(gradient.view(-1)[place]), rel=1e-6, abs=1e-8)
+    case.check_by_finite_differences(lambda: case.chunked(mix, 3)[0])
 
 
 @pytest.mark.parametrize("cap", [None, 1.5], ids=["plain", "softcap"])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from regrow.config import Config, parse
 from regrow.data.config import DataConfig
-from regrow.errors import UserError, nearest
+from regrow.errors import UserError, unknown
 from regrow.options import Options
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ def parse_step(entry: dict[str, Any] | str, number: int) -> Step:
     if name in LATER:
         raise UserError(f"{where}: the stage {name} is not built yet; there are: {list(CONFIGS)}")
     if name not in CONFIGS:
-        hint = nearest(str(name), CONFIGS)
-        raise UserError(f"{where}: no stage named {name!r}{hint}; there are: {', '.join(CONFIGS)}")
+        raise UserError(f"{where}: {unknown('stage', str(name), CONFIGS)}")
     where = f"{where}.{name}"
     if not isinstance(fields or {}, dict):
         raise UserError(f"{where}: give its fields as `key: value` (given: {fields!r})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from regrow import plugins
 from regrow.checkpoint import Checkpoint
-from regrow.errors import UserError, nearest
+from regrow.errors import UserError, unknown
 from regrow.families._memory import accept_disk_names, as_on_disk, in_memory
 from regrow.families._rows import Place, Tensor, parts, rows, unit_rows
 from regrow.families._table import Family
@@ -31,10 +31,8 @@ def get(model_type: str) -> Family:
     """
     known = plugins.names(__name__)
     if model_type not in known:
-        raise UserError(
-            f"no family named {model_type!r}{nearest(model_type, known)}; there are: "
-            f"{', '.join(known)}; to add one, read docs/add-a-family.md"
-        )
+        told = unknown("family", model_type, known)
+        raise UserError(f"{told}; to add one, read docs/add-a-family.md")
     family = plugins.load(__name__, model_type).FAMILY
     assert isinstance(family, Family)
     assert family.model_type == model_type
