@@ -6,8 +6,10 @@ Student: SmolLM2-135M-Instruct with its MLPs cut to 1,024 channels (80.3 % of th
 with 23 of its 30 layers (`--student depth`), repaired; protocol P1. Each way of WAYS is distilled
 on `--tokens` tokens, the same in the same order, and measured: perplexity × dense and KL on the
 first 16,384 tokens of WikiText-2 raw test, LAMBADA and C4. What needs only the teacher's logits is
-taught from one cache of exact hidden states. Resumable: run it again and it goes on; `--ways` runs
-some. Writes `teaching.md` into `--out`.
+taught from one cache of exact hidden states. `contrastive` (DistiLLM-2, arXiv:2503.07067) spends
+half of the tokens on that text by KL, a quarter on the teacher's answers to `instructions` by
+skewed KL, and a quarter on the student's own by skewed reverse KL; both are drawn before training.
+Resumable: run it again and it goes on; `--ways` runs some. Writes `teaching.md` into `--out`.
 """
 
 from __future__ import annotations
@@ -23,11 +25,14 @@ from regrow import (
     CacheConfig,
     DataConfig,
     DistillConfig,
+    GenerateConfig,
     Options,
     ProfileConfig,
     PruneConfig,
+    SourceConfig,
     cache,
     distill,
+    generate,
     profile,
     prune,
 )
@@ -37,19 +42,22 @@ WAYS: dict[str, dict[str, Any]] = {
     "KL": {"losses": KL_ONLY},
     "hard labels": {"losses": {"cross_entropy": 1.0}},
     "KL + 0.3 CE": {"losses": {"forward_kl": 0.7, "cross_entropy": 0.3}},
-    "reverse KL": {"losses": {"reverse_kl": 1.0}},
-    "JSD": {"losses": {"jsd": 4.0}},  # its gradient is a quarter of the KL's where models agree
-    "skewed KL": {"losses": {"skewed_kl": 1.0}},
-    "total variation": {"losses": {"total_variation": 1.0}},
-    "KL, T = 2": {"losses": KL_ONLY, "temperature": 2.0},
     "KL + hidden": {"losses": KL_ONLY, "signals": {"hidden": 1.0}, "balance": True},
     "KL + embeddings + hidden": {
         "losses": KL_ONLY,
         "signals": {"embeddings": 0.5, "hidden": 0.5},
         "balance": True,
     },
+    "contrastive": {"losses": KL_ONLY},
+    "reverse KL": {"losses": {"reverse_kl": 1.0}},
+    "JSD": {"losses": {"jsd": 4.0}},  # its gradient is a quarter of the KL's where models agree
     "KL + logit lens": {"losses": KL_ONLY, "signals": {"logit_lens": 0.5}, "balance": True},
+    "KL, T = 2": {"losses": KL_ONLY, "temperature": 2.0},
+    "skewed KL": {"losses": {"skewed_kl": 1.0}},
+    "total variation": {"losses": {"total_variation": 1.0}},
 }
+ANSWER = 128
+"""Tokens of an answer, at most."""
 STUDENTS = {
     "width": PruneConfig(intermediate_size=1024),
     "depth": PruneConfig(num_layers=23, layer_criterion="block_influence"),
@@ -89,12 +97,30 @@ def _taught(
     if (place / "evaluation" / "evaluation.json").exists():
         return
     fields = {**WAYS[way], "tokens": arguments.tokens, "batch_tokens": 1024}
-    if "signals" not in fields:
+    if way == "contrastive":
+        data = _with_answers(data, student, arguments)
+    elif "signals" not in fields:
         fields["cache"] = str(cached)
     config = DistillConfig.model_validate(fields)
     model = distill(student, DENSE, data, place / "model", config, Options(batch_size=2))
     measure({"student": model}, place / "evaluation", arguments.texts, TESTS)
     shutil.rmtree(model)
+
+
+def _with_answers(data: DataConfig, student: Path, arguments: argparse.Namespace) -> DataConfig:
+    """Half the data, a quarter each the answers of the teacher and of the student as it is."""
+    source = str(arguments.texts / "train" / "instructions.jsonl.gz")
+    prompts = DataConfig.model_validate({"source": source})
+    config = GenerateConfig(
+        limit=arguments.tokens // (4 * ANSWER), max_new_tokens=ANSWER, keep_unfinished=True
+    )
+    out = _place("answers", arguments)
+    half = sum(each.weight for each in data.sources)
+    sources = list(data.sources)
+    for model, loss in ((DENSE, "skewed_kl"), (student, "skewed_reverse_kl")):
+        answers = generate(model, prompts, out / loss, config, Options(batch_size=16))
+        sources.append(SourceConfig(source=str(answers), weight=half / 2, losses={loss: 1.0}))
+    return data.model_copy(update={"sources": sources})
 
 
 def _table(arguments: argparse.Namespace) -> str:
