@@ -134,8 +134,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="scratch folder on a disk")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--gigabytes", type=float, default=6.0, help="size of the checkpoint")
-    parser.add_argument("--limit", type=float, default=3.0, help="gigabytes a process may have")
+    parser.add_argument("--gigabytes", type=float, default=3.0, help="size of the checkpoint")
+    parser.add_argument("--limit", type=float, default=2.2, help="gigabytes a process may have")
     parser.add_argument("--samples", type=int, default=8, help="calibration blocks of 128")
     return parser.parse_args()
 

@@ -1,8 +1,10 @@
 """lm_head and loss in chunks over the scored tokens; [batch, time, vocabulary] is never made.
 
 Shapes: N scored tokens, H hidden, V vocabulary; `student_NH` is a tensor of that shape.
-The gradients are computed in the forward pass, chunk by chunk: factors of matrix products in the
-compute dtype (`products.py`), softmax and accumulation in float32.
+The gradients are computed in the forward pass: factors of matrix products in the compute dtype
+(`products.py`), softmax and accumulation in float32. The gradient by the logits is made chunk by
+chunk and multiplied for many chunks at once, since each product for the head's weights reads and
+writes a float32 [V, H].
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from regrow.training.products import add_product, exact_dtype, product, split
 
 Loss = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 CHUNK_ELEMENTS = 1 << 24  # logits of a chunk: 64 MB in float32
+CHUNKS_TOGETHER = 4  # whose gradients by the logits, in the compute dtype, are multiplied at once
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,11 @@ class _Job:
     def exact(self) -> bool:
         return self.mixes[0].exact
 
+    @property
+    def together(self) -> int:
+        """Tokens of the chunks that are multiplied at once."""
+        return self.chunk * CHUNKS_TOGETHER
+
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
@@ -209,8 +217,9 @@ class _HeadLoss(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         sums = _Sums(student_NH, weight_VH, job, wants_hidden, wants_weight)
         with torch.autocast(student_NH.device.type, enabled=False):
-            for begin in range(0, len(targets_N), job.chunk):
-                sums.add_chunk(slice(begin, begin + job.chunk), targets_N, teacher_NH)
+            for begin in range(0, len(targets_N), job.together):
+                end = min(begin + job.together, len(targets_N))
+                sums.add(slice(begin, end), targets_N, teacher_NH)
         ctx.gradients = (sums.hidden_gradient, sums.weight_gradient)
         values = sums.values.to(exact_dtype(student_NH.dtype))
         weights = values.new_tensor([w for mix in job.mixes for w in mix.weights.values()])
@@ -261,23 +270,37 @@ class _Sums:
             if wants_weight
             else None
         )
+        self.slopes: tuple[Tensor, ...] = ()
+        """What is multiplied next: gradients by the logits, as `split` gives them."""
 
-    def add_chunk(self, part: slice, targets_N: Tensor, teacher_NH: Tensor | None) -> None:
+    def add(self, part: slice, targets_N: Tensor, teacher_NH: Tensor | None) -> None:
+        """Add values and gradients of the tokens in `part`, one chunk or more."""
         hidden_NH = self.student_NH[part].detach().to(self.job.compute)
         weight_VH = self.weight_VH[: self.shared]
-        logits_NV = self.job.student.logits(hidden_NH, weight_VH, self.job.exact)
-        gradient_NV = self._gradient(part, logits_NV, targets_N, teacher_NH)
-        if self.hidden_gradient is None and self.weight_gradient is None:
-            return
-        gradient_NV = self.job.student.through_cap(gradient_NV, logits_NV)
-        parts_NV = split(gradient_NV, self.job.compute, self.job.exact)
+        for begin in range(part.start, part.stop, self.job.chunk):
+            chunk = slice(begin, min(begin + self.job.chunk, part.stop))
+            place = slice(chunk.start - part.start, chunk.stop - part.start)
+            logits_NV = self.job.student.logits(hidden_NH[place], weight_VH, self.job.exact)
+            gradient_NV = self._gradient(chunk, logits_NV, targets_N, teacher_NH)
+            if self.hidden_gradient is not None or self.weight_gradient is not None:
+                self._keep(place, self.job.student.through_cap(gradient_NV, logits_NV))
+        slopes_NV = tuple(kept_NV[: len(hidden_NH)] for kept_NV in self.slopes)
         if self.hidden_gradient is not None:
             sum_NH = torch.zeros_like(hidden_NH, dtype=exact_dtype(hidden_NH.dtype))
-            add_product(sum_NH, parts_NV, weight_VH)
+            add_product(sum_NH, slopes_NV, weight_VH)
             self.hidden_gradient[part] = sum_NH.to(self.hidden_gradient.dtype)
         if self.weight_gradient is not None:
-            parts_VN = tuple(part_NV.T for part_NV in parts_NV)
-            add_product(self.weight_gradient[: self.shared], parts_VN, hidden_NH)
+            slopes_VN = tuple(slope_NV.T for slope_NV in slopes_NV)
+            add_product(self.weight_gradient[: self.shared], slopes_VN, hidden_NH)
+
+    def _keep(self, place: slice, gradient_NV: Tensor) -> None:
+        """Put a chunk's gradient by the logits at its place in the slopes."""
+        parts_NV = split(gradient_NV, self.job.compute, self.job.exact)
+        if not self.slopes:
+            size = (min(self.job.together, len(self.student_NH)), self.shared)
+            self.slopes = tuple(part_NV.new_empty(size) for part_NV in parts_NV)
+        for slope_NV, part_NV in zip(self.slopes, parts_NV, strict=True):
+            slope_NV[place] = part_NV
 
     def _gradient(
         self, part: slice, logits_NV: Tensor, targets_N: Tensor, teacher_NH: Tensor | None

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ADDED_ELEMENTS = 1 << 23  # of a product that is added at once: 32 MB in float32
+
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of softmax and accumulation over products in `dtype`: float32, or float64 if so."""
@@ -40,7 +42,17 @@ def split(factor: Tensor, dtype: torch.dtype, exact: bool) -> tuple[Tensor, ...]
 
 
 def add_product(sum_MN: Tensor, parts_MK: tuple[Tensor, ...], right_KN: Tensor) -> None:
-    """Add left @ right to a float32 sum, left being what `split` gave."""
+    """Add left @ right to a float32 sum, left being what `split` gave.
+
+    Rows by rows: what is added takes memory of its own, in both dtypes.
+    """
+    rows = max(1, ADDED_ELEMENTS // max(1, sum_MN.shape[1]))
+    for begin in range(0, len(sum_MN), rows):
+        block = slice(begin, begin + rows)
+        _add(sum_MN[block], tuple(part_MK[block] for part_MK in parts_MK), right_KN)
+
+
+def _add(sum_MN: Tensor, parts_MK: tuple[Tensor, ...], right_KN: Tensor) -> None:
     if _widens(right_KN):
         for part_MK in parts_MK:
             sum_MN.add_(torch.mm(part_MK, right_KN, out_dtype=torch.float32))
