@@ -35,7 +35,8 @@ from torch import Tensor
 from torch.nn import functional
 from watched import peak_above
 
-from regrow.training.head import Head, Mix, head_loss
+from regrow.training.head import Head, head_loss
+from regrow.training.mix import Mix
 
 H, V = 1024, 151_936
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]

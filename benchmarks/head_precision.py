@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from regrow.training import products
-from regrow.training.head import Head, Mix, head_loss
+from regrow.training.head import Head, head_loss
+from regrow.training.mix import Mix
 
 N, H, V = 512, 576, 49152
 KL = {"forward_kl": 1.0}

@@ -46,7 +46,7 @@ from regrow import CacheConfig, cache, families, load
 from regrow.data import build_blocks
 from regrow.training.cache.folder import Cache
 from regrow.training.cache.teacher import CachedTeacher, head_from
-from regrow.training.head import Mix
+from regrow.training.mix import Mix
 from regrow.training.teacher import Teacher
 from regrow.training.trainer import bind_loss
 

@@ -24,7 +24,8 @@ from regrow.recipe import Recipe, check, run
 from regrow.stages.distill import DistillConfig, distill
 from regrow.stages.distill.blend import open_blend
 from regrow.training.blend import Blend, BlendedTeacher
-from regrow.training.head import Head, Mix, head_loss
+from regrow.training.head import Head, head_loss
+from regrow.training.mix import Mix
 from regrow.training.teacher import Teacher
 from regrow.training.trainer import bind_loss
 

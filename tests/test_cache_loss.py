@@ -11,7 +11,8 @@ from torch import Tensor
 
 from regrow.training.cache.formats import samples, topk
 from regrow.training.cache.sparse import Sparse
-from regrow.training.head import Head, Mix, head_loss
+from regrow.training.head import Head, head_loss
+from regrow.training.mix import Mix
 
 V, N = 97, 40
 KEY = b"k" * 32

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from regrow.data import Blocks, DataConfig, build_blocks
 from regrow.training.cache.sparse import Sparse
-from regrow.training.head import Mix, head_loss
+from regrow.training.head import head_loss
+from regrow.training.mix import Mix
 from regrow.training.tally import Tally
 from regrow.training.trainer import DistillTrainer, bind_loss
 

@@ -12,7 +12,8 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from regrow.errors import UserError
-from regrow.training.head import Head, Mix, head_loss, head_of
+from regrow.training.head import Head, head_loss, head_of
+from regrow.training.mix import Mix
 
 N, H, V = 13, 6, 11
 

@@ -9,7 +9,8 @@ from test_head import MIXES, Case
 from tiny_training import Largest
 from torch import Tensor
 
-from regrow.training.head import CHUNKS_TOGETHER, Head, Mix, head_loss
+from regrow.training.head import CHUNKS_TOGETHER, Head, head_loss
+from regrow.training.mix import Mix
 from regrow.training.products import add_product, product, split
 
 

@@ -11,7 +11,8 @@ from slow_losses import BETA, NAMES, SKEW, slow, slow_gradient
 from torch import Tensor
 
 from regrow import plugins
-from regrow.training.head import Head, Mix, head_loss
+from regrow.training.head import Head, head_loss
+from regrow.training.mix import Mix
 
 LOSSES = plugins.names("regrow.training.losses")
 DIVERGENCES = [n for n in LOSSES if plugins.load("regrow.training.losses", n).NEEDS_TEACHER]

@@ -19,7 +19,7 @@ from regrow.checkpoint import Checkpoint
 from regrow.data import Blocks, build_blocks
 from regrow.errors import UserError
 from regrow.stages.distill import DistillConfig, distill
-from regrow.training.head import Mix
+from regrow.training.mix import Mix
 from regrow.training.teacher import Teacher
 from regrow.training.tokens import NONE, check_text, common_ids, same_rules, teacher_ids
 from regrow.training.trainer import bind_loss

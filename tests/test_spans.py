@@ -20,7 +20,8 @@ from regrow.data.blocks import IGNORED, Blocks
 from regrow.data.documents import Document
 from regrow.data.pack import Packer
 from regrow.errors import UserError
-from regrow.training.head import Head, Mix, head_loss
+from regrow.training.head import Head, head_loss
+from regrow.training.mix import Mix
 from regrow.training.spans.align import Aligner, Span
 from regrow.training.spans.likelihood import log_probabilities
 from regrow.training.spans.loss import span_loss

@@ -20,7 +20,7 @@ from regrow.options import Options
 from regrow.recipe import Recipe, run
 from regrow.stages.distill import DistillConfig, distill
 from regrow.stages.distill.across import aligner_of
-from regrow.training.head import Mix
+from regrow.training.mix import Mix
 from regrow.training.spans.align import Aligner
 from regrow.training.spans.teacher import SpanTeacher
 from regrow.training.teacher import Teacher

@@ -29,7 +29,7 @@ from regrow.errors import UserError
 from regrow.progress import Progress
 from regrow.training import trainer as trainer_module
 from regrow.training.callbacks import Journal, Pace
-from regrow.training.head import Mix
+from regrow.training.mix import Mix
 from regrow.training.trainer import DistillTrainer, bind_loss
 
 

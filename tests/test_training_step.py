@@ -22,7 +22,7 @@ from tiny_training import (
 )
 
 from regrow.data.blocks import IGNORED
-from regrow.training.head import Mix
+from regrow.training.mix import Mix
 from regrow.training.teacher import final_hidden
 from regrow.training.trainer import DistillTrainer, bind_loss
 

@@ -32,7 +32,7 @@ from regrow.stages.profile.tokens import count_tokens
 from regrow.stages.prune import PruneConfig, prune
 from regrow.stages.prune.cut import check, cut_folder, cut_model
 from regrow.statistics import Profile
-from regrow.training.head import Mix
+from regrow.training.mix import Mix
 from regrow.training.teacher import Teacher
 from regrow.training.tokens import teacher_ids
 from regrow.training.trainer import bind_loss

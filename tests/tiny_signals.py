@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from regrow import plugins
 from regrow.plan import Plan
 from regrow.stages.prune.cut import cut_model
-from regrow.training.head import Mix
 from regrow.training.inside import give_attentions
 from regrow.training.match import Match
+from regrow.training.mix import Mix
 from regrow.training.signal_mix import SIGNALS, SignalMix
 from regrow.training.teacher import Teacher, scored
 

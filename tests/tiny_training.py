@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from regrow.data import Blocks
 from regrow.data.blocks import IGNORED
-from regrow.training.head import Mix
+from regrow.training.mix import Mix
 from regrow.training.teacher import Teacher
 from regrow.training.trainer import DistillTrainer, bind_loss
 

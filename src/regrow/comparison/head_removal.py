@@ -18,7 +18,8 @@ from rich.table import Table
 from regrow import families
 from regrow.errors import UserError
 from regrow.statistics import Profile
-from regrow.training.head import Mix, head_loss, head_of
+from regrow.training.head import head_loss, head_of
+from regrow.training.mix import Mix
 from regrow.training.teacher import final_hidden, scored
 from regrow.trial import Trial
 

@@ -13,7 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from regrow.training.head import Head, Mix
+from regrow.training.head import Head
+from regrow.training.mix import Mix
 from regrow.training.teacher import States, Teacher
 
 

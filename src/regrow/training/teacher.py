@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from regrow.training.head import CHUNK_ELEMENTS, Head, Mix, head_loss, head_of
+from regrow.training.head import CHUNK_ELEMENTS, Head, head_loss, head_of
+from regrow.training.mix import Mix
 from regrow.training.tokens import NONE, rows_of
 
 if TYPE_CHECKING:

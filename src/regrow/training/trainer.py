@@ -22,8 +22,9 @@ from regrow.training.balance import MAIN
 from regrow.training.blend import BlendedTeacher
 from regrow.training.cache.teacher import CachedTeacher
 from regrow.training.callbacks import CHOSEN_BY
-from regrow.training.head import Mix, head_loss, head_of
+from regrow.training.head import head_loss, head_of
 from regrow.training.inside import inside
+from regrow.training.mix import Mix
 from regrow.training.signal_mix import SignalMix
 from regrow.training.signal_trainer import SignalTrainer
 from regrow.training.spans.teacher import SpanTeacher

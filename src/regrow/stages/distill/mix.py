@@ -5,7 +5,7 @@ from __future__ import annotations
 from regrow.data.config import DataConfig
 from regrow.errors import UserError
 from regrow.stages.distill.config import DistillConfig, known_losses
-from regrow.training.head import Mix
+from regrow.training.mix import Mix
 
 
 def mix_of(config: DistillConfig, data: DataConfig) -> Mix:

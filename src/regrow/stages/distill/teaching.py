@@ -19,8 +19,8 @@ from regrow.training import prefix, sharding
 from regrow.training.blend import BlendedTeacher
 from regrow.training.cache.folder import Cache, shared_ids
 from regrow.training.cache.teacher import CachedTeacher, head_from
-from regrow.training.head import Mix
 from regrow.training.inside import give_attentions
+from regrow.training.mix import Mix
 from regrow.training.prefix import SharedPrefix
 from regrow.training.signal_mix import SignalMix
 from regrow.training.spans.teacher import SpanTeacher

@@ -19,7 +19,8 @@ from regrow.progress import progress
 from regrow.stages.evaluate.greedy import decode, prefill, step
 from regrow.stages.evaluate.subject import Subject, Teacher, Window, now
 from regrow.stages.evaluate.texts import IGNORED, Text
-from regrow.training.head import Head, Mix, head_loss, head_of
+from regrow.training.head import Head, head_loss, head_of
+from regrow.training.mix import Mix
 
 
 class FolderSubject(Subject):

@@ -18,7 +18,7 @@ from regrow.stages.evaluate.folder_subject import until
 from regrow.stages.evaluate.gguf_file import GgufFile
 from regrow.stages.evaluate.subject import Subject, Teacher, now
 from regrow.stages.evaluate.texts import IGNORED, Text
-from regrow.training.head import Mix
+from regrow.training.mix import Mix
 
 ROWS = 256
 """Positions whose logits are held at once."""

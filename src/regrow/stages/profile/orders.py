@@ -16,7 +16,8 @@ from regrow.checkpoint import Checkpoint
 from regrow.layerwise import LayerByLayer, Spill
 from regrow.progress import Progress
 from regrow.stages.profile.collect import Batch, Collector
-from regrow.training.head import Mix, head_loss, head_of
+from regrow.training.head import head_loss, head_of
+from regrow.training.mix import Mix
 from regrow.training.teacher import final_hidden, scored
 
 Batches = list[tuple[Batch, dict[str, Tensor]]]

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regrow.training.head import Mix, head_loss
+from regrow.training.head import head_loss
 from regrow.training.inside import Inside
 from regrow.training.match import Match
+from regrow.training.mix import Mix
 
 
 def relative_error(s_NH: Tensor, t_NH: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regrow.training.head import Mix
+from regrow.training.mix import Mix
 
 LEAST = 1e-12  # nats; a span that is certain has no slope
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from regrow.training.head import Head, Mix, head_loss, head_of
+from regrow.training.head import Head, head_loss, head_of
+from regrow.training.mix import Mix
 from regrow.training.spans.align import Aligner, Tokens
 from regrow.training.spans.likelihood import log_probabilities
 from regrow.training.spans.loss import span_loss
