@@ -72,7 +72,11 @@ def test_gradient_error_of_exact_products(name: str, temperature: float) -> None
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_products(dtype: torch.dtype, exact: bool) -> None:
+@pytest.mark.parametrize("rows", [40, 3], ids=["at once", "in rows"])
+def test_products(
+    dtype: torch.dtype, exact: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regrow.training.products.ADDED_ELEMENTS", rows * 90)
     torch.manual_seed(0)
     factor, right = torch.randn(40, 70), torch.randn(70, 90).to(dtype)
     left = factor.to(dtype)
