@@ -6,13 +6,15 @@ Every kind has the same teacher (SmolLM2-135M, bf16), student (the same model wi
 master weights under bf16 autocast, fused AdamW), batch and loss (forward KL of every token, but for
 sft):
 
-    plain        full logits of both, torch's kl_div over them
-    trl gkd      the loss of trl's GKDTrainer on full logits
-    trl chunked  the loss of trl's DistillationTrainer, head and loss in tiles
-    modelopt     NVIDIA Model-Optimizer's DistillationModel and LogitsDistillationLoss
-    sft          no teacher: transformers' own cross-entropy
-    ours         lm_head and loss in chunks, the gradient in the forward pass
-    ours cached  the same, taught from a top-k cache: no teacher runs, prompts are not scored
+    plain              full logits of both, torch's kl_div over them
+    trl gkd            the loss of trl's GKDTrainer on full logits
+    trl chunked        the loss of trl's DistillationTrainer, head and loss in tiles
+    modelopt           NVIDIA Model-Optimizer's DistillationModel and LogitsDistillationLoss
+    sft                no teacher: transformers' own cross-entropy
+    ours               lm_head and loss in chunks, the gradient in the forward pass
+    ours cached        the same, taught from a top-k cache: no teacher runs, prompts are not scored
+    ours checkpointed  ours with --gradient-checkpointing
+    ours frozen        ours with --freeze-layers 15, half the blocks, which are the teacher's
 
 Peers that are not installed are left out. Speed: steps taken in turn in one process, medians of the
 ratios within a turn. Memory: one process each, peak above what weights, gradients, optimizer state
@@ -44,6 +46,7 @@ from watched import peak_above
 
 from regrow import CacheConfig, cache, families, load
 from regrow.data import build_blocks
+from regrow.training import prefix
 from regrow.training.cache.folder import Cache
 from regrow.training.cache.teacher import CachedTeacher, head_from
 from regrow.training.mix import Mix
@@ -148,6 +151,24 @@ def ours_cached(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
     return _bound(student, from_disk, lambda batch: {name: batch[name] for name in READ})
 
 
+def ours_checkpointed(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
+    plain_loss = ours(student, teacher, cached)
+
+    def loss(batch: Batch) -> Tensor:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+        found = plain_loss(batch)
+        student.gradient_checkpointing_disable()  # others share the student
+        return found
+
+    return loss
+
+
+def ours_frozen(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
+    assert prefix.same(student, teacher, FROZEN)
+    prefix.SharedPrefix(student, teacher, FROZEN, all_layers=False)
+    return ours(student, teacher, cached)
+
+
 def _bound(
     student: nn.Module, taught_by: Teacher | CachedTeacher, read: Callable[[Batch], Batch]
 ) -> Loss:
@@ -169,7 +190,13 @@ KINDS: dict[str, tuple[Callable[[nn.Module, nn.Module, Path], Loss], str | None]
     "sft": (sft, None),
     "ours": (ours, None),
     "ours cached": (ours_cached, None),
+    "ours checkpointed": (ours_checkpointed, None),
+    "ours frozen": (ours_frozen, None),
 }
+CHANGED = ("modelopt", "ours frozen")
+"""Kinds that do something to the student, and have one of their own."""
+FROZEN = 15
+"""Blocks that `ours frozen` does not train."""
 
 
 def main() -> None:
@@ -180,7 +207,8 @@ def main() -> None:
         step()  # makes gradients and optimizer state
         print(json.dumps({"gigabytes": peak_above(step) / 1e9}))
         return
-    kinds = [k for k, (_, package) in KINDS.items() if package is None or find_spec(package)]
+    asked = {kind: KINDS[kind][1] for kind in arguments.kinds}
+    kinds = [k for k, package in asked.items() if package is None or find_spec(package)]
     config = CacheConfig(tokens=arguments.blocks * LENGTH, heldout_blocks=1)
     cache(DENSE, blend(arguments.texts), arguments.out / "cache", config)
     rates, ratios, losses = _kept(arguments.out / "speed.json", lambda: _speed(kinds, arguments))
@@ -211,7 +239,7 @@ def _kept(path: Path, measure: Callable[[], Any]) -> Any:
 
 def _step(kind: str, arguments: argparse.Namespace) -> Callable[[], float]:
     """A whole optimizer step of a kind; gives the loss."""
-    student, teacher, optimizer = _models(kind == "modelopt")
+    student, teacher, optimizer = _models(kind if kind in CHANGED else "shared")
     count = arguments.blocks
     blocks = build_blocks(blend(arguments.texts), load(DENSE).tokenizer(), "train", count)
     batch = next(blocks.batches(count))
@@ -223,21 +251,24 @@ def _step(kind: str, arguments: argparse.Namespace) -> Callable[[], float]:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
-        return float(loss)
+        return float(loss.detach())
 
     return run
 
 
 @cache_calls
-def _models(wrapped: bool) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
-    """Student, teacher and optimizer; those of the kind that wraps the student are its own."""
+def _models(whose: str) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+    """Student, teacher and optimizer; those of a kind that changes the student are its own."""
     dense = load(DENSE)
     student, teacher = dense.model(torch.float32), dense.model(torch.bfloat16)
+    if whose == "ours frozen":
+        prefix.freeze(student, FROZEN)
+    trained = [each for each in student.parameters() if each.requires_grad]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # a student that differs, so that there is a loss
-        for parameter in student.parameters():
+        for parameter in trained:
             parameter += 0.02 * parameter.std() * torch.randn(parameter.shape, generator=generator)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-7, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=1e-7, fused=True)
     return student.train(), teacher.requires_grad_(False), optimizer
 
 
@@ -289,6 +320,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
     parser.add_argument("--steps", type=int, default=6, help="turns that are timed")
     parser.add_argument("--blocks", type=int, default=4, help="blocks of 512 tokens in a step")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--memory", choices=KINDS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
