@@ -209,7 +209,7 @@ def main() -> None:
         return
     asked = {kind: KINDS[kind][1] for kind in arguments.kinds}
     kinds = [k for k, package in asked.items() if package is None or find_spec(package)]
-    config = CacheConfig(tokens=arguments.blocks * LENGTH, heldout_blocks=1)
+    config = CacheConfig(tokens=arguments.blocks * LENGTH, heldout_blocks=1, format="topk")
     cache(DENSE, blend(arguments.texts), arguments.out / "cache", config)
     rates, ratios, losses = _kept(arguments.out / "speed.json", lambda: _speed(kinds, arguments))
     memory = {

@@ -84,7 +84,7 @@ def test_commands(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     arguments = command("cache", place, place / "model", tmp_path / "cache")
     call(*arguments, "--dry-run")
     said = capsys.readouterr().out
-    assert "cache: topk, 512 tokens to train on and 64 held out" in said
+    assert "cache: samples, 512 tokens to train on and 64 held out" in said
     assert "bytes per token" in said
     assert not (tmp_path / "cache").exists()
     call(*arguments, "--format", "samples", "--draws", 32)

@@ -26,7 +26,7 @@ from regrow.stages.distill import distill
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = write_place(tmp_path_factory.mktemp("place"))
-    make_cache(place, place / "topk")
+    make_cache(place, place / "topk", format="topk")
     make_cache(place, place / "hidden", format="hidden")
     return place
 
@@ -145,7 +145,7 @@ def test_a_teacher_of_nan(place: Path, tmp_path: Path) -> None:
 
 
 def test_more_ids_than_there_are(place: Path, tmp_path: Path) -> None:
-    config = CacheConfig(k=100_000)
+    config = CacheConfig(format="topk", k=100_000)
     with pytest.raises(UserError, match="k 100000: give 1 to "):
         cache(place / "teacher", data(place), tmp_path / "cache", config, OPTIONS)
     assert not list(tmp_path.iterdir())
@@ -169,7 +169,14 @@ RECIPES: dict[str, tuple[list[Any], str]] = {
         [{"distill": {**DISTILL["distill"], "cache": "nowhere"}}],
         "stages.0.distill: no cache at nowhere",
     ),
-    "settings": ([{"cache": {"k": 5000}}], "stages.0.cache: k 5000: give 1 to"),
+    "settings": (
+        [{"cache": {"format": "topk", "k": 5000}}],
+        "stages.0.cache: k 5000: give 1 to",
+    ),
+    "another format's": (
+        [{"cache": {"k": 64}}],
+        "stages.0.cache: k is of format topk, this is samples",
+    ),
 }
 
 

@@ -25,7 +25,7 @@ from regrow.training.teacher import Teacher, scored
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = write_place(tmp_path_factory.mktemp("place"))
-    make_cache(place, place / "topk")
+    make_cache(place, place / "topk", format="topk")
     make_cache(place, place / "hidden", format="hidden")
     return place
 

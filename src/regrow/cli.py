@@ -17,6 +17,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 import regrow
 from regrow import commands
+from regrow.config import reason
 from regrow.errors import UserError
 from regrow.manifest import is_full_disk
 from regrow.steps import LATER
@@ -124,8 +125,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
             raise
     first = refused.errors()[0]
     flag = "-".join(map(str, first["loc"])).replace("_", "-")
-    message = str(first["msg"]).removeprefix("Value error, ")
-    raise UserError(f"--{flag}: {message} (given: {first['input']!r})")
+    raise UserError(f"--{flag}: {reason(first)}" if flag else reason(first))
 
 
 def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:

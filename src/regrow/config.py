@@ -7,6 +7,7 @@ import json
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from regrow.errors import UserError, nearest
 
@@ -37,9 +38,16 @@ def parse(kind: type[ConfigT], fields: Any, where: str) -> ConfigT:
             name = str(first["loc"][-1])
             hint = nearest(name, allowed) or f"; allowed: {', '.join(sorted(allowed))}"
             raise UserError(f"{path}: unknown key{hint}") from None
-        given = "" if first["type"] == "missing" else f" (given: {_short(first['input'])})"
-        message = str(first["msg"]).removeprefix("Value error, ")
-        raise UserError(f"{path}: {message}{given}") from None
+        raise UserError(f"{path}: {reason(first)}") from None
+
+
+def reason(error: ErrorDetails) -> str:
+    """What a validation error says, and the value, unless that is all of a config's fields."""
+    message = error["msg"].removeprefix("Value error, ")
+    of_all = error["type"] == "value_error" and isinstance(error["input"], dict)
+    if error["type"] == "missing" or of_all:
+        return message
+    return f"{message} (given: {_short(error['input'])})"
 
 
 def _short(value: Any) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from regrow.config import Config
+
+OPTIONS_OF = {"samples": ("draws", "sampling"), "topk": ("k", "bits"), "hidden": ("dtype",)}
+"""What only one format reads."""
 
 
 class CacheConfig(Config):
@@ -17,8 +20,8 @@ class CacheConfig(Config):
     that leaves it out: what the distillations of this teacher take."""
     heldout_blocks: int = Field(default=16, ge=1)
     """Held-out blocks, always stored exactly; in a recipe as for tokens."""
-    format: Literal["topk", "samples", "hidden"] = "topk"
-    """topk: the likeliest ids and the mass of the rest. samples: unbiased draws of ids. hidden: the
+    format: Literal["samples", "topk", "hidden"] = "samples"
+    """samples: unbiased draws of ids. topk: the likeliest ids and the mass of the rest. hidden: the
     last hidden state, which is exact and serves every output loss."""
     k: int = Field(default=18, ge=1)
     """topk: how many ids."""
@@ -32,3 +35,15 @@ class CacheConfig(Config):
     """hidden: bfloat16 is exact, int8 half the size."""
     seed: int = 0
     """samples: seed of the draws."""
+
+    @model_validator(mode="after")
+    def _options_are_of_the_format(self) -> CacheConfig:
+        for kind, names in OPTIONS_OF.items():
+            for name in names:
+                changed = getattr(self, name) != type(self).model_fields[name].default
+                if kind != self.format and changed:
+                    raise ValueError(
+                        f"{name} is of format {kind}, this is {self.format}: give that format, or "
+                        f"leave out {name}"
+                    )
+        return self
