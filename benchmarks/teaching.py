@@ -9,7 +9,7 @@ first 16,384 tokens of WikiText-2 raw test, LAMBADA and C4. What needs only the 
 taught from one cache of exact hidden states. `contrastive` (DistiLLM-2, arXiv:2503.07067) spends
 half of the tokens on that text by KL, a quarter on the teacher's answers to `instructions` by
 skewed KL, and a quarter on the student's own by skewed reverse KL; both are drawn before training.
-Resumable: run it again and it goes on; `--ways` runs some. Writes `teaching.md` into `--out`.
+Resumable: run it again and it goes on; `--ways` runs some. Writes a table per student into `--out`.
 """
 
 from __future__ import annotations
