@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from regrow import DataConfig, EvaluateConfig, Options, evaluate
 
@@ -20,8 +21,17 @@ TESTS = {
     "lambada": "eval/lambada_openai_test.jsonl.gz",
     "c4": "train/c4_sample.jsonl.gz",
 }
+TASKS = {
+    "lambada_openai": ("acc", None),
+    "hellaswag": ("acc_norm", 1000),
+    "arc_easy": ("acc", None),
+    "piqa": ("acc", None),
+}
+"""The usual metric of each, and how many rows at most."""
 Figures = dict[str, dict[str, float]]
 """By model, by figure."""
+Rows = dict[str, dict[str, dict[str, Any]]]
+"""By model, by figure: `value`, `stderr`, `n`."""
 
 
 def blend(texts: Path) -> DataConfig:
@@ -50,7 +60,34 @@ def measure(
     return figures(out)
 
 
+def score(
+    models: Mapping[str, Path | str],
+    out: Path,
+    task: str,
+    rows: Path | str | None,
+    teacher: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> Rows:
+    """Each model on one of TASKS; `rows` is a folder such as `eval/`, `limit` takes fewer."""
+    limits = [each for each in (TASKS[task][1], limit) if each is not None]
+    config = EvaluateConfig(
+        metrics=("size", "tasks"),
+        tasks=(task,),
+        task_data=None if rows is None else str(rows),
+        limit=min(limits, default=None),
+    )
+    evaluate(dict(models), out, None, teacher, config, Options(batch_size=batch_size))
+    return found(out)
+
+
 def figures(folder: Path) -> Figures:
     """What an evaluation found."""
-    found = json.loads((folder / "evaluation.json").read_text())["figures"]
-    return {label: {row["name"]: row["value"] for row in rows} for label, rows in found.items()}
+    rows = found(folder).items()
+    return {label: {name: row["value"] for name, row in each.items()} for label, each in rows}
+
+
+def found(folder: Path) -> Rows:
+    """What an evaluation found, with standard errors and counts."""
+    models = json.loads((folder / "evaluation.json").read_text())["figures"]
+    return {label: {row["name"]: row for row in rows} for label, rows in models.items()}

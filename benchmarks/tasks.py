@@ -12,28 +12,25 @@ it stopped. Writes `tasks.md` into `--out`.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
-from protocol import DENSE
-
-from regrow import EvaluateConfig, Options, evaluate
-
-TASKS = {
-    "lambada_openai": ("acc", None),
-    "hellaswag": ("acc_norm", 1000),
-    "arc_easy": ("acc", None),
-    "piqa": ("acc", None),
-}
-"""The usual metric of each, and how many rows at most."""
+from protocol import DENSE, TASKS, score
 
 
 def main() -> None:
     arguments = _arguments()
     lines = ["| task | n | teacher | student | kept |", "|---|---:|---:|---:|---:|"]
-    for task, (metric, most) in TASKS.items():
-        figures = _score(task, most, arguments)
+    models = {"student": arguments.student}
+    for task, (metric, _) in TASKS.items():
+        figures = score(
+            models,
+            arguments.out / task,
+            task,
+            arguments.task_data,
+            arguments.teacher,
+            arguments.limit,
+            arguments.batch_size,
+        )
         name = f"{metric}/{task}"
         teacher, student = (figures[label][name] for label in ("teacher", "student"))
         kept = figures["student"].get(f"{metric}_kept/{task}")
@@ -45,24 +42,6 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     (arguments.out / "tasks.md").write_text(text)
     print(text)
-
-
-def _score(
-    task: str, most: int | None, arguments: argparse.Namespace
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Figures by model and name."""
-    limits = [limit for limit in (most, arguments.limit) if limit is not None]
-    config = EvaluateConfig(
-        metrics=("size", "tasks"),
-        tasks=(task,),
-        task_data=arguments.task_data,
-        limit=min(limits, default=None),
-    )
-    options = Options(batch_size=arguments.batch_size)
-    models = {"student": arguments.student}
-    folder = evaluate(models, arguments.out / task, None, arguments.teacher, config, options)
-    found = json.loads((folder / "evaluation.json").read_text())["figures"]
-    return {label: {row["name"]: row for row in rows} for label, rows in found.items()}
 
 
 def _arguments() -> argparse.Namespace:

@@ -9,17 +9,17 @@ first 16,384 tokens of WikiText-2 raw test, LAMBADA and C4. What needs only the 
 taught from one cache of exact hidden states. `contrastive` (DistiLLM-2, arXiv:2503.07067) spends
 half of the tokens on that text by KL, a quarter on the teacher's answers to `instructions` by
 skewed KL, and a quarter on the student's own by skewed reverse KL; both are drawn before training.
-Resumable: run it again and it goes on; `--ways` runs some. Writes a table per student into `--out`.
+`--tasks` adds the accuracy on LAMBADA and on the first 1,000 rows of HellaSwag. Resumable: run it
+again and it goes on; `--ways` runs some. Writes a table per student and budget into `--out`.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any
 
-from protocol import DENSE, TESTS, blend, figures, measure
+from protocol import DENSE, TASKS, TESTS, blend, figures, found, measure, score
 
 from regrow import (
     CacheConfig,
@@ -58,6 +58,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 ANSWER = 128
 """Tokens of an answer, at most."""
+SCORED = ("lambada_openai", "hellaswag")
 STUDENTS = {
     "width": PruneConfig(intermediate_size=1024),
     "depth": PruneConfig(num_layers=23, layer_criterion="block_influence"),
@@ -75,11 +76,11 @@ def main() -> None:
     exact = CacheConfig(tokens=arguments.tokens, format="hidden")
     cache(DENSE, data, cached, exact, Options(batch_size=2))
     measure({"dense": DENSE}, out / "dense", arguments.texts, TESTS)
-    measure({"student": student}, out / f"untrained-{arguments.student}", arguments.texts, TESTS)
+    _measured(student, out / f"untrained-{arguments.student}", arguments)
     for way in arguments.ways:
         _taught(way, student, data, cached, arguments)
         text = _table(arguments)
-        (out / "teaching.md").write_text(text)
+        (out / f"{arguments.student}-{arguments.tokens}.md").write_text(text)
     print(text)
 
 
@@ -92,10 +93,8 @@ def _place(way: str, arguments: argparse.Namespace) -> Path:
 def _taught(
     way: str, student: Path, data: DataConfig, cached: Path, arguments: argparse.Namespace
 ) -> None:
-    """Distil and measure; the model goes when it is measured."""
+    """Distil and measure."""
     place = _place(way, arguments)
-    if (place / "evaluation" / "evaluation.json").exists():
-        return
     fields = {**WAYS[way], "tokens": arguments.tokens, "batch_tokens": 1024}
     if way == "contrastive":
         data = _with_answers(data, student, arguments)
@@ -103,8 +102,14 @@ def _taught(
         fields["cache"] = str(cached)
     config = DistillConfig.model_validate(fields)
     model = distill(student, DENSE, data, place / "model", config, Options(batch_size=2))
-    measure({"student": model}, place / "evaluation", arguments.texts, TESTS)
-    shutil.rmtree(model)
+    _measured(model, place / "evaluation", arguments)
+
+
+def _measured(model: Path, out: Path, arguments: argparse.Namespace) -> None:
+    measure({"student": model}, out, arguments.texts, TESTS)
+    for task in SCORED if arguments.tasks else ():
+        place = out.with_name(f"{out.name}-{task}")
+        score({"student": model}, place, task, arguments.texts / "eval")
 
 
 def _with_answers(data: DataConfig, student: Path, arguments: argparse.Namespace) -> DataConfig:
@@ -126,20 +131,40 @@ def _with_answers(data: DataConfig, student: Path, arguments: argparse.Namespace
 def _table(arguments: argparse.Namespace) -> str:
     out = arguments.out
     dense = figures(out / "dense")["dense"]
-    rows = {"untrained": out / f"untrained-{arguments.student}"}
-    rows |= {way: _place(way, arguments) / "evaluation" for way in WAYS}
-    head = "".join(f"| {test} ppl × dense | KL " for test in TESTS)
-    lines = [f"| way {head}|", "|---|" + "---:|---:|" * len(TESTS)]
-    for way, folder in rows.items():
+    folders = {"untrained": out / f"untrained-{arguments.student}"}
+    folders |= {way: _place(way, arguments) / "evaluation" for way in WAYS}
+    titles = [f"{test} ppl × dense | KL" for test in TESTS]
+    titles += [f"{task} {TASKS[task][0]}" for task in SCORED if arguments.tasks]
+    lines = [f"| way | {' | '.join(titles)} |"]
+    lines.append("|---" + "|---:" * lines[0].count(" | ") + "|")
+    for way, folder in folders.items():
         if (folder / "evaluation.json").exists():
-            found = figures(folder)["student"]
-            cells = [
-                f"{found[f'perplexity/{test}'] / dense[f'perplexity/{test}']:.3f} "
-                f"| {found[f'kl/{test}']:.3f}"
-                for test in TESTS
-            ]
+            cells = _cells(folder, dense) + (_scores(folder) if arguments.tasks else [])
             lines.append(f"| {way} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cells(folder: Path, dense: dict[str, float]) -> list[str]:
+    """Perplexity against the dense model's, and KL, on each text."""
+    here = figures(folder)["student"]
+    cells = []
+    for test in TESTS:
+        cells.append(f"{here[f'perplexity/{test}'] / dense[f'perplexity/{test}']:.3f}")
+        cells.append(f"{here[f'kl/{test}']:.3f}")
+    return cells
+
+
+def _scores(folder: Path) -> list[str]:
+    """Accuracy of each task with its standard error; a dash where it was not measured yet."""
+    cells = []
+    for task in SCORED:
+        scored = folder.with_name(f"{folder.name}-{task}")
+        if not (scored / "evaluation.json").exists():
+            cells.append("–")
+            continue
+        row = found(scored)["student"][f"{TASKS[task][0]}/{task}"]
+        cells.append(f"{row['value']:.4f} ± {row['stderr']:.4f}")
+    return cells
 
 
 def _arguments() -> argparse.Namespace:
@@ -149,6 +174,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=250_000, help="tokens to distil on")
     parser.add_argument("--student", choices=STUDENTS, default="width")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--tasks", action="store_true", help="score LAMBADA and HellaSwag too")
     return parser.parse_args()
 
 
