@@ -18,8 +18,7 @@ from regrow.data import DataConfig, SourceConfig
 from regrow.errors import UserError
 from regrow.manifest import read as read_manifest
 from regrow.recipe import Recipe, check, run
-from regrow.stages.distill import DistillConfig, distill
-from regrow.stages.distill import stage as distill_stage
+from regrow.stages.distill import DistillConfig, distill, lesson
 from regrow.stages.distill.answers import text_of
 from regrow.stages.distill.mix import mix_of
 from regrow.stages.generate import GenerateConfig, generate
@@ -55,14 +54,14 @@ def test_the_student_learns_from_both_kinds_of_answers(
 ) -> None:
     """Half of the tokens each; a raised budget goes on, equal to one run; answers may move."""
     data, seen = data_of(place / "prompts.jsonl"), []
-    build = distill_stage.build_blocks
+    build = lesson.build_blocks
 
     def watched(*given: Any) -> Any:
         blocks = build(*given)
         seen.append(blocks)
         return blocks
 
-    monkeypatch.setattr(distill_stage, "build_blocks", watched)
+    monkeypatch.setattr(lesson, "build_blocks", watched)
     given = (place / "pruned", place / "teacher", data)
     whole = distill(*given, tmp_path / "whole", contrastive(place), OPTIONS)
     heldout, train = seen

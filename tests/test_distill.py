@@ -26,8 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from regrow.checkpoint import load
 from regrow.config import parse
 from regrow.errors import UserError
-from regrow.stages.distill import DistillConfig, distill
-from regrow.stages.distill import stage as distill_stage
+from regrow.stages.distill import DistillConfig, distill, lesson
 from regrow.stages.distill.resume import last_checkpoint, rescue
 
 
@@ -107,7 +106,7 @@ def test_refused_before_any_slow_work(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other tokenizers, and a batch that is no number of whole blocks."""
-    monkeypatch.setattr(distill_stage, "build_blocks", lambda *_: pytest.fail("reads text"))
+    monkeypatch.setattr(lesson, "build_blocks", lambda *_: pytest.fail("reads text"))
     shutil.copytree(place / "stranger", tmp_path / "other")
     tiny_tokenizer(vocab_size=300).save_pretrained(str(tmp_path / "other"))
     with pytest.raises(UserError, match="different tokenizers"):  # the teacher lacks tokens

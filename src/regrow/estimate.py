@@ -25,10 +25,10 @@ from regrow.search.halving import rungs_for, tokens_for
 from regrow.stages.cache.config import CacheConfig
 from regrow.stages.cache.stage import header_of
 from regrow.stages.distill.answers import digests_of, text_of
+from regrow.stages.distill.budget import budget_of
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.mix import mix_of
 from regrow.stages.distill.opposite import Opposite
-from regrow.stages.distill.stage import steps_of
 from regrow.stages.distill.student import Student, check_student
 from regrow.stages.evaluate.config import EvaluateConfig
 from regrow.stages.evaluate.gguf_file import GgufFile, find_parents
@@ -358,7 +358,7 @@ def matmul_rate() -> float:
 def _distill_lines(
     student: int, teacher: int, data: DataConfig, config: DistillConfig, options: Options
 ) -> list[str]:
-    steps, micro, accumulation = steps_of(config, data, options)
+    steps, micro, accumulation = budget_of(config, data, options)
     teacher = 0 if config.cache else teacher
     # Operations per token, bytes per parameter: frozen weights have no gradient and no moments.
     work, held = {"none": (6, 16.0), "lora": (4, 2.0), "qlora": (4, 0.6)}[config.adapter]

@@ -88,7 +88,7 @@ def fitted(step: Step, steps: list[Step], model: str) -> CacheConfig:
 
     Those of the largest distillation after it with the same teacher; `model` is the recipe's.
     """
-    from regrow.stages.distill.stage import steps_in
+    from regrow.stages.distill.budget import steps_in
 
     config: CacheConfig = step.config
     after = [
@@ -191,9 +191,9 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     from regrow.stages.distill.across import aligner_of
     from regrow.stages.distill.answers import digests_of, text_of
     from regrow.stages.distill.blend import open_blend
+    from regrow.stages.distill.budget import budget_of
     from regrow.stages.distill.cached import check_loss
     from regrow.stages.distill.mix import mix_of
-    from regrow.stages.distill.stage import steps_of
     from regrow.stages.distill.student import Student, check_student
     from regrow.stages.evaluate.task_rows import check_tasks
     from regrow.stages.evaluate.texts import text_files
@@ -208,7 +208,7 @@ def _check_step(step: Step, checkpoint: Checkpoint, data: DataConfig, options: O
     elif step.name == "profile":
         statistics_needed(step.config)
     elif step.name == "distill":
-        steps_of(step.config, data, options)
+        budget_of(step.config, data, options)
         check_student(Student(checkpoint), step.config, options)
         open_blend(step.config, checkpoint)
         text = text_of(data, step.config)

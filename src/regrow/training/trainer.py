@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from regrow.errors import UserError
 from regrow.training.adapters import has_adapter, load_adapter
 from regrow.training.balance import MAIN
 from regrow.training.blend import BlendedTeacher
+from regrow.training.cache.sparse import Sparse
 from regrow.training.cache.teacher import CachedTeacher
 from regrow.training.callbacks import CHOSEN_BY
 from regrow.training.head import head_loss, head_of
@@ -29,7 +28,7 @@ from regrow.training.signal_mix import SignalMix
 from regrow.training.signal_trainer import SignalTrainer
 from regrow.training.spans.teacher import SpanTeacher
 from regrow.training.tally import OWN, Tally
-from regrow.training.teacher import Teacher, hidden_states, scored
+from regrow.training.teacher import States, Teacher, hidden_states, scored
 
 
 def bind_loss(
@@ -67,13 +66,7 @@ def bind_loss(
         mask = scored(batch)
         targets_N = labels[:, 1:][mask]
         source_N = None if source is None else source[:, 1:][mask]
-        teacher_NH = taught = sparse = None
-        teacher_head = None if teacher is None else teacher.head  # its ids are compared, if given
-        if isinstance(teacher, CachedTeacher) and now.needs_teacher:
-            sparse = teacher.sparse(batch)
-        if teacher is not None and sparse is None and (now.needs_teacher or signals is not None):
-            taught = teacher.hidden(batch, **reads)
-            teacher_NH = taught.final[mask]
+        taught, sparse = _said(teacher, batch, now, signals)
         own, head = hidden_states(self, batch, **reads), head_of(self)
         if teacher is not None:
             head, targets_N = teacher.compared(head, targets_N)
@@ -82,8 +75,8 @@ def bind_loss(
             head,
             targets_N,
             now,
-            teacher_NH,
-            teacher_head,
+            None if taught is None else taught.final[mask],
+            None if teacher is None else teacher.head,  # its ids are compared, if given
             sparse=sparse,
             source_N=source_N,
         )
@@ -103,6 +96,22 @@ def bind_loss(
         student.forward = stock  # type: ignore[method-assign]
 
     return undo
+
+
+def _said(
+    teacher: Teacher | CachedTeacher | BlendedTeacher | None,
+    batch: dict[str, Tensor],
+    mix: Mix,
+    signals: SignalMix | None,
+) -> tuple[States | None, Sparse | None]:
+    """What the losses need of a teacher: its states, or stored distributions in their place."""
+    if isinstance(teacher, CachedTeacher) and mix.needs_teacher:
+        sparse = teacher.sparse(batch)
+        if sparse is not None:
+            return None, sparse
+    if teacher is None or not (mix.needs_teacher or signals is not None):
+        return None, None
+    return teacher.hidden(batch, **({} if signals is None else signals.reads)), None
 
 
 class DistillTrainer(SignalTrainer):

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from regrow.options import Options
+from regrow.stages.distill.budget import Budget
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.resume import TRAINER
 from regrow.training import sharding
@@ -19,14 +20,11 @@ def arguments_of(
     config: DistillConfig,
     options: Options,
     device: torch.device,
-    counts: tuple[int, int, int],
+    budget: Budget,
     chosen_by: str,
 ) -> TrainingArguments:
-    """The trainer's arguments; `counts`: steps, blocks per micro-batch, micro-batches per step.
-
-    `chosen_by` is the held-out loss by which the best checkpoint is chosen.
-    """
-    steps, micro, accumulation = counts
+    """The trainer's; `chosen_by` is the held-out loss by which the best checkpoint is chosen."""
+    steps, micro, accumulation = budget
     every = max(1, min(steps, round(config.eval_tokens / config.batch_tokens)))
     arguments = TrainingArguments(
         output_dir=str(folder / TRAINER),

@@ -12,7 +12,7 @@ import torch
 from regrow import checkpoint as checkpoints
 from regrow import ranks
 from regrow.checkpoint import Checkpoint, load
-from regrow.data import DataConfig, build_blocks
+from regrow.data import Blocks, DataConfig
 from regrow.data.digest import data_digest
 from regrow.errors import UserError
 from regrow.manifest import Figure, Stage, refuse_input, require_space
@@ -22,12 +22,11 @@ from regrow.progress import progress, say
 from regrow.stages.distill.answers import digests_of, text_of
 from regrow.stages.distill.arguments import arguments_of
 from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.lesson import Lesson
 from regrow.stages.distill.mix import mix_of
 from regrow.stages.distill.opposite import Opposite
 from regrow.stages.distill.resume import METRICS, TRAINER, adopt_finished, last_checkpoint, rescue
-from regrow.stages.distill.rounding import rounding_of
-from regrow.stages.distill.signals import signals_between
-from regrow.stages.distill.student import Student, check_student, open_student
+from regrow.stages.distill.student import open_student
 from regrow.stages.distill.teaching import freeze, mass_lost, show_attentions
 from regrow.training import sharding
 from regrow.training.callbacks import CHOSEN_BY, Journal, Pace
@@ -75,21 +74,9 @@ def distill(
     if stage.complete:
         say(f"distill: {out} is complete and unchanged")
         return out
-    signals = signals_between(pupil, master, config)
-    adapter = check_student(pupil, config, options)
-    sharded = sharding.is_sharded(options)
-    rounding = rounding_of(pupil, config, sharded)
-    written = pupil.dtype if rounding is None else torch.float32
-    steps, micro, accumulation = steps_of(config, data, options)
-    trained = pupil.parameters if adapter is None else adapter.parameters(pupil.on_meta())
-    # Weights and optimizer of the best, the last and the next checkpoint, and the result.
-    each = 16 if sharded else 12  # in shares the weights are written twice
-    require_space(out, trained * 3 * each + pupil.parameters * written.itemsize)
-    tokenizer = opposite.tokenizer()
-    heldout = build_blocks(data, tokenizer, "heldout", config.heldout_blocks)
-    count = steps * config.batch_tokens // data.sequence_length
-    blocks = build_blocks(text, tokenizer, "train", count)
-    opposite.check(heldout, blocks)
+    lesson = Lesson.of(pupil, opposite, mix, data, config, options)
+    require_space(out, lesson.bytes())
+    train, heldout = lesson.blocks(data, text)
     ranks.join(cpu=device.type == "cpu")
     with stage as folder:
         if ranks.is_main():
@@ -97,54 +84,8 @@ def distill(
         ranks.wait()
         if device.index is not None:
             torch.cuda.set_device(device)  # the trainer takes the current one
-        model = pupil.model(config.seed, adapter, device)
-        taught_by = opposite.teacher(config, device, sharded)
-        lost = mass_lost(taught_by, heldout, micro)
-        show_attentions(model, taught_by, signals)
-        shared = freeze(model, taught_by, config, mix, signals, sharded)
-        counts = (steps, micro, accumulation)
-        arguments = arguments_of(folder, config, options, device, counts, opposite.chosen_by)
-        trainer = DistillTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=blocks,
-            eval_dataset=heldout,
-            signals=signals,
-        )
-        with ExitStack() as bound:
-            if shared is not None:
-                bound.callback(shared.close)
-            bound.callback(bind_loss(model, taught_by, mix, signals))
-            if rounding is not None:
-                bound.callback(bind_rounding(model, rounding))
-            _train(trainer, folder, stage, pupil, steps, journal)
-        if ranks.is_main():
-            _write(trainer, pupil, folder, written, config.keep_adapters and adapter is not None)
-        stage.figures += _figures(trainer, steps * config.batch_tokens) + lost
+        _teach(lesson, stage, folder, train, heldout, device, journal)
     return out
-
-
-def steps_of(config: DistillConfig, data: DataConfig, options: Options) -> tuple[int, int, int]:
-    """Optimizer steps of the budget, blocks per micro-batch, and micro-batches per step and device.
-
-    A micro-batch has at most `options.batch_size` blocks. Raises UserError when batch_tokens cannot
-    be made of whole blocks on every device.
-    """
-    devices = ranks.world_size()
-    unit = data.sequence_length * devices
-    if config.batch_tokens % unit:
-        raise UserError(
-            f"batch_tokens {config.batch_tokens} is no multiple of {unit} (sequence_length "
-            f"{data.sequence_length} × {devices} devices); change one of them"
-        )
-    blocks = config.batch_tokens // unit
-    micro = max(n for n in range(1, min(options.batch_size, blocks) + 1) if blocks % n == 0)
-    return steps_in(config), micro, blocks // micro
-
-
-def steps_in(config: DistillConfig) -> int:
-    """Optimizer steps of the budget."""
-    return max(1, round(config.tokens / config.batch_tokens))
 
 
 def _stage(out: Path, config: DistillConfig, inputs: dict[str, str]) -> Stage:
@@ -156,18 +97,48 @@ def _stage(out: Path, config: DistillConfig, inputs: dict[str, str]) -> Stage:
     return Stage(out, "distill", config, inputs, resumable=True, resume_digest=resume)
 
 
-def _train(
-    trainer: DistillTrainer,
-    folder: Path,
+def _teach(
+    lesson: Lesson,
     stage: Stage,
-    pupil: Student,
-    steps: int,
+    folder: Path,
+    train: Blocks,
+    heldout: Blocks,
+    device: torch.device,
     journal: Path | None,
+) -> None:
+    """Train the student as `lesson` says; write the best one and the figures."""
+    opposite, config, budget = lesson.opposite, lesson.config, lesson.budget
+    mix, signals, sharded = lesson.mix, lesson.signals, lesson.sharded
+    model = lesson.pupil.model(config.seed, lesson.adapter, device)
+    taught_by = opposite.teacher(config, device, sharded)
+    lost = mass_lost(taught_by, heldout, budget.micro)
+    show_attentions(model, taught_by, signals)
+    shared = freeze(model, taught_by, config, mix, signals, sharded)
+    trainer = DistillTrainer(
+        model=model,
+        args=arguments_of(folder, config, lesson.options, device, budget, opposite.chosen_by),
+        train_dataset=train,
+        eval_dataset=heldout,
+        signals=signals,
+    )
+    with ExitStack() as bound:
+        if shared is not None:
+            bound.callback(shared.close)
+        bound.callback(bind_loss(model, taught_by, mix, signals))
+        if lesson.rounding is not None:
+            bound.callback(bind_rounding(model, lesson.rounding))
+        _train(trainer, lesson, stage.out, folder, journal)
+    if ranks.is_main():
+        _write(trainer, lesson, folder)
+    stage.figures += _figures(trainer, budget.steps * config.batch_tokens) + lost
+
+
+def _train(
+    trainer: DistillTrainer, lesson: Lesson, out: Path, folder: Path, journal: Path | None
 ) -> None:
     from transformers.trainer_callback import PrinterCallback
 
-    config, out = stage.config, stage.out
-    assert isinstance(config, DistillConfig)
+    batch_tokens = lesson.config.batch_tokens
     (folder / TRAINER).mkdir(exist_ok=True)
     last = last_checkpoint(folder / TRAINER)
     ranks.wait()
@@ -176,10 +147,10 @@ def _train(
         sharding.require_same(last, trainer.is_fsdp_enabled)
         say(f"distill: goes on from {last.name}")
     trainer.remove_callback(PrinterCallback)
-    with progress("distill", steps * config.batch_tokens) as counter:
+    with progress("distill", lesson.budget.steps * batch_tokens) as counter:
         paths = (folder / METRICS,) if journal is None else (folder / METRICS, journal)
-        trainer.add_callback(Journal(paths, out.name, config.batch_tokens))
-        trainer.add_callback(Pace(config.batch_tokens, counter))
+        trainer.add_callback(Journal(paths, out.name, batch_tokens))
+        trainer.add_callback(Pace(batch_tokens, counter))
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -193,16 +164,14 @@ def _train(
                 f"from {'the start' if kept is None else kept.name}"
             ) from None
         except UserError as error:
-            raise UserError(
-                f"{error}; {rescue(folder / TRAINER, out, pupil.like)}; lower the learning rate"
-            ) from None
+            saved = rescue(folder / TRAINER, out, lesson.pupil.like)
+            raise UserError(f"{error}; {saved}; lower the learning rate") from None
 
 
-def _write(
-    trainer: DistillTrainer, pupil: Student, folder: Path, dtype: torch.dtype, adapters: bool
-) -> None:
+def _write(trainer: DistillTrainer, lesson: Lesson, folder: Path) -> None:
     """Write the best student, with what travels beside it."""
-    if adapters:
+    pupil, dtype = lesson.pupil, lesson.dtype
+    if lesson.config.keep_adapters and lesson.adapter is not None:
         trainer.student.save_pretrained(str(folder / ADAPTER))
     if trainer.is_fsdp_enabled:  # the best checkpoint is a stock folder, put together from shares
         assert trainer.state.best_model_checkpoint is not None

@@ -64,14 +64,13 @@ def profile(
         having = [d for d in config.grams if family.layers_of(d, checkpoint.config)]
         grams = having if gram_blocks else []
         weighted = config.token_weight == "inverse_residual"
-        head_dim = family.sizes(checkpoint.config)["head_dim"]
-        collector = Collector(family, needs, grams, weighted, head_dim)
+        sizes = family.sizes(checkpoint.config)
+        collector = Collector(family, needs, grams, weighted, sizes["head_dim"])
         _run(checkpoint, blocks, gram_blocks, collector, folder, options)
-        statistics = _tidy(collector.sums, family.sizes(checkpoint.config), _count(blocks))
+        statistics = _tidy(collector.sums, sizes, _count(blocks))
         statistics |= _removals(checkpoint, blocks, collector, config, options)
         if "vocab" in needs:
-            size = family.sizes(checkpoint.config)["vocab"]
-            counts = count_tokens(data, tokenizer, size, config.vocab_tokens)
+            counts = count_tokens(data, tokenizer, sizes["vocab"], config.vocab_tokens)
             statistics["token_count/vocab/all"] = counts
         save_file(statistics, folder / STATISTICS)
 
@@ -80,22 +79,30 @@ def profile(
 
         scores = score_all(config, statistics, _count(blocks), checkpoint, family, gram)
         save_file(scores, folder / SCORES)
-        info = {
-            "digest": stage.digest,  # tells this profile from one on other text
-            "fingerprint": checkpoint.fingerprint,
-            "model_type": checkpoint.config["model_type"],
-            "criteria": list(config.criteria),
-            "samples": len(blocks),
-            "tokens": _count(blocks),
-            "sequence_length": data.sequence_length,
-            "grams": list(grams),
-            "gram_tokens": gram_blocks * data.sequence_length,
-            "token_weight": config.token_weight,
-        }
         blocks.save(folder / BLOCKS)
-        write_json(folder / INFO, info)
+        about = {
+            "digest": stage.digest,  # tells this profile from one on other text
+            "grams": grams,
+            "gram_tokens": gram_blocks * data.sequence_length,
+        }
+        write_json(folder / INFO, about | _info(checkpoint, blocks, config, data))
         stage.figures.append(Figure(name="calibration tokens", value=_count(blocks), unit="tokens"))
     return Profile(out)
+
+
+def _info(
+    checkpoint: Checkpoint, blocks: Blocks, config: ProfileConfig, data: DataConfig
+) -> dict[str, Any]:
+    """Of what model and text a profile is, and by which criteria."""
+    return {
+        "fingerprint": checkpoint.fingerprint,
+        "model_type": checkpoint.config["model_type"],
+        "criteria": list(config.criteria),
+        "samples": len(blocks),
+        "tokens": _count(blocks),
+        "sequence_length": data.sequence_length,
+        "token_weight": config.token_weight,
+    }
 
 
 def estimate_bytes(checkpoint: Checkpoint, config: ProfileConfig) -> int:

@@ -11,9 +11,10 @@ from regrow.stages.prune.vocabulary import choose_vocab
 from regrow.statistics import Profile, for_gone
 
 VOCAB_CRITERION = "token_count"
+Sizes = dict[str, int]
 
 
-def full_sizes(family: Family, before: dict[str, int], sizes: dict[str, int]) -> dict[str, int]:
+def full_sizes(family: Family, before: Sizes, sizes: Sizes) -> Sizes:
     """All dimensions after a cut to `sizes`; KV heads cut alone take their query heads along."""
     after = {**before, **sizes}
     if "kv_heads" in sizes and "heads" not in sizes:
@@ -25,7 +26,7 @@ def choose(
     checkpoint: Checkpoint,
     family: Family,
     profile: Profile,
-    sizes: dict[str, int],
+    sizes: Sizes,
     criterion: str,
     layer_criterion: str,
     multiple_of: int = 1,
@@ -41,52 +42,33 @@ def choose(
     after = full_sizes(family, before, sizes)
     family.check_sizes(checkpoint.config, after, multiple_of)
     cut = {dim for dim in before if after[dim] != before[dim]}
-    layers = list(range(before["layers"]))
-    if "layers" in cut:
-        depth = profile.scores(layer_criterion, "layers")["all"]
-        layers = best(for_gone(depth, before["layers"] - after["layers"]), after["layers"])
-    hidden = None
-    if "hidden" in cut:
-        hidden = best(profile.scores(criterion, "hidden")["all"], after["hidden"])
-    with_mlp, with_experts = (
-        [n for n in layers if n in family.layers_of(dim, checkpoint.config)]
-        for dim in ("mlp", "experts")
-    )
-    experts = expert_mlp = None
-    if "experts" in cut:
-        by = expert_criterion or criterion
-        experts = _per_layer(profile, by, "experts", with_experts, after)
-    if "expert_mlp" in cut:
-        of = experts or {n: list(range(before["experts"])) for n in with_experts}
-        scores = profile.scores(criterion, "expert_mlp")
-        expert_mlp = {
-            n: {e: best(scores[str(n)][e], after["expert_mlp"]) for e in of[n]} for n in of
-        }
-    kv_heads = heads = None
-    if "kv_heads" in cut:
-        kv_heads = _per_layer(profile, criterion, "kv_heads", layers, after)
-    if "heads" in cut:
-        scores = profile.scores(criterion, "heads")
-        groups = kv_heads or {n: list(range(before["kv_heads"])) for n in layers}
-        group, keep = (size["heads"] // size["kv_heads"] for size in (before, after))
-        heads = {n: best_heads(scores[str(n)], groups[n], group, keep) for n in layers}
-    vocab = None
-    if "vocab" in cut:
-        counts_V = profile.scores(VOCAB_CRITERION, "vocab")["all"]
-        vocab = choose_vocab(checkpoint, counts_V, after["vocab"])
+    layers = _layers(profile, layer_criterion, before, after)
+
+    def having(dim: str) -> list[int]:
+        return [n for n in layers if n in family.layers_of(dim, checkpoint.config)]
+
+    def best_of(dim: str, by: str = criterion) -> dict[int, list[int]] | None:
+        return _per_layer(profile, by, dim, having(dim), after[dim]) if dim in cut else None
+
+    kv_heads = best_of("kv_heads")
+    experts = best_of("experts", expert_criterion or criterion)
+    kept_heads = kv_heads or _all_of("kv_heads", layers, before)
+    kept_experts = experts or _all_of("experts", having("experts"), before)
     return Plan(
         model_type=family.model_type,
         fingerprint=checkpoint.fingerprint,
         before=before,
         after=after,
         layers=layers if "layers" in cut else None,
-        hidden=hidden,
-        mlp=_per_layer(profile, criterion, "mlp", with_mlp, after) if "mlp" in cut else None,
-        heads=heads,
-        vocab=vocab,
+        hidden=_hidden(profile, criterion, after) if "hidden" in cut else None,
+        mlp=best_of("mlp"),
+        heads=_heads(profile, criterion, kept_heads, before, after) if "heads" in cut else None,
+        vocab=_vocab(checkpoint, profile, after) if "vocab" in cut else None,
         kv_heads=kv_heads,
         experts=experts,
-        expert_mlp=expert_mlp,
+        expert_mlp=(
+            _expert_mlp(profile, criterion, kept_experts, after) if "expert_mlp" in cut else None
+        ),
         criterion=criterion,
     )
 
@@ -105,8 +87,47 @@ def best_heads(scores_n: Tensor, kv_heads: list[int], group: int, keep: int) -> 
     return kept
 
 
+def _all_of(dim: str, layers: list[int], before: Sizes) -> dict[int, list[int]]:
+    return {layer: list(range(before[dim])) for layer in layers}
+
+
 def _per_layer(
-    profile: Profile, criterion: str, dim: str, layers: list[int], after: dict[str, int]
+    profile: Profile, criterion: str, dim: str, layers: list[int], count: int
 ) -> dict[int, list[int]]:
     scores = profile.scores(criterion, dim)
-    return {layer: best(scores[str(layer)], after[dim]) for layer in layers}
+    return {layer: best(scores[str(layer)], count) for layer in layers}
+
+
+def _layers(profile: Profile, criterion: str, before: Sizes, after: Sizes) -> list[int]:
+    """The layers that stay, which are all of them where none is cut."""
+    if after["layers"] == before["layers"]:
+        return list(range(before["layers"]))
+    depth = profile.scores(criterion, "layers")["all"]
+    return best(for_gone(depth, before["layers"] - after["layers"]), after["layers"])
+
+
+def _hidden(profile: Profile, criterion: str, after: Sizes) -> list[int]:
+    return best(profile.scores(criterion, "hidden")["all"], after["hidden"])
+
+
+def _heads(
+    profile: Profile, criterion: str, kv_heads: dict[int, list[int]], before: Sizes, after: Sizes
+) -> dict[int, list[int]]:
+    scores = profile.scores(criterion, "heads")
+    group, keep = (sizes["heads"] // sizes["kv_heads"] for sizes in (before, after))
+    return {n: best_heads(scores[str(n)], kept, group, keep) for n, kept in kv_heads.items()}
+
+
+def _expert_mlp(
+    profile: Profile, criterion: str, experts: dict[int, list[int]], after: Sizes
+) -> dict[int, dict[int, list[int]]]:
+    scores, count = profile.scores(criterion, "expert_mlp"), after["expert_mlp"]
+    return {
+        n: {expert: best(scores[str(n)][expert], count) for expert in kept}
+        for n, kept in experts.items()
+    }
+
+
+def _vocab(checkpoint: Checkpoint, profile: Profile, after: Sizes) -> list[int]:
+    counts_V = profile.scores(VOCAB_CRITERION, "vocab")["all"]
+    return choose_vocab(checkpoint, counts_V, after["vocab"])

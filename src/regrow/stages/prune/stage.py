@@ -54,14 +54,9 @@ def prune(
     plan = make_plan(checkpoint, config, found)
     narrower = any(plan.after[dim] != plan.before[dim] for dim in plan.before if dim != "vocab")
     repair = repair_method(config, found) if config.repair and narrower else None
-    inputs = {"model": checkpoint.fingerprint, "plan": plan.digest()}
-    if found is not None:
-        inputs["profile"] = digest(found.info)
-    if search is not None:
-        inputs["search"] = search
     if config.plan is not None:  # its digest counts, not where it lay; it is written beside
         config = config.model_copy(update={"plan": plans.FILE, "allow_sibling": False})
-    stage = Stage(out, "prune", config, inputs)
+    stage = Stage(out, "prune", config, _inputs(checkpoint, plan, found, search))
     if stage.complete:
         say(f"prune: {out} is complete and unchanged")
         return out
@@ -73,12 +68,7 @@ def prune(
         tokens = min(config.repair_tokens, int(found.info["tokens"]))
         space += repair.work_bytes(plan.before, tokens)
     require_space(out, space)
-    say(f"prune: {before:,} → {after:,} parameters ({after / before:.1%} kept), {describe(plan)}")
-    if after < DEEP * before:
-        say(
-            f"prune: less than {DEEP:.0%} is kept at once: cutting a third at most, distilling "
-            "and cutting on loses less (examples/two_rounds.yaml)"
-        )
+    _tell(before, after, plan)
     with stage as folder:
         repaired = None
         if repair is not None and found is not None:
@@ -95,6 +85,27 @@ def prune(
         stage.extra["repair"] = {} if repaired is None else repaired.solutions
         prove_reload(folder)
     return out
+
+
+def _inputs(
+    checkpoint: Checkpoint, plan: Plan, profile: Profile | None, search: str | None
+) -> dict[str, str]:
+    """What the result follows from, beside the config."""
+    found = {"model": checkpoint.fingerprint, "plan": plan.digest()}
+    if profile is not None:
+        found["profile"] = digest(profile.info)
+    if search is not None:
+        found["search"] = search
+    return found
+
+
+def _tell(before: int, after: int, plan: Plan) -> None:
+    say(f"prune: {before:,} → {after:,} parameters ({after / before:.1%} kept), {describe(plan)}")
+    if after < DEEP * before:
+        say(
+            f"prune: less than {DEEP:.0%} is kept at once: cutting a third at most, distilling "
+            "and cutting on loses less (examples/two_rounds.yaml)"
+        )
 
 
 def _from_first(checkpoint: Checkpoint, plan: Plan) -> Plan | None:
