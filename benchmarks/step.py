@@ -15,6 +15,7 @@ sft):
     ours cached        the same, taught from a top-k cache: no teacher runs, prompts are not scored
     ours checkpointed  ours with --gradient-checkpointing
     ours frozen        ours with --freeze-layers 15, half the blocks, which are the teacher's
+    ours lora          ours with --adapter lora: adapters of rank 16 beside frozen bf16 weights
 
 Peers that are not installed are left out. Speed: steps taken in turn in one process, medians of the
 ratios within a turn. Memory: one process each, peak above what weights, gradients, optimizer state
@@ -47,6 +48,7 @@ from watched import peak_above
 from regrow import CacheConfig, cache, families, load
 from regrow.data import build_blocks
 from regrow.training import prefix
+from regrow.training.adapters import Adapter, targets_in
 from regrow.training.cache.folder import Cache
 from regrow.training.cache.teacher import CachedTeacher, head_from
 from regrow.training.mix import Mix
@@ -192,8 +194,9 @@ KINDS: dict[str, tuple[Callable[[nn.Module, nn.Module, Path], Loss], str | None]
     "ours cached": (ours_cached, None),
     "ours checkpointed": (ours_checkpointed, None),
     "ours frozen": (ours_frozen, None),
+    "ours lora": (ours, None),
 }
-CHANGED = ("modelopt", "ours frozen")
+CHANGED = ("modelopt", "ours frozen", "ours lora")
 """Kinds that do something to the student, and have one of their own."""
 FROZEN = 15
 """Blocks that `ours frozen` does not train."""
@@ -261,12 +264,14 @@ def _models(whose: str) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
     """Student, teacher and optimizer; those of a kind that changes the student are its own."""
     dense = load(DENSE)
     student, teacher = dense.model(torch.float32), dense.model(torch.bfloat16)
+    if whose == "ours lora":
+        student = Adapter(16, 32.0, targets_in(student)).model(dense, torch.device("cpu"), seed=0)
     if whose == "ours frozen":
         prefix.freeze(student, FROZEN)
     trained = [each for each in student.parameters() if each.requires_grad]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # a student that differs, so that there is a loss
-        for parameter in trained:
+        for parameter in trained if whose == "ours frozen" else student.parameters():
             parameter += 0.02 * parameter.std() * torch.randn(parameter.shape, generator=generator)
     optimizer = torch.optim.AdamW(trained, lr=1e-7, fused=True)
     return student.train(), teacher.requires_grad_(False), optimizer

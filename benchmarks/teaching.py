@@ -55,6 +55,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "KL, T = 2": {"losses": KL_ONLY, "temperature": 2.0},
     "skewed KL": {"losses": {"skewed_kl": 1.0}},
     "total variation": {"losses": {"total_variation": 1.0}},
+    "KL, lora": {"losses": KL_ONLY, "adapter": "lora", "learning_rate": 1e-3},
 }
 ANSWER = 128
 """Tokens of an answer, at most."""
