@@ -20,6 +20,7 @@ LEVELS = (
     ("commands",),
     ("estimate", "inspect", "watch"),
     ("recipe",),
+    ("checks",),
     ("steps", "overrides"),
     ("comparison",),
     ("search",),

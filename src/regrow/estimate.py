@@ -11,6 +11,7 @@ import torch
 
 from regrow import families, plugins
 from regrow.checkpoint import Checkpoint, load
+from regrow.checks import check_one_target
 from regrow.comparison import line_up
 from regrow.comparison.head_removal import check_heads
 from regrow.data.config import DataConfig
@@ -52,7 +53,7 @@ from regrow.stages.rotate.basis import check as check_rotation
 from regrow.stages.rotate.basis import turned_config
 from regrow.stages.rotate.config import RotateConfig
 from regrow.statistics import Profile
-from regrow.steps import check_one_target, fitted
+from regrow.steps import fitted
 from regrow.trial import TRIAL_BLOCKS, TRIAL_TOKENS
 
 

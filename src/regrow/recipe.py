@@ -13,6 +13,7 @@ from pydantic import Field
 
 from regrow import manifest
 from regrow.checkpoint import load
+from regrow.checks import check_steps
 from regrow.config import Config, parse
 from regrow.data.config import DataConfig
 from regrow.data.digest import data_digest
@@ -22,7 +23,7 @@ from regrow.options import Options
 from regrow.overrides import override
 from regrow.plan import FILE as PLAN
 from regrow.progress import say
-from regrow.steps import Step, check_steps, fitted, parse_step, prompts_of
+from regrow.steps import Step, fitted, parse_step, prompts_of
 
 KeepStages = Literal["all", "last"]
 RECIPE = "recipe.yaml"
