@@ -151,7 +151,7 @@ def check_candidates(config: dict[str, Any], keep: float, multiple: int) -> list
         tied = family.value(config, "tie_word_embeddings")
         assert family.head not in shapes_of or not tied
         assert shape.parameters == sum(torch.Size(size).numel() for size in shapes_of.values())
-        family.check_sizes(config, shape.sizes, multiple)
+        families.check_sizes(family, config, shape.sizes, multiple)
         for dim, size in shape.sizes.items():
             assert 0 < size < full[dim]
             rows = size * (full["head_dim"] if dim in ("heads", "kv_heads") else 1)

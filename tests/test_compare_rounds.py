@@ -67,7 +67,7 @@ def test_steps_lead_to_the_target_and_can_be_had(name: str, sizes: dict[str, int
     for earlier, later in zip([before, *steps], steps, strict=False):
         assert later != earlier
         assert all(later[dim] <= earlier[dim] for dim in before)
-        family.check_sizes(config, later)
+        families.check_sizes(family, config, later)
 
 
 def test_steps_by_hand() -> None:

@@ -12,8 +12,7 @@ import torch
 from tiny_models import tiny_ids, tiny_model
 from tiny_tokenizer import SENTENCES, tiny_tokenizer
 
-from regrow.stages.evaluate.folder_subject import continuation
-from regrow.stages.evaluate.greedy import decode, prefill
+from regrow.stages.evaluate.greedy import continuation, decode, prefill
 from regrow.stages.evaluate.stage import conventions
 from regrow.stages.evaluate.subject import ratio
 from regrow.stages.evaluate.texts import opening, text_files, windows

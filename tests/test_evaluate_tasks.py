@@ -355,7 +355,7 @@ def test_bad_tasks_are_told_in_one_line(
 
     monkeypatch.setenv("REGROW_CACHE", str(tmp_path))
     names = ["arc_easy", "hellaswag", "winogrande"]
-    monkeypatch.setattr("regrow.stages.evaluate.harness.known_names", lambda: names)
+    monkeypatch.setattr("regrow.stages.evaluate.task_names.known_names", lambda: names)
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "data").mkdir()
     for name in ("gsm8k", "piqa"):

@@ -185,13 +185,13 @@ def test_a_plan_that_contradicts_itself(fields: dict[str, Any], message: str) ->
 )
 def test_sizes_that_cannot_be(name: str, sizes: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        families.get(name).check_sizes(tiny_config(name).to_dict(), sizes)
+        families.check_sizes(families.get(name), tiny_config(name).to_dict(), sizes)
 
 
 def test_an_mlp_that_no_layer_has_is_not_cut() -> None:
     config = tiny_config("qwen3_moe", decoder_sparse_step=1).to_dict()
     with pytest.raises(UserError, match="intermediate_size 32: this qwen3_moe model has none"):
-        families.get("qwen3_moe").check_sizes(config, {"mlp": 32})
+        families.check_sizes(families.get("qwen3_moe"), config, {"mlp": 32})
 
 
 @pytest.fixture(scope="module", params=MIXTURES)

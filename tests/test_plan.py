@@ -204,14 +204,14 @@ def test_impossible_sizes_are_refused(
 ) -> None:
     config = tiny_config(model_type).to_dict()
     with pytest.raises(UserError, match=message) as error:
-        families.get(model_type).check_sizes(config, sizes, multiple_of)
+        families.check_sizes(families.get(model_type), config, sizes, multiple_of)
     assert "\n" not in str(error.value)
 
 
 def test_a_width_that_stays_is_never_refused() -> None:
     """SmolLM2's 576 columns are no multiple of 256; that is no fault of a cut elsewhere."""
     config = tiny_config("llama").to_dict()
-    families.get("llama").check_sizes(config, {"mlp": 32, "hidden": 48, "heads": 6}, 32)
+    families.check_sizes(families.get("llama"), config, {"mlp": 32, "hidden": 48, "heads": 6}, 32)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "phi3"])
@@ -234,7 +234,7 @@ def test_what_is_allowed_is_what_transformers_loads(model_type: str) -> None:
 
 def is_allowed(model_type: str, config: dict[str, Any], sizes: dict[str, int]) -> bool:
     try:
-        families.get(model_type).check_sizes(config, sizes)
+        families.check_sizes(families.get(model_type), config, sizes)
     except UserError:
         return False
     return True

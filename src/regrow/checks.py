@@ -230,7 +230,7 @@ def _cut(now: dict[str, Any] | None, family: Family, config: PruneConfig) -> dic
         return None
     before = family.sizes(now)
     after = full_sizes(family, before, config.sizes())
-    family.check_sizes(now, after, config.multiple_of)
+    families.check_sizes(family, now, after, config.multiple_of)
     sizes = {key: after[dim] for dim, key in family.config_keys.items()}
     return {**now, **sizes, "head_dim": before["head_dim"]}
 

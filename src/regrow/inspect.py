@@ -72,8 +72,11 @@ def _legal(checkpoint: Checkpoint, family: Family, dim: str) -> str:
         if dim == "kv_heads":
             sizes["heads"] = full["heads"] // full["kv_heads"] * width
         try:
-            family.check_sizes(
-                checkpoint.config, sizes, MULTIPLE if dim in ("mlp", "expert_mlp", "hidden") else 1
+            families.check_sizes(
+                family,
+                checkpoint.config,
+                sizes,
+                MULTIPLE if dim in ("mlp", "expert_mlp", "hidden") else 1,
             )
         except UserError:
             continue

@@ -51,7 +51,7 @@ def steps_towards(
         hidden = unit * round(_between(before["hidden"], after["hidden"], share) / unit)
         step["hidden"] = min(max(hidden, after["hidden"]), before["hidden"])
         try:
-            family.check_sizes(config, step)
+            families.check_sizes(family, config, step)
         except UserError:
             continue
         if step not in (steps[-1], after):

@@ -1,17 +1,63 @@
-"""Sizes that a model of a family cannot have, beside those that are no multiple of a step."""
+"""Sizes that a model of a family cannot have."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from regrow.errors import UserError
 from regrow.families._rows import NAMED
-
-if TYPE_CHECKING:
-    from regrow.families._table import Family
+from regrow.families._table import Family
 
 
-def check_has(family: Family, dim: str, want: int, config: dict[str, Any]) -> None:
+def check_sizes(
+    family: Family, config: dict[str, Any], sizes: dict[str, int], multiple_of: int = 1
+) -> None:
+    """Raise UserError when a model of this config cannot be cut to `sizes`, in units.
+
+    The rows of every changed dimension must be a multiple of `multiple_of`, as the target format
+    asks.
+    """
+    before = family.sizes(config)
+    after = {**before, **sizes}
+    for dim, want in sizes.items():
+        key = NAMED.get(dim, dim)
+        _check_has(family, dim, want, config)
+        if dim == "head_dim" and want != before[dim]:
+            raise UserError(f"head_dim {want}: it cannot be cut; this model has {before[dim]}")
+        if not 1 <= want <= before[dim]:
+            raise UserError(f"{key} {want}: allowed are 1 to {before[dim]}, what the model has")
+    _check_heads(before, after)
+    _check_experts(family, config, after)
+    for dim in ("hidden", "mlp", "expert_mlp", "heads", "vocab"):
+        if dim in before and after[dim] != before[dim]:
+            step = family.step(dim, config, multiple_of, **after)
+            _check_step(dim, before[dim], after[dim], step)
+    _check_loads(family, config, before, after)
+
+
+def _check_heads(before: dict[str, int], after: dict[str, int]) -> None:
+    heads, kv_heads = after["heads"], after["kv_heads"]
+    most = before["heads"] // before["kv_heads"]
+    if heads % kv_heads or heads // kv_heads > most:
+        allowed = ", ".join(str(kv_heads * n) for n in range(1, most + 1))
+        raise UserError(
+            f"{NAMED['heads']} {heads} with {kv_heads} key/value heads: each of "
+            f"those has the same number of query heads, at most {most}; allowed: {allowed}"
+        )
+
+
+def _check_step(dim: str, before: int, after: int, step: int) -> None:
+    if after % step == 0:
+        return
+    near = [n for n in (after - after % step, after - after % step + step) if 0 < n < before]
+    advice = f"use {' or '.join(map(str, near))}" if near else f"leave it at {before}"
+    raise UserError(
+        f"{NAMED[dim]} {after}: in this model and for this target format it must be "
+        f"a multiple of {step}; {advice}"
+    )
+
+
+def _check_has(family: Family, dim: str, want: int, config: dict[str, Any]) -> None:
     """Refuse to cut what no layer has: the MLP of a model whose MLPs are all in experts."""
     before = family.sizes(config).get(dim)
     if dim not in NAMED or dim in ("layers", "hidden", "vocab") or want == before:
@@ -22,7 +68,7 @@ def check_has(family: Family, dim: str, want: int, config: dict[str, Any]) -> No
         raise UserError(f"{NAMED[dim]} {want}: this {family.model_type} model has none{hint}")
 
 
-def check_experts(family: Family, config: dict[str, Any], after: dict[str, int]) -> None:
+def _check_experts(family: Family, config: dict[str, Any], after: dict[str, int]) -> None:
     """Refuse fewer experts than the router chooses for each token."""
     if "experts" in after:
         chosen = family.value(config, "num_experts_per_tok")
@@ -33,7 +79,7 @@ def check_experts(family: Family, config: dict[str, Any], after: dict[str, int])
             )
 
 
-def check_loads(
+def _check_loads(
     family: Family, config: dict[str, Any], before: dict[str, int], after: dict[str, int]
 ) -> None:
     """Refuse what the stock config class refuses to load, even where head_dim is explicit."""

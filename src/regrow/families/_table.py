@@ -10,11 +10,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 from regrow.errors import UserError
-from regrow.families import _refusals
 from regrow.families._rows import (
     CONFIG_KEYS,
     GROUPED,
-    NAMED,
     PER_LAYER,
     LayerKind,
     Place,
@@ -256,51 +254,6 @@ class Family:
                 multiple_of // math.gcd(multiple_of, full["head_dim"]), full["kv_heads"]
             )
         return multiple_of if dim in ("mlp", "expert_mlp", "vocab") else 1
-
-    def check_sizes(
-        self, config: dict[str, Any], sizes: dict[str, int], multiple_of: int = 1
-    ) -> None:
-        """Raise UserError when a model of this config cannot be cut to `sizes`, in units.
-
-        The rows of every changed dimension must be a multiple of `multiple_of`, as the target
-        format asks.
-        """
-        before = self.sizes(config)
-        after = {**before, **sizes}
-        for dim, want in sizes.items():
-            key = NAMED.get(dim, dim)
-            _refusals.check_has(self, dim, want, config)
-            if dim == "head_dim" and want != before[dim]:
-                raise UserError(f"head_dim {want}: it cannot be cut; this model has {before[dim]}")
-            if not 1 <= want <= before[dim]:
-                raise UserError(f"{key} {want}: allowed are 1 to {before[dim]}, what the model has")
-        self._check_heads(before, after)
-        _refusals.check_experts(self, config, after)
-        for dim in ("hidden", "mlp", "expert_mlp", "heads", "vocab"):
-            if dim in before and after[dim] != before[dim]:
-                step = self.step(dim, config, multiple_of, **after)
-                self._check_step(dim, before[dim], after[dim], step)
-        _refusals.check_loads(self, config, before, after)
-
-    def _check_heads(self, before: dict[str, int], after: dict[str, int]) -> None:
-        heads, kv_heads = after["heads"], after["kv_heads"]
-        most = before["heads"] // before["kv_heads"]
-        if heads % kv_heads or heads // kv_heads > most:
-            allowed = ", ".join(str(kv_heads * n) for n in range(1, most + 1))
-            raise UserError(
-                f"{NAMED['heads']} {heads} with {kv_heads} key/value heads: each of "
-                f"those has the same number of query heads, at most {most}; allowed: {allowed}"
-            )
-
-    def _check_step(self, dim: str, before: int, after: int, step: int) -> None:
-        if after % step == 0:
-            return
-        near = [n for n in (after - after % step, after - after % step + step) if 0 < n < before]
-        advice = f"use {' or '.join(map(str, near))}" if near else f"leave it at {before}"
-        raise UserError(
-            f"{NAMED[dim]} {after}: in this model and for this target format it must be "
-            f"a multiple of {step}; {advice}"
-        )
 
     @cached_property
     def _patterns(self) -> dict[str, re.Pattern[str]]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from regrow import families
 from regrow.errors import UserError
 from regrow.families import Family
 from regrow.stages.evaluate.greedy import decode, prefill
@@ -112,7 +113,7 @@ def shapes_to_time(
 
 def _legal(family: Family, config: dict[str, Any], sizes: dict[str, int], multiple: int) -> bool:
     try:
-        family.check_sizes(config, sizes, multiple)
+        families.check_sizes(family, config, sizes, multiple)
     except UserError:
         return False
     return True

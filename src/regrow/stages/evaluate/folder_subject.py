@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain, islice, takewhile
 
 import numpy
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from regrow import families
@@ -16,11 +15,12 @@ from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.footprint import forward_flops
 from regrow.progress import progress
-from regrow.stages.evaluate.greedy import decode, prefill, step
+from regrow.stages.evaluate.greedy import continuation, step
 from regrow.stages.evaluate.subject import Subject, Teacher, Window, now
-from regrow.stages.evaluate.texts import IGNORED, Text
+from regrow.stages.evaluate.texts import IGNORED, Text, in_other_ids
 from regrow.training.head import Head, head_loss, head_of
 from regrow.training.mix import Mix
+from regrow.training.tokens import rows_of, token_ids
 
 
 class FolderSubject(Subject):
@@ -108,6 +108,17 @@ class FolderSubject(Subject):
                 counter.advance(int(batch["real"].sum()))
         return found
 
+    def as_teacher(self, texts: list[Text], ids_V: Tensor | None) -> Teacher:
+        """What is kept of it for a model with `texts`; `ids_V` are its ids of that one's tokens."""
+        weight_VH = self.head.weight_VH
+        if ids_V is None:
+            windows = {text.name: self.windows(text) for text in self.texts}
+            ids = slice(token_ids(self.tokenizer))  # what the embedding has beyond is padding
+            return Teacher(self.label, replace(self.head, weight_VH=weight_VH[ids]), windows)
+        windows = {text.name: self.run(in_other_ids(text, ids_V)) for text in texts}
+        head = replace(self.head, weight_VH=rows_of(weight_VH, ids_V))
+        return Teacher(self.label, head, windows, restricted=True)
+
     @torch.no_grad()
     def sums(self, text: Text, loss: str, teacher: Teacher | None) -> tuple[list[float], list[int]]:
         """Logits by a matrix product in the compute dtype, softmax in float32, sums in float64."""
@@ -159,16 +170,3 @@ class FolderSubject(Subject):
         except UserError:
             return None
         return forward_flops(family, self.checkpoint.config, tokens, past)
-
-
-def continuation(
-    model: PreTrainedModel, ids: list[int], new_tokens: int, ends: set[int]
-) -> list[int]:
-    """At most `new_tokens` greedy tokens after `ids`, up to and without the first of `ends`."""
-    token, cache = prefill(model, torch.tensor([ids], device=model.device))
-    return until(chain([token], decode(model, token, cache)), new_tokens, ends)
-
-
-def until(tokens: Iterable[int], most: int, ends: set[int]) -> list[int]:
-    """The first `most` tokens, up to and without the first of `ends`."""
-    return list(takewhile(lambda token: token not in ends, islice(tokens, most)))

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from regrow.llama_cpp import GgufModel, threads
 from regrow.progress import Progress, progress
-from regrow.stages.evaluate.folder_subject import until
 from regrow.stages.evaluate.gguf_file import GgufFile
+from regrow.stages.evaluate.greedy import until
 from regrow.stages.evaluate.subject import Subject, Teacher, now
 from regrow.stages.evaluate.texts import IGNORED, Text
 from regrow.training.mix import Mix

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice, takewhile
 
 import torch
 from torch import Tensor
@@ -32,3 +33,16 @@ def step(model: PreTrainedModel, ids_BT: Tensor, cache: DynamicCache) -> Tensor:
 
 def _next(model: PreTrainedModel, ids_1T: Tensor, cache: DynamicCache) -> int:
     return int(step(model, ids_1T, cache))
+
+
+def continuation(
+    model: PreTrainedModel, ids: list[int], new_tokens: int, ends: set[int]
+) -> list[int]:
+    """At most `new_tokens` greedy tokens after `ids`, up to and without the first of `ends`."""
+    token, cache = prefill(model, torch.tensor([ids], device=model.device))
+    return until(chain([token], decode(model, token, cache)), new_tokens, ends)
+
+
+def until(tokens: Iterable[int], most: int, ends: set[int]) -> list[int]:
+    """The first `most` tokens, up to and without the first of `ends`."""
+    return list(takewhile(lambda token: token not in ends, islice(tokens, most)))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -19,13 +16,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from regrow.errors import UserError
-from regrow.manifest import write_json
-from regrow.options import cache_folder
 from regrow.progress import Progress, progress, say
 from regrow.stages.evaluate.folder_subject import FolderSubject
 from regrow.stages.evaluate.gguf_subject import GgufSubject
 from regrow.stages.evaluate.harness_gguf import GgufLM
 from regrow.stages.evaluate.subject import Subject
+from regrow.stages.evaluate.task_names import manager
 from regrow.stages.evaluate.task_rows import Rows
 
 SEED = 1234
@@ -172,7 +168,7 @@ def _load(rows: Rows) -> Any:
     if rows.kind:
         loaded = TaskManager(include_defaults=False).load([RowsTask(rows)])
     else:
-        loaded = _manager().load([rows.source.name])
+        loaded = manager().load([rows.source.name])
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -206,24 +202,6 @@ class _Kept(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.told.append(record.getMessage())
-
-
-@cache
-def _manager() -> TaskManager:
-    say("evaluate: reading lm_eval's list of tasks")
-    return TaskManager()
-
-
-def known_names() -> list[str]:
-    """Names of all tasks, groups and tags of lm_eval; kept, as it takes seconds to gather them."""
-    path = cache_folder() / f"lm_eval-{version('lm_eval')}-tasks.json"
-    try:
-        names: list[str] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        names = _manager().all_tasks
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, names)
-    return names
 
 
 def _dataset(rows: list[dict[str, Any]]) -> Dataset:

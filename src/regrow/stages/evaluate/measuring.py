@@ -101,5 +101,5 @@ def _teachers(subject: FolderSubject, job: Job, others: list[str]) -> dict[str, 
     for label in others:
         texts = job.texts[label]
         if id(texts) not in made:
-            made[id(texts)] = Teacher.of(subject, texts, job.ids[label])
+            made[id(texts)] = subject.as_teacher(texts, job.ids[label])
     return {label: made[id(job.texts[label])] for label in others}

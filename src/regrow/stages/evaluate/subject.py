@@ -9,9 +9,8 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,12 +20,8 @@ from regrow.errors import UserError
 from regrow.stages.evaluate.config import EvaluateConfig
 from regrow.stages.evaluate.measured import Kept, Measured
 from regrow.stages.evaluate.task_rows import Rows
-from regrow.stages.evaluate.texts import Text, in_other_ids
+from regrow.stages.evaluate.texts import Text
 from regrow.training.head import Head
-from regrow.training.tokens import rows_of, token_ids
-
-if TYPE_CHECKING:
-    from regrow.stages.evaluate.folder_subject import FolderSubject
 
 __all__ = ["Context", "Measured", "Subject", "Teacher", "Window", "mean_loss", "now", "ratio"]
 
@@ -107,22 +102,6 @@ class Teacher:
     windows: dict[str, list[Window]]
     restricted: bool = False
     """Whether it read a model's own tokens, with the head's rows of those alone."""
-
-    @classmethod
-    def of(cls, subject: FolderSubject, texts: list[Text], ids_V: Tensor | None) -> Teacher:
-        """The loaded `subject` as a model's teacher; `ids_V` are its ids of that one's tokens."""
-        if ids_V is None:
-            windows = {text.name: subject.windows(text) for text in subject.texts}
-            ids = slice(token_ids(subject.tokenizer))  # what the embedding has beyond is padding
-            head = replace(subject.head, weight_VH=subject.head.weight_VH[ids])
-            return cls(subject.label, head, windows)
-        head = replace(subject.head, weight_VH=rows_of(subject.head.weight_VH, ids_V))
-        return cls(
-            subject.label,
-            head,
-            {text.name: subject.run(in_other_ids(text, ids_V)) for text in texts},
-            restricted=True,
-        )
 
 
 @dataclass(frozen=True)

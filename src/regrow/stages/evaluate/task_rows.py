@@ -119,7 +119,7 @@ def _in_wheel(pattern: str) -> tuple[Path, ...]:
 
 def _check_names(names: list[str]) -> None:
     """Raise UserError for what lm_eval does not know either; its list takes seconds to make."""
-    from regrow.stages.evaluate.harness import known_names
+    from regrow.stages.evaluate.task_names import known_names
 
     known = known_names()
     ours = plugins.names(TASKS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.families import Family
 from regrow.plan import Plan
@@ -40,7 +41,7 @@ def choose(
     """
     before = family.sizes(checkpoint.config)
     after = full_sizes(family, before, sizes)
-    family.check_sizes(checkpoint.config, after, multiple_of)
+    families.check_sizes(family, checkpoint.config, after, multiple_of)
     cut = {dim for dim in before if after[dim] != before[dim]}
     layers = _layers(profile, layer_criterion, before, after)
 

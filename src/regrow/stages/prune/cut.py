@@ -37,7 +37,9 @@ def check(plan: Plan, family: Family, config: dict[str, Any]) -> None:
         raise UserError(f"plan: made for a {plan.model_type} model, not for a {family.model_type}")
     sizes = family.sizes(config)
     plan.check(sizes, {dim: family.layers_of(dim, config) for dim in (*PER_LAYER, PER_EXPERT)})
-    family.check_sizes(config, {dim: plan.after[dim] for dim in plan.after if dim in sizes})
+    families.check_sizes(
+        family, config, {dim: plan.after[dim] for dim in plan.after if dim in sizes}
+    )
     if plan.vocab is not None:
         gone = ids_named(config) & set(range(plan.before["vocab"])) - set(plan.vocab)
         if gone:

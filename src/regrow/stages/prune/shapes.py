@@ -9,6 +9,7 @@ from itertools import product
 from random import Random
 from typing import Any
 
+from regrow import families
 from regrow.errors import UserError
 from regrow.families import Family
 from regrow.stages.prune.targets import TOLERANCE, Sizes, Target, refuse, smallest
@@ -172,7 +173,7 @@ def _meet(
     if not chosen:  # the whole model meets the target, and there is nothing to cut
         return None
     try:
-        family.check_sizes(config, chosen, multiple_of)
+        families.check_sizes(family, config, chosen, multiple_of)
     except UserError:
         return None
     return Shape(name, chosen, family.count(config, chosen))

@@ -199,7 +199,7 @@ def check_target(checkpoint: Checkpoint, config: PruneConfig) -> None:
     family = families.of(checkpoint)
     before = family.sizes(checkpoint.config)
     after = full_sizes(family, before, config.sizes())
-    family.check_sizes(checkpoint.config, after, config.multiple_of)
+    families.check_sizes(family, checkpoint.config, after, config.multiple_of)
     if after["vocab"] != before["vocab"]:
         check_vocab_size(checkpoint, after["vocab"])
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from regrow import footprint, formats
+from regrow import families, footprint, formats
 from regrow.errors import UserError
 from regrow.families import Family
 from regrow.stages.prune.config import PruneConfig, bytes_of
@@ -128,7 +128,7 @@ def smallest(family: Family, config: dict[str, Any], multiple_of: int) -> Sizes:
             tried["heads"] = full["heads"] // full["kv_heads"]
         tried = {dim: size for dim, size in tried.items() if size != full[dim]}
         try:
-            family.check_sizes(config, tried, multiple_of)
+            families.check_sizes(family, config, tried, multiple_of)
         except UserError:
             continue
         sizes = tried
