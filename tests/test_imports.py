@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,20 @@ def test_a_stage_imports_no_other_stage(stage: str) -> None:
     for path in (SOURCE / "stages" / stage).rglob("*.py"):
         others = {name.split(".")[1] for name in imported(path) if name.startswith("stages.")}
         assert others <= {stage}, f"{path} imports {others - {stage}}"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    fronts = [path for path in modules() if path.stem.startswith("__")]  # hand on what lies below
+    files = {
+        ".".join(path.relative_to(SOURCE).with_suffix("").parts): path
+        for path in modules()
+        if path not in fronts
+    }
+    graph = {}
+    for own, path in files.items():
+        names = {name for whole in imported(path) for name in (whole, whole.rpartition(".")[0])}
+        graph[own] = {name for name in names & set(files) if (own, name) not in MAY} - {own}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
 
 
 def test_the_stages_are_found() -> None:
