@@ -60,6 +60,7 @@ WAYS: dict[str, dict[str, Any]] = {
 ANSWER = 128
 """Tokens of an answer, at most."""
 SCORED = ("lambada_openai", "hellaswag")
+"""Tasks of `--tasks`."""
 STUDENTS = {
     "width": PruneConfig(intermediate_size=1024),
     "depth": PruneConfig(num_layers=23, layer_criterion="block_influence"),
@@ -81,7 +82,7 @@ def main() -> None:
     for way in arguments.ways:
         _taught(way, student, data, cached, arguments)
         text = _table(arguments)
-        (out / f"{arguments.student}-{arguments.tokens}.md").write_text(text)
+        (out / f"teaching_{arguments.student}_{arguments.tokens}.md").write_text(text)
     print(text)
 
 
