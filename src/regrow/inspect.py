@@ -71,14 +71,8 @@ def _legal(checkpoint: Checkpoint, family: Family, dim: str) -> str:
         sizes = {dim: width}
         if dim == "kv_heads":
             sizes["heads"] = full["heads"] // full["kv_heads"] * width
-        try:
-            families.check_sizes(
-                family,
-                checkpoint.config,
-                sizes,
-                MULTIPLE if dim in ("mlp", "expert_mlp", "hidden") else 1,
-            )
-        except UserError:
+        multiple_of = MULTIPLE if dim in ("mlp", "expert_mlp", "hidden") else 1
+        if not families.can_have(family, checkpoint.config, sizes, multiple_of):
             continue
         legal.append(width)
     steps = {b - a for a, b in pairwise(legal)}

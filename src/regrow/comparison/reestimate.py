@@ -13,7 +13,6 @@ from typing import Any
 from regrow import families, plugins
 from regrow.checkpoint import Checkpoint
 from regrow.data import DataConfig
-from regrow.errors import UserError
 from regrow.families import Family
 from regrow.options import Options
 from regrow.plan import Plan, compose
@@ -50,11 +49,7 @@ def steps_towards(
         unit = family.step("hidden", config, heads=step["heads"], kv_heads=step["kv_heads"])
         hidden = unit * round(_between(before["hidden"], after["hidden"], share) / unit)
         step["hidden"] = min(max(hidden, after["hidden"]), before["hidden"])
-        try:
-            families.check_sizes(family, config, step)
-        except UserError:
-            continue
-        if step not in (steps[-1], after):
+        if families.can_have(family, config, step) and step not in (steps[-1], after):
             steps.append(step)
     return [*steps[1:], after]
 

@@ -6,7 +6,7 @@ from regrow import plugins
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError, unknown
 from regrow.families._memory import accept_disk_names, as_on_disk, in_memory
-from regrow.families._refusals import check_sizes
+from regrow.families._refusals import can_have, check_sizes
 from regrow.families._rows import Place, Tensor, parts, rows, unit_rows
 from regrow.families._table import Family
 
@@ -16,6 +16,7 @@ __all__ = [
     "Tensor",
     "accept_disk_names",
     "as_on_disk",
+    "can_have",
     "check_sizes",
     "get",
     "in_memory",

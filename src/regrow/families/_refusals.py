@@ -35,6 +35,17 @@ def check_sizes(
     _check_loads(family, config, before, after)
 
 
+def can_have(
+    family: Family, config: dict[str, Any], sizes: dict[str, int], multiple_of: int = 1
+) -> bool:
+    """Whether `check_sizes` lets these sizes pass."""
+    try:
+        check_sizes(family, config, sizes, multiple_of)
+    except UserError:
+        return False
+    return True
+
+
 def _check_heads(before: dict[str, int], after: dict[str, int]) -> None:
     heads, kv_heads = after["heads"], after["kv_heads"]
     most = before["heads"] // before["kv_heads"]

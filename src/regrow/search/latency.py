@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel
 
 from regrow import families
-from regrow.errors import UserError
 from regrow.families import Family
 from regrow.stages.evaluate.greedy import decode, prefill
 
@@ -107,16 +106,9 @@ def shapes_to_time(
         at(mlp=0.25), at(kv_heads=0.5), at(kv_heads=0.67, mlp=0.75), at(hidden=0.75),
         at(kv_heads=0.67, hidden=0.75), at(layers=0.5, mlp=0.5),
     ]  # fmt: skip
-    found = {tuple(sorted(s.items())): s for s in tried if _legal(family, config, s, multiple_of)}
+    legal = [sizes for sizes in tried if families.can_have(family, config, sizes, multiple_of)]
+    found = {tuple(sorted(sizes.items())): sizes for sizes in legal}
     return list(found.values())
-
-
-def _legal(family: Family, config: dict[str, Any], sizes: dict[str, int], multiple: int) -> bool:
-    try:
-        families.check_sizes(family, config, sizes, multiple)
-    except UserError:
-        return False
-    return True
 
 
 def _non_negative(rows_ND: torch.Tensor, times_N: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,7 @@ def bind_loss(
         mask = scored(batch)
         targets_N = labels[:, 1:][mask]
         source_N = None if source is None else source[:, 1:][mask]
-        taught, sparse = _said(teacher, batch, now, signals)
+        taught, sparse = _said(teacher, batch, now, signals, reads)
         own, head = hidden_states(self, batch, **reads), head_of(self)
         if teacher is not None:
             head, targets_N = teacher.compared(head, targets_N)
@@ -103,6 +103,7 @@ def _said(
     batch: dict[str, Tensor],
     mix: Mix,
     signals: SignalMix | None,
+    reads: dict[str, bool],
 ) -> tuple[States | None, Sparse | None]:
     """What the losses need of a teacher: its states, or stored distributions in their place."""
     if isinstance(teacher, CachedTeacher) and mix.needs_teacher:
@@ -111,7 +112,7 @@ def _said(
             return None, sparse
     if teacher is None or not (mix.needs_teacher or signals is not None):
         return None, None
-    return teacher.hidden(batch, **({} if signals is None else signals.reads)), None
+    return teacher.hidden(batch, **reads), None
 
 
 class DistillTrainer(SignalTrainer):

@@ -10,7 +10,6 @@ from random import Random
 from typing import Any
 
 from regrow import families
-from regrow.errors import UserError
 from regrow.families import Family
 from regrow.stages.prune.targets import TOLERANCE, Sizes, Target, refuse, smallest
 
@@ -172,9 +171,7 @@ def _meet(
     chosen = {dim: size for dim, size in {**sizes, free: best}.items() if size != full[dim]}
     if not chosen:  # the whole model meets the target, and there is nothing to cut
         return None
-    try:
-        families.check_sizes(family, config, chosen, multiple_of)
-    except UserError:
+    if not families.can_have(family, config, chosen, multiple_of):
         return None
     return Shape(name, chosen, family.count(config, chosen))
 

@@ -127,9 +127,6 @@ def smallest(family: Family, config: dict[str, Any], multiple_of: int) -> Sizes:
         if dim == "kv_heads":  # their query heads go along
             tried["heads"] = full["heads"] // full["kv_heads"]
         tried = {dim: size for dim, size in tried.items() if size != full[dim]}
-        try:
-            families.check_sizes(family, config, tried, multiple_of)
-        except UserError:
-            continue
-        sizes = tried
+        if families.can_have(family, config, tried, multiple_of):
+            sizes = tried
     return sizes
