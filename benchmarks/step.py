@@ -52,8 +52,8 @@ from regrow.training.adapters import Adapter, targets_in
 from regrow.training.cache.folder import Cache
 from regrow.training.cache.teacher import CachedTeacher, head_from
 from regrow.training.mix import Mix
+from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
-from regrow.training.trainer import bind_loss
 
 LENGTH = 512
 READ = ("input_ids", "position_ids", "labels")

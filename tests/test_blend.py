@@ -26,8 +26,8 @@ from regrow.stages.distill.blend import open_blend
 from regrow.training.blend import Blend, BlendedTeacher
 from regrow.training.head import Head, head_loss
 from regrow.training.mix import Mix
+from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
-from regrow.training.trainer import bind_loss
 
 N, V = 11, 13
 SHARES = (0.5, 0.3, 0.2)

@@ -19,9 +19,9 @@ from regrow.errors import UserError
 from regrow.stages.distill import distill, teaching
 from regrow.training import prefix
 from regrow.training.match import Match
+from regrow.training.objective import bind_loss
 from regrow.training.signal_mix import SignalMix
 from regrow.training.teacher import Teacher
-from regrow.training.trainer import bind_loss
 
 SIGNALS = SignalMix({"hidden": 0.5}, Match.of_same(3))
 

@@ -26,7 +26,8 @@ from regrow.options import Options
 from regrow.stages.distill import distill
 from regrow.training import sharding
 from regrow.training.callbacks import Pace
-from regrow.training.trainer import DistillTrainer, bind_loss
+from regrow.training.objective import bind_loss
+from regrow.training.trainer import DistillTrainer
 
 SHARDED = OPTIONS.model_copy(update={"sharding": "fsdp"})
 CPU = torch.device("cpu")

@@ -20,9 +20,9 @@ from regrow.data import Blocks, build_blocks
 from regrow.errors import UserError
 from regrow.stages.distill import DistillConfig, distill
 from regrow.training.mix import Mix
+from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
 from regrow.training.tokens import NONE, check_text, common_ids, same_rules, teacher_ids
-from regrow.training.trainer import bind_loss
 
 MIX = Mix({"forward_kl": 0.7, "cross_entropy": 0.3})
 CONFIG = DistillConfig(tokens=512, batch_tokens=128, eval_tokens=256, heldout_blocks=4)

@@ -20,9 +20,9 @@ from regrow.stages.prune.cut import cut_model
 from regrow.training import head
 from regrow.training.inside import give_attentions
 from regrow.training.match import Match, at_depths
+from regrow.training.objective import bind_loss
 from regrow.training.signal_mix import SIGNALS, SignalMix
 from regrow.training.teacher import Teacher
-from regrow.training.trainer import bind_loss
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from regrow.training.balance import DECAY, MAIN, Balance
 from regrow.training.inside import give_attentions
 from regrow.training.match import Match, at_depths
+from regrow.training.objective import bind_loss
 from regrow.training.signal_mix import SignalMix, needs_of
 from regrow.training.teacher import Teacher
-from regrow.training.trainer import DistillTrainer, bind_loss
+from regrow.training.trainer import DistillTrainer
 
 STEPS = 4
 

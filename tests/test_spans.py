@@ -22,13 +22,13 @@ from regrow.data.pack import Packer
 from regrow.errors import UserError
 from regrow.training.head import Head, head_loss
 from regrow.training.mix import Mix
+from regrow.training.objective import bind_loss
 from regrow.training.spans.align import Aligner, Span
 from regrow.training.spans.likelihood import log_probabilities
 from regrow.training.spans.loss import span_loss
 from regrow.training.spans.teacher import SpanTeacher
 from regrow.training.spans.token_bytes import token_bytes
 from regrow.training.teacher import Teacher
-from regrow.training.trainer import bind_loss
 
 HARD = ["naïve café 日本語 🙂 text", " two  spaces\n\n\ttab", "é", "", "a", *SENTENCES]
 KINDS = ("byte level", "byte fallback", "unigram")

@@ -21,10 +21,10 @@ from regrow.recipe import Recipe, run
 from regrow.stages.distill import DistillConfig, distill
 from regrow.stages.distill.across import aligner_of
 from regrow.training.mix import Mix
+from regrow.training.objective import bind_loss
 from regrow.training.spans.align import Aligner
 from regrow.training.spans.teacher import SpanTeacher
 from regrow.training.teacher import Teacher
-from regrow.training.trainer import bind_loss
 
 CONFIG = DistillConfig(
     tokens=1024,

@@ -27,10 +27,11 @@ from regrow.data import Blocks
 from regrow.data.blocks import IGNORED
 from regrow.errors import UserError
 from regrow.progress import Progress
-from regrow.training import trainer as trainer_module
+from regrow.training import objective
 from regrow.training.callbacks import Journal, Pace
 from regrow.training.mix import Mix
-from regrow.training.trainer import DistillTrainer, bind_loss
+from regrow.training.objective import bind_loss
+from regrow.training.trainer import DistillTrainer
 
 
 def slow_gradients(blocks: Blocks, mix: Mix = MIX, **overrides: Any) -> dict[str, Tensor]:
@@ -131,7 +132,7 @@ def test_checkpointed_activations_give_the_gradient_and_leave_the_head_alone(
     tmp_path: Path, exact: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = {"head": 0, "block": 0}
-    loss, block = trainer_module.head_loss, LlamaMLP.forward
+    loss, block = objective.head_loss, LlamaMLP.forward
 
     def counted_loss(*given: Any, **named: Any) -> Any:
         runs["head"] += 1
@@ -141,7 +142,7 @@ def test_checkpointed_activations_give_the_gradient_and_leave_the_head_alone(
         runs["block"] += self.training
         return block(self, x)
 
-    monkeypatch.setattr(trainer_module, "head_loss", counted_loss)
+    monkeypatch.setattr(objective, "head_loss", counted_loss)
     monkeypatch.setattr(LlamaMLP, "forward", counted_block)
     fields = {"activation_checkpointing_kwargs": {"use_reentrant": False}}
     _, watch = train(tmp_path, 4, 2, activation_checkpointing=True, **fields)

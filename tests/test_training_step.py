@@ -23,8 +23,9 @@ from tiny_training import (
 
 from regrow.data.blocks import IGNORED
 from regrow.training.mix import Mix
+from regrow.training.objective import bind_loss
 from regrow.training.teacher import final_hidden
-from regrow.training.trainer import DistillTrainer, bind_loss
+from regrow.training.trainer import DistillTrainer
 
 
 def test_position_t_is_scored_by_label_t_plus_1() -> None:

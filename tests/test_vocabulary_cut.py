@@ -33,9 +33,9 @@ from regrow.stages.prune import PruneConfig, prune
 from regrow.stages.prune.cut import check, cut_folder, cut_model
 from regrow.statistics import Profile
 from regrow.training.mix import Mix
+from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
 from regrow.training.tokens import teacher_ids
-from regrow.training.trainer import bind_loss
 from regrow.trial import Trial
 
 OPTIONS = Options(device="cpu", batch_size=4, order="resident")

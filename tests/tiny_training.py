@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from regrow.data import Blocks
 from regrow.data.blocks import IGNORED
 from regrow.training.mix import Mix
+from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
-from regrow.training.trainer import DistillTrainer, bind_loss
+from regrow.training.trainer import DistillTrainer
 
 MIX = Mix({"forward_kl": 0.75, "cross_entropy": 0.25}, temperature=2.0)
 

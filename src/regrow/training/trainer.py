@@ -1,118 +1,21 @@
-"""The distillation trainer: transformers' Trainer with the loss inside the student's forward."""
+"""The distillation trainer: transformers' Trainer on the loss that `bind_loss` gives."""
 
 from __future__ import annotations
 
 import math
-import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel
 
 from regrow.errors import UserError
 from regrow.training.adapters import has_adapter, load_adapter
 from regrow.training.balance import MAIN
-from regrow.training.blend import BlendedTeacher
-from regrow.training.cache.sparse import Sparse
-from regrow.training.cache.teacher import CachedTeacher
-from regrow.training.callbacks import CHOSEN_BY
-from regrow.training.head import head_loss, head_of
-from regrow.training.inside import inside
-from regrow.training.mix import Mix
-from regrow.training.signal_mix import SignalMix
 from regrow.training.signal_trainer import SignalTrainer
-from regrow.training.spans.teacher import SpanTeacher
 from regrow.training.tally import OWN, Tally
-from regrow.training.teacher import States, Teacher, hidden_states, scored
-
-
-def bind_loss(
-    student: PreTrainedModel,
-    teacher: Teacher | CachedTeacher | BlendedTeacher | SpanTeacher | None,
-    mix: Mix,
-    signals: SignalMix | None = None,
-) -> Callable[[], None]:
-    """Make `student(**batch)` return the summed loss; returns what undoes it.
-
-    The loss is computed inside the student's forward, so that it goes through whatever wraps the
-    student (DDP, FSDP), and the student itself stays the stock model that Trainer saves. Outputs:
-    `loss` (sum of the mix and the weighted signals), `main` (of the mix alone), `parts` {name of
-    loss or signal: its plain sum}, `tokens` (how many were scored), `counts` {name of a loss that
-    some sources' tokens alone have: how many those are}. In eval mode all is measured at
-    temperature 1, and the forward KL comes first, whether the student learns by it or not; a
-    training step computes it only if it does.
-    """
-    stock = student.forward
-    measured = mix if teacher is None else mix.measuring(CHOSEN_BY)
-    reads = {} if signals is None else signals.reads
-
-    def forward(
-        self: PreTrainedModel,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        labels: Tensor,
-        source: Tensor | None = None,
-        **_: Any,
-    ) -> dict[str, Any]:
-        batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
-        now = mix if self.training else measured
-        if isinstance(teacher, SpanTeacher):
-            return teacher.outputs(self, batch, now)
-        mask = scored(batch)
-        targets_N = labels[:, 1:][mask]
-        source_N = None if source is None else source[:, 1:][mask]
-        taught, sparse = _said(teacher, batch, now, signals, reads)
-        own, head = hidden_states(self, batch, **reads), head_of(self)
-        if teacher is not None:
-            head, targets_N = teacher.compared(head, targets_N)
-        total, parts = head_loss(
-            own.final[mask],
-            head,
-            targets_N,
-            now,
-            None if taught is None else taught.final[mask],
-            None if teacher is None else teacher.head,  # its ids are compared, if given
-            sparse=sparse,
-            source_N=source_N,
-        )
-        counts = {} if source_N is None else now.counts(source_N)
-        found = {"loss": total, "main": total.detach(), "parts": parts, "tokens": mask.sum()}
-        found["counts"] = counts
-        if signals is None or taught is None or not isinstance(teacher, Teacher):
-            return found
-        ours = inside(self, own, head)
-        theirs = inside(teacher.model, taught, teacher.head)
-        more, inner = signals.loss(ours, theirs, functional.pad(mask, (0, 1)))
-        return {**found, "loss": total + more, "parts": {**parts, **inner}}
-
-    student.forward = types.MethodType(forward, student)  # type: ignore[method-assign]
-
-    def undo() -> None:
-        student.forward = stock  # type: ignore[method-assign]
-
-    return undo
-
-
-def _said(
-    teacher: Teacher | CachedTeacher | BlendedTeacher | None,
-    batch: dict[str, Tensor],
-    mix: Mix,
-    signals: SignalMix | None,
-    reads: dict[str, bool],
-) -> tuple[States | None, Sparse | None]:
-    """What the losses need of a teacher: its states, or stored distributions in their place."""
-    if isinstance(teacher, CachedTeacher) and mix.needs_teacher:
-        sparse = teacher.sparse(batch)
-        if sparse is not None:
-            return None, sparse
-    if teacher is None or not (mix.needs_teacher or signals is not None):
-        return None, None
-    return teacher.hidden(batch, **reads), None
 
 
 class DistillTrainer(SignalTrainer):

@@ -17,9 +17,10 @@ from regrow.stages.distill.blend import Further, open_blend
 from regrow.stages.distill.cached import open_cache
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.student import Student
-from regrow.stages.distill.teaching import AnyTeacher, blended, teacher_of
+from regrow.stages.distill.teaching import blended, teacher_of
 from regrow.training.cache.folder import Cache
 from regrow.training.callbacks import CHOSEN_BY, SPAN_CHOSEN_BY
+from regrow.training.objective import AnyTeacher
 from regrow.training.spans.align import Aligner
 from regrow.training.spans.teacher import SpanTeacher
 from regrow.training.teacher import Teacher

@@ -31,7 +31,8 @@ from regrow.stages.distill.teaching import freeze, mass_lost, show_attentions
 from regrow.training import sharding
 from regrow.training.callbacks import CHOSEN_BY, Journal, Pace
 from regrow.training.fake_quantize import bind_rounding
-from regrow.training.trainer import DistillTrainer, bind_loss
+from regrow.training.objective import bind_loss
+from regrow.training.trainer import DistillTrainer
 
 ADAPTER = "adapter"
 

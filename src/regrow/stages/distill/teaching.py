@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,13 +20,11 @@ from regrow.training.cache.folder import Cache, shared_ids
 from regrow.training.cache.teacher import CachedTeacher, head_from
 from regrow.training.inside import give_attentions
 from regrow.training.mix import Mix
+from regrow.training.objective import AnyTeacher
 from regrow.training.prefix import SharedPrefix
 from regrow.training.signal_mix import SignalMix
-from regrow.training.spans.teacher import SpanTeacher
 from regrow.training.teacher import Teacher
 from regrow.training.tokens import NONE
-
-AnyTeacher: TypeAlias = Teacher | CachedTeacher | BlendedTeacher | SpanTeacher
 
 
 def teacher_of(
