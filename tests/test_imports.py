@@ -28,7 +28,7 @@ LEVELS = (
     ("trial",),
     ("stages",),
     ("training",),
-    ("footprint",),
+    ("footprint", "operations"),
     ("layerwise", "quantization"),
     ("families", "data"),
     ("checkpoint",),

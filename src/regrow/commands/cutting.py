@@ -30,13 +30,13 @@ def rotate(
         options: Device and portions.
         dry_run: Check everything and print what would be done.
     """
-    from regrow import estimate
     from regrow.checkpoint import load
     from regrow.stages.rotate import rotate as stage
+    from regrow.steps.rotate import estimate
 
     blend = text.blend()
     if dry_run:
-        print_lines(estimate.of_rotate(load(model), blend, config), out)
+        print_lines(estimate(load(model), blend, config), out)
         return
     stage(model, blend, out, config, options)
 
@@ -58,13 +58,13 @@ def profile(
         options: Device and portions.
         dry_run: Check everything and print what would be done.
     """
-    from regrow import estimate
     from regrow.checkpoint import load
     from regrow.stages.profile import profile as stage
+    from regrow.steps.profile import estimate
 
     blend = text.blend()
     if dry_run:
-        print_lines(estimate.of_profile(load(model), blend, config), out)
+        print_lines(estimate(load(model), blend, config), out)
         return
     stage(model, blend, out, config, options)
 
@@ -92,12 +92,12 @@ def compare(
         heads: Remove one query head as well: the least important against one at random, this often.
         dry_run: Check everything and print what would be done.
     """
-    from regrow import estimate
     from regrow.comparison import compare as by_each
+    from regrow.comparison.estimate import estimate
 
     blend = text.blend()
     if dry_run:
-        print_lines(estimate.of_compare(open_model(model), profile, blend, config, rounds, heads))
+        print_lines(estimate(open_model(model), profile, blend, config, rounds, heads))
         return
     by_each(model, profile, blend, config, out, options, rounds, heads)
 
@@ -121,12 +121,12 @@ def prune(
         options: Device and portions.
         dry_run: Check everything and print what would be done.
     """
-    from regrow import estimate
     from regrow.checkpoint import load
     from regrow.search import prune as to_target
+    from regrow.steps.prune import estimate
 
     if dry_run:
-        print_lines(estimate.of_prune(load(model), config, text.sequence_length), out)
+        print_lines(estimate(load(model), config, text.sequence_length), out)
         return
     blend = text.blend() if text.data else None
     to_target(model, out, config, profile, blend, options)

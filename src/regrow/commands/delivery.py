@@ -39,12 +39,12 @@ def quantize(
         options: Device and portions.
         dry_run: Check everything and print what would be done.
     """
-    from regrow import estimate
     from regrow.stages.quantize import quantize as stage
+    from regrow.steps.quantize import estimate
 
     blend = text.blend() if text.data else None
     if dry_run:
-        print_lines(estimate.of_quantize(open_model(model), blend, config), out)
+        print_lines(estimate(open_model(model), blend, config), out)
         return
     stage(open_model(model), out, config, blend, options)
 
@@ -96,13 +96,13 @@ def evaluate(
         options: Device and portions.
         dry_run: Check everything and print what would be done.
     """
-    from regrow import estimate
     from regrow.stages.evaluate import evaluate as stage
+    from regrow.steps.evaluate import estimate
 
     named = {name: open_measured(model) for name, model in by_name(models).items()}
     master = None if against is None else open_model(against, quantized=True)
     blend = text.blend() if text.data else None
     if dry_run:
-        print_lines(estimate.of_evaluate(named, master, blend, config), out)
+        print_lines(estimate(named, master, blend, config), out)
         return
     stage(named, out, blend, master, config, options)

@@ -32,12 +32,12 @@ def generate(
         options: Device and portions; --batch-size prompts are answered at once.
         dry_run: Check everything and print what would be done.
     """
-    from regrow import estimate
     from regrow.stages.generate import generate as stage
+    from regrow.steps.generate import estimate
 
     master, blend = open_model(model, quantized=True), text.blend()
     if dry_run:
-        print_lines(estimate.of_generate(master, blend, config), out)
+        print_lines(estimate(master, blend, config), out)
         return
     stage(master, blend, out, config, options)
 
@@ -59,12 +59,12 @@ def cache(
         options: Device and portions.
         dry_run: Check everything and print what would be done.
     """
-    from regrow import estimate
     from regrow.stages.cache import cache as stage
+    from regrow.steps.cache import estimate
 
     master, blend = open_model(teacher), text.blend()
     if dry_run:
-        print_lines(estimate.of_cache(master, blend, config), out)
+        print_lines(estimate(master, blend, config), out)
         return
     stage(master, blend, out, config, options)
 
@@ -88,14 +88,14 @@ def distill(
         options: Device and portions.
         dry_run: Check everything and print what would be done.
     """
-    from regrow import estimate
     from regrow.stages.distill import distill as stage
     from regrow.stages.distill.student import open_student
+    from regrow.steps.distill import estimate
 
     master = open_model(teacher)
     pupil = open_student(student if student.endswith(".json") else open_model(student), master)
     blend = text.blend()
     if dry_run:
-        print_lines(estimate.of_distill(pupil, master, blend, config, options), out)
+        print_lines(estimate(pupil, master, blend, config, options), out)
         return
     stage(student, master, blend, out, config, options)

@@ -8,7 +8,7 @@ from typing import Any
 
 from regrow import plugins
 from regrow.data import hub, packages
-from regrow.data.config import SourceConfig
+from regrow.data.config import DataConfig, SourceConfig
 from regrow.data.files import check_sha256, plain_name, sha256_of
 from regrow.errors import UserError
 from regrow.options import cache_folder
@@ -28,6 +28,11 @@ def rows(source: SourceConfig, cache: Path | None = None) -> Iterator[tuple[str,
         reader = plugins.load(READERS, source.reader or reader_of(path))
         for number, row in enumerate(reader.read(path), start=1):
             yield f"{path}, row {number}", row
+
+
+def at_hand(data: DataConfig) -> bool:
+    """Whether every source is a file or folder of this machine: nothing to be fetched first."""
+    return all(Path(source.source).expanduser().exists() for source in data.sources)
 
 
 def resolve(source: SourceConfig, cache: Path | None = None) -> list[Path]:
