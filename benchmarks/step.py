@@ -16,6 +16,8 @@ sft):
     ours checkpointed  ours with --gradient-checkpointing
     ours frozen        ours with --freeze-layers 15, half the blocks, which are the teacher's
     ours lora          ours with --adapter lora: adapters of rank 16 beside frozen bf16 weights
+    ours int8 teacher  ours with --teacher-dtype int8
+    ours offloaded     ours with --offload-teacher: a block of the teacher at a time, from its file
 
 Peers that are not installed are left out. Speed: steps taken in turn in one process, medians of the
 ratios within a turn. Memory: one process each, peak above what weights, gradients, optimizer state
@@ -51,6 +53,7 @@ from regrow.training import prefix
 from regrow.training.adapters import Adapter, targets_in
 from regrow.training.cache.folder import Cache
 from regrow.training.cache.teacher import CachedTeacher, head_from
+from regrow.training.holding import held
 from regrow.training.mix import Mix
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
@@ -171,6 +174,14 @@ def ours_frozen(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
     return ours(student, teacher, cached)
 
 
+def ours_int8_teacher(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
+    return ours(student, held(load(DENSE), "int8", torch.device("cpu")), cached)
+
+
+def ours_offloaded(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
+    return ours(student, held(load(DENSE), "disk", torch.device("cpu")), cached)
+
+
 def _bound(
     student: nn.Module, taught_by: Teacher | CachedTeacher, read: Callable[[Batch], Batch]
 ) -> Loss:
@@ -195,6 +206,8 @@ KINDS: dict[str, tuple[Callable[[nn.Module, nn.Module, Path], Loss], str | None]
     "ours checkpointed": (ours_checkpointed, None),
     "ours frozen": (ours_frozen, None),
     "ours lora": (ours, None),
+    "ours int8 teacher": (ours_int8_teacher, None),
+    "ours offloaded": (ours_offloaded, None),
 }
 CHANGED = ("modelopt", "ours frozen", "ours lora")
 """Kinds that do something to the student, and have one of their own."""

@@ -55,6 +55,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "KL, T = 2": {"losses": KL_ONLY, "temperature": 2.0},
     "skewed KL": {"losses": {"skewed_kl": 1.0}},
     "total variation": {"losses": {"total_variation": 1.0}},
+    "KL, int8 teacher": {"losses": KL_ONLY, "teacher_dtype": "int8"},
     "KL, lora": {"losses": KL_ONLY, "adapter": "lora", "learning_rate": 1e-3},
 }
 ANSWER = 128
@@ -100,7 +101,7 @@ def _taught(
     fields = {**WAYS[way], "tokens": arguments.tokens, "batch_tokens": 1024}
     if way == "contrastive":
         data = _with_answers(data, student, arguments)
-    elif "signals" not in fields:
+    elif not {"signals", "teacher_dtype"} & fields.keys():
         fields["cache"] = str(cached)
     config = DistillConfig.model_validate(fields)
     model = distill(student, DENSE, data, place / "model", config, Options(batch_size=2))

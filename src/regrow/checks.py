@@ -17,6 +17,7 @@ from regrow.search import blocks_for, check_keep_params, to_try
 from regrow.stages.distill.across import aligner_of
 from regrow.stages.distill.blend import check_blend
 from regrow.stages.distill.cached import FEWER_TOKENS, check_loss
+from regrow.stages.distill.teaching import hold_of
 from regrow.stages.prune.config import PruneConfig
 from regrow.stages.prune.stage import make_plan
 from regrow.steps import STEPS, Step
@@ -33,7 +34,7 @@ def check_steps(model: str, data: DataConfig, steps: list[Step], options: Option
     for source in data.sources:
         check_source(source)
     _check_order(steps)
-    _check_cached(steps, model, data)
+    _check_cached(steps, model, data, options)
     for step in steps:
         with _in_place(step):
             plugins.load(STEPS, step.name).check(step, checkpoint, data, options)
@@ -70,7 +71,7 @@ def _check_order(steps: list[Step]) -> None:
         profiled = step.name == "profile" or (profiled and step.name in idle)
 
 
-def _check_cached(steps: list[Step], model: str, data: DataConfig) -> None:
+def _check_cached(steps: list[Step], model: str, data: DataConfig, options: Options) -> None:
     """What a cache cannot teach, in the distillations that will take one."""
     formats: dict[str, str] = {}
     fewer = False
@@ -87,7 +88,9 @@ def _check_cached(steps: list[Step], model: str, data: DataConfig) -> None:
             with _in_place(step):
                 if fewer:
                     raise UserError(FEWER_TOKENS)
-                check_blend(step.config.model_copy(update={"cache": "of the recipe"}))
+                cached = step.config.model_copy(update={"cache": "of the recipe"})
+                check_blend(cached)
+                hold_of(cached, options)
                 if answers & {teacher, ""}:
                     raise UserError(
                         "a cache is of the data's text, and this distillation takes the answers of "

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from regrow.checkpoint import Checkpoint, experts_option
 from regrow.families import Family, in_memory
@@ -87,7 +88,8 @@ class LayerByLayer:
                 config, dtype=dtype, **experts_option(dtype)
             )
         self.model.eval()
-        for name in names:
+        self.names = tuple(names)
+        for name in self.names:
             if ".layers." in name or name.startswith("lm_head."):
                 continue
             value = self._read(name) if like is None else like.model.get_parameter(name)
@@ -117,15 +119,37 @@ class LayerByLayer:
         own = self.layers[layer]
         stack = [Pass(other) for other in self.layers]
         self.model.base_model.layers = nn.ModuleList([*stack[:layer], own, *stack[layer + 1 :]])
-        config = self.model.config.to_dict()
-        for name, value in in_memory(self.family, config, layer, self._read):
-            self._set(name, value, True)
+        self._fill(layer)
         # Registered before any other hooks, so those see the hidden states given here.
         handles = [own.register_forward_pre_hook(self._give), own.register_forward_hook(self._take)]
         yield own
         for handle in handles:
             handle.remove()
         own.to("meta")
+
+    def streamed(self) -> PreTrainedModel:
+        """The model for whole passes: each layer's weights are read as it begins, then dropped."""
+        if self.family.head in self.names:
+            self._set(self.family.head, self._read(self.family.head), True)
+        else:
+            self.model.tie_weights()
+        for number, layer in enumerate(self.layers):
+            layer.register_forward_pre_hook(partial(self._before, number))
+            layer.register_forward_hook(self._after)
+        model: PreTrainedModel = self.model
+        return model
+
+    def _before(self, number: int, layer: nn.Module, given: Any) -> None:
+        self._fill(number)
+
+    def _after(self, layer: nn.Module, given: Any, output: Tensor) -> None:
+        layer.to("meta")
+
+    def _fill(self, layer: int) -> None:
+        """Have a layer's weights on the device."""
+        config = self.model.config.to_dict()
+        for name, value in in_memory(self.family, config, layer, self._read):
+            self._set(name, value, True)
 
     def step(self, inputs: dict[str, Tensor], hidden_BTH: Tensor | None) -> Tensor:
         """The resident layer's output [B, T, H] on a batch; without `hidden`, of the embedding."""

@@ -30,6 +30,9 @@ class Options(Config):
     teacher (fsdp: FSDP2), for models larger than a GPU."""
     deepspeed: str | None = None
     """A DeepSpeed config (JSON, ZeRO stage 0 to 2) to distil under."""
+    offload_teacher: bool = False
+    """Read each block of a distillation's teacher from its file when it runs, and hold one at a
+    time: less memory, more time; for teachers larger than a device."""
     gradient_checkpointing: bool = False
     """Compute a distillation's activations again in the backward pass: less memory, more time."""
 

@@ -15,6 +15,7 @@ from regrow.stages.distill.cached import check_loss
 from regrow.stages.distill.mix import mix_of
 from regrow.stages.distill.opposite import Opposite
 from regrow.stages.distill.student import Student, check_student
+from regrow.stages.distill.teaching import hold_of
 from regrow.steps._job import Job
 from regrow.steps._step import Step
 from regrow.training.cache.folder import Cache
@@ -23,6 +24,7 @@ from regrow.training.cache.folder import Cache
 def check(step: Step, checkpoint: Checkpoint, data: DataConfig, options: Options) -> None:
     """Raise UserError for losses, signals, budget, answers or cache that do not fit together."""
     budget_of(step.config, data, options)
+    hold_of(step.config, options)
     check_student(Student(checkpoint), step.config, options)
     open_blend(step.config, checkpoint)
     text = text_of(data, step.config)
@@ -77,12 +79,13 @@ def training_lines(
     """As `estimate`, of models of so many parameters, which need not be there yet."""
     steps, micro, accumulation = budget_of(config, data, options)
     teacher = 0 if config.cache else teacher
+    of_teacher = {"disk": 0, "int8": teacher}.get(hold_of(config, options), 2 * teacher)
     # Operations per token, bytes per parameter: frozen weights have no gradient and no moments.
     work, held = {"none": (6, 16.0), "lora": (4, 2.0), "qlora": (4, 0.6)}[config.adapter]
     seconds = config.tokens * (2 * teacher + work * student) / matmul_rate()
     return [
         f"distill: {steps} steps of {config.batch_tokens:,} tokens "
         f"({accumulation} micro-batches of {micro} blocks)",
-        f"  memory {(held * student + 2 * teacher) / 1e9:.2f} GB for weights, gradients, optimizer "
+        f"  memory {(held * student + of_teacher) / 1e9:.2f} GB for weights, gradients, optimizer "
         f"and teacher, activations on top; time at best {clock(seconds)}",
     ]

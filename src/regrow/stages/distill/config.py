@@ -68,6 +68,9 @@ class DistillConfig(Config):
     cache: str | None = None
     """Folder that regrow cache wrote: the teacher's head is loaded, its body is not. In a recipe a
     cache stage before this one is taken."""
+    teacher_dtype: Literal["bfloat16", "int8"] = "bfloat16"
+    """How the teacher's linear layers are held: in int8, with a scale per row, they take half the
+    memory, and it says almost the same."""
     blend: dict[str, float] = Field(default={})
     """Further teachers (folder or hub id) of the same tokens, each with its share of the target
     distribution; the teacher has the rest. {other: 0.3} teaches 0.7 p_teacher + 0.3 p_other."""

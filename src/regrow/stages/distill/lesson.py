@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from regrow import families
 from regrow.data import Blocks, DataConfig, build_blocks
 from regrow.options import Options
 from regrow.quantization.schemes import Scheme
@@ -15,8 +16,10 @@ from regrow.stages.distill.opposite import Opposite
 from regrow.stages.distill.rounding import rounding_of
 from regrow.stages.distill.signals import signals_between
 from regrow.stages.distill.student import Student, check_student
+from regrow.stages.distill.teaching import hold_of
 from regrow.training import sharding
 from regrow.training.adapters import Adapter
+from regrow.training.holding import Hold
 from regrow.training.mix import Mix
 from regrow.training.signal_mix import SignalMix
 
@@ -32,6 +35,7 @@ class Lesson:
     adapter: Adapter | None
     rounding: Scheme | None
     budget: Budget
+    hold: Hold
     config: DistillConfig
     options: Options
 
@@ -46,11 +50,15 @@ class Lesson:
         options: Options,
     ) -> Lesson:
         """Raises UserError for what this student, its teacher and `config` cannot do together."""
+        hold = hold_of(config, options)
+        if hold == "disk":  # block by block, by the family's table
+            for each in opposite.checkpoints:
+                families.of(each)
         signals = signals_between(pupil, opposite.master, config)
         adapter = check_student(pupil, config, options)
         rounding = rounding_of(pupil, config, sharding.is_sharded(options))
         budget = budget_of(config, data, options)
-        return cls(pupil, opposite, mix, signals, adapter, rounding, budget, config, options)
+        return cls(pupil, opposite, mix, signals, adapter, rounding, budget, hold, config, options)
 
     @property
     def sharded(self) -> bool:

@@ -20,6 +20,7 @@ from regrow.stages.distill.student import Student
 from regrow.stages.distill.teaching import blended, teacher_of
 from regrow.training.cache.folder import Cache
 from regrow.training.callbacks import CHOSEN_BY, SPAN_CHOSEN_BY
+from regrow.training.holding import Hold
 from regrow.training.objective import AnyTeacher
 from regrow.training.spans.align import Aligner
 from regrow.training.spans.teacher import SpanTeacher
@@ -107,10 +108,10 @@ class Opposite:
         if self.aligner is not None:
             say_coverage(self.aligner, heldout)
 
-    def teacher(self, config: DistillConfig, device: torch.device, sharded: bool) -> AnyTeacher:
+    def teacher(self, config: DistillConfig, device: torch.device, hold: Hold) -> AnyTeacher:
         """What stands opposite the student in training."""
-        found = teacher_of(self.master, self.ids_V, self.cached, device, sharded)
+        found = teacher_of(self.master, self.ids_V, self.cached, device, hold)
         if self.aligner is not None:
             assert isinstance(found, Teacher)
             return SpanTeacher(found, self.aligner, config.span_temperature)
-        return blended(found, self.further, sharded)
+        return blended(found, self.further, hold)

@@ -109,12 +109,12 @@ def _teach(
 ) -> None:
     """Train the student as `lesson` says; write the best one and the figures."""
     opposite, config, budget = lesson.opposite, lesson.config, lesson.budget
-    mix, signals, sharded = lesson.mix, lesson.signals, lesson.sharded
+    mix, signals = lesson.mix, lesson.signals
     model = lesson.pupil.model(config.seed, lesson.adapter, device)
-    taught_by = opposite.teacher(config, device, sharded)
+    taught_by = opposite.teacher(config, device, lesson.hold)
     lost = mass_lost(taught_by, heldout, budget.micro)
     show_attentions(model, taught_by, signals)
-    shared = freeze(model, taught_by, config, mix, signals, sharded)
+    shared = freeze(model, taught_by, config, mix, signals, lesson.hold)
     trainer = DistillTrainer(
         model=model,
         args=arguments_of(folder, config, lesson.options, device, budget, opposite.chosen_by),

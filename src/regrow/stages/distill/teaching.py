@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 
 from regrow.checkpoint import Checkpoint
 from regrow.data import Blocks
+from regrow.errors import UserError
 from regrow.manifest import Figure
+from regrow.options import Options
 from regrow.progress import say
 from regrow.stages.distill.blend import Further
 from regrow.stages.distill.config import DistillConfig
@@ -18,6 +20,7 @@ from regrow.training import prefix, sharding
 from regrow.training.blend import BlendedTeacher
 from regrow.training.cache.folder import Cache, shared_ids
 from regrow.training.cache.teacher import CachedTeacher, head_from
+from regrow.training.holding import Hold, held
 from regrow.training.inside import give_attentions
 from regrow.training.mix import Mix
 from regrow.training.objective import AnyTeacher
@@ -32,9 +35,9 @@ def teacher_of(
     ids_V: Tensor | None,
     cached: Cache | None,
     device: torch.device,
-    sharded: bool,
+    hold: Hold,
 ) -> Teacher | CachedTeacher:
-    """The teacher in bfloat16: its head and a cache, or all of it, on the device or in shares.
+    """The teacher in bfloat16: its head and a cache, or all of it, held as `hold` says.
 
     Its distribution is over the ids of its tokenizer: rows of padding are left out.
     """
@@ -43,21 +46,36 @@ def teacher_of(
         weight_VH = head.weight_VH[: cached.header.vocab_size]
         return CachedTeacher(cached, replace(head, weight_VH=weight_VH))
     size = shared_ids(master, master.tokenizer())
-    if not sharded:
-        return Teacher(master.model(torch.bfloat16, device), ids_V, size)
-    model = master.model(torch.bfloat16)
-    sharding.share(model, device)
-    return Teacher(model, ids_V, size)
+    return Teacher(held(master, hold, device), ids_V, size)
 
 
-def blended(teacher: Teacher | CachedTeacher, further: list[Further], sharded: bool) -> AnyTeacher:
+def hold_of(config: DistillConfig, options: Options) -> Hold:
+    """How the teacher is held; raises UserError for two ways at once, or one beside a cache."""
+    asked: dict[str, Hold] = {}
+    if sharding.is_sharded(options):
+        asked["sharding fsdp"] = "shares"
+    if config.teacher_dtype == "int8":
+        asked["teacher_dtype int8"] = "int8"
+    if options.offload_teacher:
+        asked["offload_teacher"] = "disk"
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(asked)}: both say how the teacher is held; give one")
+    hold: Hold = next(iter(asked.values()), "whole")
+    if config.cache is not None and hold in ("int8", "disk"):
+        raise UserError(
+            f"{next(iter(asked))}: a cache stands in for the teacher's body; leave it out"
+        )
+    return hold
+
+
+def blended(teacher: Teacher | CachedTeacher, further: list[Further], hold: Hold) -> AnyTeacher:
     """The teacher, and those beside it on the same device."""
     if not further:
         return teacher
     assert isinstance(teacher, Teacher)
     device, teachers = teacher.model.device, [teacher]
     for each in further:
-        made = teacher_of(each.checkpoint, each.ids_V, None, device, sharded)
+        made = teacher_of(each.checkpoint, each.ids_V, None, device, hold)
         assert isinstance(made, Teacher)
         teachers.append(made)
     shares = [each.share for each in further]
@@ -94,17 +112,17 @@ def freeze(
     config: DistillConfig,
     mix: Mix,
     signals: SignalMix | None,
-    sharded: bool,
+    hold: Hold,
 ) -> SharedPrefix | None:
     """Freeze the student's first blocks; the teacher's run for both where they are the same.
 
-    Where they lie here, that is, in a teacher that runs in every step and reads the same ids.
+    That is, in a teacher that is whole here, runs in every step and reads the same ids.
     """
     count = config.freeze_layers
     if count == 0:
         return None
     prefix.freeze(model, count)
-    if sharded or not isinstance(teacher, Teacher) or teacher.ids_V is not None:
+    if hold != "whole" or not isinstance(teacher, Teacher) or teacher.ids_V is not None:
         return None
     if config.fake_quantize is not None:  # the teacher's blocks are not rounded
         return None

@@ -1,0 +1,178 @@
+"""Ways to hold a frozen teacher: in 8 bits, and on disk but for the block that runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_distillation import CONFIG, OPTIONS, data, held_out, write_place
+from tiny_folders import write_model
+from torch import Tensor, nn
+from torch.nn import functional
+
+from regrow import families, plugins
+from regrow.checkpoint import Checkpoint
+from regrow.checks import check_steps
+from regrow.errors import UserError
+from regrow.options import Options
+from regrow.stages.distill import DistillConfig, distill
+from regrow.stages.distill.teaching import hold_of
+from regrow.steps import parse_step
+from regrow.training.holding import Int8Linear, held
+from regrow.training.mix import Mix
+from regrow.training.objective import bind_loss
+from regrow.training.teacher import Teacher
+
+CPU = torch.device("cpu")
+FAMILIES = plugins.names(families.__name__)
+IDS = torch.arange(4, 40).reshape(2, 18)
+POSITIONS = torch.arange(18).expand(2, -1)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Checkpoint:
+    return write_model(tmp_path_factory.mktemp(request.param), request.param, torch.bfloat16)
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module) -> Tensor:
+    logits: Tensor = model(input_ids=IDS, position_ids=POSITIONS, use_cache=False).logits
+    return logits
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_in_int8(bias: bool) -> None:
+    """In float64, row by row: whole steps of 2 max|w| / 255, each the nearest to its weight."""
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 30, bias=bias, dtype=torch.float64)
+    layer.weight.data[3] = 0
+    rounded = Int8Linear(layer)
+    assert (rounded.codes_RC.dtype, rounded.scale_R.shape) == (torch.int8, (30,))
+    rows = []
+    for weight, codes, step in zip(
+        layer.weight.detach(), rounded.codes_RC, rounded.scale_R, strict=True
+    ):
+        row = codes.double() * step
+        assert (row - weight).abs().max() <= 0.5001 * step
+        if weight.any():
+            assert float(step) == pytest.approx(float(2 * weight.abs().max() / 255), rel=1e-6)
+        rows.append(row)
+    x = torch.randn(2, 5, 40, dtype=torch.float64)
+    expected = functional.linear(x, torch.stack(rows), layer.bias)
+    torch.testing.assert_close(rounded(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_int8_says_almost_the_same(checkpoint: Checkpoint) -> None:
+    whole, rounded = (held(checkpoint, how, CPU) for how in ("whole", "int8"))
+    log_p, log_q = (logits_of(model).double().log_softmax(-1) for model in (whole, rounded))
+    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
+    assert 0 < kl < 0.01 * entropy
+    head = rounded.get_output_embeddings()
+    assert [m for m in rounded.modules() if isinstance(m, nn.Linear)] == [head]
+    for name, module in whole.named_modules():
+        if isinstance(module, nn.Linear) and module is not whole.get_output_embeddings():
+            codes = rounded.get_submodule(name).get_buffer("codes_RC")
+            assert (codes.shape, codes.itemsize) == (module.weight.shape, 1)
+
+
+def test_from_disk_it_says_the_same(checkpoint: Checkpoint) -> None:
+    """To the bit, in every pass, and never with more than one block there."""
+    whole, streamed = (held(checkpoint, how, CPU) for how in ("whole", "disk"))
+    layers = list(streamed.base_model.layers)
+    there = []
+
+    def count(*_: object) -> None:
+        there.append([n for n, each in enumerate(layers) if not on_meta(each)])
+
+    for layer in layers:
+        layer.register_forward_pre_hook(count)
+    for _ in range(2):
+        assert torch.equal(logits_of(streamed), logits_of(whole))
+    assert there == [[n] for n in range(len(layers))] * 2
+    assert all(map(on_meta, layers))
+    assert streamed.device == CPU
+
+
+def on_meta(module: nn.Module) -> bool:
+    found = {parameter.is_meta for parameter in module.parameters()}
+    assert len(found) == 1
+    return found.pop()
+
+
+@pytest.mark.parametrize("how", ["int8", "disk"])
+def test_a_student_learns_from_it(place: Path, how: str) -> None:
+    """As from the whole teacher: the same gradient from disk, and nearly that from int8."""
+    batch = {"input_ids": IDS, "position_ids": POSITIONS, "labels": IDS}
+    found = []
+    for hold in ("whole", how):
+        student = Checkpoint(place / "pruned").model(torch.float32)
+        bind_loss(
+            student,
+            Teacher(held(Checkpoint(place / "teacher"), hold, CPU)),  # type: ignore[arg-type]
+            Mix({"forward_kl": 1.0}),
+        )
+        student.train()(**batch)["loss"].backward()
+        found.append(
+            torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+        )
+    error = float((found[1] - found[0]).norm() / found[0].norm())
+    assert error == 0 if how == "disk" else 0 < error < 0.1
+
+
+def test_a_distillation_either_way(place: Path) -> None:
+    int8 = CONFIG.model_copy(update={"teacher_dtype": "int8"})
+    on_disk = OPTIONS.model_copy(update={"offload_teacher": True})
+    out = {}
+    for name, config, options in (
+        ("whole", CONFIG, OPTIONS),
+        ("disk", CONFIG, on_disk),
+        ("int8", int8, OPTIONS),
+    ):
+        given = (place / "pruned", place / "teacher", data(place), place / "out" / name)
+        out[name] = distill(*given, config, options)
+    weights = {name: load_file(folder / "model.safetensors") for name, folder in out.items()}
+    assert all(torch.equal(weights["disk"][n], value) for n, value in weights["whole"].items())
+    assert any(not torch.equal(weights["int8"][n], v) for n, v in weights["whole"].items())
+    first, last = (held_out(out["int8"])[step] for step in (0, 12))
+    assert last < first
+    assert last == pytest.approx(held_out(out["whole"])[12], rel=0.05)
+
+
+INT8, DISK = {"teacher_dtype": "int8"}, {"offload_teacher": True}
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "said"),
+    [
+        (INT8, DISK, "teacher_dtype int8 and offload_teacher: both say how the teacher is held"),
+        ({}, {**DISK, "sharding": "fsdp"}, "sharding fsdp and offload_teacher: both say"),
+        (
+            {**INT8, "cache": "c"},
+            {},
+            "teacher_dtype int8: a cache stands in for the",
+        ),
+        ({"cache": "c"}, DISK, "offload_teacher: a cache stands in"),
+    ],
+)
+def test_what_excludes_each_other(
+    fields: dict[str, str], options: dict[str, bool | str], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        hold_of(DistillConfig.model_validate(fields), Options.model_validate(options))
+
+
+def test_a_recipe_is_refused_before_it_begins(place: Path) -> None:
+    entries = ["cache", {"distill": {"tokens": 256, "batch_tokens": 128, **INT8}}]
+    steps = [parse_step(entry, number) for number, entry in enumerate(entries)]
+    with pytest.raises(UserError, match=r"stages\.1\.distill: teacher_dtype int8: a cache"):
+        check_steps(str(place / "teacher"), data(place), steps, OPTIONS)
