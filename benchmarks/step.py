@@ -17,6 +17,7 @@ sft):
     ours frozen        ours with --freeze-layers 15, half the blocks, which are the teacher's
     ours lora          ours with --adapter lora: adapters of rank 16 beside frozen bf16 weights
     ours int8 teacher  ours with --teacher-dtype int8
+    ours compiled      ours with every block of both models through torch.compile
     ours offloaded     ours with --offload-teacher: a block of the teacher at a time, from its file
 
 Peers that are not installed are left out. Speed: steps taken in turn in one process, medians of the
@@ -182,6 +183,13 @@ def ours_offloaded(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss
     return ours(student, held(load(DENSE), "disk", torch.device("cpu")), cached)
 
 
+def ours_compiled(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
+    for model in (student, teacher):
+        for block in model.base_model.layers:  # type: ignore[union-attr]
+            block.compile()
+    return ours(student, teacher, cached)
+
+
 def _bound(
     student: nn.Module, taught_by: Teacher | CachedTeacher, read: Callable[[Batch], Batch]
 ) -> Loss:
@@ -206,10 +214,11 @@ KINDS: dict[str, tuple[Callable[[nn.Module, nn.Module, Path], Loss], str | None]
     "ours checkpointed": (ours_checkpointed, None),
     "ours frozen": (ours_frozen, None),
     "ours lora": (ours, None),
+    "ours compiled": (ours_compiled, None),
     "ours int8 teacher": (ours_int8_teacher, None),
     "ours offloaded": (ours_offloaded, None),
 }
-CHANGED = ("modelopt", "ours frozen", "ours lora")
+CHANGED = ("modelopt", "ours compiled", "ours frozen", "ours lora")
 """Kinds that do something to the student, and have one of their own."""
 FROZEN = 15
 """Blocks that `ours frozen` does not train."""

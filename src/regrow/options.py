@@ -33,6 +33,9 @@ class Options(Config):
     offload_teacher: bool = False
     """Read each block of a distillation's teacher from its file when it runs, and hold one at a
     time: less memory, more time; for teachers larger than a device."""
+    torch_compile: bool = False
+    """Compile the blocks of a distillation's models: quicker steps in less memory, after a minute
+    or two of compiling."""
     gradient_checkpointing: bool = False
     """Compute a distillation's activations again in the backward pass: less memory, more time."""
 

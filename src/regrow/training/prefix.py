@@ -25,14 +25,14 @@ ELSEWHERE = {
 
 def check(model: PreTrainedModel, count: int) -> None:
     """Raise UserError unless 0 ≤ count < blocks; `model` may be on the meta device."""
-    most = len(_blocks(model)) - 1
+    most = len(blocks_of(model)) - 1
     if count > most:
         raise UserError(f"freeze_layers {count}: allowed are 0 to {most}, one block must train")
 
 
 def freeze(model: PreTrainedModel, count: int) -> None:
     """Embedding, a head tied to it, and the first `count` blocks train no more."""
-    for module in (model.get_input_embeddings(), *_blocks(model)[:count]):
+    for module in (model.get_input_embeddings(), *blocks_of(model)[:count]):
         module.requires_grad_(False)
 
 
@@ -46,7 +46,7 @@ def same(student: PreTrainedModel, teacher: PreTrainedModel, count: int) -> bool
     if (ours.get("layer_types") or [])[:count] != (theirs.get("layer_types") or [])[:count]:
         return False
     pairs = [(student.get_input_embeddings(), teacher.get_input_embeddings())]
-    pairs += zip(_blocks(student)[:count], _blocks(teacher)[:count], strict=True)
+    pairs += zip(blocks_of(student)[:count], blocks_of(teacher)[:count], strict=True)
     return all(_equal(one.state_dict(), other.state_dict()) for one, other in pairs)
 
 
@@ -62,9 +62,11 @@ class SharedPrefix:
     ) -> None:
         self.states: dict[int, Tensor] = {}
         self.wanted = set(range(count)) if all_layers else {count - 1}
-        self.blocks = _blocks(student)[:count]
+        self.blocks = blocks_of(student)[:count]
         self.hooks = []
-        for n, (ours, theirs) in enumerate(zip(self.blocks, _blocks(teacher)[:count], strict=True)):
+        for n, (ours, theirs) in enumerate(
+            zip(self.blocks, blocks_of(teacher)[:count], strict=True)
+        ):
             self.hooks.append(theirs.register_forward_hook(partial(self._keep, n)))
             ours.forward = partial(self._recall, n)
 
@@ -87,11 +89,14 @@ class SharedPrefix:
         return self.states.pop(n).to(hidden_states.device, hidden_states.dtype)
 
 
-def _blocks(model: PreTrainedModel) -> nn.ModuleList:
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """A model's decoder blocks; raises UserError where they are no list."""
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         name = model.config.model_type
-        raise UserError(f"freeze_layers: a {name} model has no list of layers; set it to 0")
+        raise UserError(
+            f"a {name} model has no list of layers: leave out freeze_layers and torch_compile"
+        )
     return layers
 
 

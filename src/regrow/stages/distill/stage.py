@@ -21,6 +21,7 @@ from regrow.plan import FILES
 from regrow.progress import progress, say
 from regrow.stages.distill.answers import digests_of, text_of
 from regrow.stages.distill.arguments import arguments_of
+from regrow.stages.distill.compiling import compile_blocks
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.lesson import Lesson
 from regrow.stages.distill.mix import mix_of
@@ -115,6 +116,8 @@ def _teach(
     lost = mass_lost(taught_by, heldout, budget.micro)
     show_attentions(model, taught_by, signals)
     shared = freeze(model, taught_by, config, mix, signals, lesson.hold)
+    if lesson.options.torch_compile:
+        compile_blocks(model, taught_by, lesson.hold, 0 if shared is None else config.freeze_layers)
     trainer = DistillTrainer(
         model=model,
         args=arguments_of(folder, config, lesson.options, device, budget, opposite.chosen_by),

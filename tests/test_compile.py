@@ -1,0 +1,107 @@
+"""Blocks through torch.compile: the same numbers, the same file, and what does not go with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from safetensors.torch import load_file
+from tiny_distillation import CONFIG, OPTIONS, data, held_out, kl_of, write_place
+from tiny_training import MIX, blocks_of, pair
+from torch import Tensor
+
+from regrow.errors import UserError
+from regrow.options import Options
+from regrow.stages.distill import DistillConfig, distill
+from regrow.stages.distill.compiling import check_compile, compile_blocks
+from regrow.training.objective import bind_loss
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler warns about its own parts
+
+COMPILED = OPTIONS.model_copy(update={"torch_compile": True})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def graphs() -> int:
+    """How many were made; those that fell back to plain torch are none."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def gradient(compiled: bool) -> Tensor:
+    student, teacher = pair()
+    if compiled:
+        compile_blocks(student, teacher, "whole")
+    undo = bind_loss(student, teacher, MIX)
+    batch = next(blocks_of().batches(4))
+    student.train()(**{name: batch[name] for name in ("input_ids", "position_ids", "labels")})[
+        "loss"
+    ].backward()
+    undo()
+    found = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
+    return torch.cat(found)
+
+
+def test_the_gradient_is_the_same() -> None:
+    plain = gradient(compiled=False)
+    assert graphs() == 0
+    compiled = gradient(compiled=True)
+    assert graphs() >= 2  # of a student's block, and of a teacher's
+    assert float((compiled - plain).norm() / plain.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_distillation(place: Path, frozen: int) -> None:
+    """With the shared block left alone where one is frozen."""
+    config = CONFIG.model_copy(update={"tokens": 512, "freeze_layers": frozen})
+    given = (place / "pruned", place / "teacher", data(place))
+    plain = distill(*given, place / f"plain{frozen}", config, OPTIONS)
+    assert graphs() == 0
+    compiled = distill(*given, place / f"compiled{frozen}", config, COMPILED)
+    assert graphs() > 0
+    assert torch._dynamo.utils.counters["recompile_limit"] == {}
+    weights = [load_file(folder / "model.safetensors") for folder in (plain, compiled)]
+    assert weights[0].keys() == weights[1].keys()
+    # Fused products round less often: not the same numbers, but as near to those in float32.
+    before, after = kl_of(place / "pruned", place), kl_of(compiled, place)
+    assert held_out(compiled)[0] == pytest.approx(before, rel=0.03)
+    assert held_out(compiled)[4] == pytest.approx(after, rel=0.03)
+    assert after == pytest.approx(kl_of(plain, place), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "what"),
+    [
+        ({"signals": {"hidden": 1.0}}, {}, "signals"),
+        ({"fake_quantize": "int8"}, {}, "fake_quantize int8"),
+        ({"adapter": "lora"}, {}, "adapter lora"),
+        ({}, {"sharding": "fsdp"}, "sharding fsdp"),
+        ({}, {"deepspeed": "zero.json"}, "deepspeed"),
+    ],
+)
+def test_what_does_not_go_with_it(
+    fields: dict[str, Any], options: dict[str, str], what: str
+) -> None:
+    config = DistillConfig.model_validate(fields)
+    check_compile(config, Options.model_validate(options))
+    asked = Options.model_validate({**options, "torch_compile": True, "device": "cpu"})
+    with pytest.raises(UserError, match=f"torch_compile with {what}: not supported"):
+        check_compile(config, asked)
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"torch_compile needs a C\+\+ compiler"):
+        check_compile(CONFIG, COMPILED)
