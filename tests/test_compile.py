@@ -62,14 +62,15 @@ def test_the_gradient_is_the_same() -> None:
     assert float((compiled - plain).norm() / plain.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
-def test_a_distillation(place: Path, frozen: int) -> None:
-    """With the shared block left alone where one is frozen."""
+@pytest.mark.parametrize(("frozen", "checkpointing"), [(0, False), (1, False), (0, True)])
+def test_a_distillation(place: Path, frozen: int, checkpointing: bool) -> None:
+    """With the shared block left alone where one is frozen, and with activations made again."""
     config = CONFIG.model_copy(update={"tokens": 512, "freeze_layers": frozen})
+    options = COMPILED.model_copy(update={"gradient_checkpointing": checkpointing})
     given = (place / "pruned", place / "teacher", data(place))
     plain = distill(*given, place / f"plain{frozen}", config, OPTIONS)
     assert graphs() == 0
-    compiled = distill(*given, place / f"compiled{frozen}", config, COMPILED)
+    compiled = distill(*given, place / f"compiled{frozen}{checkpointing}", config, options)
     assert graphs() > 0
     assert torch._dynamo.utils.counters["recompile_limit"] == {}
     weights = [load_file(folder / "model.safetensors") for folder in (plain, compiled)]
