@@ -96,6 +96,7 @@ class LayerByLayer:
             self._set(name, value, True)
         for name, value in self.model.named_buffers():
             self._set(name, value.to(device), as_parameter=False)
+        self._config = self.model.config.to_dict()
         self.layers: list[nn.Module] = list(self.model.base_model.layers)
         self._input: Tensor | None = None
         self._output: Tensor | None = None
@@ -107,11 +108,12 @@ class LayerByLayer:
         family: Family,
         device: torch.device,
         read: Callable[[str], Tensor] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> LayerByLayer:
-        """The model of a checkpoint, in the dtype to compute in; `read` in place of its tensors."""
+        """The model of a checkpoint; `read` in place of its tensors, `dtype` of its compute dtype."""
         config = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
-        dtype, given = checkpoint.compute_dtype(), read or checkpoint.tensor
-        return cls(family, config, checkpoint.names(), given, dtype, device)
+        given, kind = read or checkpoint.tensor, dtype or checkpoint.compute_dtype()
+        return cls(family, config, checkpoint.names(), given, kind, device)
 
     @contextmanager
     def resident(self, layer: int) -> Iterator[nn.Module]:
@@ -147,8 +149,7 @@ class LayerByLayer:
 
     def _fill(self, layer: int) -> None:
         """Have a layer's weights on the device."""
-        config = self.model.config.to_dict()
-        for name, value in in_memory(self.family, config, layer, self._read):
+        for name, value in in_memory(self.family, self._config, layer, self._read):
             self._set(name, value, True)
 
     def step(self, inputs: dict[str, Tensor], hidden_BTH: Tensor | None) -> Tensor:

@@ -12,7 +12,6 @@ from regrow.stages.distill.answers import digests_of, text_of
 from regrow.stages.distill.blend import open_blend
 from regrow.stages.distill.budget import budget_of
 from regrow.stages.distill.cached import check_loss
-from regrow.stages.distill.compiling import check_compile
 from regrow.stages.distill.mix import mix_of
 from regrow.stages.distill.opposite import Opposite
 from regrow.stages.distill.student import Student, check_student
@@ -26,7 +25,6 @@ def check(step: Step, checkpoint: Checkpoint, data: DataConfig, options: Options
     """Raise UserError for losses, signals, budget, answers or cache that do not fit together."""
     budget_of(step.config, data, options)
     hold_of(step.config, options)
-    check_compile(step.config, options)
     check_student(Student(checkpoint), step.config, options)
     open_blend(step.config, checkpoint)
     text = text_of(data, step.config)

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from regrow import families
 from regrow.checkpoint import Checkpoint
@@ -29,10 +29,8 @@ def held(checkpoint: Checkpoint, how: Hold, device: torch.device) -> PreTrainedM
     last norm and head on the device, a block only while it runs, read from its file each time.
     """
     if how == "disk":
-        config = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
-        names, read = checkpoint.names(), checkpoint.tensor
-        family, dtype = families.of(checkpoint), torch.bfloat16
-        return LayerByLayer(family, config, names, read, dtype, device).streamed()
+        family = families.of(checkpoint)
+        return LayerByLayer.of(checkpoint, family, device, dtype=torch.bfloat16).streamed()
     model = checkpoint.model(torch.bfloat16, device if how == "whole" else "cpu")
     if how == "int8":
         round_linear(model)

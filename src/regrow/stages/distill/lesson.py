@@ -11,7 +11,6 @@ from regrow.data import Blocks, DataConfig, build_blocks
 from regrow.options import Options
 from regrow.quantization.schemes import Scheme
 from regrow.stages.distill.budget import Budget, budget_of
-from regrow.stages.distill.compiling import check_compile
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.opposite import Opposite
 from regrow.stages.distill.rounding import rounding_of
@@ -22,7 +21,6 @@ from regrow.training import sharding
 from regrow.training.adapters import Adapter
 from regrow.training.holding import Hold
 from regrow.training.mix import Mix
-from regrow.training.prefix import blocks_of
 from regrow.training.signal_mix import SignalMix
 
 
@@ -52,9 +50,6 @@ class Lesson:
         options: Options,
     ) -> Lesson:
         """Raises UserError for what this student, its teacher and `config` cannot do together."""
-        check_compile(config, options)
-        if options.torch_compile:
-            blocks_of(pupil.on_meta())
         hold = hold_of(config, options)
         if hold == "disk":  # block by block, by the family's table
             for each in opposite.checkpoints:

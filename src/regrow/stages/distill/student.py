@@ -17,6 +17,7 @@ from regrow.errors import UserError
 from regrow.manifest import digest
 from regrow.options import Options
 from regrow.progress import say
+from regrow.stages.distill.compiling import check_compile
 from regrow.stages.distill.config import DistillConfig
 from regrow.training import adapters, prefix, sharding
 from regrow.training.adapters import Adapter
@@ -123,7 +124,10 @@ def check_student(student: Student, config: DistillConfig, options: Options) -> 
     Raises UserError when this student or machine cannot be trained as config and options ask.
     """
     device = options.torch_device()
+    check_compile(config, options)
     adapter = student.adapter(config, device)
+    if options.torch_compile:
+        prefix.blocks_of(student.on_meta())
     if config.freeze_layers:
         prefix.check(student.on_meta(), config.freeze_layers)
     sharding.require(options, device, config.adapter)
