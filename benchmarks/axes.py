@@ -33,9 +33,9 @@ from regrow import (
     profile,
     prune,
 )
-from regrow.stages.evaluate.folder_subject import FolderSubject
+from regrow.profile_folder import Profile
+from regrow.stages.evaluate.folder_model import FolderSubject
 from regrow.stages.evaluate.metrics import speed
-from regrow.statistics import Profile
 
 KEEP = 0.803  # what an MLP of 1,024 leaves
 PPL, KL = "perplexity/wikitext2", "kl/wikitext2"

@@ -41,10 +41,9 @@ from regrow import (
     prune,
 )
 from regrow.data import Blocks, build_blocks
-from regrow.manifest import read
-from regrow.stages.cache.stage import header_of
-from regrow.training.cache.error import errors
-from regrow.training.cache.keys import block_keys
+from regrow.stage_dir import read
+from regrow.stages.cache.stage import errors, header_of
+from regrow.training.cache.folder import block_keys
 from regrow.training.cache.teacher import head_from
 from regrow.training.teacher import Teacher, scored
 

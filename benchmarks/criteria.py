@@ -16,13 +16,8 @@ from pathlib import Path
 
 from protocol import DENSE, blend, figures, measure
 
-from regrow import (
-    ProfileConfig,
-    PruneConfig,
-    profile,
-    prune,
-)
-from regrow.statistics import Profile
+from regrow import ProfileConfig, PruneConfig, profile, prune
+from regrow.profile_folder import Profile
 
 CRITERIA = (
     *("activation_l2", "minitron", "wanda", "fluctuation", "gradient", "taylor", "fisher", "obs"),

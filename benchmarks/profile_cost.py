@@ -22,9 +22,9 @@ from protocol import DENSE, blend
 
 from regrow import ProfileConfig, families, load
 from regrow.data import build_blocks
-from regrow.progress import Progress
+from regrow.runtime.progress import Progress
 from regrow.stages.profile.collect import Batch, Collector
-from regrow.stages.profile.orders import run_through
+from regrow.stages.profile.passes import run_through
 from regrow.stages.profile.scoring import statistics_needed
 
 KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

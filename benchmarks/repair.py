@@ -20,14 +20,9 @@ from typing import Any
 
 from protocol import DENSE, blend, figures, measure
 
-from regrow import (
-    Options,
-    ProfileConfig,
-    PruneConfig,
-    profile,
-)
-from regrow.stages.prune.stage import prune
-from regrow.statistics import Profile
+from regrow import Options, ProfileConfig, PruneConfig, profile
+from regrow.profile_folder import Profile
+from regrow.pruning.prune import prune
 
 PPL = "perplexity/wikitext2"
 KLS = ("kl/wikitext2", "kl/c4")

@@ -50,14 +50,14 @@ from watched import peak_above
 
 from regrow import CacheConfig, cache, families, load
 from regrow.data import build_blocks
-from regrow.training import prefix
+from regrow.training import frozen_layers
 from regrow.training.adapters import Adapter, targets_in
 from regrow.training.cache.folder import Cache
 from regrow.training.cache.teacher import CachedTeacher, head_from
-from regrow.training.holding import held
-from regrow.training.mix import Mix
+from regrow.training.loss_weights import Mix
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
+from regrow.training.teacher_placement import held
 
 LENGTH = 512
 READ = ("input_ids", "position_ids", "labels")
@@ -170,8 +170,8 @@ def ours_checkpointed(student: nn.Module, teacher: nn.Module, cached: Path) -> L
 
 
 def ours_frozen(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
-    assert prefix.same(student, teacher, FROZEN)
-    prefix.SharedPrefix(student, teacher, FROZEN, all_layers=False)
+    assert frozen_layers.same(student, teacher, FROZEN)
+    frozen_layers.SharedPrefix(student, teacher, FROZEN, all_layers=False)
     return ours(student, teacher, cached)
 
 
@@ -289,7 +289,7 @@ def _models(whose: str) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
     if whose == "ours lora":
         student = Adapter(16, 32.0, targets_in(student)).model(dense, torch.device("cpu"), seed=0)
     if whose == "ours frozen":
-        prefix.freeze(student, FROZEN)
+        frozen_layers.freeze(student, FROZEN)
     trained = [each for each in student.parameters() if each.requires_grad]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # a student that differs, so that there is a loss

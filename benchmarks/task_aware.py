@@ -31,7 +31,7 @@ from regrow import (
     profile,
     prune,
 )
-from regrow.statistics import Profile, for_gone
+from regrow.profile_folder import Profile, for_gone
 
 GONE = 4
 CUTS = {

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from regrow.checkpoint import Checkpoint
+from regrow.config import Options
 from regrow.data import Blocks, DataConfig, build_blocks
-from regrow.options import Options
 
 OPTIONS = Options(device="cpu", batch_size=3, order="resident")
 

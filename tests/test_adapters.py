@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 from regrow import families, plugins
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
-from regrow.stages.distill import DistillConfig, distill, lesson
+from regrow.stages.distill import setup
+from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.stage import distill
 from regrow.training import adapters
 from regrow.training.callbacks import Pace
 
@@ -145,7 +147,7 @@ def test_a_killed_run_goes_on_from_small_checkpoints(
 def test_refused_before_any_slow_work(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lesson, "build_blocks", lambda *_: pytest.fail("reads text"))
+    monkeypatch.setattr(setup, "build_blocks", lambda *_: pytest.fail("reads text"))
 
     def refused(student: str, **fields: object) -> str:
         config = DistillConfig.model_validate({**LORA.model_dump(), **fields})

@@ -15,11 +15,12 @@ from torch import Tensor
 from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
-from regrow.stages.profile import ProfileConfig, profile
-from regrow.stages.profile.angles import ROWS, block_distances
-from regrow.stages.prune.choose import choose
+from regrow.profile_folder import SCORES, STATISTICS, Profile
+from regrow.pruning.choose import choose
+from regrow.stages.profile.collect import ROWS, block_distances
+from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile.stage import profile
 from regrow.stages.report.sections.importance import _layers, rounded
-from regrow.statistics import SCORES, STATISTICS, Profile
 
 CONFIG = ProfileConfig(criteria=("angular_distance", "last_layers"), samples=7, gram_tokens=0)
 LAYERS = 7

@@ -12,16 +12,18 @@ from tiny_folders import data_of
 from tiny_job import DISTILL, EVALUATE, PRUNE, recipe_fields, refused
 from tiny_job import write_model as write_job_model
 
-from regrow import estimate
 from regrow.config import parse
 from regrow.data import DataConfig, SourceConfig
 from regrow.errors import UserError
-from regrow.manifest import read as read_manifest
-from regrow.recipe import Recipe, check, run
-from regrow.stages.distill import DistillConfig, distill, lesson
-from regrow.stages.distill.answers import text_of
-from regrow.stages.distill.mix import mix_of
-from regrow.stages.generate import GenerateConfig, generate
+from regrow.recipe import dry_run
+from regrow.recipe.recipe import Recipe, check, run
+from regrow.stage_dir import read as read_manifest
+from regrow.stages.distill import setup
+from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.stage import distill
+from regrow.stages.distill.text import mix_of, text_of
+from regrow.stages.generate.config import GenerateConfig
+from regrow.stages.generate.stage import generate
 
 ANSWER = GenerateConfig(max_new_tokens=16, keep_unfinished=True)
 GENERATE: dict[str, Any] = {"generate": ANSWER.model_dump(exclude_defaults=True)}
@@ -54,14 +56,14 @@ def test_the_student_learns_from_both_kinds_of_answers(
 ) -> None:
     """Half of the tokens each; a raised budget goes on, equal to one run; answers may move."""
     data, seen = data_of(place / "prompts.jsonl"), []
-    build = lesson.build_blocks
+    build = setup.build_blocks
 
     def watched(*given: Any) -> Any:
         blocks = build(*given)
         seen.append(blocks)
         return blocks
 
-    monkeypatch.setattr(lesson, "build_blocks", watched)
+    monkeypatch.setattr(setup, "build_blocks", watched)
     given = (place / "pruned", place / "teacher", data)
     whole = distill(*given, tmp_path / "whole", contrastive(place), OPTIONS)
     heldout, train = seen
@@ -142,7 +144,7 @@ def test_a_recipe_generates_and_takes_the_answers(job: Path) -> None:
     profile = {"profile": {"samples": 8, "gram_tokens": 256}}
     recipe = recipe_of(job, profile, PRUNE, BY_TEACHER, asked, tiny, tiny)
     check(recipe, OPTIONS)
-    assert any(line.startswith("generate:") for line in estimate.of_recipe(recipe, OPTIONS))
+    assert any(line.startswith("generate:") for line in dry_run.of_recipe(recipe, OPTIONS))
     out = run(recipe, job / "out", OPTIONS)
     theirs, own = (read_manifest(out / "stages" / n) for n in ("03-generate", "04-generate"))
     assert theirs is not None

@@ -20,14 +20,14 @@ from regrow.checkpoint import Checkpoint
 from regrow.config import parse
 from regrow.data import build_blocks
 from regrow.errors import UserError
-from regrow.recipe import Recipe, check, run
-from regrow.stages.distill import DistillConfig, distill
-from regrow.stages.distill.blend import open_blend
-from regrow.training.blend import Blend, BlendedTeacher
+from regrow.recipe.recipe import Recipe, check, run
+from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.stage import distill
+from regrow.stages.distill.teacher import open_blend
 from regrow.training.head import Head, head_loss
-from regrow.training.mix import Mix
+from regrow.training.loss_weights import Mix
 from regrow.training.objective import bind_loss
-from regrow.training.teacher import Teacher
+from regrow.training.teacher import Blend, BlendedTeacher, Teacher
 
 N, V = 11, 13
 SHARES = (0.5, 0.3, 0.2)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from regrow import plugins
 from regrow.errors import UserError
+from regrow.stages.cache.stage import CONVENTIONS, errors
 from regrow.training.cache import formats
-from regrow.training.cache.bits import bit_width, pack, packed_bytes, unpack
-from regrow.training.cache.error import CONVENTIONS, errors
 from regrow.training.cache.formats import hidden, make, samples, topk
 from regrow.training.cache.sparse import Sparse
+from regrow.training.cache.store import bit_width, pack, packed_bytes, unpack
 
 V, H = 97, 16
 SETTINGS: dict[str, Any] = {

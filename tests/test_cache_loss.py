@@ -12,7 +12,7 @@ from torch import Tensor
 from regrow.training.cache.formats import samples, topk
 from regrow.training.cache.sparse import Sparse
 from regrow.training.head import Head, head_loss
-from regrow.training.mix import Mix
+from regrow.training.loss_weights import Mix
 
 V, N = 97, 40
 KEY = b"k" * 32

@@ -10,10 +10,10 @@ from tiny_job import DISTILL, PROFILE, PRUNE, call, command, recipe_fields, writ
 from tiny_job import write_model as write_tiny
 
 from regrow.checkpoint import Checkpoint
-from regrow.manifest import read
-from regrow.recipe import Recipe, run
-from regrow.stages.distill import DistillConfig
-from regrow.steps import fitted
+from regrow.recipe.recipe import Recipe, run
+from regrow.stage_dir import read
+from regrow.stages.cache import fitted
+from regrow.stages.distill.config import DistillConfig
 
 STAGES = ("01-profile", "02-prune", "03-cache", "04-distill")
 

@@ -19,8 +19,9 @@ from tiny_tokenizer import tiny_tokenizer
 from regrow.checkpoint import Checkpoint
 from regrow.data import DataConfig
 from regrow.errors import UserError
-from regrow.stages.cache import CacheConfig, cache
-from regrow.stages.distill import distill
+from regrow.stages.cache.config import CacheConfig
+from regrow.stages.cache.stage import cache
+from regrow.stages.distill.stage import distill
 
 
 @pytest.fixture(scope="module")

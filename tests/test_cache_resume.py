@@ -17,7 +17,7 @@ from tiny_distillation import write_place
 from tiny_training import start_ranks
 
 from regrow.errors import UserError
-from regrow.manifest import read
+from regrow.stage_dir import read
 from regrow.stages.cache import stage
 from regrow.training.cache import store
 

@@ -10,7 +10,7 @@ from tiny_cache import make_cache, weights
 from tiny_distillation import CONFIG, OPTIONS, data, held_out, rows_of, write_place
 
 from regrow.checkpoint import Checkpoint
-from regrow.stages.distill import distill
+from regrow.stages.distill.stage import distill
 
 
 @pytest.fixture(scope="module")

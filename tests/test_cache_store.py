@@ -12,10 +12,9 @@ from tiny_training import blocks_of
 
 from regrow.checkpoint import load
 from regrow.data import Blocks, build_blocks
-from regrow.data.blocks import IGNORED
+from regrow.data.sequences import IGNORED
 from regrow.errors import UserError
-from regrow.training.cache.folder import Cache, missing_blocks
-from regrow.training.cache.keys import block_keys
+from regrow.training.cache.folder import Cache, block_keys, missing_blocks
 from regrow.training.cache.store import Store, write_shard
 from regrow.training.cache.teacher import CachedTeacher, head_from
 from regrow.training.head import head_of

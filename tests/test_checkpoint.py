@@ -18,8 +18,9 @@ from tiny_models import tiny_ids, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from regrow import families, shards
-from regrow.checkpoint import Checkpoint, load, save, write
+from regrow import families
+from regrow.checkpoint import Checkpoint, load, save, shards
+from regrow.checkpoint.checkpoint import write
 from regrow.errors import UserError
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -231,7 +232,7 @@ def test_save_is_all_or_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("regrow.checkpoint.carry", full)
+    monkeypatch.setattr("regrow.checkpoint.checkpoint.carry", full)
     with pytest.raises(OSError, match="No space"):
         save(tiny_model("llama"), tmp_path / "out", like=load(folder))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from tiny_folders import write_model
 
-from regrow import families, shards
-from regrow.checkpoint import load, write
+from regrow import families
+from regrow.checkpoint import load, shards
+from regrow.checkpoint.checkpoint import write
 from regrow.errors import UserError
 
 

@@ -13,9 +13,9 @@ from tiny_pruning import chosen, write_place
 from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
-from regrow.stages.prune.choose import best, best_heads
-from regrow.stages.prune.shapes import Shape, candidates, free_dims, grid
-from regrow.statistics import Profile
+from regrow.profile_folder import Profile
+from regrow.pruning.choose import best, best_heads
+from regrow.search.shapes import Shape, candidates, free_dims, grid
 
 SMOLLM2 = {
     "model_type": "llama",

@@ -18,7 +18,7 @@ from tiny_models import tiny_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import regrow
-from regrow.cli import main
+from regrow.cli.main import main
 
 SMALL = ["--intermediate-size", "40", "--multiple-of", "8"]
 QUICK = ["--heldout-blocks", "4", "--new-tokens", "4", "--prefill-tokens", "16"]
@@ -202,7 +202,7 @@ def test_stopped_by_the_user(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("regrow.stages.prune.stage.cut_folder", stop)
+    monkeypatch.setattr("regrow.pruning.prune.cut_folder", stop)
     prune = ["prune", place / "model", "--profile", place / "profile", *SMALL]
     assert main([str(part) for part in (*prune, "--out", tmp_path / "out")]) == 130
     assert "regrow: stopped; the same command goes on from here" in capsys.readouterr().err
@@ -213,7 +213,7 @@ def test_our_own_bug_is_not_hidden(place: Path, monkeypatch: pytest.MonkeyPatch)
     def broken(*_: object) -> None:
         raise AssertionError("ours")
 
-    monkeypatch.setattr("regrow.inspect.describe_model", broken)
+    monkeypatch.setattr("regrow.cli.inspect_model.describe_model", broken)
     with pytest.raises(AssertionError, match="ours"):
         main(["inspect", str(place / "model")])
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_job import COMMANDS, Refused, command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from regrow import shards
+from regrow.checkpoint import shards
 from regrow.training.trainer import DistillTrainer
 
 

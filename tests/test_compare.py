@@ -12,10 +12,11 @@ from tiny_pruning import OPTIONS, slow_kl, write_place
 
 from regrow import PruneConfig, compare
 from regrow.checkpoint import Checkpoint
-from regrow.cli import main
+from regrow.cli.main import main
 from regrow.errors import UserError
-from regrow.stages.profile import ProfileConfig, profile
-from regrow.stages.prune.stage import prune
+from regrow.pruning.prune import prune
+from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile.stage import profile
 
 CRITERIA = ("activation_l2", "magnitude", "taylor", "obs", "block_influence", "random")
 SMALL = PruneConfig(intermediate_size=96)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from regrow import PruneConfig, compare
 from regrow.checkpoint import Checkpoint
-from regrow.comparison.head_removal import Heads, _without, heads_table, remove_heads
+from regrow.config import Options
 from regrow.data import build_blocks
 from regrow.errors import UserError
-from regrow.options import Options
-from regrow.stages.profile import ProfileConfig, profile
-from regrow.statistics import Profile
-from regrow.trial import Trial
+from regrow.profile_folder import Profile
+from regrow.search.score import Trial
+from regrow.stages.compare.head_removal import Heads, _without, heads_table, remove_heads
+from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile.stage import profile
 
 OPTIONS = Options(device="cpu", batch_size=4, order="resident")
 LAYERS, HEADS, WIDTH, PROFILED = 3, 6, 8, 8
@@ -41,7 +42,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
     profile(checkpoint.folder, data_of(text), folder / "profile", config, OPTIONS)
     opened = Checkpoint(checkpoint.folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regrow.trial.torch.bfloat16", torch.float32)
+        patch.setattr("regrow.search.score.torch.bfloat16", torch.float32)
         return Trial(opened, Profile(folder / "profile"), data_of(text), OPTIONS)
 
 
@@ -78,7 +79,7 @@ def test_rows_equal_the_slow_version(trial: Trial, monkeypatch: pytest.MonkeyPat
     """The least important by each criterion, and every random draw, one in all and one a layer."""
     tried: list[Heads] = []
     monkeypatch.setattr(
-        "regrow.comparison.head_removal._without",
+        "regrow.stages.compare.head_removal._without",
         lambda trial, heads: (tried.append(heads), _without(trial, heads))[1],
     )
     rows = remove_heads(trial, 3)

@@ -15,14 +15,15 @@ from tiny_pruning import OPTIONS, slow_kl, write_place
 
 from regrow import PruneConfig, compare, families
 from regrow.checkpoint import Checkpoint
-from regrow.cli import main
-from regrow.comparison.reestimate import choose_in_rounds, steps_towards
+from regrow.cli.main import main
 from regrow.errors import UserError
 from regrow.plan import Plan
-from regrow.stages.profile import ProfileConfig, profile
-from regrow.stages.prune.choose import full_sizes
-from regrow.stages.prune.stage import prune
-from regrow.statistics import Profile
+from regrow.profile_folder import Profile
+from regrow.pruning.choose import full_sizes
+from regrow.pruning.prune import prune
+from regrow.stages.compare.stage import choose_in_rounds, steps_towards
+from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile.stage import profile
 
 
 @pytest.fixture(scope="module")

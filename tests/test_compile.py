@@ -13,10 +13,11 @@ from tiny_distillation import CONFIG, OPTIONS, data, held_out, kl_of, write_plac
 from tiny_training import MIX, blocks_of, pair
 from torch import Tensor
 
+from regrow.config import Options
 from regrow.errors import UserError
-from regrow.options import Options
-from regrow.stages.distill import DistillConfig, distill
-from regrow.stages.distill.compiling import check_compile, compile_blocks
+from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.stage import distill
+from regrow.stages.distill.student import check_compile, compile_blocks
 from regrow.training.objective import bind_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler warns about its own parts

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from regrow.data import Blocks, DataConfig, build_blocks
 from regrow.training.cache.sparse import Sparse
+from regrow.training.callbacks import Tally
 from regrow.training.head import head_loss
-from regrow.training.mix import Mix
+from regrow.training.loss_weights import Mix
 from regrow.training.objective import bind_loss
-from regrow.training.tally import Tally
 from regrow.training.trainer import DistillTrainer
 
 TEACHERS, OWN = {"skewed_kl": 1.0}, {"skewed_reverse_kl": 0.5}

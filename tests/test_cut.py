@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from regrow import checkpoint, families
-from regrow.checkpoint import Checkpoint
+from regrow import families
+from regrow.checkpoint import Checkpoint, checkpoint
 from regrow.errors import UserError
-from regrow.stages.prune.cut import cut, cut_config, cut_folder, cut_model
+from regrow.pruning.cut import cut, cut_config, cut_folder, cut_model
 
 logging.disable_progress_bar()
 GATE = "model.layers.{}.mlp.gate_proj.weight"

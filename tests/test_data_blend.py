@@ -17,10 +17,10 @@ import torch
 from tiny_tokenizer import tiny_tokenizer
 
 from regrow.data import DataConfig, Split, build_blocks
-from regrow.data import blend as blend_module
-from regrow.data.blend import Job, blend, shuffled
+from regrow.data import sequences as blend_module
 from regrow.data.documents import Passage
 from regrow.data.readers import jsonl
+from regrow.data.sequences import Job, blend, shuffled
 from regrow.errors import UserError
 
 TOKENIZER = tiny_tokenizer()

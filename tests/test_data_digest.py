@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tiny_folders import data_of
 
-from regrow.data.digest import data_digest
+from regrow.data.sources import data_digest
 
 
 def test_content_counts_and_time_does_not(tmp_path: Path) -> None:

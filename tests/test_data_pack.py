@@ -9,9 +9,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from regrow.data.blocks import Blocks
 from regrow.data.documents import Document
-from regrow.data.pack import Packer
+from regrow.data.sequences import Blocks, Packer
 
 LENGTH, PAD = 8, 9
 

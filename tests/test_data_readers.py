@@ -15,7 +15,7 @@ from pyarrow import parquet
 from regrow import plugins
 from regrow.data.readers import jsonl, mediawiki, text
 from regrow.data.readers import parquet as parquet_reader
-from regrow.data.sections import sections
+from regrow.data.wikitext import sections
 from regrow.errors import UserError
 
 PARAGRAPHS = [f"Paragraph {n}. " + "word " * 150 + "end." for n in range(60)]  # ~770 characters

@@ -26,8 +26,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from regrow.checkpoint import load
 from regrow.config import parse
 from regrow.errors import UserError
-from regrow.stages.distill import DistillConfig, distill, lesson
+from regrow.stages.distill import setup
+from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.resume import last_checkpoint, rescue
+from regrow.stages.distill.stage import distill
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,7 @@ def test_refused_before_any_slow_work(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other tokenizers, and a batch that is no number of whole blocks."""
-    monkeypatch.setattr(lesson, "build_blocks", lambda *_: pytest.fail("reads text"))
+    monkeypatch.setattr(setup, "build_blocks", lambda *_: pytest.fail("reads text"))
     shutil.copytree(place / "stranger", tmp_path / "other")
     tiny_tokenizer(vocab_size=300).save_pretrained(str(tmp_path / "other"))
     with pytest.raises(UserError, match="different tokenizers"):  # the teacher lacks tokens

@@ -17,7 +17,7 @@ from tiny_distillation import (
 
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
-from regrow.stages.distill import distill
+from regrow.stages.distill.stage import distill
 from regrow.stages.distill.student import open_student
 
 

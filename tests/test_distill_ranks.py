@@ -24,7 +24,7 @@ from torch import Tensor
 
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
-from regrow.stages.distill import distill
+from regrow.stages.distill.stage import distill
 from regrow.training.callbacks import Pace
 
 LORA = CONFIG.model_copy(update={"adapter": "lora", "lora_rank": 3, "keep_adapters": True})

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from regrow import energy, manifest
+from regrow import stage_dir
 from regrow.config import Config
-from regrow.energy import Counter, Meter
+from regrow.runtime import energy
+from regrow.runtime.energy import Counter, Meter
 
 
 class Nothing(Config):
@@ -107,12 +108,12 @@ def test_gpus(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_stage_writes_it_down(powercap: Path, tmp_path: Path) -> None:
     package = zone(powercap / "intel-rapl:0", "package-0", 1_000_000)
-    with manifest.Stage(tmp_path / "out", "profile", Nothing(), {}):
+    with stage_dir.Stage(tmp_path / "out", "profile", Nothing(), {}):
         (package / "energy_uj").write_text("4000000")
-    made = manifest.read(tmp_path / "out")
+    made = stage_dir.read(tmp_path / "out")
     assert made is not None
     assert made["energy"] == {"joules": 3.0, "meters": ["RAPL package-0"]}
     (package / "energy_uj").unlink()
-    with manifest.Stage(tmp_path / "other", "profile", Nothing(), {}):
+    with stage_dir.Stage(tmp_path / "other", "profile", Nothing(), {}):
         pass
-    assert "energy" not in (manifest.read(tmp_path / "other") or {})
+    assert "energy" not in (stage_dir.read(tmp_path / "other") or {})

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from regrow.data import DataConfig, build_blocks
 from regrow.errors import UserError
-from regrow.stages.evaluate import EvaluateConfig, evaluate
-from regrow.stages.evaluate.stage import EVALUATION
+from regrow.stages.evaluate.config import EvaluateConfig
+from regrow.stages.evaluate.stage import EVALUATION, evaluate
 
 TEXT = " ".join(f"{n} {sentence}" for n in range(12) for sentence in SENTENCES)
 QUICK: dict[str, Any] = {

@@ -17,11 +17,12 @@ from tiny_job import Refused
 from tiny_tokenizer import SENTENCES
 
 from regrow.checkpoint import Checkpoint
-from regrow.cli import main
+from regrow.cli.main import main
 from regrow.llama_cpp import GgufModel
-from regrow.stages.evaluate import EvaluateConfig, agree, evaluate
-from regrow.stages.evaluate.gguf_file import GgufFile
-from regrow.stages.evaluate.stage import EVALUATION, ITEMS
+from regrow.stages.evaluate import tokenizer_match
+from regrow.stages.evaluate.config import EvaluateConfig
+from regrow.stages.evaluate.gguf_model import GgufFile
+from regrow.stages.evaluate.stage import EVALUATION, ITEMS, evaluate
 
 LONG: dict[str, Any] = {**WIDE, "head_dim": 24, "max_position_embeddings": 1024}
 
@@ -119,8 +120,8 @@ def test_scores_on_the_way(place: Path) -> None:
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
 
-    from regrow.stages.evaluate.folder_subject import FolderSubject
-    from regrow.stages.evaluate.gguf_subject import GgufSubject
+    from regrow.stages.evaluate.folder_model import FolderSubject
+    from regrow.stages.evaluate.gguf_model import GgufSubject
     from regrow.stages.evaluate.harness import model_of
 
     checkpoint = Checkpoint(place / "student")
@@ -223,7 +224,7 @@ def test_goes_on_where_it_stopped(
     def never(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("regrow.stages.evaluate.gguf_subject.GgufSubject.sums", never)
+    monkeypatch.setattr("regrow.stages.evaluate.gguf_model.GgufSubject.sums", never)
     found = measured(evaluate(models, tmp_path / "out", None, place / "teacher", config))
     assert found["f32"]["kl/raw"]["value"] > 0.1
 
@@ -245,7 +246,7 @@ def test_text_that_llama_cpp_splits_otherwise_has_no_figures(
         found = plain(self, text, special)
         return [*found, 0] if text.startswith("0 ") else found
 
-    monkeypatch.setattr(agree.GgufModel, "tokenize", other)
+    monkeypatch.setattr(tokenizer_match.GgufModel, "tokenize", other)
     config = config_of(place, metrics=("perplexity", "kl"), tasks=())
     models = {"f32": place / "f32.gguf"}
     out = evaluate(models, tmp_path / "out", data_of(place), place / "teacher", config)

@@ -12,9 +12,9 @@ import torch
 from tiny_models import tiny_ids, tiny_model
 from tiny_tokenizer import SENTENCES, tiny_tokenizer
 
-from regrow.stages.evaluate.greedy import continuation, decode, prefill
+from regrow.runtime.greedy import continuation, decode, prefill
+from regrow.stages.evaluate.eval_model import ratio
 from regrow.stages.evaluate.stage import conventions
-from regrow.stages.evaluate.subject import ratio
 from regrow.stages.evaluate.texts import opening, text_files, windows
 
 TEXT = " ".join(f"{n} {sentence}" for n in range(12) for sentence in SENTENCES)

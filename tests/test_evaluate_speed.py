@@ -13,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regrow import families
 from regrow.checkpoint import load
-from regrow.footprint import forward_flops
-from regrow.stages.evaluate import EvaluateConfig
-from regrow.stages.evaluate.folder_subject import FolderSubject
+from regrow.cost import forward_flops
+from regrow.stages.evaluate.config import EvaluateConfig
+from regrow.stages.evaluate.eval_model import Context, Measured, Subject
+from regrow.stages.evaluate.folder_model import FolderSubject
 from regrow.stages.evaluate.metrics import memory, speed
 from regrow.stages.evaluate.metrics.speed import Run, Setting
-from regrow.stages.evaluate.subject import Context, Measured, Subject
 
 
 def subject(folder: Path, label: str = "m") -> FolderSubject:

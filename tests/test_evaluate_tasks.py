@@ -18,12 +18,12 @@ from tiny_tokenizer import SENTENCES, tiny_tokenizer, tiny_tokenizer_of
 from transformers import AutoModelForCausalLM
 
 from regrow import plugins
+from regrow.config import Options
 from regrow.errors import UserError
-from regrow.options import Options
-from regrow.stages.evaluate import EvaluateConfig, evaluate
+from regrow.stages.evaluate.config import EvaluateConfig
+from regrow.stages.evaluate.eval_model import Measured
 from regrow.stages.evaluate.metrics.tasks import kept_shares
-from regrow.stages.evaluate.stage import EVALUATION, ITEMS
-from regrow.stages.evaluate.subject import Measured
+from regrow.stages.evaluate.stage import EVALUATION, ITEMS, evaluate
 from regrow.stages.evaluate.task_rows import TASKS, check, find, read
 
 WORDS = [word for sentence in SENTENCES for word in sentence.split()]
@@ -355,7 +355,7 @@ def test_bad_tasks_are_told_in_one_line(
 
     monkeypatch.setenv("REGROW_CACHE", str(tmp_path))
     names = ["arc_easy", "hellaswag", "winogrande"]
-    monkeypatch.setattr("regrow.stages.evaluate.task_names.known_names", lambda: names)
+    monkeypatch.setattr("regrow.stages.evaluate.task_rows.known_names", lambda: names)
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "data").mkdir()
     for name in ("gsm8k", "piqa"):

@@ -16,14 +16,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from regrow import families
-from regrow.checkpoint import Checkpoint, experts_option
+from regrow.checkpoint import Checkpoint
+from regrow.checkpoint.checkpoint import experts_option
 from regrow.errors import UserError
 from regrow.plan import Plan, compose
+from regrow.profile_folder import Profile
+from regrow.pruning.cut import check, cut_config, cut_folder, cut_model
+from regrow.pruning.prune import prove_reload
 from regrow.stages.distill import student as student_module
 from regrow.stages.distill.student import Student
-from regrow.stages.prune.cut import check, cut_config, cut_folder, cut_model
-from regrow.stages.prune.stage import prove_reload
-from regrow.statistics import Profile
 
 MIXTURES = ("mixtral", "qwen3_moe")
 TEXT = ("--sequence-length", 32)
@@ -117,7 +118,7 @@ def test_a_large_cut_is_proven_by_the_stock_classes_parameters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = write_model(tmp_path / "model", "mixtral")
-    monkeypatch.setattr("regrow.stages.prune.stage.RUN_BYTES", 0)
+    monkeypatch.setattr("regrow.pruning.prune.RUN_BYTES", 0)
     prove_reload(checkpoint.folder)
 
 

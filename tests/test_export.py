@@ -18,8 +18,8 @@ from tiny_job import PROFILE, PRUNE, Refused, recipe_fields, write_recipe
 
 from regrow import UserError, llama_cpp
 from regrow.checkpoint import Checkpoint, load
-from regrow.cli import main
-from regrow.stages.export import writer
+from regrow.cli.main import main
+from regrow.stages.export import tensors
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_a_disk_that_fills(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "_packed", full)
+    monkeypatch.setattr(tensors, "_packed", full)
     said = refused("export", model, "--out", tmp_path / out, "--type", kind, at_once=False)
     assert "no disk space left while writing" in said
     assert list(tmp_path.iterdir()) == []

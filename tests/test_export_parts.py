@@ -16,8 +16,8 @@ from tokenizers import Regex, pre_tokenizers
 from regrow import UserError
 from regrow.checkpoint import Checkpoint
 from regrow.llama_cpp import GgufModel
-from regrow.stages.export import chat, pre
-from regrow.stages.export.lineage import Licence, licence_of
+from regrow.stages.export import chat, tokenizer
+from regrow.stages.export.card import Licence, licence_of
 
 
 def set_config(folder: Path, **fields: Any) -> None:
@@ -36,19 +36,19 @@ def rules_of(splitter: Any, ignore_merges: bool = False) -> dict[str, Any]:
 def test_how_a_tokenizer_splits() -> None:
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
-    assert pre.identify(rules_of(plain)) == "gpt-2"
-    assert pre.identify(rules_of(digits)) == "smollm"
-    assert pre.identify(rules_of(pre_tokenizers.ByteLevel(add_prefix_space=True))) is None
+    assert tokenizer.identify(rules_of(plain)) == "gpt-2"
+    assert tokenizer.identify(rules_of(digits)) == "smollm"
+    assert tokenizer.identify(rules_of(pre_tokenizers.ByteLevel(add_prefix_space=True))) is None
     odd = rules_of(pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), plain]))
     with pytest.raises(UserError, match=r"splits text \(Punctuation \+ words and bytes\)"):
-        pre.name_of(odd, None)
-    assert pre.name_of(odd, "gpt-2") == "gpt-2"
+        tokenizer.name_of(odd, None)
+    assert tokenizer.name_of(odd, "gpt-2") == "gpt-2"
 
 
-@pytest.mark.parametrize("name", pre.KNOWN)
+@pytest.mark.parametrize("name", tokenizer.KNOWN)
 def test_llama_cpp_splits_as_the_tokenizer(name: str, tmp_path: Path) -> None:
     """The same expressions, by their effect: llama.cpp's tokens are those of the tokenizer."""
-    steps, whole = pre.KNOWN[name]
+    steps, whole = tokenizer.KNOWN[name]
     made: list[Any] = []
     for step in steps:
         if step[0] == "split":
@@ -59,10 +59,10 @@ def test_llama_cpp_splits_as_the_tokenizer(name: str, tmp_path: Path) -> None:
             regex = step[0] != "bytes"
             made.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex))
     checkpoint = write_case(tmp_path / "m", "llama")
-    tokenizer = checkpoint.tokenizer()
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(made)
+    loaded = checkpoint.tokenizer()
+    loaded.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(made)
     path = tmp_path / "m" / "tokenizer.json"
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules = json.loads(loaded.backend_tokenizer.to_str())
     rules["model"]["ignore_merges"] = whole
     # Merges across what some ways keep apart, so that a wrong way shows.
     for pair in ("1 2", "12 3", "Ġ 1", "1 9", ". Ċ", "Ċ Ċ", "Ġ Ġ", "' S", "a B"):
@@ -73,7 +73,7 @@ def test_llama_cpp_splits_as_the_tokenizer(name: str, tmp_path: Path) -> None:
     set_config(tmp_path / "m", vocab_size=len(rules["model"]["vocab"]))
     _widen(tmp_path / "m", len(rules["model"]["vocab"]))
     again = Checkpoint(tmp_path / "m")
-    assert pre.identify(json.loads(again.tokenizer().backend_tokenizer.to_str())) == name
+    assert tokenizer.identify(json.loads(again.tokenizer().backend_tokenizer.to_str())) == name
     file = exported(again, tmp_path / "out", "F32", verify="never")
     with GgufModel(file) as opened:
         for text in ("In 1907 12345 ships;  it'S\n\n\nHe'll aBc.\n\n x", "naïve  東京 ÄÖ १२३"):

@@ -15,10 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from regrow import DistillConfig, QuantizeConfig, UserError, quantize
+from regrow.pruning.config import PruneConfig
+from regrow.quantization.fake_quantize import bind_rounding, grid_of
 from regrow.quantization.schemes import find
-from regrow.stages.distill import distill
-from regrow.stages.prune import PruneConfig, prune
-from regrow.training.fake_quantize import bind_rounding, grid_of
+from regrow.stages.distill.stage import distill
+from regrow.stages.prune.stage import prune
 
 SCHEME = "int4-g32"
 ROUND = QuantizeConfig(scheme=SCHEME, method="rtn")

@@ -18,11 +18,12 @@ from tiny_models import SPECIAL, float64_norms, random_plan, tiny_config, tiny_i
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from regrow import checkpoint, families, plugins
+from regrow import families, plugins
+from regrow.checkpoint import checkpoint
 from regrow.errors import UserError
 from regrow.families import Family, Tensor
 from regrow.plan import Plan
-from regrow.stages.prune.cut import cut_config, cut_folder, cut_model
+from regrow.pruning.cut import cut_config, cut_folder, cut_model
 
 logging.disable_progress_bar()
 NAMES = plugins.names("regrow.families")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from regrow import families, plugins
 from regrow.plan import Plan
-from regrow.stages.prune.choose import choose
-from regrow.stages.prune.cut import cut_model
-from regrow.stages.prune.gather import Sorted, order_by
+from regrow.pruning.choose import choose
+from regrow.pruning.cut import cut_model
+from regrow.pruning.sorted_model import Sorted, order_by
 
 NAMES = [n for n in plugins.names("regrow.families") if not families.get(n).memory]
 ALL = {"hidden", "mlp", "heads", "kv_heads"}

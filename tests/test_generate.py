@@ -14,15 +14,15 @@ from tiny_tokenizer import SENTENCES, tiny_tokenizer
 from tiny_training import start_ranks
 
 from regrow.checkpoint import Checkpoint
+from regrow.config import Options
 from regrow.data import DataConfig, build_blocks
 from regrow.data.documents import read_row, split_of
 from regrow.data.prompts import read_prompt
 from regrow.errors import UserError
-from regrow.manifest import read as read_manifest
-from regrow.options import Options
-from regrow.stages.generate import GenerateConfig, generate
-from regrow.stages.generate.answering import Answerer
-from regrow.stages.generate.sampling import draw_ids
+from regrow.stage_dir import read as read_manifest
+from regrow.stages.generate.batch_generator import Answerer, draw_ids
+from regrow.stages.generate.config import GenerateConfig
+from regrow.stages.generate.stage import generate
 
 NEW = 12
 ALL = GenerateConfig(split="all", max_new_tokens=NEW, keep_unfinished=True)

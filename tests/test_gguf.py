@@ -16,11 +16,10 @@ from tiny_tokenizer import tiny_tokenizer_of
 from regrow import UserError, families, load
 from regrow.checkpoint import Checkpoint
 from regrow.llama_cpp import GgufModel
-from regrow.stages.export import rope
-from regrow.stages.export.tensors import interleaved
-from regrow.stages.export.types import BY_LLAMA_CPP
+from regrow.quantization.gguf_types import BY_LLAMA_CPP
+from regrow.stages.export import hyperparameters
+from regrow.stages.export.tensors import contents, interleaved
 from regrow.stages.export.verify import compare
-from regrow.stages.export.writer import contents
 
 
 def logits(checkpoint: Checkpoint, ids: list[int]) -> torch.Tensor:
@@ -129,7 +128,7 @@ def test_llama3_divisors_are_those_of_transformers() -> None:
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 10000.0 ** (-torch.arange(0, 24, 2).double() / 24)
     expected = (plain / scaled.double()).numpy()
-    assert np.allclose(rope.llama3_divisors(given, 24), expected, rtol=1e-5)
+    assert np.allclose(hyperparameters.llama3_divisors(given, 24), expected, rtol=1e-5)
     assert 1 < expected[5:].max() == pytest.approx(8)
 
 

@@ -11,10 +11,11 @@ import pytest
 from tiny_folders import data_of
 from tiny_pruning import OPTIONS, write_place
 
-from regrow import search
-from regrow.manifest import read
-from regrow.search import halving, rounds
-from regrow.stages.prune import PruneConfig
+from regrow.pruning.config import PruneConfig
+from regrow.search import score
+from regrow.stage_dir import read
+from regrow.stages.prune import halving
+from regrow.stages.prune.stage import prune
 
 CONFIG = PruneConfig(
     keep_params=0.6, multiple_of=1, num_candidates=12, halving_tokens=1024, halving_shapes=4
@@ -57,7 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def search_in(place: Path, out: Path) -> list[dict[str, Any]]:
     data = data_of(place / "text.jsonl")
-    search.prune(place / "model", out, CONFIG, place / "profile", data, OPTIONS)
+    prune(place / "model", out, CONFIG, place / "profile", data, OPTIONS)
     table: list[dict[str, Any]] = json.loads((out / "candidates.json").read_text())
     return table
 
@@ -68,7 +69,7 @@ def test_a_search_that_was_killed_goes_on_in_its_rung(
     """No round, no finished distillation is done twice, and the result is the same as in one go."""
     distill, done = halving.distill, list[tuple[str, int]]()
     seen, killed = list[int](), list[int]()
-    score = rounds.Rounds.score
+    score_row = score.Rounds.score
 
     def once_killed(student: Any, *rest: Any) -> Path:
         if len(done) == 5 and not killed:
@@ -80,10 +81,10 @@ def test_a_search_that_was_killed_goes_on_in_its_rung(
 
     def counted(self: Any, *given: Any) -> Any:
         seen.append(1)
-        return score(self, *given)
+        return score_row(self, *given)
 
     monkeypatch.setattr(halving, "distill", once_killed)
-    monkeypatch.setattr(rounds.Rounds, "score", counted)
+    monkeypatch.setattr(score.Rounds, "score", counted)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         search_in(place, out)
@@ -107,7 +108,7 @@ def test_a_search_that_was_killed_goes_on_in_its_rung(
 def test_the_kl_is_that_of_the_distillation(place: Path, tmp_path: Path) -> None:
     data = data_of(place / "text.jsonl")
     from regrow.checkpoint import Checkpoint
-    from regrow.statistics import Profile
+    from regrow.profile_folder import Profile
 
     checkpoint, profile = Checkpoint(place / "model"), Profile(place / "profile")
     score = halving.Distillations(checkpoint, profile, CONFIG, data, OPTIONS, tmp_path)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regrow.errors import UserError
 from regrow.training.head import Head, head_loss, head_of
-from regrow.training.mix import Mix
+from regrow.training.loss_weights import Mix
 
 N, H, V = 13, 6, 11
 

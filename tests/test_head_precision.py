@@ -10,7 +10,7 @@ from tiny_training import Largest
 from torch import Tensor
 
 from regrow.training.head import CHUNKS_TOGETHER, Head, head_loss
-from regrow.training.mix import Mix
+from regrow.training.loss_weights import Mix
 from regrow.training.products import add_product, product, split
 
 

@@ -14,16 +14,17 @@ from torch.nn import functional
 
 from regrow import families, plugins
 from regrow.checkpoint import Checkpoint
-from regrow.checks import check_steps
+from regrow.config import Options
 from regrow.errors import UserError
-from regrow.options import Options
-from regrow.stages.distill import DistillConfig, distill
-from regrow.stages.distill.teaching import hold_of
-from regrow.steps import parse_step
-from regrow.training.holding import Int8Linear, held
-from regrow.training.mix import Mix
+from regrow.recipe.check import check_steps
+from regrow.stage import parse_step
+from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.stage import distill
+from regrow.stages.distill.teacher import hold_of
+from regrow.training.loss_weights import Mix
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
+from regrow.training.teacher_placement import Int8Linear, held
 
 CPU = torch.device("cpu")
 FAMILIES = plugins.names(families.__name__)

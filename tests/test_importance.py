@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 
 from regrow import families, plugins
 from regrow.checkpoint import Checkpoint
+from regrow.config import Options
 from regrow.errors import UserError
-from regrow.options import Options
-from regrow.stages.profile import ProfileConfig, profile
+from regrow.profile_folder import Profile, for_gone
 from regrow.stages.profile.collect import GRADIENTS, PAIRS, REMOVALS
+from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.importance.obs import removal_order
-from regrow.statistics import Profile, for_gone
+from regrow.stages.profile.stage import profile
 
 FOLDER = "regrow.stages.profile.importance"
 CRITERIA = plugins.names(FOLDER)

@@ -12,12 +12,13 @@ from tiny_folders import data_of
 from tiny_models import tiny_model
 from tiny_pruning import OPTIONS, write_place
 
-from regrow import families, search
+from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
-from regrow.search import latency, timing
+from regrow.pruning.config import PruneConfig
+from regrow.search import latency
 from regrow.search.latency import Latency, LatencyModel, shapes_to_time
-from regrow.stages.prune import PruneConfig
+from regrow.stages.prune.stage import prune
 
 LLAMA = families.get("llama")
 
@@ -72,10 +73,10 @@ def test_the_result_is_fast_enough_when_timed(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     """Also where the prediction was 15 % too good: such shapes are made smaller."""
-    monkeypatch.setattr(timing, "timed", by_parameters(factor))
+    monkeypatch.setattr(latency, "timed", by_parameters(factor))
     data = data_of(place / "text.jsonl")
     config = PruneConfig(max_prefill_ms=100.0, multiple_of=2)
-    search.prune(place / "model", tmp_path / "out", config, place / "profile", data, OPTIONS)
+    prune(place / "model", tmp_path / "out", config, place / "profile", data, OPTIONS)
     table = json.loads((tmp_path / "out" / "candidates.json").read_text())
     assert len(table) >= 3
     for row in table:
@@ -88,7 +89,7 @@ def test_the_result_is_fast_enough_when_timed(
 def test_what_nobody_can_meet_names_the_least(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(timing, "timed", by_parameters())
+    monkeypatch.setattr(latency, "timed", by_parameters())
     data = data_of(place / "text.jsonl")
     given = (place / "model", tmp_path / "out")
     for most, said in (
@@ -97,9 +98,9 @@ def test_what_nobody_can_meet_names_the_least(
     ):
         config = PruneConfig(max_decode_ms=most, multiple_of=2)
         with pytest.raises(UserError, match=rf"max_decode_ms .*{said}"):
-            search.prune(*given, config, place / "profile", data, OPTIONS)
+            prune(*given, config, place / "profile", data, OPTIONS)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(timing, "timed", by_parameters(100.0))
+    monkeypatch.setattr(latency, "timed", by_parameters(100.0))
     config = PruneConfig(max_prefill_ms=100.0, multiple_of=2)
     with pytest.raises(UserError, match=r"none of \d shapes was fast enough when timed"):
-        search.prune(*given, config, place / "profile", data, OPTIONS)
+        prune(*given, config, place / "profile", data, OPTIONS)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regrow import plugins
 from regrow.training.head import Head, head_loss
-from regrow.training.mix import Mix
+from regrow.training.loss_weights import Mix
 
 LOSSES = plugins.names("regrow.training.losses")
 DIVERGENCES = [n for n in LOSSES if plugins.load("regrow.training.losses", n).NEEDS_TEACHER]

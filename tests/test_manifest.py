@@ -10,14 +10,7 @@ import pytest
 import regrow
 from regrow.config import Config
 from regrow.errors import UserError
-from regrow.manifest import (
-    Figure,
-    Stage,
-    digest,
-    is_full_disk,
-    read,
-    refuse_foreign,
-)
+from regrow.stage_dir import Figure, Stage, digest, is_full_disk, read, refuse_foreign
 
 
 class Fields(Config):
@@ -237,7 +230,7 @@ def test_disk_is_full_at_the_manifest(out: Path, monkeypatch: pytest.MonkeyPatch
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("regrow.manifest.write_json", full)
+    monkeypatch.setattr("regrow.stage_dir.write_json", full)
     with pytest.raises(UserError, match="no disk space left"), stage_of(out):
         pass
     assert beside(out) == []

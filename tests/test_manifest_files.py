@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from regrow.errors import UserError
-from regrow.manifest import link, refuse_foreign, replace_folder, require_space, write_json
+from regrow.stage_dir import link, refuse_foreign, replace_folder, require_space, write_json
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from regrow.errors import UserError
 from regrow.training.head import Head
-from regrow.training.inside import Inside
-from regrow.training.match import Match, at_depths
+from regrow.training.layer_mapping import Inside, Match, at_depths
 
 
 def inside(states: list[Tensor], attentions: list[Tensor] | None = None) -> Inside:
@@ -119,7 +118,7 @@ def test_without_a_plan_the_mean_of_the_heads_is_compared() -> None:
 def test_tiny_models_have_the_final_norm_where_it_is_looked_for() -> None:
     from tiny_models import SPECIAL
 
-    from regrow.training.inside import final_norm
+    from regrow.training.layer_mapping import final_norm
 
     for model_type in SPECIAL:
         model = tiny_model(model_type)

@@ -22,9 +22,9 @@ from tiny_folders import write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from regrow.checkpoint import load
+from regrow.checkpoint.resolve import resolve_model
 from regrow.errors import UserError
 from regrow.families import of
-from regrow.origin import resolve_model
 
 NAMES = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"]
 NAMES += ["tokenizer.json", "tokenizer.model", "merges.txt", "vocab.txt", "chat_template.jinja"]

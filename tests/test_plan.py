@@ -13,10 +13,11 @@ from huggingface_hub.errors import StrictDataclassError
 from tiny_models import random_plan, tiny_config, tiny_ids, tiny_model
 from transformers import AutoConfig
 
-from regrow import checkpoint, families
+from regrow import families
+from regrow.checkpoint import checkpoint
 from regrow.errors import UserError
 from regrow.plan import Plan, compose
-from regrow.stages.prune.cut import cut_config, cut_model
+from regrow.pruning.cut import cut_config, cut_model
 
 CONFIG = tiny_config("qwen2").to_dict()
 SIZES = families.get("qwen2").sizes(CONFIG)

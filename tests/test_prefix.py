@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 from regrow import families, plugins
 from regrow.checkpoint import Checkpoint, save
 from regrow.errors import UserError
-from regrow.stages.distill import distill, teaching
-from regrow.training import prefix
-from regrow.training.match import Match
+from regrow.stages.distill import teacher as teacher_module
+from regrow.stages.distill.stage import distill
+from regrow.training import frozen_layers
+from regrow.training.feature_loss_weights import SignalMix
+from regrow.training.layer_mapping import Match
 from regrow.training.objective import bind_loss
-from regrow.training.signal_mix import SignalMix
 from regrow.training.teacher import Teacher
 
 SIGNALS = SignalMix({"hidden": 0.5}, Match.of_same(3))
@@ -50,11 +51,11 @@ def step(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[float, dic
 def test_shared_blocks_run_once_and_change_nothing(name: str) -> None:
     student, teacher = models(name)
     loss, everything = step(student, teacher)
-    prefix.freeze(student, 2)
+    frozen_layers.freeze(student, 2)
     frozen_loss, frozen = step(student, teacher)
-    assert prefix.same(student, teacher, 2)
-    assert not prefix.same(student, teacher, 3)
-    shared = prefix.SharedPrefix(student, teacher, 2, all_layers=True)
+    assert frozen_layers.same(student, teacher, 2)
+    assert not frozen_layers.same(student, teacher, 3)
+    shared = frozen_layers.SharedPrefix(student, teacher, 2, all_layers=True)
     runs: list[str] = []
     for n, block in enumerate(student.base_model.layers):
         block.self_attn.register_forward_hook(lambda *_, n=n: runs.append(f"student {n}"))
@@ -80,8 +81,8 @@ def test_a_prefix_that_computes_something_else_is_not_shared() -> None:
         student, teacher = models("llama")
         other = tiny_model("llama", torch.float32, **changes)
         other.load_state_dict(student.state_dict())
-        assert prefix.same(student, teacher, 1)
-        assert not prefix.same(other, teacher, 1)
+        assert frozen_layers.same(student, teacher, 1)
+        assert not frozen_layers.same(other, teacher, 1)
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
@@ -95,7 +96,7 @@ def test_a_student_cut_later_keeps_its_first_blocks(
     cut.config.num_hidden_layers = 3
     student = save(cut, tmp_path / "student", teacher)
     ran: list[str] = []
-    monkeypatch.setattr(teaching, "say", ran.append)
+    monkeypatch.setattr(teacher_module, "say", ran.append)
     changes = {"freeze_layers": 2, "adapter": adapter, "learning_rate": 3e-3}
     config = CONFIG.model_copy(update=changes)
     given = (student, teacher.folder, data(tmp_path), tmp_path / "out")

@@ -13,8 +13,9 @@ from tiny_models import SPECIAL
 
 from regrow import families
 from regrow.checkpoint import Checkpoint
-from regrow.stages.profile import ProfileConfig, profile
-from regrow.statistics import STATISTICS, Profile
+from regrow.profile_folder import STATISTICS, Profile
+from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile.stage import profile
 
 FAMILIES = sorted(SPECIAL)
 

@@ -18,12 +18,13 @@ from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.layerwise import LayerByLayer, Spill
-from regrow.progress import Progress
-from regrow.stages.profile import ProfileConfig, profile
+from regrow.profile_folder import SCORES, STATISTICS
+from regrow.runtime.progress import Progress
 from regrow.stages.profile import stage as profile_stage
 from regrow.stages.profile.collect import Batch, Collector
-from regrow.stages.profile.orders import layer_major, resident
-from regrow.statistics import SCORES, STATISTICS
+from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile.passes import layer_major, resident
+from regrow.stages.profile.stage import profile
 
 LAYER_MAJOR = OPTIONS.model_copy(update={"order": "layer"})
 

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
-from regrow.manifest import read
 from regrow.plan import Plan, compose
-from regrow.stages.profile import ProfileConfig, profile
-from regrow.stages.prune import PruneConfig, prune
+from regrow.pruning.config import PruneConfig
+from regrow.stage_dir import read
+from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile.stage import profile
+from regrow.stages.prune.stage import prune
 
 SIZES = PruneConfig(intermediate_size=40, num_layers=3, multiple_of=8)
 

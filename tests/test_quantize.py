@@ -19,11 +19,11 @@ from regrow import (
     UserError,
     evaluate,
     families,
-    manifest,
     quantize,
+    stage_dir,
 )
 from regrow.checkpoint import Checkpoint, load
-from regrow.footprint import file_bytes
+from regrow.cost import file_bytes
 from regrow.quantization.grid import fit
 from regrow.quantization.schemes import SCHEMES, Scheme, find, fitting
 from regrow.stages.quantize.choose import choose
@@ -146,7 +146,7 @@ def test_gptq_lowers_the_distance(tmp_path: Path, text: Path) -> None:
     for method in ("rtn", "gptq"):
         config = QuantizeConfig(scheme="int4", method=method, samples=64)
         out = quantize(checkpoint, tmp_path / method, config, data_of(text))
-        rows = {f["name"]: f["value"] for f in (manifest.read(out) or {})["figures"]}
+        rows = {f["name"]: f["value"] for f in (stage_dir.read(out) or {})["figures"]}
         kl[method] = rows["kl"]
         assert rows["bytes"] < rows["bytes before"]
         assert rows["times smaller"] == rows["bytes before"] / rows["bytes"]
@@ -159,7 +159,7 @@ def test_gptq_lowers_the_distance(tmp_path: Path, text: Path) -> None:
 def test_layers_are_calibrated_on_the_rounded_ones_before(tmp_path: Path, text: Path) -> None:
     """Rounding the second layer by hand, on inputs that come through the rounded first one."""
     from regrow.data import build_blocks
-    from regrow.data.blocks import held_out
+    from regrow.data.sequences import held_out
     from regrow.stages.quantize.methods.gptq import quantize as by_gptq
 
     checkpoint = tiny(tmp_path, dtype=torch.float32)
@@ -193,7 +193,7 @@ def test_mixed_settings(tmp_path: Path) -> None:
         rules={"down_proj": "int8", "lm_head": "int8", "v_proj": "fp8"},
     )
     out = quantize(checkpoint, tmp_path / "out", config)
-    schemes = (manifest.read(out) or {})["schemes"]
+    schemes = (stage_dir.read(out) or {})["schemes"]
     assert {m.removeprefix("model.layers."): s for m, s in schemes.items()} == {
         **{f"1.self_attn.{p}_proj": "int4-g64" for p in "qko"},
         "1.self_attn.v_proj": "fp8",
@@ -252,13 +252,13 @@ def test_complete_and_redone(
     checkpoint = tiny(tmp_path)
     config = QuantizeConfig(scheme="int8", method="rtn")
     out = quantize(checkpoint, tmp_path / "out", config)
-    first = (manifest.read(out) or {})["finished"], capsys.readouterr().out
+    first = (stage_dir.read(out) or {})["finished"], capsys.readouterr().out
     again = quantize(checkpoint, out, config)
     told = capsys.readouterr()
     assert "complete and unchanged" in told.err
-    assert ((manifest.read(again) or {})["finished"], told.out) == first
+    assert ((stage_dir.read(again) or {})["finished"], told.out) == first
     quantize(checkpoint, out, QuantizeConfig(scheme="fp8", method="rtn"))
-    assert (manifest.read(out) or {})["config"]["scheme"] == "fp8"
+    assert (stage_dir.read(out) or {})["config"]["scheme"] == "fp8"
     assert not list(out.glob("work-*"))
 
 

@@ -11,10 +11,10 @@ import torch
 from tiny_job import DISTILL, EVALUATE, PROFILE, PRUNE, Refused, call, recipe_fields, write_recipe
 from transformers import AutoModelForCausalLM
 
-from regrow import manifest
+from regrow import stage_dir
+from regrow.config import Options
 from regrow.errors import UserError
-from regrow.options import Options
-from regrow.recipe import Recipe, check, read, run
+from regrow.recipe.recipe import Recipe, check, read, run
 
 QUANTIZE: dict[str, Any] = {"quantize": {"scheme": "int4-g32", "samples": 16}}
 
@@ -35,7 +35,7 @@ def test_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     call(*given)
     said = capsys.readouterr()
     assert "Applying quantization" not in said.err
-    figures = {f["name"]: f["value"] for f in (manifest.read(out) or {})["figures"]}
+    figures = {f["name"]: f["value"] for f in (stage_dir.read(out) or {})["figures"]}
     for name in ("bytes", "bits per parameter", "perplexity", "kl", "times smaller"):
         assert f"  {name} " in said.out
         assert figures[name] > 0
@@ -87,7 +87,7 @@ def test_a_recipe_ends_with_a_quantized_model(place: Path, tmp_path: Path) -> No
     found = json.loads((out / "stages" / "05-evaluate" / "evaluation.json").read_text())
     assert found["labels"] == ["teacher", "pruned", "repaired", "distilled", "quantized"]
     assert "quantized" in (out / "report.html").read_text()
-    figures = {f["name"]: f["value"] for f in (manifest.read(out / "model") or {})["figures"]}
+    figures = {f["name"]: f["value"] for f in (stage_dir.read(out / "model") or {})["figures"]}
     assert figures["times smaller than the first"] > figures["times smaller"] > 1
 
 
@@ -119,7 +119,7 @@ def test_trained_for_its_grid(place: Path, tmp_path: Path) -> None:
     aware = {"distill": {**DISTILL["distill"], "fake_quantize": "int4-g32"}}
     rounded = {"quantize": {"scheme": "int4-g32", "method": "rtn", "samples": 16}}
     out = run(recipe_of(place, aware, rounded), tmp_path / "run")
-    figures = {f["name"]: f["value"] for f in (manifest.read(out / "model") or {})["figures"]}
+    figures = {f["name"]: f["value"] for f in (stage_dir.read(out / "model") or {})["figures"]}
     assert figures["times smaller"] > 2  # float32 masters
 
 

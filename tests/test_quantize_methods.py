@@ -9,8 +9,9 @@ import torch
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
-from regrow import formats, plugins
+from regrow import plugins
 from regrow.errors import UserError
+from regrow.quantization import formats
 from regrow.quantization.grid import Grid, fake_quantize, fit
 from regrow.quantization.schemes import SCHEMES, Scheme, find, fitting
 from regrow.stages.quantize.config import METHODS

@@ -25,9 +25,9 @@ from tiny_job import (
 from transformers import AutoModelForCausalLM
 
 from regrow.checkpoint import load
-from regrow.manifest import read as read_manifest
-from regrow.recipe import Recipe, run
-from regrow.recipe import read as read_recipe
+from regrow.recipe.recipe import Recipe, run
+from regrow.recipe.recipe import read as read_recipe
+from regrow.stage_dir import read as read_manifest
 
 Said = Callable[[], list[str]]
 

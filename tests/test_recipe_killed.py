@@ -19,7 +19,7 @@ from tiny_job import DISTILL, PROFILE, PRUNE, recipe_fields, write_model, write_
 
 STEPS, EVERY = 48, 6
 LONG = {"distill": {**DISTILL["distill"], "tokens": 128 * STEPS, "eval_tokens": 128 * EVERY}}
-JOB = "import sys; from regrow.cli import entry; entry()"
+JOB = "import sys; from regrow.cli.main import entry; entry()"
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ SLOWLY = (
 SLOW = {
     "01-profile": "import regrow.stages.profile.stage as s\n"
     "assert s.score_all; s.score_all = lambda *a: time.sleep(99)",
-    "02-prune-repaired": "import regrow.search as s; from regrow.stages.prune import stage\n"
+    "02-prune-repaired": "from regrow.pruning import prune as stage\n"
     "stage.prove_reload = lambda folder: time.sleep(99)",
 }
 FILES = {"01-profile": "statistics.safetensors", "02-prune-repaired": "model.safetensors"}

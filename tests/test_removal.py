@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regrow.stages.profile.collect import REMOVALS
-from regrow.stages.profile.removal import removal_order
+from regrow.stages.profile.passes import removal_order
 from regrow.training.teacher import scored
 
 LAYERS = 7

@@ -15,16 +15,17 @@ from transformers import PreTrainedModel
 
 from regrow import families
 from regrow.checkpoint import Checkpoint
+from regrow.config import Options
 from regrow.data import build_blocks
-from regrow.options import Options
 from regrow.plan import Plan
-from regrow.stages.profile import ProfileConfig, profile
-from regrow.stages.prune.cut import cut_model
-from regrow.stages.prune.repair import Job
-from regrow.stages.prune.repair import gram as by_gram
-from regrow.stages.prune.repair._ridge import RIDGES, Solution
-from regrow.stages.prune.repair.gram import OneShot, solve
-from regrow.statistics import Gram, Profile
+from regrow.profile_folder import Gram, Profile
+from regrow.pruning.cut import cut_model
+from regrow.pruning.repair import Job
+from regrow.pruning.repair import gram as by_gram
+from regrow.pruning.repair._ridge import RIDGES, Solution
+from regrow.pruning.repair.gram import OneShot, solve
+from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile.stage import profile
 
 OPTIONS = Options(device="cpu", batch_size=4, order="resident")
 OUT, IN, TOKENS = 7, 12, 60

@@ -19,10 +19,11 @@ from regrow.checkpoint import Checkpoint
 from regrow.data import Blocks, build_blocks
 from regrow.families import Family
 from regrow.plan import Plan
-from regrow.stages.profile import ProfileConfig, profile
-from regrow.stages.prune.cut import cut_model
-from regrow.stages.prune.repair import Job, sequential
-from regrow.statistics import Profile
+from regrow.profile_folder import Profile
+from regrow.pruning.cut import cut_model
+from regrow.pruning.repair import Job, sequential
+from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile.stage import profile
 
 RIDGE = 1e-3
 NAMES = ("llama", "gemma3_text", "qwen3")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tiny_models import random_plan, tiny_config
 
-from regrow.stages.report.blocks import Chart, Details, Table
-from regrow.stages.report.pareto import front
+from regrow.stages.report.charts import front
+from regrow.stages.report.page import Chart, Details, Table
 from regrow.stages.report.run_folder import Cut, Run
 from regrow.stages.report.sections.candidates import section
 

@@ -20,17 +20,17 @@ from report_run import (
 )
 from test_report import HOSTILE, Page, loads
 
-from regrow.cli import main
+from regrow.cli.main import main
 from regrow.errors import UserError
-from regrow.stages.report import ReportConfig, report
 from regrow.stages.report import run_folder as folders
-from regrow.stages.report.blocks import Chart, Details, Section, Table
-from regrow.stages.report.charts import clip
+from regrow.stages.report.charts import clip, places
+from regrow.stages.report.config import ReportConfig
 from regrow.stages.report.evaluated import Evaluated, of
 from regrow.stages.report.numbers import figure
-from regrow.stages.report.pareto import places
+from regrow.stages.report.page import Chart, Details, Section, Table
 from regrow.stages.report.sections import cost, result, stored, tasks, tradeoff, training
 from regrow.stages.report.sections.cost import flops, spent_by, watt_hours
+from regrow.stages.report.stage import report
 
 
 @pytest.fixture(scope="module")

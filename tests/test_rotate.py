@@ -16,12 +16,12 @@ from regrow.checkpoint import Checkpoint
 from regrow.data import build_blocks
 from regrow.errors import UserError
 from regrow.layerwise import Spill
-from regrow.recipe import Recipe
-from regrow.recipe import run as run_recipe
-from regrow.stages.prune.cut import cut_model
-from regrow.stages.rotate import RotateConfig, rotate
+from regrow.pruning.cut import cut_model
+from regrow.recipe.recipe import Recipe
+from regrow.recipe.recipe import run as run_recipe
 from regrow.stages.rotate.basis import layout, principal, turned, turned_config
-from regrow.stages.rotate.stage import second_moment
+from regrow.stages.rotate.config import RotateConfig
+from regrow.stages.rotate.stage import rotate, second_moment
 
 NAMES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe")
 

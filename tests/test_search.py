@@ -11,12 +11,15 @@ import torch
 from tiny_folders import data_of
 from tiny_pruning import OPTIONS, chosen, slow_kl, write_place
 
-from regrow import families, search, trial
+from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
-from regrow.search import choice, rounds
-from regrow.stages.prune import PruneConfig
-from regrow.stages.prune.cut import cut_model
+from regrow.pruning.config import PruneConfig
+from regrow.pruning.cut import cut_model
+from regrow.search import score
+from regrow.stages.prune import choose_shape as choose_shape_module
+from regrow.stages.prune import stage as prune_stage
+from regrow.stages.prune.stage import prune
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ KEEP = PruneConfig(keep_params=0.8, multiple_of=2)
 
 def search_in(place: Path, out: Path, config: PruneConfig = KEEP) -> list[dict[str, Any]]:
     data = data_of(place / "text.jsonl")
-    search.prune(place / "model", out, config, place / "profile", data, OPTIONS)
+    prune(place / "model", out, config, place / "profile", data, OPTIONS)
     table: list[dict[str, Any]] = json.loads((out / "candidates.json").read_text())
     return table
 
@@ -68,13 +71,13 @@ def test_a_search_is_done_again_when_what_is_asked_changes(
 ) -> None:
     out = tmp_path / "out"
     runs: list[int] = []
-    choose_shape = choice.choose_shape
+    choose_shape = choose_shape_module.choose_shape
 
     def counted(*given: Any) -> list[dict[str, Any]]:
         runs.append(1)
         return choose_shape(*given)
 
-    monkeypatch.setattr(choice, "choose_shape", counted)
+    monkeypatch.setattr(prune_stage, "choose_shape", counted)
     search_in(place, out)
     before = (out / "model.safetensors").stat().st_mtime_ns
     search_in(place, out)
@@ -109,21 +112,21 @@ def test_many_shapes_go_through_rounds(
 
 
 def test_ranks_and_rounds() -> None:
-    assert rounds.rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1.0)
-    assert rounds.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
+    assert score.rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1.0)
+    assert score.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
     # 1 − 6 Σd² / (n (n² − 1)) with d = 0, 1, 1, 0
-    assert rounds.rank_correlation([1, 2, 3, 4], [1, 3, 2, 9]) == pytest.approx(0.8)
-    assert rounds.rounds_for(8) == [(1.0, 8)]
-    assert rounds.rounds_for(200) == [(1 / 32, 40), (1 / 8, 8), (1.0, 8)]
-    assert rounds.passes_for(200) == 1 + 200 / 32 + 40 / 8 + 8
-    assert rounds.passes_for(1) == 0
+    assert score.rank_correlation([1, 2, 3, 4], [1, 3, 2, 9]) == pytest.approx(0.8)
+    assert score.rounds_for(8) == [(1.0, 8)]
+    assert score.rounds_for(200) == [(1 / 32, 40), (1 / 8, 8), (1.0, 8)]
+    assert score.passes_for(200) == 1 + 200 / 32 + 40 / 8 + 8
+    assert score.passes_for(1) == 0
 
 
 def test_a_score_that_is_no_number_is_not_chosen(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([float("nan"), 3.0, 1.0, *[2.0] * 9])
-    monkeypatch.setattr(trial.Trial, "kl", lambda *_: next(scores))
+    monkeypatch.setattr(score.Trial, "kl", lambda *_: next(scores))
     table = search_in(place, tmp_path / "out")
     assert [row["kl"] for row in table if row["chosen"]] == [1.0]
 
@@ -131,12 +134,12 @@ def test_a_score_that_is_no_number_is_not_chosen(
 def test_what_a_search_lacks_is_refused(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match="keep_params needs data"):
-        search.prune(place / "model", out, KEEP, place / "profile", None, OPTIONS)
+        prune(place / "model", out, KEEP, place / "profile", None, OPTIONS)
     with pytest.raises(UserError, match="keep_params needs a profile"):
-        search.prune(place / "model", out, KEEP, None, None, OPTIONS)
+        prune(place / "model", out, KEEP, None, None, OPTIONS)
     both = KEEP.model_copy(update={"num_layers": 3})
     with pytest.raises(UserError, match="one of them"):
-        search.prune(place / "model", out, both, place / "profile", None, OPTIONS)
+        prune(place / "model", out, both, place / "profile", None, OPTIONS)
     assert not out.exists()
 
 
@@ -149,7 +152,7 @@ def test_the_cost_that_is_told_is_what_was_read(
     """Blocks read by each cut model, by its share of the parameters, over those of the text."""
     family, parent = families.get("llama"), Checkpoint(place / "model").config
     read = [64.0]  # the dense model's own
-    mean_loss = trial.mean_loss
+    mean_loss = score.mean_loss
 
     def counted(student: Any, batches: Any, *rest: Any) -> float:
         blocks = sum(len(batch["input_ids"]) for batch in batches)
@@ -157,16 +160,16 @@ def test_the_cost_that_is_told_is_what_was_read(
         read.append(blocks * share)
         return mean_loss(student, batches, *rest)
 
-    monkeypatch.setattr(trial, "mean_loss", counted)
+    monkeypatch.setattr(score, "mean_loss", counted)
     wanted = {"keep_params": 0.6, "multiple_of": 1, "num_candidates": 60, "repair": False}
     table = search_in(place, tmp_path / "out", KEEP.model_copy(update=wanted))
     cost = sum(read) / 64
     assert f"cost {cost:.1f} dense evaluations" in capsys.readouterr().err
-    assert cost <= rounds.passes_for(len(table)) <= 20
+    assert cost <= score.passes_for(len(table)) <= 20
 
 
 def test_two_hundred_shapes_cost_at_most_twenty_dense_evaluations() -> None:
     """Of shapes that keep 95 % of the parameters; the dense model's own is counted."""
     for count in range(2, 201):
         own = 1.0
-        assert own + 0.95 * (rounds.passes_for(count) - own) <= 20
+        assert own + 0.95 * (score.passes_for(count) - own) <= 20

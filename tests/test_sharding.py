@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
+from regrow.config import Options
 from regrow.errors import UserError
-from regrow.options import Options
-from regrow.stages.distill import distill
+from regrow.stages.distill.stage import distill
 from regrow.training import sharding
 from regrow.training.callbacks import Pace
 from regrow.training.objective import bind_loss

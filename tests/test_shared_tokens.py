@@ -18,11 +18,12 @@ from transformers import AddedToken, AutoModelForCausalLM, PreTrainedTokenizerFa
 from regrow.checkpoint import Checkpoint
 from regrow.data import Blocks, build_blocks
 from regrow.errors import UserError
-from regrow.stages.distill import DistillConfig, distill
-from regrow.training.mix import Mix
+from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.stage import distill
+from regrow.training.loss_weights import Mix
 from regrow.training.objective import bind_loss
+from regrow.training.shared_tokens import NONE, check_text, common_ids, same_rules, teacher_ids
 from regrow.training.teacher import Teacher
-from regrow.training.tokens import NONE, check_text, common_ids, same_rules, teacher_ids
 
 MIX = Mix({"forward_kl": 0.7, "cross_entropy": 0.3})
 CONFIG = DistillConfig(tokens=512, batch_tokens=128, eval_tokens=256, heldout_blocks=4)

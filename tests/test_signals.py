@@ -16,12 +16,11 @@ from transformers import PreTrainedModel
 
 from regrow import plugins
 from regrow.plan import Plan
-from regrow.stages.prune.cut import cut_model
+from regrow.pruning.cut import cut_model
 from regrow.training import head
-from regrow.training.inside import give_attentions
-from regrow.training.match import Match, at_depths
+from regrow.training.feature_loss_weights import SIGNALS, SignalMix
+from regrow.training.layer_mapping import Match, at_depths, give_attentions
 from regrow.training.objective import bind_loss
-from regrow.training.signal_mix import SIGNALS, SignalMix
 from regrow.training.teacher import Teacher
 
 

@@ -15,10 +15,11 @@ from regrow.checkpoint import load
 from regrow.config import parse
 from regrow.errors import UserError
 from regrow.plan import Plan
-from regrow.stages.distill import DistillConfig, distill
-from regrow.stages.distill.signals import signals_between
+from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.features import signals_between
+from regrow.stages.distill.stage import distill
 from regrow.stages.distill.student import open_student
-from regrow.training.match import Match
+from regrow.training.layer_mapping import Match
 
 SHORT = CONFIG.model_copy(update={"tokens": 4 * 128, "eval_tokens": 2 * 128})
 

@@ -12,11 +12,9 @@ from tiny_training import MIX, Watch, arguments, blocks_of, pair, start_ranks
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from regrow.training.balance import DECAY, MAIN, Balance
-from regrow.training.inside import give_attentions
-from regrow.training.match import Match, at_depths
+from regrow.training.feature_loss_weights import DECAY, MAIN, Balance, SignalMix, needs_of
+from regrow.training.layer_mapping import Match, at_depths, give_attentions
 from regrow.training.objective import bind_loss
-from regrow.training.signal_mix import SignalMix, needs_of
 from regrow.training.teacher import Teacher
 from regrow.training.trainer import DistillTrainer
 

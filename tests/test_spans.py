@@ -16,18 +16,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from regrow.data.blocks import IGNORED, Blocks
 from regrow.data.documents import Document
-from regrow.data.pack import Packer
+from regrow.data.sequences import IGNORED, Blocks, Packer
 from regrow.errors import UserError
+from regrow.training.cross_tokenizer.align import Aligner, Span, token_bytes
+from regrow.training.cross_tokenizer.loss import log_probabilities, span_loss
+from regrow.training.cross_tokenizer.teacher import SpanTeacher
 from regrow.training.head import Head, head_loss
-from regrow.training.mix import Mix
+from regrow.training.loss_weights import Mix
 from regrow.training.objective import bind_loss
-from regrow.training.spans.align import Aligner, Span
-from regrow.training.spans.likelihood import log_probabilities
-from regrow.training.spans.loss import span_loss
-from regrow.training.spans.teacher import SpanTeacher
-from regrow.training.spans.token_bytes import token_bytes
 from regrow.training.teacher import Teacher
 
 HARD = ["naïve café 日本語 🙂 text", " two  spaces\n\n\ttab", "é", "", "a", *SENTENCES]

@@ -13,17 +13,18 @@ from tiny_tokenizer import tiny_tokenizer, tiny_tokenizer_of
 from transformers import AutoModelForCausalLM
 
 from regrow.checkpoint import Checkpoint
-from regrow.cli import main
+from regrow.cli.main import main
+from regrow.config import Options
 from regrow.data import build_blocks
 from regrow.errors import UserError
-from regrow.options import Options
-from regrow.recipe import Recipe, run
-from regrow.stages.distill import DistillConfig, distill
-from regrow.stages.distill.across import aligner_of
-from regrow.training.mix import Mix
+from regrow.recipe.recipe import Recipe, run
+from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.cross_tokenizer import aligner_of
+from regrow.stages.distill.stage import distill
+from regrow.training.cross_tokenizer.align import Aligner
+from regrow.training.cross_tokenizer.teacher import SpanTeacher
+from regrow.training.loss_weights import Mix
 from regrow.training.objective import bind_loss
-from regrow.training.spans.align import Aligner
-from regrow.training.spans.teacher import SpanTeacher
 from regrow.training.teacher import Teacher
 
 CONFIG = DistillConfig(

@@ -8,11 +8,12 @@ import pytest
 from pydantic import ValidationError
 from test_choose import SMOLLM2
 
-from regrow import families, footprint, formats
+from regrow import cost, families
 from regrow.errors import UserError
-from regrow.stages.prune.config import PruneConfig, bytes_of
-from regrow.stages.prune.shapes import candidates, grid
-from regrow.stages.prune.targets import SLACK, smallest, target_of
+from regrow.pruning.config import PruneConfig, bytes_of
+from regrow.quantization import formats
+from regrow.search.shapes import candidates, grid
+from regrow.search.targets import SLACK, smallest, target_of
 
 LLAMA = families.get("llama")
 
@@ -30,8 +31,8 @@ def test_sizes_are_read_with_their_units() -> None:
 
 def test_the_size_of_a_real_file() -> None:
     """The tensors of SmolLM2-135M-Instruct.Q4_1.gguf take 96,576,768 bytes."""
-    assert footprint.file_bytes(LLAMA, SMOLLM2, "q4_1") == 96_576_768
-    assert footprint.file_bytes(LLAMA, SMOLLM2, "bf16") == 2 * 134_515_008
+    assert cost.file_bytes(LLAMA, SMOLLM2, "q4_1") == 96_576_768
+    assert cost.file_bytes(LLAMA, SMOLLM2, "bf16") == 2 * 134_515_008
 
 
 def test_a_mix_by_hand() -> None:
@@ -45,14 +46,14 @@ def test_a_mix_by_hand() -> None:
     mixed = kv * hidden + hidden * mlp  # v, down
     blocks = 8 * four * 144 + (4 * 144 + 4 * 210) * mixed + 1000 * hidden * 210
     norms = 4 * (2 * 8 + 1) * hidden
-    assert footprint.file_bytes(LLAMA, config, "q4_k_m") == blocks // 256 + norms
-    assert footprint.fallbacks(LLAMA, config, "q4_k_m") == []
+    assert cost.file_bytes(LLAMA, config, "q4_k_m") == blocks // 256 + norms
+    assert cost.fallbacks(LLAMA, config, "q4_k_m") == []
 
 
 def test_what_a_misfit_costs_is_told() -> None:
-    lines = footprint.fallbacks(LLAMA, SMOLLM2, "q4_0", {"mlp": 1500})
+    lines = cost.fallbacks(LLAMA, SMOLLM2, "q4_0", {"mlp": 1500})
     (down,) = lines
-    mixed = footprint.fallbacks(LLAMA, SMOLLM2, "q4_k_m")
+    mixed = cost.fallbacks(LLAMA, SMOLLM2, "q4_k_m")
     embedding = next(line for line in mixed if "embed" in line)
     # 16 bits instead of 4.5 for 30 layers of 576 × 1500
     extra = 30 * 576 * 1500 * (16 - 4.5) / 8
@@ -62,15 +63,15 @@ def test_what_a_misfit_costs_is_told() -> None:
     assert "rows of 576 are no multiple of 256: q8_0 in place of q6_k for 15 tensors" in embedding
     extra = (49152 + 14 * 192) * 576 * (8.5 - 6.5625) / 8
     assert f"{extra / 1e6:+,.1f} MB" in embedding
-    assert footprint.fallbacks(LLAMA, SMOLLM2, "q4_0") == []
+    assert cost.fallbacks(LLAMA, SMOLLM2, "q4_0") == []
 
 
 def test_memory_by_hand() -> None:
     cache = 2 * 30 * 3 * 64 * 2048 * 2
     wide = 512 * (3 * 576 + (9 + 6) * 64 + 2 * 1536 + 2048) + 49152
     expected = 2 * 134_515_008 + cache + 4 * wide
-    assert footprint.ram_bytes(LLAMA, SMOLLM2, "bf16", 2048) == expected
-    fewer = footprint.ram_bytes(LLAMA, SMOLLM2, "bf16", 2048, {"kv_heads": 1, "heads": 3})
+    assert cost.ram_bytes(LLAMA, SMOLLM2, "bf16", 2048) == expected
+    fewer = cost.ram_bytes(LLAMA, SMOLLM2, "bf16", 2048, {"kv_heads": 1, "heads": 3})
     assert fewer < expected - 2 * cache // 3
 
 
@@ -123,13 +124,13 @@ def test_small_limits_are_kept_by_cutting_all_axes() -> None:
 def test_a_limit_that_nobody_can_keep_names_the_least() -> None:
     least = smallest(LLAMA, SMOLLM2, 32)
     families.check_sizes(LLAMA, SMOLLM2, least, 32)
-    takes = footprint.file_bytes(LLAMA, SMOLLM2, "bf16", least) / 1e6
+    takes = cost.file_bytes(LLAMA, SMOLLM2, "bf16", least) / 1e6
     target = target_of(LLAMA, SMOLLM2, PruneConfig(max_bytes="1MB"))
     with pytest.raises(
         UserError, match=rf"max_bytes 1\.0 MB: the smallest .* takes {takes:.1f} MB"
     ):
         candidates(LLAMA, SMOLLM2, target, 32)
-    reachable = PruneConfig(max_bytes=str(footprint.file_bytes(LLAMA, SMOLLM2, "bf16", least)))
+    reachable = PruneConfig(max_bytes=str(cost.file_bytes(LLAMA, SMOLLM2, "bf16", least)))
     assert candidates(LLAMA, SMOLLM2, target_of(LLAMA, SMOLLM2, reachable), 32)
     target = target_of(LLAMA, SMOLLM2, PruneConfig(max_bytes="900MB"))
     with pytest.raises(UserError, match=r"the whole model takes 269\.0 MB in bf16: nothing to cut"):

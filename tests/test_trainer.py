@@ -24,12 +24,12 @@ from transformers import TrainerCallback
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from regrow.data import Blocks
-from regrow.data.blocks import IGNORED
+from regrow.data.sequences import IGNORED
 from regrow.errors import UserError
-from regrow.progress import Progress
+from regrow.runtime.progress import Progress
 from regrow.training import objective
 from regrow.training.callbacks import Journal, Pace
-from regrow.training.mix import Mix
+from regrow.training.loss_weights import Mix
 from regrow.training.objective import bind_loss
 from regrow.training.trainer import DistillTrainer
 

@@ -21,8 +21,8 @@ from tiny_training import (
     train,
 )
 
-from regrow.data.blocks import IGNORED
-from regrow.training.mix import Mix
+from regrow.data.sequences import IGNORED
+from regrow.training.loss_weights import Mix
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import final_hidden
 from regrow.training.trainer import DistillTrainer

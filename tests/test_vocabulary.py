@@ -13,10 +13,11 @@ from tiny_tokenizer import BYTES, KINDS, SENTENCES, tiny_tokenizer_of
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from regrow.checkpoint import Checkpoint, carry
+from regrow.checkpoint import Checkpoint
+from regrow.checkpoint.checkpoint import carry
 from regrow.errors import UserError
-from regrow.stages.prune.tokenizer import cut_ids, cut_rules, read_rules, tokens_of, write_tokenizer
-from regrow.stages.prune.vocabulary import choose_vocab, pieces_of, required, shrink
+from regrow.pruning.tokenizer import cut_ids, cut_rules, read_rules, tokens_of, write_tokenizer
+from regrow.pruning.vocabulary import choose_vocab, pieces_of, required, shrink
 
 HOSTILE = [
     *SENTENCES,

@@ -18,25 +18,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from regrow import families
 from regrow.checkpoint import Checkpoint
+from regrow.config import Options
 from regrow.data import build_blocks
-from regrow.data.blend import Job, blend
+from regrow.data.sequences import Job, blend
 from regrow.errors import UserError
-from regrow.options import Options
 from regrow.plan import Plan, compose
-from regrow.stages.distill import DistillConfig, distill
-from regrow.stages.evaluate import EvaluateConfig, evaluate
-from regrow.stages.evaluate.stage import EVALUATION
+from regrow.profile_folder import Profile
+from regrow.pruning.config import PruneConfig
+from regrow.pruning.cut import check, cut_folder, cut_model
+from regrow.search.score import Trial
+from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.stage import distill
+from regrow.stages.evaluate.config import EvaluateConfig
+from regrow.stages.evaluate.stage import EVALUATION, evaluate
 from regrow.stages.evaluate.texts import opening
-from regrow.stages.profile import ProfileConfig, profile
-from regrow.stages.profile.tokens import count_tokens
-from regrow.stages.prune import PruneConfig, prune
-from regrow.stages.prune.cut import check, cut_folder, cut_model
-from regrow.statistics import Profile
-from regrow.training.mix import Mix
+from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile.passes import count_tokens
+from regrow.stages.profile.stage import profile
+from regrow.stages.prune.stage import prune
+from regrow.training.loss_weights import Mix
 from regrow.training.objective import bind_loss
+from regrow.training.shared_tokens import teacher_ids
 from regrow.training.teacher import Teacher
-from regrow.training.tokens import teacher_ids
-from regrow.trial import Trial
 
 OPTIONS = Options(device="cpu", batch_size=4, order="resident")
 KEPT = [0, 1, *range(3, 384, 5)]

@@ -13,10 +13,9 @@ import pytest
 from report_run import write_manifest, write_metrics, write_run
 from rich.console import Console
 
-import regrow.watch
-from regrow.cli import main
-from regrow.watch.state import RunState, read
-from regrow.watch.view import frame, sparkline
+from regrow.cli import watch
+from regrow.cli.main import main
+from regrow.cli.watch import RunState, frame, read, sparkline
 
 NOW = 1_000_000.0
 
@@ -159,9 +158,9 @@ class Terminal(io.StringIO):
 def test_it_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, after = read(running(tmp_path)), read(published(tmp_path / "later"))
     left = [before, before, after]
-    monkeypatch.setattr(regrow.watch, "read", lambda folder: left.pop(0))
+    monkeypatch.setattr(watch, "read", lambda folder: left.pop(0))
     monkeypatch.setattr(sys, "stdout", Terminal())
-    regrow.watch.watch(tmp_path, every=0.01)
+    watch.watch(tmp_path, every=0.01)
     assert left == []
     assert isinstance(sys.stdout, Terminal)
     assert "▶ running" in sys.stdout.getvalue() and "complete" in sys.stdout.getvalue()

@@ -10,7 +10,8 @@ from tiny_distillation import CONFIG, OPTIONS, data
 from torch import Tensor
 
 from regrow.checkpoint import Checkpoint
-from regrow.stages.cache import CacheConfig, cache
+from regrow.stages.cache.config import CacheConfig
+from regrow.stages.cache.stage import cache
 from regrow.training.head import Head
 
 TOKENS = CONFIG.tokens

@@ -12,11 +12,12 @@ from tiny_models import random_plan, tiny_config
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from regrow.config import Options
 from regrow.data import DataConfig, build_blocks
-from regrow.manifest import read
-from regrow.options import Options
-from regrow.stages.distill import DistillConfig
-from regrow.stages.prune import PruneConfig, prune
+from regrow.pruning.config import PruneConfig
+from regrow.stage_dir import read
+from regrow.stages.distill.config import DistillConfig
+from regrow.stages.prune.stage import prune
 
 STEPS = 12
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from tiny_folders import write_text
 
-from regrow.cli import main
+from regrow.cli.main import main
 
 __all__ = ["write_text"]
 

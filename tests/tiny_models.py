@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from regrow import families
-from regrow.checkpoint import experts_option
+from regrow.checkpoint.checkpoint import experts_option
 from regrow.plan import Plan
 
 COMMON: dict[str, Any] = {

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 
 from regrow import families
 from regrow.checkpoint import Checkpoint
+from regrow.config import Options
 from regrow.data import Blocks, build_blocks
-from regrow.options import Options
 from regrow.plan import Plan
-from regrow.stages.profile import ProfileConfig, profile
-from regrow.stages.prune.choose import choose
-from regrow.statistics import Profile
+from regrow.profile_folder import Profile
+from regrow.pruning.choose import choose
+from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile.stage import profile
 
 OPTIONS = Options(device="cpu", batch_size=4, order="resident")
 

@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 
 from regrow import plugins
 from regrow.plan import Plan
-from regrow.stages.prune.cut import cut_model
-from regrow.training.inside import give_attentions
-from regrow.training.match import Match
-from regrow.training.mix import Mix
-from regrow.training.signal_mix import SIGNALS, SignalMix
+from regrow.pruning.cut import cut_model
+from regrow.training.feature_loss_weights import SIGNALS, SignalMix
+from regrow.training.layer_mapping import Match, give_attentions
+from regrow.training.loss_weights import Mix
 from regrow.training.teacher import Teacher, scored
 
 NAMES = plugins.names(SIGNALS)

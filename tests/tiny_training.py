@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from regrow.data import Blocks
-from regrow.data.blocks import IGNORED
-from regrow.training.mix import Mix
+from regrow.data.sequences import IGNORED
+from regrow.training.loss_weights import Mix
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
 from regrow.training.trainer import DistillTrainer

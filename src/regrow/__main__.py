@@ -1,5 +1,5 @@
 """`python -m regrow` is the command `regrow`."""
 
-from regrow.cli import entry
+from regrow.cli.main import entry
 
 entry()

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from regrow.checkpoint import Checkpoint, experts_option
+from regrow.checkpoint import Checkpoint
+from regrow.checkpoint.checkpoint import experts_option
 from regrow.families import Family, in_memory
 
 LAYER = "model.layers.{layer}"
@@ -110,7 +111,7 @@ class LayerByLayer:
         read: Callable[[str], Tensor] | None = None,
         dtype: torch.dtype | None = None,
     ) -> LayerByLayer:
-        """The model of a checkpoint; `read` in place of its tensors, `dtype` of its compute dtype."""
+        """The model of a checkpoint; `read` replaces its tensors, `dtype` its compute dtype."""
         config = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
         given, kind = read or checkpoint.tensor, dtype or checkpoint.compute_dtype()
         return cls(family, config, checkpoint.names(), given, kind, device)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from regrow.data import chat
 from regrow.data.config import DataConfig, Split
-from regrow.data.sections import sections
+from regrow.data.wikitext import sections
 from regrow.errors import UserError
 
 ALLOWED = "`text`, `prompt` + `completion`, `question` + `answer`, or `messages`"

@@ -18,7 +18,7 @@ from typing import IO, NamedTuple
 
 from regrow.data.files import check_sha256, sha256_of
 from regrow.errors import UserError
-from regrow.progress import say
+from regrow.runtime.progress import say
 
 PREFIX = "package:"
 SPEC = re.compile(r"package:(?P<name>\w[\w.-]*)==(?P<version>\w[\w.+!-]*)/(?P<inside>.+)")

@@ -1,17 +1,48 @@
-"""From the name of a source to its rows."""
+"""From the name of a source to its rows: files, folders, packages, datasets on the hub.
+
+A digest of all that a job reads tells, when the job is run again, whether a file has changed.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from regrow import plugins
-from regrow.data import hub, packages
+from regrow import plugins, stage_dir
+from regrow.config import cache_folder
+from regrow.data import packages
 from regrow.data.config import DataConfig, SourceConfig
 from regrow.data.files import check_sha256, plain_name, sha256_of
 from regrow.errors import UserError
-from regrow.options import cache_folder
+
+ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?")
+
+
+def read(source: str) -> Iterator[dict[str, Any]]:
+    """Rows of `org/name`, `org/name:split` or `org/name@config:split`; without a split, of train.
+
+    Raises UserError, in one line, when the hub cannot be reached or has no such dataset.
+    """
+    found = ID.fullmatch(source)
+    assert found is not None, source
+    import datasets  # slow to import, and only hub sources need it
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        rows = datasets.load_dataset(
+            found["name"], found["config"], split=found["split"] or "train", streaming=True
+        )
+        yield from rows
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{source}: no such local path, and the hub gave no rows ({reason}); check the name "
+            "and the network, or use a file"
+        ) from error
+
 
 READERS = "regrow.data.readers"
 
@@ -21,7 +52,7 @@ def rows(source: SourceConfig, cache: Path | None = None) -> Iterator[tuple[str,
     if _is_hub(source):
         if source.sha256 is not None or source.reader is not None:
             raise UserError(f"{source.source}: sha256 and reader are for files, not for a hub id")
-        for number, row in enumerate(hub.read(source.source), start=1):
+        for number, row in enumerate(read(source.source), start=1):
             yield f"{source.source}, row {number}", row
         return
     for path in resolve(source, cache):
@@ -97,7 +128,29 @@ def _hidden(path: Path, folder: Path) -> bool:
 def _is_hub(source: SourceConfig) -> bool:
     """A hub id, unless there is such a path or the name ends like a file a reader reads."""
     name = source.source
-    if hub.ID.fullmatch(name) is None or Path(name).exists():
+    if ID.fullmatch(name) is None or Path(name).exists():
         return False
     endings = tuple(e for several in _endings().values() for e in several if e.startswith("."))
     return not plain_name(Path(name)).endswith(endings)
+
+
+def data_digest(data: DataConfig) -> str:
+    """SHA-256 over the config and, for local sources, each file's name and content.
+
+    Not over its time of change: text that was copied or fetched again is the same text.
+    """
+    found = []
+    for source in data.sources:
+        path = Path(source.source).expanduser()
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in files:
+            if file.is_file():
+                stat = file.stat()
+                found.append([file.name, _content(file, stat.st_size, stat.st_mtime_ns)])
+    return stage_dir.digest(data.model_dump(mode="json"), found)
+
+
+@lru_cache(maxsize=4096)
+def _content(path: Path, size: int, changed: int) -> str:
+    """Read once a process, unless the file was changed meanwhile."""
+    return sha256_of(path)

@@ -10,8 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from regrow.families._rows import Place
-from regrow.families._table import Family
+from regrow.families._table import Family, Place
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from regrow.errors import UserError
-from regrow.families._rows import NAMED
-from regrow.families._table import Family
+from regrow.families._table import NAMED, Family
 
 
 def check_sizes(

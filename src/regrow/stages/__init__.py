@@ -1,1 +1,1 @@
-"""The stages: each reads a folder and writes a folder; none imports another."""
+"""The stages, a folder each; `regrow/stage.py` says what such a folder holds."""

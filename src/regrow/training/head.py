@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from regrow.errors import UserError
 from regrow.training.cache.sparse import Sparse
-from regrow.training.mix import Mix
+from regrow.training.loss_weights import Mix
 from regrow.training.products import add_product, exact_dtype, product, split
 
 CHUNK_ELEMENTS = 1 << 24  # logits of a chunk: 64 MB in float32

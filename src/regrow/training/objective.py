@@ -14,16 +14,15 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from regrow.training.blend import BlendedTeacher
 from regrow.training.cache.sparse import Sparse
 from regrow.training.cache.teacher import CachedTeacher
 from regrow.training.callbacks import CHOSEN_BY
+from regrow.training.cross_tokenizer.teacher import SpanTeacher
+from regrow.training.feature_loss_weights import SignalMix
 from regrow.training.head import head_loss, head_of
-from regrow.training.inside import inside
-from regrow.training.mix import Mix
-from regrow.training.signal_mix import SignalMix
-from regrow.training.spans.teacher import SpanTeacher
-from regrow.training.teacher import States, Teacher, hidden_states, scored
+from regrow.training.layer_mapping import inside
+from regrow.training.loss_weights import Mix
+from regrow.training.teacher import BlendedTeacher, States, Teacher, hidden_states, scored
 
 AnyTeacher: TypeAlias = Teacher | CachedTeacher | BlendedTeacher | SpanTeacher
 Batch: TypeAlias = dict[str, Tensor]

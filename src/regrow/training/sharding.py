@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from regrow import ranks
+from regrow.config import Options
 from regrow.errors import UserError
-from regrow.options import Options
+from regrow.runtime import distributed
 
 WHOLE = "pytorch_model_fsdp.bin"
 """In a checkpoint of a sharded run: the weights, put together."""
@@ -32,7 +32,7 @@ def require(options: Options, device: torch.device, adapter: str) -> None:
         _require_deepspeed(Path(options.deepspeed), is_sharded(options))
     if not is_sharded(options):
         return
-    if ranks.world_size() < 2:
+    if distributed.world_size() < 2:
         raise UserError("sharding fsdp needs several processes: start with torchrun, or leave it")
     if device.type == "cpu":
         raise UserError("sharding fsdp needs GPUs (accelerate shards nothing on the CPU): leave it")
@@ -75,7 +75,7 @@ def share(model: PreTrainedModel, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (ranks.world_size(),))
+    mesh = init_device_mesh(device.type, (distributed.world_size(),))
     names = set(model._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     inside = {parameter for block in blocks for parameter in block.parameters()}

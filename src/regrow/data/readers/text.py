@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow.data.files import open_text
-from regrow.data.sections import sections
+from regrow.data.wikitext import sections
 
 ENDINGS = (".txt",)
 

@@ -1,19 +1,120 @@
-"""Cache: run the teacher once over the text, and store what it says for distillations to come."""
+"""Cache: run a teacher once over the text of later distillations, and store its outputs."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from regrow.config import Options
+from regrow.data.config import DataConfig
+from regrow.stage import RecipePlan, RecipeRun, Stage, Step
+from regrow.stages._flags import Text, open_model, print_lines
 from regrow.stages.cache.config import CacheConfig
 
 if TYPE_CHECKING:
-    from regrow.stages.cache.stage import cache
-
-__all__ = ["CacheConfig", "cache"]
+    from regrow.checkpoint import Checkpoint
 
 
-def __getattr__(name: str) -> Any:
-    if name != "cache":
-        raise AttributeError(name)
-    return import_module("regrow.stages.cache.stage").cache
+class CacheStage(Stage):
+    """Takes a teacher; leaves a cache of it, which distillations that follow learn from."""
+
+    config = CacheConfig
+    takes_teacher = True
+    reads = ("heldout", "train")
+
+    def command(  # type: ignore[override]
+        self,
+        teacher: Annotated[Positional[str], tyro.conf.arg(metavar="TEACHER")],
+        text: OmitArgPrefixes[Text],
+        out: Path,
+        caching: OmitArgPrefixes[CacheConfig] = CacheConfig(),
+        machine: OmitArgPrefixes[Options] = Options(),
+        dry_run: bool = False,
+    ) -> None:
+        """Run a teacher once over the text of later distillations, and store its outputs.
+
+        Args:
+            teacher: Hugging Face folder, hub id, GGUF file, or package:NAME.
+            out: Folder to write the cache to; a finished cache is added to.
+            caching: How much to store, and in which format.
+            machine: Device and batch size.
+            dry_run: Check everything and print what would be done.
+        """
+        from regrow.stages.cache.stage import cache
+
+        checkpoint, data = open_model(teacher), text.blend()
+        if dry_run:
+            print_lines(estimate(checkpoint, data, caching), out)
+            return
+        cache(checkpoint, data, out, caching, machine)
+
+    def check(self, step: Step, plan: RecipePlan) -> None:
+        """Raise UserError for a text, format or teacher that cannot be cached."""
+        from regrow.stages.cache.stage import header_of
+
+        header_of(_teacher(step, plan), plan.data, step.config)
+
+    def dry_run(self, step: Step, plan: RecipePlan) -> list[str]:
+        """Tokens, disk and time."""
+        config = fitted(step, plan.steps, plan.model)
+        return estimate(_teacher(step, plan), plan.data, config)
+
+    def leave(self, step: Step, plan: RecipePlan) -> None:
+        """There is a cache of this teacher."""
+        plan.caches[step.teacher or plan.model] = step.config.format
+
+    def run(self, step: Step, run: RecipeRun, folder: str) -> None:
+        """Cache the teacher."""
+        from regrow.stages.cache.stage import cache
+
+        teacher, config = step.teacher or run.model, fitted(step, run.steps, run.model)
+        run.caches[teacher] = cache(teacher, run.data, run.folder(folder), config, run.options)
+
+
+def _teacher(step: Step, plan: RecipePlan) -> Checkpoint:
+    from regrow.checkpoint import load
+
+    return plan.checkpoint if step.teacher is None else load(step.teacher)
+
+
+def fitted(step: Step, steps: list[Step], model: str) -> CacheConfig:
+    """The stage's config; what it leaves open is set for the distillations that follow.
+
+    `tokens` and `heldout_blocks` are then those of the largest distillation after it with the same
+    teacher; `model` is the recipe's model.
+    """
+    config: CacheConfig = step.config
+    needs: list[dict[str, int]] = [
+        later.stage.needs_of_cache(later)
+        for later in steps[steps.index(step) + 1 :]
+        if (later.teacher or model) == (step.teacher or model)
+    ]
+    largest: dict[str, int] = {}
+    for need in needs:
+        for name, value in need.items():
+            largest[name] = max(value, largest.get(name, 0))
+    given = config.model_fields_set
+    return config.model_copy(update={k: v for k, v in largest.items() if k not in given})
+
+
+def estimate(teacher: Checkpoint, data: DataConfig, config: CacheConfig) -> list[str]:
+    """Tokens, disk and time of a cache: one pass, 2 N operations per token."""
+    from regrow.cost import active, matmul_rate
+    from regrow.runtime.progress import clock
+    from regrow.stages.cache.stage import header_of
+
+    form = header_of(teacher, data, config).formats()["train"]
+    heldout = config.heldout_blocks * data.sequence_length
+    seconds = (config.tokens + heldout) * 2 * active(teacher) / matmul_rate()
+    size = config.tokens * form.bytes_per_token()
+    return [
+        f"cache: {config.format}, {config.tokens:,} tokens to train on and {heldout:,} held out",
+        f"  disk at most {size / 1e9:.2f} GB ({form.bytes_per_token():,.0f} bytes per token), time "
+        f"at best {clock(seconds)}",
+    ]
+
+
+STAGE = CacheStage()

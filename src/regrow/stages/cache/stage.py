@@ -6,18 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from regrow import families, manifest, ranks
+from regrow import families, stage_dir
 from regrow.checkpoint import Checkpoint, load
+from regrow.config import Options
 from regrow.data import Blocks, DataConfig, build_blocks
-from regrow.data.blocks import IGNORED
-from regrow.data.digest import data_digest
+from regrow.data.sequences import IGNORED
+from regrow.data.sources import data_digest
 from regrow.errors import UserError
-from regrow.manifest import Figure, Stage, refuse_input, require_space
-from regrow.options import Options
-from regrow.progress import Progress, progress, say
+from regrow.runtime import distributed
+from regrow.runtime.progress import Progress, progress, say
+from regrow.stage_dir import Figure, Stage, refuse_input, require_space
 from regrow.stages.cache.config import CacheConfig
-from regrow.training.cache.error import CONVENTIONS, errors
 from regrow.training.cache.folder import (
     HEADER,
     SPLITS,
@@ -27,11 +28,64 @@ from regrow.training.cache.folder import (
     shared_ids,
     tokenizer_fingerprint,
 )
-from regrow.training.cache.formats import Format, make
+from regrow.training.cache.formats import Format, log_probabilities, make
+from regrow.training.cache.sparse import Sparse
 from regrow.training.cache.store import Store, write_shard
 from regrow.training.cache.teacher import head_from
-from regrow.training.head import refuse_scaled
+from regrow.training.head import Head, refuse_scaled
 from regrow.training.teacher import Teacher, scored
+
+CONVENTIONS = {
+    "hidden": "KL(teacher || stored), held-out",
+    "topk": "KL(teacher || stored) over k + 1 buckets, held-out",
+    "samples": "KL(stored || teacher), held-out: noise of zero mean",
+}
+
+
+def errors(
+    form: Format, hidden_NH: Tensor, head: Head, key: bytes, vocab_size: int
+) -> dict[str, Tensor]:
+    """Per token [N] of a block, by name: `error`, by CONVENTIONS, in nats.
+
+    For k + 1 buckets also `tail`, the mass of the last, and `tail evenly`: the KL over the whole
+    vocabulary when the tail is spread evenly over its ids.
+    """
+    stored = form.decode(form.encode(hidden_NH, head, key))
+    found: list[dict[str, Tensor]] = []
+    done = 0
+    for log_p_NV in log_probabilities(hidden_NH, head, vocab_size):
+        part = slice(done, done + len(log_p_NV))
+        done = part.stop
+        if isinstance(stored, Sparse):
+            sparse = stored[part].to(log_p_NV.device)
+            found.append(_of_sparse(log_p_NV, sparse))
+        else:
+            states_NH = stored[part].to(hidden_NH)
+            (log_q_NV,) = log_probabilities(states_NH, head, vocab_size)
+            found.append({"error": _sum(log_p_NV.exp(), log_p_NV - log_q_NV)})
+    return {name: torch.cat([each[name] for each in found]) for name in found[0]}
+
+
+def _of_sparse(log_p_NV: Tensor, sparse: Sparse) -> dict[str, Tensor]:
+    known_NK, share_NK = log_p_NV.gather(-1, sparse.ids_NK), sparse.probability_NK
+    if sparse.tail_N is None:
+        return {"error": (torch.xlogy(share_NK, share_NK) - share_NK * known_NK).sum(-1)}
+    known = _sum(known_NK.exp(), known_NK - share_NK.log())
+    rest_NV = log_p_NV.scatter(-1, sparse.ids_NK, -torch.inf)
+    log_rest_N = rest_NV.logsumexp(-1)
+    rest_N, log_tail_N = log_rest_N.exp(), sparse.tail_N.log()
+    within = torch.xlogy(rest_NV.exp(), rest_NV.exp()).sum(-1)  # Σ p log p over the tail
+    each = log_tail_N - torch.tensor(log_p_NV.shape[1] - known_NK.shape[1]).log()
+    return {
+        "error": known + rest_N * (log_rest_N - log_tail_N),
+        "tail": rest_N,
+        "tail evenly": known + within - rest_N * each,
+    }
+
+
+def _sum(p: Tensor, difference: Tensor) -> Tensor:
+    return (p * difference).sum(-1)
+
 
 SHARD_TOKENS = 1 << 15
 """Tokens of a shard, about: what a kill loses at most."""
@@ -65,18 +119,18 @@ def cache(
         "train": build_blocks(data, tokenizer, "train", -(-config.tokens // data.sequence_length)),
     }
     _check_space(stage, header, blocks)
-    ranks.join(cpu=device.type == "cpu")
+    distributed.join(cpu=device.type == "cpu")
     with stage as folder:
-        if ranks.is_main():
+        if distributed.is_main():
             _tidy(folder, stage)
-        ranks.wait()
+        distributed.wait()
         todo = {split: missing_blocks(b, Store(folder / split)) for split, b in blocks.items()}
-        ranks.wait()  # before anything is written, so that all ranks see the same to do
+        distributed.wait()  # before anything is written, so that all ranks see the same to do
         if any(todo.values()):
             model = Teacher(master.model(torch.bfloat16, device))
             stage.figures.append(_fill(folder, header, model, blocks, todo, options.batch_size))
-        ranks.wait()
-        if ranks.is_main():
+        distributed.wait()
+        if distributed.is_main():
             _finish(stage, folder, header, master, device)
     return out
 
@@ -116,7 +170,7 @@ def _tidy(folder: Path, stage: Stage) -> None:
         (folder / split).mkdir(exist_ok=True)
         for path in sorted((stage.out / split).glob("*.safetensors")) if extends else ():
             if not (folder / split / path.name).exists():
-                manifest.link(str(path), str(folder / split / path.name))
+                stage_dir.link(str(path), str(folder / split / path.name))
         for path in [*(folder / split).glob("*.partial-*"), *Store(folder / split).broken]:
             path.unlink()
 
@@ -134,7 +188,7 @@ def _check_space(stage: Stage, header: Header, blocks: dict[str, Blocks]) -> Non
 
 def _extends(stage: Stage) -> bool:
     """Whether there is a finished cache of the same teacher and format."""
-    found = manifest.read(stage.out)
+    found = stage_dir.read(stage.out)
     return found is not None and found.get("resume_digest") == stage.resume_digest
 
 
@@ -152,7 +206,7 @@ def _fill(
     with progress("cache", count) as counter:
         for split, missing in todo.items():
             shards = list(_shards(missing, max(1, SHARD_TOKENS // length)))
-            for shard in shards[ranks.rank() :: ranks.world_size()]:
+            for shard in shards[distributed.rank() :: distributed.world_size()]:
                 rows = _encode(forms[split], teacher, blocks[split], shard, batch_size, counter)
                 write_shard(folder / split, dict(rows))
         seconds = counter.seconds()
@@ -189,7 +243,7 @@ def _encode(
             key = next(keys)
             stored = form.encode(states_TH[mask_T], teacher.head, key)
             yield key, {**stored, "tokens": mask_T.sum()[None].cpu()}
-        counter.advance(batch["input_ids"].numel() * ranks.world_size())
+        counter.advance(batch["input_ids"].numel() * distributed.world_size())
 
 
 def _finish(
@@ -212,7 +266,7 @@ def _finish(
     ]
     figures = {**found, "bytes per token": size / tokens}
     header = header.model_copy(update={"figures": figures})
-    manifest.write_json(folder / HEADER, header.model_dump(mode="json"))
+    stage_dir.write_json(folder / HEADER, header.model_dump(mode="json"))
     for figure in stage.figures:
         number = f"{figure.value:,.{0 if figure.value >= 1000 else 5}f}"
         say(f"cache: {figure.name} {number} {figure.unit} {figure.convention}".rstrip())

@@ -1,19 +1,198 @@
-"""Distill: train a student to give the teacher's next-token distribution."""
+"""Distill: train a student towards its teacher's next-token distribution."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from regrow.config import Options
+from regrow.data.config import DataConfig
+from regrow.errors import UserError
+from regrow.stage import RecipePlan, RecipeRun, Stage, Step
+from regrow.stages._flags import Text, open_model, print_lines
 from regrow.stages.distill.config import DistillConfig
 
 if TYPE_CHECKING:
-    from regrow.stages.distill.stage import distill
+    from regrow.checkpoint import Checkpoint
+    from regrow.stages.distill.student import Student
 
-__all__ = ["DistillConfig", "distill"]
+
+class DistillStage(Stage):
+    """Takes the current model, and caches and answers if there are any; leaves it trained."""
+
+    config = DistillConfig
+    takes_teacher = True
+    changes_weights = True
+    needs_plain_weights = True
+    reads = ("heldout", "train")
+
+    def command(  # type: ignore[override]
+        self,
+        student: Annotated[Positional[str], tyro.conf.arg(metavar="STUDENT")],
+        teacher: str,
+        text: OmitArgPrefixes[Text],
+        out: Path,
+        training: OmitArgPrefixes[DistillConfig] = DistillConfig(),
+        machine: OmitArgPrefixes[Options] = Options(),
+        dry_run: bool = False,
+    ) -> None:
+        """Train a student towards its teacher's next-token distribution.
+
+        Args:
+            student: A pruned or otherwise smaller model, or a config.json for a fresh one.
+            teacher: The model to learn from; for one of another tokenizer see --cross-tokenizer.
+            out: Folder to write the distilled model to.
+            training: Budget, losses and schedule.
+            machine: Device, batch size, and how the models lie in memory.
+            dry_run: Check everything and print what would be done.
+        """
+        from regrow.stages.distill.stage import distill
+        from regrow.stages.distill.student import open_student
+
+        known = open_model(teacher)
+        opened = open_student(student if student.endswith(".json") else open_model(student), known)
+        data = text.blend()
+        if dry_run:
+            print_lines(estimate(opened, known, data, training, machine), out)
+            return
+        distill(student, known, data, out, training, machine)
+
+    def check(self, step: Step, plan: RecipePlan) -> None:
+        """Raise UserError for losses, budget, answers or cache that do not fit together."""
+        from regrow.stages.distill.setup import budget_of
+        from regrow.stages.distill.student import Student, check_student
+        from regrow.stages.distill.teacher import check_loss, hold_of, open_blend
+        from regrow.stages.distill.text import digests_of, mix_of, text_of
+        from regrow.training.cache.folder import Cache
+
+        config, options = step.config, plan.options
+        budget_of(config, plan.data, options)
+        hold_of(config, options)
+        check_student(Student(plan.checkpoint), config, options)
+        open_blend(config, plan.checkpoint)
+        text = text_of(plan.data, config)
+        mix_of(config, text)
+        digests_of(config)
+        if config.cache is not None:
+            check_loss(config, Cache(config.cache).header.format, text)
+        if config.cache or (step.teacher or plan.model) in plan.caches:
+            _check_cached(step, plan)
+
+    def accepts_teacher(self, step: Step, plan: RecipePlan, teacher: Checkpoint) -> bool:
+        """Whether the two tokenizers may differ: for a loss across tokenizers."""
+        from regrow.stages.distill.cross_tokenizer import aligner_of
+
+        return bool(aligner_of(step.config, plan.checkpoint, teacher, plan.options))
+
+    def dry_run(self, step: Step, plan: RecipePlan) -> list[str]:
+        """Steps, memory and time."""
+        from regrow.checkpoint import load
+        from regrow.cost import parameters
+
+        config = step.config
+        names = [step.teacher or plan.model, *config.blend]
+        teachers = sum(parameters(load(name)) for name in names)
+        if (step.teacher or plan.model) in plan.caches:
+            config = config.model_copy(update={"cache": "cached by then"})
+        return training_lines(plan.parameters, teachers, plan.data, config, plan.options)
+
+    def run(self, step: Step, run: RecipeRun, folder: str) -> None:
+        """Distil by the cache and answers of the stages before it, unless it names its own."""
+        from regrow.stages.distill.stage import distill
+
+        config, teacher = step.config, step.teacher or run.model
+        if config.cache is None and teacher in run.caches:
+            config = config.model_copy(update={"cache": str(run.caches[teacher])})
+        if config.answers is None and teacher in run.answers:
+            config = config.model_copy(update={"answers": str(run.answers[teacher])})
+        if config.own_answers is None and run.own_answers is not None:
+            config = config.model_copy(update={"own_answers": str(run.own_answers)})
+        metrics = run.out / "metrics.jsonl"
+        given = (run.current, teacher, run.data, run.folder(folder), config, run.options)
+        distill(*given, journal=metrics)
+        run.add("distilled", run.folder(folder))
+
+    def needs_of_cache(self, step: Step) -> dict[str, int]:
+        """Tokens and held-out sequences that it will read of a cache."""
+        from regrow.stages.distill.setup import steps_in
+
+        config = step.config
+        tokens = steps_in(config) * config.batch_tokens
+        return {"tokens": tokens, "heldout_blocks": config.heldout_blocks}
+
+    def inputs(self, step: Step) -> Iterable[str]:
+        """Fingerprints of the further teachers."""
+        from regrow.checkpoint import load
+
+        return [load(name).fingerprint for name in sorted(step.config.blend)]
 
 
-def __getattr__(name: str) -> Any:
-    if name != "distill":
-        raise AttributeError(name)
-    return import_module("regrow.stages.distill.stage").distill
+def _check_cached(step: Step, plan: RecipePlan) -> None:
+    """Raise UserError for what a cache cannot teach."""
+    from regrow.stages.distill.teacher import FEWER_TOKENS, check_blend, check_loss, hold_of
+
+    teacher = step.teacher or plan.model
+    if plan.fewer_tokens:
+        raise UserError(FEWER_TOKENS)
+    cached = step.config.model_copy(update={"cache": "of the recipe"})
+    check_blend(cached)
+    hold_of(cached, plan.options)
+    if plan.answers & {teacher, ""}:
+        raise UserError(
+            "a cache is of the data's text, and this distillation takes the answers of a generate "
+            "stage: leave out the cache"
+        )
+    if step.config.cache is None:
+        check_loss(step.config, plan.caches[teacher], plan.data)
+
+
+def estimate(
+    student: Student,
+    teacher: Checkpoint,
+    data: DataConfig,
+    config: DistillConfig,
+    options: Options,
+) -> list[str]:
+    """Steps, memory and time of a distillation: 2 N_teacher + 6 N_student operations per token."""
+    from regrow.cost import parameters
+    from regrow.stages.distill.student import check_student
+    from regrow.stages.distill.teacher import Opposite
+    from regrow.stages.distill.text import digests_of, mix_of, text_of
+
+    text = text_of(data, config)
+    mix_of(config, text)
+    digests_of(config)
+    opposite = Opposite.open(config, student, teacher, options, text)
+    check_student(student, config, options)
+    teachers = sum(map(parameters, opposite.checkpoints))
+    return training_lines(student.parameters, teachers, data, config, options)
+
+
+def training_lines(
+    student: int, teacher: int, data: DataConfig, config: DistillConfig, options: Options
+) -> list[str]:
+    """As `estimate`, for models of so many parameters, which need not be there yet."""
+    from regrow.cost import matmul_rate
+    from regrow.runtime.progress import clock
+    from regrow.stages.distill.setup import budget_of
+    from regrow.stages.distill.teacher import hold_of
+
+    steps, micro, accumulation = budget_of(config, data, options)
+    teacher = 0 if config.cache else teacher
+    of_teacher = {"disk": 0, "int8": teacher}.get(hold_of(config, options), 2 * teacher)
+    # Operations per token, bytes per parameter: frozen weights have no gradient and no moments.
+    work, held = {"none": (6, 16.0), "lora": (4, 2.0), "qlora": (4, 0.6)}[config.adapter]
+    seconds = config.tokens * (2 * teacher + work * student) / matmul_rate()
+    return [
+        f"distill: {steps} steps of {config.batch_tokens:,} tokens "
+        f"({accumulation} micro-batches of {micro} sequences)",
+        f"  memory {(held * student + of_teacher) / 1e9:.2f} GB for weights, gradients, optimizer "
+        f"and teacher, activations on top; time at best {clock(seconds)}",
+    ]
+
+
+STAGE = DistillStage()

@@ -13,7 +13,7 @@ from regrow.errors import unknown
 from regrow.quantization import schemes
 
 LOSSES = "regrow.training.losses"
-SIGNALS = "regrow.training.signals"
+SIGNALS = "regrow.training.feature_losses"
 
 
 class DistillConfig(Config):

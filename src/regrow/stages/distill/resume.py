@@ -1,4 +1,4 @@
-"""Where a distillation goes on from: the last whole checkpoint, or a finished, shorter run."""
+"""Where a distillation goes on: the last whole checkpoint, or a finished run of a smaller budget."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import json
 import shutil
 from pathlib import Path
 
-from regrow import manifest, ranks
-from regrow.checkpoint import Checkpoint, carry
-from regrow.manifest import Stage
-from regrow.progress import say
+from regrow import stage_dir
+from regrow.checkpoint import Checkpoint
+from regrow.checkpoint.checkpoint import carry
+from regrow.runtime import distributed
+from regrow.runtime.progress import say
+from regrow.stage_dir import Stage
 from regrow.stages.distill.config import DistillConfig
 
 TRAINER = "trainer"
+
+
 METRICS = "metrics.jsonl"
 
 
 def adopt_finished(out: Path, folder: Path, stage: Stage, config: DistillConfig) -> None:
     """Take over the trainer's state of a finished run with a smaller budget, to extend it."""
-    found = manifest.read(out)
+    found = stage_dir.read(out)
     if found is None or found.get("resume_digest") != stage.resume_digest:
         return
     if (folder / TRAINER).exists() or found["config"]["tokens"] > config.tokens:
@@ -26,7 +30,7 @@ def adopt_finished(out: Path, folder: Path, stage: Stage, config: DistillConfig)
     say(f"distill: extends {found['config']['tokens']:,} tokens")
     partial = folder / f"{TRAINER}.partial"  # a kill must not leave half of it under its name
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(out / TRAINER, partial, copy_function=manifest.link)
+    shutil.copytree(out / TRAINER, partial, copy_function=stage_dir.link)
     shutil.copyfile(out / METRICS, folder / METRICS)
     partial.rename(folder / TRAINER)
 
@@ -41,7 +45,7 @@ def last_checkpoint(trainer: Path) -> Path | None:
     for path in found:
         if _is_json(path / "trainer_state.json"):
             whole = path
-        elif ranks.is_main():
+        elif distributed.is_main():
             shutil.rmtree(path)
     return whole
 
@@ -52,7 +56,7 @@ def rescue(trainer: Path, out: Path, like: Checkpoint) -> str:
     if last is None:
         return "no checkpoint had been made yet, the student is as it was"
     kept = out.parent / f"{out.name}-stopped"
-    if ranks.is_main():
+    if distributed.is_main():
         shutil.rmtree(kept, ignore_errors=True)
         last.rename(kept)
         carry(like.folder, kept)

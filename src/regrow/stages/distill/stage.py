@@ -1,4 +1,7 @@
-"""The distill stage: a student, its teacher and text in, a better student out."""
+"""The distill stage: a student, its teacher and text in, a better student out.
+
+It goes on from the last whole checkpoint, or from a finished run with a smaller token budget.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +12,25 @@ from pathlib import Path
 
 import torch
 
-from regrow import checkpoint as checkpoints
-from regrow import ranks
 from regrow.checkpoint import Checkpoint, load
+from regrow.checkpoint import checkpoint as checkpoints
+from regrow.config import Options
 from regrow.data import Blocks, DataConfig
-from regrow.data.digest import data_digest
+from regrow.data.sources import data_digest
 from regrow.errors import UserError
-from regrow.manifest import Figure, Stage, refuse_input, require_space
-from regrow.options import Options
 from regrow.plan import FILES
-from regrow.progress import progress, say
-from regrow.stages.distill.answers import digests_of, text_of
-from regrow.stages.distill.arguments import arguments_of
-from regrow.stages.distill.compiling import compile_blocks
+from regrow.quantization.fake_quantize import bind_rounding
+from regrow.runtime import distributed
+from regrow.runtime.progress import progress, say
+from regrow.stage_dir import Figure, Stage, refuse_input, require_space
 from regrow.stages.distill.config import DistillConfig
-from regrow.stages.distill.lesson import Lesson
-from regrow.stages.distill.mix import mix_of
-from regrow.stages.distill.opposite import Opposite
 from regrow.stages.distill.resume import METRICS, TRAINER, adopt_finished, last_checkpoint, rescue
-from regrow.stages.distill.student import open_student
-from regrow.stages.distill.teaching import freeze, mass_lost, show_attentions
+from regrow.stages.distill.setup import Lesson, arguments_of
+from regrow.stages.distill.student import compile_blocks, open_student
+from regrow.stages.distill.teacher import Opposite, freeze, mass_lost, show_attentions
+from regrow.stages.distill.text import digests_of, mix_of, text_of
 from regrow.training import sharding
 from regrow.training.callbacks import CHOSEN_BY, Journal, Pace
-from regrow.training.fake_quantize import bind_rounding
 from regrow.training.objective import bind_loss
 from regrow.training.trainer import DistillTrainer
 
@@ -79,11 +78,11 @@ def distill(
     lesson = Lesson.of(pupil, opposite, mix, data, config, options)
     require_space(out, lesson.bytes())
     train, heldout = lesson.blocks(data, text)
-    ranks.join(cpu=device.type == "cpu")
+    distributed.join(cpu=device.type == "cpu")
     with stage as folder:
-        if ranks.is_main():
+        if distributed.is_main():
             adopt_finished(out, folder, stage, config)
-        ranks.wait()
+        distributed.wait()
         if device.index is not None:
             torch.cuda.set_device(device)  # the trainer takes the current one
         _teach(lesson, stage, folder, train, heldout, device, journal)
@@ -132,7 +131,7 @@ def _teach(
         if lesson.rounding is not None:
             bound.callback(bind_rounding(model, lesson.rounding))
         _train(trainer, lesson, stage.out, folder, journal)
-    if ranks.is_main():
+    if distributed.is_main():
         _write(trainer, lesson, folder)
     stage.figures += _figures(trainer, budget.steps * config.batch_tokens) + lost
 
@@ -145,7 +144,7 @@ def _train(
     batch_tokens = lesson.config.batch_tokens
     (folder / TRAINER).mkdir(exist_ok=True)
     last = last_checkpoint(folder / TRAINER)
-    ranks.wait()
+    distributed.wait()
     trainer.args.eval_on_start = last is None  # a run that goes on has that row
     if last is not None:
         sharding.require_same(last, trainer.is_fsdp_enabled)
@@ -160,7 +159,7 @@ def _train(
                 warnings.filterwarnings("ignore", message=".*pin_memory.*")
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except RuntimeError as error:  # what gloo and NCCL raise, each in its own words
-            if not ranks.lost_peer(error):
+            if not distributed.lost_peer(error):
                 raise
             kept = last_checkpoint(folder / TRAINER)
             raise UserError(

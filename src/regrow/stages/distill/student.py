@@ -3,25 +3,79 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from regrow import families, plugins
-from regrow.checkpoint import Checkpoint, load, refuse_kind
+from regrow.checkpoint import Checkpoint, load
+from regrow.checkpoint.checkpoint import refuse_kind
+from regrow.config import Options
 from regrow.errors import UserError
-from regrow.manifest import digest
-from regrow.options import Options
-from regrow.progress import say
-from regrow.stages.distill.compiling import check_compile
+from regrow.runtime.progress import say
+from regrow.stage_dir import digest
 from regrow.stages.distill.config import DistillConfig
-from regrow.training import adapters, prefix, sharding
+from regrow.training import adapters, frozen_layers, sharding
 from regrow.training.adapters import Adapter
-from regrow.training.tokens import token_ids
+from regrow.training.frozen_layers import blocks_of
+from regrow.training.objective import AnyTeacher
+from regrow.training.shared_tokens import token_ids
+from regrow.training.teacher import Teacher
+from regrow.training.teacher_placement import Hold
+
+GRAPHS = 64
+"""Kinds of blocks times ways to run them (training, measuring, a last, smaller batch), at most."""
+
+
+def check_compile(config: DistillConfig, options: Options) -> None:
+    """Raise UserError for what cannot be compiled, and for a missing compiler."""
+    if not options.torch_compile:
+        return
+    others = {
+        "signals": bool(config.signals),
+        f"fake_quantize {config.fake_quantize}": config.fake_quantize is not None,
+        f"adapter {config.adapter}": config.adapter != "none",
+        "sharding fsdp": sharding.is_sharded(options),
+        "deepspeed": options.deepspeed is not None,
+    }
+    for name, asked in others.items():
+        if asked:
+            raise UserError(f"torch_compile with {name}: not supported; leave out one of them")
+    if options.torch_device().type == "cpu" and not any(
+        map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))
+    ):
+        raise UserError("torch_compile needs a C++ compiler, and g++ is not there: install it")
+
+
+def compile_blocks(
+    student: PreTrainedModel, teacher: AnyTeacher, hold: Hold, shared: int = 0
+) -> None:
+    """Compile the blocks in place; names and weights stay, and so does what is saved.
+
+    All but the first `shared` ones, which the teacher runs for both, and not those of a teacher
+    whose weights come from disk as they run.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    models = [student]
+    if isinstance(teacher, Teacher) and hold != "disk":
+        models.append(teacher.model)
+    for model in models:
+        for block in blocks_of(model)[shared:]:
+            block.compile()
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,9 +181,9 @@ def check_student(student: Student, config: DistillConfig, options: Options) -> 
     check_compile(config, options)
     adapter = student.adapter(config, device)
     if options.torch_compile:
-        prefix.blocks_of(student.on_meta())
+        frozen_layers.blocks_of(student.on_meta())
     if config.freeze_layers:
-        prefix.check(student.on_meta(), config.freeze_layers)
+        frozen_layers.check(student.on_meta(), config.freeze_layers)
     sharding.require(options, device, config.adapter)
     return adapter
 

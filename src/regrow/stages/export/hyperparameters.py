@@ -6,7 +6,8 @@ from typing import Any
 
 from regrow.checkpoint import Checkpoint
 from regrow.families import Family
-from regrow.stages.export import limits, rope
+from regrow.stages.export import limits
+from regrow.stages.export.rope import write_rope
 
 QUANTIZATION_VERSION = 2
 """Of GGML's block formats."""
@@ -29,7 +30,7 @@ def write(writer: Any, checkpoint: Checkpoint, family: Family, config: Any) -> N
     writer.add_key_length(sizes["head_dim"])
     writer.add_value_length(sizes["head_dim"])
     writer.add_layer_norm_rms_eps(family.value(raw, "rms_norm_eps"))
-    rope.write(writer, config, sizes["head_dim"])
+    write_rope(writer, config, sizes["head_dim"])
     if "experts" in sizes:
         writer.add_expert_count(sizes["experts"])
         writer.add_expert_used_count(int(family.value(raw, "num_experts_per_tok")))

@@ -1,16 +1,18 @@
-"""Where an export goes: a stage's folder, or a .gguf file of one's choice among other files."""
+"""Where an export goes: a stage's folder, or a .gguf file of any name among other files."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from regrow import manifest
+from regrow import stage_dir
 from regrow.config import Config
 from regrow.errors import UserError
-from regrow.manifest import Stage
+from regrow.stage_dir import Stage
 
 MODELFILE = "Modelfile"
+
+
 CARD = "README.md"
 
 
@@ -35,8 +37,8 @@ class FileStage(Stage):
         return self.file.with_name(f"{self.file.stem}.{name}")
 
     def _found(self) -> dict[str, object] | None:
-        path = self._beside(manifest.NAME)
-        return manifest.read_file(path) if path.exists() else None
+        path = self._beside(stage_dir.NAME)
+        return stage_dir.read_file(path) if path.exists() else None
 
     @property
     def complete(self) -> bool:
@@ -45,8 +47,8 @@ class FileStage(Stage):
         return self.file.exists() and found is not None and found.get("digest") == self.digest
 
     def _finish(self) -> None:
-        manifest.write_json(self.partial / manifest.NAME, self.manifest())
-        (self.partial / manifest.MARK).unlink()
+        stage_dir.write_json(self.partial / stage_dir.NAME, self.manifest())
+        (self.partial / stage_dir.MARK).unlink()
         for path in sorted(self.partial.iterdir(), key=lambda path: path.suffix == ".gguf"):
             path.replace(self.file if path.suffix == ".gguf" else self._beside(path.name))
         shutil.rmtree(self.partial)

@@ -1,4 +1,4 @@
-"""Rotary positions: what llama.cpp is told of them, as keys of the file and as tensors."""
+"""Rotary positions as keys and tensors of a GGUF file."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ KNOWN = {
     "gemma3": ("default", "linear"),
 }
 """Kinds of scaling by architecture; others have default, linear and yarn."""
+
+
 BETAS = {"beta_fast": 32, "beta_slow": 1}
 """Where YaRN's ramp ends and begins, in turns over the original context."""
 
@@ -57,28 +59,6 @@ def check(config: Any, architecture: str) -> None:
 def rotated(config: Any, head_dim: int) -> int:
     """Rows of a head that are rotated."""
     return int(head_dim * (parameters(config).get("partial_rotary_factor") or 1.0))
-
-
-def write(writer: Any, config: Any, head_dim: int) -> None:
-    """Add the keys of the rotation to a GGUFWriter."""
-    from gguf import RopeScalingType
-
-    given = parameters(config)
-    writer.add_rope_dimension_count(rotated(config, head_dim))
-    writer.add_rope_freq_base(given["rope_theta"])
-    if local := config.rope_parameters.get("sliding_attention"):
-        writer.add_rope_freq_base_swa(local["rope_theta"])
-    kind = given.get("rope_type", "default")
-    if kind in ("linear", "yarn"):
-        writer.add_rope_scaling_type(RopeScalingType(kind))
-        writer.add_rope_scaling_factor(given["factor"])
-    if kind == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(_original(config))
-        _write_yarn(writer, given)
-    if kind == "longrope":
-        writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
-        writer.add_rope_scaling_orig_ctx_len(_original(config))
-        writer.add_rope_scaling_attn_factors(_long_attention(config))
 
 
 def _write_yarn(writer: Any, given: dict[str, Any]) -> None:
@@ -137,3 +117,25 @@ def _long_attention(config: Any) -> float:
         return float(given["attention_factor"])
     factor = given.get("factor") or config.max_position_embeddings / original
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def write_rope(writer: Any, config: Any, head_dim: int) -> None:
+    """Add the keys of the rotation to a GGUFWriter."""
+    from gguf import RopeScalingType
+
+    given = parameters(config)
+    writer.add_rope_dimension_count(rotated(config, head_dim))
+    writer.add_rope_freq_base(given["rope_theta"])
+    if local := config.rope_parameters.get("sliding_attention"):
+        writer.add_rope_freq_base_swa(local["rope_theta"])
+    kind = given.get("rope_type", "default")
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(RopeScalingType(kind))
+        writer.add_rope_scaling_factor(given["factor"])
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(_original(config))
+        _write_yarn(writer, given)
+    if kind == "longrope":
+        writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_orig_ctx_len(_original(config))
+        writer.add_rope_scaling_attn_factors(_long_attention(config))

@@ -1,4 +1,7 @@
-"""The export stage: a Hugging Face folder in, a GGUF file with Modelfile and model card out."""
+"""The export stage: a Hugging Face folder in, a GGUF file with Modelfile and model card out.
+
+The output is a stage's folder, or a .gguf file of any name among other files.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,17 @@ from typing import Any
 from regrow import families, llama_cpp
 from regrow.checkpoint import Checkpoint, load
 from regrow.data import DataConfig, build_blocks
-from regrow.data.digest import data_digest
+from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.families import Family
-from regrow.manifest import Figure, refuse_input
-from regrow.progress import say
-from regrow.stages.export import card, limits, modelfile, tokenizer, types, verify, writer
+from regrow.quantization import gguf_types
+from regrow.quantization.gguf_types import Stored
+from regrow.runtime.progress import say
+from regrow.stage_dir import Figure, refuse_input
+from regrow.stages.export import card, chat, limits, tensors, tokenizer, verify
+from regrow.stages.export.card import lineage_of
 from regrow.stages.export.config import ExportConfig
-from regrow.stages.export.lineage import lineage_of
 from regrow.stages.export.place import CARD, MODELFILE, stage_at
-from regrow.stages.export.types import Stored
 
 LONGEST = 512
 """Tokens of a window that is compared."""
@@ -49,9 +53,9 @@ def export(
         return target
     windows, text = _text(checkpoint, source, config, data)
     with stage as folder:
-        stored = writer.write(folder / file, source, config.type)
+        stored = tensors.write(folder / file, source, config.type)
         stage.figures += _sizes(stored, folder / file, config.type)
-        stage.extra["fallbacks"] = [str(f) for f in types.fallbacks(stored, config.type)]
+        stage.extra["fallbacks"] = [str(f) for f in gguf_types.fallbacks(stored, config.type)]
         if _verifies(config):
             proof = verify.prove(
                 folder / file, checkpoint, windows, text, config.prompt, config.new_tokens
@@ -59,14 +63,14 @@ def export(
             verify.check(proof, config.type, folder / file)
             stage.figures += proof.figures()
             stage.extra["verified"] = proof.lines()
-        (folder / MODELFILE).write_text(modelfile.text(source, file))
+        (folder / MODELFILE).write_text(chat.text(source, file))
         told = card.text(source.name, source.lineage, source.family, stage.manifest(), file)
         (folder / CARD).write_text(told)
     _tell(target, stage.figures, stage.extra)
     return target
 
 
-def check(checkpoint: Checkpoint, config: ExportConfig, given: str | None = None) -> writer.Source:
+def check(checkpoint: Checkpoint, config: ExportConfig, given: str | None = None) -> tensors.Source:
     """All that can be known to fail before the slow work, raised as UserError; what is to do.
 
     `given` is how the model was named, from which its name and licence are told.
@@ -76,7 +80,7 @@ def check(checkpoint: Checkpoint, config: ExportConfig, given: str | None = None
     family = families.of(checkpoint)
     if find_spec("gguf") is None:
         raise UserError("writing GGUF needs the gguf package: pip install 'regrow[gguf]'")
-    if config.type in types.BY_LLAMA_CPP:
+    if config.type in gguf_types.BY_LLAMA_CPP:
         llama_cpp.require(f"type {config.type}")
     if config.verify == "always":
         llama_cpp.require("verifying an export")
@@ -86,8 +90,8 @@ def check(checkpoint: Checkpoint, config: ExportConfig, given: str | None = None
     vocabulary = tokenizer.vocabulary(checkpoint, vocab_size, config.pre)
     lineage = lineage_of(checkpoint.folder, given)
     name = config.name or lineage.name
-    source = writer.Source(checkpoint, family, loaded, vocabulary, name, lineage)
-    types.check_holds({entry.name: entry.shape for entry in source.entries}, config.type)
+    source = tensors.Source(checkpoint, family, loaded, vocabulary, name, lineage)
+    gguf_types.check_holds({entry.name: entry.shape for entry in source.entries}, config.type)
     if reason := limits.context(loaded, str(family.gguf))[1]:
         say(f"export: {reason}")
     return source
@@ -103,7 +107,7 @@ def _verifies(config: ExportConfig) -> bool:
 
 
 def _text(
-    checkpoint: Checkpoint, source: writer.Source, config: ExportConfig, data: DataConfig | None
+    checkpoint: Checkpoint, source: tensors.Source, config: ExportConfig, data: DataConfig | None
 ) -> tuple[list[list[int]], tuple[str, str]]:
     """Windows of token ids to compare on, and a text whose tokens are, with the windows' name."""
     most = min(LONGEST, limits.context(source.config, str(source.family.gguf))[0])
@@ -131,7 +135,7 @@ def _sizes(stored: list[Stored], path: Path, type_name: str) -> list[Figure]:
         Figure(name="file_bytes", value=path.stat().st_size, unit="bytes", convention=type_name),
         Figure(
             name="bits_per_weight",
-            value=types.bits_per_weight(stored),
+            value=gguf_types.bits_per_weight(stored),
             unit="bits",
             convention="bytes of all tensors × 8 ÷ weights",
         ),
@@ -152,11 +156,11 @@ def describe(checkpoint: Checkpoint, config: ExportConfig, given: str | None) ->
     """What an export would write, for --dry-run; raises UserError for what cannot be."""
     source = check(checkpoint, config, given)
     family: Family = source.family
-    if config.type in types.DIRECT:
+    if config.type in gguf_types.DIRECT:
         stored = source.stored(config.type)
         size = f"{sum(t.bytes for t in stored) / 1e6:.1f} MB, "
-        size += f"{types.bits_per_weight(stored):.2f} bits per weight"
-        told = [f"  {each}" for each in types.fallbacks(stored, config.type)]
+        size += f"{gguf_types.bits_per_weight(stored):.2f} bits per weight"
+        told = [f"  {each}" for each in gguf_types.fallbacks(stored, config.type)]
     else:
         size, told = "as llama.cpp's quantizer chooses", []
     return [

@@ -11,8 +11,8 @@ import psutil
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.llama_cpp import GgufModel
-from regrow.manifest import Figure
-from regrow.progress import say
+from regrow.runtime.progress import say
+from regrow.stage_dir import Figure
 
 if TYPE_CHECKING:
     import numpy as np

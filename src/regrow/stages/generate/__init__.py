@@ -1,19 +1,120 @@
-"""Generate: let a model answer prompts, for a student to be taught by the answers."""
+"""Generate: answers of a model to prompts, as text to distil on."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+from tyro.conf import OmitArgPrefixes
+
+from regrow.config import Config, Options
+from regrow.data.config import DataConfig
+from regrow.stage import RecipePlan, RecipeRun, Stage, Step
+from regrow.stages._flags import Model, Text, open_model, print_lines
 from regrow.stages.generate.config import GenerateConfig
 
 if TYPE_CHECKING:
-    from regrow.stages.generate.stage import generate
-
-__all__ = ["GenerateConfig", "generate"]
+    from regrow.checkpoint import Checkpoint
 
 
-def __getattr__(name: str) -> Any:
-    if name != "generate":
-        raise AttributeError(name)
-    return import_module("regrow.stages.generate.stage").generate
+class RecipeFields(Config):
+    """Whose answers, and to what: fields that only a recipe has."""
+
+    by: Literal["student", "teacher"] = "student"
+    """Who answers: the current model (student) or the teacher."""
+    prompts: DataConfig | None = None
+    """What to answer, in place of the recipe's data."""
+
+
+class GenerateStage(Stage):
+    """Takes the current model or a teacher; leaves its answers, for later distillations."""
+
+    config = GenerateConfig
+    recipe_fields = RecipeFields
+    takes_teacher = True
+
+    def command(  # type: ignore[override]
+        self,
+        model: Model,
+        text: OmitArgPrefixes[Text],
+        out: Path,
+        generation: OmitArgPrefixes[GenerateConfig] = GenerateConfig(),
+        machine: OmitArgPrefixes[Options] = Options(),
+        dry_run: bool = False,
+    ) -> None:
+        """Let a model answer prompts; its answers are text to distil on.
+
+        Args:
+            model: Hugging Face folder, hub id, GGUF file, or package:NAME.
+            out: Folder to write answers.jsonl to; the folder can be given as --data.
+            generation: Which prompts, and how the answers are drawn.
+            machine: Device and batch size; --batch-size prompts are answered at once.
+            dry_run: Check everything and print what would be done.
+        """
+        from regrow.stages.generate.stage import generate
+
+        checkpoint, data = open_model(model, quantized=True), text.blend()
+        if dry_run:
+            print_lines(estimate(checkpoint, data, generation), out)
+            return
+        generate(checkpoint, data, out, generation, machine)
+
+    def check(self, step: Step, plan: RecipePlan) -> None:
+        """Raise UserError for prompts that cannot be read."""
+        from regrow.data.prompts import prompts
+        from regrow.data.sources import at_hand, check_source
+
+        data = prompts_of(step, plan.data)
+        for source in data.sources:
+            check_source(source)
+        if at_hand(data):
+            next(prompts(data, "all", bool(plan.checkpoint.tokenizer().chat_template)), None)
+
+    def leave(self, step: Step, plan: RecipePlan) -> None:
+        """There are answers of the teacher, or of the current model."""
+        plan.answers.add((step.teacher or plan.model) if step.extra.by == "teacher" else "")
+
+    def run(self, step: Step, run: RecipeRun, folder: str) -> None:
+        """Answer the prompts by the teacher or by the current model."""
+        from regrow.stages.generate.stage import generate
+
+        teacher = step.teacher or run.model
+        model = teacher if step.extra.by == "teacher" else run.current
+        data = prompts_of(step, run.data)
+        answers = generate(model, data, run.folder(folder), step.config, run.options)
+        if step.extra.by == "teacher":
+            run.answers[teacher] = answers
+        else:
+            run.own_answers = answers
+
+    def inputs(self, step: Step) -> Iterable[str]:
+        """Hash of the prompts."""
+        from regrow.data.sources import data_digest
+
+        return () if step.extra.prompts is None else (data_digest(step.extra.prompts),)
+
+
+def prompts_of(step: Step, data: DataConfig) -> DataConfig:
+    """What a generate stage answers; splits are drawn as those of the recipe's data."""
+    if step.extra.prompts is None:
+        return data
+    return data.model_copy(update={"sources": step.extra.prompts.sources})
+
+
+def estimate(checkpoint: Checkpoint, data: DataConfig, config: GenerateConfig) -> list[str]:
+    """Prompts, the most tokens that may come, and the time if all came at the full rate."""
+    from regrow.cost import active, matmul_rate
+    from regrow.runtime.progress import clock
+    from regrow.stages.generate.stage import ask
+
+    asked = ask(data, config, checkpoint, checkpoint.tokenizer())
+    read, most = sum(len(ids) for _, ids in asked), len(asked) * config.max_new_tokens
+    seconds = (read + most) * 2 * active(checkpoint) / matmul_rate()
+    return [
+        f"generate: {len(asked):,} prompts of {read:,} tokens, at most {most:,} tokens of answers",
+        f"  time at best {clock(seconds)} if all are as long; small batches take many times that",
+    ]
+
+
+STAGE = GenerateStage()

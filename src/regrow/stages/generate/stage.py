@@ -1,7 +1,11 @@
-"""The generate stage: a model and prompts in, rows with its answers out."""
+"""The generate stage: a model and prompts in, rows with its answers out.
+
+A line per answered prompt is kept while it runs, so that a killed run goes on.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -9,19 +13,55 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from regrow import ranks
 from regrow.checkpoint import Checkpoint, load
+from regrow.config import Options
 from regrow.data import DataConfig
-from regrow.data.digest import data_digest
 from regrow.data.prompts import Prompt, prompts
+from regrow.data.sources import data_digest
 from regrow.errors import UserError
-from regrow.manifest import Figure, Stage, digest, refuse_input, require_space
-from regrow.options import Options
-from regrow.progress import progress, say
-from regrow.stages.generate import done
-from regrow.stages.generate.answering import Answerer
+from regrow.runtime import distributed
+from regrow.runtime.progress import progress, say
+from regrow.stage_dir import Figure, Stage, digest, refuse_input, require_space
+from regrow.stages.generate.batch_generator import Answerer
 from regrow.stages.generate.config import GenerateConfig
 from regrow.training.cache.folder import tokenizer_fingerprint
+
+Row = dict[str, Any]
+
+
+def read(folder: Path) -> dict[str, Row]:
+    """The rows {id, answer, finished, tokens} of all processes, by prompt; half lines are none."""
+    found: dict[str, Row] = {}
+    for path in sorted(folder.glob("done-*.jsonl")):
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.endswith("\n"):
+                    row = json.loads(line)
+                    found[row["id"]] = row
+    return found
+
+
+def tidy(folder: Path) -> None:
+    """Put all rows into one file, so that nothing is appended to a half line."""
+    rows = read(folder)
+    partial = folder / "done.partial"
+    partial.write_text("".join(map(line, rows.values())), encoding="utf-8")
+    partial.replace(folder / "done-0.jsonl")
+    for path in folder.glob("done-*.jsonl"):
+        if path.name != "done-0.jsonl":
+            path.unlink()
+
+
+def append(folder: Path, rows: list[Row]) -> None:
+    """Add the rows of a batch to this process's file."""
+    with (folder / f"done-{distributed.rank()}.jsonl").open("a", encoding="utf-8") as file:
+        file.write("".join(map(line, rows)))
+
+
+def line(row: Row) -> str:
+    """A row as it is written."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
 
 ANSWERS = "answers.jsonl"
 Asked = list[tuple[Prompt, list[int]]]
@@ -52,20 +92,20 @@ def generate(
         return out
     asked = ask(data, config, master, tokenizer)
     require_space(out, 16 * sum(len(ids) + config.max_new_tokens for _, ids in asked))
-    ranks.join(cpu=device.type == "cpu")
+    distributed.join(cpu=device.type == "cpu")
     with stage as folder:
-        if ranks.is_main():
-            done.tidy(folder)
-        ranks.wait()
-        known = done.read(folder)
-        ranks.wait()  # before anything is written, so that all ranks see the same to do
+        if distributed.is_main():
+            tidy(folder)
+        distributed.wait()
+        known = read(folder)
+        distributed.wait()  # before anything is written, so that all ranks see the same to do
         todo = [(prompt, ids) for prompt, ids in asked if prompt.key not in known]
         if todo:
             loaded = master.model(master.compute_dtype(), device)
             answerer = Answerer(loaded, tokenizer, config)
             _answer(folder, answerer, tokenizer, todo, len(asked), options.batch_size)
-        ranks.wait()
-        if ranks.is_main():
+        distributed.wait()
+        if distributed.is_main():
             _finish(stage, folder, [prompt for prompt, _ in asked])
     return out
 
@@ -141,7 +181,9 @@ def _answer(
     tokens = 0
     with progress("generate", total, "answers") as counter:
         counter.resume_at(total - len(todo))
-        for batch in list(_batches(todo, batch_size))[ranks.rank() :: ranks.world_size()]:
+        for batch in list(_batches(todo, batch_size))[
+            distributed.rank() :: distributed.world_size()
+        ]:
             keys = [prompt.key for prompt, _ in batch]
             answers = answerer.answer([ids for _, ids in batch], keys)
             rows: list[dict[str, Any]] = [
@@ -155,10 +197,10 @@ def _answer(
                 }
                 for key, answer in zip(keys, answers, strict=True)
             ]
-            done.append(folder, rows)
-            tokens += sum(row["tokens"] for row in rows) * ranks.world_size()
+            append(folder, rows)
+            tokens += sum(row["tokens"] for row in rows) * distributed.world_size()
             rate = tokens / max(counter.seconds(), 1e-9)
-            counter.advance(len(batch) * ranks.world_size(), f"{rate:,.0f} tokens/s")
+            counter.advance(len(batch) * distributed.world_size(), f"{rate:,.0f} tokens/s")
 
 
 def _batches(todo: Asked, size: int) -> Iterator[Asked]:
@@ -169,7 +211,7 @@ def _batches(todo: Asked, size: int) -> Iterator[Asked]:
 
 def _finish(stage: Stage, folder: Path, asked: list[Prompt]) -> None:
     """Write the answers in the prompts' order."""
-    config, found = stage.config, done.read(folder)
+    config, found = stage.config, read(folder)
     assert isinstance(config, GenerateConfig)
     rows = [found[prompt.key] for prompt in asked]
     whole = sum(row["finished"] for row in rows)
@@ -182,7 +224,7 @@ def _finish(stage: Stage, folder: Path, asked: list[Prompt]) -> None:
     with (folder / ANSWERS).open("w", encoding="utf-8") as file:
         for prompt, row in zip(asked, rows, strict=True):
             if row["finished"] or config.keep_unfinished:
-                file.write(done.line(prompt.answered(row["answer"])))
+                file.write(line(prompt.answered(row["answer"])))
     for path in folder.glob("done-*.jsonl"):
         path.unlink()
     tokens = sum(row["tokens"] for row in rows)

@@ -1,19 +1,102 @@
-"""Profile: one forward pass over calibration text that measures what matters in a checkpoint."""
+"""Profile: measure on calibration text how much each unit of a model matters."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tyro.conf import OmitArgPrefixes
+
+from regrow.config import Options
+from regrow.data.config import DataConfig
+from regrow.stage import RecipePlan, RecipeRun, Stage, Step
+from regrow.stages._flags import Model, Text, print_lines
 from regrow.stages.profile.config import ProfileConfig
 
 if TYPE_CHECKING:
-    from regrow.stages.profile.stage import profile
-
-__all__ = ["ProfileConfig", "profile"]
+    from regrow.checkpoint import Checkpoint
 
 
-def __getattr__(name: str) -> Any:
-    if name != "profile":
-        raise AttributeError(name)
-    return import_module("regrow.stages.profile.stage").profile
+class ProfileStage(Stage):
+    """Takes the current model; leaves its profile, for the prunes that follow."""
+
+    config = ProfileConfig
+    needs_plain_weights = True
+    reads = ("calibration",)
+
+    def command(  # type: ignore[override]
+        self,
+        model: Model,
+        text: OmitArgPrefixes[Text],
+        out: Path,
+        profiling: OmitArgPrefixes[ProfileConfig] = ProfileConfig(),
+        machine: OmitArgPrefixes[Options] = Options(),
+        dry_run: bool = False,
+    ) -> None:
+        """Measure on calibration text how much each unit of a model matters.
+
+        Args:
+            model: Hugging Face folder, hub id, GGUF file, or package:NAME.
+            out: Folder to write the profile to.
+            profiling: What to measure, on how much text.
+            machine: Device and batch size.
+            dry_run: Check everything and print what would be done.
+        """
+        from regrow.checkpoint import load
+        from regrow.stages.profile.stage import profile
+
+        data = text.blend()
+        if dry_run:
+            print_lines(estimate(load(model), data, profiling), out)
+            return
+        profile(model, data, out, profiling, machine)
+
+    def check(self, step: Step, plan: RecipePlan) -> None:
+        """Raise UserError for an unknown criterion or one that this config does not measure."""
+        from regrow.stages.profile.scoring import statistics_needed
+
+        statistics_needed(step.config)
+
+    def dry_run(self, step: Step, plan: RecipePlan) -> list[str]:
+        """Tokens, passes, disk and time."""
+        return estimate(plan.checkpoint, plan.data, step.config)
+
+    def leave(self, step: Step, plan: RecipePlan) -> None:
+        """There is a profile of the current model."""
+        plan.profiled = True
+        if not plan.calibration_sequences:
+            plan.calibration_sequences = step.config.samples
+
+    def run(self, step: Step, run: RecipeRun, folder: str) -> None:
+        """Profile the current model."""
+        from regrow.stages.profile.stage import profile
+
+        profile(run.current, run.data, run.folder(folder), step.config, run.options)
+        run.profile = run.folder(folder)
+
+
+def estimate(checkpoint: Checkpoint, data: DataConfig, config: ProfileConfig) -> list[str]:
+    """Tokens, passes, disk and time of a profile."""
+    from regrow.cost import active, matmul_rate
+    from regrow.runtime.progress import clock
+    from regrow.stages.profile.collect import GRADIENTS, REMOVALS
+    from regrow.stages.profile.passes import passes_for
+    from regrow.stages.profile.scoring import statistics_needed
+    from regrow.stages.profile.stage import estimate_bytes
+
+    needs = set[str]().union(*statistics_needed(config).values())
+    tokens = config.samples * data.sequence_length
+    read = tokens * (3 if needs & GRADIENTS else 1)  # a backward pass, without weights' gradients
+    removals = len(needs & REMOVALS.keys()) * passes_for(checkpoint.config["num_hidden_layers"])
+    read += removals * min(config.removal_blocks, config.samples) * data.sequence_length
+    seconds = read * 2 * active(checkpoint) / matmul_rate()
+    grams = min(config.gram_tokens, tokens)
+    return [
+        f"profile: {config.samples} sequences of {data.sequence_length} = {tokens:,} tokens, "
+        f"Gram matrices of {', '.join(config.grams)} on {grams:,} of them",
+        f"  disk {estimate_bytes(checkpoint, config) / 1e9:.2f} GB, time about {clock(seconds)} "
+        "for the passes through the model, and the Gram matrices on top",
+    ]
+
+
+STAGE = ProfileStage()

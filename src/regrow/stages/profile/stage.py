@@ -13,22 +13,20 @@ from torch import Tensor
 
 from regrow import families
 from regrow.checkpoint import Checkpoint, load
+from regrow.config import Options
 from regrow.data import Blocks, DataConfig, build_blocks
-from regrow.data.blocks import VALIDATE_EVERY, held_out
-from regrow.data.digest import data_digest
+from regrow.data.sequences import VALIDATE_EVERY, held_out
+from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.families import Family
 from regrow.layerwise import Spill
-from regrow.manifest import Figure, Stage, require_space, write_json
-from regrow.options import Options
-from regrow.progress import progress, say
+from regrow.profile_folder import BLOCKS, INFO, SCORES, STATISTICS, Gram, Profile, gram_path
+from regrow.runtime.progress import progress, say
+from regrow.stage_dir import Figure, Stage, require_space, write_json
 from regrow.stages.profile.collect import REMOVALS, Batch, Collector, Split
 from regrow.stages.profile.config import ProfileConfig
-from regrow.stages.profile.orders import Batches, layer_major, resident
-from regrow.stages.profile.removal import removal_order
+from regrow.stages.profile.passes import Batches, count_tokens, layer_major, removal_order, resident
 from regrow.stages.profile.scoring import score_all, statistics_needed
-from regrow.stages.profile.tokens import count_tokens
-from regrow.statistics import BLOCKS, INFO, SCORES, STATISTICS, Gram, Profile, gram_path
 
 MEANS = ("input_output_distance", "angular_distance")  # over tokens; the others are sums
 

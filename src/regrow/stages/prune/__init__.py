@@ -1,19 +1,115 @@
-"""Prune: choose what is kept, cut the rest away, re-solve what read it."""
+"""Prune: cut a model to a target, to sizes or by a plan, and repair what is left."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
-from regrow.stages.prune.config import PruneConfig
+from tyro.conf import OmitArgPrefixes
 
-if TYPE_CHECKING:
-    from regrow.stages.prune.stage import prune
+from regrow.config import Options
+from regrow.errors import UserError
+from regrow.pruning.config import PruneConfig
+from regrow.stage import RecipePlan, RecipeRun, Stage, Step
+from regrow.stages._flags import Model, OptionalText, print_lines
 
-__all__ = ["PruneConfig", "prune"]
+
+class PruneStage(Stage):
+    """Takes the current model and its profile; leaves a smaller model, without and with repair."""
+
+    config = PruneConfig
+    changes_weights = True
+    needs_plain_weights = True
+    uses = ("distill",)
+
+    def command(  # type: ignore[override]
+        self,
+        model: Model,
+        out: Path,
+        profile: Path | None = None,
+        text: OmitArgPrefixes[OptionalText] = OptionalText(),
+        pruning: OmitArgPrefixes[PruneConfig] = PruneConfig(),
+        machine: OmitArgPrefixes[Options] = Options(),
+        dry_run: bool = False,
+    ) -> None:
+        """Cut a model to a share of its parameters, to sizes or by a plan, and repair what is left.
+
+        Args:
+            model: Hugging Face folder, hub id, GGUF file, or package:NAME.
+            out: Folder to write the smaller model to.
+            profile: Folder that regrow profile wrote for this model.
+            pruning: What to prune to, and how.
+            machine: Device and batch size.
+            dry_run: Check everything and print what would be done.
+        """
+        from regrow.checkpoint import load
+        from regrow.stages.prune.dry_run import estimate
+        from regrow.stages.prune.stage import prune
+
+        if dry_run:
+            print_lines(estimate(load(model), pruning, text.sequence_length), out)
+            return
+        prune(model, out, pruning, profile, text.blend() if text.data else None, machine)
+
+    def check(self, step: Step, plan: RecipePlan) -> None:
+        """Raise UserError without a profile, for no target or several, and for impossible sizes."""
+        from regrow.pruning.prune import make_plan
+        from regrow.search.shapes import check_keep_params
+        from regrow.stages.prune.dry_run import check_one_target, config_after
+
+        if not plan.profiled:
+            raise UserError("put a profile stage of the same model before it")
+        check_one_target(step.config)
+        if _is_first(step, plan) and step.config.plan is not None:
+            make_plan(plan.checkpoint, step.config, None)
+        elif _is_first(step, plan):
+            check_keep_params(plan.checkpoint, step.config)
+        config_after(plan.config_now, plan.family, step.config)
+
+    def dry_run(self, step: Step, plan: RecipePlan) -> list[str]:
+        """Sizes of the candidates, and the time to choose among them."""
+        from regrow.stages.prune.dry_run import estimate, parameters_after
+
+        if _is_first(step, plan):
+            return estimate(plan.checkpoint, step.config, plan.data.sequence_length)
+        after = parameters_after(plan.checkpoint, step.config, plan.parameters)
+        return [f"prune: {plan.parameters:,} parameters then; to about {after:,}"]
+
+    def leave(self, step: Step, plan: RecipePlan) -> None:
+        """There are fewer parameters, and perhaps fewer tokens."""
+        from regrow.search.score import blocks_for
+        from regrow.search.shapes import check_keep_params, to_try
+        from regrow.stages.prune.dry_run import config_after, parameters_after
+
+        if _is_first(step, plan):
+            tried = to_try(step.config, check_keep_params(plan.checkpoint, step.config))
+            plan.calibration_to_choose = blocks_for(tried) if tried else 0
+        plan.parameters = parameters_after(plan.checkpoint, step.config, plan.parameters)
+        plan.config_now = config_after(plan.config_now, plan.family, step.config)
+        plan.fewer_tokens = plan.fewer_tokens or step.config.vocab_size is not None
+
+    def run(self, step: Step, run: RecipeRun, folder: str) -> None:
+        """Cut, then repair: two folders of one plan, so that evaluation shows the repair's gain."""
+        from regrow.plan import FILE
+        from regrow.stages.prune.stage import prune
+
+        config, parent = step.config, run.current
+        assert run.profile is not None
+        given = (run.profile, run.data, run.options)
+        if not config.repair:
+            prune(parent, run.folder(folder), config, *given)
+            run.add("pruned", run.folder(folder))
+            return
+        repaired = run.folder(folder + "-repaired")
+        prune(parent, repaired, config, *given)
+        plain = PruneConfig(plan=str(repaired / FILE), repair=False)
+        prune(parent, run.folder(folder), plain, run.profile)
+        run.add("pruned", run.folder(folder))
+        run.add("repaired", repaired)
 
 
-def __getattr__(name: str) -> Any:
-    if name != "prune":
-        raise AttributeError(name)
-    return import_module("regrow.stages.prune.stage").prune
+def _is_first(step: Step, plan: RecipePlan) -> bool:
+    """Whether this is the first prune of the recipe: only then the model before it is known."""
+    return next(each for each in plan.steps if each.name == "prune") is step
+
+
+STAGE = PruneStage()

@@ -1,19 +1,102 @@
-"""Quantize: a model's weights in 8 or 4 bits, as compressed-tensors."""
+"""Quantize: store a model's weights in 8 or 4 bits, as compressed-tensors."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tyro.conf import OmitArgPrefixes
+
+from regrow.config import Options
+from regrow.data.config import DataConfig
+from regrow.stage import RecipePlan, RecipeRun, Stage, Step
+from regrow.stages._flags import Model, OptionalText, open_model, print_lines
 from regrow.stages.quantize.config import QuantizeConfig
 
 if TYPE_CHECKING:
-    from regrow.stages.quantize.stage import quantize
-
-__all__ = ["QuantizeConfig", "quantize"]
+    from regrow.checkpoint import Checkpoint
 
 
-def __getattr__(name: str) -> Any:
-    if name != "quantize":
-        raise AttributeError(name)
-    return import_module("regrow.stages.quantize.stage").quantize
+class QuantizeStage(Stage):
+    """Takes the current model; leaves it in fewer bits. Export still takes the model before."""
+
+    config = QuantizeConfig
+    changes_weights = True
+    needs_plain_weights = True
+    reads = ("calibration",)
+
+    def command(  # type: ignore[override]
+        self,
+        model: Model,
+        out: Path,
+        text: OmitArgPrefixes[OptionalText] = OptionalText(),
+        quantization: OmitArgPrefixes[QuantizeConfig] = QuantizeConfig(),
+        machine: OmitArgPrefixes[Options] = Options(),
+        dry_run: bool = False,
+    ) -> None:
+        """Store a model's weights in 8 or 4 bits, calibrated on text, as compressed-tensors.
+
+        Args:
+            model: Hugging Face folder, hub id, GGUF file, or package:NAME.
+            out: Folder to write the quantized model to.
+            quantization: Scheme, method, and which layers are left out.
+            machine: Device and batch size.
+            dry_run: Check everything and print what would be done.
+        """
+        from regrow.stages.quantize.stage import quantize
+
+        data = text.blend() if text.data else None
+        if dry_run:
+            print_lines(estimate(open_model(model), data, quantization), out)
+            return
+        quantize(open_model(model), out, quantization, data, machine)
+
+    def check(self, step: Step, plan: RecipePlan) -> None:
+        """Raise UserError for schemes and methods that these layers cannot have."""
+        from regrow.stages.quantize.stage import check
+
+        check(plan.checkpoint, step.config, plan.data)
+
+    def leave(self, step: Step, plan: RecipePlan) -> None:
+        """Weights are final from here on, unless they are written back dequantized."""
+        if not step.config.dequantize:
+            plan.quantized = step.where
+
+    def run(self, step: Step, run: RecipeRun, folder: str) -> None:
+        """Quantize the current model; a later export is made from the one before."""
+        from regrow.stages.quantize.stage import quantize
+
+        plain = run.current
+        quantize(plain, run.folder(folder), step.config, run.data, run.options)
+        run.add("quantized", run.folder(folder))
+        run.plain = plain
+
+
+def estimate(checkpoint: Checkpoint, data: DataConfig | None, config: QuantizeConfig) -> list[str]:
+    """Layers and bytes by scheme, what is kept, and the time of the passes over the text."""
+    from regrow.cost import active, matmul_rate
+    from regrow.runtime.progress import clock
+    from regrow.stages.quantize.choose import WEIGHT, fallbacks
+    from regrow.stages.quantize.stage import check
+
+    job = check(checkpoint, config, data)
+    shapes = checkpoint.shapes
+    lines = [f"quantize: {len(job.chosen)} layers by {config.method}"]
+    for name in sorted({scheme.name for scheme in job.chosen.values()}):
+        some = [module for module, scheme in job.chosen.items() if scheme.name == name]
+        bits = sum(job.chosen[module].stored_bits(*shapes[module + WEIGHT]) for module in some)
+        lines.append(f"  {len(some)} layers in {name}: {bits / 8e6:,.1f} MB")
+    kept = [name for name in shapes if name.removesuffix(WEIGHT) not in job.chosen]
+    size = 2 * sum(math.prod(shapes[name]) for name in kept)
+    lines.append(f"  {len(kept)} tensors kept in 16 bits: {size / 1e6:,.1f} MB")
+    lines += [f"  {line}" for line in fallbacks(checkpoint, config, job.chosen)]
+    if data is not None:
+        tokens = config.samples * data.sequence_length
+        passes = 2 if job.method.NEEDS_GRAM else 0.25  # of an eighth, two models
+        seconds = passes * tokens * 2 * active(checkpoint) / matmul_rate()
+        lines.append(f"  time about {clock(seconds)} for the passes over {tokens:,} tokens")
+    return lines
+
+
+STAGE = QuantizeStage()

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from regrow.checkpoint import Checkpoint
 from regrow.families import Family
-from regrow.manifest import Figure
 from regrow.plan import FILES, Plan
 from regrow.quantization.schemes import Scheme
+from regrow.stage_dir import Figure
 from regrow.stages.quantize.choose import WEIGHT
 from regrow.training.head import head_of
 from regrow.training.teacher import mean_loss, reference_states, scored

@@ -12,25 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow import checkpoint as checkpoints
-from regrow import families, manifest, plugins
+from regrow import families, plugins, stage_dir
 from regrow import plan as plans
 from regrow.checkpoint import Checkpoint, load
+from regrow.checkpoint import checkpoint as checkpoints
+from regrow.config import Options
 from regrow.data import Blocks, DataConfig, build_blocks
-from regrow.data.blocks import held_out
-from regrow.data.digest import data_digest
+from regrow.data.sequences import held_out
+from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.families import Family
 from regrow.layerwise import Spill
-from regrow.manifest import Stage, refuse_input, require_space
-from regrow.options import Options
-from regrow.progress import say
 from regrow.quantization.grid import Grid
 from regrow.quantization.schemes import Scheme
+from regrow.runtime.progress import say
+from regrow.stage_dir import Stage, refuse_input, require_space
 from regrow.stages.quantize import measure, pack
 from regrow.stages.quantize.choose import WEIGHT, choose, fallbacks
 from regrow.stages.quantize.config import METHODS, QuantizeConfig
-from regrow.stages.quantize.walk import Walk
+from regrow.stages.quantize.layerwise import Walk
 
 
 def quantize(
@@ -70,7 +70,7 @@ def quantize(
                 stage.figures += measure.quality(checkpoint, after, unseen, device)
             schemes = {module: scheme.name for module, scheme in job.chosen.items()}
             stage.extra["schemes"] = schemes
-    found = manifest.read(out)
+    found = stage_dir.read(out)
     assert found is not None
     print(measure.report(out, found["figures"]))
     return out
@@ -188,7 +188,7 @@ class Job:
 
 def _moves(checkpoint: Checkpoint, config: QuantizeConfig) -> list[str]:
     """A line when the weights were trained for another grid."""
-    made = manifest.read(checkpoint.folder) or {}
+    made = stage_dir.read(checkpoint.folder) or {}
     trained = made.get("config", {}).get("fake_quantize")
     if trained in (None, config.scheme):
         return []

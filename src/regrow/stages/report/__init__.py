@@ -1,19 +1,56 @@
-"""Report: a run folder in, one self-contained HTML page out."""
+"""Report: one HTML page of a run, or of several compared."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Annotated
 
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from regrow.stage import RecipePlan, RecipeRun, Stage, Step
 from regrow.stages.report.config import ReportConfig
 
-if TYPE_CHECKING:
-    from regrow.stages.report.stage import report
 
-__all__ = ["ReportConfig", "report"]
+class ReportStage(Stage):
+    """Takes all that the stages before it have written; leaves report.html in the run's folder."""
+
+    config = ReportConfig
+
+    def command(  # type: ignore[override]
+        self,
+        runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")],
+        out: Path | None = None,
+        page: OmitArgPrefixes[ReportConfig] = ReportConfig(),
+        dry_run: bool = False,
+    ) -> None:
+        """Write a run's one-page HTML report, or one page that compares several runs.
+
+        Args:
+            runs: Folders that regrow run wrote.
+            out: HTML file to write; default RUN/report.html for a single run.
+            page: What to show.
+            dry_run: Print what would be written.
+        """
+        from regrow.stages.report.stage import report, target_of
+
+        if dry_run:
+            print(f"report: of {', '.join(map(str, runs))} to {target_of(list(runs), out)}")
+            return
+        print(report(runs, out, page))
+
+    def check(self, step: Step, plan: RecipePlan) -> None:
+        """Raise UserError for what a page cannot show."""
+        from regrow.stages.report.stage import check
+
+        check(step.config)
+
+    def run(self, step: Step, run: RecipeRun, folder: str) -> None:
+        """Report on the whole run."""
+        from regrow.stages.report.stage import report
+
+        report(run.out, run.out / "report.html", step.config)
+        run.reported = True
 
 
-def __getattr__(name: str) -> Any:
-    if name != "report":
-        raise AttributeError(name)
-    return import_module("regrow.stages.report.stage").report
+STAGE = ReportStage()

@@ -1,7 +1,8 @@
 """Sections to HTML: everything escaped, plotly embedded, nothing fetched.
 
-Two walls against text that tries to be markup: the template escapes all of it, and the page's
-content security policy runs exactly the scripts below, by their hashes, and loads nothing.
+A section is plain data. Two walls stand against text that tries to be markup: the template escapes
+all of it, and the page's content security policy runs exactly the scripts below, by their hashes,
+and loads nothing.
 """
 
 from __future__ import annotations
@@ -10,14 +11,82 @@ import base64
 import hashlib
 import json
 import time
+from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any
+from typing import Any, ClassVar
 
 from jinja2 import Environment
 from markupsafe import Markup
 
 import regrow
-from regrow.stages.report.blocks import Chart, Section
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell: a value, and a remark in small print below it."""
+
+    text: str
+    small: str = ""
+    strong: bool = False
+    number: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under a head; `marked` are the numbers of the rows to stand out."""
+
+    kind: ClassVar[str] = "table"
+    head: list[str]
+    rows: list[list[Cell]]
+    marked: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A plotly figure {data, layout} with what it shows in words; two halves share a line."""
+
+    kind: ClassVar[str] = "chart"
+    figure: dict[str, Any]
+    caption: str
+    height: int = 340
+    half: bool = False
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One prompt and what each model wrote: (label, text)."""
+
+    kind: ClassVar[str] = "answers"
+    prompt: str
+    answers: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Details:
+    """Text that is folded away under a summary."""
+
+    kind: ClassVar[str] = "details"
+    summary: str
+    text: str
+
+
+Block = Table | Chart | Answers | Details
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a sentence on how to read it, and blocks."""
+
+    key: str
+    title: str
+    note: str = ""
+    blocks: list[Block] = field(default_factory=list)
+
+
+def text(value: str) -> Cell:
+    """A cell of words."""
+    return Cell(value, number=False)
+
 
 DRAW = """
 const style = {displayModeBar: false, responsive: true};

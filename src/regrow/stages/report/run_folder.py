@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from regrow import manifest
+from regrow import stage_dir
 from regrow.errors import UserError
 from regrow.plan import FILE, Plan
-from regrow.statistics import INFO, SCORES, Profile
+from regrow.profile_folder import INFO, SCORES, Profile
 
 EVALUATION = "evaluation.json"
 CANDIDATES = "candidates.json"
@@ -110,7 +110,7 @@ def read(folder: Path) -> Run:
             "regrow run wrote"
         )
     profiles = {path.name: Profile(path) for path in stages if (path / INFO).exists()}
-    manifests = {path.name: found for path in stages if (found := manifest.read(path))}
+    manifests = {path.name: found for path in stages if (found := stage_dir.read(path))}
     evaluated = next((p for p in reversed(stages) if (p / EVALUATION).exists()), None)
     read_by = {} if evaluated is None else manifests.get(evaluated.name, {}).get("inputs", {})
     return Run(
@@ -139,10 +139,10 @@ def _stage_folders(folder: Path, named: set[str] | None) -> list[Path]:
     found = [
         path
         for path in inside
-        if (path / manifest.NAME).exists()
+        if (path / stage_dir.NAME).exists()
         and (named is None or path.name.removesuffix("-repaired") in named)
     ]
-    return found or ([folder] if (folder / manifest.NAME).exists() else [])
+    return found or ([folder] if (folder / stage_dir.NAME).exists() else [])
 
 
 def _named_by(recipe: str) -> set[str] | None:
@@ -160,7 +160,7 @@ def _cuts(stages: list[Path], profiles: dict[str, Profile]) -> list[Cut]:
     profile: Profile | None = None
     for path in stages:
         profile = profiles.get(path.name, profile)
-        made = manifest.read(path)
+        made = stage_dir.read(path)
         # A distilled model carries its plan too.
         if made is None or made["stage"] != "prune" or not (path / FILE).exists():
             continue

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from regrow.errors import UserError
-from regrow.progress import say
+from regrow.runtime.progress import say
 from regrow.stages.report import run_folder
 from regrow.stages.report.config import ReportConfig
 from regrow.stages.report.page import render

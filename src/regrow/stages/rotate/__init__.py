@@ -1,19 +1,91 @@
-"""Rotate: turn the residual stream, so that its channels are what matters most, in order."""
+"""Rotate: the same model with the principal directions of its residual stream as channels."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tyro.conf import OmitArgPrefixes
+
+from regrow.config import Options
+from regrow.data.config import DataConfig
+from regrow.stage import RecipePlan, RecipeRun, Stage, Step
+from regrow.stages._flags import Model, Text, print_lines
 from regrow.stages.rotate.config import RotateConfig
 
 if TYPE_CHECKING:
-    from regrow.stages.rotate.stage import rotate
-
-__all__ = ["RotateConfig", "rotate"]
+    from regrow.checkpoint import Checkpoint
 
 
-def __getattr__(name: str) -> Any:
-    if name != "rotate":
-        raise AttributeError(name)
-    return import_module("regrow.stages.rotate.stage").rotate
+class RotateStage(Stage):
+    """Takes the current model; leaves it rotated, as the current model."""
+
+    config = RotateConfig
+    changes_weights = True
+    reads = ("calibration",)
+
+    def command(  # type: ignore[override]
+        self,
+        model: Model,
+        text: OmitArgPrefixes[Text],
+        out: Path,
+        rotation: OmitArgPrefixes[RotateConfig] = RotateConfig(),
+        machine: OmitArgPrefixes[Options] = Options(),
+        dry_run: bool = False,
+    ) -> None:
+        """Rotate the residual stream, so that a later cut of its channels (hidden) loses less.
+
+        Args:
+            model: Hugging Face folder, hub id, GGUF file, or package:NAME.
+            out: Folder to write the rotated model to.
+            rotation: How much text to measure on.
+            machine: Device and batch size.
+            dry_run: Check everything and print what would be done.
+        """
+        from regrow.checkpoint import load
+        from regrow.stages.rotate.stage import rotate
+
+        data = text.blend()
+        if dry_run:
+            print_lines(estimate(load(model), data, rotation), out)
+            return
+        rotate(model, data, out, rotation, machine)
+
+    def check(self, step: Step, plan: RecipePlan) -> None:
+        """Raise UserError for a family that cannot be rotated."""
+        from regrow import families
+        from regrow.stages.rotate.basis import check
+
+        check(families.of(plan.checkpoint))
+
+    def dry_run(self, step: Step, plan: RecipePlan) -> list[str]:
+        """Tokens, parameters and time."""
+        return estimate(plan.checkpoint, plan.data, step.config)
+
+    def run(self, step: Step, run: RecipeRun, folder: str) -> None:
+        """Rotate the current model."""
+        from regrow.stages.rotate.stage import rotate
+
+        rotate(run.current, run.data, run.folder(folder), step.config, run.options)
+        run.add("rotated", run.folder(folder))
+
+
+def estimate(checkpoint: Checkpoint, data: DataConfig, config: RotateConfig) -> list[str]:
+    """Tokens, parameters and time of a rotation."""
+    from regrow import families
+    from regrow.cost import active, matmul_rate
+    from regrow.runtime.progress import clock
+    from regrow.stages.rotate.basis import check, turned_config
+
+    family = families.of(checkpoint)
+    check(family)
+    tokens = config.samples * data.sequence_length
+    seconds = tokens * 2 * active(checkpoint) / matmul_rate()
+    before, after = (family.count(c) for c in (checkpoint.config, turned_config(checkpoint.config)))
+    return [
+        f"rotate: {config.samples} sequences of {data.sequence_length} = {tokens:,} tokens, time "
+        f"about {clock(seconds)}; {before:,} parameters now, then {after:,}",
+    ]
+
+
+STAGE = RotateStage()

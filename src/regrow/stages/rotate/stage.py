@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow import checkpoint as checkpoints
 from regrow import families
 from regrow.checkpoint import Checkpoint, load
+from regrow.checkpoint import checkpoint as checkpoints
+from regrow.config import Options
 from regrow.data import Blocks, DataConfig, build_blocks
-from regrow.data.digest import data_digest
+from regrow.data.sources import data_digest
 from regrow.layerwise import LayerByLayer, Spill
-from regrow.manifest import Figure, Stage, refuse_input, require_space
-from regrow.options import Options
-from regrow.progress import progress, say
+from regrow.runtime.progress import progress, say
+from regrow.stage_dir import Figure, Stage, refuse_input, require_space
 from regrow.stages.rotate import basis
 from regrow.stages.rotate.config import RotateConfig
 

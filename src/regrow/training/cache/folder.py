@@ -1,31 +1,44 @@
-"""A cache as a folder: `cache.json` says what it is, `train/` and `heldout/` hold the blocks.
+"""A cache as a folder: `cache.json` says what it is, `train/` and `heldout/` hold the sequences.
 
-Held-out blocks are always stored as the exact last hidden state, so that what a student is measured
-and chosen by is the same KL as with the live teacher, whatever it is trained on.
+A sequence is found by its key: a hash of all that decides what the teacher says about it. Held-out
+sequences are always stored as the exact last hidden state, so that a student is measured and chosen
+by the same KL as with the live teacher, whatever it is trained on.
+
+Shapes: B sequences, T tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
-from regrow import manifest
+from regrow import stage_dir
 from regrow.checkpoint import Checkpoint
 from regrow.config import Config, parse
-from regrow.data.blocks import IGNORED
+from regrow.data.sequences import IGNORED
 from regrow.errors import UserError
 from regrow.training.cache.formats import Format, make
-from regrow.training.cache.keys import block_keys
 from regrow.training.cache.store import Store
-from regrow.training.tokens import token_ids
+from regrow.training.shared_tokens import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from regrow.data import Blocks
+
+
+def block_keys(batch: dict[str, Tensor]) -> list[bytes]:
+    """SHA-256 of each block's ids, positions and of which tokens are scored: B keys of 32 bytes."""
+    scored = batch["labels"] != IGNORED
+    rows = torch.stack([batch["input_ids"], batch["position_ids"], scored.long()], dim=1)
+    return [hashlib.sha256(row.tobytes()).digest() for row in rows.int().cpu().numpy()]
+
 
 HEADER = "cache.json"
 SPLITS = ("train", "heldout")
@@ -65,12 +78,12 @@ class Header(Config):
     @property
     def fingerprint(self) -> str:
         """Of all that decides what is stored of a block."""
-        return manifest.digest(self.model_dump(exclude={"data", "figures", "sequence_length"}))
+        return stage_dir.digest(self.model_dump(exclude={"data", "figures", "sequence_length"}))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of the tokens and their ids."""
-    return manifest.digest(sorted(tokenizer.get_vocab().items()))
+    return stage_dir.digest(sorted(tokenizer.get_vocab().items()))
 
 
 def shared_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,4 +1,4 @@
-"""A teacher's distribution of which only some ids are known, and the loss against it.
+"""A teacher's distribution of which only some ids are known: the loss against it, and its error.
 
 Shapes: N scored tokens, K known ids, V vocabulary.
 """

@@ -1,8 +1,9 @@
-"""Blocks of stored tensors in safetensors shards, found by key and read from the mapped file.
+"""Sequences of stored tensors in safetensors shards, found by key and read from the mapped file.
 
-A shard has `keys` uint8 [n, 32] and, of each named tensor, all blocks one after the other, with
-`NAME.ends` int64 [n]: where each block's part ends. It is named by its keys, and appears when it is
-whole; several processes may write into one folder.
+A shard has `keys` uint8 [n, 32] and, of each named tensor, all sequences one after the other, with
+`NAME.ends` int64 [n]: where the part of each sequence ends. It is named by its keys, and appears
+when it is whole; several processes may write into one folder. Small whole numbers are packed into
+as few bits as they need.
 """
 
 from __future__ import annotations
@@ -13,10 +14,40 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+
+def bit_width(size: int) -> int:
+    """Bits of a number below `size`: ceil(log2 size), at least 1."""
+    return max(1, (size - 1).bit_length())
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes of a packed row of `count` numbers."""
+    return -(-count * bits // 8)
+
+
+def pack(values_NK: Tensor, bits: int) -> Tensor:
+    """Each row as one string of bits, highest first, filled up with zeros: uint8 [N, bytes]."""
+    values = values_NK.cpu().numpy()
+    assert values.size == 0 or (values.min() >= 0 and values.max() < 1 << bits), bits
+    shifts = np.arange(bits - 1, -1, -1)
+    digits = (values[..., None] >> shifts & 1).astype(np.uint8)
+    return torch.from_numpy(np.packbits(digits.reshape(len(values), -1), axis=1))
+
+
+def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
+    """The `count` numbers of each row that `pack` packed: int64 [N, K]."""
+    digits = np.unpackbits(packed.numpy(), axis=1, count=count * bits)
+    values = np.zeros((len(packed), count), dtype=np.int64)
+    for digit in np.moveaxis(digits.reshape(len(packed), count, bits), -1, 0):
+        values = values << 1 | digit
+    return torch.from_numpy(values)
+
 
 KEY_BYTES = 32
 OPEN_FILES = 256

@@ -11,11 +11,10 @@ from torch import Tensor
 from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
-from regrow.training.cache.folder import Cache
-from regrow.training.cache.keys import block_keys
+from regrow.training.cache.folder import Cache, block_keys
 from regrow.training.cache.sparse import Sparse
 from regrow.training.head import Head, refuse_scaled
-from regrow.training.mix import Mix
+from regrow.training.loss_weights import Mix
 from regrow.training.teacher import States, scored
 
 ANY_CACHE = ("forward_kl", "cross_entropy")

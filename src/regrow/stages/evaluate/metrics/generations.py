@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from regrow.progress import say
-from regrow.stages.evaluate.subject import Context, Measured, Subject
+from regrow.runtime.progress import say
+from regrow.stages.evaluate.eval_model import Context, Measured, Subject
 
 
 def measure(subject: Subject, context: Context) -> Measured:

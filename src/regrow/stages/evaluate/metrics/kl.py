@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from regrow.manifest import Figure
-from regrow.stages.evaluate.subject import Context, Measured, Subject, mean_loss
+from regrow.stage_dir import Figure
+from regrow.stages.evaluate.eval_model import Context, Measured, Subject, mean_loss
 
 
 def measure(subject: Subject, context: Context) -> Measured:

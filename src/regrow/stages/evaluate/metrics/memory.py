@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from regrow.manifest import Figure
-from regrow.stages.evaluate.subject import Context, Measured, Subject, now
+from regrow.stage_dir import Figure
+from regrow.stages.evaluate.eval_model import Context, Measured, Subject, now
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 NEW = 4

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from regrow.manifest import Figure
-from regrow.stages.evaluate.subject import Context, Measured, Subject, mean_loss
+from regrow.stage_dir import Figure
+from regrow.stages.evaluate.eval_model import Context, Measured, Subject, mean_loss
 from regrow.stages.evaluate.texts import Text
 
 LARGEST = 700.0

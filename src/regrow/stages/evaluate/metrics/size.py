@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from regrow import families
-from regrow.manifest import Figure
-from regrow.stages.evaluate.folder_subject import FolderSubject
-from regrow.stages.evaluate.gguf_file import GgufFile
-from regrow.stages.evaluate.gguf_subject import GgufSubject
-from regrow.stages.evaluate.subject import Context, Measured, Subject
+from regrow.stage_dir import Figure
+from regrow.stages.evaluate.eval_model import Context, Measured, Subject
+from regrow.stages.evaluate.folder_model import FolderSubject
+from regrow.stages.evaluate.gguf_model import GgufFile, GgufSubject
 
 
 def measure(subject: Subject, context: Context) -> Measured:

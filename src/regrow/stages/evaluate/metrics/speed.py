@@ -10,10 +10,10 @@ import numpy
 import psutil
 import torch
 
-from regrow.manifest import Figure
-from regrow.progress import progress
+from regrow.runtime.progress import progress
+from regrow.stage_dir import Figure
 from regrow.stages.evaluate.config import EvaluateConfig
-from regrow.stages.evaluate.subject import Measured, Subject
+from regrow.stages.evaluate.eval_model import Measured, Subject
 
 SHARE = 0.5
 """Of the free memory that models may take which are timed in turn."""

@@ -9,9 +9,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from regrow.errors import UserError
-from regrow.manifest import Figure
-from regrow.progress import say
-from regrow.stages.evaluate.subject import Context, Measured, Subject, ratio
+from regrow.runtime.progress import say
+from regrow.stage_dir import Figure
+from regrow.stages.evaluate.eval_model import Context, Measured, Subject, ratio
 from regrow.stages.evaluate.task_rows import Rows, convention
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from regrow.stages.report import charts
-from regrow.stages.report.blocks import Block, Cell, Chart, Details, Section, Table
+from regrow.stages.report.charts import front, places
 from regrow.stages.report.numbers import megabytes, millions, plain
-from regrow.stages.report.pareto import front, places
+from regrow.stages.report.page import Block, Cell, Chart, Details, Section, Table
 from regrow.stages.report.run_folder import Cut, Run
 
 NOTE = (

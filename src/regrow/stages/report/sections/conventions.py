@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from regrow.stages.report.blocks import Cell, Section, Table, text
 from regrow.stages.report.evaluated import Evaluated, of
 from regrow.stages.report.numbers import title
+from regrow.stages.report.page import Cell, Section, Table, text
 from regrow.stages.report.run_folder import Run
 
 

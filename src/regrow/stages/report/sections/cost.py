@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from regrow.stages.report.blocks import Cell, Section, Table, text
 from regrow.stages.report.numbers import duration, millions, plain
+from regrow.stages.report.page import Cell, Section, Table, text
 from regrow.stages.report.run_folder import Run
 from regrow.stages.report.sections.training import seconds_of
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from regrow.stages.report.blocks import Answers, Block, Section
 from regrow.stages.report.evaluated import of
+from regrow.stages.report.page import Answers, Block, Section
 from regrow.stages.report.run_folder import Run
 
 

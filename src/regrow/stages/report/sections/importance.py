@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from regrow.profile_folder import SCORES, Profile, for_gone
 from regrow.stages.report import charts
-from regrow.stages.report.blocks import Block, Chart, Section
+from regrow.stages.report.page import Block, Chart, Section
 from regrow.stages.report.run_folder import Cut, Run
-from regrow.statistics import SCORES, Profile, for_gone
 
 QUANTILES = 50
 MANY = 96

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from regrow.plan import PER_LAYER, Plan
 from regrow.stages.report import charts
-from regrow.stages.report.blocks import Block, Cell, Chart, Section, Table, text
+from regrow.stages.report.page import Block, Cell, Chart, Section, Table, text
 from regrow.stages.report.run_folder import Cut, Run
 from regrow.stages.report.sections.importance import FEW, NAMES, criteria
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from regrow.stages.report.blocks import Block, Cell, Details, Section, Table, text
 from regrow.stages.report.numbers import duration, plain
+from regrow.stages.report.page import Block, Cell, Details, Section, Table, text
 from regrow.stages.report.run_folder import Run
 
 FIRST = ("stage", "config", "inputs", "figures", "versions", "machine", "seconds", "finished")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from regrow.stages.report import charts
-from regrow.stages.report.blocks import Block, Chart, Section
 from regrow.stages.report.evaluated import Evaluated, of
+from regrow.stages.report.page import Block, Chart, Section
 from regrow.stages.report.run_folder import Run
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from regrow.plan import Plan
-from regrow.stages.report.blocks import Cell, Section, Table, text
+from regrow.stages.report.page import Cell, Section, Table, text
 from regrow.stages.report.run_folder import Run
 
 

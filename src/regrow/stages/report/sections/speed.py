@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 from regrow.stages.report import charts
-from regrow.stages.report.blocks import Block, Cell, Chart, Section, Table, text
 from regrow.stages.report.evaluated import Evaluated, of
 from regrow.stages.report.numbers import SPEED, figure, title
+from regrow.stages.report.page import Block, Cell, Chart, Section, Table, text
 from regrow.stages.report.run_folder import Run
 
 RATES = ("prefill", "decode")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from regrow.stages.report.blocks import Cell, Section, Table, text
 from regrow.stages.report.numbers import megabytes, plain
+from regrow.stages.report.page import Cell, Section, Table, text
 from regrow.stages.report.run_folder import Run
 
 STAGES = ("quantize", "export")

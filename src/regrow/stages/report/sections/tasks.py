@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from regrow.stages.report import charts
-from regrow.stages.report.blocks import Block, Cell, Chart, Details, Section, Table
 from regrow.stages.report.evaluated import Evaluated, of
 from regrow.stages.report.numbers import QUALITY, SPEED, figure, title
+from regrow.stages.report.page import Block, Cell, Chart, Details, Section, Table
 from regrow.stages.report.run_folder import Run
 
 KEPT = "_kept"

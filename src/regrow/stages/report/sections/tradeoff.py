@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 
 from regrow.stages.report import charts
-from regrow.stages.report.blocks import Block, Chart, Section
+from regrow.stages.report.charts import front, places
 from regrow.stages.report.evaluated import Evaluated, of
 from regrow.stages.report.numbers import title
-from regrow.stages.report.pareto import front, places
+from regrow.stages.report.page import Block, Chart, Section
 from regrow.stages.report.run_folder import Run
 from regrow.stages.report.sections.tasks import mean_scores, scored
 

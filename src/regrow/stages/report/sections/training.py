@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from regrow.stages.report import charts
-from regrow.stages.report.blocks import Block, Chart, Section
 from regrow.stages.report.numbers import duration
+from regrow.stages.report.page import Block, Chart, Section
 from regrow.stages.report.run_folder import Run
 
 POINTS = 800

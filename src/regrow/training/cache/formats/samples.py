@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from regrow.errors import UserError
-from regrow.training.cache.bits import bit_width, pack, packed_bytes, unpack
 from regrow.training.cache.formats import log_probabilities
 from regrow.training.cache.sparse import Sparse
+from regrow.training.cache.store import bit_width, pack, packed_bytes, unpack
 from regrow.training.head import Head
 
 LARGEST = 255

@@ -1,0 +1,33 @@
+from regrow.checkpoint import Checkpoint as Checkpoint
+from regrow.checkpoint import load as load
+from regrow.checkpoint import save as save
+from regrow.config import Options as Options
+from regrow.data import DataConfig as DataConfig
+from regrow.data import SourceConfig as SourceConfig
+from regrow.errors import UserError as UserError
+from regrow.plan import Plan as Plan
+from regrow.pruning.config import PruneConfig as PruneConfig
+from regrow.recipe.recipe import Recipe as Recipe
+from regrow.recipe.recipe import run as run
+from regrow.stages.cache.config import CacheConfig as CacheConfig
+from regrow.stages.cache.stage import cache as cache
+from regrow.stages.compare.stage import compare as compare
+from regrow.stages.distill.config import DistillConfig as DistillConfig
+from regrow.stages.distill.stage import distill as distill
+from regrow.stages.evaluate.config import EvaluateConfig as EvaluateConfig
+from regrow.stages.evaluate.stage import evaluate as evaluate
+from regrow.stages.export.config import ExportConfig as ExportConfig
+from regrow.stages.export.stage import export as export
+from regrow.stages.generate.config import GenerateConfig as GenerateConfig
+from regrow.stages.generate.stage import generate as generate
+from regrow.stages.profile.config import ProfileConfig as ProfileConfig
+from regrow.stages.profile.stage import profile as profile
+from regrow.stages.prune.stage import prune as prune
+from regrow.stages.quantize.config import QuantizeConfig as QuantizeConfig
+from regrow.stages.quantize.stage import quantize as quantize
+from regrow.stages.report.config import ReportConfig as ReportConfig
+from regrow.stages.report.stage import report as report
+from regrow.stages.rotate.config import RotateConfig as RotateConfig
+from regrow.stages.rotate.stage import rotate as rotate
+
+__version__: str

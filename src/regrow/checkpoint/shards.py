@@ -1,0 +1,184 @@
+"""The safetensors files of a folder: their headers read and checked, a stream of tensors written.
+
+A file is 8 bytes with the header's length, a JSON header {name: {dtype, shape, data_offsets}}, and
+the tensors' bytes without gaps. The safetensors package writes a file from tensors that are all in
+memory; a model larger than memory is written here, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regrow.errors import UserError
+from regrow.stage_dir import write_json
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8}
+BITS |= {"I64": 64, "I32": 32, "I8": 8, "U8": 8}
+"""Of the dtypes whose size is checked; others are told apart, and refused, by Checkpoint.dtype."""
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The dtypes that weights may have, as torch spells them."""
+PACKED = {"I64": "int64", "I32": "int32", "I8": "int8", "F8_E4M3": "float8_e4m3fn"}
+"""Those that quantized weights are packed in, beside."""
+STORED = {torch_name: stored for stored, torch_name in {**DTYPES, **PACKED}.items()}
+ALIGNMENT = 8
+
+Header = dict[str, dict[str, Any]]
+
+
+def read_headers(folder: Path) -> tuple[dict[str, str], Header]:
+    """The file of each tensor of a folder, and its header entry, in the order on disk.
+
+    Raises UserError, in one line, for missing, pickled, truncated or broken files.
+    """
+    shard_of: dict[str, str] = {}
+    headers: Header = {}
+    for shard in _shards(folder):
+        header = _read_header(folder / shard)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if not name.endswith("rotary_emb.inv_freq"):
+                shard_of[name], headers[name] = shard, entry
+    if not headers:
+        raise UserError(f"no tensors in {folder}: the safetensors files are empty")
+    return shard_of, headers
+
+
+def write_shards(
+    folder: Path,
+    layout: Mapping[str, torch.Tensor],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    max_bytes: int,
+) -> None:
+    """Write a stream of tensors into files of at most `max_bytes` each, one tensor held at a time.
+
+    `layout` says what will come: each name, in order, with a tensor of its shape and dtype, which
+    may be on the meta device. A tensor larger than a file may be has one of its own. Several files
+    get an index.
+    """
+    shards = _split(layout, max_bytes)
+    stream = iter(tensors)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = SINGLE if len(shards) == 1 else _numbered(number, len(shards))
+        _write_shard(folder / file, {name: layout[name] for name in names}, stream)
+        weight_map.update(dict.fromkeys(names, file))
+    assert next(stream, None) is None, "more tensors came than the layout says"
+    if len(shards) > 1:
+        total = sum(map(_bytes, layout.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / INDEX, index)
+
+
+def _shards(folder: Path) -> list[str]:
+    index = folder / INDEX
+    if index.exists():
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index} is broken: fetch the model again") from None
+        missing = [shard for shard in shards if not (folder / shard).exists()]
+        if missing:
+            raise UserError(f"{folder / missing[0]} is missing: fetch the model again")
+        return shards
+    if (folder / SINGLE).exists():
+        return [SINGLE]
+    if list(folder.glob("*.bin")) + list(folder.glob("*.pt*")):
+        raise UserError(
+            f"{folder} has pickled weights only, which can run code when opened: "
+            "save them as safetensors first (model.save_pretrained of transformers does)"
+        )
+    raise UserError(f"no {SINGLE} in {folder}: only safetensors are read, no pickled weights")
+
+
+def _read_header(path: Path) -> Header:
+    """The JSON header of a safetensors file, checked in itself and against the file's size."""
+    broken = UserError(f"{path} is truncated or no safetensors file: fetch or write it again")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise broken
+        try:
+            header: Header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = _end_of_data(header)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise broken from None
+    if 8 + length + end != size:
+        raise broken
+    return header
+
+
+def _end_of_data(header: Header) -> int:
+    """Bytes that the tensors take; ValueError for gaps and for sizes that are not the shape's."""
+    end = 0
+    for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
+        begin, stop = entry["data_offsets"]
+        bits = math.prod(entry["shape"]) * BITS.get(entry["dtype"], 0)
+        if begin != end or (bits and (stop - begin) * 8 != bits):
+            raise ValueError(entry)
+        end = stop
+    return int(end)
+
+
+def _split(layout: Mapping[str, torch.Tensor], max_bytes: int) -> list[list[str]]:
+    """The names of each file."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in layout.items():
+        if shards[-1] and size + _bytes(tensor) > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += _bytes(tensor)
+    return shards
+
+
+def _write_shard(
+    path: Path, layout: dict[str, torch.Tensor], stream: Iterator[tuple[str, torch.Tensor]]
+) -> None:
+    import torch
+
+    header = _header(layout)
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    start = 8 + len(text)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, tensor), due in zip(islice(stream, len(layout)), layout, strict=True):
+            assert name == due and tensor.shape == layout[name].shape, f"{name} is not {due}"
+            assert tensor.dtype == layout[name].dtype, name
+            file.seek(start + header[name]["data_offsets"][0])
+            file.write(tensor.cpu().flatten().view(torch.uint8).numpy().data)
+
+
+def _header(layout: dict[str, torch.Tensor]) -> Header:
+    """Header entries; the widest dtypes lie first, so that every tensor is aligned to its own."""
+    header: Header = {}
+    end = 0
+    for name, tensor in sorted(layout.items(), key=lambda item: -item[1].element_size()):
+        begin, end = end, end + _bytes(tensor)
+        stored = STORED[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {
+            "dtype": stored,
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    return header
+
+
+def _numbered(number: int, count: int) -> str:
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,73 @@
+"""The commands that are no stages: run a recipe, look at a model, watch a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
+
+from regrow.config import Options
+from regrow.errors import UserError
+from regrow.recipe.recipe import KeepStages
+from regrow.stages._flags import Model, print_lines
+
+
+def run(
+    recipe: Positional[Path],
+    out: Path,
+    machine: OmitArgPrefixes[Options] = Options(),
+    set: UseAppendAction[tuple[str, ...]] = (),
+    keep_stages: KeepStages = "all",
+    dry_run: bool = False,
+) -> None:
+    """Run a recipe: a whole job, resumable by the same command.
+
+    Args:
+        recipe: YAML file with model, data and stages.
+        out: Folder for stages/, metrics.jsonl, model/ and report.html.
+        machine: Device, batch size, and how models lie in memory.
+        set: Override a field of the recipe: stages.prune.keep_params=0.7.
+        keep_stages: Keep the weights of all stages, or of the final model only.
+        dry_run: Check everything and print what would be done.
+    """
+    from regrow.recipe import dry_run as dry
+    from regrow.recipe import recipe as recipes
+
+    job = recipes.read(recipe, list(set))
+    if dry_run:
+        recipes.check(job, machine)
+        print_lines(dry.of_recipe(job, machine))
+        return
+    recipes.run(job, out, machine, keep_stages)
+
+
+def inspect(model: Model) -> None:
+    """Print a model's family, its axes with their legal widths, and sizes at a few targets.
+
+    Args:
+        model: Hugging Face folder, hub id, GGUF file, or package:NAME.
+    """
+    from regrow.cli.inspect_model import describe_model
+
+    describe_model(model)
+
+
+def watch(
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")],
+    once: bool = False,
+    every: float = 2.0,
+) -> None:
+    """Show the progress of a run in the terminal, until it is complete.
+
+    Args:
+        run: Folder that regrow run writes.
+        once: Print one frame and leave.
+        every: Seconds from frame to frame.
+    """
+    from regrow.cli.watch import watch as show
+
+    if every <= 0:
+        raise UserError(f"--every {every}: give a number of seconds above 0")
+    show(run, once, every)

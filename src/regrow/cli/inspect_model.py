@@ -1,0 +1,99 @@
+"""What a model is made of and what it could be cut to."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from rich.console import Console
+from rich.table import Table
+
+from regrow import families
+from regrow.checkpoint import Checkpoint, load
+from regrow.errors import UserError
+from regrow.families import Family
+from regrow.search.shapes import candidates
+
+TARGETS = (0.9, 0.8, 0.7, 0.5)
+MULTIPLE = 32
+FLAGS = {
+    "layers": "--num-layers",
+    "hidden": "--hidden-size",
+    "mlp": "--intermediate-size",
+    "heads": "--num-attention-heads",
+    "kv_heads": "--num-key-value-heads",
+    "experts": "--num-experts",
+    "expert_mlp": "--moe-intermediate-size",
+}
+
+
+def describe_model(source: str) -> None:
+    """Print family, axes with legal widths, and candidate sizes at a few targets.
+
+    Raises UserError for a model that cannot be opened or is of no known family.
+    """
+    checkpoint = load(source)
+    family = families.of(checkpoint)
+    console = Console()
+    size = sum(map(checkpoint.bytes, checkpoint.names()))
+    parameters = family.count(checkpoint.config)
+    active = family.active(checkpoint.config)
+    per_token = f", {active:,} of them for each token" if active < parameters else ""
+    told = f"{parameters:,} parameters{per_token}"
+    tied = "tied" if family.value(checkpoint.config, "tie_word_embeddings") else "untied"
+    console.print(
+        f"{source}: family [b]{family.model_type}[/b], {told} ({tied} "
+        f"embeddings counted {'once' if tied == 'tied' else 'both'}), {size / 1e6:,.1f} MB in "
+        f"{checkpoint.dtype(checkpoint.names()[0])}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(_axes(checkpoint, family))
+    console.print(_targets(checkpoint, family, parameters))
+
+
+def _axes(checkpoint: Checkpoint, family: Family) -> Table:
+    sizes = family.sizes(checkpoint.config)
+    table = Table("axis", "now", "legal widths", "flag", title="Axes")
+    for dim, flag in FLAGS.items():
+        if dim != "layers" and not family.layers_of(dim, checkpoint.config):
+            continue
+        table.add_row(dim, str(sizes[dim]), _legal(checkpoint, family, dim), flag)
+    legal = f"multiples of {MULTIPLE}, special tokens and the base alphabet at least"
+    table.add_row("vocab", str(sizes["vocab"]), legal, "--vocab-size")
+    return table
+
+
+def _legal(checkpoint: Checkpoint, family: Family, dim: str) -> str:
+    """Widths this axis may have when it alone is cut, as a range or a list."""
+    full = family.sizes(checkpoint.config)
+    legal = []
+    for width in range(1, full[dim] + 1):
+        sizes = {dim: width}
+        if dim == "kv_heads":
+            sizes["heads"] = full["heads"] // full["kv_heads"] * width
+        multiple_of = MULTIPLE if dim in ("mlp", "expert_mlp", "hidden") else 1
+        if not families.can_have(family, checkpoint.config, sizes, multiple_of):
+            continue
+        legal.append(width)
+    steps = {b - a for a, b in pairwise(legal)}
+    if len(legal) > 6 and len(steps) == 1:
+        return f"{legal[0]} to {legal[-1]} in steps of {steps.pop()}"
+    if len(legal) > 12:
+        return f"{legal[0]}, {legal[1]}, …, {legal[-2]}, {legal[-1]}"
+    return ", ".join(map(str, legal))
+
+
+def _targets(checkpoint: Checkpoint, family: Family, parameters: int) -> Table:
+    table = Table("keep", "shape", "parameters", "sizes", title="Sizes at a few targets")
+    for keep in TARGETS:
+        try:
+            shapes = candidates(family, checkpoint.config, keep, MULTIPLE)
+        except UserError as error:
+            table.add_row(f"{keep:.0%}", "none", "", str(error))
+            continue
+        for shape in shapes:
+            sizes = ", ".join(f"{dim} {size}" for dim, size in shape.sizes.items())
+            share = shape.parameters / parameters
+            table.add_row(f"{keep:.0%}", shape.name, f"{shape.parameters:,} ({share:.1%})", sizes)
+        table.add_section()
+    return table

@@ -1,0 +1,177 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from typing import Any
+
+import tyro
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+import regrow
+from regrow import stage
+from regrow.config import reason
+from regrow.errors import UserError, unknown
+from regrow.stage_dir import is_full_disk
+
+WEIGHTS = ConstructorRegistry()
+
+
+@WEIGHTS.primitive_rule
+def _weights(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, float]] | None:
+    """Weights by name as `--flag NAME WEIGHT NAME WEIGHT`, in place of what stands there.
+
+    tyro would make a flag of every name that the default has, and allow no other.
+    """
+    if info.type != dict[str, float]:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME WEIGHT [NAME WEIGHT ...]",
+        instance_from_str=_pairs,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda weights: [str(part) for pair in weights.items() for part in pair],
+    )
+
+
+def _pairs(given: list[str]) -> dict[str, float]:
+    names, weights = given[::2], given[1::2]
+    if len(names) != len(weights) or len(set(names)) != len(names):
+        raise ValueError("give each name once, and a weight after it: NAME WEIGHT NAME WEIGHT")
+    return dict(zip(names, map(float, weights), strict=True))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns 0 when done, 2 for the user's input (one line, no traceback)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments in (["--version"], ["-V"]):
+        print(f"regrow {regrow.__version__}")
+        return 0
+    try:
+        _quiet()
+        _parse(arguments)()
+        sys.stdout.flush()
+    except UserError as error:
+        return _refuse(str(error))
+    except (PermissionError, NotADirectoryError) as error:
+        return _refuse(f"{error.filename}: {error.strerror}; give a place that can be written to")
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if is_full_disk(error):
+            return _refuse(
+                f"no disk space left: {error.filename or error}; free some and run again"
+            )
+        raise
+    except KeyboardInterrupt:
+        print("\nregrow: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def commands() -> dict[str, Callable[..., None]]:
+    """All commands by name, in the order in which `regrow --help` lists them."""
+    from regrow.cli.commands import inspect, run, watch
+
+    of_stages = {name: stage.find(name).command for name in stage.names()}
+    return {"run": run, "inspect": inspect, **of_stages, "watch": watch}
+
+
+def _command(name: str) -> Callable[..., None]:
+    """One command, without importing the others; raises UserError when there is none."""
+    if name in stage.names():
+        return stage.find(name).command
+    known = commands()
+    if name not in known:
+        raise unknown("command", name, known)
+    return known[name]
+
+
+def _parse(arguments: list[str]) -> Callable[[], None]:
+    """The command that is asked for, ready to run.
+
+    Raises UserError for a value that a config refuses, SystemExit(2) with tyro's advice for flags.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return _help
+    name, *flags = arguments
+    messages = io.StringIO()
+    try:
+        with redirect_stderr(messages):
+            chosen: Callable[[], None] = tyro.cli(
+                _later(_command(name)), prog=f"regrow {name}", args=flags, registry=WEIGHTS
+            )
+            return chosen
+    except SystemExit as stop:
+        refused = _validation_error(stop)
+        if refused is None:
+            sys.stderr.write(messages.getvalue())
+            raise
+    first = refused.errors()[0]
+    flag = "-".join(map(str, first["loc"])).replace("_", "-")
+    raise UserError(f"--{flag}: {reason(first)}" if flag else reason(first))
+
+
+def _help() -> None:
+    """Print what regrow is and a line for each command."""
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for name, command in commands().items():
+        table.add_row(f"[bold]{name}[/bold]", (command.__doc__ or "").strip().splitlines()[0])
+    console = Console()
+    console.print("usage: regrow COMMAND [FLAGS]    regrow COMMAND --help    regrow --version\n")
+    console.print((regrow.__doc__ or "").splitlines()[0] + "\n")
+    console.print(table)
+
+
+def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """`command` with its flags and help, returning the call instead of making it."""
+
+    @functools.wraps(command)
+    def call(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(command, *args, **kwargs)
+
+    return call
+
+
+def _validation_error(error: BaseException | None) -> ValidationError | None:
+    """The config's refusal that made tyro stop, if it was one."""
+    while error is not None and not isinstance(error, ValidationError):
+        error = error.__context__
+    return error
+
+
+def _refuse(message: str) -> int:
+    print(f"regrow: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _quiet() -> None:
+    """Other libraries' bars and advice would drown our own lines."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("COMPRESSED_TENSORS_LOG_DISABLED", "1")
+    # torchao, which transformers' Trainer imports where it is installed, tells of its CUDA kernels
+    # on machines without a GPU, and of types that torch will want otherwise.
+    logging.getLogger("torchao").addFilter(_is_news)
+    logging.getLogger("torch.utils._pytree").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(("Failed to load", "<enum"))

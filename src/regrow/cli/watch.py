@@ -1,0 +1,299 @@
+"""Watch a run from another terminal, by the files that it writes.
+
+How far a run is, is read from its folder: recipe, manifests, hidden partial folders, metrics.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from regrow import stage_dir
+from regrow.errors import UserError
+from regrow.recipe import recipe as recipes
+from regrow.recipe.recipe import RECIPE
+from regrow.runtime.progress import clock
+from regrow.stage import Step
+from regrow.stages.report.run_folder import METRICS, rows
+
+How = Literal["done", "running", "waiting", "earlier"]
+"""`earlier` is a result of an earlier run of this folder, which will be looked at again."""
+
+RECENT = 50
+"""Logged steps that the rate is taken over."""
+SETTLED = 60.0
+"""Seconds of quiet after which a page that is older than its recipe counts as this run's."""
+MAKES_MODEL = ("rotate", "prune", "distill", "quantize")
+
+
+@dataclass(frozen=True)
+class StageState:
+    """One stage; `seconds` are those it took, or of the running one since it began."""
+
+    name: str
+    how: How
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """The last distillation that has logged a step."""
+
+    stage: str
+    tokens: int
+    total: int
+    rate: float | None
+    """Tokens per second over the last steps; None before the second one."""
+    eta: float | None
+    """Seconds left; None when the rate is not known, 0 when it is done."""
+    losses: dict[str, float] = field(default_factory=dict)
+    """The last values logged, by name."""
+    heldout: list[float] = field(default_factory=list)
+    """Held-out KL, from the first on."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run as it stands."""
+
+    folder: Path
+    model: str
+    stages: list[StageState]
+    training: Training | None
+    complete: bool
+    quiet: float
+    """Seconds since anything was written."""
+
+
+def read(folder: Path, now: float | None = None) -> RunState:
+    """How far the run in `folder` is at `now` (seconds since the epoch, the present by default).
+
+    Raises UserError when the folder holds no run.
+    """
+    now = time.time() if now is None else now
+    if not (folder / RECIPE).is_file():
+        raise UserError(
+            f"{folder} is no run: expected {RECIPE} in it; give the folder of regrow run --out"
+        )
+    recipe = recipes.read(folder / RECIPE)
+    steps = [(f"{n:02d}-{step.name}", step) for n, step in enumerate(recipe.steps(), start=1)]
+    quiet = max(0.0, now - _last_write(folder))
+    begun = (folder / RECIPE).stat().st_mtime
+    stages: list[StageState] = []
+    running = False
+    for name, step in steps:
+        done = _done(folder, name, step, quiet)
+        if done is None or _partial(folder, name):
+            how: How = "waiting" if running else "running"
+            stages.append(StageState(name, how, None if running else now - begun))
+            running = True
+        else:
+            stages.append(StageState(name, "earlier" if running else "done", done[0]))
+            begun = max(begun, done[1])
+    return RunState(
+        folder=folder,
+        model=recipe.model,
+        stages=stages,
+        training=_training(folder, dict(steps), stages, now),
+        complete=not running and _published(folder, steps),
+        quiet=quiet,
+    )
+
+
+def _folders(name: str, step: Step) -> list[str]:
+    """Those that a stage writes: a repaired pruning is two, the plain one last."""
+    if step.name == "report":
+        return []
+    return [f"{name}-repaired", name] if step.name == "prune" and step.config.repair else [name]
+
+
+def _done(folder: Path, name: str, step: Step, quiet: float) -> tuple[float, float] | None:
+    """Seconds that a stage took, and when it was complete; None when it is not."""
+    if step.name == "report":
+        page, recipe = folder / "report.html", folder / RECIPE
+        if not page.exists():
+            return None
+        written = page.stat().st_mtime
+        fresh = written >= recipe.stat().st_mtime or quiet > SETTLED
+        return (0.0, written) if fresh else None
+    paths = [folder / "stages" / one for one in _folders(name, step)]
+    found = [stage_dir.read(path) for path in paths]
+    if any(made is None for made in found):
+        return None
+    times = [(path / stage_dir.NAME).stat().st_mtime for path in paths]
+    return sum(float(made.get("seconds", 0.0)) for made in found if made), max(times)
+
+
+def _partial(folder: Path, name: str) -> bool:
+    stages = folder / "stages"
+    return any((stages / f".{one}.partial").is_dir() for one in (name, f"{name}-repaired"))
+
+
+def _published(folder: Path, steps: list[tuple[str, Step]]) -> bool:
+    """Whether model/ is the last model of the stages, or there is none to publish."""
+    makers = [(name, step) for name, step in steps if step.name in MAKES_MODEL]
+    if not makers:
+        return True
+    last = stage_dir.read(folder / "stages" / _folders(*makers[-1])[0])
+    there = stage_dir.read(folder / "model")
+    return None not in (last, there) and last["finished"] == there["finished"]  # type: ignore[index]
+
+
+def _last_write(folder: Path) -> float:
+    """When a file of the run, or inside a folder that is being written, was changed last."""
+    places = [folder, *folder.glob("*"), *folder.glob("stages/*"), *folder.glob("stages/.*/*")]
+    return max(_changed(place) for place in places)
+
+
+def _changed(place: Path) -> float:
+    try:
+        return place.stat().st_mtime
+    except FileNotFoundError:  # a partial folder that was renamed meanwhile
+        return 0.0
+
+
+def _training(
+    folder: Path, steps: dict[str, Step], stages: list[StageState], now: float
+) -> Training | None:
+    """Of the running distillation, or else of the last one."""
+    path = folder / METRICS
+    found = [row for row in rows(path) if row.get("stage") in steps and "tokens" in row]
+    named = dict.fromkeys(row["stage"] for row in found)
+    running = [stage.name for stage in stages if stage.how == "running"]
+    stage = next((name for name in running if name in named), None) or next(reversed(named), None)
+    if stage is None:
+        return None
+    mine = [row for row in found if row["stage"] == stage]
+    config = steps[stage].config
+    total = max(1, round(config.tokens / config.batch_tokens)) * config.batch_tokens
+    tokens, rate = int(mine[-1]["tokens"]), _rate(mine)
+    left = None if rate is None else max(0.0, (total - tokens) / rate - (now - _changed(path)))
+    return Training(
+        stage=stage,
+        tokens=tokens,
+        total=total,
+        rate=rate,
+        eta=0.0 if tokens >= total else left,
+        losses=_losses(mine),
+        heldout=[float(row["heldout_kl"]) for row in mine if "heldout_kl" in row],
+    )
+
+
+def _rate(mine: list[dict[str, Any]]) -> float | None:
+    """Tokens/s over the last steps of the last process; each counts seconds from its own start."""
+    last = [row for row in mine if "loss" in row][-RECENT:]
+    restarts = [n for n in range(1, len(last)) if last[n]["seconds"] < last[n - 1]["seconds"]]
+    same = last[restarts[-1] if restarts else 0 :]
+    if len(same) < 2 or same[-1]["seconds"] <= same[0]["seconds"]:
+        return None
+    return float(
+        (same[-1]["tokens"] - same[0]["tokens"]) / (same[-1]["seconds"] - same[0]["seconds"])
+    )
+
+
+def _losses(mine: list[dict[str, Any]]) -> dict[str, float]:
+    """Losses, signals, learning rate and gradient norm of the last logged step."""
+    last: dict[str, Any] = next((row for row in reversed(mine) if "loss" in row), {})
+    plain = ("stage", "step", "tokens", "seconds", "epoch")
+    return {name: float(value) for name, value in last.items() if name not in plain}
+
+
+LOOK = {
+    "done": ("✓ done", "green"),
+    "running": ("▶ running", "bold cyan"),
+    "waiting": ("· waiting", "dim"),
+    "earlier": ("↺ of an earlier run", "dim"),
+}
+BLOCKS = "▁▂▃▄▅▆▇█"
+POINTS = 40
+QUIET = 60.0
+"""Seconds from which on it is said that nothing was written."""
+
+
+def frame(state: RunState) -> RenderableType:
+    """Stages and the distillation, as they stand."""
+    title = Text(f"{plain(str(state.folder))}  ({plain(state.model)})", style="bold")
+    parts: list[RenderableType] = [title, _stages(state.stages)]
+    if state.training is not None:
+        parts += _training_lines(state.training)
+    if state.complete:
+        parts.append(Text("complete", style="bold green"))
+    elif state.quiet > QUIET:
+        parts.append(Text(f"nothing written for {clock(state.quiet)}", style="yellow"))
+    return Group(*parts)
+
+
+def plain(text: str) -> str:
+    """Text without what would move a terminal's cursor or change its colours."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
+
+
+def sparkline(values: list[float], points: int = POINTS) -> str:
+    """Values as a row of blocks from least to most; of many every few, the last among them."""
+    values = [value for value in values if math.isfinite(value)]
+    step = max(1, math.ceil(len(values) / points))
+    shown = values[::-1][::step][::-1]
+    low, high = min(shown, default=0.0), max(shown, default=0.0)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BLOCKS[round((value - low) * scale)] for value in shown)
+
+
+def _stages(stages: list[StageState]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for stage in stages:
+        words, style = LOOK[stage.how]
+        took = "" if stage.seconds is None else clock(stage.seconds)
+        table.add_row(Text(plain(stage.name)), Text(words, style=style), Text(took))
+    return table
+
+
+def _training_lines(training: Training) -> list[RenderableType]:
+    rate = "–" if training.rate is None else f"{training.rate:,.0f} tokens/s"
+    eta = "–" if training.eta is None else clock(training.eta)
+    share = training.tokens / training.total
+    head = f"{plain(training.stage)}  {share:.0%}  {training.tokens:,}/{training.total:,} tokens"
+    tail = f"  {rate}" + (f"  ETA {eta}" if training.tokens < training.total else "")
+    bar = Table.grid()
+    bar.add_row(ProgressBar(total=training.total, completed=training.tokens, width=POINTS))
+    found: list[RenderableType] = [Text(""), Text(head + tail), bar]
+    if training.losses:
+        pairs = [f"{plain(name)} {value:.4g}" for name, value in training.losses.items()]
+        found.append(Text("  ".join(pairs)))
+    if training.heldout:
+        first, last = training.heldout[0], training.heldout[-1]
+        line = f"held-out KL {first:.4f} → {last:.4f}  {sparkline(training.heldout)}"
+        found.append(Text(line))
+    return found
+
+
+WIDTH = 100
+"""Columns where no terminal tells its own."""
+
+
+def watch(folder: str | Path, once: bool = False, every: float = 2.0) -> None:
+    """Show a run on stdout, anew each `every` seconds, until it is complete.
+
+    One frame alone when `once`, and where stdout is no terminal. Raises UserError for a folder that
+    is no run.
+    """
+    folder = Path(folder)
+    state = read(folder)
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH)
+    if once or not sys.stdout.isatty():
+        console.print(frame(state))
+        return
+    with Live(frame(state), console=console, auto_refresh=False) as live:
+        while not state.complete:
+            time.sleep(every)
+            state = read(folder)
+            live.update(frame(state), refresh=True)

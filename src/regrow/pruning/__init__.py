@@ -1,0 +1,1 @@
+"""Cutting a model: which units stay, the cut from disk to disk, and the repair of what is left."""

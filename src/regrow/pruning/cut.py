@@ -1,0 +1,286 @@
+"""Cut a model to a plan: select each tensor's axes by the names of their dimensions.
+
+Where the units that go are zero, the cut model computes the same as before. For hidden that takes
+more than selection. RMSNorm (Zhang and Sennrich 2019), y = w·x / sqrt(Σx²/d + eps), over the kept
+channels divides by d_new instead of d_old, so y stays the same when
+
+    w' = w · sqrt(d_old / d_new)        eps' = eps · d_old / d_new
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regrow import families
+from regrow.checkpoint import Checkpoint
+from regrow.checkpoint import checkpoint as checkpoints
+from regrow.errors import UserError
+from regrow.families import Family, Place, as_on_disk, parts, unit_rows
+from regrow.plan import PER_EXPERT, PER_LAYER, Plan
+from regrow.pruning.tokenizer import cut_ids, ids_named, read_rules, write_tokenizer
+
+Replace = Callable[[str, Tensor], Tensor]
+"""(name in the parent, cut tensor) → the tensor to put in its place, of its shape and dtype."""
+
+
+def check(plan: Plan, family: Family, config: dict[str, Any]) -> None:
+    """Raise UserError when `plan` cannot be applied to a model of this family and config."""
+    if plan.model_type != family.model_type:
+        raise UserError(f"plan: made for a {plan.model_type} model, not for a {family.model_type}")
+    sizes = family.sizes(config)
+    plan.check(sizes, {dim: family.layers_of(dim, config) for dim in (*PER_LAYER, PER_EXPERT)})
+    families.check_sizes(
+        family, config, {dim: plan.after[dim] for dim in plan.after if dim in sizes}
+    )
+    if plan.vocab is not None:
+        gone = ids_named(config) & set(range(plan.before["vocab"])) - set(plan.vocab)
+        if gone:
+            raise UserError(
+                f"plan: vocab lacks token {min(gone)}, which config.json names: keep it"
+            )
+
+
+def cut(
+    tensors: Iterable[tuple[str, Tensor]],
+    plan: Plan,
+    family: Family,
+    config: dict[str, Any],
+    replace: Replace | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the cut model, one by one, under their new names; `config` is the parent's.
+
+    `replace` may put other values in place of a cut tensor (repair). Raises UserError for a plan
+    or a tensor that does not fit the family.
+    """
+    check(plan, family, config)
+    for name, tensor in tensors:
+        found = cut_tensor(name, tensor, plan, family, config)
+        if found is not None:
+            renamed, kept = found
+            if replace is not None:
+                value = replace(name, kept)
+                assert value.shape == kept.shape and value.dtype == kept.dtype, name
+                kept = value
+            yield renamed, kept
+
+
+def cut_tensor(
+    name: str,
+    tensor: Tensor,
+    plan: Plan,
+    family: Family,
+    config: dict[str, Any],
+    select: Callable[[Tensor, int, Tensor], Tensor] = torch.index_select,
+) -> tuple[str, Tensor] | None:
+    """One tensor's new name and kept part; None when it goes with its layer or expert, or is tied.
+
+    `select` takes (tensor, axis, index). A tensor of which everything is kept is returned as it is,
+    not copied. Raises UserError for a name that the family's table lacks.
+    """
+    renamed = new_name(name, plan, family, config)
+    if renamed is None:
+        return None
+    place = _find(name, family)
+    for axis, dims in enumerate(family.tensors[place.template].axes):
+        index = _index(parts(dims), place, plan)
+        if index is not None:
+            tensor = select(tensor, axis, index.to(tensor.device))
+    return renamed, _rescaled(place.template, tensor, plan, family, config)
+
+
+def cut_config(config: dict[str, Any], plan: Plan, family: Family) -> dict[str, Any]:
+    """The cut model's config.json: new widths, explicit head_dim, entries of kept layers only."""
+    new = copy.deepcopy(config)
+    for dim, key in family.config_keys.items():
+        known = [name for name in (key, family.aliases.get(key, key)) if name in config]
+        new.update(dict.fromkeys(known or [key], plan.after[dim]))
+    new["head_dim"] = plan.before["head_dim"]
+    if plan.vocab is not None:
+        new = cut_ids(new, plan.vocab)
+    if plan.hidden is not None:
+        ratio = plan.before["hidden"] / plan.after["hidden"]
+        new["rms_norm_eps"] = family.value(config, "rms_norm_eps") * ratio
+    if plan.layers is not None:
+        _follow_layers(new, plan.layers, plan.before["layers"], family)
+    return new
+
+
+def cut_folder(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out: Path,
+    replace: Replace | None = None,
+    family: Family | None = None,
+) -> None:
+    """Write the cut checkpoint to `out`, tensor by tensor; `family` defaults to the model's own.
+
+    Raises UserError when the plan was made for another model or does not fit.
+    """
+    config = checkpoint.config
+    family = family or families.get(config["model_type"])
+    plan.check_fingerprint(checkpoint)
+    check(plan, family, config)
+    if plan.vocab is not None and checkpoint.has_tokenizer:
+        read_rules(checkpoint)  # refuses one that cannot be cut, before the slow work
+    family.check_tensors(config, checkpoint.shapes)
+    _refuse_untied(checkpoint.names(), checkpoint.tensor, family, config)
+    names = [n for n in checkpoint.names() if new_name(n, plan, family, config) is not None]
+    layout = dict(cut(((name, checkpoint.meta(name)) for name in names), plan, family, config))
+    tensors = cut(((n, checkpoint.tensor(n)) for n in names), plan, family, config, replace)
+    checkpoints.write(out, cut_config(config, plan, family), layout, tensors, like=checkpoint)
+    if plan.vocab is not None:
+        write_tokenizer(checkpoint, plan.vocab, out)
+
+
+def cut_model(
+    model: PreTrainedModel,
+    plan: Plan,
+    replace: Replace | None = None,
+    family: Family | None = None,
+) -> PreTrainedModel:
+    """A cut copy of a model in memory, on its device, in eval mode; shares no weights with it.
+
+    `family` defaults to the model's own. Raises UserError when the plan does not fit.
+    """
+    config = model.config.to_dict()
+    family = family or families.get(config["model_type"])
+    check(plan, family, config)
+    state = as_on_disk(family, model.state_dict())
+    family.check_tensors(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    _refuse_untied(state, state.__getitem__, family, config)
+    shared = {tensor.data_ptr() for tensor in state.values()}
+    kept = {
+        name: tensor.clone() if tensor.data_ptr() in shared else tensor
+        for name, tensor in cut(state.items(), plan, family, config, replace)
+    }
+    new_config = type(model.config).from_dict(cut_config(config, plan, family))
+    student: PreTrainedModel = type(model).from_pretrained(
+        None,
+        config=new_config,
+        state_dict=kept,
+        dtype=model.dtype,
+        attn_implementation=model.config._attn_implementation,
+        experts_implementation=model.config._experts_implementation,
+    )
+    student.generation_config = copy.deepcopy(model.generation_config)
+    if plan.vocab is not None and student.generation_config is not None:
+        student.generation_config.update(**cut_ids(model.generation_config.to_dict(), plan.vocab))
+    return student.to(model.device).eval()  # type: ignore[arg-type]
+
+
+def _find(name: str, family: Family) -> Place:
+    found = family.find(name)
+    if found is None:
+        raise UserError(
+            f"{name}: no tensor of a {family.model_type} model; read docs/add-a-family.md to add it"
+        )
+    return found
+
+
+def new_name(name: str, plan: Plan, family: Family, config: dict[str, Any]) -> str | None:
+    """What a tensor is called after the cut; None when its layer is dropped or it is a tied head.
+
+    Raises UserError for a name that the family's table lacks.
+    """
+    template, layer, expert = _find(name, family)
+    if template == family.head and not family.exists(family.tensors[template], config):
+        return None
+    if layer is None:
+        return name
+    layers = plan.kept_layers()
+    if layer not in layers:
+        return None
+    if expert is not None:
+        experts = plan.kept_experts(layer)
+        if expert not in experts:
+            return None
+        expert = experts.index(expert)
+    return Place(template, layers.index(layer), expert).name
+
+
+def _index(dims: tuple[str, ...], place: Place, plan: Plan) -> Tensor | None:
+    """Rows kept of an axis made of these dimensions in a row; None for all."""
+    kept = [plan.kept(dim, place.layer, place.expert) for dim in dims]
+    if all(ids is None for ids in kept):
+        return None
+    parts, offset = [], 0
+    for dim, ids in zip(dims, kept, strict=True):
+        count, width = plan.before[dim], unit_rows(dim, plan.before)
+        units = torch.arange(count) if ids is None else torch.tensor(ids)
+        parts.append(offset + (units[:, None] * width + torch.arange(width)).flatten())
+        offset += count * width
+    return torch.cat(parts)
+
+
+def _rescaled(
+    template: str, tensor: Tensor, plan: Plan, family: Family, config: dict[str, Any]
+) -> Tensor:
+    """The factor of the module's docstring, and for Gemma its embedding's sqrt(hidden_size).
+
+    The embedding takes the same factor as the norms, so that the residual stream equals the kept
+    channels of the parent's. Tied, it raises the logits by that, which the final norm takes back.
+    """
+    row = family.tensors[template]
+    scaled_head = family.scaled_embedding and bool(family.value(config, "tie_word_embeddings"))
+    takes_factor = row.norm and not (template == family.final_norm and scaled_head)
+    if template == family.embedding:
+        takes_factor = family.scaled_embedding
+    if not takes_factor or plan.before["hidden"] == plan.after["hidden"]:
+        return tensor
+    factor = math.sqrt(plan.before["hidden"] / plan.after["hidden"])
+    offset = family.norm_offset if row.norm else 0.0
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return ((wide + offset) * factor - offset).to(tensor.dtype)
+
+
+def _follow_layers(new: dict[str, Any], layers: list[int], count: int, family: Family) -> None:
+    if family.sliding_period is not None:
+        key, default = family.sliding_period
+        period = new.get(key) or default
+        types = [
+            "full_attention" if n % period == 0 else "sliding_attention"
+            for n in range(1, count + 1)
+        ]
+        if not new.get("layer_types"):
+            new["layer_types"] = types
+        if [new["layer_types"][i] for i in layers] != types[: len(layers)]:
+            new.pop(key, None)
+            new.pop(f"_{key}", None)
+    if family.dense_layers is not None:
+        # Every nth layer has experts: not of the layers that are left, so that they are listed.
+        ids, period = family.dense_layers
+        sparse = family.layers_of("experts", {**new, family.config_keys["layers"]: count})
+        new.update({ids: [n for n in range(count) if n not in sparse], period: 1})
+    for key, kind in family.per_layer_config.items():
+        value = new.get(key)
+        if value is None:
+            continue
+        if kind == "each":
+            new[key] = [value[i] for i in layers]
+        elif kind == "ids":
+            new[key] = [layers.index(i) for i in value if i in layers]
+        else:
+            new[key] = sum(i < value for i in layers)
+
+
+def _refuse_untied(
+    names: Iterable[str],
+    read: Callable[[str], Tensor],
+    family: Family,
+    config: dict[str, Any],
+) -> None:
+    """A config that ties a head which has values of its own would lose them in silence."""
+    tied = not family.exists(family.tensors[family.head], config)
+    if tied and family.head in names and not torch.equal(read(family.head), read(family.embedding)):
+        raise UserError(
+            f"{family.head} differs from {family.embedding}, although config.json ties them: set "
+            "tie_word_embeddings to false there"
+        )

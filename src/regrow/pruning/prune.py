@@ -1,0 +1,259 @@
+"""The prune stage: a checkpoint and its profile in, a smaller checkpoint out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from regrow import families, plugins
+from regrow import plan as plans
+from regrow.checkpoint import Checkpoint, load
+from regrow.config import Options
+from regrow.data.sequences import VALIDATE_EVERY
+from regrow.errors import UserError
+from regrow.plan import Plan, compose
+from regrow.profile_folder import Profile
+from regrow.pruning.choose import choose, full_sizes
+from regrow.pruning.config import PruneConfig
+from regrow.pruning.cut import check, cut_config, cut_folder
+from regrow.pruning.repair import Job, Repaired
+from regrow.pruning.vocabulary import check_vocab_size
+from regrow.runtime.progress import say
+from regrow.stage_dir import Figure, Stage, digest, refuse_input, require_space, write_json
+
+REPAIR = "regrow.pruning.repair"
+DEEP = 0.6  # share of the parameters below which one round is too much (Minitron: a third a round)
+RUN_BYTES = 500_000_000
+
+
+def prune_to_sizes(
+    model: str | Path | Checkpoint,
+    out: str | Path,
+    config: PruneConfig,
+    profile: str | Path | Profile | None = None,
+    extra: dict[str, object] | None = None,
+    search: str | None = None,
+    options: Options | None = None,
+) -> Path:
+    """Cut a checkpoint, tensor by tensor from disk to disk, to explicit sizes or a given plan.
+
+    `extra` (the table of a shape search) is kept beside the plan, `search` is a digest of what was
+    searched for. A model that is itself the result of a cut gets a second plan, by the ids of the
+    first model. Raises UserError for an impossible shape, a profile or plan of another model, or
+    what is missing for the job.
+    """
+    out = Path(out)
+    checkpoint = model if isinstance(model, Checkpoint) else load(model)
+    refuse_input(out, checkpoint.folder)
+    family = families.of(checkpoint)
+    found = _profile_for(checkpoint, profile)
+    plan = make_plan(checkpoint, config, found)
+    narrower = any(plan.after[dim] != plan.before[dim] for dim in plan.before if dim != "vocab")
+    repair = repair_method(config, found) if config.repair and narrower else None
+    if config.plan is not None:  # its digest counts, not where it lay; it is written beside
+        config = config.model_copy(update={"plan": plans.FILE, "allow_sibling": False})
+    stage = Stage(out, "prune", config, _inputs(checkpoint, plan, found, search))
+    if stage.complete:
+        say(f"prune: {out} is complete and unchanged")
+        return out
+    from_first = _from_first(checkpoint, plan)
+    after = family.count(cut_config(checkpoint.config, plan, family))
+    before = family.count(checkpoint.config)
+    space = sum(map(checkpoint.bytes, checkpoint.names())) * after // before
+    if repair is not None and found is not None:
+        tokens = min(config.repair_tokens, int(found.info["tokens"]))
+        space += repair.work_bytes(plan.before, tokens)
+    require_space(out, space)
+    _tell(before, after, plan)
+    with stage as folder:
+        repaired = None
+        if repair is not None and found is not None:
+            work, how = folder / "work", options or Options()
+            repaired = repair_by(checkpoint, found, plan, config, work, how)
+        cut_folder(checkpoint, plan, folder, replace=repaired)
+        shutil.rmtree(folder / "work", ignore_errors=True)
+        plan.write(folder / plans.FILE)
+        if from_first is not None:
+            from_first.write(folder / plans.FROM_FIRST)
+        for name, value in (extra or {}).items():
+            write_json(folder / f"{name}.json", value)
+        stage.figures += _figures(before, after, repaired)
+        stage.extra["repair"] = {} if repaired is None else repaired.solutions
+        prove_reload(folder)
+    return out
+
+
+def _inputs(
+    checkpoint: Checkpoint, plan: Plan, profile: Profile | None, search: str | None
+) -> dict[str, str]:
+    """What the result follows from, beside the config."""
+    found = {"model": checkpoint.fingerprint, "plan": plan.digest()}
+    if profile is not None:
+        found["profile"] = digest(profile.info)
+    if search is not None:
+        found["search"] = search
+    return found
+
+
+def _tell(before: int, after: int, plan: Plan) -> None:
+    say(f"prune: {before:,} → {after:,} parameters ({after / before:.1%} kept), {describe(plan)}")
+    if after < DEEP * before:
+        say(
+            f"prune: less than {DEEP:.0%} is kept at once: cutting a third at most, distilling "
+            "and cutting on loses less (examples/two_rounds.yaml)"
+        )
+
+
+def _from_first(checkpoint: Checkpoint, plan: Plan) -> Plan | None:
+    """All cuts since the first model as one plan; None when this is the first."""
+    for name in plans.FILES:
+        path = checkpoint.folder / name
+        if path.exists():
+            earlier = Plan.read(path)
+            # A plan for this very model, put beside it to be applied, is no history of it.
+            to_apply = (checkpoint.fingerprint, *plan.siblings)
+            return None if earlier.fingerprint in to_apply else compose(earlier, plan)
+    return None
+
+
+def make_plan(checkpoint: Checkpoint, config: PruneConfig, profile: Profile | None) -> Plan:
+    """The plan that `config` asks for: read from its file, or chosen by the profile's scores."""
+    family = families.of(checkpoint)
+    sizes = config.sizes()
+    if config.plan is not None:
+        if sizes or config.keep_params is not None:
+            raise UserError("give a plan or a target shape, not both")
+        plan = Plan.read(Path(config.plan))
+        if config.allow_sibling:
+            plan = plan.for_sibling(checkpoint)
+        plan.check_fingerprint(checkpoint)
+        check(plan, family, checkpoint.config)
+        return plan
+    if not sizes:
+        raise UserError(
+            "nothing to prune to: give keep_params (with data to choose a shape on), sizes such as "
+            "num_layers or intermediate_size, or a plan"
+        )
+    check_target(checkpoint, config)
+    if profile is None:
+        raise UserError("choosing what to keep needs a profile: make one with regrow profile")
+    return choose(
+        checkpoint,
+        family,
+        profile,
+        sizes,
+        config.criterion,
+        config.layer_criterion,
+        config.multiple_of,
+        config.expert_criterion,
+    )
+
+
+def repair_by(
+    checkpoint: Checkpoint,
+    profile: Profile,
+    plan: Plan,
+    config: PruneConfig,
+    work: Path,
+    options: Options,
+) -> Repaired | None:
+    """The new weights for a plan, solved as `config` says; None where it asks for no repair.
+
+    `work` is a folder for what must be on disk meanwhile. Raises UserError as `repair_method` does.
+    """
+    if not config.repair:
+        return None
+    family, method = families.of(checkpoint), repair_method(config, profile)
+    how = (config.repair_tokens, config.repair_upstream)
+    repaired: Repaired = method.repair(Job(checkpoint, family, profile, plan, work, options, *how))
+    return repaired
+
+
+def repair_method(config: PruneConfig, profile: Profile | None) -> ModuleType:
+    """The method's module; raises UserError for an unknown one and for what it lacks."""
+    module = plugins.load(REPAIR, config.repair_method)
+    if profile is None:
+        raise UserError("repair needs a profile: give --profile, or prune with --no-repair")
+    if module.GRAMS and not profile.info["grams"]:
+        raise UserError(
+            f"{profile.folder} has no Gram matrices, which repair by {config.repair_method} needs: "
+            "profile again with gram_tokens above 0, or use another method or --no-repair"
+        )
+    if not module.GRAMS:
+        profile.blocks_path()
+        if profile.info["samples"] < VALIDATE_EVERY:
+            raise UserError(
+                f"{profile.folder} is of {profile.info['samples']} blocks of text; repair by "
+                f"{config.repair_method} takes {VALIDATE_EVERY} or more: profile again with more "
+                "samples, or prune with --no-repair"
+            )
+    return module
+
+
+def check_target(checkpoint: Checkpoint, config: PruneConfig) -> None:
+    """Raise UserError, before any slow work, for sizes this checkpoint cannot be cut to."""
+    family = families.of(checkpoint)
+    before = family.sizes(checkpoint.config)
+    after = full_sizes(family, before, config.sizes())
+    families.check_sizes(family, checkpoint.config, after, config.multiple_of)
+    if after["vocab"] != before["vocab"]:
+        check_vocab_size(checkpoint, after["vocab"])
+
+
+def describe(plan: Plan) -> str:
+    """What a plan cuts, in words: `mlp 1536→1184, layers 30→28`."""
+    changed = [d for d in plan.before if plan.after[d] != plan.before[d]]
+    return ", ".join(f"{dim} {plan.before[dim]}→{plan.after[dim]}" for dim in changed) or "nothing"
+
+
+def prove_reload(folder: Path) -> None:
+    """Open what was written with the stock reader; an assertion of ours, not of the user's.
+
+    A model up to 0.5 GB is loaded and run. A larger one was cut without ever being in memory: there
+    the stock class is made on the meta device, and the tensors' names and shapes are compared.
+    """
+    checkpoint = Checkpoint(folder)
+    family = families.of(checkpoint)
+    if sum(map(checkpoint.bytes, checkpoint.names())) <= RUN_BYTES:
+        model = checkpoint.model(torch.bfloat16)
+        with torch.no_grad():
+            logits = model(torch.arange(8)[None] % model.config.vocab_size).logits
+        assert bool(logits.isfinite().all()), f"{folder} computes values that are not finite"
+        return
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    with torch.device("meta"):
+        stock = families.as_on_disk(family, AutoModelForCausalLM.from_config(config).state_dict())
+    shapes = {name: tuple(value.shape) for name, value in stock.items()}
+    assert checkpoint.shapes.items() <= shapes.items(), f"{folder} is not what its config says"
+
+
+def _profile_for(checkpoint: Checkpoint, profile: str | Path | Profile | None) -> Profile | None:
+    if profile is None:
+        return None
+    found = profile if isinstance(profile, Profile) else Profile(profile)
+    found.check_fingerprint(checkpoint)
+    return found
+
+
+def _figures(before: int, after: int, repair: Repaired | None) -> list[Figure]:
+    figures = [
+        Figure(name="parameters", value=after, convention="tied weights counted once"),
+        Figure(name="kept share of parameters", value=after / before),
+    ]
+    if repair is not None and repair.solutions:
+        errors = torch.tensor([row[1:] for row in repair.solutions.values()]).mean(0)
+        convention = "mean over readers of |y' - y| / |y|, weighted tokens of held-out blocks"
+        for name, value in zip(("before", "after"), errors.tolist(), strict=True):
+            figures.append(
+                Figure(
+                    name=f"output error {name} repair",
+                    value=value,
+                    n=len(repair.solutions),
+                    convention=convention,
+                )
+            )
+    return figures

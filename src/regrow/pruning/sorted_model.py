@@ -1,0 +1,194 @@
+"""Small models as gathers from one model in memory whose units lie in order of importance.
+
+Sorted, the best n units of a layer are its first n, so that most of a cut is a view: no copy, and
+no `from_pretrained`. The units of a layer may be permuted freely (query heads inside their KV head,
+KV heads with their query heads, hidden channels in all tensors at once): the model computes the
+same.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from regrow.families import Family, unit_rows
+from regrow.plan import Plan
+from regrow.profile_folder import Profile
+from regrow.pruning.cut import Replace, check, cut_config, cut_model, cut_tensor
+
+SORTED = ("hidden", "mlp", "heads", "kv_heads")
+
+
+class Sorted:
+    """A model whose units were put, in place, into the order of `order`.
+
+    Mixtures of experts are cut the slow way, unsorted. `order` is a plan that keeps everything,
+    with the ids of a dimension in the order that they
+    come to lie in; what it leaves out stays as it is. Plans given later have the ids of before.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Family, order: Plan | None = None) -> None:
+        self.model, self.family = model, family
+        self.config: dict[str, Any] = model.config.to_dict()
+        self.order = order = None if family.memory else order
+        if order is not None:
+            for name, parameter in model.named_parameters():
+                found = cut_tensor(name, parameter.data, order, family, self.config)
+                assert found is not None and found[0] == name, name
+                parameter.data = found[1]
+
+    def cut(self, plan: Plan, replace: Replace | None = None, copied: bool = False) -> Any:
+        """The cut model; its weights are views of this one's where they can be, unless `copied`.
+
+        `replace` is given each tensor in the order of the plan's ids, and its result is put into
+        the order of this model. Equals `cut_model` up to the order of the units.
+        """
+        if self.family.memory:  # experts are stacked in memory: no views of some of them
+            return cut_model(self.model, plan, replace, self.family)
+        check(plan, self.family, self.config)
+        here = self.positions(plan)
+        tensors = {}
+        for name, tensor in self.model.state_dict().items():
+            found = cut_tensor(name, tensor, here, self.family, self.config, _select)
+            if found is None:
+                continue
+            new_name, kept = found
+            if replace is not None and (value := replace(name, kept)) is not kept:
+                kept = self._in_order(name, value, plan)
+            tensors[new_name] = (
+                kept.clone(memory_format=torch.contiguous_format) if copied else kept
+            )
+        return assemble(self.model, cut_config(self.config, plan, self.family), tensors)
+
+    def positions(self, plan: Plan) -> Plan:
+        """The plan with the places of the kept units in this model, ascending, for their ids."""
+        if self.order is None:
+            return plan
+        places: dict[str, Any] = {}
+        for dim in ("mlp", "heads", "kv_heads"):
+            kept = {layer: plan.kept(dim, layer) for layer in plan.kept_layers()}
+            if all(ids is not None for ids in kept.values()):
+                places[dim] = {n: sorted(self._places(dim, n, ids)) for n, ids in kept.items()}
+        if plan.hidden is not None:
+            places["hidden"] = sorted(self._places("hidden", None, plan.hidden))
+        return plan.model_copy(update=places)
+
+    def _places(self, dim: str, layer: int | None, ids: list[int] | None) -> list[int]:
+        """Where units lie in this model; all of them in the order of their ids for None."""
+        assert self.order is not None
+        count = self.order.before[dim]
+        order = self.order.kept(dim, layer) or list(range(count))
+        place = {unit: number for number, unit in enumerate(order)}
+        return [place[unit] for unit in (range(count) if ids is None else ids)]
+
+    def _in_order(self, name: str, value: Tensor, plan: Plan) -> Tensor:
+        """A tensor with its axes in the order of the plan's ids, put into that of this model."""
+        found = self.family.find(name)
+        assert found is not None
+        template, layer, _ = found
+        for axis, dim in enumerate(self.family.tensors[template].axes):
+            if self.order is None or not isinstance(dim, str) or dim not in SORTED:
+                continue
+            places = torch.tensor(self._places(dim, layer, plan.kept(dim, layer)))
+            width = unit_rows(dim, plan.before)
+            units = places.argsort()[:, None] * width + torch.arange(width)
+            value = value.index_select(axis, units.flatten().to(value.device))
+        return value
+
+
+def order_by(
+    family: Family, config: dict[str, Any], profile: Profile, criterion: str, dims: set[str]
+) -> Plan:
+    """All units of `dims`, the best-scored first; of equal scores the lower id comes first.
+
+    Raises UserError for a criterion without scores of one of `dims`.
+    """
+    sizes = family.sizes(config)
+    layers = range(sizes["layers"])
+    fields: dict[str, Any] = {}
+    if family.memory:  # mixtures of experts stay as they are
+        dims = set()
+    if "hidden" in dims:
+        fields["hidden"] = _ranked(profile.scores(criterion, "hidden")["all"])
+    for dim in {"mlp", "kv_heads"} & dims:
+        scores = profile.scores(criterion, dim)
+        fields[dim] = {layer: _ranked(scores[str(layer)]) for layer in layers}
+    if "heads" in dims:
+        group, scores = sizes["heads"] // sizes["kv_heads"], profile.scores(criterion, "heads")
+        plain = list(range(sizes["kv_heads"]))
+        fields["heads"] = {
+            layer: [
+                kv * group + head
+                for kv in fields.get("kv_heads", {}).get(layer, plain)
+                for head in _ranked(scores[str(layer)][kv * group : (kv + 1) * group])
+            ]
+            for layer in layers
+        }
+    return Plan(model_type=family.model_type, fingerprint="", before=sizes, after=sizes, **fields)
+
+
+def first_units(family: Family, config: dict[str, Any], sizes: dict[str, int]) -> Plan:
+    """A plan of these sizes that keeps the first units there are: for timing, not for scoring."""
+    before = family.sizes(config)
+    after = {**before, **sizes}
+    layers = range(after["layers"])
+    group, keep = (size["heads"] // size["kv_heads"] for size in (before, after))
+    kv_heads = range(after["kv_heads"])
+    heads = [kv * group + head for kv in kv_heads for head in range(keep)]
+    with_mlp, with_experts = (
+        [layer for layer in layers if layer in family.layers_of(dim, config)]
+        for dim in ("mlp", "experts")
+    )
+    experts = range(after.get("experts", 0))
+    inside = list(range(after.get("expert_mlp", 0)))
+    return Plan(
+        model_type=family.model_type,
+        fingerprint="",
+        before=before,
+        after=after,
+        layers=list(layers),
+        hidden=list(range(after["hidden"])) if after["hidden"] != before["hidden"] else None,
+        mlp={layer: list(range(after.get("mlp", 0))) for layer in with_mlp} or None,
+        experts={layer: list(experts) for layer in with_experts} or None,
+        expert_mlp={layer: dict.fromkeys(experts, inside) for layer in with_experts} or None,
+        heads=dict.fromkeys(layers, heads),
+        kv_heads={layer: list(kv_heads) for layer in layers},
+    )
+
+
+def assemble(
+    like: PreTrainedModel, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> PreTrainedModel:
+    """A model of `like`'s class with this config and exactly these tensors, in eval mode."""
+    kind: Any = type(like)
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        made = kind._from_config(
+            type(like.config).from_dict(config),
+            dtype=like.dtype,
+            attn_implementation=like.config._attn_implementation,
+        )
+    made.load_state_dict(tensors, strict=False, assign=True)
+    made.tie_weights()
+    assert not any(p.is_meta for p in made.parameters()), "a tensor of the model is missing"
+    made.generation_config = copy.deepcopy(like.generation_config)
+    model: PreTrainedModel = made.to(like.device).eval()
+    return model.requires_grad_(False)
+
+
+def _ranked(scores_n: Tensor) -> list[int]:
+    ids: list[int] = scores_n.argsort(descending=True, stable=True).tolist()
+    return ids
+
+
+def _select(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
+    """`index_select`, as a view where the index is a run without gaps."""
+    first, count = int(index[0]), len(index)
+    if int(index[-1]) - first + 1 == count:  # ascending, so that no gap is left
+        return tensor.narrow(axis, first, count)
+    return tensor.index_select(axis, index)

@@ -1,0 +1,240 @@
+"""Choose which tokens are kept: those that save the most tokens of text.
+
+A dropped token's occurrences fall to what the tokenizer makes of its string without it. So tokens
+are dropped one by one, each time the one with the lowest
+
+    cost = count · (parts − 1),        the tokens by which the text grows
+
+and its count is added to its parts', which makes them dearer. In a BPE vocabulary the parts are
+those of the merge that makes the token, and a token stays as long as a kept one is made of it: so
+every kept token can be reached by kept merges. In a Unigram vocabulary they are the likeliest
+segmentation by the kept pieces. Costs only grow while tokens go, which a heap can follow lazily
+(as in Minoux, 1978). Of equal costs the higher id goes first: ids follow the order of training.
+
+Never dropped: special and added tokens, ids that a config names, byte tokens, the symbol that
+stands for a space, and other single symbols unless all bytes are there to fall back to.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections.abc import Iterable
+from typing import Protocol
+
+from torch import Tensor
+
+from regrow.checkpoint import Checkpoint
+from regrow.errors import UserError
+from regrow.pruning.tokenizer import Rules, ids_named, merge_of, product, read_rules, tokens_of
+
+BYTES = tuple(f"<0x{value:02X}>" for value in range(256))
+UNKNOWN_PENALTY = 10.0  # as in sentencepiece: below the worst piece by so much
+
+
+class Pieces(Protocol):
+    """What a kind of vocabulary says of its tokens."""
+
+    def symbols(self) -> set[str]:
+        """Tokens that text cannot do without."""
+        ...
+
+    def parts(self, token: str, kept: set[str]) -> list[str]:
+        """What the token's string becomes without it, in kept tokens."""
+        ...
+
+    def made_of(self, token: str) -> Iterable[str]:
+        """The tokens that may be free to go once this one is gone."""
+        ...
+
+    def needed(self, token: str, kept: set[str]) -> bool:
+        """Whether a kept token can only be made with this one."""
+        ...
+
+
+def choose_vocab(checkpoint: Checkpoint, counts_V: Tensor, size: int) -> list[int]:
+    """Ids of the `size` tokens to keep, ascending; `counts_V` says how often each occurs.
+
+    Ids without a token (padding of the embedding) go first. Raises UserError when more than `size`
+    must be kept, or for a tokenizer that cannot be cut.
+    """
+    rules = read_rules(checkpoint)
+    total = len(counts_V)
+    ids = {token: i for token, i in tokens_of(rules).items() if i < total}
+    always = required(checkpoint, rules)
+    padding = sorted(set(range(total)) - set(ids.values()), key=lambda i: (i not in always, i))
+    forced = sum(i in always for i in padding)
+    room = size - len(ids)
+    if room >= forced:
+        return sorted([*ids.values(), *padding[:room]])
+    left = shrink(pieces_of(rules), ids, always, counts_V.tolist(), size - forced)
+    least = len(left) + forced
+    if least > size:
+        raise UserError(
+            f"vocab_size {size}: {least} tokens of this model are always kept (special tokens, "
+            f"ids named in its configs, the base alphabet); give {least} or more"
+        )
+    return sorted([*(ids[token] for token in left), *padding[:forced]])
+
+
+def check_vocab_size(checkpoint: Checkpoint, size: int) -> None:
+    """Raise UserError when `size` tokens are too few, or the tokenizer cannot be cut."""
+    import torch
+
+    choose_vocab(checkpoint, torch.zeros(int(checkpoint.config["vocab_size"])), size)
+
+
+def required(checkpoint: Checkpoint, rules: Rules) -> set[int]:
+    """Ids that are always kept."""
+    tokens = tokens_of(rules)
+    found = {token["id"] for token in rules.get("added_tokens") or []}
+    found.update(checkpoint.tokenizer().all_special_ids)
+    found.update(tokens[symbol] for symbol in pieces_of(rules).symbols())
+    unknown = rules["model"].get("unk_token")
+    if unknown in tokens:
+        found.add(tokens[unknown])
+    path = checkpoint.folder / "generation_config.json"
+    generation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found |= ids_named(checkpoint.config) | ids_named(generation)
+    return {i for i in found if 0 <= i < int(checkpoint.config["vocab_size"])}
+
+
+def pieces_of(rules: Rules) -> Pieces:
+    """The pieces of a BPE or Unigram vocabulary."""
+    return _Unigram(rules) if rules["model"].get("type") == "Unigram" else _Bpe(rules)
+
+
+def shrink(
+    pieces: Pieces, ids: dict[str, int], always: set[int], counts: list[float], size: int
+) -> set[str]:
+    """The tokens left when tokens were dropped down to `size`, or to what must stay."""
+    kept = set(ids)
+    count = {token: float(counts[i]) for token, i in ids.items()}
+    heap: list[tuple[float, int, str]] = []
+
+    def push(token: str) -> None:
+        if token in kept and ids[token] not in always:
+            cost = count[token] * (len(pieces.parts(token, kept)) - 1)
+            heapq.heappush(heap, (cost, -ids[token], token))
+
+    for token in ids:
+        push(token)
+    while len(kept) > size and heap:
+        known, _, token = heapq.heappop(heap)
+        if token not in kept or pieces.needed(token, kept):
+            continue
+        parts = pieces.parts(token, kept)
+        if count[token] * (len(parts) - 1) > known:
+            push(token)
+            continue
+        kept.remove(token)
+        for part in parts:
+            if part in count:
+                count[part] += count[token]
+        for part in pieces.made_of(token):
+            push(part)
+    return kept
+
+
+class _Bpe:
+    def __init__(self, rules: Rules) -> None:
+        model = rules["model"]
+        self.vocab: dict[str, int] = model["vocab"]
+        self.added = {token["content"] for token in rules.get("added_tokens") or []}
+        self.all_bytes = _all_bytes(model, self.vocab)
+        self.spaces = stand_ins(rules) & set(self.vocab)
+        prefix = model.get("continuing_subword_prefix") or ""
+        suffix = model.get("end_of_word_suffix") or ""
+        self._bare = lambda token: token.removeprefix(prefix).removesuffix(suffix) or token
+        self.makers: dict[str, list[tuple[str, str]]] = {}
+        self.uses: dict[str, list[str]] = {}
+        for entry in model["merges"]:
+            left, right = merge_of(entry)
+            made = product(model, left, right)
+            if made in self.vocab and left in self.vocab and right in self.vocab:
+                self.makers.setdefault(made, []).append((left, right))
+                for part in {left, right}:
+                    self.uses.setdefault(part, []).append(made)
+
+    def symbols(self) -> set[str]:
+        if self.all_bytes:
+            return set(BYTES) | self.spaces
+        return {t for t in self.vocab if t not in self.makers and len(self._bare(t)) == 1}
+
+    def parts(self, token: str, kept: set[str]) -> list[str]:
+        for merge in self.makers.get(token, ()):
+            if merge[0] in kept and merge[1] in kept:
+                return list(merge)
+        if len(token) == 1:
+            return _bytes_of(token)
+        return [p for c in token for p in ([c] if c in kept else _bytes_of(c))]
+
+    def made_of(self, token: str) -> set[str]:
+        return {part for merge in self.makers.get(token, ()) for part in merge}
+
+    def needed(self, token: str, kept: set[str]) -> bool:
+        for made in self.uses.get(token, ()):
+            if made in kept and made not in self.added:
+                ways = [m for m in self.makers[made] if m[0] in kept and m[1] in kept]
+                if ways and all(token in way for way in ways):
+                    return True
+        return False
+
+
+class _Unigram:
+    def __init__(self, rules: Rules) -> None:
+        self.scores: dict[str, float] = dict(rules["model"]["vocab"])
+        self.all_bytes = _all_bytes(rules["model"], self.scores)
+        self.spaces = stand_ins(rules) & set(self.scores)
+        self.unknown = min(self.scores.values()) - UNKNOWN_PENALTY
+        unk = rules["model"].get("unk_id")
+        self.unk = None if unk is None else rules["model"]["vocab"][unk][0]
+
+    def symbols(self) -> set[str]:
+        always = set() if self.unk is None else {self.unk}
+        if self.all_bytes:
+            return always | set(BYTES) | self.spaces
+        return always | {piece for piece in self.scores if len(piece) == 1}
+
+    def parts(self, token: str, kept: set[str]) -> list[str]:
+        """The likeliest segmentation, by Viterbi's algorithm (Kudo, 2018)."""
+        best: list[tuple[float, list[str]]] = [(0.0, [])]
+        for end in range(1, len(token) + 1):
+            found = (-math.inf, [""])
+            for start in range(end):
+                piece = token[start:end]
+                score = -math.inf
+                if piece != token and piece in kept and piece in self.scores:
+                    score, here = self.scores[piece], [piece]
+                elif end - start == 1:
+                    score, here = self.unknown, _bytes_of(piece)
+                if best[start][0] + score > found[0]:
+                    found = (best[start][0] + score, best[start][1] + here)
+            best.append(found)
+        return best[-1][1]
+
+    def made_of(self, token: str) -> tuple[str, ...]:
+        return ()
+
+    def needed(self, token: str, kept: set[str]) -> bool:
+        return False
+
+
+def stand_ins(rules: Rules) -> set[str]:
+    """What a decoder reads as another character (▁ as a space): spelled in bytes it would not."""
+    decoder = rules.get("decoder") or {}
+    found = set()
+    for one in [decoder, *(decoder.get("decoders") or ())]:
+        found.add(one.get("replacement"))
+        found.add((one.get("pattern") or {}).get("String"))
+    return {each for each in found if each}
+
+
+def _all_bytes(model: Rules, vocab: Iterable[str]) -> bool:
+    """Whether every symbol can fall back to tokens of its UTF-8 bytes."""
+    return bool(model.get("byte_fallback")) and set(BYTES) <= set(vocab)
+
+
+def _bytes_of(text: str) -> list[str]:
+    return [BYTES[value] for value in text.encode("utf-8", "replace")]

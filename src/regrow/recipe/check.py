@@ -1,0 +1,97 @@
+"""Check before any slow work whether the stages of a recipe can succeed where they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from regrow import families
+from regrow.checkpoint import load
+from regrow.config import Options
+from regrow.cost import parameters
+from regrow.data import build_blocks
+from regrow.data.config import DataConfig
+from regrow.data.sources import at_hand, check_source
+from regrow.errors import UserError
+from regrow.stage import RecipePlan, Step
+from regrow.training.shared_tokens import teacher_ids
+
+
+def check_steps(model: str, data: DataConfig, steps: list[Step], options: Options) -> None:
+    """Raise UserError for the first stage that cannot succeed, naming its place in the recipe."""
+    plan = open_plan(model, data, steps, options)
+    plan.checkpoint.tokenizer()
+    options.torch_device()
+    for source in data.sources:
+        check_source(source)
+    for step in steps:
+        with _in_place(step):
+            _check_order(step, plan)
+            step.stage.check(step, plan)
+            _check_teacher(step, plan)
+            leave(step, plan)
+    if at_hand(data):
+        _check_text(plan)
+
+
+def open_plan(model: str, data: DataConfig, steps: list[Step], options: Options) -> RecipePlan:
+    """The plan before the first stage; raises UserError for a model of no known family."""
+    checkpoint = load(model)
+    families.of(checkpoint)
+    plan = RecipePlan(model, checkpoint, data, options, steps)
+    plan.parameters, plan.config_now = parameters(checkpoint), checkpoint.config
+    return plan
+
+
+def leave(step: Step, plan: RecipePlan) -> None:
+    """Note what a stage leaves; a new model has no profile and no answers of its own."""
+    if step.stage.changes_weights:
+        plan.profiled = False
+        plan.answers.discard("")
+    step.stage.leave(step, plan)
+
+
+@contextmanager
+def _in_place(step: Step) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{step.where}: {error}") from None
+
+
+def _check_order(step: Step, plan: RecipePlan) -> None:
+    """Quantized weights are final."""
+    if plan.quantized and step.stage.needs_plain_weights:
+        raise UserError(
+            f"comes after {plan.quantized}, whose rounding it would undo or be undone by: distil, "
+            "prune, and quantize last (distill: {fake_quantize: int4} trains for it); to insist, "
+            f"set {plan.quantized}.dequantize: true"
+        )
+
+
+def _check_teacher(step: Step, plan: RecipePlan) -> None:
+    """A teacher must be of a known family, and read the same tokens unless the stage can bridge."""
+    if step.teacher is None:
+        return
+    teacher = load(step.teacher)
+    families.of(teacher)
+    if not step.stage.accepts_teacher(step, plan, teacher):
+        teacher_ids(plan.checkpoint, teacher)
+
+
+def _check_text(plan: RecipePlan) -> None:
+    """Every split that is read must have a sequence; a choice among shapes needs more of them."""
+    tokenizer = plan.checkpoint.tokenizer()
+    for split in sorted({split for step in plan.steps for split in step.stage.reads}):
+        build_blocks(plan.data, tokenizer, split, 1)
+    if not plan.calibration_to_choose:
+        return
+    wanted = plan.calibration_sequences + plan.calibration_to_choose
+    found = len(build_blocks(plan.data, tokenizer, "calibration", wanted))
+    if found < wanted:
+        profile = next(step for step in plan.steps if step.name == "profile")
+        raise UserError(
+            f"too little calibration text: {found} sequences, but {profile.where} takes "
+            f"{plan.calibration_sequences} and the choice of a shape "
+            f"{plan.calibration_to_choose} more; lower samples, or add text"
+        )

@@ -1,0 +1,216 @@
+"""A recipe: a model, its data and an ordered list of stages, run as one resumable job."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from regrow import stage_dir
+from regrow.checkpoint import load
+from regrow.config import Config, Options, parse
+from regrow.data.config import DataConfig
+from regrow.data.sources import data_digest
+from regrow.errors import UserError
+from regrow.runtime.progress import say
+from regrow.stage import RecipeRun, Step, parse_step
+
+KeepStages = Literal["all", "last"]
+RECIPE = "recipe.yaml"
+HEAVY = ("trainer", "grams", "train", "heldout")
+
+
+class Recipe(Config):
+    """What a job does; the same recipe gives the same result."""
+
+    model: str
+    """Hugging Face folder, hub id, GGUF file, or package:NAME."""
+    data: DataConfig
+    """The text, in splits for calibration, training and held-out measuring."""
+    stages: list[dict[str, Any] | str] = Field(min_length=1)
+    """The stages in order, each a name or {name: {its fields}}; repeats are allowed."""
+
+    def steps(self) -> list[Step]:
+        """The stages with their configs checked; raises UserError for what is unknown."""
+        return [parse_step(entry, number) for number, entry in enumerate(self.stages)]
+
+
+def read(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe from YAML; `overrides` are key=value, as stages.1.prune.keep_params=0.7.
+
+    Raises UserError for a missing or broken file and for unknown keys, with the nearest valid one.
+    """
+    path = Path(path)
+    try:
+        fields = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no such recipe: {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is no YAML: {reason}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} is no recipe: it needs the keys model, data and stages")
+    for given in overrides or []:
+        override(fields, given)
+    recipe = parse(Recipe, fields, "")
+    recipe.steps()
+    return recipe
+
+
+def run(
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    options: Options | None = None,
+    keep_stages: KeepStages = "all",
+) -> Path:
+    """Run a recipe into `out`: stages/NN-name/, metrics.jsonl, model/ and report.html.
+
+    Run again, it skips what is complete and unchanged and goes on where it stopped. Everything
+    that can be wrong is checked before the slow work; raises UserError for it.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else read(recipe)
+    out, options = Path(out), options or Options()
+    if not (out / RECIPE).exists():
+        stage_dir.refuse_foreign(out, "run")
+    check(recipe, options)
+    if _finished(recipe, out):
+        say(f"run: {out} is complete and unchanged")
+        return out
+    _begin(recipe, out)
+    job = RecipeRun(recipe.model, recipe.data, recipe.steps(), out, options)
+    for number, step in enumerate(job.steps, start=1):
+        say(f"── {number}/{len(job.steps)} {step.name}")
+        step.stage.run(step, job, f"{number:02d}-{step.name}")
+    _finish(recipe, job, keep_stages)
+    return out
+
+
+def check(recipe: Recipe, options: Options) -> None:
+    """Raise UserError, before any slow work, for what in a recipe cannot succeed."""
+    from regrow.recipe.check import check_steps
+
+    check_steps(recipe.model, recipe.data, recipe.steps(), options)
+
+
+def _finished(recipe: Recipe, out: Path) -> bool:
+    """Whether this job was done and its intermediate weights dropped: nothing to look up."""
+    found = stage_dir.read(out)
+    return found is not None and found.get("digest") == _digest(recipe)
+
+
+def _digest(recipe: Recipe) -> str:
+    """Of the recipe and all that it reads."""
+    steps = recipe.steps()
+    models = {recipe.model, *(step.teacher for step in steps if step.teacher)}
+    return stage_dir.digest(
+        recipe.model_dump(mode="json"),
+        [load(model).fingerprint for model in sorted(models)],
+        data_digest(recipe.data),
+        *(list(step.stage.inputs(step)) for step in steps),
+    )
+
+
+def _begin(recipe: Recipe, out: Path) -> None:
+    """Make the run folder and write down the recipe."""
+    (out / "stages").mkdir(parents=True, exist_ok=True)
+    (out / stage_dir.NAME).unlink(missing_ok=True)
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    (out / RECIPE).write_text(text)
+
+
+def _finish(recipe: Recipe, job: RecipeRun, keep_stages: KeepStages) -> None:
+    """Put the final model at model/, and drop intermediate weights if asked to."""
+    out = job.out
+    if isinstance(job.current, Path):
+        from regrow.stages.export.card import write_card
+
+        _publish(job.current, out / "model")
+        write_card(out / "model", job.current)
+        say(f"model:  {out / 'model'}")
+    if keep_stages == "last":
+        for path in out.glob("stages/*"):
+            _drop_weights(path)
+        record = {"stage": "run", "digest": _digest(recipe), "versions": stage_dir.versions()}
+        stage_dir.write_json(out / stage_dir.NAME, record)
+    if job.reported:
+        say(f"report: {out / 'report.html'}")
+
+
+def _publish(folder: Path, out: Path) -> None:
+    """A copy of a stage's model folder, by hard links where the disk can, put in place at once."""
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    skip = shutil.ignore_patterns("trainer", "tensorboard")
+    shutil.copytree(folder, partial, copy_function=stage_dir.link, ignore=skip)
+    stage_dir.replace_folder(partial, out)
+
+
+def _drop_weights(folder: Path) -> None:
+    """What is large goes; the stage then counts as not done: the next one could not read it."""
+    heavy = [*folder.glob("model*.safetensors*"), *(folder / name for name in HEAVY)]
+    there = [path for path in heavy if path.exists()]
+    if there:
+        stage_dir.forget(folder)
+    for path in there:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def override(fields: dict[str, Any], given: str) -> None:
+    """Set, in place, one dotted key of nested dicts and lists: `stages.prune.keep_params=0.7`.
+
+    List positions are numbers; a stage may be named instead, for the first of that name. Raises
+    UserError for what is no key=value and for a place that is not there.
+    """
+    key, equals, value = given.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {given}: write key=value, for instance data.seed=1")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {given}: {value!r} is no YAML value; quote it") from None
+    *path, last = key.split(".")
+    place: Any = fields
+    for part in path:
+        place = _enter(place, part, given)
+    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = parsed
+    elif isinstance(place, dict):
+        place[last] = parsed
+    else:
+        raise UserError(f"--set {given}: there is no {key} in the recipe")
+
+
+def _enter(place: Any, part: str, given: str) -> Any:
+    if isinstance(place, list):
+        number = int(part) if part.isdigit() else _first_stage(place, part)
+        if number is not None and number < len(place):
+            return _entered_stage(place, number, part)
+    elif isinstance(place, dict):
+        if not isinstance(place.get(part), dict | list):
+            place[part] = {}
+        return place[part]
+    raise UserError(f"--set {given}: the recipe has no {part!r} there")
+
+
+def _first_stage(stages: list[Any], name: str) -> int | None:
+    named = (n for n, entry in enumerate(stages) if entry == name or _is_stage(entry, name))
+    return next(named, None)
+
+
+def _is_stage(entry: Any, name: str) -> bool:
+    return isinstance(entry, dict) and name in entry
+
+
+def _entered_stage(stages: list[Any], number: int, part: str) -> Any:
+    """The entry at `number`, or the fields of the stage `part` there; a bare name gets fields."""
+    if isinstance(stages[number], str):
+        stages[number] = {stages[number]: {}}
+    entry = stages[number]
+    if not _is_stage(entry, part):
+        return entry
+    if not isinstance(entry[part], dict):
+        entry[part] = {}
+    return entry[part]

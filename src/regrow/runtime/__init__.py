@@ -1,0 +1,1 @@
+"""What runs share: progress lines, several processes of one job, energy."""

@@ -1,0 +1,83 @@
+"""Progress of long work: a bar with ETA and rate on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from regrow.runtime import distributed
+
+
+class Progress:
+    """Counts units (tokens, documents, …) towards a total and tells how it goes on stderr."""
+
+    def __init__(self, title: str, total: int, unit: str, every: float | None = None) -> None:
+        self.title, self.total, self.unit, self.done = title, total, unit, 0
+        self.live = sys.stderr.isatty()
+        self.every = every if every is not None else (0.5 if self.live else 10.0)
+        self.start = self.last = time.monotonic()
+        self.first_done = 0
+
+    def resume_at(self, done: int) -> None:
+        """Start counting at `done` units that an earlier process did, kept out of the rate."""
+        self.done = self.first_done = done
+
+    def advance(self, units: int, note: str = "") -> None:
+        """Count `units` more as done; when it is time, print share, rate, ETA and `note`."""
+        self.done += units
+        now = time.monotonic()
+        if now - self.last >= self.every:
+            self.last = now
+            self._print(self.line(now, note), end="\r" if self.live else "\n")
+
+    def seconds(self) -> float:
+        """Seconds since the counting began in this process."""
+        return time.monotonic() - self.start
+
+    def line(self, now: float, note: str = "") -> str:
+        """The line to print at monotonic time `now` in seconds."""
+        rate = (self.done - self.first_done) / max(now - self.start, 1e-9)
+        left = (self.total - self.done) / rate if rate > 0 else 0.0
+        share = 100 * self.done / max(self.total, 1)
+        text = f"{self.title}: {share:3.0f} %  {self.done:,}/{self.total:,} {self.unit}"
+        return f"{text}  {self._pace(rate)}  ETA {clock(left)}  {note}".rstrip()
+
+    def finish(self, note: str = "") -> None:
+        """Print the last line, with the time taken."""
+        seconds = self.seconds()
+        rate = (self.done - self.first_done) / max(seconds, 1e-9)
+        text = f"{self.title}: {self.done:,} {self.unit} in {clock(seconds)}"
+        text += f" ({self._pace(rate)})"
+        self._print(f"{text}  {note}".rstrip(), end="\n")
+
+    def _pace(self, rate: float) -> str:
+        """Units per second or, of slow ones, seconds for each."""
+        return f"{rate:,.0f} {self.unit}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):,.0f} s each"
+
+    def _print(self, text: str, end: str) -> None:
+        pad = " " * max(0, 100 - len(text)) if self.live else ""
+        if distributed.is_main():
+            print(text + pad, end=end, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str = "tokens") -> Iterator[Progress]:
+    """A Progress that prints its closing line when the work ends well."""
+    counter = Progress(title, total, unit)
+    yield counter
+    counter.finish()
+
+
+def say(text: str) -> None:
+    """One line of news for the person at the terminal (stderr, so stdout stays for results)."""
+    if distributed.is_main():
+        print(text, file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,268 @@
+"""Candidate shapes that meet a target: where it could be taken from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from random import Random
+from typing import Any
+
+from regrow import families
+from regrow.checkpoint import Checkpoint
+from regrow.errors import UserError
+from regrow.families import Family
+from regrow.pruning.config import TARGETS, PruneConfig
+from regrow.pruning.prune import check_target
+from regrow.search.targets import TOLERANCE, Sizes, Target, refuse, smallest, target_of
+
+HANDFUL = 8
+"""Shapes that are tried in one round: so many are made by hand, more come from a grid."""
+GRID_HIDDEN = (1.0, 0.95, 0.9, 0.85, 0.8)
+SCALES = tuple(n / 20 for n in range(19, 0, -1))
+
+
+Fixed = tuple[str, Sizes, tuple[str, ...]]
+"""A shape's name, the sizes that are fixed, and the dimensions to meet the target with, in turn."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A named set of sizes (only those that change) and the parameters it leaves."""
+
+    name: str
+    sizes: Sizes
+    parameters: int
+
+
+def candidates(
+    family: Family, config: dict[str, Any], target: float | Target, multiple_of: int
+) -> list[Shape]:
+    """Shapes that meet `target` (a number: keep_params): MLP, depth, hidden, and mixes.
+
+    Each fixes one cut (as many layers as the target allows, as much of hidden, a few layers, one
+    KV head) and meets the target with the MLP, or in a mixture of experts with their number or,
+    where that is too coarse, their width: keep_params within ± 0.01, limits with the widest that
+    keeps them. Raises UserError when no shape meets the target.
+    """
+    aim = target if isinstance(target, Target) else Target(keep_params=target)
+    full, model = family.sizes(config), (family, config, multiple_of)
+    free = free_dims(family)
+    fixed: list[Fixed] = [(dim, {}, (dim,)) for dim in free]
+    if "experts" in free and aim.keep_params is not None:
+        half = Target(keep_params=(aim.keep_params + 1) / 2)
+        some = _least(family, config, half, multiple_of, "experts")
+        fixed.insert(1, ("experts + expert_mlp", some, ("expert_mlp",)))
+    fixed += [
+        ("depth-heavy", _least(family, config, aim, multiple_of, "layers"), free),
+        ("hidden-heavy", _least(family, config, aim, multiple_of, "hidden"), free),
+        (f"{free[0]} + kv_heads", {"kv_heads": full["kv_heads"] - 1}, free),
+    ]
+    for share in (30, 15, 10):
+        cut = max(1, round(full["layers"] / share))
+        fixed.append((f"{free[0]} + {cut} layers", {"layers": full["layers"] - cut}, free))
+    found = _meeting(family, config, aim, multiple_of, fixed)
+    if not found and aim.keep_params is None and not aim.within({}):
+        alike = _alike(*model)
+        tried = (_meet(family, config, aim, multiple_of, *cut, free[-1]) for cut in alike)
+        found = [shape for shape in tried if shape is not None][:1]
+    if not found:
+        raise refuse(family, config, aim, multiple_of)
+    return found
+
+
+def free_dims(family: Family) -> tuple[str, ...]:
+    """Dimensions that meet a target where others are fixed: the MLP, or experts and their width."""
+    return ("experts", "expert_mlp") if "experts" in family.config_keys else ("mlp",)
+
+
+def grid(
+    family: Family, config: dict[str, Any], target: float | Target, multiple_of: int, count: int
+) -> list[Shape]:
+    """Up to `count` shapes: the `candidates`, and of all combinations of cuts an even sample.
+
+    Layers go down to 60 %, KV heads and query heads per KV head to a half, hidden to 80 %; the MLP,
+    or experts or their width, meets the target. Raises UserError when no shape does.
+    """
+    aim = target if isinstance(target, Target) else Target(keep_params=target)
+    full = family.sizes(config)
+    first = candidates(family, config, aim, multiple_of)
+    known = {key_of(shape.sizes) for shape in first}
+    group = full["heads"] // full["kv_heads"]
+    cuts: dict[tuple[tuple[str, int], ...], Sizes] = {}
+    for layers, kv_heads, heads, hidden in product(
+        range(full["layers"], math.ceil(0.6 * full["layers"]) - 1, -1),
+        range(full["kv_heads"], math.ceil(full["kv_heads"] / 2) - 1, -1),
+        range(group, math.ceil(group / 2) - 1, -1),
+        GRID_HIDDEN,
+    ):
+        sizes = {"layers": layers, "kv_heads": kv_heads, "heads": heads * kv_heads}
+        step = family.step("hidden", config, multiple_of, **sizes)
+        sizes["hidden"] = max(step, round(hidden * full["hidden"] / step) * step)
+        sizes = {dim: size for dim, size in sizes.items() if size != full[dim]}
+        cuts[key_of(sizes)] = sizes
+    fixed: list[Fixed] = [("", cut, (dim,)) for cut in cuts.values() for dim in free_dims(family)]
+    found = [
+        replace(shape, name=", ".join(f"{dim} {size}" for dim, size in shape.sizes.items()))
+        for shape in _meeting(family, config, aim, multiple_of, fixed)
+        if key_of(shape.sizes) not in known
+    ]
+    room = max(0, count - len(first))
+    return first + (found if len(found) <= room else Random(0).sample(found, room))
+
+
+def refit(
+    family: Family, config: dict[str, Any], target: Target, multiple_of: int, shape: Shape
+) -> Shape | None:
+    """`shape` with its free width set anew for `target`; None when that alone cannot meet it."""
+    free = free_dims(family)[-1]
+    fixed = {dim: size for dim, size in shape.sizes.items() if dim != free}
+    return _meet(family, config, target, multiple_of, shape.name, fixed, free)
+
+
+def key_of(sizes: Sizes) -> tuple[tuple[str, int], ...]:
+    """Sizes as a key: two shapes of the same sizes are one."""
+    return tuple(sorted(sizes.items()))
+
+
+def _meeting(
+    family: Family,
+    config: dict[str, Any],
+    target: Target,
+    multiple_of: int,
+    fixed: list[Fixed],
+) -> list[Shape]:
+    """The shapes, each once, that meet the target with these cuts fixed."""
+    found: dict[tuple[tuple[str, int], ...], Shape] = {}
+    total = family.count(config)
+    for name, sizes, dims in fixed:
+        for free in dims:
+            shape = _meet(family, config, target, multiple_of, name, sizes, free)
+            if shape is None:
+                continue
+            if target.keep_params is None:
+                fits = free in shape.sizes or target.near(shape.sizes)
+            else:
+                fits = abs(shape.parameters / total - target.keep_params) <= TOLERANCE
+            if fits:
+                found.setdefault(key_of(shape.sizes), shape)
+                break
+    return list(found.values())
+
+
+def _meet(
+    family: Family,
+    config: dict[str, Any],
+    target: Target,
+    multiple_of: int,
+    name: str,
+    sizes: Sizes,
+    free: str,
+) -> Shape | None:
+    """The fixed `sizes` with `free` nearest to the share, or the widest that keeps the limits."""
+    full = family.sizes(config)
+    if sizes.get("kv_heads") == 0:
+        return None
+    if "kv_heads" in sizes and "heads" not in sizes:
+        sizes = {**sizes, "heads": full["heads"] // full["kv_heads"] * sizes["kv_heads"]}
+    step = family.step(free, config, multiple_of, **sizes)
+    widths = [*range(step, full[free], step), full[free]]
+    if target.keep_params is not None:
+        widths = _nearest(family, config, target.keep_params, sizes, free, widths)
+    allowed = [width for width in widths if target.within({**sizes, free: width})]
+    best = max(allowed, default=None) if target.keep_params is None else next(iter(allowed), None)
+    if best is None:
+        return None
+    chosen = {dim: size for dim, size in {**sizes, free: best}.items() if size != full[dim]}
+    if not chosen:  # the whole model meets the target, and there is nothing to cut
+        return None
+    if not families.can_have(family, config, chosen, multiple_of):
+        return None
+    return Shape(name, chosen, family.count(config, chosen))
+
+
+def _nearest(
+    family: Family,
+    config: dict[str, Any],
+    keep_params: float,
+    sizes: Sizes,
+    free: str,
+    widths: list[int],
+) -> list[int]:
+    """The widths by how near they bring the parameters to the share."""
+    # Parameters grow evenly with the free width, so that two counts tell all.
+    full = family.sizes(config)[free]
+    least, most = (family.count(config, {**sizes, free: width}) for width in (0, full))
+    wanted = (keep_params * family.count(config) - least) / (most - least) * full
+    return sorted(widths, key=lambda width: abs(width - wanted))
+
+
+def _least(
+    family: Family, config: dict[str, Any], target: Target, multiple_of: int, dim: str
+) -> Sizes:
+    """The smallest size of `dim` that alone stays above the target; the MLP takes the rest."""
+    full = family.sizes(config)
+    step = family.step(dim, config, multiple_of)
+    want = (target.keep_params or 0.0) * family.count(config)
+    for size in range(step, full[dim] + 1, step):
+        if target.keep_params is None:
+            enough = not target.within({dim: size})
+        else:
+            enough = family.count(config, {dim: size}) >= want
+        if enough:
+            return {dim: size}
+    return {}
+
+
+def _alike(family: Family, config: dict[str, Any], multiple_of: int) -> Iterator[tuple[str, Sizes]]:
+    """Cuts of all axes alike, deeper and deeper: for limits that no single axis can keep."""
+    full = family.sizes(config)
+    for scale in SCALES:
+        kv_heads = max(1, round(scale * full["kv_heads"]))
+        heads = full["heads"] // full["kv_heads"] * kv_heads
+        sizes = {"layers": max(1, round(scale * full["layers"]))}
+        sizes |= {"kv_heads": kv_heads, "heads": heads}
+        step = family.step("hidden", config, multiple_of, **sizes)
+        sizes["hidden"] = max(step, int(scale * full["hidden"]) // step * step)
+        yield f"all axes × {scale:.2f}", {d: n for d, n in sizes.items() if n != full[d]}
+    yield "smallest", smallest(family, config, multiple_of)
+
+
+def check_keep_params(checkpoint: Checkpoint, config: PruneConfig) -> list[Shape]:
+    """The candidate shapes for the target of `config`; raises UserError when none meets it.
+
+    None yet for a latency, which has to be measured first.
+    """
+    if not config.searches:
+        check_target(checkpoint, config)
+        return []
+    if config.sizes() or config.plan:
+        raise UserError(f"give {named(config)}, or sizes, or a plan: one of them")
+    family = families.of(checkpoint)
+    target = target_of(family, checkpoint.config, config)
+    if config.timed:
+        if target.keep_params is not None or (target.limits and not target.within({})):
+            shapes_for(checkpoint, config, target)
+        return []
+    return shapes_for(checkpoint, config, target)
+
+
+def to_try(config: PruneConfig, shapes: list[Shape]) -> int:
+    """How many shapes are tried; 0 when there is no choice."""
+    if config.timed:
+        return config.num_candidates
+    return len(shapes) if len(shapes) > 1 else 0
+
+
+def shapes_for(checkpoint: Checkpoint, config: PruneConfig, target: Target) -> list[Shape]:
+    """The candidate shapes for a target: a handful by hand, or more from a grid."""
+    given = (families.of(checkpoint), checkpoint.config, target, config.multiple_of)
+    if config.num_candidates <= HANDFUL:
+        return candidates(*given)[: config.num_candidates]
+    return grid(*given, config.num_candidates)
+
+
+def named(config: PruneConfig) -> str:
+    """The names of the targets that are given."""
+    return ", ".join(name for name in TARGETS if getattr(config, name) is not None)

@@ -1,0 +1,133 @@
+"""What a shape must meet: a share of the parameters, and limits on bytes, memory and time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from regrow import cost, families
+from regrow.errors import UserError
+from regrow.families import Family
+from regrow.pruning.config import PruneConfig, bytes_of
+from regrow.quantization import formats
+
+TOLERANCE = 0.01  # a candidate keeps the asked share of parameters within this
+SLACK = 0.03  # a shape further below every limit than this could have kept more
+
+Sizes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """An upper limit on something that follows from a shape's sizes."""
+
+    key: str
+    """The config's field, max_bytes for instance."""
+    most: float
+    value: Callable[[Sizes], float]
+    """The figure of a shape, in the unit of `most`."""
+    how: str
+    """How it is counted, for messages."""
+
+    def show(self, value: float) -> str:
+        """The value with its unit."""
+        return f"{value:.1f} ms" if self.key.endswith("_ms") else f"{value / 1e6:,.1f} MB"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A share of the parameters that is met within TOLERANCE, and limits that are all kept."""
+
+    keep_params: float | None = None
+    limits: tuple[Limit, ...] = ()
+
+    def __str__(self) -> str:
+        share = () if self.keep_params is None else (f"keep_params {self.keep_params}",)
+        return ", ".join((*share, *(f"{x.key} {x.show(x.most)}" for x in self.limits)))
+
+    def within(self, sizes: Sizes) -> bool:
+        """Whether a shape keeps every limit."""
+        return all(limit.value(sizes) <= limit.most for limit in self.limits)
+
+    def near(self, sizes: Sizes) -> bool:
+        """Whether a shape comes so near to a limit that it keeps about all that it may."""
+        return any(limit.value(sizes) >= (1 - SLACK) * limit.most for limit in self.limits)
+
+
+def target_of(family: Family, config: dict[str, Any], prune: PruneConfig) -> Target:
+    """The target of a prune config, but for its latencies, which take a machine to know.
+
+    Raises UserError for an unknown format.
+    """
+    name, length = prune.format, prune.context_length
+    formats.find(name)
+    limits = []
+    if prune.max_bytes is not None:
+        limits.append(
+            Limit(
+                "max_bytes",
+                bytes_of(prune.max_bytes),
+                lambda sizes: cost.file_bytes(family, config, name, sizes),
+                f"in {name}",
+            )
+        )
+    if prune.max_ram is not None:
+        limits.append(
+            Limit(
+                "max_ram",
+                bytes_of(prune.max_ram),
+                lambda sizes: cost.ram_bytes(family, config, name, length, sizes),
+                f"in {name} at {length} tokens",
+            )
+        )
+    return Target(prune.keep_params, tuple(limits))
+
+
+def refuse(family: Family, config: dict[str, Any], target: Target, multiple_of: int) -> UserError:
+    """Why no shape meets a target: nothing to cut, out of reach, or no width in between."""
+    full = family.sizes(config)
+    if target.keep_params is None and target.within({}):
+        now = ", ".join(f"{x.show(x.value({}))} {x.how}" for x in target.limits)
+        return UserError(f"{target}: the whole model takes {now}: nothing to cut; give less")
+    least = smallest(family, config, multiple_of)
+    shape = ", ".join(f"{family.config_keys[dim]} {size}" for dim, size in least.items())
+    for limit in target.limits:
+        if limit.value(least) > limit.most:
+            return UserError(
+                f"{limit.key} {limit.show(limit.most)}: the smallest shape this model can be cut "
+                f"to takes {limit.show(limit.value(least))} {limit.how} ({shape}); give at least "
+                "that"
+            )
+    share = family.count(config, least) / family.count(config, full)
+    if target.keep_params is not None and target.keep_params < share:
+        shape = f"; the smallest shape it can be cut to keeps {share:.3f} ({shape})"
+    else:
+        shape = ""
+    return UserError(
+        f"{target}: no shape with widths that are multiples of {multiple_of} keeps that share "
+        f"within {TOLERANCE}; change it or lower multiple_of{shape}"
+        if target.keep_params is not None
+        else f"{target}: no shape with widths that are multiples of {multiple_of} comes near it; "
+        "change it or lower multiple_of"
+    )
+
+
+def smallest(family: Family, config: dict[str, Any], multiple_of: int) -> Sizes:
+    """The least legal size of every dimension at once, of those that can be cut at all."""
+    full = family.sizes(config)
+    least = {"layers": 1, "kv_heads": 1, "heads": 1}
+    least["heads"] = family.step("heads", config, multiple_of, **least)
+    if "experts" in full:
+        least["experts"] = int(family.value(config, "num_experts_per_tok"))
+    sizes: Sizes = {}
+    dims = ("layers", "mlp", "experts", "expert_mlp", "kv_heads", "heads", "hidden")
+    for dim in (dim for dim in dims if dim in full):
+        wanted = least.get(dim) or family.step(dim, config, multiple_of, **{**full, **sizes})
+        tried = {**sizes, dim: min(wanted, full[dim])}
+        if dim == "kv_heads":  # their query heads go along
+            tried["heads"] = full["heads"] // full["kv_heads"]
+        tried = {dim: size for dim, size in tried.items() if size != full[dim]}
+        if families.can_have(family, config, tried, multiple_of):
+            sizes = tried
+    return sizes

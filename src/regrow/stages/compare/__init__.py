@@ -1,0 +1,57 @@
+"""Compare: the same cut by every importance criterion, each scored untrained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tyro.conf import OmitArgPrefixes
+
+from regrow.config import Options
+from regrow.pruning.config import PruneConfig
+from regrow.stage import Stage
+from regrow.stages._flags import Model, Text, open_model, print_lines
+
+
+class CompareStage(Stage):
+    """A command only: it prints a table to choose a criterion by."""
+
+    config = PruneConfig
+    in_recipes = False
+    uses = ("profile", "prune")
+
+    def command(  # type: ignore[override]
+        self,
+        model: Model,
+        profile: Path,
+        text: OmitArgPrefixes[Text],
+        pruning: OmitArgPrefixes[PruneConfig] = PruneConfig(),
+        machine: OmitArgPrefixes[Options] = Options(),
+        out: Path | None = None,
+        rounds: int = 1,
+        heads: int = 0,
+        dry_run: bool = False,
+    ) -> None:
+        """Make the same cut by every criterion of a profile, and print what each loses untrained.
+
+        Args:
+            model: Hugging Face folder, hub id, GGUF file, or package:NAME.
+            profile: Folder that regrow profile wrote for this model.
+            pruning: What to prune to; its criterion is the one that is re-estimated.
+            machine: Device and batch size.
+            out: JSON file to write the table to.
+            rounds: Also compare single-shot importance with importance that is estimated anew in
+                this many rounds.
+            heads: Also remove one query head: the least important one, and one at random, this
+                many times.
+            dry_run: Check everything and print what would be done.
+        """
+        from regrow.stages.compare.stage import compare, estimate
+
+        data = text.blend()
+        if dry_run:
+            print_lines(estimate(open_model(model), profile, data, pruning, rounds, heads))
+            return
+        compare(model, profile, data, pruning, out, machine, rounds, heads)
+
+
+STAGE = CompareStage()

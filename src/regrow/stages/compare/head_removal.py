@@ -1,0 +1,132 @@
+"""The classic exercise: one query head removed at random against the least important one.
+
+A head counts as removed when the projection that reads the heads reads nothing of it, which is what
+its removal does to the model's output. Shapes stay, so a single head of the model can go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from random import Random
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from regrow import families
+from regrow.errors import UserError
+from regrow.profile_folder import Profile
+from regrow.search.score import Trial
+from regrow.training.head import head_loss, head_of
+from regrow.training.loss_weights import Mix
+from regrow.training.teacher import final_hidden, scored
+
+Heads = list[tuple[int, int]]
+"""(layer, query head) of each head that is removed."""
+BOTH = Mix({"forward_kl": 1.0, "cross_entropy": 1.0})
+
+
+def check_heads(profile: Profile) -> list[str]:
+    """Criteria of the profile that score query heads; raises UserError when there is none."""
+    names = [name for name in profile.criteria({"heads"}) if name != "random"]
+    if not names:
+        raise UserError(
+            f"{profile.folder} scores no query heads: profile with --criteria activation_l2, or "
+            "leave --heads out"
+        )
+    return names
+
+
+def remove_heads(trial: Trial, draws: int) -> list[dict[str, Any]]:
+    """Rows of what removing one head costs, in the whole model and in every layer.
+
+    Each has `removed`, `chosen` (a criterion: its least important heads; or random: the mean over
+    `draws`), and in nats per token `kl` to the whole model, `loss` above the whole model's, and for
+    random their standard deviations over the draws.
+    """
+    names = check_heads(trial.profile)
+    scores = {name: trial.profile.scores(name, "heads") for name in names}
+    sizes = families.of(trial.checkpoint).sizes(trial.checkpoint.config)
+    layers, heads = range(sizes["layers"]), range(sizes["heads"])
+    every = [(layer, head) for layer in layers for head in heads]
+    whole = _losses(trial)["cross_entropy"]
+    rows = []
+    for removed in ("one head", "one head in every layer"):
+        for name in names:
+            least = [(layer, int(scores[name][str(layer)].argmin())) for layer in layers]
+            if removed == "one head":
+                least = [min(least, key=lambda at: float(scores[name][str(at[0])][at[1]]))]
+            rows.append({"removed": removed, "chosen": name, **_row(trial, [least], whole)})
+        if removed == "one head":
+            some = [[at] for at in Random(0).sample(every, min(draws, len(every)))]
+        else:
+            some = [
+                [(n, Random(f"{draw}/{n}").choice(heads)) for n in layers] for draw in range(draws)
+            ]
+        rows.append({"removed": removed, "chosen": "random", **_row(trial, some, whole)})
+    return rows
+
+
+def heads_table(rows: list[dict[str, Any]], draws: int) -> Table:
+    """The rows for the terminal."""
+    title = f"Query heads removed; random: mean ± standard deviation of {draws} draws"
+    table = Table(
+        "removed", "chosen", "KL, nats", "Δ loss, nats", title=title, title_justify="left"
+    )
+    for row in rows:
+        cells = []
+        for name in ("kl", "loss"):
+            spread = row.get(f"{name}_spread")
+            cells.append(f"{row[name]:.4f}" + ("" if spread is None else f" ± {spread:.4f}"))
+        table.add_row(row["removed"], row["chosen"], *cells)
+    return table
+
+
+def _row(trial: Trial, choices: list[Heads], whole: float) -> dict[str, float]:
+    found = []
+    for heads in choices:
+        with _without(trial, heads):
+            found.append(_losses(trial))
+    row = {"kl": mean(one["forward_kl"] for one in found)}
+    row["loss"] = mean(one["cross_entropy"] for one in found) - whole
+    if len(found) > 1:
+        row["kl_spread"] = stdev(one["forward_kl"] for one in found)
+        row["loss_spread"] = stdev(one["cross_entropy"] for one in found)
+    return row
+
+
+@contextmanager
+@torch.no_grad()
+def _without(trial: Trial, heads: Heads) -> Iterator[None]:
+    """The trial's dense model with nothing read of these heads, for a while."""
+    family = families.of(trial.checkpoint)
+    width = family.sizes(trial.checkpoint.config)["head_dim"]
+    saved = []
+    for layer, head in heads:
+        for template in family.readers("heads"):
+            weight = trial.dense.model.get_parameter(template.format(layer=layer))
+            columns = weight.detach()[:, head * width : (head + 1) * width]
+            saved.append((columns, columns.clone()))
+            columns.zero_()
+    try:
+        yield
+    finally:
+        for columns, values in saved:
+            columns.copy_(values)
+
+
+@torch.no_grad()
+def _losses(trial: Trial) -> dict[str, float]:
+    """KL to the whole model and next-token loss of the model as it is now, per scored token."""
+    head = head_of(trial.dense.model)
+    sums, tokens = dict.fromkeys(BOTH.weights, 0.0), 0
+    for batch, reference_NH in trial.text():
+        mask = scored(batch)
+        hidden_NH = final_hidden(trial.dense.model, batch)[mask]
+        targets_N = batch["labels"][:, 1:][mask].to(hidden_NH.device)
+        _, parts = head_loss(hidden_NH, head, targets_N, BOTH, reference_NH, head)
+        sums = {name: sums[name] + float(parts[name]) for name in sums}
+        tokens += len(targets_N)
+    return {name: value / tokens for name, value in sums.items()}

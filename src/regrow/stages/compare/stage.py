@@ -1,0 +1,291 @@
+"""Importance criteria side by side: the same cut by each, untrained, without and with repair.
+
+One row can estimate importance anew after each round of a cut, instead of once before all of it:
+each round cuts an equal part of the way, and the next one goes by a profile of what is left. The
+plans of the rounds compose to one, so that the result can be compared with any other cut.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from regrow import families, plugins
+from regrow.checkpoint import Checkpoint, load
+from regrow.config import Options
+from regrow.cost import matmul_rate
+from regrow.data import DataConfig
+from regrow.errors import UserError
+from regrow.families import Family
+from regrow.plan import Plan, compose
+from regrow.profile_folder import Profile
+from regrow.pruning.choose import choose, full_sizes
+from regrow.pruning.config import PruneConfig
+from regrow.pruning.cut import cut_folder
+from regrow.pruning.prune import repair_by, repair_method
+from regrow.runtime.progress import clock, say
+from regrow.search.score import TRIAL_BLOCKS, Trial
+from regrow.search.shapes import check_keep_params
+from regrow.stage_dir import write_json
+from regrow.stages.compare.head_removal import check_heads, heads_table, remove_heads
+from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile.scoring import IMPORTANCE
+from regrow.stages.profile.stage import profile as measure
+
+SMOOTH = ("layers", "mlp", "kv_heads", "experts", "expert_mlp")
+"""Dimensions whose way can be divided freely; heads and hidden follow, others go at the end."""
+
+
+def steps_towards(
+    family: Family, config: dict[str, Any], after: dict[str, int], rounds: int
+) -> list[dict[str, int]]:
+    """All sizes after each round, from a model of this `config` to `after` in equal parts.
+
+    Fewer than `rounds` where the model cannot have the sizes in between, or they are the same.
+    """
+    before = family.sizes(config)
+    group = {"before": before["heads"] // before["kv_heads"]}
+    group["after"] = after["heads"] // after["kv_heads"]
+    steps = [before]
+    for number in range(1, rounds):
+        share = number / rounds
+        smooth = [dim for dim in SMOOTH if dim in before]
+        step = before | {dim: _between(before[dim], after[dim], share) for dim in smooth}
+        step["heads"] = step["kv_heads"] * _between(group["before"], group["after"], share)
+        unit = family.step("hidden", config, heads=step["heads"], kv_heads=step["kv_heads"])
+        hidden = unit * round(_between(before["hidden"], after["hidden"], share) / unit)
+        step["hidden"] = min(max(hidden, after["hidden"]), before["hidden"])
+        if families.can_have(family, config, step) and step not in (steps[-1], after):
+            steps.append(step)
+    return [*steps[1:], after]
+
+
+def choose_in_rounds(
+    checkpoint: Checkpoint,
+    profile: Profile,
+    data: DataConfig,
+    config: PruneConfig,
+    steps: list[dict[str, int]],
+    options: Options,
+) -> Plan:
+    """One plan of the `checkpoint` for the last of `steps`, by `config`'s criteria before each.
+
+    The first goes by `profile`, the others by profiles, on as much of the same text, of what is
+    left by then: repaired as `config` says.
+    """
+    family = families.of(checkpoint)
+    criteria = (config.criterion, config.layer_criterion)
+    of_experts = config.expert_criterion
+    plan = choose(checkpoint, family, profile, steps[0], *criteria, expert_criterion=of_experts)
+    for number, step in enumerate(steps[1:], start=2):
+        say(f"compare: round {number} of {len(steps)}, by a profile of what is left")
+        with tempfile.TemporaryDirectory(prefix="regrow-") as folder:
+            left = _cut(checkpoint, profile, plan, Path(folder) / "model", config, options)
+            wanted = _profile_config(profile, config, {d for d in step if step[d] != plan.after[d]})
+            found = measure(left, data, Path(folder) / "profile", wanted, options)
+            later = choose(left, family, found, step, *criteria, expert_criterion=of_experts)
+            plan = compose(plan, later)
+    return plan
+
+
+def _between(before: int, after: int, share: float) -> int:
+    return round(before + (after - before) * share)
+
+
+def _cut(
+    checkpoint: Checkpoint,
+    profile: Profile,
+    plan: Plan,
+    folder: Path,
+    config: PruneConfig,
+    options: Options,
+) -> Checkpoint:
+    work = folder.parent / "repair"
+    replace = repair_by(checkpoint, profile, plan, config, work, options)
+    cut_folder(checkpoint, plan, folder, replace=replace)
+    return Checkpoint(folder)
+
+
+def _profile_config(profile: Profile, config: PruneConfig, cut: set[str]) -> ProfileConfig:
+    """What to measure for the next round: the criteria of the dimensions that it cuts."""
+    criteria = [config.layer_criterion] if "layers" in cut else []
+    criteria += [config.criterion] if cut - {"layers"} else []
+    if "experts" in cut and config.expert_criterion is not None:
+        criteria += [name for name in [config.expert_criterion] if name not in criteria]
+    info = profile.info
+    needs = {need for name in criteria for need in plugins.load(IMPORTANCE, name).NEEDS}
+    fields: dict[str, Any] = {"criteria": tuple(criteria), "samples": info["samples"]}
+    fields["gram_tokens"] = info["gram_tokens"] if "gram" in needs else 0
+    if info["grams"]:
+        fields |= {"grams": tuple(info["grams"]), "token_weight": info["token_weight"]}
+    return ProfileConfig(**fields)
+
+
+@dataclass(frozen=True)
+class LineUp:
+    """What a comparison compares: the criteria, at which sizes, and the rounds of re-estimation."""
+
+    criteria: list[str]
+    sizes: dict[str, int]
+    after: dict[str, int]
+    only_layers: bool
+    steps: list[dict[str, int]]
+    """Sizes after each round of the re-estimated row; one or none: there is no such row."""
+
+
+def compare(
+    model: str | Path | Checkpoint,
+    profile: str | Path | Profile,
+    data: DataConfig,
+    config: PruneConfig,
+    out: str | Path | None = None,
+    options: Options | None = None,
+    rounds: int = 1,
+    heads: int = 0,
+) -> list[dict[str, Any]]:
+    """Cut to `config`'s sizes (keep_params: from the MLPs or experts) by each of its criteria.
+
+    Returns, prints and, to the JSON file `out`, writes a row for each: criterion, and KL to the
+    dense model in nats per token without and with repair, on calibration text that was not
+    profiled. Criteria for layers are compared where only layers are cut. With `rounds` > 1 there is
+    a row more: `config`'s own criterion, re-estimated in so many rounds. With `heads` > 0 a second
+    table: one query head removed, the least important by each criterion and at random, that often.
+    Raises UserError for an impossible target and a profile of another model.
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else load(model)
+    found = profile if isinstance(profile, Profile) else Profile(profile)
+    options = options or Options()
+    if out is not None and Path(out).is_dir():
+        raise UserError(f"{out} is a folder: give --out the name of a JSON file")
+    what = line_up(checkpoint, found, config, rounds, heads)
+    trial = Trial(checkpoint, found, data, options)
+    rows: list[dict[str, Any]] = []
+    for name in what.criteria:
+        plan = _choose(checkpoint, found, config, what, name)
+        rows.append({"criterion": name, **_cost(trial, plan, config)})
+        _tell(rows[-1])
+    if len(what.steps) > 1:
+        plan = choose_in_rounds(checkpoint, found, data, config, what.steps, options)
+        name = config.layer_criterion if what.only_layers else config.criterion
+        rows.append({"criterion": name, **_cost(trial, plan, config), "rounds": len(what.steps)})
+        _tell(rows[-1])
+    rows.sort(key=lambda row: row.get("kl_repaired", row["kl"]))
+    family = families.of(checkpoint)
+    share = family.count(checkpoint.config, what.after) / family.count(checkpoint.config)
+    _print(rows, f"{share:.1%} kept: {what.sizes}")
+    table: dict[str, Any] = {"sizes": what.sizes, "keep": share, "rows": rows}
+    if heads > 0:
+        table["heads"] = remove_heads(trial, heads)
+        Console().print(heads_table(table["heads"], heads))
+    if out is not None:
+        write_json(Path(out), table)
+    return rows
+
+
+def line_up(
+    checkpoint: Checkpoint, profile: Profile, config: PruneConfig, rounds: int, heads: int
+) -> LineUp:
+    """What will be compared; raises UserError, before any slow work, for what cannot be."""
+    profile.check_fingerprint(checkpoint)
+    if rounds < 1 or heads < 0:
+        raise UserError(f"rounds {rounds}, heads {heads}: give 1 or more rounds, 0 or more heads")
+    shapes = check_keep_params(checkpoint, config)
+    sizes = (config.with_sizes(shapes[0].sizes) if shapes else config).sizes()
+    if not sizes:
+        raise UserError("nothing to compare at: give keep_params, or sizes such as num_layers")
+    if "vocab" in sizes:
+        raise UserError(
+            f"vocab_size {sizes['vocab']}: criteria are compared on the same tokens; leave it out"
+        )
+    family = families.of(checkpoint)
+    before = family.sizes(checkpoint.config)
+    after = full_sizes(family, before, sizes)
+    cut = {dim for dim in before if after[dim] != before[dim]}
+    if not cut:
+        raise UserError(f"nothing to compare at: the model has these sizes already ({sizes})")
+    if heads > 0:
+        check_heads(profile)
+    if config.repair:
+        repair_method(config, profile)
+    steps: list[dict[str, int]] = []
+    if rounds > 1:
+        for dim in sorted(cut):
+            profile.scores(config.layer_criterion if dim == "layers" else config.criterion, dim)
+        steps = steps_towards(family, checkpoint.config, after, rounds)
+        if len(steps) < rounds:
+            say(f"compare: this cut can be made in {len(steps)} rounds, not in {rounds}")
+    names = profile.criteria(cut - {"layers"} or {"layers"})
+    return LineUp(names, sizes, after, cut == {"layers"}, steps)
+
+
+def title(row: dict[str, Any]) -> str:
+    """A row's name in a table."""
+    if "rounds" not in row:
+        return str(row["criterion"])
+    return f"{row['criterion']}, re-estimated in {row['rounds']} rounds"
+
+
+def _choose(
+    checkpoint: Checkpoint, profile: Profile, config: PruneConfig, what: LineUp, criterion: str
+) -> Plan:
+    layer_criterion = criterion if what.only_layers else config.layer_criterion
+    family, multiple = families.of(checkpoint), config.multiple_of
+    return choose(checkpoint, family, profile, what.sizes, criterion, layer_criterion, multiple)
+
+
+def _cost(trial: Trial, plan: Plan, config: PruneConfig) -> dict[str, float]:
+    row = {"kl": trial.kl(plan)}
+    if config.repair:
+        row["kl_repaired"] = trial.kl(plan, config)
+    return row
+
+
+def _tell(row: dict[str, Any]) -> None:
+    figures = [f"{name} {row[name]:.3f}" for name in ("kl", "kl_repaired") if name in row]
+    say(f"compare: {title(row):<16} " + "  ".join(figures))
+
+
+def _print(rows: list[dict[str, Any]], heading: str) -> None:
+    table = Table("criterion", "KL, nats", "KL repaired", title=heading, title_justify="left")
+    for row in rows:
+        values = [row["kl"], row.get("kl_repaired")]
+        table.add_row(title(row), *("–" if v is None else f"{v:.3f}" for v in values))
+    Console().print(table)
+
+
+def estimate(
+    checkpoint: Checkpoint,
+    folder: Path,
+    data: DataConfig,
+    config: PruneConfig,
+    rounds: int,
+    heads: int,
+) -> list[str]:
+    """The criteria, the cut, the text and the time of a comparison."""
+    profile = Profile(folder)
+    what = line_up(checkpoint, profile, config, rounds, heads)
+    family = families.of(checkpoint)
+    before, after = (family.count(checkpoint.config, sizes) for sizes in (None, what.after))
+    tokens = TRIAL_BLOCKS * data.sequence_length
+    rows = len(what.criteria) + (len(what.steps) > 1)
+    passes = 1 + rows * (2 if config.repair else 1)
+    if heads > 0:
+        passes += 1 + 2 * (len(check_heads(profile)) + heads)
+    again = max(0, len(what.steps) - 1) * profile.info["tokens"]
+    seconds = (passes * tokens + again) * 2 * before / matmul_rate()
+    lines = [
+        f"compare: {', '.join(what.criteria) or 'no criterion'}",
+        f"  cut to {after:,} parameters ({after / before:.1%}) {what.sizes}",
+        f"  scored on {tokens:,} tokens of calibration text beyond the profile's",
+    ]
+    if len(what.steps) > 1:
+        lines.append(f"  re-estimated in {len(what.steps)} rounds, {again:,} tokens to profile on")
+    if heads > 0:
+        lines.append(f"  one query head removed, the least important and {heads} times at random")
+    repair = ", repair on top" if config.repair else ""
+    return [*lines, f"  time about {clock(seconds)} for the passes through the model{repair}"]

@@ -1,0 +1,124 @@
+"""Answers to a batch of prompts, by transformers' generate.
+
+The tokens that are drawn do not depend on the batch: each prompt has random numbers of its own.
+
+Shapes: B prompts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from regrow.stages.generate.config import GenerateConfig
+
+
+class Sampler(LogitsProcessor):
+    """Leaves one id of each row: drawn from softmax(logits / temperature), cut to its top_p.
+
+    By inversion of the cumulated distribution at one uniform number per row and token. The cut is
+    to the fewest ids that together reach top_p (Holtzman et al., 2020, arXiv:1904.09751).
+    """
+
+    def __init__(self, keys: Sequence[str], seed: int, temperature: float, top_p: float) -> None:
+        self.draws = [Random(f"{seed}/{key}") for key in keys]
+        self.temperature, self.top_p = temperature, top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        """Scores [B, V] with all but the drawn ids at −∞."""
+        uniform_B = torch.tensor([draw.random() for draw in self.draws], dtype=torch.float64)
+        chosen_B = draw_ids(scores.float() / self.temperature, self.top_p, uniform_B)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen_B[:, None], 0.0)
+
+
+def draw_ids(logits_BV: Tensor, top_p: float, uniform_B: Tensor) -> Tensor:
+    """The id [B] at which the cumulated distribution passes each uniform number in [0, 1)."""
+    probability_BV = logits_BV.softmax(-1)
+    order_BV = None
+    if top_p < 1:
+        probability_BV, order_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
+        before_BV = probability_BV.cumsum(-1) - probability_BV
+        probability_BV = probability_BV.masked_fill(before_BV >= top_p, 0.0)
+    # float64 where there is any: in float32 a sum over a vocabulary is off by 1e-6.
+    wide = torch.float32 if logits_BV.device.type == "mps" else torch.float64
+    sum_BV = probability_BV.cumsum(-1, dtype=wide)
+    at_B1 = uniform_B.to(wide).to(sum_BV.device)[:, None] * sum_BV[:, -1:]
+    last_B1 = (probability_BV > 0).long().cumsum(-1).argmax(-1, keepdim=True)
+    place_B1 = torch.searchsorted(sum_BV, at_B1, right=True).minimum(last_B1)
+    found_B1 = place_B1 if order_BV is None else order_BV.gather(-1, place_B1)
+    return found_B1.squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, its end mark left out."""
+
+    ids: list[int]
+    finished: bool
+    """Whether the model ended it, and not max_new_tokens."""
+
+
+class Answerer:
+    """A model that is asked in batches; settings that its folder has for generation do not count.
+
+    Only its end marks do, beside the tokenizer's.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig
+    ) -> None:
+        self.model, self.config = model, config
+        self.ends = end_ids(model, tokenizer)
+        pad = tokenizer.pad_token_id
+        self.pad = int(pad) if pad is not None else next(iter(self.ends), 0)
+        model.generation_config = GenerationConfig(
+            max_new_tokens=config.max_new_tokens,
+            do_sample=False,  # the sampler leaves one id to take
+            eos_token_id=self.ends or None,
+            pad_token_id=self.pad,
+        )
+
+    @torch.inference_mode()
+    def answer(self, prompts: Sequence[list[int]], keys: Sequence[str]) -> list[Answer]:
+        """The answers to prompts of any lengths, padded on the left; `keys` seed their draws."""
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), self.pad)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        device = self.model.device
+        found = self.model.generate(  # type: ignore[operator]
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            logits_processor=self._processors(keys),
+        )
+        return [self._cut(row) for row in found[:, width:].tolist()]
+
+    def _processors(self, keys: Sequence[str]) -> LogitsProcessorList:
+        given = self.config
+        if given.greedy:
+            return LogitsProcessorList()
+        return LogitsProcessorList([Sampler(keys, given.seed, given.temperature, given.top_p)])
+
+    def _cut(self, ids: list[int]) -> Answer:
+        end = next((at for at, token in enumerate(ids) if token in self.ends), None)
+        return Answer(ids if end is None else ids[:end], end is not None)
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer: those of the model's folder and the tokenizer's own."""
+    given = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    found = given if isinstance(given, list) else [given]
+    return sorted({int(i) for i in (*found, tokenizer.eos_token_id) if i is not None})

@@ -1,0 +1,138 @@
+"""What `--dry-run` prints for a prune, and the sizes that a recipe will have after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from regrow import families, plugins
+from regrow.checkpoint import Checkpoint
+from regrow.cost import active, fallbacks, file_bytes, matmul_rate, parameters, ram_bytes
+from regrow.errors import UserError
+from regrow.families import Family
+from regrow.pruning.choose import full_sizes
+from regrow.pruning.config import PruneConfig
+from regrow.pruning.prune import REPAIR, make_plan
+from regrow.runtime.progress import clock
+from regrow.search.score import TRIAL_TOKENS, blocks_for, passes_for
+from regrow.search.shapes import HANDFUL, Shape, check_keep_params, to_try
+from regrow.stages.prune.choose_shape import SHOWN
+from regrow.stages.prune.halving import rungs_for, tokens_for
+
+
+def check_one_target(config: PruneConfig) -> None:
+    """Raise UserError unless exactly one of a target to search for, sizes and plan is given."""
+    given = (config.searches, bool(config.sizes()), config.plan is not None)
+    if sum(given) != 1:
+        what = "nothing to prune to" if not any(given) else "more than one target"
+        raise UserError(f"{what}: give keep_params, or sizes such as num_layers, or a plan")
+
+
+def estimate(checkpoint: Checkpoint, config: PruneConfig, sequence_length: int = 512) -> list[str]:
+    """Sizes of the shape asked for, or of each candidate, and the time to choose among them."""
+    family = families.of(checkpoint)
+    before = family.count(checkpoint.config)
+    check_one_target(config)
+    disk = sum(map(checkpoint.bytes, checkpoint.names())) / before
+    shapes = check_keep_params(checkpoint, config)
+    if config.timed:
+        return [_timed_line(config, before), *_search_lines(checkpoint, config, 0, sequence_length)]
+    if not shapes:
+        sizes = full_sizes(family, family.sizes(checkpoint.config), config.sizes())
+        if config.plan is not None:
+            sizes = make_plan(checkpoint, config, None).after
+        changed = {dim: sizes[dim] for dim in config.sizes()}
+        shapes = [Shape("to", changed, family.count(checkpoint.config, sizes))]
+    lines = [f"prune: {before:,} parameters now; {'one of' if len(shapes) > 1 else 'to'}"]
+    for shape in shapes[:SHOWN]:
+        lines.append(
+            f"  {shape.name:<16} {shape.parameters:,} ({shape.parameters / before:.1%})  "
+            f"{shape.parameters * disk / 1e6:,.1f} MB  {_counted(checkpoint, config, shape)}"
+            f"{shape.sizes or config.plan}"
+        )
+    if len(shapes) > SHOWN:
+        lines.append(f"  … and {len(shapes) - SHOWN} more")
+    model = (family, checkpoint.config, config.format)
+    lines += [f"  {line}" for line in fallbacks(*model, shapes[0].sizes)]
+    lines += _repair_lines(checkpoint, config)
+    return [*lines, *_search_lines(checkpoint, config, to_try(config, shapes), sequence_length)]
+
+
+def parameters_after(checkpoint: Checkpoint, config: PruneConfig, before: int) -> int:
+    """Parameters after a cut of a model that has `before` now and came from `checkpoint`."""
+    if config.keep_params is not None:
+        return int(before * config.keep_params)
+    family = families.of(checkpoint)
+    if config.searches:
+        shapes = check_keep_params(checkpoint, config)
+        return shapes[0].parameters if shapes else before
+    sizes = full_sizes(family, family.sizes(checkpoint.config), config.sizes())
+    return min(before, family.count(checkpoint.config, sizes))
+
+
+def config_after(
+    now: dict[str, Any] | None, family: Family, config: PruneConfig
+) -> dict[str, Any] | None:
+    """A model's config after a cut to explicit sizes; None when they are not known yet."""
+    if now is None or not config.sizes():
+        return None
+    before = family.sizes(now)
+    after = full_sizes(family, before, config.sizes())
+    families.check_sizes(family, now, after, config.multiple_of)
+    sizes = {key: after[dim] for dim, key in family.config_keys.items()}
+    return {**now, **sizes, "head_dim": before["head_dim"]}
+
+
+def _repair_lines(checkpoint: Checkpoint, config: PruneConfig) -> list[str]:
+    if not config.repair:
+        return []
+    method = plugins.load(REPAIR, config.repair_method)
+    sizes = families.of(checkpoint).sizes(checkpoint.config)
+    disk = method.work_bytes(sizes, config.repair_tokens) / 1e9
+    if method.GRAMS:
+        return [f"  repair: {config.repair_method}, on the profile's Gram matrices"]
+    seconds = config.repair_tokens * 4 * 2 * active(checkpoint) / matmul_rate()
+    return [
+        f"  repair: {config.repair_method}, on up to {config.repair_tokens:,} tokens of the "
+        f"profile's text: time about {clock(seconds)}, disk {disk:.2f} GB meanwhile"
+    ]
+
+
+def _counted(checkpoint: Checkpoint, config: PruneConfig, shape: Shape) -> str:
+    """Bytes in the format asked for, and in memory, where they were asked about."""
+    model = (families.of(checkpoint), checkpoint.config, config.format)
+    found = ""
+    if config.format != "bf16" or config.max_bytes is not None:
+        found += f"{file_bytes(*model, shape.sizes) / 1e6:,.1f} MB in {config.format}  "
+    if config.max_ram is not None:
+        ram = ram_bytes(*model, config.context_length, shape.sizes)
+        found += f"{ram / 1e6:,.1f} MB of RAM at {config.context_length} tokens  "
+    return found
+
+
+def _timed_line(config: PruneConfig, before: int) -> str:
+    return (
+        f"prune: {before:,} parameters now; to one of about {config.num_candidates} shapes, which "
+        "follow from timing a dozen on this machine"
+    )
+
+
+def _search_lines(
+    checkpoint: Checkpoint, config: PruneConfig, shapes: int, sequence_length: int
+) -> list[str]:
+    """What the choice costs, untrained and in short distillations."""
+    count = config.num_candidates if config.timed else shapes
+    tokens, passes = blocks_for(count) * sequence_length, passes_for(count)
+    total, rate = parameters(checkpoint), matmul_rate()
+    repaired = 4 * TRIAL_TOKENS * min(count, HANDFUL) if config.repair and count else 0
+    choose = clock((tokens * passes + repaired) * 2 * total / rate)
+    cost = f" (at most {passes:.1f} dense evaluations of {tokens:,} tokens)" if passes else ""
+    lines = [f"  time about {choose} to choose{cost}, and that of copying the files"]
+    if config.halving_tokens and count:
+        few = min(config.halving_shapes, count)
+        trained = tokens_for(few, config.halving_tokens)
+        rungs = ", then ".join(
+            f"{n} of {t:,} tokens" for n, t in rungs_for(few, config.halving_tokens)
+        )
+        seconds = trained * 8 * total / rate
+        lines.append(f"  then distillations: {rungs}; time at best {clock(seconds)}")
+    return lines

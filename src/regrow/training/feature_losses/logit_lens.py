@@ -1,0 +1,15 @@
+"""What each model would say at chosen depths (the logit lens; nostalgebraist, 2020)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from regrow.training.feature_losses._measures import through_heads
+from regrow.training.layer_mapping import Inside, Match
+
+NEEDS = frozenset({"lens"})
+
+
+def loss(student: Inside, teacher: Inside, match: Match, mask_BT: Tensor) -> Tensor:
+    """Σ_tokens mean_depths KL(P ‖ Q) in nats, P and Q = softmax(head(norm(block output)))."""
+    return through_heads(student, teacher, match, mask_BT, "forward_kl")
