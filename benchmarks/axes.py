@@ -34,7 +34,7 @@ from regrow import (
     prune,
 )
 from regrow.profile_folder import Profile
-from regrow.stages.evaluate.folder_model import FolderSubject
+from regrow.stages.evaluate.folder_model import FolderEvalModel
 from regrow.stages.evaluate.metrics import speed
 
 KEEP = 0.803  # what an MLP of 1,024 leaves
@@ -147,7 +147,7 @@ def _distilled(
 def _speeds(models: dict[str, Path], turns: int) -> dict[str, dict[str, float]]:
     """Prefill and decode of each × dense: medians of the ratios within each turn."""
     subjects = {
-        label: FolderSubject(label, load(str(path)), [], torch.bfloat16, torch.device("cpu"), 1)
+        label: FolderEvalModel(label, load(str(path)), [], torch.bfloat16, torch.device("cpu"), 1)
         for label, path in models.items()
     }
     found = speed.measure_all(subjects, EvaluateConfig(repeats=turns), None)

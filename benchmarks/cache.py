@@ -40,10 +40,10 @@ from regrow import (
     profile,
     prune,
 )
-from regrow.data import Blocks, build_blocks
+from regrow.data.sequences import Sequences, build_sequences
 from regrow.stage_dir import read
 from regrow.stages.cache.stage import errors, header_of
-from regrow.training.cache.folder import block_keys
+from regrow.training.cache.folder import sequence_keys
 from regrow.training.cache.teacher import head_from
 from regrow.training.teacher import Teacher, scored
 
@@ -65,7 +65,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"rows-{arguments.blocks}.json"
     rows: Rows = json.loads(path.read_text()) if path.exists() else {}
-    _store(rows, path, arguments.texts, arguments.blocks)
+    _store(rows, path, arguments.texts, arguments.sequences)
     if arguments.tokens:
         _teach(rows, path, arguments)
     (arguments.out / "cache.md").write_text(_table(rows))
@@ -84,8 +84,8 @@ def _store(rows: Rows, path: Path, texts: Path, count: int) -> None:
     if not todo:
         return
     master, data = load(DENSE), blend(texts)
-    blocks = build_blocks(data, master.tokenizer(), "heldout", count)
-    states, head = _states(master, blocks), head_from(master, torch.device("cpu"))
+    sequences = build_sequences(data, master.tokenizer(), "heldout", count)
+    states, head = _states(master, sequences), head_from(master, torch.device("cpu"))
     for variant in todo:
         header = header_of(master, data, CacheConfig(**variant))
         form = header.formats()["train"]
@@ -105,12 +105,12 @@ def _store(rows: Rows, path: Path, texts: Path, count: int) -> None:
         print(_name(variant), means, flush=True)
 
 
-def _states(master: Checkpoint, blocks: Blocks) -> dict[bytes, torch.Tensor]:
+def _states(master: Checkpoint, sequences: Sequences) -> dict[bytes, torch.Tensor]:
     """By key, each block's final hidden states of the scored tokens."""
     teacher = Teacher(master.model(torch.bfloat16))
     found = {}
-    for batch in blocks.batches(4):
-        masks, keys = scored(batch), block_keys(batch)
+    for batch in sequences.batches(4):
+        masks, keys = scored(batch), sequence_keys(batch)
         for key, states_TH, mask_T in zip(keys, teacher.hidden(batch).final, masks, strict=True):
             found[key] = states_TH[mask_T]
     return found
@@ -123,7 +123,7 @@ def _teach(rows: Rows, path: Path, arguments: argparse.Namespace) -> None:
     student = prune(DENSE, out / "student", PruneConfig(intermediate_size=1024), measured)
     name = f"held-out KL {arguments.tokens}"
     config = DistillConfig(tokens=arguments.tokens)
-    budget = {"tokens": arguments.tokens, "heldout_blocks": config.heldout_blocks}
+    budget = {"tokens": arguments.tokens, "heldout_sequences": config.heldout_sequences}
     chosen = {_name(v): v for v in VARIANTS if _name(v) in STUDENTS}
     for label, variant in {"live": None, **chosen}.items():
         row = rows.setdefault(label, {"format": "live", "bytes": 0.0, "error": 0.0})

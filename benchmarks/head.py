@@ -36,7 +36,7 @@ from torch.nn import functional
 from watched import peak_above
 
 from regrow.training.head import Head, head_loss
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 
 H, V = 1024, 151_936
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -73,7 +73,7 @@ def liger_eager(*tensors: Tensor) -> Tensor:
 
 def ours(student_NH: Tensor, student_VH: Tensor, teacher_NH: Tensor, teacher_VH: Tensor) -> Tensor:
     targets_N = torch.zeros(len(student_NH), dtype=torch.int64)
-    mix = Mix({"forward_kl": 1.0})
+    mix = LossWeights({"forward_kl": 1.0})
     total, _ = head_loss(student_NH, Head(student_VH), targets_N, mix, teacher_NH, Head(teacher_VH))
     return total / len(student_NH)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regrow.training import products
 from regrow.training.head import Head, head_loss
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 
 N, H, V = 512, 576, 49152
 KL = {"forward_kl": 1.0}
@@ -32,12 +32,12 @@ def main() -> None:
     true = _true(x.double(), w.double(), t.double())
     print("| products | error of the hidden gradient | of the weight gradient | seconds |")
     print("|---|---|---|---|")
-    _row("bf16", x, w, t, Mix(KL), true)
+    _row("bf16", x, w, t, LossWeights(KL), true)
     rounded = lambda factor, dtype, exact: products.split(factor, dtype, False)  # noqa: E731
     with patch("regrow.training.head.split", rounded):
-        _row("logits exact, gradients bf16", x, w, t, Mix(KL, exact=True), true)
-    _row("all exact (`exact_head`)", x, w, t, Mix(KL, exact=True), true)
-    _row("all float32", x.float(), w.float(), t.float(), Mix(KL), true)
+        _row("logits exact, gradients bf16", x, w, t, LossWeights(KL, exact=True), true)
+    _row("all exact (`exact_head`)", x, w, t, LossWeights(KL, exact=True), true)
+    _row("all float32", x.float(), w.float(), t.float(), LossWeights(KL), true)
 
 
 def _true(x: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,9 @@ def _true(x: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return slope_NV @ w, slope_NV.T @ x
 
 
-def _row(name: str, x: Tensor, w: Tensor, t: Tensor, mix: Mix, true: tuple[Tensor, Tensor]) -> None:
+def _row(
+    name: str, x: Tensor, w: Tensor, t: Tensor, mix: LossWeights, true: tuple[Tensor, Tensor]
+) -> None:
     targets_N = torch.zeros(N, dtype=torch.int64)
     times = []
     for _ in range(3):

@@ -21,7 +21,7 @@ import torch
 from protocol import DENSE, blend
 
 from regrow import ProfileConfig, families, load
-from regrow.data import build_blocks
+from regrow.data.sequences import build_sequences
 from regrow.runtime.progress import Progress
 from regrow.stages.profile.collect import Batch, Collector
 from regrow.stages.profile.passes import run_through
@@ -77,8 +77,8 @@ def _time(model: Any, batch: Any, collector: Collector, counter: Progress) -> tu
 
 def _batches(checkpoint: Any, arguments: argparse.Namespace) -> Any:
     data, tokenizer = blend(arguments.texts), checkpoint.tokenizer()
-    blocks = build_blocks(data, tokenizer, "calibration", arguments.samples)
-    return [(Batch(batch["real"], "fit"), batch) for batch in blocks.batches(4)]
+    sequences = build_sequences(data, tokenizer, "calibration", arguments.samples)
+    return [(Batch(batch["real"], "fit"), batch) for batch in sequences.batches(4)]
 
 
 def _table(seconds: dict[str, list[tuple[float, float]]], arguments: argparse.Namespace) -> str:

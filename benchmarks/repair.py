@@ -22,7 +22,7 @@ from protocol import DENSE, blend, figures, measure
 
 from regrow import Options, ProfileConfig, PruneConfig, profile
 from regrow.profile_folder import Profile
-from regrow.pruning.prune import prune
+from regrow.stages.prune.stage import prune
 
 PPL = "perplexity/wikitext2"
 KLS = ("kl/wikitext2", "kl/c4")

@@ -49,15 +49,15 @@ from torch.nn import functional
 from watched import peak_above
 
 from regrow import CacheConfig, cache, families, load
-from regrow.data import build_blocks
+from regrow.data.sequences import build_sequences
 from regrow.training import frozen_layers
 from regrow.training.adapters import Adapter, targets_in
 from regrow.training.cache.folder import Cache
 from regrow.training.cache.teacher import CachedTeacher, head_from
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
-from regrow.training.teacher_placement import held
+from regrow.training.teacher_placement import place_teacher
 
 LENGTH = 512
 READ = ("input_ids", "position_ids", "labels")
@@ -176,17 +176,17 @@ def ours_frozen(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
 
 
 def ours_int8_teacher(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
-    return ours(student, held(load(DENSE), "int8", torch.device("cpu")), cached)
+    return ours(student, place_teacher(load(DENSE), "int8", torch.device("cpu")), cached)
 
 
 def ours_offloaded(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
-    return ours(student, held(load(DENSE), "disk", torch.device("cpu")), cached)
+    return ours(student, place_teacher(load(DENSE), "disk", torch.device("cpu")), cached)
 
 
 def ours_compiled(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
     for model in (student, teacher):
-        for block in model.base_model.layers:  # type: ignore[union-attr]
-            block.compile()
+        for sequence in model.base_model.layers:  # type: ignore[union-attr]
+            sequence.compile()
     return ours(student, teacher, cached)
 
 
@@ -194,7 +194,7 @@ def _bound(
     student: nn.Module, taught_by: Teacher | CachedTeacher, read: Callable[[Batch], Batch]
 ) -> Loss:
     def loss(batch: Batch) -> Tensor:
-        undo = bind_loss(student, taught_by, Mix({"forward_kl": 1.0}))
+        undo = bind_loss(student, taught_by, LossWeights({"forward_kl": 1.0}))
         outputs = student(**read(batch))
         undo()  # others share the student
         found: Tensor = outputs["loss"] / outputs["tokens"]
@@ -234,7 +234,7 @@ def main() -> None:
         return
     asked = {kind: KINDS[kind][1] for kind in arguments.kinds}
     kinds = [k for k, package in asked.items() if package is None or find_spec(package)]
-    config = CacheConfig(tokens=arguments.blocks * LENGTH, heldout_blocks=1, format="topk")
+    config = CacheConfig(tokens=arguments.sequences * LENGTH, heldout_sequences=1, format="topk")
     cache(DENSE, blend(arguments.texts), arguments.out / "cache", config)
     rates, ratios, losses = _kept(arguments.out / "speed.json", lambda: _speed(kinds, arguments))
     memory = {
@@ -265,9 +265,9 @@ def _kept(path: Path, measure: Callable[[], Any]) -> Any:
 def _step(kind: str, arguments: argparse.Namespace) -> Callable[[], float]:
     """A whole optimizer step of a kind; gives the loss."""
     student, teacher, optimizer = _models(kind if kind in CHANGED else "shared")
-    count = arguments.blocks
-    blocks = build_blocks(blend(arguments.texts), load(DENSE).tokenizer(), "train", count)
-    batch = next(blocks.batches(count))
+    count = arguments.sequences
+    sequences = build_sequences(blend(arguments.texts), load(DENSE).tokenizer(), "train", count)
+    batch = next(sequences.batches(count))
     loss_of = KINDS[kind][0](student, teacher, arguments.out / "cache")
 
     def run() -> float:
@@ -304,7 +304,7 @@ def _speed(
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
     """Tokens/s, the ratio of ours to each, and the first loss, by kind."""
     steps = {kind: _step(kind, arguments) for kind in kinds}
-    tokens = arguments.blocks * LENGTH
+    tokens = arguments.sequences * LENGTH
     losses = {kind: step() for kind, step in steps.items()}  # warms up, too
     times: dict[str, list[float]] = {kind: [] for kind in (*kinds, "floor")}
     for _ in range(arguments.steps):
@@ -334,7 +334,7 @@ def _floor_seconds() -> float:
 
 
 def _memory_of(kind: str, arguments: argparse.Namespace) -> float:
-    same = {"texts": arguments.texts, "out": arguments.out, "blocks": arguments.blocks}
+    same = {"texts": arguments.texts, "out": arguments.out, "blocks": arguments.sequences}
     flags = [str(part) for name, value in same.items() for part in (f"--{name}", value)]
     command = [sys.executable, __file__, "--memory", kind, *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -31,7 +31,7 @@ from regrow import (
     profile,
     prune,
 )
-from regrow.profile_folder import Profile, for_gone
+from regrow.profile_folder import Profile, scores_for
 
 GONE = 4
 CUTS = {
@@ -64,7 +64,7 @@ def main() -> None:
         samples=arguments.samples,
         gram_tokens=arguments.samples * 512,
         grams=("mlp",),
-        removal_blocks=arguments.removal_blocks,
+        removal_sequences=arguments.removal_sequences,
     )
     profiles = {
         (when, kind): profile(model, data, out / f"profile-{when}-{kind}", config)
@@ -91,7 +91,7 @@ def _redundant(profiles: dict[tuple[str, str], Profile], criteria: list[str]) ->
         for (when, kind), found in profiles.items():
             scores = found.scores(criterion, "layers")["all"]
             sets = [
-                sorted(for_gone(scores, gone).argsort(stable=True)[:gone].tolist())
+                sorted(scores_for(scores, gone).argsort(stable=True)[:gone].tolist())
                 for gone in (GONE, 2 * GONE)
             ]
             shown = "; ".join(" ".join(map(str, some)) for some in sets)
@@ -116,7 +116,7 @@ def _pruned(
             models[name] = prune(tuned, place, config, profiles["after", kind])
     config = EvaluateConfig(
         metrics=("size", "perplexity", "kl"),
-        heldout_blocks=arguments.heldout_blocks,
+        heldout_sequences=arguments.heldout_sequences,
         texts={"wikitext2": str(arguments.texts / "eval" / "wikitext2_raw_test.txt.gz")},
         text_tokens=8192,
     )
@@ -141,8 +141,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
     parser.add_argument("--tokens", type=int, default=100_000, help="tokens to fine-tune on")
     parser.add_argument("--samples", type=int, default=96, help="calibration blocks of 512")
-    parser.add_argument("--removal-blocks", type=int, default=2, help="blocks for kl_drop")
-    parser.add_argument("--heldout-blocks", type=int, default=16, help="of 512, of the task")
+    parser.add_argument("--removal-sequences", type=int, default=2, help="blocks for kl_drop")
+    parser.add_argument("--heldout-sequences", type=int, default=16, help="of 512, of the task")
     known = ["block_influence", "angular_distance", "kl_drop"]
     parser.add_argument("--layer-criteria", nargs="+", default=known)
     return parser.parse_args()

@@ -42,16 +42,16 @@ WAYS: dict[str, dict[str, Any]] = {
     "KL": {"losses": KL_ONLY},
     "hard labels": {"losses": {"cross_entropy": 1.0}},
     "KL + 0.3 CE": {"losses": {"forward_kl": 0.7, "cross_entropy": 0.3}},
-    "KL + hidden": {"losses": KL_ONLY, "signals": {"hidden": 1.0}, "balance": True},
+    "KL + hidden": {"losses": KL_ONLY, "feature_losses": {"hidden": 1.0}, "balance": True},
     "KL + embeddings + hidden": {
         "losses": KL_ONLY,
-        "signals": {"embeddings": 0.5, "hidden": 0.5},
+        "feature_losses": {"embeddings": 0.5, "hidden": 0.5},
         "balance": True,
     },
     "contrastive": {"losses": KL_ONLY},
     "reverse KL": {"losses": {"reverse_kl": 1.0}},
     "JSD": {"losses": {"jsd": 4.0}},  # its gradient is a quarter of the KL's where models agree
-    "KL + logit lens": {"losses": KL_ONLY, "signals": {"logit_lens": 0.5}, "balance": True},
+    "KL + logit lens": {"losses": KL_ONLY, "feature_losses": {"logit_lens": 0.5}, "balance": True},
     "KL, T = 2": {"losses": KL_ONLY, "temperature": 2.0},
     "skewed KL": {"losses": {"skewed_kl": 1.0}},
     "total variation": {"losses": {"total_variation": 1.0}},
@@ -101,7 +101,7 @@ def _taught(
     fields = {**WAYS[way], "tokens": arguments.tokens, "batch_tokens": 1024}
     if way == "contrastive":
         data = _with_answers(data, student, arguments)
-    elif not {"signals", "teacher_dtype"} & fields.keys():
+    elif not {"feature_losses", "teacher_dtype"} & fields.keys():
         fields["cache"] = str(cached)
     config = DistillConfig.model_validate(fields)
     model = distill(student, DENSE, data, place / "model", config, Options(batch_size=2))

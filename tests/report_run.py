@@ -182,19 +182,21 @@ def write_manifest(folder: Path, stage: str, **extra: Any) -> None:
 
 
 def write_metrics(
-    path: Path, stage: str, steps: int = 200, signals: dict[str, float] | None = None
+    path: Path, stage: str, steps: int = 200, feature_losses: dict[str, float] | None = None
 ) -> None:
-    """200 steps; `signals` are further losses by name, as shares of the loss."""
+    """200 steps; `feature_losses` are further losses by name, as shares of the loss."""
     draw = random.Random(0)
     rows: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
         common = {"stage": stage, "step": step, "tokens": 2048 * step, "seconds": 7.0 * step}
         loss = 0.4 + 0.5 * math.exp(-step / 40) + draw.gauss(0, 0.03)
-        parts = {name: loss * share for name, share in (signals or {}).items()}
+        parts = {name: loss * share for name, share in (feature_losses or {}).items()}
         rows.append({**common, "loss": loss, "learning_rate": 2e-4, **parts})
         if step % 25 == 0:
             kl = 0.42 + 0.4 * math.exp(-step / 40)
-            parts = {f"heldout_{name}": kl * share for name, share in (signals or {}).items()}
+            parts = {
+                f"heldout_{name}": kl * share for name, share in (feature_losses or {}).items()
+            }
             rows.append({**common, "heldout_kl": kl, **parts})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

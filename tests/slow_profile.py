@@ -12,7 +12,8 @@ from torch import Tensor
 
 from regrow.checkpoint import Checkpoint
 from regrow.config import Options
-from regrow.data import Blocks, DataConfig, build_blocks
+from regrow.data import DataConfig
+from regrow.data.sequences import Sequences, build_sequences
 
 OPTIONS = Options(device="cpu", batch_size=3, order="resident")
 
@@ -20,12 +21,12 @@ OPTIONS = Options(device="cpu", batch_size=3, order="resident")
 class Slow:
     """What every watched place sees, token by token: documents run alone, none is packed."""
 
-    def __init__(self, checkpoint: Checkpoint, blocks: Blocks) -> None:
+    def __init__(self, checkpoint: Checkpoint, sequences: Sequences) -> None:
         self.model = checkpoint.model(torch.float64)
         self.seen: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         self.whole: dict[str, list[Tensor]] = defaultdict(list)
         self.routed: dict[int, list[Tensor]] = defaultdict(list)
-        self.block = 0
+        self.sequence = 0
         pre_mlp = "pre_feedforward" if "gemma" in self.model.config.model_type else "post_attention"
         for number, layer in enumerate(self.model.base_model.layers):
             attention, mlp = layer.self_attn, layer.mlp
@@ -42,7 +43,7 @@ class Slow:
             self._watch_input(layer, f"in/{number}")
             self._watch_output(layer, f"out/{number}")
         self._watch_output(self.model.base_model.norm, "norm/final")
-        self._run(blocks)
+        self._run(sequences)
 
     def _watch_input(self, module: torch.nn.Module, place: str) -> None:
         module.register_forward_pre_hook(lambda _, inputs: self._keep(place, inputs[0]))
@@ -70,13 +71,19 @@ class Slow:
         module.register_forward_hook(lambda _, inputs, output: self._keep(place, output))
 
     def _keep(self, place: str, x_1Td: Tensor) -> None:
-        self.seen[place][self.block] += list(x_1Td[0].detach())
+        self.seen[place][self.sequence] += list(x_1Td[0].detach())
         self.whole[place].append(x_1Td)
         x_1Td.requires_grad_(True) if x_1Td.is_leaf else x_1Td.retain_grad()
 
-    def _run(self, blocks: Blocks) -> None:
-        for self.block, (ids, positions, labels, real) in enumerate(
-            zip(blocks.input_ids, blocks.position_ids, blocks.labels, blocks.real, strict=True)
+    def _run(self, sequences: Sequences) -> None:
+        for self.sequence, (ids, positions, labels, real) in enumerate(
+            zip(
+                sequences.input_ids,
+                sequences.position_ids,
+                sequences.labels,
+                sequences.real,
+                strict=True,
+            )
         ):
             starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
             for begin, end in pairwise(starts):
@@ -111,11 +118,11 @@ class Slow:
     def sum(self, dim: str, layer: int | str) -> Tensor:
         return torch.stack([self.rows(place).sum(0) for place in self.places(dim, layer)]).sum(0)
 
-    def rows(self, place: str, blocks: range | list[int] | None = None) -> Tensor:
+    def rows(self, place: str, sequences: range | list[int] | None = None) -> Tensor:
         """Every token's vector at a place [N, d], of these blocks or all."""
         seen = self.seen[place]
-        chosen = seen if blocks is None else blocks
-        return torch.stack([x for block in chosen for x in seen[block]])
+        chosen = seen if sequences is None else sequences
+        return torch.stack([x for sequence in chosen for x in seen[sequence]])
 
     def places(self, dim: str, layer: int | str) -> list[str]:
         if dim != "hidden":
@@ -129,8 +136,8 @@ class Slow:
     def mean_abs_square_sum(self, dim: str, layer: int | str) -> Tensor:
         total = 0.0
         for place in self.places(dim, layer):
-            for block in self.seen[place]:
-                total = total + self.rows(place, [block]).abs().mean(0) ** 2
+            for sequence in self.seen[place]:
+                total = total + self.rows(place, [sequence]).abs().mean(0) ** 2
         assert isinstance(total, Tensor)
         return total
 
@@ -139,17 +146,17 @@ class Slow:
         cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in zip(before, after, strict=True)]
         return 1 - sum(cosines) / len(cosines)
 
-    def gram(self, dim: str, layer: int, blocks: list[int]) -> Tensor:
-        rows = self.rows(f"{dim}/{layer}", blocks)
-        residuals = self.rows(f"residual/{dim}/{layer}", blocks)
+    def gram(self, dim: str, layer: int, sequences: list[int]) -> Tensor:
+        rows = self.rows(f"{dim}/{layer}", sequences)
+        residuals = self.rows(f"residual/{dim}/{layer}", sequences)
         total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
         for x, r in zip(rows, residuals, strict=True):
             total += torch.outer(x, x) / (r @ r)
         return total
 
 
-def calibration(checkpoint: Checkpoint, data: DataConfig, samples: int) -> Blocks:
-    return build_blocks(data, checkpoint.tokenizer(), "calibration", samples)
+def calibration(checkpoint: Checkpoint, data: DataConfig, samples: int) -> Sequences:
+    return build_sequences(data, checkpoint.tokenizer(), "calibration", samples)
 
 
 def close(found: Tensor, expected: Tensor, rtol: float = 1e-5) -> None:

@@ -21,7 +21,7 @@ from regrow.stages.distill import setup
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import distill
 from regrow.training import adapters
-from regrow.training.callbacks import Pace
+from regrow.training.callbacks import ProgressCallback
 
 LORA = CONFIG.model_copy(
     update={
@@ -50,7 +50,7 @@ def kept(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", plugins.names(families.__name__))
-def test_all_linear_projections_of_the_blocks_are_targets(name: str) -> None:
+def test_all_linear_projections_of_the_sequences_are_targets(name: str) -> None:
     """By the family's table: matrices of a layer, but none that is stacked or routes."""
     family = families.get(name)
     stacked = {row for rows in family.memory.values() for row in rows}
@@ -126,13 +126,15 @@ def test_peft_reads_the_adapters_beside_the_model(done: Path, place: Path) -> No
 def test_a_killed_run_goes_on_from_small_checkpoints(
     done: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(self: Pace, args: object, state: object, control: object, **_: object) -> None:
+    def stop(
+        self: ProgressCallback, args: object, state: object, control: object, **_: object
+    ) -> None:
         if state.global_step == 6:  # type: ignore[attr-defined]
             raise KeyboardInterrupt
 
     given = (place / "pruned", place / "teacher", data(place), tmp_path / "out", LORA, OPTIONS)
     with monkeypatch.context() as patch:
-        patch.setattr(Pace, "on_step_begin", stop)
+        patch.setattr(ProgressCallback, "on_step_begin", stop)
         with pytest.raises(KeyboardInterrupt):
             distill(*given)
     last = tmp_path / ".out.partial" / "trainer" / "checkpoint-4"

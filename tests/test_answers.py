@@ -21,7 +21,7 @@ from regrow.stage_dir import read as read_manifest
 from regrow.stages.distill import setup
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import distill
-from regrow.stages.distill.text import mix_of, text_of
+from regrow.stages.distill.text import loss_weights_of, training_text
 from regrow.stages.generate.config import GenerateConfig
 from regrow.stages.generate.stage import generate
 
@@ -56,12 +56,12 @@ def test_the_student_learns_from_both_kinds_of_answers(
 ) -> None:
     """Half of the tokens each; a raised budget goes on, equal to one run; answers may move."""
     data, seen = data_of(place / "prompts.jsonl"), []
-    build = setup.build_blocks
+    build = setup.build_sequences
 
     def watched(*given: Any) -> Any:
-        blocks = build(*given)
-        seen.append(blocks)
-        return blocks
+        sequences = build(*given)
+        seen.append(sequences)
+        return sequences
 
     monkeypatch.setattr(setup, "build_blocks", watched)
     given = (place / "pruned", place / "teacher", data)
@@ -92,19 +92,19 @@ def test_the_student_learns_from_both_kinds_of_answers(
 def test_a_kind_of_its_own_for_each_source() -> None:
     config = DistillConfig(losses={"jsd": 1.0}, own_answers="own", own_share=0.25)
     data = DataConfig.model_validate([{"source": "a", "weight": 2.0}, {"source": "b"}])
-    text = text_of(data, config)
+    text = training_text(data, config)
     assert [(s.source, s.weight, s.losses) for s in text.sources] == [
         ("a", 2.0, None),
         ("b", 1.0, None),
         ("own", 1.0, {"skewed_reverse_kl": 1.0}),
     ]
     jsd = {"jsd": 1.0}
-    assert mix_of(config, text).by_source == (jsd, jsd, {"skewed_reverse_kl": 1.0})
-    assert mix_of(config, data).by_source == ()
-    answered = text_of(data, config.model_copy(update={"answers": "theirs"}))
+    assert loss_weights_of(config, text).by_source == (jsd, jsd, {"skewed_reverse_kl": 1.0})
+    assert loss_weights_of(config, data).by_source == ()
+    answered = training_text(data, config.model_copy(update={"answers": "theirs"}))
     assert [(s.source, s.weight) for s in answered.sources] == [("theirs", 1.0), ("own", 1 / 3)]
     tagged = DataConfig.model_validate([{"source": "a", "losses": {"forward_kl": 2.0}}, "b"])
-    assert mix_of(config, tagged).by_source == ({"forward_kl": 2.0}, jsd)
+    assert loss_weights_of(config, tagged).by_source == ({"forward_kl": 2.0}, jsd)
 
 
 def test_what_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,11 +112,11 @@ def test_what_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         parse(DistillConfig, {"own_losses": {"jsdd": 1.0}}, "distill")
     tagged = DataConfig(sources=[SourceConfig(source="a", losses={"jsdd": 1.0})])
     with pytest.raises(UserError, match="a: losses: no loss named 'jsdd'"):
-        mix_of(CONFIG, tagged)
+        loss_weights_of(CONFIG, tagged)
     with pytest.raises(UserError, match="take the place of the data"):
-        text_of(tagged, contrastive(place))
+        training_text(tagged, contrastive(place))
     with pytest.raises(UserError, match="leave out the cache"):
-        text_of(data_of(place), contrastive(place, cache="cached"))
+        training_text(data_of(place), contrastive(place, cache="cached"))
     given = ["distill", place / "pruned", "--teacher", place / "teacher", "--out", tmp_path / "o"]
     text = ["--data", place / "prompts.jsonl", "--sequence-length", 32, "--batch-tokens", 128]
     said = refused(capsys, *given, *text, "--own-answers", tmp_path / "none")

@@ -18,21 +18,21 @@ from transformers import AddedToken
 
 from regrow.checkpoint import Checkpoint
 from regrow.config import parse
-from regrow.data import build_blocks
+from regrow.data.sequences import build_sequences
 from regrow.errors import UserError
 from regrow.recipe.recipe import Recipe, check, run
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import distill
-from regrow.stages.distill.teacher import open_blend
+from regrow.stages.distill.teacher import open_extra_teachers
 from regrow.training.head import Head, head_loss
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import bind_loss
-from regrow.training.teacher import Blend, BlendedTeacher, Teacher
+from regrow.training.teacher import MixedTeacher, Teacher, TeacherMixture
 
 N, V = 11, 13
 SHARES = (0.5, 0.3, 0.2)
 WIDTHS = (4, 7, 6)
-CONFIG = DistillConfig(tokens=512, batch_tokens=128, eval_tokens=256, heldout_blocks=4)
+CONFIG = DistillConfig(tokens=512, batch_tokens=128, eval_tokens=256, heldout_sequences=4)
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -40,16 +40,16 @@ def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=draw, dtype=torch.float64)
 
 
-def blend_of(caps: tuple[float | None, ...] = (None, None, 1.5)) -> tuple[Blend, Tensor]:
+def blend_of(caps: tuple[float | None, ...] = (None, None, 1.5)) -> tuple[TeacherMixture, Tensor]:
     """Heads of different width, rows and cap, and the states of N tokens side by side."""
     heads = tuple(
         Head(random(V + n, width, seed=n), cap)
         for n, (width, cap) in enumerate(zip(WIDTHS, caps, strict=True))
     )
-    return Blend(heads, SHARES), random(N, sum(WIDTHS), seed=9)
+    return TeacherMixture(heads, SHARES), random(N, sum(WIDTHS), seed=9)
 
 
-def slow_target(blend: Blend, hidden_NH: Tensor, temperature: float) -> Tensor:
+def slow_target(blend: TeacherMixture, hidden_NH: Tensor, temperature: float) -> Tensor:
     """log Σ w softmax(logits / T), one probability after the other."""
     found, begin = torch.zeros(N, V, dtype=torch.float64), 0
     for head, share in zip(blend.heads, blend.shares, strict=True):
@@ -69,7 +69,7 @@ def test_every_loss_learns_the_mixture(name: str, temperature: float) -> None:
     student_NH = random(N, 5, seed=20).requires_grad_()
     head = Head(random(V, 5, seed=21).requires_grad_())
     targets = torch.arange(N) % V
-    mix = Mix({name: 1.3}, temperature, BETA, SKEW)
+    mix = LossWeights({name: 1.3}, temperature, BETA, SKEW)
     # The slow losses divide by T: logits of the softened mixture are T times its logarithm.
     target = temperature * slow_target(blend, hidden_NH, temperature)
     expected = (
@@ -86,8 +86,8 @@ def test_every_loss_learns_the_mixture(name: str, temperature: float) -> None:
 
 def test_a_share_of_nearly_nothing_and_a_far_token_stay_finite() -> None:
     heads = tuple(Head(100 * random(V, 4, seed=n)) for n in range(2))
-    blend, hidden_NH = Blend(heads, (1 - 1e-12, 1e-12)), 10 * random(N, 8, seed=3)
-    found = blend.target(hidden_NH, V, Mix({"forward_kl": 1.0}))
+    blend, hidden_NH = TeacherMixture(heads, (1 - 1e-12, 1e-12)), 10 * random(N, 8, seed=3)
+    found = blend.target(hidden_NH, V, LossWeights({"forward_kl": 1.0}))
     assert bool(found.isfinite().all())
     torch.testing.assert_close(found.logsumexp(-1), torch.zeros(N, dtype=torch.float64))
 
@@ -98,12 +98,12 @@ def test_the_teacher_with_itself_is_that_teacher() -> None:
     ids = torch.randint(4, 384, (2, 12), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "position_ids": torch.arange(12).expand(2, -1), "labels": ids}
     values = []
-    for teacher in (teachers[0], BlendedTeacher(teachers, (0.3, 0.7))):
-        undo = bind_loss(student, teacher, Mix({"forward_kl": 1.0}, 2.0))
+    for teacher in (teachers[0], MixedTeacher(teachers, (0.3, 0.7))):
+        undo = bind_loss(student, teacher, LossWeights({"forward_kl": 1.0}, 2.0))
         values.append(float(student.train()(**batch)["loss"].detach()))
         undo()
     assert values[0] == pytest.approx(values[1], rel=1e-12)
-    bind_loss(models[1], BlendedTeacher(teachers, (0.3, 0.7)), Mix({"forward_kl": 1.0}))
+    bind_loss(models[1], MixedTeacher(teachers, (0.3, 0.7)), LossWeights({"forward_kl": 1.0}))
     assert abs(float(models[1](**batch)["loss"].detach())) < 1e-10
 
 
@@ -123,8 +123,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def slow_kl(folder: Path, place: Path) -> float:
     """KL(0.75 one + 0.25 other ‖ model) per scored held-out token, over the tokenizer's ids."""
-    blocks = build_blocks(data_of(place / "text.jsonl"), tiny_tokenizer(), "heldout", 4)
-    batch = next(blocks.batches(4))
+    sequences = build_sequences(data_of(place / "text.jsonl"), tiny_tokenizer(), "heldout", 4)
+    batch = next(sequences.batches(4))
     given = {key: batch[key] for key in ("input_ids", "position_ids")}
     with torch.no_grad():
         q, one, other = (
@@ -153,7 +153,7 @@ def test_a_run_learns_the_mixture_and_knows_its_teachers(place: Path, tmp_path: 
 
 
 def test_a_recipe_blends(place: Path, tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"tokens": 128, "batch_tokens": 128, "heldout_blocks": 2}
+    fields: dict[str, Any] = {"tokens": 128, "batch_tokens": 128, "heldout_sequences": 2}
     fields |= {"teacher": str(place / "one"), "blend": {str(place / "other"): 0.5}}
     data = data_of(place / "text.jsonl")
     recipe = Recipe(model=str(place / "student"), data=data, stages=[{"distill": fields}])
@@ -182,10 +182,10 @@ def test_bad_shares(fields: dict[str, Any], said: str) -> None:
 def test_refused_before_any_slow_work(place: Path) -> None:
     student = Checkpoint(place / "student")
     other = {str(place / "other"): 0.5}
-    signals = DistillConfig(blend=other, signals={"hidden": 1.0})
-    with pytest.raises(UserError, match="blend: signals is of one teacher alone"):
-        open_blend(signals, student)
+    feature_losses = DistillConfig(blend=other, feature_losses={"hidden": 1.0})
+    with pytest.raises(UserError, match="blend: feature losses is of one teacher alone"):
+        open_extra_teachers(feature_losses, student)
     with pytest.raises(UserError, match="nowhere"):
-        open_blend(DistillConfig(blend={str(place / "nowhere"): 0.5}), student)
+        open_extra_teachers(DistillConfig(blend={str(place / "nowhere"): 0.5}), student)
     with pytest.raises(UserError, match="every teacher must have all tokens"):
-        open_blend(DistillConfig(blend=other), Checkpoint(place / "odd"))
+        open_extra_teachers(DistillConfig(blend=other), Checkpoint(place / "odd"))

@@ -12,11 +12,11 @@ from torch import Tensor
 from regrow.training.cache.formats import samples, topk
 from regrow.training.cache.sparse import Sparse
 from regrow.training.head import Head, head_loss
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 
 V, N = 97, 40
 KEY = b"k" * 32
-KL = Mix({"forward_kl": 1.0})
+KL = LossWeights({"forward_kl": 1.0})
 
 
 def stored(kind: str) -> Sparse:
@@ -75,7 +75,7 @@ def test_value_and_gradient(kind: str, softcap: float | None, chunk: int) -> Non
 def test_mixed_with_hard_labels() -> None:
     sparse = stored("topk")
     states, head, targets = student()
-    mix = Mix({"forward_kl": 0.75, "cross_entropy": 0.25})
+    mix = LossWeights({"forward_kl": 0.75, "cross_entropy": 0.25})
     total, parts = head_loss(states, head, targets, mix, chunk_tokens=7, sparse=sparse)
     logits = states @ head.weight_VH.T
     hard = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
@@ -161,7 +161,7 @@ def test_no_token_at_all() -> None:
     assert float(total.detach()) == 0.0
 
 
-def test_blocks_are_joined() -> None:
+def test_sequences_are_joined() -> None:
     """Those with fewer ids are filled up, which changes nothing."""
     states, head = states_and_head()
     form = samples.Format(V, draws=20)

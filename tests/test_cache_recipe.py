@@ -43,7 +43,7 @@ def test_a_recipe(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     out = run(recipe_of(place, {}), tmp_path / "a" / "run")
     first = manifests(out)
     assert first["03-cache"]["config"]["tokens"] == 1280
-    assert first["03-cache"]["config"]["heldout_blocks"] == 4
+    assert first["03-cache"]["config"]["heldout_sequences"] == 4
     assert "cache" in first["04-distill"]["inputs"]
     assert "03-cache" in (out / "report.html").read_text()
     (tmp_path / "a").rename(tmp_path / "b")
@@ -67,13 +67,13 @@ def test_fitted_to_the_largest_that_takes_it(place: Path) -> None:
         place / "text.jsonl",
         {"distill": {"tokens": 90_000}},
         {"cache": {}},
-        {"distill": {"tokens": 1000, "batch_tokens": 384, "heldout_blocks": 9}},
+        {"distill": {"tokens": 1000, "batch_tokens": 384, "heldout_sequences": 9}},
         {"distill": {"tokens": 600}},
         {"distill": {"tokens": 80_000, "teacher": "other"}},
     )
     steps = Recipe.model_validate(fields).steps()
     found = fitted(steps[1], steps, "m")
-    assert (found.tokens, found.heldout_blocks) == (1152, 16)
+    assert (found.tokens, found.heldout_sequences) == (1152, 16)
     fields["stages"][1] = {"cache": {"tokens": 5}}
     steps = Recipe.model_validate(fields).steps()
     assert fitted(steps[1], steps, "m").tokens == 5

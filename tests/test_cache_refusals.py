@@ -90,16 +90,16 @@ def test_a_student_of_fewer_tokens(distil: Distil, tmp_path: Path) -> None:
     assert said.startswith("a cache is of the teacher's own tokens, and the student has fewer")
 
 
-def test_blocks_that_are_not_there(distil: Distil) -> None:
+def test_sequences_that_are_not_there(distil: Distil) -> None:
     said = distil(tokens=2 * CONFIG.tokens)
     assert said.startswith(f"48 of 96 train blocks are not in the cache {distil.place}/topk: ")
     assert f"with the same data and --tokens {2 * CONFIG.tokens} into that folder" in said
-    said = distil(heldout_blocks=8)
+    said = distil(heldout_sequences=8)
     assert said.startswith("2 of 8 heldout blocks are not in the cache")
-    assert "--heldout-blocks 8" in said
+    assert "--heldout-sequences 8" in said
 
 
-def test_blocks_of_another_length(distil: Distil) -> None:
+def test_sequences_of_another_length(distil: Distil) -> None:
     said = distil(text=data_of(distil.place / "text.jsonl", sequence_length=64))
     assert "blocks are of 64 tokens, in the cache of 32" in said
 
@@ -108,12 +108,12 @@ def test_blocks_of_another_length(distil: Distil) -> None:
     ("fields", "expected"),
     [
         ({"temperature": 2.0}, "temperature 2 needs all of the teacher's logits"),
-        ({"signals": {"hidden": 1.0}}, "signals from inside the models need the live teacher"),
+        ({"feature_losses": {"hidden": 1.0}}, "feature losses need the live teacher"),
     ],
 )
 def test_what_it_cannot_teach(distil: Distil, fields: dict[str, Any], expected: str) -> None:
     assert distil(**fields).startswith(expected)
-    if "signals" in fields:
+    if "feature_losses" in fields:
         assert distil("hidden", **fields).startswith(expected)
 
 
@@ -158,9 +158,9 @@ RECIPES: dict[str, tuple[list[Any], str]] = {
         [CACHE, {"distill": {**DISTILL["distill"], "temperature": 2.0}}],
         "stages.1.distill: temperature 2 needs all of the teacher's logits",
     ),
-    "signals": (
-        [CACHE, {"distill": {**DISTILL["distill"], "signals": {"hidden": 1.0}}}],
-        "stages.1.distill: signals from inside",
+    "feature_losses": (
+        [CACHE, {"distill": {**DISTILL["distill"], "feature_losses": {"hidden": 1.0}}}],
+        "stages.1.distill: feature losses from inside",
     ),
     "vocabulary": (
         [PROFILE, CACHE, {"prune": {"vocab_size": 300}}, DISTILL],

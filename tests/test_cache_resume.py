@@ -109,10 +109,10 @@ def test_a_shard_cut_in_half_is_redone(
 
 def test_added_to(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A larger budget keeps what is there, and holds the same blocks as one made at once."""
-    out = make_cache(place, tmp_path / "cache", tokens=TOKENS // 2, heldout_blocks=2)
+    out = make_cache(place, tmp_path / "cache", tokens=TOKENS // 2, heldout_sequences=2)
     before = files(out)
     written = Written(monkeypatch)
-    assert make_cache(place, out, tokens=TOKENS // 2, heldout_blocks=2) == out
+    assert make_cache(place, out, tokens=TOKENS // 2, heldout_sequences=2) == out
     assert written.count == 0
     make_cache(place, out)
     after = files(out)

@@ -8,13 +8,12 @@ import pytest
 import torch
 from tiny_cache import make_cache
 from tiny_distillation import data, write_place
-from tiny_training import blocks_of
+from tiny_training import decoder_layers
 
 from regrow.checkpoint import load
-from regrow.data import Blocks, build_blocks
-from regrow.data.sequences import IGNORED
+from regrow.data.sequences import IGNORED, Sequences, build_sequences
 from regrow.errors import UserError
-from regrow.training.cache.folder import Cache, block_keys, missing_blocks
+from regrow.training.cache.folder import Cache, missing_sequences, sequence_keys
 from regrow.training.cache.store import Store, write_shard
 from regrow.training.cache.teacher import CachedTeacher, head_from
 from regrow.training.head import head_of
@@ -29,27 +28,27 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_the_key_of_a_block() -> None:
+def test_the_key_of_a_sequence() -> None:
     """Its ids, positions, and which tokens are scored; not where it stands, nor the batch."""
-    batch = next(blocks_of(4).batches(4))
-    keys = block_keys(batch)
+    batch = next(decoder_layers(4).batches(4))
+    keys = sequence_keys(batch)
     assert len({len(key) for key in keys}) == 1
     assert len(set(keys)) == 4
     alone = {name: tensor[2:3] for name, tensor in batch.items()}
-    assert block_keys(alone) == [keys[2]]
+    assert sequence_keys(alone) == [keys[2]]
     for name in ("input_ids", "position_ids"):
         other = {**batch, name: batch[name].clone()}
         other[name][2, 3] += 1
-        assert [a == b for a, b in zip(keys, block_keys(other), strict=True)] == [1, 1, 0, 1]
+        assert [a == b for a, b in zip(keys, sequence_keys(other), strict=True)] == [1, 1, 0, 1]
     other = {**batch, "labels": batch["labels"].clone()}
     other["labels"][2] = IGNORED
-    assert [a == b for a, b in zip(keys, block_keys(other), strict=True)] == [1, 1, 0, 1]
+    assert [a == b for a, b in zip(keys, sequence_keys(other), strict=True)] == [1, 1, 0, 1]
 
 
-def test_blocks_come_back_from_a_shard(tmp_path: Path) -> None:
+def test_sequences_come_back_from_a_shard(tmp_path: Path) -> None:
     """Of different lengths each, in two files; a broken one does not count."""
     draw = torch.Generator().manual_seed(0)
-    blocks = {
+    sequences = {
         bytes([n]) * 32: {
             "rows": torch.randn(n + 1, 3, generator=draw).bfloat16(),
             "stream": torch.randint(0, 255, (2 * n + 1,), generator=draw).to(torch.uint8),
@@ -57,15 +56,17 @@ def test_blocks_come_back_from_a_shard(tmp_path: Path) -> None:
         }
         for n in range(5)
     }
-    keys = list(blocks)
-    paths = [write_shard(tmp_path, {k: blocks[k] for k in some}) for some in (keys[:3], keys[3:])]
+    keys = list(sequences)
+    paths = [
+        write_shard(tmp_path, {k: sequences[k] for k in some}) for some in (keys[:3], keys[3:])
+    ]
     store = Store(tmp_path)
     assert (len(store), store.tokens()) == (5, 15)
     assert store.bytes() == sum(path.stat().st_size for path in paths)
-    for key, block in blocks.items():
+    for key, sequence in sequences.items():
         found = store.read(key)
-        assert found.keys() == block.keys()
-        assert all(torch.equal(found[name], block[name]) for name in block)
+        assert found.keys() == sequence.keys()
+        assert all(torch.equal(found[name], sequence[name]) for name in sequence)
     assert b"x" * 32 not in store
     paths[0].write_bytes(paths[0].read_bytes()[:-1])
     broken = Store(tmp_path)
@@ -75,16 +76,16 @@ def test_blocks_come_back_from_a_shard(tmp_path: Path) -> None:
 
 def test_what_is_missing(tmp_path: Path) -> None:
     """Each block once, with its first number; those in which nothing is scored need no place."""
-    one = blocks_of(8)  # nothing is scored in the 1st and the 5th
-    twice = Blocks(
+    one = decoder_layers(8)  # nothing is scored in the 1st and the 5th
+    twice = Sequences(
         *(torch.cat([t, t]) for t in (one.input_ids, one.position_ids, one.labels)),
         torch.cat([one.real, one.real]),
     )
-    keys = block_keys(next(one.batches(8)))
+    keys = sequence_keys(next(one.batches(8)))
     there = [n for n in range(8) if n not in (0, 4)]
-    assert missing_blocks(twice, Store(tmp_path)) == {keys[n]: n for n in there}
+    assert missing_sequences(twice, Store(tmp_path)) == {keys[n]: n for n in there}
     write_shard(tmp_path, {keys[n]: {"x": torch.zeros(1)} for n in (1, 2)})
-    assert set(missing_blocks(twice, Store(tmp_path)).values()) == {3, 5, 6, 7}
+    assert set(missing_sequences(twice, Store(tmp_path)).values()) == {3, 5, 6, 7}
 
 
 def test_states_are_the_live_teachers(place: Path) -> None:
@@ -93,8 +94,8 @@ def test_states_are_the_live_teachers(place: Path) -> None:
     live = Teacher(master.model(torch.bfloat16))
     cached = CachedTeacher(Cache(place / "hidden"), head_from(master, torch.device("cpu")))
     assert torch.equal(cached.head.weight_VH, head_of(live.model).weight_VH)
-    blocks = build_blocks(data(place), master.tokenizer(), "train", 2)
-    batch = next(blocks.batches(2))
+    sequences = build_sequences(data(place), master.tokenizer(), "train", 2)
+    batch = next(sequences.batches(2))
     assert cached.sparse(batch) is None
     mask = scored(batch)
     assert torch.equal(cached.hidden(batch).final[mask], live.hidden(batch).final[mask])
@@ -107,7 +108,7 @@ def test_distributions_are_in_the_order_of_the_batch(place: Path) -> None:
     master = load(place / "teacher")
     head = head_from(master, torch.device("cpu"))
     cached = CachedTeacher(Cache(place / "topk"), head)
-    batch = next(build_blocks(data(place), master.tokenizer(), "train", 3).batches(3))
+    batch = next(build_sequences(data(place), master.tokenizer(), "train", 3).batches(3))
     exact = CachedTeacher(Cache(place / "hidden"), head).hidden(batch).final[scored(batch)]
     found = cached.sparse(batch)
     assert found is not None
@@ -115,7 +116,7 @@ def test_distributions_are_in_the_order_of_the_batch(place: Path) -> None:
     expected = log_p.gather(-1, found.ids_NK).exp()
     assert float((found.probability_NK - expected).abs().max()) < 0.01
     assert torch.equal(found.ids_NK[:, 0], log_p.argmax(-1))
-    heldout = build_blocks(data(place), master.tokenizer(), "heldout", 2)
+    heldout = build_sequences(data(place), master.tokenizer(), "heldout", 2)
     assert cached.sparse(next(heldout.batches(2))) is None  # stored exactly
     batch["labels"][:] = IGNORED
     nothing = cached.sparse(batch)
@@ -123,9 +124,9 @@ def test_distributions_are_in_the_order_of_the_batch(place: Path) -> None:
     assert len(nothing.ids_NK) == 0
 
 
-def test_a_block_of_another_text(place: Path) -> None:
+def test_a_sequence_of_another_text(place: Path) -> None:
     cached = CachedTeacher(
         Cache(place / "topk"), head_from(load(place / "teacher"), torch.device("cpu"))
     )
     with pytest.raises(UserError, match="a block is not in the cache"):
-        cached.sparse(next(blocks_of(4, 32).batches(4)))
+        cached.sparse(next(decoder_layers(4, 32).batches(4)))

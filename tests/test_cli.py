@@ -21,7 +21,7 @@ import regrow
 from regrow.cli.main import main
 
 SMALL = ["--intermediate-size", "40", "--multiple-of", "8"]
-QUICK = ["--heldout-blocks", "4", "--new-tokens", "4", "--prefill-tokens", "16"]
+QUICK = ["--heldout-sequences", "4", "--new-tokens", "4", "--prefill-tokens", "16"]
 QUICK += ["--decode-tokens", "2", "--repeats", "1"]
 
 
@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     share = ["--keep-params", 0.8, "--multiple-of", 4]
     call("prune", model, "--profile", profile, *data, *share, "--out", place / "searched")
     budget = ["--tokens", 1280, "--batch-tokens", 128, "--eval-tokens", 256]
-    budget += ["--heldout-blocks", 4, "--learning-rate", 1e-3]
+    budget += ["--heldout-sequences", 4, "--learning-rate", 1e-3]
     call("distill", student, "--teacher", model, *data, *budget, "--out", taught)
     models = [f"pruned={student}", f"distilled={taught}"]
     call("evaluate", *models, "--against", model, *data, *QUICK, "--out", place / "evaluation")
@@ -249,7 +249,16 @@ def test_quiet(place: Path, tmp_path: Path) -> None:
     """Only our own lines on stderr, also where transformers has bars and advice."""
     shutil.copytree(place / "student", tmp_path / "student")
     data = ["--data", place / "text.jsonl", "--sequence-length", LENGTH]
-    budget = ["--tokens", 256, "--batch-tokens", 128, "--eval-tokens", 128, "--heldout-blocks", 2]
+    budget = [
+        "--tokens",
+        256,
+        "--batch-tokens",
+        128,
+        "--eval-tokens",
+        128,
+        "--heldout-sequences",
+        2,
+    ]
     arguments = ["distill", tmp_path / "student", "--teacher", place / "model", *data, *budget]
     script = [sys.executable, "-m", "regrow", *arguments, "--out", tmp_path / "taught"]
     done = subprocess.run([str(part) for part in script], capture_output=True, text=True)

@@ -50,7 +50,7 @@ def test_dry_runs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     distill = said("distill", place / "student", "--teacher", model, *data, *budget)
     assert "10 steps of 128 tokens (1 micro-batches of 4 blocks)" in distill
     assert "time at best 0:0" in distill
-    evaluate = said("evaluate", model, f"b={place / 'student'}", *data, "--heldout-blocks", 4)
+    evaluate = said("evaluate", model, f"b={place / 'student'}", *data, "--heldout-sequences", 4)
     assert "on 128 tokens" in evaluate
     assert f"b: {after:,} parameters, 0.1 MB, about 0:0" in evaluate
     job = said("run", recipe)

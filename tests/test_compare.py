@@ -14,9 +14,9 @@ from regrow import PruneConfig, compare
 from regrow.checkpoint import Checkpoint
 from regrow.cli.main import main
 from regrow.errors import UserError
-from regrow.pruning.prune import prune
 from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.stage import profile
+from regrow.stages.prune.stage import prune
 
 CRITERIA = ("activation_l2", "magnitude", "taylor", "obs", "block_influence", "random")
 SMALL = PruneConfig(intermediate_size=96)

@@ -13,10 +13,10 @@ from torch import Tensor
 from regrow import PruneConfig, compare
 from regrow.checkpoint import Checkpoint
 from regrow.config import Options
-from regrow.data import build_blocks
+from regrow.data.sequences import build_sequences
 from regrow.errors import UserError
 from regrow.profile_folder import Profile
-from regrow.search.score import Trial
+from regrow.search.score import CutScorer
 from regrow.stages.compare.head_removal import Heads, _without, heads_table, remove_heads
 from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.stage import profile
@@ -26,7 +26,7 @@ LAYERS, HEADS, WIDTH, PROFILED = 3, 6, 8, 8
 
 
 @pytest.fixture(scope="module")
-def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
+def trial(tmp_path_factory: pytest.TempPathFactory) -> CutScorer:
     """Of a model whose head 4 in layer 1 writes nothing, in float32 to compare sums."""
     folder = tmp_path_factory.mktemp("heads")
     text = write_text(folder / "text.jsonl", documents=300)
@@ -43,14 +43,14 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
     opened = Checkpoint(checkpoint.folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("regrow.search.score.torch.bfloat16", torch.float32)
-        return Trial(opened, Profile(folder / "profile"), data_of(text), OPTIONS)
+        return CutScorer(opened, Profile(folder / "profile"), data_of(text), OPTIONS)
 
 
 @torch.no_grad()
-def slow_losses(trial: Trial, heads: Heads) -> tuple[float, float]:
+def slow_losses(trial: CutScorer, heads: Heads) -> tuple[float, float]:
     """KL and cross-entropy from full logits, the heads' part of o_proj's input set to zero."""
     data = data_of(trial.profile.folder.parent / "text.jsonl")
-    found = build_blocks(data, trial.checkpoint.tokenizer(), "calibration", PROFILED + 8)
+    found = build_sequences(data, trial.checkpoint.tokenizer(), "calibration", PROFILED + 8)
     batch = next(found.select(range(PROFILED, PROFILED + 8)).batches(8))
     given = {key: batch[key] for key in ("input_ids", "position_ids")}
     model = trial.checkpoint.model(torch.float32)
@@ -75,7 +75,7 @@ def close(found: float, expected: float) -> None:
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
-def test_rows_equal_the_slow_version(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_equal_the_slow_version(trial: CutScorer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The least important by each criterion, and every random draw, one in all and one a layer."""
     tried: list[Heads] = []
     monkeypatch.setattr(
@@ -106,7 +106,7 @@ def test_rows_equal_the_slow_version(trial: Trial, monkeypatch: pytest.MonkeyPat
     assert all(sorted(n for n, _ in heads) == list(range(LAYERS)) for heads in tried[5:])
 
 
-def test_the_least_important_head_is_the_one_that_does_nothing(trial: Trial) -> None:
+def test_the_least_important_head_is_the_one_that_does_nothing(trial: CutScorer) -> None:
     rows = {(row["removed"], row["chosen"]): row for row in remove_heads(trial, 2)}
     assert abs(rows["one head", "activation_l2"]["kl"]) < 1e-6
     assert abs(rows["one head", "activation_l2"]["loss"]) < 1e-6
@@ -114,14 +114,14 @@ def test_the_least_important_head_is_the_one_that_does_nothing(trial: Trial) -> 
     assert rows == {(row["removed"], row["chosen"]): row for row in remove_heads(trial, 2)}
 
 
-def test_the_model_is_whole_again_afterwards(trial: Trial) -> None:
+def test_the_model_is_whole_again_afterwards(trial: CutScorer) -> None:
     before = {name: value.clone() for name, value in trial.dense.model.state_dict().items()}
     remove_heads(trial, 2)
     for name, value in trial.dense.model.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
-def test_the_command_writes_both_tables(trial: Trial, tmp_path: Path) -> None:
+def test_the_command_writes_both_tables(trial: CutScorer, tmp_path: Path) -> None:
     place = trial.profile.folder.parent
     data, target = data_of(place / "text.jsonl"), PruneConfig(intermediate_size=32)
     out = tmp_path / "table.json"
@@ -132,7 +132,7 @@ def test_the_command_writes_both_tables(trial: Trial, tmp_path: Path) -> None:
     assert table.row_count == 1
 
 
-def test_a_profile_without_scores_of_heads_is_refused(trial: Trial, tmp_path: Path) -> None:
+def test_a_profile_without_scores_of_heads_is_refused(trial: CutScorer, tmp_path: Path) -> None:
     place = trial.profile.folder.parent
     data = data_of(place / "text.jsonl")
     config = ProfileConfig(criteria=("block_influence", "random"), samples=1, gram_tokens=0)

@@ -20,10 +20,10 @@ from regrow.errors import UserError
 from regrow.plan import Plan
 from regrow.profile_folder import Profile
 from regrow.pruning.choose import full_sizes
-from regrow.pruning.prune import prune
 from regrow.stages.compare.stage import choose_in_rounds, steps_towards
 from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.stage import profile
+from regrow.stages.prune.stage import prune
 
 
 @pytest.fixture(scope="module")

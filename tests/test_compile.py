@@ -10,14 +10,14 @@ import torch
 import torch._dynamo
 from safetensors.torch import load_file
 from tiny_distillation import CONFIG, OPTIONS, data, held_out, kl_of, write_place
-from tiny_training import MIX, blocks_of, pair
+from tiny_training import MIX, decoder_layers, pair
 from torch import Tensor
 
 from regrow.config import Options
 from regrow.errors import UserError
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import distill
-from regrow.stages.distill.student import check_compile, compile_blocks
+from regrow.stages.distill.student import check_compile, compile_layers
 from regrow.training.objective import bind_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler warns about its own parts
@@ -44,9 +44,9 @@ def graphs() -> int:
 def gradient(compiled: bool) -> Tensor:
     student, teacher = pair()
     if compiled:
-        compile_blocks(student, teacher, "whole")
+        compile_layers(student, teacher, "whole")
     undo = bind_loss(student, teacher, MIX)
-    batch = next(blocks_of().batches(4))
+    batch = next(decoder_layers().batches(4))
     student.train()(**{name: batch[name] for name in ("input_ids", "position_ids", "labels")})[
         "loss"
     ].backward()
@@ -86,7 +86,7 @@ def test_a_distillation(place: Path, frozen: int, checkpointing: bool) -> None:
 @pytest.mark.parametrize(
     ("fields", "options", "what"),
     [
-        ({"signals": {"hidden": 1.0}}, {}, "signals"),
+        ({"feature_losses": {"hidden": 1.0}}, {}, "feature_losses"),
         ({"fake_quantize": "int8"}, {}, "fake_quantize int8"),
         ({"adapter": "lora"}, {}, "adapter lora"),
         ({}, {"sharding": "fsdp"}, "sharding fsdp"),

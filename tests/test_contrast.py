@@ -14,22 +14,25 @@ from test_head import Case, N
 from test_trainer import error
 from tiny_folders import data_of, write_text
 from tiny_tokenizer import tiny_tokenizer
-from tiny_training import arguments, blocks_of, pair, start_ranks, train
+from tiny_training import arguments, decoder_layers, pair, start_ranks, train
 from torch import Tensor
 
-from regrow.data import Blocks, DataConfig, build_blocks
+from regrow.data import DataConfig
+from regrow.data.sequences import Sequences, build_sequences
 from regrow.training.cache.sparse import Sparse
-from regrow.training.callbacks import Tally
+from regrow.training.callbacks import MetricSums
 from regrow.training.head import head_loss
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import bind_loss
 from regrow.training.trainer import DistillTrainer
 
-TEACHERS, OWN = {"skewed_kl": 1.0}, {"skewed_reverse_kl": 0.5}
+TEACHERS, COUNT_PREFIX = {"skewed_kl": 1.0}, {"skewed_reverse_kl": 0.5}
 MIXES = {
-    "contrastive": Mix({"forward_kl": 1.0}, 1.0, BETA, SKEW, by_source=(TEACHERS, OWN)),
-    "hot": Mix({"jsd": 1.0}, 2.5, BETA, SKEW, by_source=(TEACHERS, OWN)),
-    "some in common": Mix(
+    "contrastive": LossWeights(
+        {"forward_kl": 1.0}, 1.0, BETA, SKEW, by_source=(TEACHERS, COUNT_PREFIX)
+    ),
+    "hot": LossWeights({"jsd": 1.0}, 2.5, BETA, SKEW, by_source=(TEACHERS, COUNT_PREFIX)),
+    "some in common": LossWeights(
         {"forward_kl": 1.0},
         2.0,
         BETA,
@@ -43,13 +46,13 @@ MIXES = {
 }
 
 
-def sources_of(mix: Mix, count: int) -> Tensor:
+def sources_of(mix: LossWeights, count: int) -> Tensor:
     """Sources in no order; the last one has no token if there are many."""
     draw = torch.Generator().manual_seed(7)
     return torch.randint(0, len(mix.by_source), (count,), generator=draw)
 
 
-def slow(case: Case, mix: Mix, source_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def slow(case: Case, mix: LossWeights, source_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Token by token on full logits in float64: the weighted sum, and the sum of each loss."""
     logits = []
     for hidden, head in ((case.student_NH, case.student), (case.teacher_NH, case.teacher)):
@@ -65,7 +68,7 @@ def slow(case: Case, mix: Mix, source_N: Tensor) -> tuple[Tensor, dict[str, Tens
 
 
 def chunked(
-    case: Case, mix: Mix, source_N: Tensor | None, chunk: int
+    case: Case, mix: LossWeights, source_N: Tensor | None, chunk: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     return head_loss(
         case.student_NH,
@@ -81,7 +84,7 @@ def chunked(
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES.keys())
 @pytest.mark.parametrize("cap", [None, 1.5], ids=["plain", "softcap"])
-def test_value_and_gradients_equal_the_slow_version(mix: Mix, cap: float | None) -> None:
+def test_value_and_gradients_equal_the_slow_version(mix: LossWeights, cap: float | None) -> None:
     case = Case(softcap=cap, teacher_softcap=cap)
     source_N = sources_of(mix, N)
     expected, parts = slow(case, mix, source_N)
@@ -97,7 +100,7 @@ def test_value_and_gradients_equal_the_slow_version(mix: Mix, cap: float | None)
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES.keys())
-def test_gradients_by_finite_differences(mix: Mix) -> None:
+def test_gradients_by_finite_differences(mix: LossWeights) -> None:
     case = Case(sizes=(5, 3, 5, 5), softcap=2.0, teacher_softcap=2.0)
     source_N = torch.tensor([1, 0, 0, 1, len(mix.by_source) - 1])
     case.check_by_finite_differences(lambda: chunked(case, mix, source_N, 2)[0])
@@ -117,18 +120,18 @@ def test_what_a_cache_holds_of_some_tokens() -> None:
     """A source taught by the text alone, and one by known ids: as two calls give it."""
     case = Case()
     weights = ({"cross_entropy": 1.0}, {"forward_kl": 0.5})
-    source_N = sources_of(Mix({}, by_source=weights), N)
+    source_N = sources_of(LossWeights({}, by_source=weights), N)
     p_NK = torch.rand(N, 2, dtype=torch.float64).softmax(-1) / 2
     sparse = Sparse(11, torch.arange(2).expand(N, 2).contiguous(), p_NK, 1 - p_NK.sum(-1))
     given = (case.student_NH, case.student, case.targets_N)
     total, _ = head_loss(
-        *given, Mix({}, by_source=weights), sparse=sparse, chunk_tokens=3, source_N=source_N
+        *given, LossWeights({}, by_source=weights), sparse=sparse, chunk_tokens=3, source_N=source_N
     )
     expected = torch.zeros((), dtype=torch.float64)
     for number, each in enumerate(weights):
         rows = source_N == number
         some = (case.student_NH[rows], case.student, case.targets_N[rows])
-        expected = expected + head_loss(*some, Mix(each), sparse=sparse[rows])[0]
+        expected = expected + head_loss(*some, LossWeights(each), sparse=sparse[rows])[0]
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -139,16 +142,18 @@ def data(tmp_path: Path) -> DataConfig:
     return data_of(tmp_path / "a.jsonl", sources=[str(tmp_path / "a.jsonl")])
 
 
-def test_blocks_tell_each_tokens_source(tmp_path: Path, data: DataConfig) -> None:
+def test_sequences_tell_each_tokens_source(tmp_path: Path, data: DataConfig) -> None:
     """The same blocks as without losses of sources, which have no such tensor, and its number."""
     both: list[Any] = [str(tmp_path / "a.jsonl"), {"source": str(tmp_path / "b.jsonl")}]
     plain = data_of(tmp_path, sources=both)
-    tagged = data_of(tmp_path, sources=[both[0], {**both[1], "losses": OWN}])
-    before, after = (build_blocks(each, tiny_tokenizer(), "train", 20) for each in (plain, tagged))
+    tagged = data_of(tmp_path, sources=[both[0], {**both[1], "losses": COUNT_PREFIX}])
+    before, after = (
+        build_sequences(each, tiny_tokenizer(), "train", 20) for each in (plain, tagged)
+    )
     assert before.source is None
     assert set(before[0]) == {"input_ids", "position_ids", "labels", "real"}
     assert after.source is not None
-    untagged = Blocks(after.input_ids, after.position_ids, after.labels, after.real)
+    untagged = Sequences(after.input_ids, after.position_ids, after.labels, after.real)
     assert untagged.fingerprint == before.fingerprint != after.fingerprint
     alone = [
         set("".join(path.read_text().split()).split('"text":'))
@@ -171,22 +176,24 @@ def test_blocks_tell_each_tokens_source(tmp_path: Path, data: DataConfig) -> Non
     assert checked > 10
     assert set(after.source.unique().tolist()) == {0, 1}
     after.save(tmp_path / "blocks.safetensors")
-    again = Blocks.load(tmp_path / "blocks.safetensors")
+    again = Sequences.load(tmp_path / "blocks.safetensors")
     assert again.fingerprint == after.fingerprint
     assert torch.equal(again.select([3, 1]).source, after.source[[3, 1]])
     assert torch.equal(next(again.batches(4))["source"], after.source[:4])
 
 
-MIX = Mix({"forward_kl": 1.0}, 2.0, by_source=({"skewed_kl": 1.0}, {"skewed_reverse_kl": 0.5}))
+MIX = LossWeights(
+    {"forward_kl": 1.0}, 2.0, by_source=({"skewed_kl": 1.0}, {"skewed_reverse_kl": 0.5})
+)
 
 
-def tagged_blocks() -> Blocks:
+def tagged_sequences() -> Sequences:
     """A source for each document, and so that one has many more tokens than the other."""
-    blocks = blocks_of()
-    document = (blocks.position_ids == 0).long().cumsum(1)
-    rows = torch.arange(len(blocks))[:, None]
-    blocks.source = ((document == 1) | (rows == 3)).long()
-    return blocks
+    sequences = decoder_layers()
+    document = (sequences.position_ids == 0).long().cumsum(1)
+    rows = torch.arange(len(sequences))[:, None]
+    sequences.source = ((document == 1) | (rows == 3)).long()
+    return sequences
 
 
 def whole_step(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
@@ -194,7 +201,7 @@ def whole_step(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     student, teacher = pair(dtype)
     student.train()
     undo = bind_loss(student, teacher, MIX)
-    outputs = student(**next(tagged_blocks().batches(8)))
+    outputs = student(**next(tagged_sequences().batches(8)))
     undo()
     (outputs["loss"] / outputs["tokens"]).backward()
     outputs["gradients"] = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
@@ -208,15 +215,15 @@ def exact() -> dict[str, Any]:
 
 def test_a_step_is_the_sum_of_its_kinds(exact: dict[str, Any]) -> None:
     """Each kind of token alone, by a plain mix and by labels of its own, adds up to the whole."""
-    blocks = tagged_blocks()
-    assert blocks.source is not None
+    sequences = tagged_sequences()
+    assert sequences.source is not None
     total, counts = torch.zeros((), dtype=torch.float64), []
     for number, weights in enumerate(MIX.by_source):
         student, teacher = pair(torch.float64)
         student.train()
-        undo = bind_loss(student, teacher, Mix(weights, MIX.temperature))
-        labels = blocks.labels.where(blocks.source == number, torch.tensor(-100))
-        outputs = student(blocks.input_ids, blocks.position_ids, labels)
+        undo = bind_loss(student, teacher, LossWeights(weights, MIX.temperature))
+        labels = sequences.labels.where(sequences.source == number, torch.tensor(-100))
+        outputs = student(sequences.input_ids, sequences.position_ids, labels)
         undo()
         (name,) = weights
         torch.testing.assert_close(outputs["parts"][name], exact["parts"][name])
@@ -233,7 +240,7 @@ def test_a_step_is_the_sum_of_its_kinds(exact: dict[str, Any]) -> None:
 def test_a_step_is_the_same_however_it_is_split(
     tmp_path: Path, exact: dict[str, Any], batch_size: int, accumulation: int
 ) -> None:
-    trainer, watch = train(tmp_path, batch_size, accumulation, tagged_blocks(), MIX)
+    trainer, watch = train(tmp_path, batch_size, accumulation, tagged_sequences(), MIX)
     assert error(watch.gradients, exact["gradients"]) < 1e-5
     check_log(trainer, exact)
 
@@ -248,7 +255,9 @@ def check_log(trainer: DistillTrainer, exact: dict[str, Any]) -> None:
 
 
 def _train_share(rank: int, folder: str) -> None:
-    trainer, watch = train(Path(folder) / f"{rank}", 2, 2, tagged_blocks(), MIX, ddp_backend="gloo")
+    trainer, watch = train(
+        Path(folder) / f"{rank}", 2, 2, tagged_sequences(), MIX, ddp_backend="gloo"
+    )
     rows = [row for row in trainer.state.log_history if "loss" in row]
     torch.save((watch.gradients, rows), Path(folder) / f"{rank}.pt")
 
@@ -266,22 +275,24 @@ def test_ranks_give_the_step_of_one_process(tmp_path: Path, exact: dict[str, Any
 
 def test_held_out_forward_kl_is_of_all_tokens_and_others_of_their_own(tmp_path: Path) -> None:
     student, teacher = pair(torch.float64)
-    blocks = tagged_blocks()
+    sequences = tagged_sequences()
     trainer = DistillTrainer(
-        model=student, args=arguments(tmp_path, per_device_eval_batch_size=3), eval_dataset=blocks
+        model=student,
+        args=arguments(tmp_path, per_device_eval_batch_size=3),
+        eval_dataset=sequences,
     )
     undo = bind_loss(student, teacher, MIX)
     found = trainer.evaluate()
     undo()
     assert set(found) == {"eval_forward_kl", "eval_skewed_kl", "eval_skewed_reverse_kl"}
-    blocks.source = None
-    undo = bind_loss(student, teacher, Mix({"forward_kl": 1.0}))
+    sequences.source = None
+    undo = bind_loss(student, teacher, LossWeights({"forward_kl": 1.0}))
     assert trainer.evaluate()["eval_forward_kl"] == pytest.approx(found["eval_forward_kl"])
     undo()
 
 
 def test_a_kind_without_a_token_is_not_logged() -> None:
-    tally = Tally()
+    tally = MetricSums()
     sums = {"a": 6.0, "b": 0.0, "c": 8.0, "tokens": 4.0, "tokens of a": 3.0, "tokens of b": 0.0}
     tally.add({name: torch.tensor(value) for name, value in sums.items()})
     assert tally.means(lambda values: values) == {"a": 2.0, "c": 2.0}

@@ -16,11 +16,11 @@ import pytest
 import torch
 from tiny_tokenizer import tiny_tokenizer
 
-from regrow.data import DataConfig, Split, build_blocks
+from regrow.data import DataConfig, Split
 from regrow.data import sequences as blend_module
 from regrow.data.documents import Passage
 from regrow.data.readers import jsonl
-from regrow.data.sequences import Job, blend, shuffled
+from regrow.data.sequences import BuildContext, blend, build_sequences, shuffled
 from regrow.errors import UserError
 
 TOKENIZER = tiny_tokenizer()
@@ -47,7 +47,7 @@ def config(*sources: Any, **fields: Any) -> DataConfig:
 def texts(data: DataConfig, split: Split, limit: int | None = None) -> list[str]:
     """The documents that a build would pack, as text without the end token."""
     found = []
-    for document in blend(Job(data, TOKENIZER, split, None)):
+    for document in blend(BuildContext(data, TOKENIZER, split, None)):
         found.append(str(TOKENIZER.decode(document.ids[:-1])))
         if len(found) == limit:
             break
@@ -75,16 +75,16 @@ def test_splits_do_not_depend_on_order_or_company(tmp_path: Path) -> None:
         assert set(texts(config(first, str(tmp_path / "b.jsonl")), split)) == alone
 
 
-def test_fewer_blocks_are_the_first_of_more(tmp_path: Path) -> None:
+def test_fewer_sequences_are_the_first_of_more(tmp_path: Path) -> None:
     data = config(
         {"source": write(tmp_path / "a.jsonl", "a", 120, 1), "weight": 3},
         write(tmp_path / "b.jsonl", "b", 2_000, 2),
     )
     split: Split
     for split in get_args(Split):
-        many = build_blocks(data, TOKENIZER, split, 150)
+        many = build_sequences(data, TOKENIZER, split, 150)
         for count in (1, 2, 33, 149):
-            few = build_blocks(data, TOKENIZER, split, count)
+            few = build_sequences(data, TOKENIZER, split, count)
             expected = many.select(range(min(count, len(many))))
             assert len(few) == len(expected)
             assert few.fingerprint == expected.fingerprint
@@ -92,15 +92,15 @@ def test_fewer_blocks_are_the_first_of_more(tmp_path: Path) -> None:
 
 def test_the_seed_changes_the_order(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", "a", 200, 1)
-    same = build_blocks(config(source), TOKENIZER, "train", 20).fingerprint
-    assert build_blocks(config(source), TOKENIZER, "train", 20).fingerprint == same
-    assert build_blocks(config(source, seed=1), TOKENIZER, "train", 20).fingerprint != same
+    same = build_sequences(config(source), TOKENIZER, "train", 20).fingerprint
+    assert build_sequences(config(source), TOKENIZER, "train", 20).fingerprint == same
+    assert build_sequences(config(source, seed=1), TOKENIZER, "train", 20).fingerprint != same
 
 
 def test_order_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", "a", 80, 1)
     second = write(tmp_path / "b.jsonl", "b", 80, 2)
-    here = build_blocks(config(first, second), TOKENIZER, "train", 20).fingerprint
+    here = build_sequences(config(first, second), TOKENIZER, "train", 20).fingerprint
     code = (
         "import sys; from tiny_tokenizer import tiny_tokenizer; from regrow.data import *\n"
         "data = DataConfig.model_validate({'sources': sys.argv[1:], 'sequence_length': 32})\n"
@@ -127,7 +127,7 @@ def test_token_shares_follow_the_weights_at_every_prefix(tmp_path: Path) -> None
     )
     given: Counter[str] = Counter()
     longest = 0
-    for count, document in enumerate(blend(Job(data, TOKENIZER, "train", None)), start=1):
+    for count, document in enumerate(blend(BuildContext(data, TOKENIZER, "train", None)), start=1):
         given[str(TOKENIZER.decode(document.ids[:1]))] += len(document.ids)
         longest = max(longest, len(document.ids))
         total = given.total()
@@ -170,10 +170,10 @@ def test_a_dry_source_is_left_out_elsewhere(
 
 def test_fewer_than_asked_for_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = config(write(tmp_path / "a.jsonl", "a", 200, 1))
-    blocks = build_blocks(data, TOKENIZER, "heldout", 10_000)
-    assert 1 <= len(blocks) < 100
+    sequences = build_sequences(data, TOKENIZER, "heldout", 10_000)
+    assert 1 <= len(sequences) < 100
     err = capsys.readouterr().err
-    assert f"text for {len(blocks)} heldout blocks, not for 10000" in err
+    assert f"text for {len(sequences)} heldout blocks, not for 10000" in err
 
 
 def test_too_little_text(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_too_little_text(tmp_path: Path) -> None:
     split: Split
     for split in get_args(Split):
         with pytest.raises(UserError) as caught:
-            build_blocks(config(str(tmp_path / "a.txt")), TOKENIZER, split, 4)
+            build_sequences(config(str(tmp_path / "a.txt")), TOKENIZER, split, 4)
         assert str(caught.value) == (
             f"too little text: the {split} split has 0 documents with 0 tokens, none to score, "
             "and 4 blocks of 32 tokens are needed; add text or change the split's fraction"
@@ -195,21 +195,25 @@ def test_one_text_file_fills_every_split(tmp_path: Path) -> None:
     data = config(str(tmp_path / "a.txt"))
     split: Split
     for split in get_args(Split):
-        assert len(build_blocks(data, TOKENIZER, split, 20)) == 20
+        assert len(build_sequences(data, TOKENIZER, split, 20)) == 20
 
 
-def test_documents_are_whole_and_masked_in_the_blocks(tmp_path: Path) -> None:
+def test_documents_are_whole_and_masked_in_the_sequences(tmp_path: Path) -> None:
     data = config(write(tmp_path / "a.jsonl", "a", 900, 1))
-    blocks = build_blocks(data, TOKENIZER, "calibration", 40)
-    documents = blend(Job(data, TOKENIZER, "calibration", None))
+    sequences = build_sequences(data, TOKENIZER, "calibration", 40)
+    documents = blend(BuildContext(data, TOKENIZER, "calibration", None))
     flat: list[int] = []
     starts = set()
     while len(flat) < 40 * 32:
         starts.add(len(flat))
         flat += next(documents).ids
-    assert blocks.input_ids.flatten().tolist() == flat[: 40 * 32]
+    assert sequences.input_ids.flatten().tolist() == flat[: 40 * 32]
     for at, (position, label) in enumerate(
-        zip(blocks.position_ids.flatten().tolist(), blocks.labels.flatten().tolist(), strict=True)
+        zip(
+            sequences.position_ids.flatten().tolist(),
+            sequences.labels.flatten().tolist(),
+            strict=True,
+        )
     ):
         first = at in starts or at % 32 == 0
         assert (position == 0) == first
@@ -226,7 +230,7 @@ def test_reads_no_further_than_it_must(tmp_path: Path, monkeypatch: pytest.Monke
         return original(row, where)
 
     monkeypatch.setattr(blend_module, "read_row", counting)
-    build_blocks(config(source), TOKENIZER, "train", 4)
+    build_sequences(config(source), TOKENIZER, "train", 4)
     assert 1_000 < len(reads) < 1_500  # the buffer's 1,000 documents are 80 % of those read
 
 
@@ -253,7 +257,7 @@ def test_shuffle_keeps_all_and_holds_little() -> None:
 def test_a_wrong_row_names_its_place(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
     with pytest.raises(UserError, match=r"a\.jsonl, row 2: has the keys txt"):
-        build_blocks(config(str(tmp_path / "a.jsonl")), TOKENIZER, "train", 1)
+        build_sequences(config(str(tmp_path / "a.jsonl")), TOKENIZER, "train", 1)
 
 
 def test_train_text_without_anything_to_score_ends(tmp_path: Path) -> None:
@@ -261,4 +265,4 @@ def test_train_text_without_anything_to_score_ends(tmp_path: Path) -> None:
     lines = [json.dumps(asked).replace("dog", f"dog {number}") for number in range(40)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match="none to score"):
-        build_blocks(config(str(tmp_path / "a.jsonl")), TOKENIZER, "train", 4)
+        build_sequences(config(str(tmp_path / "a.jsonl")), TOKENIZER, "train", 4)

@@ -10,33 +10,33 @@ import numpy as np
 import torch
 
 from regrow.data.documents import Document
-from regrow.data.sequences import Blocks, Packer
+from regrow.data.sequences import Packer, Sequences
 
 LENGTH, PAD = 8, 9
 
 
 def slow(documents: list[Document]) -> list[list[tuple[int, int, int]]]:
     """Full blocks of (id, position, label), one token after the other."""
-    blocks: list[list[tuple[int, int, int]]] = [[]]
+    sequences: list[list[tuple[int, int, int]]] = [[]]
     for document in documents:
         position = 0
         for token, scored in zip(document.ids, document.scored, strict=True):
-            if len(blocks[-1]) == LENGTH:
-                blocks.append([])
+            if len(sequences[-1]) == LENGTH:
+                sequences.append([])
                 position = 0
             label = token if scored and position > 0 else -100
-            blocks[-1].append((token, position, label))
+            sequences[-1].append((token, position, label))
             position += 1
-    return [block for block in blocks if len(block) == LENGTH]
+    return [sequence for sequence in sequences if len(sequence) == LENGTH]
 
 
-def pack(documents: list[Document], num_blocks: int = 10**6) -> Blocks:
+def pack(documents: list[Document], num_sequences: int = 10**6) -> Sequences:
     packer = Packer(LENGTH, PAD)
     for document in documents:
         packer.add(document)
     assert packer.documents == len(documents)
     assert packer.tokens == sum(len(document.ids) for document in documents)
-    return packer.blocks(num_blocks)
+    return packer.sequences(num_sequences)
 
 
 def some_documents(seed: int, count: int = 60) -> list[Document]:
@@ -53,52 +53,52 @@ def some_documents(seed: int, count: int = 60) -> list[Document]:
 
 def test_by_hand() -> None:
     yes, no = True, False
-    blocks = pack(
+    sequences = pack(
         [
             Document([11, 12, 13], [no, yes, yes]),
             Document([21, 22, 23, 24, 25, 26, 27, 28, 29, 20], [yes] * 10),
             Document([31, 32, 33, 34], [yes, no, no, yes]),
         ]
     )
-    assert blocks.input_ids.tolist() == [
+    assert sequences.input_ids.tolist() == [
         [11, 12, 13, 21, 22, 23, 24, 25],
         [26, 27, 28, 29, 20, 31, 32, 33],
     ]
-    assert blocks.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 0, 1, 2]]
-    assert blocks.labels.tolist() == [
+    assert sequences.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 0, 1, 2]]
+    assert sequences.labels.tolist() == [
         [-100, 12, 13, -100, 22, 23, 24, 25],
         [-100, 27, 28, 29, 20, -100, -100, -100],
     ]
-    assert blocks.real.all()
-    assert (blocks.num_documents, blocks.scored_tokens) == (4, 10)
+    assert sequences.real.all()
+    assert (sequences.num_documents, sequences.scored_tokens) == (4, 10)
 
 
 def test_equals_the_slow_version() -> None:
     for seed in range(20):
         documents = some_documents(seed)
         expected = np.array(slow(documents))
-        blocks = pack(documents)
-        assert blocks.input_ids.tolist() == expected[..., 0].tolist()
-        assert blocks.position_ids.tolist() == expected[..., 1].tolist()
-        assert blocks.labels.tolist() == expected[..., 2].tolist()
-        assert blocks.real.all()
-        assert (blocks.labels[:, 0] == -100).all()
-        assert blocks.num_documents == (expected[..., 1] == 0).sum()
-        assert blocks.scored_tokens == (expected[..., 2] != -100).sum()
+        sequences = pack(documents)
+        assert sequences.input_ids.tolist() == expected[..., 0].tolist()
+        assert sequences.position_ids.tolist() == expected[..., 1].tolist()
+        assert sequences.labels.tolist() == expected[..., 2].tolist()
+        assert sequences.real.all()
+        assert (sequences.labels[:, 0] == -100).all()
+        assert sequences.num_documents == (expected[..., 1] == 0).sum()
+        assert sequences.scored_tokens == (expected[..., 2] != -100).sum()
 
 
-def test_the_only_block_is_padded() -> None:
-    blocks = pack([Document([11, 12, 13], [True] * 3), Document([21, 22], [False, True])])
-    assert blocks.input_ids.tolist() == [[11, 12, 13, 21, 22, PAD, PAD, PAD]]
-    assert blocks.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
-    assert blocks.labels.tolist() == [[-100, 12, 13, -100, 22, -100, -100, -100]]
-    assert blocks.real.tolist() == [[True] * 5 + [False] * 3]
-    assert (blocks.num_documents, blocks.scored_tokens) == (2, 3)
+def test_the_only_sequence_is_padded() -> None:
+    sequences = pack([Document([11, 12, 13], [True] * 3), Document([21, 22], [False, True])])
+    assert sequences.input_ids.tolist() == [[11, 12, 13, 21, 22, PAD, PAD, PAD]]
+    assert sequences.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    assert sequences.labels.tolist() == [[-100, 12, 13, -100, 22, -100, -100, -100]]
+    assert sequences.real.tolist() == [[True] * 5 + [False] * 3]
+    assert (sequences.num_documents, sequences.scored_tokens) == (2, 3)
 
 
-def test_an_incomplete_block_after_a_full_one_is_dropped() -> None:
-    blocks = pack([Document(list(range(11, 22)), [True] * 11)])
-    assert blocks.input_ids.tolist() == [list(range(11, 19))]
+def test_an_incomplete_sequence_after_a_full_one_is_dropped() -> None:
+    sequences = pack([Document(list(range(11, 22)), [True] * 11)])
+    assert sequences.input_ids.tolist() == [list(range(11, 19))]
 
 
 def test_scored_only_leaves_out_prompts_that_predict_nothing() -> None:
@@ -112,14 +112,14 @@ def test_scored_only_leaves_out_prompts_that_predict_nothing() -> None:
     packer.add(Document(ids, [token in (62, 79) for token in ids]))
     packer.add(Document([91, 92, 93], [no] * 3))
     packer.add(Document([94, 95, 96], [no, no, yes]))
-    blocks = packer.blocks(9)
-    assert blocks.input_ids.tolist() == [
+    sequences = packer.sequences(9)
+    assert sequences.input_ids.tolist() == [
         [11, 12, 13, 36, 37, 38, 39, 40],
         [58, 59, 60, 61, 62, 63, 64, 65],
         [75, 76, 77, 78, 79, 80, 81, 82],
     ]
-    assert packer.block[0, : packer.used].tolist() == [94, 95, 96]
-    assert [row[row != -100].tolist() for row in blocks.labels] == [[12, 13, 40], [62], [79]]
+    assert packer.sequence[0, : packer.used].tolist() == [94, 95, 96]
+    assert [row[row != -100].tolist() for row in sequences.labels] == [[12, 13, 40], [62], [79]]
 
 
 def test_scored_only_scores_something_in_every_piece() -> None:
@@ -128,20 +128,20 @@ def test_scored_only_scores_something_in_every_piece() -> None:
         packer = Packer(LENGTH, PAD, scored_only=True)
         for document in documents:
             packer.add(document)
-        blocks = packer.blocks(10**6)
+        sequences = packer.sequences(10**6)
         plain = pack(documents)
-        share = blocks.scored_tokens / blocks.labels.numel()
+        share = sequences.scored_tokens / sequences.labels.numel()
         assert share >= plain.scored_tokens / plain.labels.numel()
-        for ids, labels in zip(blocks.position_ids, blocks.labels, strict=True):
+        for ids, labels in zip(sequences.position_ids, sequences.labels, strict=True):
             starts = [*(ids == 0).nonzero().flatten().tolist(), LENGTH]
             for begin, end in pairwise(starts):  # one place left over can score nothing
                 assert end - begin < 2 or (labels[begin:end] != -100).any()
 
 
-def test_nothing_gives_no_blocks() -> None:
-    blocks = pack([])
-    assert blocks.input_ids.shape == (0, LENGTH)
-    assert (len(blocks), blocks.num_documents, blocks.scored_tokens) == (0, 0, 0)
+def test_nothing_gives_no_sequences() -> None:
+    sequences = pack([])
+    assert sequences.input_ids.shape == (0, LENGTH)
+    assert (len(sequences), sequences.num_documents, sequences.scored_tokens) == (0, 0, 0)
 
 
 def test_asking_for_fewer_gives_the_first() -> None:
@@ -150,36 +150,36 @@ def test_asking_for_fewer_gives_the_first() -> None:
 
 
 def test_items_batches_selection() -> None:
-    blocks = pack(some_documents(1))
-    count = len(blocks)
+    sequences = pack(some_documents(1))
+    count = len(sequences)
     assert count % 4 != 0
-    assert {name: t.dtype for name, t in blocks[0].items()} == {
+    assert {name: t.dtype for name, t in sequences[0].items()} == {
         "input_ids": torch.int64,
         "position_ids": torch.int64,
         "labels": torch.int64,
         "real": torch.bool,
     }
-    batches = list(blocks.batches(4))
+    batches = list(sequences.batches(4))
     assert [len(batch["labels"]) for batch in batches] == [4] * (count // 4) + [count % 4]
-    for name in blocks[0]:
+    for name in sequences[0]:
         whole = torch.cat([batch[name] for batch in batches])
-        assert torch.equal(whole, torch.stack([blocks[n][name] for n in range(count)]))
-    part = blocks.select(range(6, 0, -2))
-    assert part.labels.tolist() == blocks.labels[[6, 4, 2]].tolist()
-    assert part.scored_tokens == (blocks.labels[[6, 4, 2]] != -100).sum()
-    assert len(blocks.select(range(0))) == 0
+        assert torch.equal(whole, torch.stack([sequences[n][name] for n in range(count)]))
+    part = sequences.select(range(6, 0, -2))
+    assert part.labels.tolist() == sequences.labels[[6, 4, 2]].tolist()
+    assert part.scored_tokens == (sequences.labels[[6, 4, 2]] != -100).sum()
+    assert len(sequences.select(range(0))) == 0
 
 
 def test_fingerprint_sees_every_tensor() -> None:
-    blocks = pack(some_documents(2))
-    tensors = (blocks.input_ids, blocks.position_ids, blocks.labels, blocks.real)
-    expected = hashlib.sha256(str((len(blocks), LENGTH)).encode())
+    sequences = pack(some_documents(2))
+    tensors = (sequences.input_ids, sequences.position_ids, sequences.labels, sequences.real)
+    expected = hashlib.sha256(str((len(sequences), LENGTH)).encode())
     for tensor in tensors:
         expected.update(np.ascontiguousarray(tensor.numpy()).tobytes())
-    assert blocks.fingerprint == expected.hexdigest()
-    seen = {blocks.fingerprint, blocks.select(range(3)).fingerprint}
+    assert sequences.fingerprint == expected.hexdigest()
+    seen = {sequences.fingerprint, sequences.select(range(3)).fingerprint}
     for changed in range(4):
         copies = [tensor.clone() for tensor in tensors]
         copies[changed][1, 2] = 5 if changed < 3 else False
-        seen.add(Blocks(*copies).fingerprint)
+        seen.add(Sequences(*copies).fingerprint)
     assert len(seen) == 6

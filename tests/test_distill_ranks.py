@@ -25,7 +25,7 @@ from torch import Tensor
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.stages.distill.stage import distill
-from regrow.training.callbacks import Pace
+from regrow.training.callbacks import ProgressCallback
 
 LORA = CONFIG.model_copy(update={"adapter": "lora", "lora_rank": 3, "keep_adapters": True})
 
@@ -45,16 +45,16 @@ def _distill_both(rank: int, place: str, out: str) -> None:
 def _killed(rank: int, place: str, out: str) -> None:
     """Rank 1 is killed in step 7; rank 0 says so in one line, and where the job goes on."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the starter ends the others, as torchrun does
-    began = Pace.on_step_begin
+    began = ProgressCallback.on_step_begin
 
-    def die(self: Pace, args: object, state: Any, control: object, **_: object) -> None:
+    def die(self: ProgressCallback, args: object, state: Any, control: object, **_: object) -> None:
         if state.global_step == 6 and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Pace.on_step_begin = die  # type: ignore[method-assign]
+    ProgressCallback.on_step_begin = die  # type: ignore[method-assign]
     with pytest.raises(UserError, match="another process of this job has ended") as caught:
         _distill(rank, place, out)
-    Pace.on_step_begin = began  # type: ignore[method-assign]
+    ProgressCallback.on_step_begin = began  # type: ignore[method-assign]
     (Path(place) / "said").write_text(str(caught.value))
     os._exit(2)
 

@@ -108,12 +108,12 @@ def test_gpus(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_stage_writes_it_down(powercap: Path, tmp_path: Path) -> None:
     package = zone(powercap / "intel-rapl:0", "package-0", 1_000_000)
-    with stage_dir.Stage(tmp_path / "out", "profile", Nothing(), {}):
+    with stage_dir.StageDir(tmp_path / "out", "profile", Nothing(), {}):
         (package / "energy_uj").write_text("4000000")
     made = stage_dir.read(tmp_path / "out")
     assert made is not None
     assert made["energy"] == {"joules": 3.0, "meters": ["RAPL package-0"]}
     (package / "energy_uj").unlink()
-    with stage_dir.Stage(tmp_path / "other", "profile", Nothing(), {}):
+    with stage_dir.StageDir(tmp_path / "other", "profile", Nothing(), {}):
         pass
     assert "energy" not in (stage_dir.read(tmp_path / "other") or {})

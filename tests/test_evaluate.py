@@ -15,7 +15,8 @@ from tiny_models import tiny_model
 from tiny_tokenizer import SENTENCES, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from regrow.data import DataConfig, build_blocks
+from regrow.data import DataConfig
+from regrow.data.sequences import build_sequences
 from regrow.errors import UserError
 from regrow.stages.evaluate.config import EvaluateConfig
 from regrow.stages.evaluate.stage import EVALUATION, evaluate
@@ -59,7 +60,7 @@ def evaluation(place: Path) -> dict[str, Any]:
         texts={"raw": f"{place}/raw.txt", "pairs": f"{place}/pairs.jsonl"},
         text_tokens=150,
         window=32,
-        heldout_blocks=3,
+        heldout_sequences=3,
         **QUICK,
     )
     models = {"copy": place / "copy", "student": place / "student"}
@@ -121,12 +122,12 @@ def test_perplexity_and_kl_on_raw_text(place: Path, evaluation: dict[str, Any]) 
 def test_heldout_scores_only_labels_and_keeps_documents_apart(
     place: Path, evaluation: dict[str, Any]
 ) -> None:
-    blocks = build_blocks(data_of(place), tiny_tokenizer(), "heldout", 3)
-    assert len(blocks) == 3
-    assert blocks.num_documents > 6
+    sequences = build_sequences(data_of(place), tiny_tokenizer(), "heldout", 3)
+    assert len(sequences) == 3
+    assert sequences.num_documents > 6
     total, count = 0.0, 0
     for ids, positions, labels in zip(
-        blocks.input_ids, blocks.position_ids, blocks.labels, strict=True
+        sequences.input_ids, sequences.position_ids, sequences.labels, strict=True
     ):
         starts = [t for t, p in enumerate(positions.tolist()) if p == 0] + [len(ids)]
         for begin, end in pairwise(starts):
@@ -137,7 +138,7 @@ def test_heldout_scores_only_labels_and_keeps_documents_apart(
                     total -= float(log_q[t - 1, document[t]])
                     count += 1
     found = figures(evaluation, "student")["perplexity/heldout"]
-    assert found["n"] == count == blocks.scored_tokens
+    assert found["n"] == count == sequences.scored_tokens
     assert found["value"] == pytest.approx(math.exp(total / count), rel=1e-4)
 
 

@@ -55,7 +55,7 @@ def config_of(place: Path, **fields: Any) -> EvaluateConfig:
         "texts": {"raw": f"{place}/raw.txt"},
         "text_tokens": 700,
         "window": 300,
-        "heldout_blocks": 3,
+        "heldout_sequences": 3,
         "tasks": tuple(f"{name}={place}/{name}.jsonl" for name in ("choices", "pairs", "answers")),
         "batch_sizes": (1, 3),
         **fields,
@@ -120,15 +120,15 @@ def test_scores_on_the_way(place: Path) -> None:
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
 
-    from regrow.stages.evaluate.folder_model import FolderSubject
-    from regrow.stages.evaluate.gguf_model import GgufSubject
+    from regrow.stages.evaluate.folder_model import FolderEvalModel
+    from regrow.stages.evaluate.gguf_model import GgufEvalModel
     from regrow.stages.evaluate.harness import model_of
 
     checkpoint = Checkpoint(place / "student")
     file = GgufFile(place / "f32.gguf")
     file.parent = checkpoint
-    theirs = model_of(FolderSubject("s", checkpoint, [], torch.float32, torch.device("cpu"), 2))
-    ours = model_of(GgufSubject("f", file, []))
+    theirs = model_of(FolderEvalModel("s", checkpoint, [], torch.float32, torch.device("cpu"), 2))
+    ours = model_of(GgufEvalModel("f", file, []))
 
     def asked(kind: Any, *arguments: Any) -> list[Instance]:
         return [
@@ -224,7 +224,7 @@ def test_goes_on_where_it_stopped(
     def never(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("regrow.stages.evaluate.gguf_model.GgufSubject.sums", never)
+    monkeypatch.setattr("regrow.stages.evaluate.gguf_model.GgufEvalModel.sums", never)
     found = measured(evaluate(models, tmp_path / "out", None, place / "teacher", config))
     assert found["f32"]["kl/raw"]["value"] > 0.1
 

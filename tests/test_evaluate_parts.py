@@ -61,11 +61,11 @@ def test_text_is_read_as_far_as_needed(place: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_windows_score_all_but_their_first_token() -> None:
-    blocks = windows([5, 6, 7, 8, 9], 3)
-    assert blocks.input_ids.tolist()[0] == [5, 6, 7]
-    assert blocks.labels.tolist() == [[-100, 6, 7], [-100, 9, -100]]
-    assert blocks.real.tolist() == [[True] * 3, [True, True, False]]
-    assert blocks.position_ids.tolist() == [[0, 1, 2]] * 2
+    sequences = windows([5, 6, 7, 8, 9], 3)
+    assert sequences.input_ids.tolist()[0] == [5, 6, 7]
+    assert sequences.labels.tolist() == [[-100, 6, 7], [-100, 9, -100]]
+    assert sequences.real.tolist() == [[True] * 3, [True, True, False]]
+    assert sequences.position_ids.tolist() == [[0, 1, 2]] * 2
 
 
 def test_ratio_by_hand() -> None:

@@ -15,17 +15,17 @@ from regrow import families
 from regrow.checkpoint import load
 from regrow.cost import forward_flops
 from regrow.stages.evaluate.config import EvaluateConfig
-from regrow.stages.evaluate.eval_model import Context, Measured, Subject
-from regrow.stages.evaluate.folder_model import FolderSubject
+from regrow.stages.evaluate.eval_model import Context, EvalModel, MetricResult
+from regrow.stages.evaluate.folder_model import FolderEvalModel
 from regrow.stages.evaluate.metrics import memory, speed
 from regrow.stages.evaluate.metrics.speed import Run, Setting
 
 
-def subject(folder: Path, label: str = "m") -> FolderSubject:
-    return FolderSubject(label, load(folder), [], torch.float32, torch.device("cpu"), 1)
+def subject(folder: Path, label: str = "m") -> FolderEvalModel:
+    return FolderEvalModel(label, load(folder), [], torch.float32, torch.device("cpu"), 1)
 
 
-def values(measured: Measured) -> dict[str, float]:
+def values(measured: MetricResult) -> dict[str, float]:
     return {figure.name: figure.value for figure in measured.figures}
 
 
@@ -62,7 +62,9 @@ def test_statistics_by_hand(place: Path) -> None:
     """Two prompts of ten tokens; the first run only warms up."""
     setting = Setting(2, 10, 2)
     runs = [Run(9, [9, 9]), Run(0.1, [0.01, 0.03]), Run(0.3, [0.02, 0.06]), Run(0.2, [0.02, 0.02])]
-    found = values(Measured(speed._figures(subject(place / "dense"), {setting: runs}, "in turn")))
+    found = values(
+        MetricResult(speed._figures(subject(place / "dense"), {setting: runs}, "in turn"))
+    )
     assert found["prefill"] == pytest.approx(20 / 0.2)
     assert found["decode"] == pytest.approx(2 / 0.02)
     assert found["ttft"] == pytest.approx(200)
@@ -78,7 +80,7 @@ def test_speed_up_as_a_share_of_the_operations(place: Path) -> None:
     runs = [Run(5, [5]), Run(0.1, [0.01]), Run(0.1, [0.02])]
     theirs = [Run(1, [1]), Run(0.2, [0.03]), Run(0.3, [0.02])]
     figures = speed._speed_ups(mine, base, {setting: runs}, {setting: theirs})
-    found = values(Measured(figures))
+    found = values(MetricResult(figures))
     assert found["prefill_speedup"] == pytest.approx(2.5)
     assert found["decode_speedup"] == pytest.approx(2.0)
     family = families.get("llama")
@@ -95,7 +97,7 @@ def test_models_take_turns_where_they_fit(
     asked: list[tuple[str, str]] = []
     plain = speed._run
 
-    def run(subject: Subject, setting: Setting) -> Run:
+    def run(subject: EvalModel, setting: Setting) -> Run:
         asked.append((subject.label, str(setting)))
         return plain(subject, setting)
 

@@ -21,7 +21,7 @@ from regrow import plugins
 from regrow.config import Options
 from regrow.errors import UserError
 from regrow.stages.evaluate.config import EvaluateConfig
-from regrow.stages.evaluate.eval_model import Measured
+from regrow.stages.evaluate.eval_model import MetricResult
 from regrow.stages.evaluate.metrics.tasks import kept_shares
 from regrow.stages.evaluate.stage import EVALUATION, ITEMS, evaluate
 from regrow.stages.evaluate.task_rows import TASKS, check, find, read
@@ -215,7 +215,7 @@ def test_share_kept_by_hand() -> None:
     a, b = [1.0, 1, 1, 1, 1, 0, 0, 0], [1.0, 1, 1, 0, 0, 1, 0, 0]
     names = {"acc/x": a, "task_perplexity/x": [-1.0] * 8, "acc/y": [0.0] * 8}
     theirs = {"acc/x": b, "task_perplexity/x": [-2.0] * 8, "acc/y": [0.0] * 8}
-    (figure,) = kept_shares(Measured(items=names), Measured(items=theirs))
+    (figure,) = kept_shares(MetricResult(items=names), MetricResult(items=theirs))
     squares = 3 * 0.25**2 + 2 * 1.0 + 1.25**2
     assert (figure.name, figure.value) == ("acc_kept/x", 1.25)
     assert figure.stderr == pytest.approx(math.sqrt(8 / 7 * squares) / 4)

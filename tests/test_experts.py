@@ -230,9 +230,9 @@ def test_from_profile_to_distilled_student(
     assert all(name.endswith("mlp.down_proj.weight") for name in readers)  # of dense layers
     assert len(manifest["repair"]) - len(readers) == Checkpoint(model).config["num_hidden_layers"]
     call("distill", tmp_path / "cut", "--teacher", model, *text, "--tokens", 512, "--batch-tokens",
-         128, "--eval-tokens", 256, "--heldout-blocks", 2,
+         128, "--eval-tokens", 256, "--heldout-sequences", 2,
          "--out", tmp_path / "distilled")  # fmt: skip
-    call("evaluate", tmp_path / "distilled", "--against", model, *text, "--heldout-blocks", 4,
+    call("evaluate", tmp_path / "distilled", "--against", model, *text, "--heldout-sequences", 4,
          "--new-tokens", 4, "--prefill-tokens", 16, "--decode-tokens", 2, "--repeats", 1,
          "--out", tmp_path / "evaluation")  # fmt: skip
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "distilled", dtype=torch.float32)

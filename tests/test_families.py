@@ -167,15 +167,15 @@ def check_observe(family: Family, variant: dict[str, Any], folder: Path) -> None
             assert tensor.shape[-1] == width.get(dim, sizes.get(dim))
     for dim, name in family.residual.items():
         layer = (family.layers_of(dim, config) or family.layers_of("experts", config))[-1]
-        into, block = name.format(layer=layer), f"model.layers.{layer}"
+        into, sequence = name.format(layer=layer), f"model.layers.{layer}"
         stream = seen[into][0].clone()
         if dim == "heads":
-            assert torch.equal(stream, seen[block][0])
+            assert torch.equal(stream, seen[sequence][0])
         else:
-            for parameter in model.get_submodule(f"{block}.mlp").parameters():
+            for parameter in model.get_submodule(f"{sequence}.mlp").parameters():
                 parameter.zero_()
             logits(model)
-            assert torch.equal(stream, seen[block][1])
+            assert torch.equal(stream, seen[sequence][1])
 
 
 def check_keep_all(family: Family, variant: dict[str, Any], folder: Path) -> None:

@@ -15,7 +15,7 @@ from regrow import families, plugins
 from regrow.plan import Plan
 from regrow.pruning.choose import choose
 from regrow.pruning.cut import cut_model
-from regrow.pruning.sorted_model import Sorted, order_by
+from regrow.pruning.sorted_model import SortedModel, order_by
 
 NAMES = [n for n in plugins.names("regrow.families") if not families.get(n).memory]
 ALL = {"hidden", "mlp", "heads", "kv_heads"}
@@ -68,7 +68,7 @@ def test_masked_is_sliced_is_gathered(name: str, sizes: dict[str, int]) -> None:
     masked = zero(float64_norms(model), plan)
     expected = logits(masked)
     sliced = logits(float64_norms(cut_model(masked, plan)))
-    gathered = logits(float64_norms(Sorted(masked, families.get(name), order).cut(plan)))
+    gathered = logits(float64_norms(SortedModel(masked, families.get(name), order).cut(plan)))
     scale = expected.abs().max()
     assert (sliced - expected).abs().max() / scale < 1e-12
     assert (gathered - sliced).abs().max() / scale < 1e-12
@@ -80,7 +80,7 @@ def test_masked_is_sliced_is_gathered(name: str, sizes: dict[str, int]) -> None:
 def test_unsorted_it_equals_cut_model_bit_for_bit(name: str) -> None:
     model, plan, order = setting(name, SHAPES[-1])
     expected = cut_model(model, plan)
-    found = Sorted(model, families.get(name)).cut(plan)
+    found = SortedModel(model, families.get(name)).cut(plan)
     expected.config._name_or_path = found.config._name_or_path
     assert found.config.to_dict() == expected.config.to_dict()
     assert dict(found.state_dict()).keys() == dict(expected.state_dict()).keys()
@@ -88,13 +88,13 @@ def test_unsorted_it_equals_cut_model_bit_for_bit(name: str) -> None:
         assert torch.equal(value, expected.state_dict()[key]), key
     assert torch.equal(logits(found), logits(expected))
     before = model.model.layers[0].mlp.down_proj.weight.clone()
-    Sorted(model, families.get(name), order)
+    SortedModel(model, families.get(name), order)
     assert not torch.equal(before, model.model.layers[0].mlp.down_proj.weight)
 
 
 def test_the_best_units_come_first_and_are_views() -> None:
     model, plan, order = setting("llama", {"hidden": 24, "mlp": 20, "kv_heads": 1})
-    held = Sorted(model, families.get("llama"), order)
+    held = SortedModel(model, families.get("llama"), order)
     here = held.positions(plan)
     assert here.hidden == list(range(24))
     assert here.mlp == {layer: list(range(20)) for layer in range(3)}
@@ -122,6 +122,6 @@ def test_replaced_weights_find_their_places(name: str) -> None:
     float64_norms(model)
     expected = logits(float64_norms(cut_model(model, plan, other)))
     plain = logits(cut_model(model, plan))
-    found = logits(float64_norms(Sorted(model, families.get(name), order).cut(plan, other)))
+    found = logits(float64_norms(SortedModel(model, families.get(name), order).cut(plan, other)))
     assert (expected - plain).abs().max() > 1e-3
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)

@@ -15,12 +15,13 @@ from tiny_training import start_ranks
 
 from regrow.checkpoint import Checkpoint
 from regrow.config import Options
-from regrow.data import DataConfig, build_blocks
+from regrow.data import DataConfig
 from regrow.data.documents import read_row, split_of
 from regrow.data.prompts import read_prompt
+from regrow.data.sequences import build_sequences
 from regrow.errors import UserError
 from regrow.stage_dir import read as read_manifest
-from regrow.stages.generate.batch_generator import Answerer, draw_ids
+from regrow.stages.generate.batch_generator import BatchGenerator, draw_ids
 from regrow.stages.generate.config import GenerateConfig
 from regrow.stages.generate.stage import generate
 
@@ -126,7 +127,7 @@ def test_the_sampler_divides_by_the_temperature(place: Path) -> None:
     expected, likeliest = (logits / HOT).softmax(-1).max(0)
     assert 0.1 < float(expected) < 0.9
     count = 2_000
-    answerer = Answerer(model, tokenizer, config)
+    answerer = BatchGenerator(model, tokenizer, config)
     answers = answerer.answer([[5, 6, 7]] * count, [str(n) for n in range(count)])
     share = sum(answer.ids == [int(likeliest)] for answer in answers) / count
     assert share == pytest.approx(float(expected), abs=4 * (0.25 / count) ** 0.5)
@@ -136,15 +137,15 @@ def test_an_interrupted_run_goes_on_to_the_same_file(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = generate(place / "model", data(place), tmp_path / "whole", ALL, options(2))
-    original, calls = Answerer.answer, []
+    original, calls = BatchGenerator.answer, []
 
-    def killed(self: Answerer, prompts: Any, keys: Any) -> Any:
+    def killed(self: BatchGenerator, prompts: Any, keys: Any) -> Any:
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(len(keys))
         return original(self, prompts, keys)
 
-    monkeypatch.setattr(Answerer, "answer", killed)
+    monkeypatch.setattr(BatchGenerator, "answer", killed)
     with pytest.raises(KeyboardInterrupt):
         generate(place / "model", data(place), tmp_path / "cut", ALL, options(2))
     done = tmp_path / ".cut.partial" / "done-0.jsonl"
@@ -153,11 +154,11 @@ def test_an_interrupted_run_goes_on_to_the_same_file(
         file.write('{"id": "half a li')
     asked: list[str] = []
 
-    def counting(self: Answerer, prompts: Any, keys: Any) -> Any:
+    def counting(self: BatchGenerator, prompts: Any, keys: Any) -> Any:
         asked.extend(keys)
         return original(self, prompts, keys)
 
-    monkeypatch.setattr(Answerer, "answer", counting)
+    monkeypatch.setattr(BatchGenerator, "answer", counting)
     cut = generate(place / "model", data(place), tmp_path / "cut", ALL, options(3))
     assert len(asked) == 5
     assert (cut / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()
@@ -191,7 +192,7 @@ def test_an_answer_ends_at_an_end_mark_of_the_folder_or_the_tokenizer(place: Pat
     checkpoint = Checkpoint(place / "model")
     model, tokenizer = checkpoint.model(torch.float32), checkpoint.tokenizer()
     model.generation_config.eos_token_id = [3, 9]
-    answerer = Answerer(model, tokenizer, GREEDY)
+    answerer = BatchGenerator(model, tokenizer, GREEDY)
     assert answerer.ends == [0, 3, 9]
     assert answerer._cut([5, 6, 3, 7, 0]).ids == [5, 6]
     assert answerer._cut([5, 6, 3]).finished
@@ -201,13 +202,13 @@ def test_an_answer_ends_at_an_end_mark_of_the_folder_or_the_tokenizer(place: Pat
 def test_unfinished_answers_are_left_out(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Answerer.answer
+    original = BatchGenerator.answer
 
-    def every_other(self: Answerer, prompts: Any, keys: Any) -> Any:
+    def every_other(self: BatchGenerator, prompts: Any, keys: Any) -> Any:
         found = original(self, prompts, keys)
         return [type(a)(a.ids, int(key, 16) % 2 == 0) for a, key in zip(found, keys, strict=True)]
 
-    monkeypatch.setattr(Answerer, "answer", every_other)
+    monkeypatch.setattr(BatchGenerator, "answer", every_other)
     config = ALL.model_copy(update={"keep_unfinished": False})
     out = generate(place / "model", data(place), tmp_path / "out", config, options())
     ids = [row["id"] for row in rows_of(out)]
@@ -233,8 +234,8 @@ def test_answers_are_in_the_split_of_their_prompts_rows(place: Path, tmp_path: P
     assert train == [prompt for prompt, split in splits.items() if split == "train"]
     again = data_of(out)
     with pytest.raises(UserError, match="too little text"):
-        build_blocks(again, tiny_tokenizer(), "heldout", 1)
-    assert build_blocks(again, tiny_tokenizer(), "train", 2).scored_tokens > 0
+        build_sequences(again, tiny_tokenizer(), "heldout", 1)
+    assert build_sequences(again, tiny_tokenizer(), "train", 2).scored_tokens > 0
 
 
 def test_without_a_template_prompts_are_continued() -> None:

@@ -13,21 +13,21 @@ from torch import Tensor
 
 from regrow.errors import UserError
 from regrow.training.head import Head, head_loss, head_of
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 
 N, H, V = 13, 6, 11
 
 MIXES = {
-    "kl": Mix({"forward_kl": 1.0}),
-    "ce": Mix({"cross_entropy": 1.0}),
-    "hot": Mix({"forward_kl": 1.0}, temperature=2.5),
-    "mix": Mix({"forward_kl": 0.7, "cross_entropy": 0.3}, temperature=3.0),
-    "mix turned": Mix({"cross_entropy": 0.4, "forward_kl": 0.6}, temperature=0.5),
-    "measured only": Mix({"forward_kl": 0.0, "cross_entropy": 1.0}),
-    "all": Mix({name: 0.1 + n for n, name in enumerate(NAMES)}, 2.0, BETA, SKEW),
-    **{f"{name} at 1": Mix({name: 1.0}, 1.0, BETA, SKEW) for name in NAMES},
-    **{f"{name} at 0.5": Mix({name: 0.5}, 0.5, BETA, SKEW) for name in NAMES},
-    **{f"{name} at 4": Mix({name: 3.0}, 4.0, BETA, SKEW) for name in NAMES},
+    "kl": LossWeights({"forward_kl": 1.0}),
+    "ce": LossWeights({"cross_entropy": 1.0}),
+    "hot": LossWeights({"forward_kl": 1.0}, temperature=2.5),
+    "mix": LossWeights({"forward_kl": 0.7, "cross_entropy": 0.3}, temperature=3.0),
+    "mix turned": LossWeights({"cross_entropy": 0.4, "forward_kl": 0.6}, temperature=0.5),
+    "measured only": LossWeights({"forward_kl": 0.0, "cross_entropy": 1.0}),
+    "all": LossWeights({name: 0.1 + n for n, name in enumerate(NAMES)}, 2.0, BETA, SKEW),
+    **{f"{name} at 1": LossWeights({name: 1.0}, 1.0, BETA, SKEW) for name in NAMES},
+    **{f"{name} at 0.5": LossWeights({name: 0.5}, 0.5, BETA, SKEW) for name in NAMES},
+    **{f"{name} at 4": LossWeights({name: 3.0}, 4.0, BETA, SKEW) for name in NAMES},
 }
 
 
@@ -56,7 +56,9 @@ class Case:
         )
         self.targets_N = torch.randint(0, min(v, teacher_v), (n,), generator=draw)
 
-    def chunked(self, mix: Mix, chunk: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def chunked(
+        self, mix: LossWeights, chunk: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return head_loss(
             self.student_NH,
             self.student,
@@ -88,7 +90,7 @@ class Case:
                     assert slope == pytest.approx(wanted, rel=1e-6, abs=1e-8)
 
 
-def slow_parts(case: Case, mix: Mix) -> dict[str, Tensor]:
+def slow_parts(case: Case, mix: LossWeights) -> dict[str, Tensor]:
     """Each loss of the mix by its definition, on full logits over the shared ids, in float64."""
     shared = min(len(case.student.weight_VH), len(case.teacher.weight_VH))
     logits = []
@@ -101,14 +103,14 @@ def slow_parts(case: Case, mix: Mix) -> dict[str, Tensor]:
     }
 
 
-def slow(case: Case, mix: Mix) -> Tensor:
+def slow(case: Case, mix: LossWeights) -> Tensor:
     parts = slow_parts(case, mix)
     return torch.stack([weight * parts[name] for name, weight in mix.weights.items()]).sum()
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES.keys())
 @pytest.mark.parametrize("cap", [None, 1.5], ids=["plain", "softcap"])
-def test_value_and_gradients_equal_the_slow_version(mix: Mix, cap: float | None) -> None:
+def test_value_and_gradients_equal_the_slow_version(mix: LossWeights, cap: float | None) -> None:
     case = Case(softcap=cap, teacher_softcap=cap)
     expected = slow(case, mix)
     hidden, weight = case.gradients(expected)
@@ -124,7 +126,7 @@ def test_value_and_gradients_equal_the_slow_version(mix: Mix, cap: float | None)
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES.keys())
 @pytest.mark.parametrize("cap", [None, 2.0], ids=["plain", "softcap"])
-def test_gradients_by_finite_differences(mix: Mix, cap: float | None) -> None:
+def test_gradients_by_finite_differences(mix: LossWeights, cap: float | None) -> None:
     case = Case(sizes=(4, 3, 5, 5), softcap=cap, teacher_softcap=cap)
     case.check_by_finite_differences(lambda: case.chunked(mix, 3)[0])
 
@@ -134,9 +136,9 @@ def test_gradients_by_finite_differences(mix: Mix, cap: float | None) -> None:
 def test_a_mix_is_the_weighted_sum_of_its_losses(temperature: float, cap: float | None) -> None:
     case = Case(softcap=cap, teacher_softcap=cap)
     weights = {name: 0.3 + n / 2 for n, name in enumerate(NAMES)}
-    total, parts = case.chunked(Mix(weights, temperature, BETA, SKEW), 5)
+    total, parts = case.chunked(LossWeights(weights, temperature, BETA, SKEW), 5)
     mixed = case.gradients(total)
-    alone = {n: case.chunked(Mix({n: 1.0}, temperature, BETA, SKEW), 5)[0] for n in NAMES}
+    alone = {n: case.chunked(LossWeights({n: 1.0}, temperature, BETA, SKEW), 5)[0] for n in NAMES}
     gradients = {name: case.gradients(value) for name, value in alone.items()}
     for name, value in alone.items():
         torch.testing.assert_close(parts[name], value)
@@ -153,7 +155,7 @@ def test_temperature_counts_once_in_value_and_in_gradient(name: str) -> None:
     case = Case(scale=0.01)
     values, gradients = [], []
     for temperature in (1.0, 10.0):
-        value = case.chunked(Mix({name: 1.0}, temperature))[0]
+        value = case.chunked(LossWeights({name: 1.0}, temperature))[0]
         values.append(value.detach())
         gradients.append(case.gradients(value)[0])
     torch.testing.assert_close(values[0], values[1], rtol=2e-3, atol=0)
@@ -193,7 +195,7 @@ def test_equal_models_give_exactly_zero(dtype: torch.dtype) -> None:
             case.student_NH,
             case.student,
             case.targets_N,
-            Mix({"forward_kl": 1.0}, temperature),
+            LossWeights({"forward_kl": 1.0}, temperature),
             case.student_NH.detach().clone(),
             Head(case.student.weight_VH.detach().clone()),
             chunk_tokens=7,

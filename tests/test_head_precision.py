@@ -10,7 +10,7 @@ from tiny_training import Largest
 from torch import Tensor
 
 from regrow.training.head import CHUNKS_TOGETHER, Head, head_loss
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 from regrow.training.products import add_product, product, split
 
 
@@ -19,7 +19,7 @@ def frobenius(found: Tensor, exact: Tensor) -> float:
 
 
 def autocast_errors(
-    hidden: Tensor, student_VH: Tensor, teacher_VH: Tensor, mix: Mix = MIXES["kl"]
+    hidden: Tensor, student_VH: Tensor, teacher_VH: Tensor, mix: LossWeights = MIXES["kl"]
 ) -> dict[str, tuple[float, float]]:
     """Relative error of the gradients by (hidden, weight): ours, and with a softmax in bfloat16.
 
@@ -65,7 +65,7 @@ def test_gradient_error_of_bfloat16_products() -> None:
 def test_gradient_error_of_exact_products(name: str, temperature: float) -> None:
     """0.003 %: what rounding to bfloat16 leaves out is made up for."""
     weights = dict.fromkeys(NAMES, 1.0) if name == "all" else {name: 1.0}
-    mix = Mix(weights, temperature, BETA, SKEW, exact=True)
+    mix = LossWeights(weights, temperature, BETA, SKEW, exact=True)
     errors = autocast_errors(*half_a_nat_apart(), mix)
     assert max(errors["ours"]) < 2e-4, errors
 
@@ -111,7 +111,7 @@ def test_the_loss_is_not_rounded_by_autocast() -> None:
     assert float(value.detach()) == pytest.approx(float(expected), rel=1e-6)
 
 
-def largest_of_head(mix: Mix, n: int, v: int, chunk: int) -> tuple[int, torch.Size]:
+def largest_of_head(mix: LossWeights, n: int, v: int, chunk: int) -> tuple[int, torch.Size]:
     """Elements and shape, beside the weights and the gradients by the logits of a few chunks."""
     case = Case(torch.bfloat16, sizes=(n, 8, v, v))
     weight, slopes = case.student.weight_VH.shape, torch.Size((CHUNKS_TOGETHER * chunk, v))
@@ -130,7 +130,7 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(
     budget = 1 << 12
     monkeypatch.setattr("regrow.training.head.CHUNK_ELEMENTS", budget)
     weights = dict.fromkeys(NAMES, 1.0) if name == "all" else {name: 1.0}
-    mix = Mix(weights, 2.0, exact=exact)
+    mix = LossWeights(weights, 2.0, exact=exact)
     small, big = largest_of_head(mix, 256, 128, 32), largest_of_head(mix, 512, 256, 16)
     assert small[0] <= budget, small
     assert big[0] <= budget, big

@@ -20,11 +20,11 @@ from regrow.recipe.check import check_steps
 from regrow.stage import parse_step
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import distill
-from regrow.stages.distill.teacher import hold_of
-from regrow.training.loss_weights import Mix
+from regrow.stages.distill.teacher import teacher_placement
+from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
-from regrow.training.teacher_placement import Int8Linear, held
+from regrow.training.teacher_placement import Int8Linear, place_teacher
 
 CPU = torch.device("cpu")
 FAMILIES = plugins.names(families.__name__)
@@ -73,7 +73,7 @@ def test_a_layer_in_int8(bias: bool) -> None:
 
 
 def test_int8_says_almost_the_same(checkpoint: Checkpoint) -> None:
-    whole, rounded = (held(checkpoint, how, CPU) for how in ("whole", "int8"))
+    whole, rounded = (place_teacher(checkpoint, how, CPU) for how in ("whole", "int8"))
     log_p, log_q = (logits_of(model).double().log_softmax(-1) for model in (whole, rounded))
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
@@ -88,7 +88,7 @@ def test_int8_says_almost_the_same(checkpoint: Checkpoint) -> None:
 
 def test_from_disk_it_says_the_same(checkpoint: Checkpoint) -> None:
     """To the bit, in every pass, and never with more than one block there."""
-    whole, streamed = (held(checkpoint, how, CPU) for how in ("whole", "disk"))
+    whole, streamed = (place_teacher(checkpoint, how, CPU) for how in ("whole", "disk"))
     layers = list(streamed.base_model.layers)
     there = []
 
@@ -119,8 +119,8 @@ def test_a_student_learns_from_it(place: Path, how: str) -> None:
         student = Checkpoint(place / "pruned").model(torch.float32)
         bind_loss(
             student,
-            Teacher(held(Checkpoint(place / "teacher"), hold, CPU)),  # type: ignore[arg-type]
-            Mix({"forward_kl": 1.0}),
+            Teacher(place_teacher(Checkpoint(place / "teacher"), hold, CPU)),  # type: ignore[arg-type]
+            LossWeights({"forward_kl": 1.0}),
         )
         student.train()(**batch)["loss"].backward()
         found.append(
@@ -169,7 +169,7 @@ def test_what_excludes_each_other(
     fields: dict[str, str], options: dict[str, bool | str], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        hold_of(DistillConfig.model_validate(fields), Options.model_validate(options))
+        teacher_placement(DistillConfig.model_validate(fields), Options.model_validate(options))
 
 
 def test_a_recipe_is_refused_before_it_begins(place: Path) -> None:

@@ -18,7 +18,7 @@ from regrow import families, plugins
 from regrow.checkpoint import Checkpoint
 from regrow.config import Options
 from regrow.errors import UserError
-from regrow.profile_folder import Profile, for_gone
+from regrow.profile_folder import Profile, scores_for
 from regrow.stages.profile.collect import GRADIENTS, PAIRS, REMOVALS
 from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.importance.obs import removal_order
@@ -218,7 +218,7 @@ def test_scores_of_every_unit_are_finite_numbers(
 @pytest.mark.parametrize(("name", "dim"), [case for case in DENSE if case[0] not in BLIND])
 def test_a_useless_unit_comes_last(planted: dict[str, Profile], name: str, dim: str) -> None:
     scores = planted[dim].scores(name, dim)
-    here = for_gone(scores["all" if "all" in scores else str(LAYER)], 1)
+    here = scores_for(scores["all" if "all" in scores else str(LAYER)], 1)
     others = torch.cat([here[: USELESS[dim]], here[USELESS[dim] + 1 :]])
     assert int(here.argmin()) == USELESS[dim]
     assert abs(float(here[USELESS[dim]])) < 1e-3 * float(others.min())

@@ -108,7 +108,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     graph = {}
     for own, path in files.items():
         names = {name for whole in imported(path) for name in (whole, whole.rpartition(".")[0])}
-        graph[own] = {name for name in names & set(files)} - {own}
+        graph[own] = set(names & set(files)) - {own}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
 
 

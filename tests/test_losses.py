@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regrow import plugins
 from regrow.training.head import Head, head_loss
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 
 LOSSES = plugins.names("regrow.training.losses")
 DIVERGENCES = [n for n in LOSSES if plugins.load("regrow.training.losses", n).NEEDS_TEACHER]
@@ -205,7 +205,7 @@ def test_chunked_equals_plain(name: str) -> None:
     value_N, gradient_NV = run(name, s, t, y, 2.0)
     for chunk in (1, 3, 7, 100):
         hidden = s.clone().requires_grad_()
-        mix = Mix({name: 1.0}, 2.0, BETA, SKEW)
+        mix = LossWeights({name: 1.0}, 2.0, BETA, SKEW)
         total, _ = head_loss(hidden, Head(eye), y, mix, t, Head(eye), chunk_tokens=chunk)
         torch.testing.assert_close(total.detach(), value_N.sum(), rtol=1e-13, atol=1e-13)
         (found,) = torch.autograd.grad(total, (hidden,))

@@ -10,7 +10,7 @@ import pytest
 import regrow
 from regrow.config import Config
 from regrow.errors import UserError
-from regrow.stage_dir import Figure, Stage, digest, is_full_disk, read, refuse_foreign
+from regrow.stage_dir import Figure, StageDir, digest, is_full_disk, read, refuse_foreign
 
 
 class Fields(Config):
@@ -29,8 +29,8 @@ def stage_of(
     inputs: dict[str, str] = INPUTS,
     name: str = "prune",
     resumable: bool = False,
-) -> Stage:
-    return Stage(out, name, Fields(number=number), inputs, resumable)
+) -> StageDir:
+    return StageDir(out, name, Fields(number=number), inputs, resumable)
 
 
 def finish(out: Path, content: str = "first", number: int = 1) -> None:
@@ -124,7 +124,7 @@ def interrupt(out: Path, number: int = 1, resumable: bool = True) -> None:
         write_half(stage_of(out, number, resumable=resumable))
 
 
-def write_half(stage: Stage) -> None:
+def write_half(stage: StageDir) -> None:
     with stage as folder:
         (folder / "half").write_text("half")
         raise KeyboardInterrupt
@@ -148,9 +148,9 @@ def test_resumable(out: Path) -> None:
 def test_resume_digest(out: Path) -> None:
     """A stage may say itself what makes it the same: a raised budget does not."""
 
-    def stage(number: int) -> Stage:
+    def stage(number: int) -> StageDir:
         fields = Fields(number=number)
-        return Stage(out, "distill", fields, INPUTS, resumable=True, resume_digest="same")
+        return StageDir(out, "distill", fields, INPUTS, resumable=True, resume_digest="same")
 
     with pytest.raises(KeyboardInterrupt):
         write_half(stage(1))

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_feature_losses import KEPT, OUTPUTS
 from tiny_models import random_plan, tiny_config, tiny_model
-from tiny_signals import KEPT, OUTPUTS
 from torch import Tensor
 
 from regrow.errors import UserError
 from regrow.training.head import Head
-from regrow.training.layer_mapping import Inside, Match, at_depths
+from regrow.training.layer_mapping import LayerMapping, ModelFeatures, at_depths
 
 
-def inside(states: list[Tensor], attentions: list[Tensor] | None = None) -> Inside:
-    return Inside(tuple(states), tuple(attentions or ()), lambda x: x, Head(torch.eye(2)))
+def inside(states: list[Tensor], attentions: list[Tensor] | None = None) -> ModelFeatures:
+    return ModelFeatures(tuple(states), tuple(attentions or ()), lambda x: x, Head(torch.eye(2)))
 
 
 def test_by_plan() -> None:
     config = tiny_config("llama", num_hidden_layers=6).to_dict()
-    match = Match.of_plan(random_plan(config, layers=KEPT, heads=4, hidden=36))
+    match = LayerMapping.of_plan(random_plan(config, layers=KEPT, heads=4, hidden=36))
     assert match.outputs == OUTPUTS
     assert match.layers == ((0, 0), (1, 2), (2, 3), (3, 5))
     assert match.channels is not None
     assert len(match.channels) == 36
     assert match.heads is not None
     assert {n: len(ids) for n, ids in match.heads.items()} == dict.fromkeys(range(4), 4)
-    same = Match.of_plan(random_plan(config))
-    assert same == Match.of_same(6)
+    same = LayerMapping.of_plan(random_plan(config))
+    assert same == LayerMapping.of_same(6)
     assert (same.channels, same.heads, same.projections) == (None, None, {})
 
 
@@ -45,7 +45,7 @@ def test_by_plan() -> None:
 def test_by_depth(
     student: int, teacher: int, outputs: tuple[tuple[int, int], ...], last: tuple[int, int]
 ) -> None:
-    match = Match.by_depth(student, teacher)
+    match = LayerMapping.by_depth(student, teacher)
     assert match.outputs == outputs
     assert match.layers[-1] == last
     assert match.mean_heads
@@ -73,7 +73,7 @@ def test_depths_that_are_not_there(depth: int) -> None:
 
 @pytest.mark.parametrize(("ours", "theirs"), [(20, 48), (48, 20), (32, 32)])
 def test_projections_keep_the_size_of_a_state(ours: int, theirs: int) -> None:
-    match = Match.by_depth(3, 3)
+    match = LayerMapping.by_depth(3, 3)
     match.project((ours, theirs), frozenset({"outputs", "embeddings"}), seed=1)
     assert set(match.projections) == {"embeddings", "block 0", "block 1"}
     states = torch.randn(500, ours, generator=torch.Generator().manual_seed(0))
@@ -81,14 +81,14 @@ def test_projections_keep_the_size_of_a_state(ours: int, theirs: int) -> None:
         assert weight.shape == (ours, theirs)
         ratio = (states @ weight).square().mean() / states.square().mean()
         assert 0.8 < float(ratio.detach()) < 1.25
-    other = Match.by_depth(3, 3)
+    other = LayerMapping.by_depth(3, 3)
     other.project((ours, theirs), frozenset({"outputs", "lens"}), seed=1)
     assert set(other.projections) == {"block 0", "block 1"}
 
 
 def test_projected_states() -> None:
     """Each through its own matrix, in full precision under autocast."""
-    match = Match.by_depth(2, 2)
+    match = LayerMapping.by_depth(2, 2)
     match.project((3, 5), frozenset({"outputs", "embeddings"}), seed=0)
     draw = torch.Generator().manual_seed(2)
     ours = [torch.randn(2, 4, 3, generator=draw) for _ in range(3)]
@@ -104,7 +104,7 @@ def test_projected_states() -> None:
 
 
 def test_without_a_plan_the_mean_of_the_heads_is_compared() -> None:
-    match = Match.by_depth(1, 2)
+    match = LayerMapping.by_depth(1, 2)
     draw = torch.Generator().manual_seed(2)
     ours = [torch.rand(1, 2, 4, 4, generator=draw)]
     theirs = [torch.rand(1, 3, 4, 4, generator=draw) for _ in range(2)]

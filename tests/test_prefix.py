@@ -9,7 +9,7 @@ import torch
 from tiny_distillation import CONFIG, OPTIONS, data, held_out, kl_of
 from tiny_folders import write_model, write_text
 from tiny_models import tiny_model
-from tiny_training import MIX, blocks_of
+from tiny_training import MIX, decoder_layers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,12 +19,12 @@ from regrow.errors import UserError
 from regrow.stages.distill import teacher as teacher_module
 from regrow.stages.distill.stage import distill
 from regrow.training import frozen_layers
-from regrow.training.feature_loss_weights import SignalMix
-from regrow.training.layer_mapping import Match
+from regrow.training.feature_loss_weights import FeatureLosses
+from regrow.training.layer_mapping import LayerMapping
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
 
-SIGNALS = SignalMix({"hidden": 0.5}, Match.of_same(3))
+FEATURE_LOSSES = FeatureLosses({"hidden": 0.5}, LayerMapping.of_same(3))
 
 
 def models(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -38,9 +38,9 @@ def models(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 def step(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[float, dict[str, Tensor]]:
-    undo = bind_loss(student, Teacher(teacher), MIX, SIGNALS)
+    undo = bind_loss(student, Teacher(teacher), MIX, FEATURE_LOSSES)
     student.zero_grad()
-    loss = student(**next(iter(blocks_of().batches(8))))["loss"]
+    loss = student(**next(iter(decoder_layers().batches(8))))["loss"]
     loss.backward()
     undo()
     grads = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}

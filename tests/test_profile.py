@@ -66,9 +66,9 @@ def test_statistics_and_grams_equal_the_slow_version(
 ) -> None:
     checkpoint, found = models[name], profiles[name]["resident"]
     sizes = families.of(checkpoint).sizes(checkpoint.config)
-    blocks = calibration(checkpoint, data_of(text), 19)
-    assert len(blocks) == 19
-    slow = Slow(checkpoint, blocks)
+    sequences = calibration(checkpoint, data_of(text), 19)
+    assert len(sequences) == 19
+    slow = Slow(checkpoint, sequences)
     statistics = load_file(found.folder / STATISTICS)
     per_layer = places(checkpoint, "mlp", "heads")
     for dim, layer in [*per_layer, ("hidden", "all")]:

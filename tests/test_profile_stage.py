@@ -102,7 +102,7 @@ def test_padding_is_never_counted(
 ) -> None:
     """Blocks with padding give the sums of the same blocks without, Gram matrices too."""
     checkpoint = models[name]
-    blocks = calibration(checkpoint, data_of(text), 2)
+    sequences = calibration(checkpoint, data_of(text), 2)
     found = []
     for pad in (0, 9):
         family = families.of(checkpoint)
@@ -112,10 +112,10 @@ def test_padding_is_never_counted(
         needs["expert_mlp"] = {"sum", "square_sum", "mean_abs_square_sum"}
         collector = Collector(family, needs, ("mlp", "heads"), weighted=True)
         inputs = {
-            "input_ids": padded(blocks.input_ids, torch.full((2, pad), 5)),
-            "position_ids": padded(blocks.position_ids, torch.arange(pad).expand(2, pad)),
+            "input_ids": padded(sequences.input_ids, torch.full((2, pad), 5)),
+            "position_ids": padded(sequences.position_ids, torch.arange(pad).expand(2, pad)),
         }
-        real = padded(blocks.real, torch.zeros(2, pad, dtype=torch.bool))
+        real = padded(sequences.real, torch.zeros(2, pad, dtype=torch.bool))
         sums: dict[str, Tensor] = {}
 
         def take(
@@ -155,16 +155,16 @@ def padded(x: Tensor, end: Tensor) -> Tensor:
     return torch.cat([x, end.to(x.dtype)], 1)
 
 
-def test_a_padded_block_through_the_stage(models: dict[str, Checkpoint], tmp_path: Path) -> None:
+def test_a_padded_sequence_through_the_stage(models: dict[str, Checkpoint], tmp_path: Path) -> None:
     """Too little text for one block: the stage counts the real tokens only."""
     text = write_text(tmp_path / "short.jsonl", documents=6)
     data = data_of(text, sequence_length=512)
     config = ProfileConfig(criteria=("minitron",), samples=3, gram_tokens=0)
     found = profile(models["qwen3"], data, tmp_path / "out", config, OPTIONS)
-    blocks = calibration(models["qwen3"], data, 3)
-    assert len(blocks) == 1
-    assert found.info["tokens"] == int(blocks.real.sum()) < 512
-    slow = Slow(models["qwen3"], blocks)
+    sequences = calibration(models["qwen3"], data, 3)
+    assert len(sequences) == 1
+    assert found.info["tokens"] == int(sequences.real.sum()) < 512
+    slow = Slow(models["qwen3"], sequences)
     statistics = load_file(found.folder / STATISTICS)
     for layer in range(3):
         close(
@@ -206,7 +206,7 @@ def test_uniform_weights_and_number_of_tokens(
     close(found.gram("mlp", 1).validate, rows.T @ rows)
 
 
-def test_too_few_blocks_for_grams_and_unknown_criteria_are_refused(
+def test_too_few_sequences_for_grams_and_unknown_criteria_are_refused(
     models: dict[str, Checkpoint], text: Path, tmp_path: Path
 ) -> None:
     config = ProfileConfig(samples=8, gram_tokens=7 * 32)

@@ -158,8 +158,7 @@ def test_gptq_lowers_the_distance(tmp_path: Path, text: Path) -> None:
 
 def test_layers_are_calibrated_on_the_rounded_ones_before(tmp_path: Path, text: Path) -> None:
     """Rounding the second layer by hand, on inputs that come through the rounded first one."""
-    from regrow.data import build_blocks
-    from regrow.data.sequences import held_out
+    from regrow.data.sequences import build_sequences, held_out
     from regrow.stages.quantize.methods.gptq import quantize as by_gptq
 
     checkpoint = tiny(tmp_path, dtype=torch.float32)
@@ -168,7 +167,7 @@ def test_layers_are_calibrated_on_the_rounded_ones_before(tmp_path: Path, text: 
     rounded, model = load(out), checkpoint.model(torch.float32)
     first = [n for n in checkpoint.names() if n.startswith("model.layers.0.")]
     model.load_state_dict({n: rounded.tensor(n) for n in first}, strict=False)
-    blocks = build_blocks(data_of(text), checkpoint.tokenizer(), "calibration", 16)
+    blocks = build_sequences(data_of(text), checkpoint.tokenizer(), "calibration", 16)
     seen: list[Tensor] = []
     name = "model.layers.1.mlp.down_proj"
     model.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0].float()))
@@ -237,7 +236,9 @@ def test_evaluation_opens_quantized_folders(tmp_path: Path, text: Path) -> None:
     out = quantize(
         checkpoint, tmp_path / "out", QuantizeConfig(scheme="int8-dynamic", method="rtn")
     )
-    config = EvaluateConfig(metrics=("size", "perplexity", "kl"), dtype="float32", heldout_blocks=4)
+    config = EvaluateConfig(
+        metrics=("size", "perplexity", "kl"), dtype="float32", heldout_sequences=4
+    )
     place = evaluate({"small": out}, tmp_path / "e", data_of(text), checkpoint, config)
     rows = json.loads((place / "evaluation.json").read_text())["figures"]
     dense, small = ({f["name"]: f["value"] for f in rows[k]} for k in ("teacher", "small"))

@@ -110,7 +110,10 @@ def test_end_to_end_and_again(place: Path, tmp_path: Path, said: Said) -> None:
 
 
 CHANGES: dict[str, tuple[list[Any], set[str]]] = {
-    "evaluate": ([PROFILE, PRUNE, DISTILL, changed(EVALUATE, heldout_blocks=3)], set(STAGES[4:])),
+    "evaluate": (
+        [PROFILE, PRUNE, DISTILL, changed(EVALUATE, heldout_sequences=3)],
+        set(STAGES[4:]),
+    ),
     "distill": ([PROFILE, PRUNE, changed(DISTILL, learning_rate=3e-4), EVALUATE], set(STAGES[3:])),
     "prune": ([PROFILE, changed(PRUNE, intermediate_size=32), DISTILL, EVALUATE], set(STAGES[1:])),
     "profile": ([changed(PROFILE, samples=17), PRUNE, DISTILL, EVALUATE], set(STAGES)),

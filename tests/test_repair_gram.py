@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.config import Options
-from regrow.data import build_blocks
+from regrow.data.sequences import build_sequences
 from regrow.plan import Plan
 from regrow.profile_folder import Gram, Profile
 from regrow.pruning.cut import cut_model
-from regrow.pruning.repair import Job
+from regrow.pruning.repair import RepairSetup
 from regrow.pruning.repair import gram as by_gram
 from regrow.pruning.repair._ridge import RIDGES, Solution
 from regrow.pruning.repair.gram import OneShot, solve
@@ -139,7 +139,7 @@ def profiled(folder: Path, checkpoint: Checkpoint, text: Path) -> Profile:
 def one_shot(
     checkpoint: Checkpoint, found: Profile, plan: Plan, ridges: tuple[float, ...] = RIDGES
 ) -> OneShot:
-    job = Job(checkpoint, families.of(checkpoint), found, plan, Path(), OPTIONS)
+    job = RepairSetup(checkpoint, families.of(checkpoint), found, plan, Path(), OPTIONS)
     return by_gram.repair(job, ridges)
 
 
@@ -186,9 +186,9 @@ def test_readers_of_a_cut_model_are_least_squares_solutions(
     layer, reader = 1, "mlp.down_proj" if dim == "mlp" else "self_attn.o_proj"
     pre_mlp = "pre_feedforward" if "gemma" in name else "post_attention"
     norm = f"{pre_mlp}_layernorm" if dim == "mlp" else "input_layernorm"
-    blocks = build_blocks(data_of(text), checkpoint.tokenizer(), "calibration", 40)
-    fit = [n for n in range(len(blocks)) if n % 8 != 7]
-    batches = [{k: v[fit] for k, v in next(blocks.batches(len(blocks))).items()}]
+    sequences = build_sequences(data_of(text), checkpoint.tokenizer(), "calibration", 40)
+    fit = [n for n in range(len(sequences)) if n % 8 != 7]
+    batches = [{k: v[fit] for k, v in next(sequences.batches(len(sequences))).items()}]
     where = f"model.layers.{layer}."
     seen = Inputs(model, where + reader, where + norm, batches)
     units, width = plan.kept("mlp" if dim == "mlp" else "heads", layer), 1
@@ -235,7 +235,7 @@ def test_a_repaired_model_is_nearer_to_the_dense_one(
     dense = trained.model(torch.float32)
     plan: Plan = random_plan(dense.config.to_dict(), trained.fingerprint, **after)
     repair = one_shot(trained, found, plan)
-    heldout = build_blocks(data_of(text), trained.tokenizer(), "heldout", 20)
+    heldout = build_sequences(data_of(text), trained.tokenizer(), "heldout", 20)
     plain = kl_between(dense, cut_model(dense, plan), heldout)
     repaired = kl_between(dense, cut_model(dense, plan, replace=repair), heldout)
     assert repaired < 0.9 * plain, (plain, repaired)

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 from regrow import families, layerwise
 from regrow.checkpoint import Checkpoint
-from regrow.data import Blocks, build_blocks
+from regrow.data.sequences import Sequences, build_sequences
 from regrow.families import Family
 from regrow.plan import Plan
 from regrow.profile_folder import Profile
 from regrow.pruning.cut import cut_model
-from regrow.pruning.repair import Job, sequential
+from regrow.pruning.repair import RepairSetup, sequential
 from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.stage import profile
 
@@ -45,14 +45,14 @@ def repaired(
     checkpoint: Checkpoint, found: Profile, plan: Plan, work: Path, **given: Any
 ) -> sequential.Sequential:
     how = (given.pop("tokens", 10**6), given.pop("upstream", 1.0))
-    job = Job(checkpoint, families.of(checkpoint), found, plan, work, OPTIONS, *how)
+    job = RepairSetup(checkpoint, families.of(checkpoint), found, plan, work, OPTIONS, *how)
     return sequential.repair(job, **given)
 
 
 class Seen:
     """Inputs of modules of a whole model on all the text [tokens, channels]."""
 
-    def __init__(self, model: PreTrainedModel, names: list[str], blocks: Blocks) -> None:
+    def __init__(self, model: PreTrainedModel, names: list[str], sequences: Sequences) -> None:
         self.of: dict[str, Tensor] = {}
 
         def watch(name: str) -> Callable[..., None]:
@@ -60,7 +60,7 @@ class Seen:
 
         modules = [(name, model.get_submodule(name)) for name in names]
         handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules]
-        given = {"input_ids": blocks.input_ids, "position_ids": blocks.position_ids}
+        given = {"input_ids": sequences.input_ids, "position_ids": sequences.position_ids}
         with torch.no_grad():
             model.base_model(**given, use_cache=False)
         for handle in handles:
@@ -76,14 +76,18 @@ def streams(family: Family, layer: int, layers: int, dim: str, following: int) -
 
 
 @torch.no_grad()
-def slow(checkpoint: Checkpoint, plan: Plan, blocks: Blocks, upstream: float) -> dict[str, Tensor]:
+def slow(
+    checkpoint: Checkpoint, plan: Plan, sequences: Sequences, upstream: float
+) -> dict[str, Tensor]:
     """All new weights, by running both whole models again for each one. One layer is left out:
     the last, whose stream after the MLP no module reads before the final norm."""
     family, dense = families.of(checkpoint), checkpoint.model(torch.float64)
     kept, layers = plan.kept_layers(), plan.before["layers"]
     new: dict[str, Tensor] = {}
-    fit_rows = (torch.arange(len(blocks)) % 8 != 7).repeat_interleave(blocks.input_ids.shape[1])
-    real = blocks.real.flatten()
+    fit_rows = (torch.arange(len(sequences)) % 8 != 7).repeat_interleave(
+        sequences.input_ids.shape[1]
+    )
+    real = sequences.real.flatten()
     hidden = slice(None) if plan.hidden is None else plan.hidden
     for number, layer in enumerate(kept):
         following = [*kept, layers][number + 1]
@@ -95,10 +99,10 @@ def slow(checkpoint: Checkpoint, plan: Plan, blocks: Blocks, upstream: float) ->
             if dim == "mlp" and following == layers:
                 after = family.final_norm.removesuffix(".weight")
             norms = [post.format(layer=layer)] if post else []
-            teacher = Seen(dense, [before, after, *norms], blocks).of
+            teacher = Seen(dense, [before, after, *norms], sequences).of
             reader = template.removesuffix(".weight").format(layer=number)
             own = family.residual[dim].format(layer=number)
-            pupil = Seen(student, [reader, own], blocks).of
+            pupil = Seen(student, [reader, own], sequences).of
             h = teacher[before][:, hidden]
             target = teacher[after][:, hidden] - h + upstream * (h - pupil[own])
             if post:
@@ -138,7 +142,7 @@ def test_each_layer_is_solved_for_what_reaches_it(
     found = profiled(tmp_path / "profile", checkpoint, text)
     model = checkpoint.model(torch.float64)
     plan = random_plan(model.config.to_dict(), checkpoint.fingerprint, **after)
-    expected = slow(checkpoint, plan, Blocks.load(found.blocks_path()), upstream)
+    expected = slow(checkpoint, plan, Sequences.load(found.sequences_path()), upstream)
     got = repaired(checkpoint, found, plan, tmp_path / "work", ridges=(RIDGE,), upstream=upstream)
     assert set(got.solutions) == {key for key in expected if key.endswith("weight")}
     for key, value in expected.items():
@@ -156,7 +160,7 @@ def test_a_repaired_model_is_nearer_to_the_dense_one(
     dense = checkpoint.model(torch.float32)
     plan = random_plan(dense.config.to_dict(), checkpoint.fingerprint, **after)
     new = repaired(checkpoint, found, plan, tmp_path / "work")
-    unseen = build_blocks(data_of(text), checkpoint.tokenizer(), "heldout", 20)
+    unseen = build_sequences(data_of(text), checkpoint.tokenizer(), "heldout", 20)
     plain = kl_between(dense, cut_model(dense, plan), unseen)
     assert kl_between(dense, cut_model(dense, plan, replace=new), unseen) < 0.97 * plain
 
@@ -189,8 +193,8 @@ def test_it_runs_on_the_tokens_it_is_given(tmp_path: Path, text: Path) -> None:
     some = repaired(checkpoint, more, plan, tmp_path / "some", tokens=16 * length)
     same = repaired(checkpoint, fewer, plan, tmp_path / "same")
     other = repaired(checkpoint, more, plan, tmp_path / "all")
-    blocks = [Blocks.load(found.blocks_path()) for found in (more, fewer)]
-    assert torch.equal(blocks[0].input_ids[:16], blocks[1].input_ids)
+    sequences = [Sequences.load(found.sequences_path()) for found in (more, fewer)]
+    assert torch.equal(sequences[0].input_ids[:16], sequences[1].input_ids)
     assert some.solutions == same.solutions != other.solutions
 
 

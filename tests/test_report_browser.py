@@ -68,8 +68,8 @@ def full_run(folder: Path, words: str = "plain words") -> Path:
     add_benchmarks(folder)
     path = folder / "stages" / "04-evaluate" / "evaluation.json"
     path.write_text(path.read_text().replace("arc_easy", json.dumps(words)[1:-1]))
-    signals = {"forward_kl": 1.0, words: 2.0}
-    write_metrics(folder / "metrics.jsonl", "03-distill", signals=signals)
+    feature_losses = {"forward_kl": 1.0, words: 2.0}
+    write_metrics(folder / "metrics.jsonl", "03-distill", feature_losses=feature_losses)
     return folder
 
 

@@ -192,7 +192,9 @@ def test_hostile_text_of_several_runs_stays_text(tmp_path: Path) -> None:
         add_benchmarks(place)
         path = place / "stages" / "04-evaluate" / "evaluation.json"
         path.write_text(path.read_text().replace("arc_easy", json.dumps(HOSTILE)[1:-1]))
-        write_metrics(place / "metrics.jsonl", "03-distill", signals={HOSTILE: 1.0, "a": 2.0})
+        write_metrics(
+            place / "metrics.jsonl", "03-distill", feature_losses={HOSTILE: 1.0, "a": 2.0}
+        )
         made = {"config": {"scheme": HOSTILE}, "figures": [{"name": HOSTILE, "value": 1.0}]}
         write_manifest(place / "stages" / "03-distill", "quantize", **made)
     for run in (places, places[0]):

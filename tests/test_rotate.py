@@ -13,13 +13,13 @@ from torch import Tensor
 
 from regrow import families
 from regrow.checkpoint import Checkpoint
-from regrow.data import build_blocks
+from regrow.data.sequences import build_sequences
 from regrow.errors import UserError
 from regrow.layerwise import Spill
 from regrow.pruning.cut import cut_model
 from regrow.recipe.recipe import Recipe
 from regrow.recipe.recipe import run as run_recipe
-from regrow.stages.rotate.basis import layout, principal, turned, turned_config
+from regrow.stages.rotate.basis import layout, principal, rotated_config, turned
 from regrow.stages.rotate.config import RotateConfig
 from regrow.stages.rotate.stage import rotate, second_moment
 
@@ -50,7 +50,7 @@ def test_same_function(name: str, tied: bool) -> None:
     assert {n: (t.shape, t.dtype) for n, t in new.items()} == {
         n: (t.shape, t.dtype) for n, t in expected.items()
     }
-    other = type(model.config).from_dict(turned_config(config))
+    other = type(model.config).from_dict(rotated_config(config))
     turned_model = type(model).from_pretrained(
         None,
         config=other,
@@ -81,18 +81,18 @@ def test_principal_directions_come_first() -> None:
 def test_second_moment(tmp_path: Path, text: Path) -> None:
     """Against hooks on the whole model, token by token, without padding."""
     checkpoint = write_model(tmp_path / "model", "qwen3", torch.float64)
-    blocks = build_blocks(data_of(text), checkpoint.tokenizer(), "calibration", 5)
-    blocks.real[-1, 20:] = False
-    found = second_moment(checkpoint, blocks, OPTIONS, Spill(tmp_path / "spill"))
+    sequences = build_sequences(data_of(text), checkpoint.tokenizer(), "calibration", 5)
+    sequences.real[-1, 20:] = False
+    found = second_moment(checkpoint, sequences, OPTIONS, Spill(tmp_path / "spill"))
     model, seen = checkpoint.model(torch.float64), list[Tensor]()
     for name, module in model.named_modules():
         if name.endswith(("input_layernorm", "post_attention_layernorm", "model.norm")):
             module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     with torch.no_grad():
-        given = {"input_ids": blocks.input_ids, "position_ids": blocks.position_ids}
+        given = {"input_ids": sequences.input_ids, "position_ids": sequences.position_ids}
         model(**given, use_cache=False)
     assert len(seen) == 7  # 3 layers
-    x = torch.cat([stream[blocks.real] for stream in seen])
+    x = torch.cat([stream[sequences.real] for stream in seen])
     x = x / x.square().mean(-1, keepdim=True).sqrt()
     torch.testing.assert_close(found, x.T @ x / len(x), rtol=1e-6, atol=1e-9)
 
@@ -105,16 +105,16 @@ def test_a_cut_of_rotated_channels_loses_less(tmp_path: Path, text: Path) -> Non
     folder = rotate(dense, data_of(text), tmp_path / "turned", RotateConfig(samples=16), OPTIONS)
     turned_to = Checkpoint(folder)
     assert not turned_to.config["tie_word_embeddings"]
-    blocks = build_blocks(data_of(text), dense.tokenizer(), "heldout", 8)
+    sequences = build_sequences(data_of(text), dense.tokenizer(), "heldout", 8)
     whole = dense.model(torch.float32)
-    assert kl_between(whole, turned_to.model(torch.float32), blocks) < 1e-6
+    assert kl_between(whole, turned_to.model(torch.float32), sequences) < 1e-6
     losses = []
     for checkpoint, hidden in ((turned_to, 30), (dense, 30)):
         plan = random_plan(checkpoint.config, hidden=hidden).model_copy(
             update={"hidden": list(range(hidden))}
         )
         student = cut_model(checkpoint.model(torch.float32), plan)
-        losses.append(kl_between(whole, student, blocks))
+        losses.append(kl_between(whole, student, sequences))
     assert losses[0] < 0.5 * losses[1]
 
 

@@ -37,10 +37,10 @@ def search_in(place: Path, out: Path, config: PruneConfig = KEEP) -> list[dict[s
     return table
 
 
-def kl_at(place: Path, sizes: dict[str, int], blocks: int = 8) -> float:
+def kl_at(place: Path, sizes: dict[str, int], sequences: int = 8) -> float:
     """KL(dense ‖ cut to `sizes`) without repair, the slow way."""
     dense = Checkpoint(place / "model").model(torch.float32)
-    return slow_kl(place, cut_model(dense, chosen(place, **sizes)), blocks)
+    return slow_kl(place, cut_model(dense, chosen(place, **sizes)), sequences)
 
 
 def test_the_search_takes_the_shape_of_lowest_kl(place: Path, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_many_shapes_go_through_rounds(
     assert [row["chosen"] for row in table] == [True, *[False] * (len(table) - 1)]
     last = [row["kl"] for row in by_round[3]]
     assert last == sorted(last)
-    assert table[0]["kl"] == pytest.approx(kl_at(place, table[0]["sizes"], blocks=64), rel=0.02)
+    assert table[0]["kl"] == pytest.approx(kl_at(place, table[0]["sizes"], sequences=64), rel=0.02)
     told = capsys.readouterr().err
     assert "rank correlation of rounds 2 and 3" in told
     assert "dense evaluations of 2,048 tokens" in told
@@ -126,7 +126,7 @@ def test_a_score_that_is_no_number_is_not_chosen(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([float("nan"), 3.0, 1.0, *[2.0] * 9])
-    monkeypatch.setattr(score.Trial, "kl", lambda *_: next(scores))
+    monkeypatch.setattr(score.CutScorer, "kl", lambda *_: next(scores))
     table = search_in(place, tmp_path / "out")
     assert [row["kl"] for row in table if row["chosen"]] == [1.0]
 
@@ -155,9 +155,9 @@ def test_the_cost_that_is_told_is_what_was_read(
     mean_loss = score.mean_loss
 
     def counted(student: Any, batches: Any, *rest: Any) -> float:
-        blocks = sum(len(batch["input_ids"]) for batch in batches)
+        sequences = sum(len(batch["input_ids"]) for batch in batches)
         share = sum(p.numel() for p in student.parameters()) / family.count(parent)
-        read.append(blocks * share)
+        read.append(sequences * share)
         return mean_loss(student, batches, *rest)
 
     monkeypatch.setattr(score, "mean_loss", counted)

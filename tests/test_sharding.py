@@ -16,7 +16,7 @@ import torch.multiprocessing
 from test_distill_ranks import weights
 from test_trainer import error, slow_gradients
 from tiny_distillation import CONFIG, OPTIONS, STEPS, data, held_out, rows_of, write_place
-from tiny_training import MIX, arguments, blocks_of, pair, start_ranks, train
+from tiny_training import MIX, arguments, decoder_layers, pair, start_ranks, train
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
@@ -25,7 +25,7 @@ from regrow.config import Options
 from regrow.errors import UserError
 from regrow.stages.distill.stage import distill
 from regrow.training import sharding
-from regrow.training.callbacks import Pace
+from regrow.training.callbacks import ProgressCallback
 from regrow.training.objective import bind_loss
 from regrow.training.trainer import DistillTrainer
 
@@ -75,7 +75,7 @@ def _work(rank: int, place: str, folder: str) -> None:
             **sharding.training_fields(SHARDED),
         )
         sharding.keep_precision(given)
-        trainer = DistillTrainer(model=student, args=given, train_dataset=blocks_of())
+        trainer = DistillTrainer(model=student, args=given, train_dataset=decoder_layers())
         watch = Watch()
         trainer.add_callback(watch)
         bind_loss(student, teacher, MIX)
@@ -85,16 +85,18 @@ def _work(rank: int, place: str, folder: str) -> None:
         torch.save((watch.gradients, after), Path(folder) / f"{rank}-{tied}.pt")
     where, out = Path(place), Path(folder) / "out"
     job = (where / "pruned", where / "teacher", data(where), out, CONFIG)
-    began = Pace.on_step_begin
+    began = ProgressCallback.on_step_begin
 
-    def stop(self: Pace, args: object, state: Any, control: object, **_: object) -> None:
+    def stop(
+        self: ProgressCallback, args: object, state: Any, control: object, **_: object
+    ) -> None:
         if state.global_step == 6:
             raise KeyboardInterrupt
 
-    Pace.on_step_begin = stop  # type: ignore[method-assign]
+    ProgressCallback.on_step_begin = stop  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         distill(*job, SHARDED)
-    Pace.on_step_begin = began  # type: ignore[method-assign]
+    ProgressCallback.on_step_begin = began  # type: ignore[method-assign]
     del os.environ["ACCELERATE_USE_FSDP"]  # as it would be in a new process
     with pytest.raises(UserError, match="written with sharding fsdp and cannot go on with none"):
         distill(*job, OPTIONS)
@@ -104,7 +106,7 @@ def _work(rank: int, place: str, folder: str) -> None:
 def test_two_processes_with_shares_give_what_one_gives(tmp_path: Path) -> None:
     place = write_place(tmp_path / "place")
     start_ranks(2, _work, str(place), str(tmp_path))
-    exact = {name: value.double() for name, value in slow_gradients(blocks_of()).items()}
+    exact = {name: value.double() for name, value in slow_gradients(decoder_layers()).items()}
     alone, _ = train(tmp_path / "alone", 8, 1)
     for rank in range(2):
         gradients, after = torch.load(tmp_path / f"{rank}-True.pt")
@@ -112,7 +114,7 @@ def test_two_processes_with_shares_give_what_one_gives(tmp_path: Path) -> None:
         for name, parameter in alone.model.named_parameters():
             torch.testing.assert_close(after[name], parameter.detach(), rtol=1e-5, atol=1e-6)
         gradients, _ = torch.load(tmp_path / f"{rank}-False.pt")
-        assert error(gradients, slow_gradients(blocks_of(), tie_word_embeddings=False)) < 1e-5
+        assert error(gradients, slow_gradients(decoder_layers(), tie_word_embeddings=False)) < 1e-5
     one, out = tmp_path / "one", tmp_path / "out"
     distill(place / "pruned", place / "teacher", data(place), one, CONFIG, OPTIONS)
     expected, together = held_out(one), held_out(out)

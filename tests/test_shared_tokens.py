@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from transformers import AddedToken, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from regrow.checkpoint import Checkpoint
-from regrow.data import Blocks, build_blocks
+from regrow.data.sequences import Sequences, build_sequences
 from regrow.errors import UserError
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import distill
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import bind_loss
 from regrow.training.shared_tokens import NONE, check_text, common_ids, same_rules, teacher_ids
 from regrow.training.teacher import Teacher
 
-MIX = Mix({"forward_kl": 0.7, "cross_entropy": 0.3})
-CONFIG = DistillConfig(tokens=512, batch_tokens=128, eval_tokens=256, heldout_blocks=4)
+MIX = LossWeights({"forward_kl": 0.7, "cross_entropy": 0.3})
+CONFIG = DistillConfig(tokens=512, batch_tokens=128, eval_tokens=256, heldout_sequences=4)
 
 
 def added(*tokens: str) -> PreTrainedTokenizerFast:
@@ -147,8 +147,8 @@ def test_loss_gradient_and_lost_mass_in_float64(place: Path) -> None:
     ids_V = teacher_ids(student, teacher)
     assert ids_V is not None
     ours, theirs = student.model(torch.float64), teacher.model(torch.float64)
-    blocks = build_blocks(data_of(place / "text.jsonl"), student.tokenizer(), "heldout", 4)
-    batch = next(blocks.batches(4))
+    sequences = build_sequences(data_of(place / "text.jsonl"), student.tokenizer(), "heldout", 4)
+    batch = next(sequences.batches(4))
     weights = [weight for weight in ours.parameters() if weight.requires_grad]
     expected, lost = slow_loss(ours, theirs, batch, ids_V)
     gradients = torch.autograd.grad(expected, weights)
@@ -158,7 +158,7 @@ def test_loss_gradient_and_lost_mass_in_float64(place: Path) -> None:
     torch.testing.assert_close(found["loss"], expected, rtol=1e-10, atol=0)
     for one, other in zip(torch.autograd.grad(found["loss"], weights), gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
-    share = master.mass_outside(blocks, 2)
+    share = master.mass_outside(sequences, 2)
     assert share == pytest.approx(float(lost) / int(found["tokens"]), rel=1e-10)
     assert share > 1e-7
 
@@ -174,7 +174,7 @@ def test_padding_is_no_part_of_the_distribution() -> None:
     for student, teacher in ((model, padded), (padded, model), (padded, padded)):
         master = Teacher(teacher, size=384)
         assert len(master.head.weight_VH) == 384
-        undo = bind_loss(student, master, Mix({"forward_kl": 1.0}))
+        undo = bind_loss(student, master, LossWeights({"forward_kl": 1.0}))
         assert float(student(**batch)["loss"].detach()) == 0.0
         undo()
     # A teacher without padding in its rows is the whole of it.
@@ -183,15 +183,15 @@ def test_padding_is_no_part_of_the_distribution() -> None:
 
 def test_text_that_a_model_cannot_read_is_refused() -> None:
     ids = torch.tensor([[5, 6, 384, 7]])
-    blocks = Blocks(ids, torch.arange(4)[None], ids, torch.ones_like(ids, dtype=torch.bool))
+    sequences = Sequences(ids, torch.arange(4)[None], ids, torch.ones_like(ids, dtype=torch.bool))
     tokenizer = added("<|mine|>")
-    check_text(blocks, tokenizer, (385, 385), None)
+    check_text(sequences, tokenizer, (385, 385), None)
     for rows in ((384, 400), (400, 384)):
         with pytest.raises(UserError, match=r"token 384 \(.*mine.*\), which an embedding of 384"):
-            check_text(blocks, tokenizer, rows, None)
+            check_text(sequences, tokenizer, rows, None)
     ids_V = common_ids(tokenizer, tiny_tokenizer(), 384)
     with pytest.raises(UserError, match="which the teacher's tokenizer lacks"):
-        check_text(blocks, tokenizer, (400, 384), ids_V)
+        check_text(sequences, tokenizer, (400, 384), ids_V)
 
 
 def test_a_run_says_what_is_lost(

@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from regrow.data.documents import Document
-from regrow.data.sequences import IGNORED, Blocks, Packer
+from regrow.data.sequences import IGNORED, Packer, Sequences
 from regrow.errors import UserError
 from regrow.training.cross_tokenizer.align import Aligner, Span, token_bytes
 from regrow.training.cross_tokenizer.loss import log_probabilities, span_loss
-from regrow.training.cross_tokenizer.teacher import SpanTeacher
+from regrow.training.cross_tokenizer.teacher import CrossTokenizerTeacher
 from regrow.training.head import Head, head_loss
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
 
@@ -105,7 +105,7 @@ def test_spans_hold_the_same_text_and_are_the_shortest(
 
 
 @pytest.mark.parametrize(("begin", "end"), [(1, 0), (2, 0), (0, 1), (0, 2), (1, 1)])
-def test_a_block_may_begin_and_end_inside_a_character(begin: int, end: int) -> None:
+def test_a_sequence_may_begin_and_end_inside_a_character(begin: int, end: int) -> None:
     student, teacher = tiny_tokenizer(260), tiny_tokenizer(384)  # the first has bytes alone
     ids = student("日 the model is pruned 本")["input_ids"]
     ids = ids[begin : len(ids) - end]
@@ -121,26 +121,31 @@ def test_a_block_may_begin_and_end_inside_a_character(begin: int, end: int) -> N
     assert held == expected.encode()
 
 
-def block_of(tokenizer: PreTrainedTokenizerBase, length: int = 48, seed: int = 0) -> Blocks:
+def block_of(tokenizer: PreTrainedTokenizerBase, length: int = 48, seed: int = 0) -> Sequences:
     """Two rows of packed documents; prompts and single tokens here and there are not scored."""
     packer = Packer(length, tokenizer.pad_token_id or 0)
     draw = torch.Generator().manual_seed(seed)
     for text in [*SENTENCES, "naïve 日本語 🙂"]:
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
         packer.add(Document(ids, (torch.rand(len(ids), generator=draw) < 0.8).tolist()))
-    return packer.blocks(2)
+    return packer.sequences(2)
 
 
 def slow_outputs(
-    student: Any, teacher: Any, aligner: Aligner, blocks: Blocks, temperature: float, name: str
+    student: Any,
+    teacher: Any,
+    aligner: Aligner,
+    sequences: Sequences,
+    temperature: float,
+    name: str,
 ) -> Tensor:
     """Document by document, each alone in both models, whole logits, one span after the other."""
     total = torch.zeros((), dtype=torch.float64)
-    for row in range(len(blocks)):
-        starts = (blocks.position_ids[row] == 0).nonzero().squeeze(-1).tolist()
-        for begin, end in pairwise([*starts, blocks.input_ids.shape[1]]):
-            ids = blocks.input_ids[row, begin:end]
-            scored = (blocks.labels[row, begin:end] != IGNORED).tolist()
+    for row in range(len(sequences)):
+        starts = (sequences.position_ids[row] == 0).nonzero().squeeze(-1).tolist()
+        for begin, end in pairwise([*starts, sequences.input_ids.shape[1]]):
+            ids = sequences.input_ids[row, begin:end]
+            scored = (sequences.labels[row, begin:end] != IGNORED).tolist()
             found = aligner.align(ids.tolist())
             assert found is not None
             theirs = torch.tensor(found[0])
@@ -172,13 +177,13 @@ def test_loss_and_gradients_in_float64(name: str, temperature: float) -> None:
     for model in (student, teacher):  # likely enough that 1 − p by itself is exact
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(0.02)
-    blocks, aligner = block_of(one), Aligner(one, other)
-    batch = next(blocks.batches(2))
+    sequences, aligner = block_of(one), Aligner(one, other)
+    batch = next(sequences.batches(2))
     weights = list(student.parameters())
-    expected = slow_outputs(student, teacher, aligner, blocks, temperature, name)
+    expected = slow_outputs(student, teacher, aligner, sequences, temperature, name)
     gradients = torch.autograd.grad(expected, weights)
-    mix = Mix({name: 1.0}, 1.0, BETA, SKEW)
-    undo = bind_loss(student, SpanTeacher(Teacher(teacher), aligner, temperature), mix)
+    mix = LossWeights({name: 1.0}, 1.0, BETA, SKEW)
+    undo = bind_loss(student, CrossTokenizerTeacher(Teacher(teacher), aligner, temperature), mix)
     found = student.train()(**{k: batch[k] for k in ("input_ids", "position_ids", "labels")})
     undo()
     torch.testing.assert_close(found["loss"], expected, rtol=1e-7, atol=0)
@@ -191,14 +196,14 @@ def test_loss_and_gradients_in_float64(name: str, temperature: float) -> None:
 def test_zero_for_the_teacher_itself_and_cross_entropy_beside_it() -> None:
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", torch.float64, seed=1)
-    blocks = block_of(tokenizer)
-    batch = next(blocks.batches(2))
+    sequences = block_of(tokenizer)
+    batch = next(sequences.batches(2))
     given = {k: batch[k] for k in ("input_ids", "position_ids", "labels")}
-    spans = SpanTeacher(Teacher(model), Aligner(tokenizer, tokenizer), 100.0)
-    undo = bind_loss(model, spans, Mix({"forward_kl": 1.0, "cross_entropy": 0.5}))
+    spans = CrossTokenizerTeacher(Teacher(model), Aligner(tokenizer, tokenizer), 100.0)
+    undo = bind_loss(model, spans, LossWeights({"forward_kl": 1.0, "cross_entropy": 0.5}))
     found = model(**given)
     undo()
-    undo = bind_loss(model, None, Mix({"cross_entropy": 1.0}))
+    undo = bind_loss(model, None, LossWeights({"cross_entropy": 1.0}))
     plain = float(model(**given)["loss"].detach())
     undo()
     assert float(found["parts"]["span_forward_kl"]) == 0.0
@@ -206,7 +211,7 @@ def test_zero_for_the_teacher_itself_and_cross_entropy_beside_it() -> None:
     # The same tokens: every scored one is a span of its own.
     assert int(found["parts"]["in_spans"]) == int(found["tokens"])
     # In eval mode the span KL comes first, whatever teaches.
-    bind_loss(model, spans, Mix({"cross_entropy": 1.0}))
+    bind_loss(model, spans, LossWeights({"cross_entropy": 1.0}))
     assert next(iter(model.eval()(**given)["parts"])) == "span_forward_kl"
 
 
@@ -215,8 +220,10 @@ def test_nothing_scored_is_a_zero_with_a_graph() -> None:
     model = tiny_model("llama", torch.float32, seed=1)
     batch = next(block_of(tokenizer).batches(2))
     given = {k: batch[k] for k in ("input_ids", "position_ids")}
-    spans = SpanTeacher(Teacher(tiny_model("llama", seed=2)), Aligner(tokenizer, tokenizer), 100.0)
-    bind_loss(model, spans, Mix({"forward_kl": 1.0}))
+    spans = CrossTokenizerTeacher(
+        Teacher(tiny_model("llama", seed=2)), Aligner(tokenizer, tokenizer), 100.0
+    )
+    bind_loss(model, spans, LossWeights({"forward_kl": 1.0}))
     loss = model.train()(**given, labels=torch.full_like(batch["labels"], IGNORED))["loss"]
     loss.backward()
     assert float(loss.detach()) == 0.0
@@ -240,7 +247,9 @@ def test_log_probabilities_in_chunks(cap: float | None) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         own = torch.autograd.grad((found * scale).sum(), (hidden, weight))
         torch.testing.assert_close(own, gradients, rtol=1e-11, atol=1e-12)
-    ce, _ = head_loss(hidden, Head(weight[:size], cap), targets, Mix({"cross_entropy": 1.0}))
+    ce, _ = head_loss(
+        hidden, Head(weight[:size], cap), targets, LossWeights({"cross_entropy": 1.0})
+    )
     torch.testing.assert_close(-expected.sum(), ce)
 
 
@@ -259,7 +268,7 @@ def test_far_and_certain_spans_stay_finite() -> None:
     ours = torch.tensor([0.0, -1e-30, -1e-9, -700.0, 0.0], dtype=torch.float64, requires_grad=True)
     theirs = torch.tensor([0.0, -5.0, -1e-9, -1.0, -700.0], dtype=torch.float64)
     for name in DIVERGENCES:
-        loss, _ = span_loss(ours, theirs, Mix({name: 1.0}, 1.0, BETA, SKEW), 100.0)
+        loss, _ = span_loss(ours, theirs, LossWeights({name: 1.0}, 1.0, BETA, SKEW), 100.0)
         (slope,) = torch.autograd.grad(loss, ours)
         assert math.isfinite(float(loss.detach())), name
         assert bool(slope.isfinite().all()), name
@@ -270,12 +279,12 @@ def test_refusals() -> None:
     other = tiny_tokenizer_of("byte fallback")
     ids = torch.tensor([chat("<|im_start|>user\nHello there!<|im_end|>")["input_ids"]])
     positions = torch.arange(ids.shape[1])[None]
-    blocks = Blocks(ids, positions, ids, torch.ones_like(ids, dtype=torch.bool))
+    sequences = Sequences(ids, positions, ids, torch.ones_like(ids, dtype=torch.bool))
     with pytest.raises(UserError, match=r"special token '<\|im_start\|>', which the teacher"):
-        Aligner(chat, other).check_specials(blocks)
+        Aligner(chat, other).check_specials(sequences)
     marked = Aligner(chat, tiny_tokenizer(300))  # it has the same marks
-    marked.check_specials(blocks)
-    assert marked.coverage(blocks) > 0.5
+    marked.check_specials(sequences)
+    assert marked.coverage(sequences) > 0.5
     plain = block_of(chat)
     plain.labels[:] = IGNORED
     with pytest.raises(UserError, match="no text comes back unchanged"):

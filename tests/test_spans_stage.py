@@ -15,15 +15,15 @@ from transformers import AutoModelForCausalLM
 from regrow.checkpoint import Checkpoint
 from regrow.cli.main import main
 from regrow.config import Options
-from regrow.data import build_blocks
+from regrow.data.sequences import build_sequences
 from regrow.errors import UserError
 from regrow.recipe.recipe import Recipe, run
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.cross_tokenizer import aligner_of
 from regrow.stages.distill.stage import distill
 from regrow.training.cross_tokenizer.align import Aligner
-from regrow.training.cross_tokenizer.teacher import SpanTeacher
-from regrow.training.loss_weights import Mix
+from regrow.training.cross_tokenizer.teacher import CrossTokenizerTeacher
+from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
 
@@ -31,7 +31,7 @@ CONFIG = DistillConfig(
     tokens=1024,
     batch_tokens=128,
     eval_tokens=512,
-    heldout_blocks=4,
+    heldout_sequences=4,
     learning_rate=3e-3,
     cross_tokenizer="spans",
 )
@@ -60,13 +60,13 @@ def trained(place: Path) -> Path:
 def span_kl(folder: Path, place: Path) -> float:
     """The held-out figure in float32, by the loss itself (held to a slow one in test_spans)."""
     student, teacher = Checkpoint(folder), Checkpoint(place / "teacher")
-    blocks = build_blocks(data_of(place / "text.jsonl"), student.tokenizer(), "heldout", 4)
-    batch = next(blocks.batches(4))
+    sequences = build_sequences(data_of(place / "text.jsonl"), student.tokenizer(), "heldout", 4)
+    batch = next(sequences.batches(4))
     size = len(teacher.tokenizer())
     aligner = Aligner(student.tokenizer(), teacher.tokenizer())
-    spans = SpanTeacher(Teacher(teacher.model(torch.float32), size=size), aligner, 100.0)
+    spans = CrossTokenizerTeacher(Teacher(teacher.model(torch.float32), size=size), aligner, 100.0)
     model = student.model(torch.float32)
-    bind_loss(model, spans, Mix({"forward_kl": 1.0}))
+    bind_loss(model, spans, LossWeights({"forward_kl": 1.0}))
     with torch.no_grad():
         found = model(**{k: batch[k] for k in ("input_ids", "position_ids", "labels")})
     return float(found["loss"]) / int(found["tokens"])
@@ -97,14 +97,14 @@ def test_text_alone_teaches_and_the_span_kl_chooses(
 ) -> None:
     """Sequence level: a training step runs no teacher, held-out text is measured against it."""
     modes: list[bool] = []
-    compare = SpanTeacher._compare
+    compare = CrossTokenizerTeacher._compare
 
-    def watched(self: SpanTeacher, *given: Any) -> Any:
+    def watched(self: CrossTokenizerTeacher, *given: Any) -> Any:
         modes.append(torch.is_grad_enabled())
         return compare(self, *given)
 
-    monkeypatch.setattr(SpanTeacher, "_compare", watched)
-    update = {"losses": {"cross_entropy": 1.0}, "tokens": 256, "heldout_blocks": 2}
+    monkeypatch.setattr(CrossTokenizerTeacher, "_compare", watched)
+    update = {"losses": {"cross_entropy": 1.0}, "tokens": 256, "heldout_sequences": 2}
     config = CONFIG.model_copy(update=update)
     data = data_of(place / "text.jsonl")
     out = distill(place / "student", place / "teacher", data, tmp_path / "out", config, OPTIONS)
@@ -114,7 +114,7 @@ def test_text_alone_teaches_and_the_span_kl_chooses(
 
 
 def test_in_a_recipe_with_cross_entropy(place: Path, tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"tokens": 256, "batch_tokens": 128, "heldout_blocks": 2}
+    fields: dict[str, Any] = {"tokens": 256, "batch_tokens": 128, "heldout_sequences": 2}
     fields |= {"teacher": str(place / "teacher"), "cross_tokenizer": "spans"}
     fields["losses"] = {"jsd": 1.0, "cross_entropy": 0.1}
     data = data_of(place / "text.jsonl")
@@ -141,7 +141,7 @@ def test_tokens_are_compared_where_they_can_be(place: Path) -> None:
     ("fields", "said"),
     [
         ({"cache": "x"}, "cache holds what the teacher says of its own tokens"),
-        ({"signals": {"hidden": 1.0}}, "signals compare states at the same tokens"),
+        ({"feature_losses": {"hidden": 1.0}}, "feature losses compare states at the same tokens"),
         ({"blend": {"x": 0.5}}, "blend mixes distributions over the same tokens"),
         ({"temperature": 2.0}, "set it to 1, and span_temperature instead"),
     ],

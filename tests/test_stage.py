@@ -124,7 +124,7 @@ def test_a_new_stage_is_one_folder(
 
     config = stage.find("note").config(words="by function")
     assert regrow.note(model, tmp_path / "third", config) == tmp_path / "third"
+    fields["stages"] = [{"note": {"words": ""}}]
+    recipe.write_text(yaml.safe_dump(fields))
     with pytest.raises(regrow.UserError, match=r"stages\.0\.note: words is empty"):
-        fields["stages"] = [{"note": {"words": ""}}]
-        recipe.write_text(yaml.safe_dump(fields))
         regrow.run(recipe, tmp_path / "refused")

@@ -44,9 +44,9 @@ def test_a_mix_by_hand() -> None:
     assert formats.layers_with_more(8) == len(more) == 4
     four = 2 * hidden * hidden + kv * hidden + 2 * hidden * mlp  # q, o, k, gate, up
     mixed = kv * hidden + hidden * mlp  # v, down
-    blocks = 8 * four * 144 + (4 * 144 + 4 * 210) * mixed + 1000 * hidden * 210
+    sequences = 8 * four * 144 + (4 * 144 + 4 * 210) * mixed + 1000 * hidden * 210
     norms = 4 * (2 * 8 + 1) * hidden
-    assert cost.file_bytes(LLAMA, config, "q4_k_m") == blocks // 256 + norms
+    assert cost.file_bytes(LLAMA, config, "q4_k_m") == sequences // 256 + norms
     assert cost.fallbacks(LLAMA, config, "q4_k_m") == []
 
 

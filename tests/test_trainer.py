@@ -14,7 +14,7 @@ from tiny_training import (
     MIX,
     T,
     arguments,
-    blocks_of,
+    decoder_layers,
     pair,
     start_ranks,
     train,
@@ -23,23 +23,24 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from regrow.data import Blocks
-from regrow.data.sequences import IGNORED
+from regrow.data.sequences import IGNORED, Sequences
 from regrow.errors import UserError
 from regrow.runtime.progress import Progress
 from regrow.training import objective
-from regrow.training.callbacks import Journal, Pace
-from regrow.training.loss_weights import Mix
+from regrow.training.callbacks import MetricsWriter, ProgressCallback
+from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import bind_loss
 from regrow.training.trainer import DistillTrainer
 
 
-def slow_gradients(blocks: Blocks, mix: Mix = MIX, **overrides: Any) -> dict[str, Tensor]:
+def slow_gradients(
+    sequences: Sequences, mix: LossWeights = MIX, **overrides: Any
+) -> dict[str, Tensor]:
     """∂/∂weights of Σ loss ÷ scored tokens in float64: each document alone, full logits."""
     student, teacher = pair(torch.float64, **overrides)
     total, count = torch.zeros((), dtype=torch.float64), 0
     for ids, positions, labels in zip(
-        blocks.input_ids, blocks.position_ids, blocks.labels, strict=True
+        sequences.input_ids, sequences.position_ids, sequences.labels, strict=True
     ):
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
         for begin, end in pairwise(starts):
@@ -76,7 +77,7 @@ def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 @pytest.fixture(scope="module")
 def exact() -> dict[str, Tensor]:
-    return {name: value.double() for name, value in slow_gradients(blocks_of()).items()}
+    return {name: value.double() for name, value in slow_gradients(decoder_layers()).items()}
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (4, 2), (2, 4), (1, 8)])
@@ -92,7 +93,7 @@ def test_logged_loss_is_the_mean_per_scored_token(tmp_path: Path) -> None:
     student, teacher = pair(torch.float64)
     student.train()  # in eval mode it would be measured at temperature 1
     undo = bind_loss(student, teacher, MIX)
-    batch = next(iter(blocks_of().batches(8)))
+    batch = next(iter(decoder_layers().batches(8)))
     with torch.no_grad():
         outputs = student(**batch)
     undo()
@@ -102,11 +103,11 @@ def test_logged_loss_is_the_mean_per_scored_token(tmp_path: Path) -> None:
 
 def _train_share(rank: int, folder: str, share: str) -> None:
     """One rank's share of the same step, by every split into micro-batches."""
-    blocks, accumulation = int(share), 1
-    while accumulation <= blocks:
+    sequences, accumulation = int(share), 1
+    while accumulation <= sequences:
         name = f"{rank}-{accumulation}"
         trainer, watch = train(
-            Path(folder) / name, blocks // accumulation, accumulation, ddp_backend="gloo"
+            Path(folder) / name, sequences // accumulation, accumulation, ddp_backend="gloo"
         )
         weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
         torch.save((watch.gradients, weights), Path(folder) / f"{name}.pt")
@@ -132,18 +133,18 @@ def test_checkpointed_activations_give_the_gradient_and_leave_the_head_alone(
     tmp_path: Path, exact: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = {"head": 0, "block": 0}
-    loss, block = objective.head_loss, LlamaMLP.forward
+    loss, sequence = objective.head_loss, LlamaMLP.forward
 
     def counted_loss(*given: Any, **named: Any) -> Any:
         runs["head"] += 1
         return loss(*given, **named)
 
-    def counted_block(self: LlamaMLP, x: Tensor) -> Tensor:
+    def counted_sequence(self: LlamaMLP, x: Tensor) -> Tensor:
         runs["block"] += self.training
-        return block(self, x)
+        return sequence(self, x)
 
     monkeypatch.setattr(objective, "head_loss", counted_loss)
-    monkeypatch.setattr(LlamaMLP, "forward", counted_block)
+    monkeypatch.setattr(LlamaMLP, "forward", counted_sequence)
     fields = {"activation_checkpointing_kwargs": {"use_reentrant": False}}
     _, watch = train(tmp_path, 4, 2, activation_checkpointing=True, **fields)
     assert error(watch.gradients, exact) < 1e-5
@@ -153,14 +154,16 @@ def test_checkpointed_activations_give_the_gradient_and_leave_the_head_alone(
 def test_held_out_figures_are_means_over_all_scored_tokens(tmp_path: Path) -> None:
     """Not means of batch means: 5 blocks in batches of 2, with unequal numbers of tokens."""
     student, teacher = pair(torch.float64)
-    blocks = blocks_of(5, seed=4)
+    sequences = decoder_layers(5, seed=4)
     trainer = DistillTrainer(
-        model=student, args=arguments(tmp_path, per_device_eval_batch_size=2), eval_dataset=blocks
+        model=student,
+        args=arguments(tmp_path, per_device_eval_batch_size=2),
+        eval_dataset=sequences,
     )
-    undo = bind_loss(student, teacher, Mix(MIX.weights))
+    undo = bind_loss(student, teacher, LossWeights(MIX.weights))
     metrics = trainer.evaluate()
     with torch.no_grad():
-        outputs = student(**next(blocks.batches(5)))
+        outputs = student(**next(sequences.batches(5)))
     undo()
     for name, part in outputs["parts"].items():
         assert metrics[f"eval_{name}"] == pytest.approx(float(part / outputs["tokens"]), rel=1e-9)
@@ -172,15 +175,15 @@ def test_the_forward_kl_is_measured_when_it_does_not_teach(
 ) -> None:
     """By evaluation alone: no step computes it, nor runs a teacher that nothing reads."""
     student, teacher = pair(torch.float64)
-    batch = next(blocks_of(5, seed=4).batches(5))
+    batch = next(decoder_layers(5, seed=4).batches(5))
     trainer = DistillTrainer(
-        model=student, args=arguments(tmp_path), eval_dataset=blocks_of(5, seed=4)
+        model=student, args=arguments(tmp_path), eval_dataset=decoder_layers(5, seed=4)
     )
-    bind_loss(student, teacher, Mix({"forward_kl": 1.0}))
+    bind_loss(student, teacher, LossWeights({"forward_kl": 1.0}))
     expected = trainer.evaluate()
-    bind_loss(student, teacher, Mix({"forward_kl": 1.0}, temperature=3.0))
+    bind_loss(student, teacher, LossWeights({"forward_kl": 1.0}, temperature=3.0))
     assert trainer.evaluate() == expected  # the true KL, whatever softens it in training
-    undo = bind_loss(student, teacher, Mix(weights))
+    undo = bind_loss(student, teacher, LossWeights(weights))
     found = trainer.evaluate()
     assert list(found) == ["eval_forward_kl", *(f"eval_{name}" for name in weights)]
     assert found["eval_forward_kl"] == pytest.approx(expected["eval_forward_kl"], rel=1e-12)
@@ -205,13 +208,13 @@ def test_journal_has_a_row_for_each_step(tmp_path: Path) -> None:
             eval_steps=2,
             per_device_train_batch_size=2,
         ),
-        train_dataset=blocks_of(),
-        eval_dataset=blocks_of(4, seed=9),
+        train_dataset=decoder_layers(),
+        eval_dataset=decoder_layers(4, seed=9),
     )
     journal = tmp_path / "metrics.jsonl"
-    trainer.add_callback(Journal((journal,), "03-distill", 2 * T))
+    trainer.add_callback(MetricsWriter((journal,), "03-distill", 2 * T))
     progress = Progress("distill", 4 * 2 * T, "tokens")
-    trainer.add_callback(Pace(2 * T, progress))
+    trainer.add_callback(ProgressCallback(2 * T, progress))
     bind_loss(student, teacher, MIX)
     trainer.train()
     rows = [json.loads(line) for line in journal.read_text().splitlines()]
@@ -236,10 +239,10 @@ def test_journal_drops_what_is_done_again(tmp_path: Path) -> None:
     trainer = DistillTrainer(
         model=student,
         args=arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_on_start=True),
-        train_dataset=blocks_of(),
-        eval_dataset=blocks_of(4),
+        train_dataset=decoder_layers(),
+        eval_dataset=decoder_layers(4),
     )
-    trainer.add_callback(Journal((journal,), "x", T))
+    trainer.add_callback(MetricsWriter((journal,), "x", T))
     bind_loss(student, teacher, MIX)
     trainer.train()
     rows = [json.loads(line) for line in journal.read_text().splitlines()]
@@ -253,7 +256,7 @@ def test_journal_drops_what_is_done_again(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_names_the_step(tmp_path: Path) -> None:
     student, teacher = pair()
     trainer = DistillTrainer(
-        model=student, args=arguments(tmp_path, max_steps=3), train_dataset=blocks_of()
+        model=student, args=arguments(tmp_path, max_steps=3), train_dataset=decoder_layers()
     )
 
     class Spoil(TrainerCallback):

@@ -16,13 +16,13 @@ from tiny_training import (
     T,
     Watch,
     arguments,
-    blocks_of,
+    decoder_layers,
     pair,
     train,
 )
 
 from regrow.data.sequences import IGNORED
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import final_hidden
 from regrow.training.trainer import DistillTrainer
@@ -34,7 +34,7 @@ def test_position_t_is_scored_by_label_t_plus_1() -> None:
     labels = torch.full_like(ids, IGNORED)
     labels[0, 6] = 77
     log_q, log_p = (m(ids).logits[0, 5].log_softmax(-1) for m in (student, teacher.model))
-    bind_loss(student, teacher, Mix({"forward_kl": 1.0, "cross_entropy": 0.0}))
+    bind_loss(student, teacher, LossWeights({"forward_kl": 1.0, "cross_entropy": 0.0}))
     outputs = student(input_ids=ids, position_ids=torch.arange(9)[None], labels=labels)
     assert int(outputs["tokens"]) == 1
     kl = (log_p.exp() * (log_p - log_q)).sum()
@@ -46,9 +46,9 @@ def test_padding_and_prompts_count_for_nothing() -> None:
     """A padded block with a prompt gives what its answer alone gives, and no gradient beyond."""
     student, teacher = pair(torch.float64)
     bind_loss(student, teacher, MIX)
-    block = blocks_of(3).select(range(2, 3))
-    once = student(**next(block.batches(1)))
-    padded = {name: torch.cat([x, x], 1) for name, x in next(block.batches(1)).items()}
+    sequence = decoder_layers(3).select(range(2, 3))
+    once = student(**next(sequence.batches(1)))
+    padded = {name: torch.cat([x, x], 1) for name, x in next(sequence.batches(1)).items()}
     padded["labels"][:, T:] = IGNORED
     padded["position_ids"][:, T:] = torch.arange(T)
     twice = student(**padded)
@@ -62,24 +62,24 @@ def test_padding_and_prompts_count_for_nothing() -> None:
 def test_packed_documents_do_not_see_each_other(model_type: str) -> None:
     """Hidden states of a packed block are those of each document alone."""
     model = tiny_model(model_type, torch.float64)
-    blocks = blocks_of(2, length=40)
+    sequences = decoder_layers(2, length=40)
     with torch.no_grad():
-        packed = final_hidden(model, next(blocks.batches(2)))
+        packed = final_hidden(model, next(sequences.batches(2)))
         for row in range(2):
-            starts = [*(blocks.position_ids[row] == 0).nonzero().flatten().tolist(), 40]
+            starts = [*(sequences.position_ids[row] == 0).nonzero().flatten().tolist(), 40]
             for begin, end in pairwise(starts):
                 alone = model.base_model(
-                    blocks.input_ids[row : row + 1, begin:end], use_cache=False
+                    sequences.input_ids[row : row + 1, begin:end], use_cache=False
                 )
                 expected = alone.last_hidden_state[0, : min(end, 39) - begin]
                 torch.testing.assert_close(packed[row, begin:end], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_batch_with_nothing_to_score_gives_zero(tmp_path: Path) -> None:
-    blocks = blocks_of()
-    blocks.labels[:] = IGNORED
+    sequences = decoder_layers()
+    sequences.labels[:] = IGNORED
     before = {name: p.clone() for name, p in pair()[0].named_parameters()}
-    trainer, watch = train(tmp_path, 4, 2, blocks)
+    trainer, watch = train(tmp_path, 4, 2, sequences)
     assert trainer.state.log_history[0]["loss"] == 0.0
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name])
@@ -93,7 +93,7 @@ def test_the_teacher_stays_out(tmp_path: Path) -> None:
     trainer = DistillTrainer(
         model=student,
         args=arguments(tmp_path, save_strategy="steps", save_steps=1),
-        train_dataset=blocks_of(),
+        train_dataset=decoder_layers(),
     )
     undo = bind_loss(student, teacher, MIX)
     trainer.train()
@@ -112,7 +112,7 @@ def test_the_teacher_stays_out(tmp_path: Path) -> None:
     assert weights <= written.stat().st_size < weights + 10_000
     teacher.model.train()
     with pytest.raises(AssertionError, match="eval mode"):
-        teacher.hidden(next(blocks_of().batches(1)))
+        teacher.hidden(next(decoder_layers().batches(1)))
 
 
 def test_bfloat16_compute_over_float32_master_weights(tmp_path: Path) -> None:
@@ -121,7 +121,9 @@ def test_bfloat16_compute_over_float32_master_weights(tmp_path: Path) -> None:
     layer: Any = student.get_submodule("model.layers.0.mlp.down_proj")
     layer.register_forward_hook(lambda module, inputs, output: computed.add(output.dtype))
     trainer = DistillTrainer(
-        model=student, args=arguments(tmp_path, bf16=True, max_steps=2), train_dataset=blocks_of()
+        model=student,
+        args=arguments(tmp_path, bf16=True, max_steps=2),
+        train_dataset=decoder_layers(),
     )
     watch = Watch()
     trainer.add_callback(watch)
@@ -136,7 +138,7 @@ def largest_of_step(rows: int, vocabulary: int) -> tuple[int, torch.Size]:
     """Elements of the largest tensor of a whole step, beside weights, gradients and optimizer."""
     student, teacher = pair(vocab_size=vocabulary)
     optimizer = torch.optim.AdamW(student.parameters())
-    batch = next(blocks_of(rows, 64, vocabulary=vocabulary).batches(rows))
+    batch = next(decoder_layers(rows, 64, vocabulary=vocabulary).batches(rows))
     batch["labels"] = batch["input_ids"].clone()
     bind_loss(student, teacher, MIX)
     shapes = {p.shape for model in (student, teacher.model) for p in model.parameters()}

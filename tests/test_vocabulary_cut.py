@@ -19,14 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.config import Options
-from regrow.data import build_blocks
-from regrow.data.sequences import Job, blend
+from regrow.data.sequences import BuildContext, blend, build_sequences
 from regrow.errors import UserError
 from regrow.plan import Plan, compose
 from regrow.profile_folder import Profile
 from regrow.pruning.config import PruneConfig
 from regrow.pruning.cut import check, cut_folder, cut_model
-from regrow.search.score import Trial
+from regrow.search.score import CutScorer
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import distill
 from regrow.stages.evaluate.config import EvaluateConfig
@@ -36,7 +35,7 @@ from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.passes import count_tokens
 from regrow.stages.profile.stage import profile
 from regrow.stages.prune.stage import prune
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import bind_loss
 from regrow.training.shared_tokens import teacher_ids
 from regrow.training.teacher import Teacher
@@ -134,7 +133,7 @@ def test_tokens_are_counted_over_the_whole_split(place: Path) -> None:
     """Against counting documents one by one; more than the profiled blocks, and none twice."""
     data, tokenizer = data_of(place / "text.jsonl"), tiny_tokenizer()
     every = Counter[int]()
-    for document in blend(Job(data, tokenizer, "calibration", None)):
+    for document in blend(BuildContext(data, tokenizer, "calibration", None)):
         every.update(document.ids)
     scores = Profile(place / "profile").scores("token_count", "vocab")["all"]
     assert scores.tolist() == [every[i] for i in range(len(tokenizer) + 4)]
@@ -183,9 +182,9 @@ def test_the_teacher_of_fewer_tokens_in_float64(place: Path) -> None:
     assert ids.tolist() == plan_of(place).vocab
     model = student.model(torch.float64)
     data = data_of(place / "text.jsonl")
-    blocks = build_blocks(data, student.tokenizer(), "heldout", 4)
-    batch = next(blocks.batches(4))
-    mix = Mix({"forward_kl": 1.0})
+    sequences = build_sequences(data, student.tokenizer(), "heldout", 4)
+    batch = next(sequences.batches(4))
+    mix = LossWeights({"forward_kl": 1.0})
     bind_loss(model, Teacher(parent.model(torch.float64), ids), mix)
     given = {key: batch[key] for key in ("input_ids", "position_ids", "labels")}
     outputs = model(**given)
@@ -201,12 +200,12 @@ def test_the_teacher_of_fewer_tokens_in_float64(place: Path) -> None:
 
 def test_distill_a_model_with_fewer_tokens(place: Path) -> None:
     config = DistillConfig(
-        tokens=1024, batch_tokens=128, eval_tokens=512, heldout_blocks=4, learning_rate=3e-3
+        tokens=1024, batch_tokens=128, eval_tokens=512, heldout_sequences=4, learning_rate=3e-3
     )
     data = data_of(place / "text.jsonl")
     out = distill(place / "cut", place / "model", data, place / "distilled", config, OPTIONS)
-    blocks = build_blocks(data, Checkpoint(out).tokenizer(), "heldout", 4)
-    batch = next(blocks.batches(4))
+    sequences = build_sequences(data, Checkpoint(out).tokenizer(), "heldout", 4)
+    batch = next(sequences.batches(4))
     found = json.loads((out / "manifest.json").read_text())["figures"]
     values = {figure["name"]: figure["value"] for figure in found}
     assert values["held-out KL"] < 0.9 * values["held-out KL before"]
@@ -328,6 +327,6 @@ def other_plan(place: Path) -> Path:
 
 def test_a_search_on_the_parents_tokens_refuses_the_plan(place: Path) -> None:
     checkpoint, data = Checkpoint(place / "model"), data_of(place / "text.jsonl")
-    trial = Trial(checkpoint, Profile(place / "profile"), data, OPTIONS, 2)
+    trial = CutScorer(checkpoint, Profile(place / "profile"), data, OPTIONS, 2)
     with pytest.raises(UserError, match="leave vocab_size out here"):
         trial.kl(plan_of(place))

@@ -20,7 +20,7 @@ TOKENS = CONFIG.tokens
 
 def make_cache(place: Path, out: Path, **fields: Any) -> Path:
     """A cache of the place's teacher for its tiny distillation."""
-    given = {"tokens": TOKENS, "heldout_blocks": CONFIG.heldout_blocks, **fields}
+    given = {"tokens": TOKENS, "heldout_sequences": CONFIG.heldout_sequences, **fields}
     return cache(place / "teacher", data(place), out, CacheConfig(**given), OPTIONS)
 
 

@@ -13,7 +13,8 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from regrow.config import Options
-from regrow.data import DataConfig, build_blocks
+from regrow.data import DataConfig
+from regrow.data.sequences import build_sequences
 from regrow.pruning.config import PruneConfig
 from regrow.stage_dir import read
 from regrow.stages.distill.config import DistillConfig
@@ -30,7 +31,7 @@ CONFIG = DistillConfig(
     min_learning_rate_ratio=0.1,
     warmup_ratio=0.05,
     eval_tokens=4 * 128,
-    heldout_blocks=6,
+    heldout_sequences=6,
 )
 
 
@@ -79,8 +80,8 @@ def kl_of(folder: Path, place: Path) -> float:
         AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32)
         for path in (folder, place / "teacher")
     )
-    blocks = build_blocks(data(place), tiny_tokenizer(), "heldout", CONFIG.heldout_blocks)
-    batch = next(blocks.batches(len(blocks)))
+    sequences = build_sequences(data(place), tiny_tokenizer(), "heldout", CONFIG.heldout_sequences)
+    batch = next(sequences.batches(len(sequences)))
     given = {key: batch[key] for key in ("input_ids", "position_ids")}
     with torch.no_grad():
         log_q, log_p = (

@@ -26,11 +26,11 @@ LENGTH = 32
 PROFILE: dict[str, Any] = {"profile": {"samples": 16, "gram_tokens": 512}}
 PRUNE: dict[str, Any] = {"prune": {"intermediate_size": 40, "multiple_of": 8}}
 DISTILL: dict[str, Any] = {
-    "distill": {"tokens": 1280, "batch_tokens": 128, "eval_tokens": 256, "heldout_blocks": 4}
+    "distill": {"tokens": 1280, "batch_tokens": 128, "eval_tokens": 256, "heldout_sequences": 4}
 }
 EVALUATE: dict[str, Any] = {
     "evaluate": {
-        "heldout_blocks": 4,
+        "heldout_sequences": 4,
         "new_tokens": 4,
         "prefill_tokens": 16,
         "decode_tokens": 2,
@@ -70,10 +70,19 @@ def command(name: str, place: Path, model: Path, out: Path) -> list[object]:
         "inspect": ["inspect", model],
         "profile": ["profile", model, *text, "--samples", 16, "--gram-tokens", 512, "--out", out],
         "prune": ["prune", model, "--profile", place / "profile", *sizes, "--out", out],
-        "cache": ["cache", model, *text, "--tokens", 512, "--heldout-blocks", 2, "--out", out],
+        "cache": ["cache", model, *text, "--tokens", 512, "--heldout-sequences", 2, "--out", out],
         "distill": [
             *("distill", model, "--teacher", model, *text, "--out", out),
-            *("--tokens", 512, "--batch-tokens", 128, "--eval-tokens", 256, "--heldout-blocks", 2),
+            *(
+                "--tokens",
+                512,
+                "--batch-tokens",
+                128,
+                "--eval-tokens",
+                256,
+                "--heldout-sequences",
+                2,
+            ),
         ],
         "quantize": ["quantize", model, *text, "--samples", 16, "--out", out],
         "evaluate": ["evaluate", model, "--against", model, *text, "--out", out],

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.config import Options
-from regrow.data import Blocks, build_blocks
+from regrow.data.sequences import Sequences, build_sequences
 from regrow.plan import Plan
 from regrow.profile_folder import Profile
 from regrow.pruning.choose import choose
@@ -38,9 +38,9 @@ def write_trained(folder: Path, text: Path, name: str = "llama", **config: Any) 
     """A tiny model that has learnt a little of the text, so that its channels mean something."""
     checkpoint = write_model(folder, name, torch.float32, **config)
     model = checkpoint.model(torch.float32)
-    blocks = build_blocks(data_of(text), checkpoint.tokenizer(), "train", 64)
+    sequences = build_sequences(data_of(text), checkpoint.tokenizer(), "train", 64)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for batch in [b for _ in range(5) for b in blocks.batches(8)]:
+    for batch in [b for _ in range(5) for b in sequences.batches(8)]:
         outputs = model(batch["input_ids"], labels=batch["labels"])
         outputs.loss.backward()
         optimizer.step()
@@ -49,9 +49,9 @@ def write_trained(folder: Path, text: Path, name: str = "llama", **config: Any) 
     return Checkpoint(checkpoint.folder)
 
 
-def kl_between(dense: PreTrainedModel, student: PreTrainedModel, blocks: Blocks) -> float:
+def kl_between(dense: PreTrainedModel, student: PreTrainedModel, sequences: Sequences) -> float:
     """Mean KL(dense ‖ student) in nats per token, from full logits."""
-    given = {"input_ids": blocks.input_ids, "position_ids": blocks.position_ids}
+    given = {"input_ids": sequences.input_ids, "position_ids": sequences.position_ids}
     with torch.no_grad():
         log_p, log_q = (
             model(**given, use_cache=False).logits.log_softmax(-1) for model in (dense, student)
@@ -66,13 +66,13 @@ def chosen(place: Path, **sizes: int) -> Plan:
     return choose(checkpoint, family, found, sizes, "activation_l2", "block_influence")
 
 
-def slow_kl(place: Path, student: PreTrainedModel, blocks: int = 8) -> float:
+def slow_kl(place: Path, student: PreTrainedModel, sequences: int = 8) -> float:
     """KL(dense ‖ student) by full float32 logits, on the blocks after the 24 profiled."""
     checkpoint = Checkpoint(place / "model")
     dense = checkpoint.model(torch.float32)
     data = data_of(place / "text.jsonl")
-    found = build_blocks(data, checkpoint.tokenizer(), "calibration", 24 + blocks)
-    batch = next(found.select(range(24, 24 + blocks)).batches(blocks))
+    found = build_sequences(data, checkpoint.tokenizer(), "calibration", 24 + sequences)
+    batch = next(found.select(range(24, 24 + sequences)).batches(sequences))
     given = {key: batch[key] for key in ("input_ids", "position_ids")}
     with torch.no_grad():
         log_p, log_q = (

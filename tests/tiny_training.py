@@ -18,19 +18,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from regrow.data import Blocks
-from regrow.data.sequences import IGNORED
-from regrow.training.loss_weights import Mix
+from regrow.data.sequences import IGNORED, Sequences
+from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
 from regrow.training.trainer import DistillTrainer
 
-MIX = Mix({"forward_kl": 0.75, "cross_entropy": 0.25}, temperature=2.0)
+MIX = LossWeights({"forward_kl": 0.75, "cross_entropy": 0.25}, temperature=2.0)
 
 T = 24
 
 
-def blocks_of(n: int = 8, length: int = T, seed: int = 0, vocabulary: int = 384) -> Blocks:
+def decoder_layers(n: int = 8, length: int = T, seed: int = 0, vocabulary: int = 384) -> Sequences:
     """Blocks of two documents each, of which very different numbers of tokens are scored."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, vocabulary, (n, length), generator=draw)
@@ -41,7 +40,7 @@ def blocks_of(n: int = 8, length: int = T, seed: int = 0, vocabulary: int = 384)
         scored = torch.rand(length, generator=draw) < (row % 4) / 3  # none at all in every fourth
         scored[0] = scored[first] = False
         labels[row][scored] = ids[row][scored]
-    return Blocks(ids, positions, labels, torch.ones_like(ids, dtype=torch.bool))
+    return Sequences(ids, positions, labels, torch.ones_like(ids, dtype=torch.bool))
 
 
 def pair(dtype: torch.dtype = torch.float32, **overrides: Any) -> tuple[PreTrainedModel, Teacher]:
@@ -91,8 +90,8 @@ def train(
     folder: Path,
     batch_size: int,
     accumulation: int,
-    blocks: Blocks | None = None,
-    mix: Mix = MIX,
+    sequences: Sequences | None = None,
+    mix: LossWeights = MIX,
     **fields: Any,
 ) -> tuple[DistillTrainer, Watch]:
     """Train the pair's student for `max_steps`; returns the trainer and the last gradients."""
@@ -102,7 +101,7 @@ def train(
         "gradient_accumulation_steps": accumulation,
     }
     trainer = DistillTrainer(
-        model=student, args=arguments(folder, **fields), train_dataset=blocks or blocks_of()
+        model=student, args=arguments(folder, **fields), train_dataset=sequences or decoder_layers()
     )
     watch = Watch()
     trainer.add_callback(watch)

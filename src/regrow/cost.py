@@ -43,7 +43,7 @@ CHUNK = 512  # tokens of a prompt that are computed at once, as llama.cpp's n_ub
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensors:
     """All tensors of one row of a family's table that are stored in one type."""
 
     template: str
@@ -63,7 +63,7 @@ class Stored:
 
 def stored(
     family: Family, config: dict[str, Any], format: str, sizes: dict[str, int] | None = None
-) -> Iterator[Stored]:
+) -> Iterator[StoredTensors]:
     """How each tensor of a model is stored in a format; `sizes` override those of the config."""
     full = {**family.sizes(config), **(sizes or {})}
     for template, row in family.tensors.items():
@@ -73,7 +73,9 @@ def stored(
         for wanted, count in _types(template, len(shape), family, config, format, full):
             if count:
                 given = formats.fitting(wanted, shape[-1])
-                yield Stored(template, count, math.prod(shape[:-1]), shape[-1], wanted, given)
+                yield StoredTensors(
+                    template, count, math.prod(shape[:-1]), shape[-1], wanted, given
+                )
 
 
 def file_bytes(
@@ -128,7 +130,7 @@ def fallbacks(
     family: Family, config: dict[str, Any], format: str, sizes: dict[str, int] | None = None
 ) -> list[str]:
     """A line for each type that rows do not fit: which tensors, what they get, what it costs."""
-    groups: dict[tuple[str, str, int], list[Stored]] = {}
+    groups: dict[tuple[str, str, int], list[StoredTensors]] = {}
     for found in stored(family, config, format, sizes):
         if found.wanted != found.given:
             groups.setdefault((found.wanted, found.given, found.columns), []).append(found)

@@ -24,7 +24,7 @@ from regrow.families import Family, in_memory
 LAYER = "model.layers.{layer}"
 
 
-class Pass(nn.Module):
+class SkippedLayer(nn.Module):
     """Stands in for a decoder layer that is not there: hands hidden states on."""
 
     def __init__(self, real: nn.Module) -> None:
@@ -120,7 +120,7 @@ class LayerByLayer:
     def resident(self, layer: int) -> Iterator[nn.Module]:
         """Have the weights of one layer on the device, the others passing hidden states on."""
         own = self.layers[layer]
-        stack = [Pass(other) for other in self.layers]
+        stack = [SkippedLayer(other) for other in self.layers]
         self.model.base_model.layers = nn.ModuleList([*stack[:layer], own, *stack[layer + 1 :]])
         self._fill(layer)
         # Registered before any other hooks, so those see the hidden states given here.

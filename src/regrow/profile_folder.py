@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 STATISTICS = "statistics.safetensors"
 SCORES = "scores.safetensors"
-BLOCKS = "blocks.safetensors"
+SEQUENCES = "blocks.safetensors"
 INFO = "profile.json"
 
 
@@ -37,7 +37,7 @@ class Gram:
     validate: Tensor
 
 
-def for_gone(scores: Tensor, gone: int) -> Tensor:
+def scores_for(scores: Tensor, gone: int) -> Tensor:
     """Scores [n] for a choice of `gone` units to drop: of [n, n], the row of that number."""
     return scores if scores.dim() == 1 else scores[max(gone, 1) - 1]
 
@@ -73,7 +73,7 @@ class Profile:
     def scores(self, criterion: str, dim: str) -> dict[str, Tensor]:
         """Score of each unit [n] by layer (`all` for hidden and layers); higher = keep.
 
-        Layers may have a row for each number that goes [n, n]: see `for_gone`. Raises UserError
+        Layers may have a row for each number that goes [n, n]: see `scores_for`. Raises UserError
         when the profile has no such scores.
         """
         from safetensors.torch import load_file
@@ -99,11 +99,11 @@ class Profile:
         scored = [{key[0] for key in keys if key[1] == dim} for dim in dims]
         return sorted(set.intersection(*scored))
 
-    def blocks_path(self) -> Path:
+    def sequences_path(self) -> Path:
         """The file with the profiled blocks of text; raises UserError when there is none."""
-        path = self.folder / BLOCKS
+        path = self.folder / SEQUENCES
         if not path.exists():
-            raise UserError(f"{self.folder} lacks {BLOCKS}, its text: make the profile again")
+            raise UserError(f"{self.folder} lacks {SEQUENCES}, its text: make the profile again")
         return path
 
     def has_gram(self, dim: str) -> bool:

@@ -202,7 +202,7 @@ class Stage:
         raise NotImplementedError
 
     def needs_of_cache(self, step: Step) -> dict[str, int]:
-        """Fields of a cache (`tokens`, `heldout_blocks`) that it will read of one."""
+        """Fields of a cache (`tokens`, `heldout_sequences`) that it will read of one."""
         return {}
 
     def inputs(self, step: Step) -> Iterable[str]:

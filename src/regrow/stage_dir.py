@@ -91,7 +91,7 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
-class Stage:
+class StageDir:
     """One stage's output folder: begun in a hidden neighbour, renamed when complete.
 
     `with Stage(...) as folder:` gives the folder to write into. Test `.complete` first: a finished

@@ -202,7 +202,7 @@ def _rate(mine: list[dict[str, Any]]) -> float | None:
 
 
 def _losses(mine: list[dict[str, Any]]) -> dict[str, float]:
-    """Losses, signals, learning rate and gradient norm of the last logged step."""
+    """Losses, feature losses, learning rate and gradient norm of the last logged step."""
     last: dict[str, Any] = next((row for row in reversed(mine) if "loss" in row), {})
     plain = ("stage", "step", "tokens", "seconds", "epoch")
     return {name: float(value) for name, value in last.items() if name not in plain}

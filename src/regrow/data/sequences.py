@@ -37,7 +37,7 @@ def held_out(number: int) -> bool:
     return number % VALIDATE_EVERY == VALIDATE_EVERY - 1
 
 
-class Blocks(Dataset[dict[str, Tensor]]):
+class Sequences(Dataset[dict[str, Tensor]]):
     """Packed token blocks: input_ids, position_ids, labels int64 [n, T] and real bool [n, T].
 
     Positions start over at 0 with each document and with each block. labels[t] is input_ids[t], or
@@ -89,10 +89,10 @@ class Blocks(Dataset[dict[str, Tensor]]):
             rows = slice(start, start + batch_size)
             yield {name: tensor[rows] for name, tensor in self._tensors().items()}
 
-    def select(self, indices: Sequence[int]) -> Blocks:
+    def select(self, indices: Sequence[int]) -> Sequences:
         """The blocks at these indices."""
         rows = torch.tensor(list(indices), dtype=torch.int64)
-        return Blocks(**{name: tensor[rows] for name, tensor in self._tensors().items()})
+        return Sequences(**{name: tensor[rows] for name, tensor in self._tensors().items()})
 
     def save(self, path: Path) -> None:
         """Write the tensors to a safetensors file, ids as int32."""
@@ -103,7 +103,7 @@ class Blocks(Dataset[dict[str, Tensor]]):
         save_file({name: tensor.contiguous() for name, tensor in narrow.items()}, path)
 
     @classmethod
-    def load(cls, path: Path) -> Blocks:
+    def load(cls, path: Path) -> Sequences:
         """The blocks that `save` wrote."""
         found = load_file(path)
         return cls(**{n: t if t.dtype == torch.bool else t.long() for n, t in found.items()})
@@ -135,7 +135,7 @@ class Packer:
         self.scored_only, self.tagged = scored_only, tagged
         self.documents = self.tokens = 0
         self.full: list[NDArray[np.int32]] = []  # each [3 or 4, T]: ids, positions, labels, source
-        self.block = self._empty()
+        self.sequence = self._empty()
         self.used = 0
 
     def add(self, document: Document) -> None:
@@ -148,33 +148,34 @@ class Packer:
         while start < len(ids):
             room = min(self.sequence_length - self.used, len(ids) - start)
             here, taken = slice(self.used, self.used + room), slice(start, start + room)
-            self.block[0, here] = ids[taken]
-            self.block[1, here] = np.arange(room)
-            self.block[2, here] = labels[taken]
-            self.block[2, self.used] = IGNORED
-            self.block[3:, here] = document.source
+            self.sequence[0, here] = ids[taken]
+            self.sequence[1, here] = np.arange(room)
+            self.sequence[2, here] = labels[taken]
+            self.sequence[2, self.used] = IGNORED
+            self.sequence[3:, here] = document.source
             self.used, start = self.used + room, start + room
             if self.used == self.sequence_length:
-                self.full.append(self.block)
-                self.block, self.used = self._empty(), 0
+                self.full.append(self.sequence)
+                self.sequence, self.used = self._empty(), 0
             start = self._begin(labels, start)
 
-    def blocks(self, num_blocks: int) -> Blocks:
+    def sequences(self, num_sequences: int) -> Sequences:
         """The first `num_blocks` full blocks, or those there are; n may be 0.
 
         An incomplete last block is dropped unless it is the only one; then it is padded, the
         padding not scored and a document of its own.
         """
-        full = self.full[:num_blocks]
+        full = self.full[:num_sequences]
         real = np.ones((len(full), self.sequence_length), dtype=bool)
         if not full and self.used:
-            full = [self.block.copy()]
+            full = [self.sequence.copy()]
             full[0][1, self.used :] = np.arange(self.sequence_length - self.used)
             real = (np.arange(self.sequence_length) < self.used)[None]
         ids, positions, labels, *source = (
-            _stacked([block[row] for block in full], real) for row in range(len(self.block))
+            _stacked([sequence[row] for sequence in full], real)
+            for row in range(len(self.sequence))
         )
-        return Blocks(ids, positions, labels, torch.from_numpy(real), *source)
+        return Sequences(ids, positions, labels, torch.from_numpy(real), *source)
 
     def _begin(self, labels: NDArray[np.int32], start: int) -> int:
         """Where the next piece begins: at `start`, or as far on as it takes to score something."""
@@ -213,7 +214,7 @@ PIECE = 8_000
 
 
 @dataclass(frozen=True)
-class Job:
+class BuildContext:
     """What every step of a build needs to know."""
 
     data: DataConfig
@@ -222,13 +223,13 @@ class Job:
     cache: Path | None
 
 
-def build_blocks(
+def build_sequences(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     split: Split,
-    num_blocks: int,
+    num_sequences: int,
     cache: Path | None = None,
-) -> Blocks:
+) -> Sequences:
     """`num_blocks` blocks of a split, in which the sources' token shares follow their weights.
 
     Reads only as far as it needs. Fewer blocks are always the first of more. For `train` a source
@@ -236,31 +237,31 @@ def build_blocks(
     blocks than asked for, which is told. `cache` is for `package:` sources (see sources.resolve).
     Raises UserError when there is not one token to score.
     """
-    assert num_blocks >= 1, num_blocks
+    assert num_sequences >= 1, num_sequences
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     tagged = any(source.losses is not None for source in data.sources)
     packer = Packer(data.sequence_length, pad if pad is not None else 0, split == "train", tagged)
-    counter = Progress(f"reading {split} text", num_blocks * data.sequence_length, "tokens")
-    for document in blend(Job(data, tokenizer, split, cache)):
+    counter = Progress(f"reading {split} text", num_sequences * data.sequence_length, "tokens")
+    for document in blend(BuildContext(data, tokenizer, split, cache)):
         packer.add(document)
         counter.advance(len(document.ids))
-        if len(packer.full) >= num_blocks:
+        if len(packer.full) >= num_sequences:
             break
     if counter.last > counter.start:  # it took long enough to show
         counter.finish()
-    blocks = packer.blocks(num_blocks)
-    if blocks.scored_tokens < 1:
+    sequences = packer.sequences(num_sequences)
+    if sequences.scored_tokens < 1:
         raise UserError(
             f"too little text: the {split} split has {packer.documents} documents with "
-            f"{packer.tokens} tokens, none to score, and {num_blocks} blocks of "
+            f"{packer.tokens} tokens, none to score, and {num_sequences} blocks of "
             f"{data.sequence_length} tokens are needed; add text or change the split's fraction"
         )
-    if len(blocks) < num_blocks:
-        say(f"data: text for {len(blocks)} {split} blocks, not for {num_blocks}; using those")
-    return blocks
+    if len(sequences) < num_sequences:
+        say(f"data: text for {len(sequences)} {split} blocks, not for {num_sequences}; using those")
+    return sequences
 
 
-def blend(job: Job) -> Iterator[Document]:
+def blend(job: BuildContext) -> Iterator[Document]:
     """Documents of all sources; each time from the one furthest below its share so far."""
     weights = {number: source.weight for number, source in enumerate(job.data.sources)}
     streams = {number: _documents(number, job) for number in weights}
@@ -300,7 +301,7 @@ def _swap_out(held: list[Passage], random: Random) -> Passage:
     return held[-1]
 
 
-def _documents(number: int, job: Job) -> Iterator[Document]:
+def _documents(number: int, job: BuildContext) -> Iterator[Document]:
     """One source's documents; for train epoch after epoch, each in an order of its own.
 
     A source in which nothing is scored is read once.
@@ -322,7 +323,7 @@ def _documents(number: int, job: Job) -> Iterator[Document]:
         epoch += 1
 
 
-def _passages(number: int, job: Job) -> Iterator[Passage]:
+def _passages(number: int, job: BuildContext) -> Iterator[Passage]:
     size = max(PIECE, 8 * job.data.sequence_length)
     for where, row in rows(job.data.sources[number], job.cache):
         passage = read_row(row, where)
@@ -332,7 +333,7 @@ def _passages(number: int, job: Job) -> Iterator[Passage]:
             yield from pieces(passage, size)
 
 
-def _characters_held(job: Job) -> int:
+def _characters_held(job: BuildContext) -> int:
     heldout, calibration = job.data.heldout_fraction, job.data.calibration_fraction
     shares = {"heldout": heldout, "calibration": calibration, "train": 1 - heldout - calibration}
     return min(SHUFFLED_CHARACTERS, int(READ_AHEAD * shares[job.split]))

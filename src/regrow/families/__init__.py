@@ -7,12 +7,12 @@ from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError, unknown
 from regrow.families._memory import accept_disk_names, as_on_disk, in_memory
 from regrow.families._refusals import can_have, check_sizes
-from regrow.families._table import Family, Place, Tensor, parts, rows, unit_rows
+from regrow.families._table import Family, Tensor, TensorRef, parts, rows, unit_rows
 
 __all__ = [
     "Family",
-    "Place",
     "Tensor",
+    "TensorRef",
     "accept_disk_names",
     "as_on_disk",
     "can_have",

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from regrow.families._table import Family, Place
+from regrow.families._table import Family, TensorRef
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ def as_on_disk(family: Family, named: Mapping[str, Tensor]) -> dict[str, Tensor]
         experts = enumerate(tensor) if "{expert}" in rows[0] else [(None, tensor)]
         for expert, whole in experts:
             for row, part in zip(rows, whole.chunk(len(rows)), strict=True):
-                found[Place(row, layer, expert).name] = part
+                found[TensorRef(row, layer, expert).name] = part
     return found
 
 
@@ -55,7 +55,7 @@ def in_memory(
                 value = whole.new_empty(len(experts), *whole.shape)
             value[expert] = whole
         if value is not None:
-            yield Place(template, layer).name, value
+            yield TensorRef(template, layer).name, value
 
 
 def accept_disk_names(family: Family, model: PreTrainedModel) -> None:

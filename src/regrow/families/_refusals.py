@@ -30,7 +30,7 @@ def check_sizes(
     for dim in ("hidden", "mlp", "expert_mlp", "heads", "vocab"):
         if dim in before and after[dim] != before[dim]:
             step = family.step(dim, config, multiple_of, **after)
-            _check_step(dim, before[dim], after[dim], step)
+            _check_width_multiple(dim, before[dim], after[dim], step)
     _check_loads(family, config, before, after)
 
 
@@ -56,7 +56,7 @@ def _check_heads(before: dict[str, int], after: dict[str, int]) -> None:
         )
 
 
-def _check_step(dim: str, before: int, after: int, step: int) -> None:
+def _check_width_multiple(dim: str, before: int, after: int, step: int) -> None:
     if after % step == 0:
         return
     near = [n for n in (after - after % step, after - after % step + step) if 0 < n < before]

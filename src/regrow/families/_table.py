@@ -69,7 +69,7 @@ class Tensor:
         return any(dim in parts(axis) for axis in self.axes)
 
 
-class Place(NamedTuple):
+class TensorRef(NamedTuple):
     """Where a tensor stands: its row, and the layer and the expert in its name."""
 
     template: str
@@ -205,7 +205,7 @@ class Family:
         config: dict[str, Any],
         layers: Iterable[int] | None = None,
         experts: Iterable[int] | None = None,
-    ) -> Iterator[Place]:
+    ) -> Iterator[TensorRef]:
         """Every tensor of a row of the table, in these layers and experts or in all."""
         row = self.tensors[template]
         if not self.exists(row, config):
@@ -219,7 +219,7 @@ class Family:
             each = range(self.sizes(config)["experts"]) if experts is None else list(experts)
         for layer in every:
             for expert in each:
-                yield Place(template, layer, expert)
+                yield TensorRef(template, layer, expert)
 
     def expected(
         self, config: dict[str, Any], sizes: dict[str, int] | None = None
@@ -269,12 +269,12 @@ class Family:
                 total += each * (full["layers"] * having[row.layers] if layered else before)
         return (total + before // 2) // before
 
-    def find(self, name: str) -> Place | None:
+    def find(self, name: str) -> TensorRef | None:
         """The row behind a tensor's name, the layer and the expert in it; None for no row's."""
         for template, pattern in self._patterns.items():
             if found := pattern.fullmatch(name):
                 ids = {key: int(value) for key, value in found.groupdict().items()}
-                return Place(template, ids.get("layer"), ids.get("expert"))
+                return TensorRef(template, ids.get("layer"), ids.get("expert"))
         return None
 
     def check_tensors(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:

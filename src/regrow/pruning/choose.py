@@ -8,7 +8,7 @@ from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.families import Family
 from regrow.plan import Plan
-from regrow.profile_folder import Profile, for_gone
+from regrow.profile_folder import Profile, scores_for
 from regrow.pruning.vocabulary import choose_vocab
 
 VOCAB_CRITERION = "token_count"
@@ -104,7 +104,7 @@ def _layers(profile: Profile, criterion: str, before: Sizes, after: Sizes) -> li
     if after["layers"] == before["layers"]:
         return list(range(before["layers"]))
     depth = profile.scores(criterion, "layers")["all"]
-    return best(for_gone(depth, before["layers"] - after["layers"]), after["layers"])
+    return best(scores_for(depth, before["layers"] - after["layers"]), after["layers"])
 
 
 def _hidden(profile: Profile, criterion: str, after: Sizes) -> list[int]:

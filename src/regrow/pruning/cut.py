@@ -23,7 +23,7 @@ from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.errors import UserError
-from regrow.families import Family, Place, as_on_disk, parts, unit_rows
+from regrow.families import Family, TensorRef, as_on_disk, parts, unit_rows
 from regrow.plan import PER_EXPERT, PER_LAYER, Plan
 from regrow.pruning.tokenizer import cut_ids, ids_named, read_rules, write_tokenizer
 
@@ -176,7 +176,7 @@ def cut_model(
     return student.to(model.device).eval()  # type: ignore[arg-type]
 
 
-def _find(name: str, family: Family) -> Place:
+def _find(name: str, family: Family) -> TensorRef:
     found = family.find(name)
     if found is None:
         raise UserError(
@@ -203,10 +203,10 @@ def new_name(name: str, plan: Plan, family: Family, config: dict[str, Any]) -> s
         if expert not in experts:
             return None
         expert = experts.index(expert)
-    return Place(template, layers.index(layer), expert).name
+    return TensorRef(template, layers.index(layer), expert).name
 
 
-def _index(dims: tuple[str, ...], place: Place, plan: Plan) -> Tensor | None:
+def _index(dims: tuple[str, ...], place: TensorRef, plan: Plan) -> Tensor | None:
     """Rows kept of an axis made of these dimensions in a row; None for all."""
     kept = [plan.kept(dim, place.layer, place.expert) for dim in dims]
     if all(ids is None for ids in kept):

@@ -20,10 +20,10 @@ from regrow.profile_folder import Profile
 from regrow.pruning.choose import choose, full_sizes
 from regrow.pruning.config import PruneConfig
 from regrow.pruning.cut import check, cut_config, cut_folder
-from regrow.pruning.repair import Job, Repaired
+from regrow.pruning.repair import Repaired, RepairSetup
 from regrow.pruning.vocabulary import check_vocab_size
 from regrow.runtime.progress import say
-from regrow.stage_dir import Figure, Stage, digest, refuse_input, require_space, write_json
+from regrow.stage_dir import Figure, StageDir, digest, refuse_input, require_space, write_json
 
 REPAIR = "regrow.pruning.repair"
 DEEP = 0.6  # share of the parameters below which one round is too much (Minitron: a third a round)
@@ -56,7 +56,7 @@ def prune_to_sizes(
     repair = repair_method(config, found) if config.repair and narrower else None
     if config.plan is not None:  # its digest counts, not where it lay; it is written beside
         config = config.model_copy(update={"plan": plans.FILE, "allow_sibling": False})
-    stage = Stage(out, "prune", config, _inputs(checkpoint, plan, found, search))
+    stage = StageDir(out, "prune", config, _inputs(checkpoint, plan, found, search))
     if stage.complete:
         say(f"prune: {out} is complete and unchanged")
         return out
@@ -169,7 +169,9 @@ def repair_by(
         return None
     family, method = families.of(checkpoint), repair_method(config, profile)
     how = (config.repair_tokens, config.repair_upstream)
-    repaired: Repaired = method.repair(Job(checkpoint, family, profile, plan, work, options, *how))
+    repaired: Repaired = method.repair(
+        RepairSetup(checkpoint, family, profile, plan, work, options, *how)
+    )
     return repaired
 
 
@@ -184,7 +186,7 @@ def repair_method(config: PruneConfig, profile: Profile | None) -> ModuleType:
             "profile again with gram_tokens above 0, or use another method or --no-repair"
         )
     if not module.GRAMS:
-        profile.blocks_path()
+        profile.sequences_path()
         if profile.info["samples"] < VALIDATE_EVERY:
             raise UserError(
                 f"{profile.folder} is of {profile.info['samples']} blocks of text; repair by "

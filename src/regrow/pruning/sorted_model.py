@@ -25,7 +25,7 @@ from regrow.pruning.cut import Replace, check, cut_config, cut_model, cut_tensor
 SORTED = ("hidden", "mlp", "heads", "kv_heads")
 
 
-class Sorted:
+class SortedModel:
     """A model whose units were put, in place, into the order of `order`.
 
     Mixtures of experts are cut the slow way, unsorted. `order` is a plan that keeps everything,

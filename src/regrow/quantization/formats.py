@@ -16,7 +16,7 @@ from regrow.errors import unknown
 
 
 @dataclass(frozen=True)
-class Type:
+class TensorType:
     """How one tensor is stored."""
 
     block: int
@@ -35,26 +35,26 @@ class Type:
 
 
 TYPES = {
-    "f32": Type(1, 4),
-    "f16": Type(1, 2),
-    "bf16": Type(1, 2),
-    "int8": Type(1, 1, per_row=2),
-    "q4_0": Type(32, 18, "f16"),
-    "q4_1": Type(32, 20, "f16"),
-    "q5_0": Type(32, 22, "f16"),
-    "q5_1": Type(32, 24, "f16"),
-    "q8_0": Type(32, 34, "f16"),
-    "q4_k": Type(256, 144, "q5_0"),
-    "q5_k": Type(256, 176, "q5_1"),
-    "q6_k": Type(256, 210, "q8_0"),
-    "int4-g32": Type(32, 16 + 2, "int8"),
-    "int4-g64": Type(64, 32 + 2, "int4-g32"),
-    "int4-g128": Type(128, 64 + 2, "int4-g64"),
+    "f32": TensorType(1, 4),
+    "f16": TensorType(1, 2),
+    "bf16": TensorType(1, 2),
+    "int8": TensorType(1, 1, per_row=2),
+    "q4_0": TensorType(32, 18, "f16"),
+    "q4_1": TensorType(32, 20, "f16"),
+    "q5_0": TensorType(32, 22, "f16"),
+    "q5_1": TensorType(32, 24, "f16"),
+    "q8_0": TensorType(32, 34, "f16"),
+    "q4_k": TensorType(256, 144, "q5_0"),
+    "q5_k": TensorType(256, 176, "q5_1"),
+    "q6_k": TensorType(256, 210, "q8_0"),
+    "int4-g32": TensorType(32, 16 + 2, "int8"),
+    "int4-g64": TensorType(64, 32 + 2, "int4-g32"),
+    "int4-g128": TensorType(128, 64 + 2, "int4-g64"),
 }
 
 
 @dataclass(frozen=True)
-class Format:
+class StorageFormat:
     """Which type each kind of tensor gets."""
 
     linear: str
@@ -69,16 +69,16 @@ class Format:
     """Type by the end of a module's name in the layers that get more bits."""
 
 
-def _gguf(linear: str, **more: dict[str, str]) -> Format:
+def _gguf(linear: str, **more: dict[str, str]) -> StorageFormat:
     head = "q6_k" if linear.endswith("_k") else "q8_0"
-    return Format(linear, linear, head, "f32", **more)
+    return StorageFormat(linear, linear, head, "f32", **more)
 
 
 FORMATS = {
-    "f32": Format("f32", "f32", "f32", "f32"),
-    "f16": Format("f16", "f16", "f16", "f16"),
-    "bf16": Format("bf16", "bf16", "bf16", "bf16"),
-    "int8": Format("int8", "bf16", "bf16", "bf16"),
+    "f32": StorageFormat("f32", "f32", "f32", "f32"),
+    "f16": StorageFormat("f16", "f16", "f16", "f16"),
+    "bf16": StorageFormat("bf16", "bf16", "bf16", "bf16"),
+    "int8": StorageFormat("int8", "bf16", "bf16", "bf16"),
     "q8_0": _gguf("q8_0"),
     "q6_k": _gguf("q6_k"),
     "q5_1": _gguf("q5_1"),
@@ -91,11 +91,11 @@ FORMATS = {
     "q4_k_m": _gguf(
         "q4_k", more={"v_proj": "q6_k", "down_proj": "q6_k"}, parts={"qkv_proj": "q5_k"}
     ),
-    **{f"int4-g{n}": Format(f"int4-g{n}", "bf16", "bf16", "bf16") for n in (32, 64, 128)},
+    **{f"int4-g{n}": StorageFormat(f"int4-g{n}", "bf16", "bf16", "bf16") for n in (32, 64, 128)},
 }
 
 
-def find(name: str) -> Format:
+def find(name: str) -> StorageFormat:
     """The format of that name; raises UserError when there is none."""
     if name.lower() not in FORMATS:
         raise unknown("format", name, FORMATS)

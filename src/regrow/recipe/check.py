@@ -9,8 +9,8 @@ from regrow import families
 from regrow.checkpoint import load
 from regrow.config import Options
 from regrow.cost import parameters
-from regrow.data import build_blocks
 from regrow.data.config import DataConfig
+from regrow.data.sequences import build_sequences
 from regrow.data.sources import at_hand, check_source
 from regrow.errors import UserError
 from regrow.stage import RecipePlan, Step
@@ -83,11 +83,11 @@ def _check_text(plan: RecipePlan) -> None:
     """Every split that is read must have a sequence; a choice among shapes needs more of them."""
     tokenizer = plan.checkpoint.tokenizer()
     for split in sorted({split for step in plan.steps for split in step.stage.reads}):
-        build_blocks(plan.data, tokenizer, split, 1)
+        build_sequences(plan.data, tokenizer, split, 1)
     if not plan.calibration_to_choose:
         return
     wanted = plan.calibration_sequences + plan.calibration_to_choose
-    found = len(build_blocks(plan.data, tokenizer, "calibration", wanted))
+    found = len(build_sequences(plan.data, tokenizer, "calibration", wanted))
     if found < wanted:
         profile = next(step for step in plan.steps if step.name == "profile")
         raise UserError(

@@ -23,7 +23,7 @@ from regrow.pruning.config import PruneConfig
 from regrow.pruning.sorted_model import first_units
 from regrow.runtime.greedy import decode, prefill
 from regrow.runtime.progress import progress, say
-from regrow.search.score import Trial
+from regrow.search.score import CutScorer
 from regrow.search.shapes import Shape, refit
 from regrow.search.targets import Limit, Target, target_of
 
@@ -153,7 +153,7 @@ Row = dict[str, Any]
 class Timing:
     """Times models of a trial, and knows what a limit on latency means for a shape."""
 
-    def __init__(self, trial: Trial, config: PruneConfig) -> None:
+    def __init__(self, trial: CutScorer, config: PruneConfig) -> None:
         self.trial, self.config = trial, config
         self.family, self.parent = trial.dense.family, trial.dense.config
         self.base = target_of(self.family, self.parent, config)

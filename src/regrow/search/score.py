@@ -19,24 +19,25 @@ from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.config import Options
 from regrow.cost import file_bytes, ram_bytes
-from regrow.data import DataConfig, build_blocks
+from regrow.data import DataConfig
+from regrow.data.sequences import build_sequences
 from regrow.errors import UserError
 from regrow.families import Family
 from regrow.plan import Plan
 from regrow.profile_folder import Profile
 from regrow.pruning.config import PruneConfig
 from regrow.pruning.prune import repair_by
-from regrow.pruning.sorted_model import Sorted
+from regrow.pruning.sorted_model import SortedModel
 from regrow.runtime.progress import progress, say
 from regrow.search.shapes import HANDFUL, Shape
 from regrow.training.head import head_of
 from regrow.training.teacher import final_hidden, mean_loss, scored
 
-TRIAL_BLOCKS = 8
-TRIAL_TOKENS = 4096  # of text that a repair may run: enough to rank by
+SCORED_SEQUENCES = 8
+SCORER_REPAIR_TOKENS = 4096  # of text that a repair may run: enough to rank by
 
 
-class Trial:
+class CutScorer:
     """A dense model, calibration blocks beyond the profiled ones, and its hidden states there.
 
     With `order` (see `order_by`) the model's units are sorted, so that cutting it costs little.
@@ -50,33 +51,33 @@ class Trial:
         profile: Profile,
         data: DataConfig,
         options: Options,
-        num_blocks: int = TRIAL_BLOCKS,
+        num_sequences: int = SCORED_SEQUENCES,
         order: Plan | None = None,
     ) -> None:
         self.checkpoint, self.profile, self.options = checkpoint, profile, options
         self.batch_size = options.batch_size
         used = int(profile.info["samples"])
-        wanted = used + num_blocks
-        blocks = build_blocks(data, checkpoint.tokenizer(), "calibration", wanted)
-        if len(blocks) < wanted:
+        wanted = used + num_sequences
+        sequences = build_sequences(data, checkpoint.tokenizer(), "calibration", wanted)
+        if len(sequences) < wanted:
             raise UserError(
-                f"too little calibration text to choose on: {len(blocks)} blocks, of which the "
-                f"profile takes {used} and the choice {num_blocks}; lower samples or add text"
+                f"too little calibration text to choose on: {len(sequences)} blocks, of which the "
+                f"profile takes {used} and the choice {num_sequences}; lower samples or add text"
             )
-        self.blocks = list(blocks.select(range(used, wanted)).batches(1))
-        self.tokens = num_blocks * data.sequence_length
+        self.sequences = list(sequences.select(range(used, wanted)).batches(1))
+        self.tokens = num_sequences * data.sequence_length
         dense = checkpoint.model(torch.bfloat16, options.torch_device())
-        self.dense = Sorted(dense, families.of(checkpoint), order)
+        self.dense = SortedModel(dense, families.of(checkpoint), order)
         start = time.perf_counter()
         self.reference: list[Tensor] = []
-        for batch in self._batches(len(self.blocks)):
+        for batch in self._batches(len(self.sequences)):
             states, mask = final_hidden(dense, batch), scored(batch)
             self.reference += [one[here] for one, here in zip(states, mask, strict=True)]
         self.dense_seconds = time.perf_counter() - start
 
     def share(self, wanted: float) -> float:
         """The share of the text that is read for a `wanted` one: whole blocks, one at least."""
-        return self._count(wanted) / len(self.blocks)
+        return self._count(wanted) / len(self.sequences)
 
     @torch.no_grad()
     def kl(self, plan: Plan, config: PruneConfig | None = None, share: float = 1.0) -> float:
@@ -93,7 +94,7 @@ class Trial:
         with tempfile.TemporaryDirectory(prefix="regrow-") as work:
             repaired = None
             if config is not None:
-                tokens = min(config.repair_tokens, TRIAL_TOKENS)
+                tokens = min(config.repair_tokens, SCORER_REPAIR_TOKENS)
                 less = config.model_copy(update={"repair_tokens": tokens})
                 given = (self.checkpoint, self.profile, plan, less, Path(work), self.options)
                 repaired = repair_by(*given)
@@ -114,7 +115,7 @@ class Trial:
         return model
 
     def _count(self, share: float) -> int:
-        return max(1, round(share * len(self.blocks)))
+        return max(1, round(share * len(self.sequences)))
 
     def _portions(self, count: int) -> list[slice]:
         """The first `count` blocks by batches."""
@@ -122,13 +123,13 @@ class Trial:
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def _batches(self, count: int) -> list[dict[str, Tensor]]:
-        portions = [self.blocks[some] for some in self._portions(count)]
+        portions = [self.sequences[some] for some in self._portions(count)]
         return [
             {key: torch.cat([one[key] for one in some]) for key in some[0]} for some in portions
         ]
 
 
-MANY_BLOCKS = 8 * TRIAL_BLOCKS  # of text, for more than a handful
+MANY_SEQUENCES = 8 * SCORED_SEQUENCES  # of text, for more than a handful
 SECOND = 40  # shapes in the second round at most
 
 Row = dict[str, Any]
@@ -147,9 +148,9 @@ def rounds_for(count: int) -> list[tuple[float, int]]:
     return [(first, second), (1 / 8, HANDFUL), (1.0, HANDFUL)]
 
 
-def blocks_for(count: int) -> int:
+def sequences_for(count: int) -> int:
     """Blocks of text to score `count` shapes on."""
-    return TRIAL_BLOCKS if count <= HANDFUL else MANY_BLOCKS
+    return SCORED_SEQUENCES if count <= HANDFUL else MANY_SEQUENCES
 
 
 def passes_for(count: int) -> float:
@@ -181,7 +182,7 @@ def row_of(shape: Shape, family: Family, config: dict[str, Any], prune: PruneCon
 class Rounds:
     """Scores rows by their plans, and keeps count of what it costs."""
 
-    def __init__(self, trial: Trial, config: PruneConfig) -> None:
+    def __init__(self, trial: CutScorer, config: PruneConfig) -> None:
         self.trial, self.config = trial, config
         self.cost = 1.0  # the dense model has read the text once
         self.seconds = trial.dense_seconds

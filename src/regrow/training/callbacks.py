@@ -15,11 +15,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from regrow.runtime.progress import Progress
 
 TOKENS = "tokens"
-OWN = "tokens of "
+COUNT_PREFIX = "tokens of "
 """Before the name of what is not taken of all tokens: how many it is taken of."""
 
 
-class Tally:
+class MetricSums:
     """Running sums by name; `tokens` or, where there is one, `tokens of NAME` divides them."""
 
     def __init__(self) -> None:
@@ -42,8 +42,14 @@ class Tally:
         totals = reduce(torch.stack([value.double() for value in sums.values()])).tolist()
         gathered = dict(zip(sums, totals, strict=True))
         tokens = gathered.pop(TOKENS)
-        own = {name.removeprefix(OWN): n for name, n in gathered.items() if name.startswith(OWN)}
-        counts = {name: own.get(name, tokens) for name in gathered if not name.startswith(OWN)}
+        own = {
+            name.removeprefix(COUNT_PREFIX): n
+            for name, n in gathered.items()
+            if name.startswith(COUNT_PREFIX)
+        }
+        counts = {
+            name: own.get(name, tokens) for name in gathered if not name.startswith(COUNT_PREFIX)
+        }
         return {name: gathered[name] / count for name, count in counts.items() if count}
 
 
@@ -55,7 +61,7 @@ HELDOUT = {f"eval_{CHOSEN_BY}": "heldout_kl", f"eval_{SPAN_CHOSEN_BY}": "heldout
 """Any other eval_x becomes heldout_x."""
 
 
-class Pace(TrainerCallback):
+class ProgressCallback(TrainerCallback):
     """Tells tokens/s and ETA; asks for a last evaluation and checkpoint at the last step."""
 
     def __init__(self, tokens_per_step: int, progress: Progress) -> None:
@@ -94,7 +100,7 @@ class Pace(TrainerCallback):
                 self.note = f"{name} {logs[key]:.3f}"
 
 
-class Journal(TrainerCallback):
+class MetricsWriter(TrainerCallback):
     """Writes metrics.jsonl, the stage's and the run's: one JSON object per logged step."""
 
     def __init__(self, paths: tuple[Path, ...], stage: str, tokens_per_step: int) -> None:

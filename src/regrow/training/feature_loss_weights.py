@@ -9,22 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from regrow import plugins
-from regrow.training.layer_mapping import Inside, Match
+from regrow.training.layer_mapping import LayerMapping, ModelFeatures
 
-SIGNALS = "regrow.training.feature_losses"
+FEATURE_LOSSES = "regrow.training.feature_losses"
 
 
 @dataclass(frozen=True)
-class SignalMix:
-    """A weighted sum of signals; `weights` are by the signal's file name."""
+class FeatureLosses:
+    """A weighted sum of feature losses; `weights` are by the feature loss's file name."""
 
     weights: dict[str, float]
-    match: Match
-    balance: Balance | None = None
+    match: LayerMapping
+    balance: LossBalancer | None = None
 
     @property
     def needs(self) -> frozenset[str]:
-        """What is read inside the models, all signals together."""
+        """What is read inside the models, all feature losses together."""
         return needs_of(self.weights)
 
     @property
@@ -34,12 +34,12 @@ class SignalMix:
         return {"all_layers": True, "attentions": attentions}
 
     def loss(
-        self, student: Inside, teacher: Inside, mask_BT: Tensor
+        self, student: ModelFeatures, teacher: ModelFeatures, mask_BT: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted sum over the tokens of the mask; the plain sum of each signal by name."""
+        """Weighted sum over the tokens of the mask; the plain sum of each feature loss by name."""
         total, parts = torch.zeros((), device=mask_BT.device), {}
         for name, weight in self.weights.items():
-            module = plugins.load(SIGNALS, name)
+            module = plugins.load(FEATURE_LOSSES, name)
             value = module.loss(student, teacher, self.match, mask_BT)
             parts[name] = value.detach()
             factor = 1.0 if self.balance is None else self.balance.factor(name)
@@ -66,8 +66,8 @@ class SignalMix:
 
 
 def needs_of(weights: dict[str, float]) -> frozenset[str]:
-    """The union of the signals' NEEDS."""
-    return frozenset().union(*(plugins.load(SIGNALS, name).NEEDS for name in weights))
+    """The union of the feature losses' NEEDS."""
+    return frozenset().union(*(plugins.load(FEATURE_LOSSES, name).NEEDS for name in weights))
 
 
 DECAY = 0.98
@@ -77,23 +77,23 @@ DECAY = 0.98
 MAIN = "main"
 
 
-class Balance:
-    """The factor of a signal: running mean of the main loss ÷ running mean of the signal.
+class LossBalancer:
+    """The factor of a feature loss: running mean of the main loss ÷ its own running mean.
 
     Both are exponential means over optimizer steps, equally begun, so that what they lack at first
     cancels. Constant within a step, whatever micro-batches it is made of. In the first step nothing
-    is known yet, and the signals are only measured: their factor is 0.
+    is known yet, and the feature losses are only measured: their factor is 0.
     """
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
 
     def factor(self, name: str) -> float:
-        """What the weight of signal `name` is multiplied by in this step."""
+        """What the weight of feature loss `name` is multiplied by in this step."""
         mean = self.sums.get(name, 0.0)
         return self.sums[MAIN] / mean if mean > 0 else 0.0
 
     def update(self, means: dict[str, float]) -> None:
-        """After a step, with its means per scored token by name: MAIN, the signals, the losses."""
+        """Take the means per scored token of a step, by name: MAIN and all single losses."""
         for name, value in means.items():
             self.sums[name] = DECAY * self.sums.get(name, 0.0) + (1 - DECAY) * value

@@ -25,14 +25,14 @@ ELSEWHERE = {
 
 def check(model: PreTrainedModel, count: int) -> None:
     """Raise UserError unless 0 ≤ count < blocks; `model` may be on the meta device."""
-    most = len(blocks_of(model)) - 1
+    most = len(decoder_layers(model)) - 1
     if count > most:
         raise UserError(f"freeze_layers {count}: allowed are 0 to {most}, one block must train")
 
 
 def freeze(model: PreTrainedModel, count: int) -> None:
     """Embedding, a head tied to it, and the first `count` blocks train no more."""
-    for module in (model.get_input_embeddings(), *blocks_of(model)[:count]):
+    for module in (model.get_input_embeddings(), *decoder_layers(model)[:count]):
         module.requires_grad_(False)
 
 
@@ -46,15 +46,15 @@ def same(student: PreTrainedModel, teacher: PreTrainedModel, count: int) -> bool
     if (ours.get("layer_types") or [])[:count] != (theirs.get("layer_types") or [])[:count]:
         return False
     pairs = [(student.get_input_embeddings(), teacher.get_input_embeddings())]
-    pairs += zip(blocks_of(student)[:count], blocks_of(teacher)[:count], strict=True)
+    pairs += zip(decoder_layers(student)[:count], decoder_layers(teacher)[:count], strict=True)
     return all(_equal(one.state_dict(), other.state_dict()) for one, other in pairs)
 
 
 class SharedPrefix:
     """Lets the teacher run the first `count` blocks for both; it must run first in each step.
 
-    With `all_layers` the student's blocks give each what the teacher's gave, for signals that read
-    them; else only the last one's output is held.
+    With `all_layers` the student's layers each give what the teacher's gave, for feature losses
+    that read them; else only the last one's output is held.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class SharedPrefix:
     ) -> None:
         self.states: dict[int, Tensor] = {}
         self.wanted = set(range(count)) if all_layers else {count - 1}
-        self.blocks = blocks_of(student)[:count]
+        self.layers = decoder_layers(student)[:count]
         self.hooks = []
         for n, (ours, theirs) in enumerate(
-            zip(self.blocks, blocks_of(teacher)[:count], strict=True)
+            zip(self.layers, decoder_layers(teacher)[:count], strict=True)
         ):
             self.hooks.append(theirs.register_forward_hook(partial(self._keep, n)))
             ours.forward = partial(self._recall, n)
@@ -74,11 +74,11 @@ class SharedPrefix:
         """Let the student run its own blocks again."""
         for hook in self.hooks:
             hook.remove()
-        for block in self.blocks:
-            del block.forward
+        for layer in self.layers:
+            del layer.forward
         self.states.clear()
 
-    def _keep(self, n: int, block: nn.Module, given: Any, state_BTH: Tensor) -> None:
+    def _keep(self, n: int, layer: nn.Module, given: Any, state_BTH: Tensor) -> None:
         if n in self.wanted:
             self.states[n] = state_BTH
 
@@ -89,7 +89,7 @@ class SharedPrefix:
         return self.states.pop(n).to(hidden_states.device, hidden_states.dtype)
 
 
-def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """A model's decoder blocks; raises UserError where they are no list."""
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):

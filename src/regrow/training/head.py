@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from regrow.errors import UserError
 from regrow.training.cache.sparse import Sparse
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 from regrow.training.products import add_product, exact_dtype, product, split
 
 CHUNK_ELEMENTS = 1 << 24  # logits of a chunk: 64 MB in float32
@@ -57,22 +57,22 @@ class Head:
         """The same with weights of a dtype."""
         return replace(self, weight_VH=self.weight_VH.to(dtype))
 
-    def target(self, hidden_NH: Tensor, rows: int, mix: Mix) -> Tensor:
+    def target(self, hidden_NH: Tensor, rows: int, mix: LossWeights) -> Tensor:
         """Logits [N, rows] that a student learns from."""
         return self.logits(hidden_NH, self.weight_VH[:rows], mix.exact)
 
 
-class Target(Protocol):
+class TeacherTarget(Protocol):
     """What gives a teacher's logits: a Head, or several of them (`blend.py`)."""
 
     @property
     def rows(self) -> int:
         """How many ids its logits are of."""
 
-    def to(self, dtype: torch.dtype) -> Target:
+    def to(self, dtype: torch.dtype) -> TeacherTarget:
         """The same with weights of a dtype."""
 
-    def target(self, hidden_NH: Tensor, rows: int, mix: Mix) -> Tensor:
+    def target(self, hidden_NH: Tensor, rows: int, mix: LossWeights) -> Tensor:
         """Logits [N, rows] that a student learns from."""
 
 
@@ -97,9 +97,9 @@ def head_loss(
     student_NH: Tensor,
     student: Head,
     targets_N: Tensor,
-    mix: Mix,
+    mix: LossWeights,
     teacher_NH: Tensor | None = None,
-    teacher: Target | None = None,
+    teacher: TeacherTarget | None = None,
     chunk_tokens: int | None = None,
     sparse: Sparse | None = None,
     source_N: Tensor | None = None,
@@ -116,7 +116,7 @@ def head_loss(
         compute = student_NH.dtype
     chunk = chunk_tokens or max(16, CHUNK_ELEMENTS // student.weight_VH.shape[0])
     mixes = (mix,) if source_N is None else mix.mixes[1:]
-    job = _Job(student, teacher, mixes, compute, chunk, sparse, source_N)
+    job = _ChunkedLoss(student, teacher, mixes, compute, chunk, sparse, source_N)
     weight_VH = student.weight_VH
     if not torch.is_grad_enabled():  # a Function is told to give gradients even then
         student_NH, weight_VH = student_NH.detach(), weight_VH.detach()
@@ -128,10 +128,10 @@ def head_loss(
 
 
 @dataclass(frozen=True)
-class _Job:
+class _ChunkedLoss:
     student: Head
-    teacher: Target | None
-    mixes: tuple[Mix, ...]
+    teacher: TeacherTarget | None
+    mixes: tuple[LossWeights, ...]
     """One for all tokens or, with `source_N`, one for those of each source."""
     compute: torch.dtype
     chunk: int
@@ -156,7 +156,7 @@ class _HeadLoss(torch.autograd.Function):
         weight_VH: Tensor,
         targets_N: Tensor,
         teacher_NH: Tensor | None,
-        job: _Job,
+        job: _ChunkedLoss,
     ) -> tuple[Tensor, ...]:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         sums = _Sums(student_NH, weight_VH, job, wants_hidden, wants_weight)
@@ -193,7 +193,7 @@ class _Sums:
         self,
         student_NH: Tensor,
         weight_VH: Tensor,
-        job: _Job,
+        job: _ChunkedLoss,
         wants_hidden: bool,
         wants_weight: bool,
     ) -> None:

@@ -24,7 +24,7 @@ EAGER = "eager"
 """The attention of transformers that gives its weights away; the fused ones never form them."""
 
 
-class Inside(NamedTuple):
+class ModelFeatures(NamedTuple):
     """One model's states on a batch, and how it would read one of them out."""
 
     layers: tuple[Tensor, ...]
@@ -36,16 +36,16 @@ class Inside(NamedTuple):
     head: Head
 
 
-def inside(model: Any, states: States, head: Head) -> Inside:
+def model_features(model: Any, states: States, head: Head) -> ModelFeatures:
     """The states of `model` with its final norm and the head to read them by."""
-    return Inside(states.layers, states.attentions, final_norm(model), head)
+    return ModelFeatures(states.layers, states.attentions, final_norm(model), head)
 
 
 def final_norm(model: Any) -> Callable[[Tensor], Tensor]:
     """The norm before the output head; UserError for a model that has none where all others do."""
     found: Callable[[Tensor], Tensor] | None = getattr(model.base_model, "norm", None)
     if found is None:
-        raise UserError(f"{model.config.model_type}: no final norm found; inner signals need one")
+        raise UserError(f"{model.config.model_type}: no final norm found; feature losses need one")
     return found
 
 
@@ -59,7 +59,7 @@ EMBEDDINGS = "embeddings"
 
 
 @dataclass(frozen=True)
-class Match:
+class LayerMapping:
     """Pairs of blocks, layers, channels and heads; learned projections where there is no plan."""
 
     outputs: Pairs
@@ -79,7 +79,7 @@ class Match:
     """[student's H, teacher's H] by what it projects; kept here, outside every module tree."""
 
     @classmethod
-    def of_plan(cls, plan: Plan) -> Match:
+    def of_plan(cls, plan: Plan) -> LayerMapping:
         """By the plan that the student was cut by.
 
         A student block's output answers to that of the teacher block before the next kept one, so
@@ -96,13 +96,13 @@ class Match:
         )
 
     @classmethod
-    def of_same(cls, num_layers: int) -> Match:
+    def of_same(cls, num_layers: int) -> LayerMapping:
         """Of a model with itself."""
         layers = tuple((n, n) for n in range(num_layers))
         return cls(layers[:-1], layers)
 
     @classmethod
-    def by_depth(cls, student_layers: int, teacher_layers: int) -> Match:
+    def by_depth(cls, student_layers: int, teacher_layers: int) -> LayerMapping:
         """Blocks at the same relative depth (TinyBERT; Jiao et al., 2020, arXiv:1909.10351)."""
         depths = (
             (n, max(1, round((n + 1) * teacher_layers / student_layers)) - 1)
@@ -125,16 +125,18 @@ class Match:
             nn.init.orthogonal_(weight, gain, generator=draw)
             self.projections[name] = nn.Parameter(weight)
 
-    def read_at(self, lens: Pairs) -> Match:
+    def read_at(self, lens: Pairs) -> LayerMapping:
         """The same match, in which these outputs are read through the output heads."""
         return replace(self, lens=lens)
 
-    def embedded(self, student: Inside, teacher: Inside, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def embedded(
+        self, student: ModelFeatures, teacher: ModelFeatures, mask_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Both embeddings' outputs [N, H] in the same channels."""
         return self._aligned(student.layers[0], teacher.layers[0], mask_BT, EMBEDDINGS)
 
     def states(
-        self, student: Inside, teacher: Inside, mask_BT: Tensor
+        self, student: ModelFeatures, teacher: ModelFeatures, mask_BT: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The outputs [N, H] of every pair of blocks in the same channels."""
         for ours, theirs in self.outputs:
@@ -142,7 +144,7 @@ class Match:
             yield self._aligned(*pair, mask_BT, f"block {ours}")
 
     def attended(
-        self, student: Inside, teacher: Inside, mask_BT: Tensor
+        self, student: ModelFeatures, teacher: ModelFeatures, mask_BT: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The attention rows [N, A, T] of every pair of layers, head by head."""
         for ours, theirs in self.layers:
@@ -178,14 +180,14 @@ def at_depths(outputs: Pairs, num_layers: int, depths: Sequence[int | float]) ->
     teacher_of = dict(outputs)
     chosen = set()
     for depth in depths:
-        block = depth
+        layer = depth
         if isinstance(depth, float):
-            block = min(max(math.floor(depth * num_layers + 0.5), 1), num_layers - 1) - 1
-        if block not in teacher_of:
+            layer = min(max(math.floor(depth * num_layers + 0.5), 1), num_layers - 1) - 1
+        if layer not in teacher_of:
             allowed = f"0 to {num_layers - 2}" if num_layers > 1 else "none"
             raise UserError(
                 f"lens_layers: {depth} is no block before the student's last with a counterpart in "
                 f"the teacher; give shares between 0 and 1, or numbers of blocks ({allowed})"
             )
-        chosen.add(int(block))
-    return tuple((block, teacher_of[block]) for block in sorted(chosen))
+        chosen.add(int(layer))
+    return tuple((layer, teacher_of[layer]) for layer in sorted(chosen))

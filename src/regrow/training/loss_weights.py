@@ -15,7 +15,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Mix:
+class LossWeights:
     """A weighted sum of losses at one temperature; `weights` are by the loss's file name.
 
     A loss of weight 0 is measured and teaches nothing.
@@ -33,7 +33,7 @@ class Mix:
     """Weights in place of `weights` for tokens of which the source is known, by its number."""
 
     @property
-    def mixes(self) -> tuple[Mix, ...]:
+    def mixes(self) -> tuple[LossWeights, ...]:
         """The mix of tokens of no known source, then that of each source."""
         each = (self.weights, *self.by_source)
         return tuple(replace(self, weights=weights, by_source=()) for weights in each)
@@ -56,7 +56,7 @@ class Mix:
             found.append((name, weight, partial(module.loss, **options), module.NEEDS_TEACHER))
         return found
 
-    def measuring(self, name: str) -> Mix:
+    def measuring(self, name: str) -> LossWeights:
         """The mix at temperature 1, in which the loss `name` is measured too, and comes first."""
         each = tuple({name: 0.0, **weights} for weights in self.by_source)
         return replace(self, weights={name: 0.0, **self.weights}, temperature=1.0, by_source=each)

@@ -77,11 +77,11 @@ def share(model: PreTrainedModel, device: torch.device) -> None:
 
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     names = set(model._no_split_modules or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
-    inside = {parameter for block in blocks for parameter in block.parameters()}
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    inside = {parameter for layer in layers for parameter in layer.parameters()}
     rest: set[nn.Parameter] = set(model.parameters()) - inside
-    for block in blocks:
-        fully_shard(block, mesh=mesh)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
     fully_shard(model.base_model, mesh=mesh, ignored_params=rest)
     for parameter in rest:
         parameter.data = parameter.data.to(device)

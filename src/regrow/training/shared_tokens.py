@@ -16,7 +16,7 @@ from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 
 if TYPE_CHECKING:
-    from regrow.data import Blocks
+    from regrow.data.sequences import Sequences
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 NONE = -1
@@ -126,13 +126,16 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def check_text(
-    blocks: Blocks, tokenizer: PreTrainedTokenizerBase, rows: tuple[int, int], ids_V: Tensor | None
+    sequences: Sequences,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: tuple[int, int],
+    ids_V: Tensor | None,
 ) -> None:
     """Raise UserError for text with a token that one of the models cannot read.
 
     `rows`: how many ids the student's and the teacher's embedding have.
     """
-    used = blocks.input_ids.unique()
+    used = sequences.input_ids.unique()
     most = min(rows) if ids_V is None else rows[0]
     lacking, why = used >= most, f"an embedding of {most} rows lacks"
     if ids_V is not None and not lacking.any():

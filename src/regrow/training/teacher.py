@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from regrow.training.head import CHUNK_ELEMENTS, Head, head_loss, head_of
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 from regrow.training.shared_tokens import NONE, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from regrow.data import Blocks
+    from regrow.data.sequences import Sequences
 
 
 class States(NamedTuple):
@@ -87,13 +87,13 @@ class Teacher:
         )
 
     @torch.no_grad()
-    def mass_outside(self, blocks: Blocks, batch_size: int) -> float:
+    def mass_outside(self, sequences: Sequences, batch_size: int) -> float:
         """Mean share of its probability, over the scored tokens, on ids that its head leaves out.
 
         1 − Σ_shared p: what is lost when the distribution is renormalised over the shared tokens.
         """
         whole, lost, count = head_of(self.model), 0.0, 0
-        for batch in blocks.batches(batch_size):
+        for batch in sequences.batches(batch_size):
             batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
             hidden_NH = self.hidden(batch).final[scored(batch)]
             for part_NH in hidden_NH.split(max(16, CHUNK_ELEMENTS // len(whole.weight_VH))):
@@ -151,7 +151,7 @@ def mean_loss(
     `reference` holds the teacher's states: see `reference_states`.
     """
     total, tokens = 0.0, 0
-    mix = Mix({loss: 1.0})
+    mix = LossWeights({loss: 1.0})
     for batch, teacher_NH in zip(batches, reference, strict=True):
         mask = scored(batch)
         hidden_NH = final_hidden(model, batch)[mask]
@@ -167,7 +167,7 @@ def scored(batch: dict[str, Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Blend:
+class TeacherMixture:
     """The heads of several teachers, read as one; `shares` sum to 1."""
 
     heads: tuple[Head, ...]
@@ -178,11 +178,11 @@ class Blend:
         """How many leading ids all of them have."""
         return min(head.rows for head in self.heads)
 
-    def to(self, dtype: torch.dtype) -> Blend:
+    def to(self, dtype: torch.dtype) -> TeacherMixture:
         """The same with weights of a dtype."""
-        return Blend(tuple(head.to(dtype) for head in self.heads), self.shares)
+        return TeacherMixture(tuple(head.to(dtype) for head in self.heads), self.shares)
 
-    def target(self, hidden_NH: Tensor, rows: int, mix: Mix) -> Tensor:
+    def target(self, hidden_NH: Tensor, rows: int, mix: LossWeights) -> Tensor:
         """Logits [N, V] whose softmax over T is Σ wᵢ pᵢ, each pᵢ the softmax of logits over T.
 
         `hidden_NH` has the teachers' states side by side. T · log Σ wᵢ pᵢ, in log space throughout.
@@ -199,7 +199,7 @@ class Blend:
         return total_NV.mul_(mix.temperature)
 
 
-class BlendedTeacher:
+class MixedTeacher:
     """Stands in for a Teacher. All of them must have all of the student's tokens."""
 
     def __init__(self, teachers: Sequence[Teacher], shares: Sequence[float]) -> None:
@@ -214,9 +214,9 @@ class BlendedTeacher:
         return States(torch.cat([state.to(found[0].dtype) for state in found], -1), ())
 
     @cached_property
-    def head(self) -> Blend:
+    def head(self) -> TeacherMixture:
         """The output heads."""
-        return Blend(tuple(teacher.head for teacher in self.teachers), self.shares)
+        return TeacherMixture(tuple(teacher.head for teacher in self.teachers), self.shares)
 
     def compared(self, head: Head, targets_N: Tensor) -> tuple[Head, Tensor]:
         """A student's head and targets as they are: all of its tokens are compared."""

@@ -19,10 +19,12 @@ from regrow.quantization.grid import fit
 from regrow.quantization.schemes import SCHEMES
 from regrow.training import sharding
 
-Hold: TypeAlias = Literal["whole", "int8", "shares", "disk"]
+TeacherPlacement: TypeAlias = Literal["whole", "int8", "shares", "disk"]
 
 
-def held(checkpoint: Checkpoint, how: Hold, device: torch.device) -> PreTrainedModel:
+def place_teacher(
+    checkpoint: Checkpoint, how: TeacherPlacement, device: torch.device
+) -> PreTrainedModel:
     """A checkpoint's model in bfloat16, to be run and not trained.
 
     `whole` and `int8` on the device, `shares` over all ranks (`sharding.share`); `disk`: embedding,

@@ -17,31 +17,33 @@ from transformers import PreTrainedModel, Trainer
 
 from regrow.errors import UserError
 from regrow.training.adapters import has_adapter, load_adapter
-from regrow.training.callbacks import OWN, Tally
-from regrow.training.feature_loss_weights import MAIN, SignalMix
+from regrow.training.callbacks import COUNT_PREFIX, MetricSums
+from regrow.training.feature_loss_weights import MAIN, FeatureLosses
 
-SIGNAL_STATE = "signals.pt"
+FEATURE_LOSS_STATE = "feature_losses.pt"
 """Beside optimizer.pt in each checkpoint; the student that is written has none of it."""
 
 
-class SignalTrainer(Trainer):
+class FeatureLossTrainer(Trainer):
     """Trainer with a SignalMix: its projections in the optimizer, its state in the checkpoints.
 
     Their gradients are averaged over the ranks, as DDP does for the student's, and are not clipped.
     """
 
-    def __init__(self, *args: Any, signals: SignalMix | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, feature_losses: FeatureLosses | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.signals, self.this_step = signals, Tally()
+        self.feature_losses, self.this_step = feature_losses, MetricSums()
 
     def end_step(self) -> None:
         """Before the optimizer's step: what DDP does for the student, for what is outside it."""
-        if self.signals is None:
+        if self.feature_losses is None:
             return
-        for projection in self.signals.projections():
+        for projection in self.feature_losses.projections():
             projection.grad = self.accelerator.reduce(projection.grad, "mean")
-        if self.signals.balance is not None:
-            self.signals.balance.update(self.this_step.means(self.sum_over_ranks))
+        if self.feature_losses.balance is not None:
+            self.feature_losses.balance.update(self.this_step.means(self.sum_over_ranks))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of each rank's values; the values themselves with one rank."""
@@ -49,35 +51,39 @@ class SignalTrainer(Trainer):
         return total
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The student's optimizer, with the signals' projections as a group of their own."""
+        """The student's optimizer, with the feature losses' projections as a group of their own."""
         there = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if self.signals is not None and self.signals.projections() and not there:
-            group = {"params": self.signals.projections(), "weight_decay": 0.0}
+        if self.feature_losses is not None and self.feature_losses.projections() and not there:
+            group = {"params": self.feature_losses.projections(), "weight_decay": 0.0}
             optimizer.add_param_group(group)
             optimizer.register_step_post_hook(self._zero_projections)
         return optimizer
 
     def _zero_projections(self, *_: Any) -> None:
         """After a step; Trainer does it for the student."""
-        assert self.signals is not None
-        for projection in self.signals.projections():
+        assert self.feature_losses is not None
+        for projection in self.feature_losses.projections():
             projection.grad = None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        state = {} if self.signals is None else self.signals.state_dict()
+        state = {} if self.feature_losses is None else self.feature_losses.state_dict()
         if state and self.args.should_save:
-            torch.save(state, Path(output_dir) / SIGNAL_STATE)
+            torch.save(state, Path(output_dir) / FEATURE_LOSS_STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.signals is not None and self.signals.state_dict():
-            state = torch.load(Path(checkpoint) / SIGNAL_STATE, map_location="cpu")
-            self.signals.load_state_dict(state)
+        if (
+            checkpoint is not None
+            and self.feature_losses is not None
+            and self.feature_losses.state_dict()
+        ):
+            state = torch.load(Path(checkpoint) / FEATURE_LOSS_STATE, map_location="cpu")
+            self.feature_losses.load_state_dict(state)
 
 
-class DistillTrainer(SignalTrainer):
+class DistillTrainer(FeatureLossTrainer):
     """Sum of the loss ÷ the scored tokens of the whole step, over accumulation and ranks.
 
     Blocks are read in their own order: a longer budget goes on where a shorter one ended.
@@ -85,7 +91,7 @@ class DistillTrainer(SignalTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.logged = Tally()
+        self.logged = MetricSums()
         self.model_accepts_loss_kwargs = True  # asks Trainer to count the scored tokens
         self.loss_is_scaled_for_ga = True
         if self.args.world_size > 1 and self.eval_dataset is not None:
@@ -147,7 +153,7 @@ class DistillTrainer(SignalTrainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's; a row of training gets each loss and signal under its own name."""
+        """As Trainer's; a row of training gets each loss and feature loss under its own name."""
         if "loss" in logs:
             logs = {**logs, **self.logged.means(self.sum_over_ranks)}
         super().log(logs, *args, **kwargs)
@@ -156,7 +162,7 @@ class DistillTrainer(SignalTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean of each loss over the held-out blocks, in nats per scored token, over all ranks."""
         self.student.eval()
-        tally = Tally()
+        tally = MetricSums()
         dataloader = self.get_eval_dataloader()
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
@@ -202,5 +208,5 @@ def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _sums(outputs: dict[str, Any]) -> dict[str, Tensor]:
     """A micro-batch's row for a Tally."""
-    counts = {OWN + name: count for name, count in outputs["counts"].items()}
+    counts = {COUNT_PREFIX + name: count for name, count in outputs["counts"].items()}
     return {**outputs["parts"], **counts, "tokens": outputs["tokens"]}

@@ -28,7 +28,7 @@ Solutions = dict[str, tuple[float | None, float, float]]
 
 
 @dataclass(frozen=True)
-class Job:
+class RepairSetup:
     """What a method is given; `work` is a folder for what it must put on disk meanwhile."""
 
     checkpoint: Checkpoint

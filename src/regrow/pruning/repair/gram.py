@@ -16,7 +16,7 @@ from torch import Tensor
 
 from regrow.families import unit_rows
 from regrow.profile_folder import Gram
-from regrow.pruning.repair import Job, Solutions
+from regrow.pruning.repair import RepairSetup, Solutions
 from regrow.pruning.repair._ridge import RIDGES, Solution, changes
 
 GRAMS = True
@@ -24,7 +24,7 @@ REPAIRED = ("mlp", "heads")
 ROWS = 512
 
 
-def repair(job: Job, ridges: tuple[float, ...] = RIDGES) -> OneShot:
+def repair(job: RepairSetup, ridges: tuple[float, ...] = RIDGES) -> OneShot:
     """New weights, solved when they are asked for."""
     return OneShot(job, ridges)
 
@@ -72,7 +72,7 @@ def work_bytes(sizes: dict[str, int], tokens: int) -> int:
 class OneShot:
     """Gives `cut` the re-solved weights of each reader; remembers what each solve brought."""
 
-    def __init__(self, job: Job, ridges: tuple[float, ...]) -> None:
+    def __init__(self, job: RepairSetup, ridges: tuple[float, ...]) -> None:
         self.job, self.ridges = job, ridges
         self.solutions: Solutions = {}
         self._dims = {

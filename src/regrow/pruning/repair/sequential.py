@@ -25,20 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.data import Blocks
-from regrow.data.sequences import VALIDATE_EVERY, held_out
+from regrow.data.sequences import VALIDATE_EVERY, Sequences, held_out
 from regrow.layerwise import LayerByLayer, Spill
 from regrow.pruning.cut import cut_config, cut_tensor, new_name
-from regrow.pruning.repair import Job, Solutions
+from regrow.pruning.repair import RepairSetup, Solutions
 from regrow.pruning.repair._ridge import Moments, Solution, refit
 from regrow.runtime.progress import Progress, progress
 
 GRAMS = False
 RIDGES = (1e-1, 3e-1, 1.0, 3.0, 10.0)  # errors that add up from layer to layer ask for more
-BLOCKS = ("heads", "mlp")  # the blocks of a layer by what their last projection reads, in order
+SEQUENCES = ("heads", "mlp")  # the blocks of a layer by what their last projection reads, in order
 
 
-def repair(job: Job, ridges: tuple[float, ...] = RIDGES) -> Sequential:
+def repair(job: RepairSetup, ridges: tuple[float, ...] = RIDGES) -> Sequential:
     """New weights, solved here and now; they wait in `job.work` until they are asked for."""
     walk = Sequential(job, ridges)
     walk.run()
@@ -55,7 +54,7 @@ class Sequential:
     """The dense and the cut model side by side, one layer of each, and what was solved so far."""
 
     @torch.no_grad()
-    def __init__(self, job: Job, ridges: tuple[float, ...]) -> None:
+    def __init__(self, job: RepairSetup, ridges: tuple[float, ...]) -> None:
         # Layers know nothing of the vocabulary, and the profile's text is in the parent's tokens.
         whole = {**job.plan.after, "vocab": job.plan.before["vocab"]}
         plan = job.plan.model_copy(update={"vocab": None, "after": whole})
@@ -64,8 +63,8 @@ class Sequential:
         self.solutions: Solutions = {}
         self._weights = Spill(job.work / "weights")
         self._streams = {name: Spill(job.work / name) for name in ("dense", "cut")}
-        self._before = {dim: Spill(job.work / f"before-{dim}") for dim in BLOCKS}
-        self._scale = {dim: Spill(job.work / f"scale-{dim}") for dim in BLOCKS}
+        self._before = {dim: Spill(job.work / f"before-{dim}") for dim in SEQUENCES}
+        self._scale = {dim: Spill(job.work / f"scale-{dim}") for dim in SEQUENCES}
         self._batches = _batches(job)
         checkpoint, family = job.checkpoint, job.family
         device, dtype = job.options.torch_device(), checkpoint.compute_dtype()
@@ -105,7 +104,7 @@ class Sequential:
             with self._dense.resident(layer), _inputs(self._dense.model, names, layer) as seen:
                 for n, (_, inputs) in enumerate(self._batches):
                     stream.put(n, self._dense.step(inputs, stream.get(n) if layer else None))
-                    for dim in BLOCKS if watched else ():
+                    for dim in SEQUENCES if watched else ():
                         self._before[dim].put(n, seen[family.residual[dim]])
                         if dim in family.post_norm:
                             y_BTH = _wide(seen[family.post_norm[dim]])
@@ -116,7 +115,7 @@ class Sequential:
         """Re-solve the blocks of the cut model's layer `new`, then take its stream through it."""
         stream = self._streams["cut"]
         with self._cut.resident(new):
-            for dim in BLOCKS:
+            for dim in SEQUENCES:
                 for template in self.job.family.readers(dim):
                     if template.replace("{layer}", str(new)) in self._parents:
                         self._solve_reader(template, dim, new, old)
@@ -233,10 +232,10 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _batches(job: Job) -> list[tuple[bool, dict[str, Tensor]]]:
+def _batches(job: RepairSetup) -> list[tuple[bool, dict[str, Tensor]]]:
     """The profile's text in batches, each all for the fit or all held out."""
-    blocks = Blocks.load(job.profile.blocks_path())
-    count = min(len(blocks), max(VALIDATE_EVERY, job.tokens // blocks.input_ids.shape[1]))
+    sequences = Sequences.load(job.profile.sequences_path())
+    count = min(len(sequences), max(VALIDATE_EVERY, job.tokens // sequences.input_ids.shape[1]))
     size = job.options.batch_size
     found = []
     for unseen in (False, True):
@@ -244,9 +243,9 @@ def _batches(job: Job) -> list[tuple[bool, dict[str, Tensor]]]:
         for begin in range(0, len(numbers), size):
             some = numbers[begin : begin + size]
             inputs = {
-                "input_ids": blocks.input_ids[some],
-                "position_ids": blocks.position_ids[some],
-                "real": blocks.real[some],
+                "input_ids": sequences.input_ids[some],
+                "position_ids": sequences.position_ids[some],
+                "real": sequences.real[some],
             }
             found.append((unseen, inputs))
     return found

@@ -83,8 +83,8 @@ def _teacher(step: Step, plan: RecipePlan) -> Checkpoint:
 def fitted(step: Step, steps: list[Step], model: str) -> CacheConfig:
     """The stage's config; what it leaves open is set for the distillations that follow.
 
-    `tokens` and `heldout_blocks` are then those of the largest distillation after it with the same
-    teacher; `model` is the recipe's model.
+    `tokens` and `heldout_sequences` are then those of the largest distillation after it with the
+    same teacher; `model` is the recipe's model.
     """
     config: CacheConfig = step.config
     needs: list[dict[str, int]] = [
@@ -107,7 +107,7 @@ def estimate(teacher: Checkpoint, data: DataConfig, config: CacheConfig) -> list
     from regrow.stages.cache.stage import header_of
 
     form = header_of(teacher, data, config).formats()["train"]
-    heldout = config.heldout_blocks * data.sequence_length
+    heldout = config.heldout_sequences * data.sequence_length
     seconds = (config.tokens + heldout) * 2 * active(teacher) / matmul_rate()
     size = config.tokens * form.bytes_per_token()
     return [

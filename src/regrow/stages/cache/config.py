@@ -18,7 +18,7 @@ class CacheConfig(Config):
     tokens: int = Field(default=1_000_000, ge=1)
     """Tokens to train on that are cached; raising it later adds to a finished cache. In a recipe
     that leaves it out: what the distillations of this teacher take."""
-    heldout_blocks: int = Field(default=16, ge=1)
+    heldout_sequences: int = Field(default=16, ge=1)
     """Held-out blocks, always stored exactly; in a recipe as for tokens."""
     format: Literal["samples", "topk", "hidden"] = "samples"
     """samples: unbiased draws of ids. topk: the likeliest ids and the mass of the rest. hidden: the

@@ -11,20 +11,20 @@ from torch import Tensor
 from regrow import families, stage_dir
 from regrow.checkpoint import Checkpoint, load
 from regrow.config import Options
-from regrow.data import Blocks, DataConfig, build_blocks
-from regrow.data.sequences import IGNORED
+from regrow.data import DataConfig
+from regrow.data.sequences import IGNORED, Sequences, build_sequences
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.runtime import distributed
 from regrow.runtime.progress import Progress, progress, say
-from regrow.stage_dir import Figure, Stage, refuse_input, require_space
+from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
 from regrow.stages.cache.config import CacheConfig
 from regrow.training.cache.folder import (
     HEADER,
     SPLITS,
     VERSION,
     Header,
-    missing_blocks,
+    missing_sequences,
     shared_ids,
     tokenizer_fingerprint,
 )
@@ -106,50 +106,54 @@ def cache(
     """
     out, config, options = Path(out), config or CacheConfig(), options or Options()
     device = options.torch_device()
-    master = teacher if isinstance(teacher, Checkpoint) else load(teacher)
-    refuse_input(out, master.folder)
-    header = header_of(master, data, config)
+    checkpoint = teacher if isinstance(teacher, Checkpoint) else load(teacher)
+    refuse_input(out, checkpoint.folder)
+    header = header_of(checkpoint, data, config)
     stage = _stage(out, config, header)
     if stage.complete:
         say(f"cache: {out} is complete and unchanged")
         return out
-    tokenizer = master.tokenizer()
-    blocks = {
-        "heldout": build_blocks(data, tokenizer, "heldout", config.heldout_blocks),
-        "train": build_blocks(data, tokenizer, "train", -(-config.tokens // data.sequence_length)),
+    tokenizer = checkpoint.tokenizer()
+    sequences = {
+        "heldout": build_sequences(data, tokenizer, "heldout", config.heldout_sequences),
+        "train": build_sequences(
+            data, tokenizer, "train", -(-config.tokens // data.sequence_length)
+        ),
     }
-    _check_space(stage, header, blocks)
+    _check_space(stage, header, sequences)
     distributed.join(cpu=device.type == "cpu")
     with stage as folder:
         if distributed.is_main():
             _tidy(folder, stage)
         distributed.wait()
-        todo = {split: missing_blocks(b, Store(folder / split)) for split, b in blocks.items()}
+        todo = {
+            split: missing_sequences(b, Store(folder / split)) for split, b in sequences.items()
+        }
         distributed.wait()  # before anything is written, so that all ranks see the same to do
         if any(todo.values()):
-            model = Teacher(master.model(torch.bfloat16, device))
-            stage.figures.append(_fill(folder, header, model, blocks, todo, options.batch_size))
+            model = Teacher(checkpoint.model(torch.bfloat16, device))
+            stage.figures.append(_fill(folder, header, model, sequences, todo, options.batch_size))
         distributed.wait()
         if distributed.is_main():
-            _finish(stage, folder, header, master, device)
+            _finish(stage, folder, header, checkpoint, device)
     return out
 
 
-def header_of(master: Checkpoint, data: DataConfig, config: CacheConfig) -> Header:
+def header_of(checkpoint: Checkpoint, data: DataConfig, config: CacheConfig) -> Header:
     """What the cache says about itself; raises UserError for settings that cannot be."""
-    family = families.of(master)
-    refuse_scaled(master.config, family.model_type)
-    tokenizer = master.tokenizer()
+    family = families.of(checkpoint)
+    refuse_scaled(checkpoint.config, family.model_type)
+    tokenizer = checkpoint.tokenizer()
     sizes = {
-        "vocab_size": shared_ids(master, tokenizer),
-        "hidden_size": family.sizes(master.config)["hidden"],
+        "vocab_size": shared_ids(checkpoint, tokenizer),
+        "hidden_size": family.sizes(checkpoint.config)["hidden"],
     }
     form = vars(make(config.format, {**vars(config), **sizes}))
     return Header(
         version=VERSION,
         format=config.format,
         settings={name: value for name, value in form.items() if name not in sizes},
-        teacher=master.fingerprint,
+        teacher=checkpoint.fingerprint,
         tokenizer=tokenizer_fingerprint(tokenizer),
         **sizes,
         sequence_length=data.sequence_length,
@@ -157,13 +161,13 @@ def header_of(master: Checkpoint, data: DataConfig, config: CacheConfig) -> Head
     )
 
 
-def _stage(out: Path, config: CacheConfig, header: Header) -> Stage:
+def _stage(out: Path, config: CacheConfig, header: Header) -> StageDir:
     inputs = {"teacher": header.teacher, "tokenizer": header.tokenizer, "data": header.data}
     # Without budget and text, so that a cache that is to hold more is known as the same, extended.
-    return Stage(out, "cache", config, inputs, resumable=True, resume_digest=header.fingerprint)
+    return StageDir(out, "cache", config, inputs, resumable=True, resume_digest=header.fingerprint)
 
 
-def _tidy(folder: Path, stage: Stage) -> None:
+def _tidy(folder: Path, stage: StageDir) -> None:
     """Take over the shards of a finished cache; drop what a kill left half written."""
     extends = _extends(stage)
     for split in SPLITS:
@@ -175,18 +179,18 @@ def _tidy(folder: Path, stage: Stage) -> None:
             path.unlink()
 
 
-def _check_space(stage: Stage, header: Header, blocks: dict[str, Blocks]) -> None:
+def _check_space(stage: StageDir, header: Header, sequences: dict[str, Sequences]) -> None:
     """For what neither an interrupted cache nor, if it is extended, the finished one holds."""
     folders = [stage.partial, stage.out] if _extends(stage) else [stage.partial]
     needed = 0.0
     for split, form in header.formats().items():
-        todo = missing_blocks(blocks[split], *(Store(folder / split) for folder in folders))
-        labels = blocks[split].labels[list(todo.values())]
+        todo = missing_sequences(sequences[split], *(Store(folder / split) for folder in folders))
+        labels = sequences[split].labels[list(todo.values())]
         needed += form.bytes_per_token() * int((labels[:, 1:] != IGNORED).sum())
     require_space(stage.out, int(needed))
 
 
-def _extends(stage: Stage) -> bool:
+def _extends(stage: StageDir) -> bool:
     """Whether there is a finished cache of the same teacher and format."""
     found = stage_dir.read(stage.out)
     return found is not None and found.get("resume_digest") == stage.resume_digest
@@ -196,7 +200,7 @@ def _fill(
     folder: Path,
     header: Header,
     teacher: Teacher,
-    blocks: dict[str, Blocks],
+    sequences: dict[str, Sequences],
     todo: dict[str, dict[bytes, int]],
     batch_size: int,
 ) -> Figure:
@@ -207,7 +211,7 @@ def _fill(
         for split, missing in todo.items():
             shards = list(_shards(missing, max(1, SHARD_TOKENS // length)))
             for shard in shards[distributed.rank() :: distributed.world_size()]:
-                rows = _encode(forms[split], teacher, blocks[split], shard, batch_size, counter)
+                rows = _encode(forms[split], teacher, sequences[split], shard, batch_size, counter)
                 write_shard(folder / split, dict(rows))
         seconds = counter.seconds()
     return Figure(name="speed", value=count / max(seconds, 1e-9), unit="tokens/s")
@@ -224,13 +228,13 @@ def _shards(missing: dict[bytes, int], size: int) -> Iterator[dict[bytes, int]]:
 def _encode(
     form: Format,
     teacher: Teacher,
-    blocks: Blocks,
+    sequences: Sequences,
     shard: dict[bytes, int],
     batch_size: int,
     counter: Progress,
 ) -> Iterator[tuple[bytes, dict[str, torch.Tensor]]]:
     """Each block's key and what is stored of it."""
-    chosen, keys = blocks.select(list(shard.values())), iter(shard)
+    chosen, keys = sequences.select(list(shard.values())), iter(shard)
     device = teacher.model.device
     for batch in chosen.batches(batch_size):
         states_BTH, mask_BT = teacher.hidden(batch).final, scored(batch).to(device)
@@ -247,12 +251,12 @@ def _encode(
 
 
 def _finish(
-    stage: Stage, folder: Path, header: Header, master: Checkpoint, device: torch.device
+    stage: StageDir, folder: Path, header: Header, checkpoint: Checkpoint, device: torch.device
 ) -> None:
     """Measure what was stored, and write the header."""
     stores = {split: Store(folder / split) for split in SPLITS}
     tokens, size = stores["train"].tokens(), stores["train"].bytes()
-    found = _errors(header, stores["heldout"], master, device)
+    found = _errors(header, stores["heldout"], checkpoint, device)
     unit = {"tail": "share"}
     for name, value in found.items():
         convention = CONVENTIONS[header.format] if name == "error" else ""
@@ -273,10 +277,10 @@ def _finish(
 
 
 def _errors(
-    header: Header, heldout: Store, master: Checkpoint, device: torch.device
+    header: Header, heldout: Store, checkpoint: Checkpoint, device: torch.device
 ) -> dict[str, float]:
     """Means over the held-out tokens, which are stored exactly: no forward pass is needed."""
-    forms, head = header.formats(), head_from(master, device)
+    forms, head = header.formats(), head_from(checkpoint, device)
     sums: dict[str, float] = {}
     tokens = 0
     for key in heldout.keys():  # noqa: SIM118

@@ -18,14 +18,14 @@ from rich.table import Table
 from regrow import families
 from regrow.errors import UserError
 from regrow.profile_folder import Profile
-from regrow.search.score import Trial
+from regrow.search.score import CutScorer
 from regrow.training.head import head_loss, head_of
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 from regrow.training.teacher import final_hidden, scored
 
 Heads = list[tuple[int, int]]
 """(layer, query head) of each head that is removed."""
-BOTH = Mix({"forward_kl": 1.0, "cross_entropy": 1.0})
+BOTH = LossWeights({"forward_kl": 1.0, "cross_entropy": 1.0})
 
 
 def check_heads(profile: Profile) -> list[str]:
@@ -39,7 +39,7 @@ def check_heads(profile: Profile) -> list[str]:
     return names
 
 
-def remove_heads(trial: Trial, draws: int) -> list[dict[str, Any]]:
+def remove_heads(trial: CutScorer, draws: int) -> list[dict[str, Any]]:
     """Rows of what removing one head costs, in the whole model and in every layer.
 
     Each has `removed`, `chosen` (a criterion: its least important heads; or random: the mean over
@@ -84,7 +84,7 @@ def heads_table(rows: list[dict[str, Any]], draws: int) -> Table:
     return table
 
 
-def _row(trial: Trial, choices: list[Heads], whole: float) -> dict[str, float]:
+def _row(trial: CutScorer, choices: list[Heads], whole: float) -> dict[str, float]:
     found = []
     for heads in choices:
         with _without(trial, heads):
@@ -99,7 +99,7 @@ def _row(trial: Trial, choices: list[Heads], whole: float) -> dict[str, float]:
 
 @contextmanager
 @torch.no_grad()
-def _without(trial: Trial, heads: Heads) -> Iterator[None]:
+def _without(trial: CutScorer, heads: Heads) -> Iterator[None]:
     """The trial's dense model with nothing read of these heads, for a while."""
     family = families.of(trial.checkpoint)
     width = family.sizes(trial.checkpoint.config)["head_dim"]
@@ -118,7 +118,7 @@ def _without(trial: Trial, heads: Heads) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _losses(trial: Trial) -> dict[str, float]:
+def _losses(trial: CutScorer) -> dict[str, float]:
     """KL to the whole model and next-token loss of the model as it is now, per scored token."""
     head = head_of(trial.dense.model)
     sums, tokens = dict.fromkeys(BOTH.weights, 0.0), 0

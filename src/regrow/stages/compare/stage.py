@@ -29,7 +29,7 @@ from regrow.pruning.config import PruneConfig
 from regrow.pruning.cut import cut_folder
 from regrow.pruning.prune import repair_by, repair_method
 from regrow.runtime.progress import clock, say
-from regrow.search.score import TRIAL_BLOCKS, Trial
+from regrow.search.score import SCORED_SEQUENCES, CutScorer
 from regrow.search.shapes import check_keep_params
 from regrow.stage_dir import write_json
 from regrow.stages.compare.head_removal import check_heads, heads_table, remove_heads
@@ -127,7 +127,7 @@ def _profile_config(profile: Profile, config: PruneConfig, cut: set[str]) -> Pro
 
 
 @dataclass(frozen=True)
-class LineUp:
+class ComparisonPlan:
     """What a comparison compares: the criteria, at which sizes, and the rounds of re-estimation."""
 
     criteria: list[str]
@@ -162,8 +162,8 @@ def compare(
     options = options or Options()
     if out is not None and Path(out).is_dir():
         raise UserError(f"{out} is a folder: give --out the name of a JSON file")
-    what = line_up(checkpoint, found, config, rounds, heads)
-    trial = Trial(checkpoint, found, data, options)
+    what = comparison_plan(checkpoint, found, config, rounds, heads)
+    trial = CutScorer(checkpoint, found, data, options)
     rows: list[dict[str, Any]] = []
     for name in what.criteria:
         plan = _choose(checkpoint, found, config, what, name)
@@ -187,9 +187,9 @@ def compare(
     return rows
 
 
-def line_up(
+def comparison_plan(
     checkpoint: Checkpoint, profile: Profile, config: PruneConfig, rounds: int, heads: int
-) -> LineUp:
+) -> ComparisonPlan:
     """What will be compared; raises UserError, before any slow work, for what cannot be."""
     profile.check_fingerprint(checkpoint)
     if rounds < 1 or heads < 0:
@@ -220,7 +220,7 @@ def line_up(
         if len(steps) < rounds:
             say(f"compare: this cut can be made in {len(steps)} rounds, not in {rounds}")
     names = profile.criteria(cut - {"layers"} or {"layers"})
-    return LineUp(names, sizes, after, cut == {"layers"}, steps)
+    return ComparisonPlan(names, sizes, after, cut == {"layers"}, steps)
 
 
 def title(row: dict[str, Any]) -> str:
@@ -231,14 +231,18 @@ def title(row: dict[str, Any]) -> str:
 
 
 def _choose(
-    checkpoint: Checkpoint, profile: Profile, config: PruneConfig, what: LineUp, criterion: str
+    checkpoint: Checkpoint,
+    profile: Profile,
+    config: PruneConfig,
+    what: ComparisonPlan,
+    criterion: str,
 ) -> Plan:
     layer_criterion = criterion if what.only_layers else config.layer_criterion
     family, multiple = families.of(checkpoint), config.multiple_of
     return choose(checkpoint, family, profile, what.sizes, criterion, layer_criterion, multiple)
 
 
-def _cost(trial: Trial, plan: Plan, config: PruneConfig) -> dict[str, float]:
+def _cost(trial: CutScorer, plan: Plan, config: PruneConfig) -> dict[str, float]:
     row = {"kl": trial.kl(plan)}
     if config.repair:
         row["kl_repaired"] = trial.kl(plan, config)
@@ -268,10 +272,10 @@ def estimate(
 ) -> list[str]:
     """The criteria, the cut, the text and the time of a comparison."""
     profile = Profile(folder)
-    what = line_up(checkpoint, profile, config, rounds, heads)
+    what = comparison_plan(checkpoint, profile, config, rounds, heads)
     family = families.of(checkpoint)
     before, after = (family.count(checkpoint.config, sizes) for sizes in (None, what.after))
-    tokens = TRIAL_BLOCKS * data.sequence_length
+    tokens = SCORED_SEQUENCES * data.sequence_length
     rows = len(what.criteria) + (len(what.steps) > 1)
     passes = 1 + rows * (2 if config.repair else 1)
     if heads > 0:

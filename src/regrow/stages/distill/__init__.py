@@ -65,18 +65,18 @@ class DistillStage(Stage):
         """Raise UserError for losses, budget, answers or cache that do not fit together."""
         from regrow.stages.distill.setup import budget_of
         from regrow.stages.distill.student import Student, check_student
-        from regrow.stages.distill.teacher import check_loss, hold_of, open_blend
-        from regrow.stages.distill.text import digests_of, mix_of, text_of
+        from regrow.stages.distill.teacher import check_loss, open_extra_teachers, teacher_placement
+        from regrow.stages.distill.text import answer_digests, loss_weights_of, training_text
         from regrow.training.cache.folder import Cache
 
         config, options = step.config, plan.options
         budget_of(config, plan.data, options)
-        hold_of(config, options)
+        teacher_placement(config, options)
         check_student(Student(plan.checkpoint), config, options)
-        open_blend(config, plan.checkpoint)
-        text = text_of(plan.data, config)
-        mix_of(config, text)
-        digests_of(config)
+        open_extra_teachers(config, plan.checkpoint)
+        text = training_text(plan.data, config)
+        loss_weights_of(config, text)
+        answer_digests(config)
         if config.cache is not None:
             check_loss(config, Cache(config.cache).header.format, text)
         if config.cache or (step.teacher or plan.model) in plan.caches:
@@ -122,7 +122,7 @@ class DistillStage(Stage):
 
         config = step.config
         tokens = steps_in(config) * config.batch_tokens
-        return {"tokens": tokens, "heldout_blocks": config.heldout_blocks}
+        return {"tokens": tokens, "heldout_sequences": config.heldout_sequences}
 
     def inputs(self, step: Step) -> Iterable[str]:
         """Fingerprints of the further teachers."""
@@ -133,14 +133,19 @@ class DistillStage(Stage):
 
 def _check_cached(step: Step, plan: RecipePlan) -> None:
     """Raise UserError for what a cache cannot teach."""
-    from regrow.stages.distill.teacher import FEWER_TOKENS, check_blend, check_loss, hold_of
+    from regrow.stages.distill.teacher import (
+        FEWER_TOKENS,
+        check_extra_teachers,
+        check_loss,
+        teacher_placement,
+    )
 
     teacher = step.teacher or plan.model
     if plan.fewer_tokens:
         raise UserError(FEWER_TOKENS)
     cached = step.config.model_copy(update={"cache": "of the recipe"})
-    check_blend(cached)
-    hold_of(cached, plan.options)
+    check_extra_teachers(cached)
+    teacher_placement(cached, plan.options)
     if plan.answers & {teacher, ""}:
         raise UserError(
             "a cache is of the data's text, and this distillation takes the answers of a generate "
@@ -160,15 +165,15 @@ def estimate(
     """Steps, memory and time of a distillation: 2 N_teacher + 6 N_student operations per token."""
     from regrow.cost import parameters
     from regrow.stages.distill.student import check_student
-    from regrow.stages.distill.teacher import Opposite
-    from regrow.stages.distill.text import digests_of, mix_of, text_of
+    from regrow.stages.distill.teacher import TeacherSetup
+    from regrow.stages.distill.text import answer_digests, loss_weights_of, training_text
 
-    text = text_of(data, config)
-    mix_of(config, text)
-    digests_of(config)
-    opposite = Opposite.open(config, student, teacher, options, text)
+    text = training_text(data, config)
+    loss_weights_of(config, text)
+    answer_digests(config)
+    setup = TeacherSetup.open(config, student, teacher, options, text)
     check_student(student, config, options)
-    teachers = sum(map(parameters, opposite.checkpoints))
+    teachers = sum(map(parameters, setup.checkpoints))
     return training_lines(student.parameters, teachers, data, config, options)
 
 
@@ -179,11 +184,11 @@ def training_lines(
     from regrow.cost import matmul_rate
     from regrow.runtime.progress import clock
     from regrow.stages.distill.setup import budget_of
-    from regrow.stages.distill.teacher import hold_of
+    from regrow.stages.distill.teacher import teacher_placement
 
     steps, micro, accumulation = budget_of(config, data, options)
     teacher = 0 if config.cache else teacher
-    of_teacher = {"disk": 0, "int8": teacher}.get(hold_of(config, options), 2 * teacher)
+    of_teacher = {"disk": 0, "int8": teacher}.get(teacher_placement(config, options), 2 * teacher)
     # Operations per token, bytes per parameter: frozen weights have no gradient and no moments.
     work, held = {"none": (6, 16.0), "lora": (4, 2.0), "qlora": (4, 0.6)}[config.adapter]
     seconds = config.tokens * (2 * teacher + work * student) / matmul_rate()

@@ -13,7 +13,7 @@ from regrow.errors import unknown
 from regrow.quantization import schemes
 
 LOSSES = "regrow.training.losses"
-SIGNALS = "regrow.training.feature_losses"
+FEATURE_LOSSES = "regrow.training.feature_losses"
 
 
 class DistillConfig(Config):
@@ -51,8 +51,8 @@ class DistillConfig(Config):
     exact_head: bool = False
     """Products of the output head as exact as in float32: gradients of the losses are then right to
     1e-4 instead of 2e-2, for about twice the time of head and loss on a CPU."""
-    signals: dict[str, float] = Field(default={})
-    """Weight of each inner signal beside the losses by its name: hidden, hidden_cosine, embeddings,
+    feature_losses: dict[str, float] = Field(default={})
+    """Weight of each feature loss beside the losses by its name: hidden, hidden_cosine, embeddings,
     attention, logit_lens, logit_lens_symmetric."""
     lens_layers: tuple[int | float, ...] = (0.25, 0.5, 0.75)
     """Where the logit lens reads: shares of the student's blocks, or numbers of blocks from 0."""
@@ -60,10 +60,10 @@ class DistillConfig(Config):
     """Scheme (int8, int4, int4-g32, …) that the layers' weights are rounded to while training, for
     `quantize` with the method rtn afterwards; the student is written in float32, unrounded."""
     balance: bool = False
-    """Multiply each signal's weight by the running mean of the losses over that of the signal."""
+    """Multiply the weight of each feature loss by running mean of the losses ÷ its running mean."""
     eval_tokens: int = Field(default=25_000, ge=1)
     """Measure held-out KL, and keep a checkpoint, about every so many training tokens."""
-    heldout_blocks: int = Field(default=16, ge=1)
+    heldout_sequences: int = Field(default=16, ge=1)
     """Held-out blocks to measure on."""
     cache: str | None = None
     """Folder that regrow cache wrote: the teacher's head is loaded, its body is not. In a recipe a
@@ -114,16 +114,16 @@ class DistillConfig(Config):
     def _known_losses(cls, losses: dict[str, float]) -> dict[str, float]:
         return known_losses(losses)
 
-    @field_validator("signals")
+    @field_validator("feature_losses")
     @classmethod
-    def _known_signals(cls, signals: dict[str, float]) -> dict[str, float]:
-        known = plugins.names(SIGNALS)
-        for name, weight in signals.items():
+    def _known_feature_losses(cls, feature_losses: dict[str, float]) -> dict[str, float]:
+        known = plugins.names(FEATURE_LOSSES)
+        for name, weight in feature_losses.items():
             if name not in known:
-                raise unknown("signal", name, known)
+                raise unknown("feature loss", name, known)
             if not 0 < weight < math.inf:
                 raise ValueError(f"the weight of {name} must be above 0 and finite")
-        return signals
+        return feature_losses
 
     @field_validator("fake_quantize")
     @classmethod
@@ -154,7 +154,7 @@ class DistillConfig(Config):
                     f"{depth} is no depth: give shares between 0 and 1, or numbers of blocks from 0"
                 )
         if not depths:
-            raise ValueError("give one depth at least; without a lens, leave out its signal")
+            raise ValueError("give one depth at least; without a lens, leave out its feature loss")
         return depths
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from regrow.checkpoint import Checkpoint
 from regrow.config import Options
-from regrow.data import Blocks
+from regrow.data.sequences import Sequences
 from regrow.errors import UserError
 from regrow.runtime.progress import say
 from regrow.stages.distill.config import DistillConfig
@@ -22,16 +22,16 @@ def aligner_of(
     """
     if config.cross_tokenizer == "refuse" or comparable(student, teacher):
         return None
-    check_across(config, options)
+    check_cross_tokenizer(config, options)
     names = (f"the student {student.folder}", f"the teacher {teacher.folder}")
     return Aligner(student.tokenizer(), teacher.tokenizer(), names)
 
 
-def check_across(config: DistillConfig, options: Options) -> None:
+def check_cross_tokenizer(config: DistillConfig, options: Options) -> None:
     """Raise UserError for what compares tokens, or states of tokens."""
     reasons = {
         "cache": "holds what the teacher says of its own tokens",
-        "signals": "compare states at the same tokens",
+        "feature_losses": "compare states at the same tokens",
         "blend": "mixes distributions over the same tokens",
     }
     for what, why in reasons.items():
@@ -48,7 +48,7 @@ def check_across(config: DistillConfig, options: Options) -> None:
         raise UserError("cross_tokenizer spans with sharding fsdp is not supported: leave one out")
 
 
-def say_coverage(aligner: Aligner, heldout: Blocks) -> None:
+def say_coverage(aligner: Aligner, heldout: Sequences) -> None:
     """Tell how much of the text can be compared; raises UserError for none of it."""
     share = aligner.coverage(heldout)
     say(

@@ -1,4 +1,4 @@
-"""Where a distillation goes on: the last whole checkpoint, or a finished run of a smaller budget."""
+"""Where a distillation goes on: its last whole checkpoint, or a finished run of fewer tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from regrow.checkpoint import Checkpoint
 from regrow.checkpoint.checkpoint import carry
 from regrow.runtime import distributed
 from regrow.runtime.progress import say
-from regrow.stage_dir import Stage
+from regrow.stage_dir import StageDir
 from regrow.stages.distill.config import DistillConfig
 
 TRAINER = "trainer"
@@ -20,7 +20,7 @@ TRAINER = "trainer"
 METRICS = "metrics.jsonl"
 
 
-def adopt_finished(out: Path, folder: Path, stage: Stage, config: DistillConfig) -> None:
+def adopt_finished(out: Path, folder: Path, stage: StageDir, config: DistillConfig) -> None:
     """Take over the trainer's state of a finished run with a smaller budget, to extend it."""
     found = stage_dir.read(out)
     if found is None or found.get("resume_digest") != stage.resume_digest:

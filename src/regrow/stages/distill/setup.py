@@ -12,20 +12,21 @@ from transformers import TrainingArguments
 
 from regrow import families, plugins
 from regrow.config import Options
-from regrow.data import Blocks, DataConfig, build_blocks
+from regrow.data import DataConfig
+from regrow.data.sequences import Sequences, build_sequences
 from regrow.errors import UserError
 from regrow.quantization.schemes import Scheme, find
 from regrow.runtime import distributed
 from regrow.stages.distill.config import DistillConfig
-from regrow.stages.distill.features import signals_between
+from regrow.stages.distill.features import feature_losses_between
 from regrow.stages.distill.resume import TRAINER
 from regrow.stages.distill.student import Student, check_student
-from regrow.stages.distill.teacher import Opposite, hold_of
+from regrow.stages.distill.teacher import TeacherSetup, teacher_placement
 from regrow.training import sharding
 from regrow.training.adapters import Adapter
-from regrow.training.feature_loss_weights import SignalMix
-from regrow.training.loss_weights import Mix
-from regrow.training.teacher_placement import Hold
+from regrow.training.feature_loss_weights import FeatureLosses
+from regrow.training.loss_weights import LossWeights
+from regrow.training.teacher_placement import TeacherPlacement
 
 
 class Budget(NamedTuple):
@@ -48,9 +49,9 @@ def budget_of(config: DistillConfig, data: DataConfig, options: Options) -> Budg
             f"batch_tokens {config.batch_tokens} is no multiple of {unit} (sequence_length "
             f"{data.sequence_length} × {devices} devices); change one of them"
         )
-    blocks = config.batch_tokens // unit
-    micro = max(n for n in range(1, min(options.batch_size, blocks) + 1) if blocks % n == 0)
-    return Budget(steps_in(config), micro, blocks // micro)
+    sequences = config.batch_tokens // unit
+    micro = max(n for n in range(1, min(options.batch_size, sequences) + 1) if sequences % n == 0)
+    return Budget(steps_in(config), micro, sequences // micro)
 
 
 def steps_in(config: DistillConfig) -> int:
@@ -124,7 +125,7 @@ def _trackers(folder: Path) -> list[str]:
     return ["tensorboard"]
 
 
-def rounding_of(pupil: Student, config: DistillConfig, sharded: bool) -> Scheme | None:
+def rounding_of(student: Student, config: DistillConfig, sharded: bool) -> Scheme | None:
     """The scheme to train for, if any.
 
     Raises UserError for experts, which are no linear layers, and beside adapters or shares.
@@ -135,7 +136,7 @@ def rounding_of(pupil: Student, config: DistillConfig, sharded: bool) -> Scheme 
     if config.adapter != "none" or sharded:
         what = f"adapter {config.adapter}" if config.adapter != "none" else "sharding fsdp"
         raise UserError(f"fake_quantize {name} with {what}: set one of them to none")
-    model_type = (pupil.config.to_dict() if pupil.config else pupil.like.config)["model_type"]
+    model_type = (student.config.to_dict() if student.config else student.like.config)["model_type"]
     known = model_type in plugins.names(families.__name__)
     if known and "experts" in families.get(model_type).config_keys:
         raise UserError(f"fake_quantize {name}: not for a mixture of experts ({model_type})")
@@ -143,40 +144,51 @@ def rounding_of(pupil: Student, config: DistillConfig, sharded: bool) -> Scheme 
 
 
 @dataclass(frozen=True)
-class Lesson:
+class DistillSetup:
     """Who is taught by whom, by what losses, in what way."""
 
-    pupil: Student
-    opposite: Opposite
-    mix: Mix
-    signals: SignalMix | None
+    student: Student
+    teachers: TeacherSetup
+    loss_weights: LossWeights
+    feature_losses: FeatureLosses | None
     adapter: Adapter | None
     rounding: Scheme | None
     budget: Budget
-    hold: Hold
+    placement: TeacherPlacement
     config: DistillConfig
     options: Options
 
     @classmethod
     def of(
         cls,
-        pupil: Student,
-        opposite: Opposite,
-        mix: Mix,
+        student: Student,
+        teachers: TeacherSetup,
+        loss_weights: LossWeights,
         data: DataConfig,
         config: DistillConfig,
         options: Options,
-    ) -> Lesson:
+    ) -> DistillSetup:
         """Raises UserError for what this student, its teacher and `config` cannot do together."""
-        hold = hold_of(config, options)
-        if hold == "disk":  # block by block, by the family's table
-            for each in opposite.checkpoints:
+        placement = teacher_placement(config, options)
+        if placement == "disk":  # block by block, by the family's table
+            for each in teachers.checkpoints:
                 families.of(each)
-        signals = signals_between(pupil, opposite.master, config)
-        adapter = check_student(pupil, config, options)
-        rounding = rounding_of(pupil, config, sharding.is_sharded(options))
+        feature_losses = feature_losses_between(student, teachers.teacher, config)
+        adapter = check_student(student, config, options)
+        rounding = rounding_of(student, config, sharding.is_sharded(options))
         budget = budget_of(config, data, options)
-        return cls(pupil, opposite, mix, signals, adapter, rounding, budget, hold, config, options)
+        return cls(
+            student,
+            teachers,
+            loss_weights,
+            feature_losses,
+            adapter,
+            rounding,
+            budget,
+            placement,
+            config,
+            options,
+        )
 
     @property
     def sharded(self) -> bool:
@@ -186,26 +198,26 @@ class Lesson:
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights that are written: those of a grid are exact in float32 alone."""
-        return self.pupil.dtype if self.rounding is None else torch.float32
+        return self.student.dtype if self.rounding is None else torch.float32
 
     def bytes(self) -> int:
         """What the run needs on disk: the best, the last and the next checkpoint, and its result.
 
         A checkpoint has weights and the optimizer's two moments in float32.
         """
-        pupil, adapter = self.pupil, self.adapter
-        trained = pupil.parameters if adapter is None else adapter.parameters(pupil.on_meta())
+        student, adapter = self.student, self.adapter
+        trained = student.parameters if adapter is None else adapter.parameters(student.on_meta())
         each = 16 if self.sharded else 12  # in shares the weights are written twice
-        return trained * 3 * each + pupil.parameters * self.dtype.itemsize
+        return trained * 3 * each + student.parameters * self.dtype.itemsize
 
-    def blocks(self, data: DataConfig, text: DataConfig) -> tuple[Blocks, Blocks]:
+    def sequences(self, data: DataConfig, text: DataConfig) -> tuple[Sequences, Sequences]:
         """Those to train on, of `text`, and the held-out ones of `data`.
 
         Raises UserError for too little text, and for text that one of the models cannot read.
         """
-        tokenizer = self.opposite.tokenizer()
-        heldout = build_blocks(data, tokenizer, "heldout", self.config.heldout_blocks)
+        tokenizer = self.teachers.tokenizer()
+        heldout = build_sequences(data, tokenizer, "heldout", self.config.heldout_sequences)
         count = self.budget.steps * self.config.batch_tokens // data.sequence_length
-        train = build_blocks(text, tokenizer, "train", count)
-        self.opposite.check(heldout, train)
+        train = build_sequences(text, tokenizer, "train", count)
+        self.teachers.check(heldout, train)
         return train, heldout

@@ -15,22 +15,23 @@ import torch
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.config import Options
-from regrow.data import Blocks, DataConfig
+from regrow.data import DataConfig
+from regrow.data.sequences import Sequences
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.plan import FILES
 from regrow.quantization.fake_quantize import bind_rounding
 from regrow.runtime import distributed
 from regrow.runtime.progress import progress, say
-from regrow.stage_dir import Figure, Stage, refuse_input, require_space
+from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.resume import METRICS, TRAINER, adopt_finished, last_checkpoint, rescue
-from regrow.stages.distill.setup import Lesson, arguments_of
-from regrow.stages.distill.student import compile_blocks, open_student
-from regrow.stages.distill.teacher import Opposite, freeze, mass_lost, show_attentions
-from regrow.stages.distill.text import digests_of, mix_of, text_of
+from regrow.stages.distill.setup import DistillSetup, arguments_of
+from regrow.stages.distill.student import compile_layers, open_student
+from regrow.stages.distill.teacher import TeacherSetup, freeze, mass_lost, show_attentions
+from regrow.stages.distill.text import answer_digests, loss_weights_of, training_text
 from regrow.training import sharding
-from regrow.training.callbacks import CHOSEN_BY, Journal, Pace
+from regrow.training.callbacks import CHOSEN_BY, MetricsWriter, ProgressCallback
 from regrow.training.objective import bind_loss
 from regrow.training.trainer import DistillTrainer
 
@@ -59,25 +60,25 @@ def distill(
     """
     out, config, options = Path(out), config or DistillConfig(), options or Options()
     device = options.torch_device()
-    master = teacher if isinstance(teacher, Checkpoint) else load(teacher)
-    pupil = open_student(student, master)
-    text = text_of(data, config)
-    mix = mix_of(config, text)
-    opposite = Opposite.open(config, pupil, master, options, text)
-    refuse_input(out, pupil.like.folder, *(each.folder for each in opposite.checkpoints))
+    known = teacher if isinstance(teacher, Checkpoint) else load(teacher)
+    opened = open_student(student, known)
+    text = training_text(data, config)
+    loss_weights = loss_weights_of(config, text)
+    teachers = TeacherSetup.open(config, opened, known, options, text)
+    refuse_input(out, opened.like.folder, *(each.folder for each in teachers.checkpoints))
     inputs = {
-        "student": pupil.fingerprint,
+        "student": opened.fingerprint,
         "data": data_digest(data),
-        **opposite.inputs,
-        **digests_of(config),
+        **teachers.inputs,
+        **answer_digests(config),
     }
     stage = _stage(out, config, inputs)
     if stage.complete:
         say(f"distill: {out} is complete and unchanged")
         return out
-    lesson = Lesson.of(pupil, opposite, mix, data, config, options)
-    require_space(out, lesson.bytes())
-    train, heldout = lesson.blocks(data, text)
+    setup = DistillSetup.of(opened, teachers, loss_weights, data, config, options)
+    require_space(out, setup.bytes())
+    train, heldout = setup.sequences(data, text)
     distributed.join(cpu=device.type == "cpu")
     with stage as folder:
         if distributed.is_main():
@@ -85,63 +86,65 @@ def distill(
         distributed.wait()
         if device.index is not None:
             torch.cuda.set_device(device)  # the trainer takes the current one
-        _teach(lesson, stage, folder, train, heldout, device, journal)
+        _teach(setup, stage, folder, train, heldout, device, journal)
     return out
 
 
-def _stage(out: Path, config: DistillConfig, inputs: dict[str, str]) -> Stage:
+def _stage(out: Path, config: DistillConfig, inputs: dict[str, str]) -> StageDir:
     # Without the budget, so that a run with a raised one is known as the same run, extended.
     # Cache and answers are among the inputs, by what is in them; where they lie does not matter.
     config = config.model_copy(update={"cache": None, "answers": None, "own_answers": None})
     same_run = config.model_copy(update={"tokens": 1})
-    resume = Stage(out, "distill", same_run, inputs).digest
-    return Stage(out, "distill", config, inputs, resumable=True, resume_digest=resume)
+    resume = StageDir(out, "distill", same_run, inputs).digest
+    return StageDir(out, "distill", config, inputs, resumable=True, resume_digest=resume)
 
 
 def _teach(
-    lesson: Lesson,
-    stage: Stage,
+    setup: DistillSetup,
+    stage: StageDir,
     folder: Path,
-    train: Blocks,
-    heldout: Blocks,
+    train: Sequences,
+    heldout: Sequences,
     device: torch.device,
     journal: Path | None,
 ) -> None:
-    """Train the student as `lesson` says; write the best one and the figures."""
-    opposite, config, budget = lesson.opposite, lesson.config, lesson.budget
-    mix, signals = lesson.mix, lesson.signals
-    model = lesson.pupil.model(config.seed, lesson.adapter, device)
-    taught_by = opposite.teacher(config, device, lesson.hold)
-    lost = mass_lost(taught_by, heldout, budget.micro)
-    show_attentions(model, taught_by, signals)
-    shared = freeze(model, taught_by, config, mix, signals, lesson.hold)
-    if lesson.options.torch_compile:
-        compile_blocks(model, taught_by, lesson.hold, 0 if shared is None else config.freeze_layers)
+    """Train the student as `setup` says; write the best one and the figures."""
+    teachers, config, budget = setup.teachers, setup.config, setup.budget
+    loss_weights, feature_losses = setup.loss_weights, setup.feature_losses
+    model = setup.student.model(config.seed, setup.adapter, device)
+    teacher_model = teachers.model(config, device, setup.placement)
+    lost = mass_lost(teacher_model, heldout, budget.micro)
+    show_attentions(model, teacher_model, feature_losses)
+    shared = freeze(model, teacher_model, config, loss_weights, feature_losses, setup.placement)
+    if setup.options.torch_compile:
+        compile_layers(
+            model, teacher_model, setup.placement, 0 if shared is None else config.freeze_layers
+        )
     trainer = DistillTrainer(
         model=model,
-        args=arguments_of(folder, config, lesson.options, device, budget, opposite.chosen_by),
+        args=arguments_of(folder, config, setup.options, device, budget, teachers.chosen_by),
         train_dataset=train,
         eval_dataset=heldout,
-        signals=signals,
+        feature_losses=feature_losses,
     )
     with ExitStack() as bound:
         if shared is not None:
             bound.callback(shared.close)
-        bound.callback(bind_loss(model, taught_by, mix, signals))
-        if lesson.rounding is not None:
-            bound.callback(bind_rounding(model, lesson.rounding))
-        _train(trainer, lesson, stage.out, folder, journal)
+        bound.callback(bind_loss(model, teacher_model, loss_weights, feature_losses))
+        if setup.rounding is not None:
+            bound.callback(bind_rounding(model, setup.rounding))
+        _train(trainer, setup, stage.out, folder, journal)
     if distributed.is_main():
-        _write(trainer, lesson, folder)
+        _write(trainer, setup, folder)
     stage.figures += _figures(trainer, budget.steps * config.batch_tokens) + lost
 
 
 def _train(
-    trainer: DistillTrainer, lesson: Lesson, out: Path, folder: Path, journal: Path | None
+    trainer: DistillTrainer, setup: DistillSetup, out: Path, folder: Path, journal: Path | None
 ) -> None:
     from transformers.trainer_callback import PrinterCallback
 
-    batch_tokens = lesson.config.batch_tokens
+    batch_tokens = setup.config.batch_tokens
     (folder / TRAINER).mkdir(exist_ok=True)
     last = last_checkpoint(folder / TRAINER)
     distributed.wait()
@@ -150,10 +153,10 @@ def _train(
         sharding.require_same(last, trainer.is_fsdp_enabled)
         say(f"distill: goes on from {last.name}")
     trainer.remove_callback(PrinterCallback)
-    with progress("distill", lesson.budget.steps * batch_tokens) as counter:
+    with progress("distill", setup.budget.steps * batch_tokens) as counter:
         paths = (folder / METRICS,) if journal is None else (folder / METRICS, journal)
-        trainer.add_callback(Journal(paths, out.name, batch_tokens))
-        trainer.add_callback(Pace(batch_tokens, counter))
+        trainer.add_callback(MetricsWriter(paths, out.name, batch_tokens))
+        trainer.add_callback(ProgressCallback(batch_tokens, counter))
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -167,24 +170,24 @@ def _train(
                 f"from {'the start' if kept is None else kept.name}"
             ) from None
         except UserError as error:
-            saved = rescue(folder / TRAINER, out, lesson.pupil.like)
+            saved = rescue(folder / TRAINER, out, setup.student.like)
             raise UserError(f"{error}; {saved}; lower the learning rate") from None
 
 
-def _write(trainer: DistillTrainer, lesson: Lesson, folder: Path) -> None:
+def _write(trainer: DistillTrainer, setup: DistillSetup, folder: Path) -> None:
     """Write the best student, with what travels beside it."""
-    pupil, dtype = lesson.pupil, lesson.dtype
-    if lesson.config.keep_adapters and lesson.adapter is not None:
+    student, dtype = setup.student, setup.dtype
+    if setup.config.keep_adapters and setup.adapter is not None:
         trainer.student.save_pretrained(str(folder / ADAPTER))
     if trainer.is_fsdp_enabled:  # the best checkpoint is a stock folder, put together from shares
         assert trainer.state.best_model_checkpoint is not None
         model = Checkpoint(trainer.state.best_model_checkpoint).model(dtype)
     else:
-        model = pupil.plain(trainer.student, dtype)
+        model = student.plain(trainer.student, dtype)
     model.config.use_cache = True
-    checkpoints.write_model(model, folder, pupil.like)
+    checkpoints.write_model(model, folder, student.like)
     for name in FILES:
-        path = pupil.carried(name)
+        path = student.carried(name)
         if path is not None:
             shutil.copyfile(path, folder / name)
 

@@ -28,11 +28,11 @@ from regrow.stage_dir import digest
 from regrow.stages.distill.config import DistillConfig
 from regrow.training import adapters, frozen_layers, sharding
 from regrow.training.adapters import Adapter
-from regrow.training.frozen_layers import blocks_of
+from regrow.training.frozen_layers import decoder_layers
 from regrow.training.objective import AnyTeacher
 from regrow.training.shared_tokens import token_ids
 from regrow.training.teacher import Teacher
-from regrow.training.teacher_placement import Hold
+from regrow.training.teacher_placement import TeacherPlacement
 
 GRAPHS = 64
 """Kinds of blocks times ways to run them (training, measuring, a last, smaller batch), at most."""
@@ -43,7 +43,7 @@ def check_compile(config: DistillConfig, options: Options) -> None:
     if not options.torch_compile:
         return
     others = {
-        "signals": bool(config.signals),
+        "feature_losses": bool(config.feature_losses),
         f"fake_quantize {config.fake_quantize}": config.fake_quantize is not None,
         f"adapter {config.adapter}": config.adapter != "none",
         "sharding fsdp": sharding.is_sharded(options),
@@ -58,8 +58,8 @@ def check_compile(config: DistillConfig, options: Options) -> None:
         raise UserError("torch_compile needs a C++ compiler, and g++ is not there: install it")
 
 
-def compile_blocks(
-    student: PreTrainedModel, teacher: AnyTeacher, hold: Hold, shared: int = 0
+def compile_layers(
+    student: PreTrainedModel, teacher: AnyTeacher, hold: TeacherPlacement, shared: int = 0
 ) -> None:
     """Compile the blocks in place; names and weights stay, and so does what is saved.
 
@@ -73,8 +73,8 @@ def compile_blocks(
     if isinstance(teacher, Teacher) and hold != "disk":
         models.append(teacher.model)
     for model in models:
-        for block in blocks_of(model)[shared:]:
-            block.compile()
+        for layer in decoder_layers(model)[shared:]:
+            layer.compile()
 
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def check_student(student: Student, config: DistillConfig, options: Options) -> 
     check_compile(config, options)
     adapter = student.adapter(config, device)
     if options.torch_compile:
-        frozen_layers.blocks_of(student.on_meta())
+        frozen_layers.decoder_layers(student.on_meta())
     if config.freeze_layers:
         frozen_layers.check(student.on_meta(), config.freeze_layers)
     sharding.require(options, device, config.adapter)

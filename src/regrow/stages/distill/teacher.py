@@ -12,55 +12,56 @@ from transformers import PreTrainedModel
 from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.config import Options
-from regrow.data import Blocks, DataConfig
+from regrow.data import DataConfig
+from regrow.data.sequences import Sequences
 from regrow.errors import UserError
 from regrow.runtime.progress import say
 from regrow.stage_dir import Figure
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.cross_tokenizer import aligner_of, say_coverage
 from regrow.stages.distill.student import Student
-from regrow.stages.distill.text import mix_of
+from regrow.stages.distill.text import loss_weights_of
 from regrow.training import frozen_layers, sharding
 from regrow.training.cache.folder import Cache, shared_ids
 from regrow.training.cache.teacher import CachedTeacher, check_use, head_from
 from regrow.training.callbacks import CHOSEN_BY, SPAN_CHOSEN_BY
 from regrow.training.cross_tokenizer.align import Aligner
-from regrow.training.cross_tokenizer.teacher import SpanTeacher
-from regrow.training.feature_loss_weights import SignalMix
+from regrow.training.cross_tokenizer.teacher import CrossTokenizerTeacher
+from regrow.training.feature_loss_weights import FeatureLosses
 from regrow.training.frozen_layers import SharedPrefix
 from regrow.training.layer_mapping import give_attentions
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import AnyTeacher
 from regrow.training.shared_tokens import NONE, check_text, teacher_ids
-from regrow.training.teacher import BlendedTeacher, Teacher
-from regrow.training.teacher_placement import Hold, held
+from regrow.training.teacher import MixedTeacher, Teacher
+from regrow.training.teacher_placement import TeacherPlacement, place_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def teacher_of(
-    master: Checkpoint,
+    teacher: Checkpoint,
     ids_V: Tensor | None,
     cached: Cache | None,
     device: torch.device,
-    hold: Hold,
+    hold: TeacherPlacement,
 ) -> Teacher | CachedTeacher:
     """The teacher in bfloat16: its head and a cache, or all of it, held as `hold` says.
 
     Its distribution is over the ids of its tokenizer: rows of padding are left out.
     """
     if cached is not None:
-        head = head_from(master, device)
+        head = head_from(teacher, device)
         weight_VH = head.weight_VH[: cached.header.vocab_size]
         return CachedTeacher(cached, replace(head, weight_VH=weight_VH))
-    size = shared_ids(master, master.tokenizer())
-    return Teacher(held(master, hold, device), ids_V, size)
+    size = shared_ids(teacher, teacher.tokenizer())
+    return Teacher(place_teacher(teacher, hold, device), ids_V, size)
 
 
-def hold_of(config: DistillConfig, options: Options) -> Hold:
+def teacher_placement(config: DistillConfig, options: Options) -> TeacherPlacement:
     """How the teacher is held; raises UserError for two ways at once, or one beside a cache."""
-    asked: dict[str, Hold] = {}
+    asked: dict[str, TeacherPlacement] = {}
     if sharding.is_sharded(options):
         asked["sharding fsdp"] = "shares"
     if config.teacher_dtype == "int8":
@@ -69,7 +70,7 @@ def hold_of(config: DistillConfig, options: Options) -> Hold:
         asked["offload_teacher"] = "disk"
     if len(asked) > 1:
         raise UserError(f"{' and '.join(asked)}: both say how the teacher is held; give one")
-    hold: Hold = next(iter(asked.values()), "whole")
+    hold: TeacherPlacement = next(iter(asked.values()), "whole")
     if config.cache is not None and hold in ("int8", "disk"):
         raise UserError(
             f"{next(iter(asked))}: a cache stands in for the teacher's body; leave it out"
@@ -77,21 +78,23 @@ def hold_of(config: DistillConfig, options: Options) -> Hold:
     return hold
 
 
-def blended(teacher: Teacher | CachedTeacher, further: list[Further], hold: Hold) -> AnyTeacher:
+def mixed_teacher(
+    teacher: Teacher | CachedTeacher, extra_teachers: list[ExtraTeacher], hold: TeacherPlacement
+) -> AnyTeacher:
     """The teacher, and those beside it on the same device."""
-    if not further:
+    if not extra_teachers:
         return teacher
     assert isinstance(teacher, Teacher)
     device, teachers = teacher.model.device, [teacher]
-    for each in further:
+    for each in extra_teachers:
         made = teacher_of(each.checkpoint, each.ids_V, None, device, hold)
         assert isinstance(made, Teacher)
         teachers.append(made)
-    shares = [each.share for each in further]
-    return BlendedTeacher(teachers, [1 - sum(shares), *shares])
+    shares = [each.share for each in extra_teachers]
+    return MixedTeacher(teachers, [1 - sum(shares), *shares])
 
 
-def mass_lost(teacher: AnyTeacher, heldout: Blocks, batch_size: int) -> list[Figure]:
+def mass_lost(teacher: AnyTeacher, heldout: Sequences, batch_size: int) -> list[Figure]:
     """How much of the teacher's distribution is on tokens that the student has not; said, too."""
     if not isinstance(teacher, Teacher) or teacher.ids_V is None:
         return []
@@ -106,11 +109,13 @@ def mass_lost(teacher: AnyTeacher, heldout: Blocks, batch_size: int) -> list[Fig
     return [Figure(name=name, value=lost, unit="share", convention=convention)]
 
 
-def show_attentions(model: PreTrainedModel, teacher: AnyTeacher, signals: SignalMix | None) -> None:
-    """Have both models form their attention weights, if a signal reads them."""
-    if signals is not None and "attentions" in signals.needs:
+def show_attentions(
+    model: PreTrainedModel, teacher: AnyTeacher, feature_losses: FeatureLosses | None
+) -> None:
+    """Have both models form their attention weights, if a feature loss reads them."""
+    if feature_losses is not None and "attentions" in feature_losses.needs:
         assert isinstance(teacher, Teacher)
-        say("distill: the attention signal needs eager attention in both models: slower")
+        say("distill: the attention feature loss needs eager attention in both models: slower")
         give_attentions(model)
         give_attentions(teacher.model)
 
@@ -119,9 +124,9 @@ def freeze(
     model: PreTrainedModel,
     teacher: AnyTeacher,
     config: DistillConfig,
-    mix: Mix,
-    signals: SignalMix | None,
-    hold: Hold,
+    weights: LossWeights,
+    feature_losses: FeatureLosses | None,
+    hold: TeacherPlacement,
 ) -> SharedPrefix | None:
     """Freeze the student's first blocks; the teacher's run for both where they are the same.
 
@@ -135,12 +140,12 @@ def freeze(
         return None
     if config.fake_quantize is not None:  # the teacher's blocks are not rounded
         return None
-    runs = mix.needs_teacher or signals is not None
-    shows = signals is not None and "attentions" in signals.needs
+    runs = weights.needs_teacher or feature_losses is not None
+    shows = feature_losses is not None and "attentions" in feature_losses.needs
     if not runs or shows or not frozen_layers.same(model, teacher.model, count):
         return None
     say(f"distill: the first {count} blocks are the teacher's and run once for both")
-    return SharedPrefix(model, teacher.model, count, all_layers=signals is not None)
+    return SharedPrefix(model, teacher.model, count, all_layers=feature_losses is not None)
 
 
 FEWER_TOKENS = (
@@ -150,7 +155,7 @@ FEWER_TOKENS = (
 
 
 def open_cache(
-    config: DistillConfig, master: Checkpoint, ids_V: Tensor | None, text: DataConfig
+    config: DistillConfig, teacher: Checkpoint, ids_V: Tensor | None, text: DataConfig
 ) -> Cache | None:
     """The cache that the config names, if any; `text` is what is trained on.
 
@@ -161,18 +166,18 @@ def open_cache(
     if ids_V is not None:
         raise UserError(FEWER_TOKENS)
     cache = Cache(config.cache)
-    cache.check_teacher(master)
+    cache.check_teacher(teacher)
     check_loss(config, cache.header.format, text)
     return cache
 
 
 def check_loss(config: DistillConfig, format: str, text: DataConfig) -> None:
     """Raise UserError for a loss that a cache of this format cannot teach."""
-    check_use(format, mix_of(config, text), needs_layers=bool(config.signals))
+    check_use(format, loss_weights_of(config, text), needs_layers=bool(config.feature_losses))
 
 
 @dataclass(frozen=True)
-class Further:
+class ExtraTeacher:
     """A teacher beside the first one."""
 
     checkpoint: Checkpoint
@@ -180,31 +185,31 @@ class Further:
     ids_V: Tensor | None
 
 
-def check_blend(config: DistillConfig) -> None:
+def check_extra_teachers(config: DistillConfig) -> None:
     """Raise UserError for what needs a single teacher."""
     if not config.blend:
         return
-    for what in ("cache", "signals"):
+    for what in ("cache", "feature_losses"):
         if getattr(config, what):
             raise UserError(
                 f"blend: {what} is of one teacher alone; leave out {what}, or the further teachers"
             )
 
 
-def open_blend(
+def open_extra_teachers(
     config: DistillConfig, student: Checkpoint, ids_V: Tensor | None = None
-) -> list[Further]:
+) -> list[ExtraTeacher]:
     """The further teachers with their ids of the student's tokens; `ids_V` are the first one's.
 
     Raises UserError for one that cannot be opened, or lacks a token of the student.
     """
-    check_blend(config)
+    check_extra_teachers(config)
     found = []
     for name, share in config.blend.items():
         checkpoint = load(name)
         families.of(checkpoint)
         ids = teacher_ids(student, checkpoint)
-        found.append(Further(checkpoint, share, ids))
+        found.append(ExtraTeacher(checkpoint, share, ids))
     for ids in [ids_V, *(each.ids_V for each in found)] if found else []:
         if ids is not None and bool((ids == NONE).any()):
             raise UserError(
@@ -215,16 +220,16 @@ def open_blend(
 
 
 @dataclass(frozen=True)
-class Opposite:
-    """The teacher, and how its tokens answer to the student's."""
+class TeacherSetup:
+    """The teacher of a distillation, and the map from its tokens to the student's."""
 
-    pupil: Student
-    master: Checkpoint
+    student: Student
+    teacher: Checkpoint
     ids_V: Tensor | None = None
     """The teacher's ids of the student's tokens; None for the same ones."""
     cached: Cache | None = None
     """What the teacher's body is replaced by."""
-    further: list[Further] = field(default_factory=list)
+    extra_teachers: list[ExtraTeacher] = field(default_factory=list)
     """Teachers beside the first."""
     aligner: Aligner | None = None
     """For a teacher of another tokenizer."""
@@ -233,28 +238,30 @@ class Opposite:
     def open(
         cls,
         config: DistillConfig,
-        pupil: Student,
-        master: Checkpoint,
+        student: Student,
+        teacher: Checkpoint,
         options: Options,
         text: DataConfig,
-    ) -> Opposite:
+    ) -> TeacherSetup:
         """Raises UserError when this teacher cannot teach this student on `text` as is asked."""
-        aligner = aligner_of(config, pupil.like, master, options)
+        aligner = aligner_of(config, student.like, teacher, options)
         if aligner is not None and any(source.losses is not None for source in text.sources):
             raise UserError(
                 "cross_tokenizer spans: all text takes the same losses: leave out own_answers, and "
                 "the losses of sources"
             )
         if aligner is not None:
-            return cls(pupil, master, aligner=aligner)
-        ids_V = teacher_ids(pupil.like, master)
-        further = open_blend(config, pupil.like, ids_V)
-        return cls(pupil, master, ids_V, open_cache(config, master, ids_V, text), further)
+            return cls(student, teacher, aligner=aligner)
+        ids_V = teacher_ids(student.like, teacher)
+        extra_teachers = open_extra_teachers(config, student.like, ids_V)
+        return cls(
+            student, teacher, ids_V, open_cache(config, teacher, ids_V, text), extra_teachers
+        )
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
         """All teachers."""
-        return [self.master, *(each.checkpoint for each in self.further)]
+        return [self.teacher, *(each.checkpoint for each in self.extra_teachers)]
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -273,28 +280,30 @@ class Opposite:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """What the text is tokenized by: the student's; the teacher's where tokens are the same."""
         same = self.ids_V is None and self.aligner is None
-        return (self.master if same else self.pupil.like).tokenizer()
+        return (self.teacher if same else self.student.like).tokenizer()
 
-    def check(self, heldout: Blocks, train: Blocks) -> None:
+    def check(self, heldout: Sequences, train: Sequences) -> None:
         """Raise UserError for text that one of the models cannot read, or a cache has not."""
-        tokenizer, ours = self.tokenizer(), self.pupil.vocab_size
-        for split, blocks in {"heldout": heldout, "train": train}.items():
+        tokenizer, ours = self.tokenizer(), self.student.vocab_size
+        for split, sequences in {"heldout": heldout, "train": train}.items():
             if self.aligner is not None:
-                check_text(blocks, tokenizer, (ours, ours), None)
-                self.aligner.check_specials(blocks)
+                check_text(sequences, tokenizer, (ours, ours), None)
+                self.aligner.check_specials(sequences)
                 continue
-            for one in (Further(self.master, 1.0, self.ids_V), *self.further):
+            for one in (ExtraTeacher(self.teacher, 1.0, self.ids_V), *self.extra_teachers):
                 rows = ours, int(one.checkpoint.config["vocab_size"])
-                check_text(blocks, tokenizer, rows, one.ids_V)
+                check_text(sequences, tokenizer, rows, one.ids_V)
             if self.cached is not None:
-                self.cached.check_blocks(blocks, split)
+                self.cached.check_sequences(sequences, split)
         if self.aligner is not None:
             say_coverage(self.aligner, heldout)
 
-    def teacher(self, config: DistillConfig, device: torch.device, hold: Hold) -> AnyTeacher:
-        """What stands opposite the student in training."""
-        found = teacher_of(self.master, self.ids_V, self.cached, device, hold)
+    def model(
+        self, config: DistillConfig, device: torch.device, placement: TeacherPlacement
+    ) -> AnyTeacher:
+        """The teacher to train against: a model, a mixture of several, or a cache."""
+        found = teacher_of(self.teacher, self.ids_V, self.cached, device, placement)
         if self.aligner is not None:
             assert isinstance(found, Teacher)
-            return SpanTeacher(found, self.aligner, config.span_temperature)
-        return blended(found, self.further, hold)
+            return CrossTokenizerTeacher(found, self.aligner, config.span_temperature)
+        return mixed_teacher(found, self.extra_teachers, placement)

@@ -8,10 +8,10 @@ from regrow.data.files import sha256_of
 from regrow.data.sources import resolve
 from regrow.errors import UserError
 from regrow.stages.distill.config import DistillConfig, known_losses
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 
 
-def text_of(data: DataConfig, config: DistillConfig) -> DataConfig:
+def training_text(data: DataConfig, config: DistillConfig) -> DataConfig:
     """The text to train on: the teacher's answers in place of `data`, the student's own beside it.
 
     Raises UserError where that cannot be.
@@ -36,7 +36,7 @@ def text_of(data: DataConfig, config: DistillConfig) -> DataConfig:
     return data.model_copy(update={"sources": sources})
 
 
-def digests_of(config: DistillConfig) -> dict[str, str]:
+def answer_digests(config: DistillConfig) -> dict[str, str]:
     """Of the answers' content; raises UserError for a folder that is not there."""
     given = {"answers": config.answers, "own_answers": config.own_answers}
     return {
@@ -46,7 +46,7 @@ def digests_of(config: DistillConfig) -> dict[str, str]:
     }
 
 
-def mix_of(config: DistillConfig, data: DataConfig) -> Mix:
+def loss_weights_of(config: DistillConfig, data: DataConfig) -> LossWeights:
     """The weighted losses with their options; `data` is the text that is trained on.
 
     Raises UserError for losses of a source that cannot be.
@@ -59,7 +59,7 @@ def mix_of(config: DistillConfig, data: DataConfig) -> Mix:
     given = [source.losses for source in data.sources]
     each = tuple(config.losses if losses is None else losses for losses in given)
     tagged = any(losses is not None for losses in given)
-    return Mix(
+    return LossWeights(
         config.losses,
         config.temperature,
         config.beta,

@@ -111,7 +111,7 @@ def estimate(
     from regrow.stages.evaluate.task_rows import check_tasks
 
     tokens = len(config.texts) * config.text_tokens
-    tokens += config.heldout_blocks * data.sequence_length if data is not None else 0
+    tokens += config.heldout_sequences * data.sequence_length if data is not None else 0
     lines = [f"evaluate: {', '.join(config.metrics)} on {tokens:,} tokens"]
     lines += [f"  {line}" for line in check_tasks(config)]
     rate = matmul_rate()

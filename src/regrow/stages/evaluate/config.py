@@ -19,7 +19,7 @@ class EvaluateConfig(Config):
 
     metrics: tuple[str, ...] = Field(default_factory=lambda: tuple(plugins.names(METRICS)))
     """What to measure: names of files in evaluate/metrics; all of them by default."""
-    heldout_blocks: int = Field(default=32, ge=1)
+    heldout_sequences: int = Field(default=32, ge=1)
     """Held-out blocks of `data` to score."""
     texts: dict[str, str] = Field(default_factory=dict)
     """Further texts by name: a .txt file is scored as it stands; rows of a .jsonl or .parquet file

@@ -27,7 +27,7 @@ from regrow.training.head import Head
 
 
 @dataclass(frozen=True)
-class Measured:
+class MetricResult:
     """What a metric found."""
 
     figures: list[Figure] = field(default_factory=list)
@@ -35,20 +35,20 @@ class Measured:
     items: dict[str, list[float]] = field(default_factory=dict)
     """By a figure's name the scores of single items, in the order of the rows."""
 
-    def extend(self, other: Measured) -> None:
+    def extend(self, other: MetricResult) -> None:
         """Take over what another metric found."""
         self.figures.extend(other.figures)
         self.generations.extend(other.generations)
         self.items.update(other.items)
 
 
-class Kept:
+class ResultCache:
     """Results of one model's metrics in a folder, so that an interrupted evaluation goes on."""
 
     def __init__(self, folder: Path | None = None, model: int = 0) -> None:
         self.folder, self.model = folder, model
 
-    def get(self, name: str, make: Callable[[], Measured]) -> Measured:
+    def get(self, name: str, make: Callable[[], MetricResult]) -> MetricResult:
         """What is kept under `name`, else what `make` finds, which is kept then."""
         if self.folder is None:
             return make()
@@ -56,7 +56,7 @@ class Kept:
         if path.exists():
             found = json.loads(path.read_text())
             figures = [Figure.model_validate(figure) for figure in found.pop("figures")]
-            return Measured(figures, **found)
+            return MetricResult(figures, **found)
         made = make()
         self.folder.mkdir(exist_ok=True)
         dumped = [figure.model_dump(mode="json") for figure in made.figures]
@@ -72,9 +72,6 @@ class Kept:
         return folder / f"{self.model}-{quote(name, safe='')}.json"
 
 
-__all__ = ["Context", "Measured", "Subject", "Teacher", "Window", "mean_loss", "now", "ratio"]
-
-
 @dataclass(frozen=True)
 class Window:
     """Final hidden states [N, H] of a window's scored positions, and the tokens to predict [N]."""
@@ -83,7 +80,7 @@ class Window:
     targets_N: Tensor
 
 
-class Subject(ABC):
+class EvalModel(ABC):
     """A model with its texts, as metrics see it: a folder by transformers, or a file by llama.cpp.
 
     Loaded when it is first needed.
@@ -126,7 +123,9 @@ class Subject(ABC):
         """Let the model go; it is loaded again when it is needed."""
 
     @abstractmethod
-    def sums(self, text: Text, loss: str, teacher: Teacher | None) -> tuple[list[float], list[int]]:
+    def sums(
+        self, text: Text, loss: str, teacher: TeacherOutputs | None
+    ) -> tuple[list[float], list[int]]:
         """Per window the sum of a loss over its scored tokens, in nats, and their number."""
 
     @abstractmethod
@@ -143,7 +142,7 @@ class Subject(ABC):
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherOutputs:
     """What is kept of the teacher once it is unloaded: its head and its states on each text."""
 
     label: str
@@ -158,18 +157,18 @@ class Context:
     """What a metric may need beside the subject; None of the teacher for the teacher itself."""
 
     config: EvaluateConfig
-    teacher: Teacher | None = None
+    teacher: TeacherOutputs | None = None
     """Its states on the texts."""
-    theirs: Measured | None = None
+    theirs: MetricResult | None = None
     """What was measured of it."""
     tasks: list[Rows] = field(default_factory=list)
     """The tasks to score."""
-    kept: Kept = field(default_factory=Kept)
+    kept: ResultCache = field(default_factory=ResultCache)
     """What an interrupted evaluation found already."""
 
 
 def mean_loss(
-    subject: Subject, text: Text, loss: str, teacher: Teacher | None = None
+    subject: EvalModel, text: Text, loss: str, teacher: TeacherOutputs | None = None
 ) -> tuple[float, float, int]:
     """Mean of a loss over the scored tokens in nats, its standard error, and their number.
 

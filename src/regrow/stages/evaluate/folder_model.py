@@ -16,14 +16,14 @@ from regrow.cost import forward_flops
 from regrow.errors import UserError
 from regrow.runtime.greedy import continuation, step
 from regrow.runtime.progress import progress
-from regrow.stages.evaluate.eval_model import Subject, Teacher, Window, now
+from regrow.stages.evaluate.eval_model import EvalModel, TeacherOutputs, Window, now
 from regrow.stages.evaluate.texts import IGNORED, Text, in_other_ids
 from regrow.training.head import Head, head_loss, head_of
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 from regrow.training.shared_tokens import rows_of, token_ids
 
 
-class FolderSubject(Subject):
+class FolderEvalModel(EvalModel):
     """A model on its device, with its texts; final hidden states are kept, logits never are."""
 
     def __init__(
@@ -91,9 +91,9 @@ class FolderSubject(Subject):
     def run(self, text: Text) -> list[Window]:
         """Each window's scored states of any text in this model's ids, not kept."""
         found = []
-        tokens = int(text.blocks.real.sum())
+        tokens = int(text.sequences.real.sum())
         with progress(f"evaluate {self.label} on {text.name}", tokens) as counter:
-            for batch in text.blocks.batches(self.batch_size):
+            for batch in text.sequences.batches(self.batch_size):
                 ids, positions = batch["input_ids"], batch["position_ids"]
                 states_BTH = self.model.base_model(
                     input_ids=ids.to(self.device),
@@ -108,21 +108,23 @@ class FolderSubject(Subject):
                 counter.advance(int(batch["real"].sum()))
         return found
 
-    def as_teacher(self, texts: list[Text], ids_V: Tensor | None) -> Teacher:
+    def as_teacher(self, texts: list[Text], ids_V: Tensor | None) -> TeacherOutputs:
         """What is kept of it for a model with `texts`; `ids_V` are its ids of that one's tokens."""
         weight_VH = self.head.weight_VH
         if ids_V is None:
             windows = {text.name: self.windows(text) for text in self.texts}
             ids = slice(token_ids(self.tokenizer))  # what the embedding has beyond is padding
-            return Teacher(self.label, replace(self.head, weight_VH=weight_VH[ids]), windows)
+            return TeacherOutputs(self.label, replace(self.head, weight_VH=weight_VH[ids]), windows)
         windows = {text.name: self.run(in_other_ids(text, ids_V)) for text in texts}
         head = replace(self.head, weight_VH=rows_of(weight_VH, ids_V))
-        return Teacher(self.label, head, windows, restricted=True)
+        return TeacherOutputs(self.label, head, windows, restricted=True)
 
     @torch.no_grad()
-    def sums(self, text: Text, loss: str, teacher: Teacher | None) -> tuple[list[float], list[int]]:
+    def sums(
+        self, text: Text, loss: str, teacher: TeacherOutputs | None
+    ) -> tuple[list[float], list[int]]:
         """Logits by a matrix product in the compute dtype, softmax in float32, sums in float64."""
-        others: list[Window | None] = [None] * len(text.blocks)
+        others: list[Window | None] = [None] * len(text.sequences)
         if teacher is not None:
             others = list(teacher.windows[text.name])
         sums, counts = [], []
@@ -131,7 +133,7 @@ class FolderSubject(Subject):
                 window.states_NH.to(self.device),
                 self.head,
                 window.targets_N.to(self.device),
-                Mix({loss: 1.0}),
+                LossWeights({loss: 1.0}),
                 None if other is None else other.states_NH.to(self.device),
                 None if teacher is None else teacher.head,
             )

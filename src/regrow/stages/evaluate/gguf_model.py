@@ -20,9 +20,9 @@ from regrow.errors import UserError
 from regrow.llama_cpp import GgufModel, require, threads
 from regrow.runtime.greedy import until
 from regrow.runtime.progress import Progress, progress
-from regrow.stages.evaluate.eval_model import Subject, Teacher, now
+from regrow.stages.evaluate.eval_model import EvalModel, TeacherOutputs, now
 from regrow.stages.evaluate.texts import IGNORED, Text
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 
 ENDING = ".gguf"
 SAMPLES = 64
@@ -123,7 +123,7 @@ class Sums:
     of: dict[str, list[float]] = field(default_factory=dict)
 
 
-class GgufSubject(Subject):
+class GgufEvalModel(EvalModel):
     """A GGUF file with its texts. Both losses of a text are summed in one pass over it."""
 
     batch_size = 1
@@ -132,7 +132,7 @@ class GgufSubject(Subject):
     next_tokens = "random"
 
     def __init__(
-        self, label: str, file: GgufFile, texts: list[Text], teacher: Teacher | None = None
+        self, label: str, file: GgufFile, texts: list[Text], teacher: TeacherOutputs | None = None
     ) -> None:
         self.label, self.file, self.texts, self.teacher = label, file, texts, teacher
         self.source, self.arithmetic = file.folder, f"llama.cpp, {threads()} threads"
@@ -167,7 +167,9 @@ class GgufSubject(Subject):
         """That of the folder that the file was made of, else the file's own."""
         return self.file.tokenizer()
 
-    def sums(self, text: Text, loss: str, teacher: Teacher | None) -> tuple[list[float], list[int]]:
+    def sums(
+        self, text: Text, loss: str, teacher: TeacherOutputs | None
+    ) -> tuple[list[float], list[int]]:
         """Softmax in float32 of llama.cpp's logits, sums in float64; from one pass for all."""
         assert teacher is None or teacher is self.teacher
         if text.name not in self._sums:
@@ -179,13 +181,13 @@ class GgufSubject(Subject):
     def _run(self, text: Text) -> Sums:
         names = ["cross_entropy"] if self.teacher is None else ["cross_entropy", "forward_kl"]
         found = Sums(of={name: [] for name in names})
-        blocks = text.blocks
-        total = int(blocks.real.sum())
+        sequences = text.sequences
+        total = int(sequences.real.sum())
         with progress(f"evaluate {self.label} on {text.name}", total) as counter:
-            for number in range(len(blocks)):
+            for number in range(len(sequences)):
                 begun = dict.fromkeys(names, 0.0)
                 count = 0
-                for logits_NV, targets_N in self._scored(blocks[number], counter):
+                for logits_NV, targets_N in self._scored(sequences[number], counter):
                     values = self._values(text, number, count, logits_NV, targets_N)
                     for name in names:
                         begun[name] += float(values[name].sum(dtype=torch.float64))
@@ -196,14 +198,14 @@ class GgufSubject(Subject):
         return found
 
     def _scored(
-        self, block: dict[str, Tensor], counter: Progress
+        self, sequence: dict[str, Tensor], counter: Progress
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits [N, V] before scored tokens of a block, and those [N]; documents by themselves."""
-        length = int(block["real"].sum())
-        starts = torch.nonzero(block["position_ids"][:length] == 0).flatten().tolist()
+        length = int(sequence["real"].sum())
+        starts = torch.nonzero(sequence["position_ids"][:length] == 0).flatten().tolist()
         for begin, end in pairwise([*starts, length]):
-            ids = block["input_ids"][begin:end].tolist()
-            labels_T = block["labels"][begin:end]
+            ids = sequence["input_ids"][begin:end].tolist()
+            labels_T = sequence["labels"][begin:end]
             for first in range(0, len(ids), ROWS):
                 last = min(first + ROWS, len(ids))
                 targets = labels_T[first + 1 : last + 1]  # position t predicts token t + 1
@@ -260,5 +262,5 @@ class GgufSubject(Subject):
 
 def _loss(name: str, ours_NV: Tensor, theirs_NV: Tensor, targets_N: Tensor) -> Tensor:
     """A loss [N] as distillation has it; what it overwrites are copies."""
-    ((_, _, loss, _),) = Mix({name: 1.0}).terms()
+    ((_, _, loss, _),) = LossWeights({name: 1.0}).terms()
     return loss(ours_NV.float().clone(), theirs_NV.float().clone(), targets_N, 1.0)[0]

@@ -26,9 +26,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from regrow.errors import UserError
 from regrow.runtime.progress import Progress, progress, say
-from regrow.stages.evaluate.eval_model import Subject
-from regrow.stages.evaluate.folder_model import FolderSubject
-from regrow.stages.evaluate.gguf_model import GgufSubject
+from regrow.stages.evaluate.eval_model import EvalModel
+from regrow.stages.evaluate.folder_model import FolderEvalModel
+from regrow.stages.evaluate.gguf_model import GgufEvalModel
 from regrow.stages.evaluate.task_rows import Rows, manager
 
 SEED = 1234
@@ -99,7 +99,7 @@ class RowsTask(ConfigurableTask):
 class Model(HFLM):
     """lm_eval's class for transformers models around a loaded one, with our progress."""
 
-    def __init__(self, subject: FolderSubject) -> None:
+    def __init__(self, subject: FolderEvalModel) -> None:
         super().__init__(
             pretrained=subject.model,
             tokenizer=subject.checkpoint.tokenizer(),  # its own: lm_eval may add a pad token
@@ -140,11 +140,11 @@ class Model(HFLM):
         return found
 
 
-def model_of(subject: Subject) -> Model | GgufLM:
+def model_of(subject: EvalModel) -> Model | GgufLM:
     """lm_eval's model around a subject."""
-    if isinstance(subject, GgufSubject):
+    if isinstance(subject, GgufEvalModel):
         return GgufLM(subject)
-    assert isinstance(subject, FolderSubject)
+    assert isinstance(subject, FolderEvalModel)
     return Model(subject)
 
 
@@ -186,7 +186,7 @@ def _load(rows: Rows) -> Any:
 @contextmanager
 def few_words(name: str | None) -> Iterator[None]:
     """lm_eval's log held back; of its warnings on a task the first is told, and how many more."""
-    logger, kept = logging.getLogger("lm_eval"), _Kept()
+    logger, kept = logging.getLogger("lm_eval"), _CapturedLog()
     before = logger.level, logger.propagate
     logger.setLevel(logging.WARNING)
     logger.propagate = False
@@ -202,7 +202,7 @@ def few_words(name: str | None) -> Iterator[None]:
         say(f"lm_eval on {name}: {' '.join(kept.told[0].split())}{more}")
 
 
-class _Kept(logging.Handler):
+class _CapturedLog(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.told: list[str] = []
@@ -228,7 +228,7 @@ MAX_GEN_TOKS = 256
 class GgufLM(TemplateLM):
     """lm_eval's class for a model around llama.cpp, with the tokens that transformers gives."""
 
-    def __init__(self, subject: GgufSubject) -> None:
+    def __init__(self, subject: GgufEvalModel) -> None:
         super().__init__()
         self.subject, self.tokenizer = subject, subject.tokenizer
         self.label = self.title = f"evaluate {subject.label}"

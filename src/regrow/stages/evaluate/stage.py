@@ -18,11 +18,11 @@ from regrow.data.files import sha256_of
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.runtime.progress import say
-from regrow.stage_dir import Stage, digest, write_json
+from regrow.stage_dir import StageDir, digest, write_json
 from regrow.stages.evaluate.config import EvaluateConfig
-from regrow.stages.evaluate.eval_model import Measured
+from regrow.stages.evaluate.eval_model import MetricResult
 from regrow.stages.evaluate.gguf_model import GgufFile, find_parents, open_model
-from regrow.stages.evaluate.measuring import Job, measure_all
+from regrow.stages.evaluate.measuring import EvaluationSetup, measure_all
 from regrow.stages.evaluate.table import show
 from regrow.stages.evaluate.task_rows import find, read
 from regrow.stages.evaluate.texts import text_files
@@ -53,11 +53,11 @@ def evaluate(
     between models of different tokenizers.
     """
     config, options = config or EvaluateConfig(), options or Options()
-    checkpoints, teacher = line_up(models, against)
+    checkpoints, teacher = load_models(models, against)
     sources = find(config)
     inputs = _inputs(checkpoints, teacher, data, config)
     inputs |= {f"task {source.name}": source.digest for source in sources}
-    stage = Stage(Path(out), "evaluate", config, inputs, resumable=True)
+    stage = StageDir(Path(out), "evaluate", config, inputs, resumable=True)
     if stage.complete:
         say(f"evaluate: {out} is complete and unchanged")
     else:
@@ -72,7 +72,7 @@ def evaluate(
         with stage as folder:
             parts = folder / PARTS
             found = measure_all(
-                Job(
+                EvaluationSetup(
                     *(checkpoints, teacher, texts, ids, tasks),
                     *(config, device, options.batch_size, parts),
                 )
@@ -91,7 +91,7 @@ def evaluate(
     return Path(out)
 
 
-def line_up(
+def load_models(
     models: Mapping[str, str | Path | Checkpoint | GgufFile],
     against: str | Path | Checkpoint | None,
 ) -> tuple[Models, str | None]:
@@ -139,7 +139,7 @@ def _check_window(checkpoints: Models, config: EvaluateConfig) -> None:
             )
 
 
-def _evaluation(found: dict[str, Measured], teacher: str | None) -> dict[str, Any]:
+def _evaluation(found: dict[str, MetricResult], teacher: str | None) -> dict[str, Any]:
     figures = {
         label: [f.model_dump(mode="json", exclude_none=True) for f in measured.figures]
         for label, measured in found.items()

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from regrow import plugins
-from regrow.data import Blocks, DataConfig, SourceConfig, build_blocks
+from regrow.data import DataConfig, SourceConfig
 from regrow.data.files import open_text, plain_name
+from regrow.data.sequences import Sequences, build_sequences
 from regrow.data.sources import READERS, reader_of, resolve
 from regrow.errors import UserError
 from regrow.stages.evaluate.config import HELDOUT, EvaluateConfig
@@ -30,7 +31,7 @@ class Text:
     """A text in one tokenizer's tokens; `labels` of its blocks say what is scored."""
 
     name: str
-    blocks: Blocks
+    sequences: Sequences
     convention: str
     num_bytes: int | None = None
     """UTF-8 bytes of the scored tokens; None when they cannot be told."""
@@ -62,12 +63,12 @@ def build_texts(
     """
     texts = []
     if data is not None:
-        blocks = build_blocks(data, tokenizer, "heldout", config.heldout_blocks)
+        sequences = build_sequences(data, tokenizer, "heldout", config.heldout_sequences)
         how = (
-            f"{len(blocks)} held-out blocks of {data.sequence_length} tokens of the data; "
+            f"{len(sequences)} held-out blocks of {data.sequence_length} tokens of the data; "
             "documents do not attend to each other; prompts, padding and first tokens not scored"
         )
-        texts.append(Text(HELDOUT, blocks, how))
+        texts.append(Text(HELDOUT, sequences, how))
     for name, source in config.texts.items():
         if openings is None:
             text, ids = opening(text_files(source), tokenizer, config.text_tokens)
@@ -77,12 +78,12 @@ def build_texts(
             raise UserError(
                 f"text {name!r}: {source} holds {len(ids)} tokens; at least 2 are needed"
             )
-        blocks = windows(ids, config.window)
+        sequences = windows(ids, config.window)
         how = (
             f"first {len(ids):,} tokens of {Path(source).name}{_joined(source)}, windows of "
             f"{config.window} without overlap, no BOS added, the first token of a window not scored"
         )
-        texts.append(Text(name, blocks, how, scored_bytes(text, tokenizer, blocks)))
+        texts.append(Text(name, sequences, how, scored_bytes(text, tokenizer, sequences)))
     return texts
 
 
@@ -94,18 +95,18 @@ def openings_of(tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> d
     }
 
 
-def scored_bytes(text: str, tokenizer: PreTrainedTokenizerBase, blocks: Blocks) -> int | None:
+def scored_bytes(text: str, tokenizer: PreTrainedTokenizerBase, sequences: Sequences) -> int | None:
     """UTF-8 bytes of the scored tokens of `text` in windows; None for a slow tokenizer.
 
     A character's bytes count for the first of the tokens that it is split into.
     """
     if not tokenizer.is_fast:
         return None
-    ends = [end for _, end in _offsets(text, tokenizer)][: int(blocks.real.sum())]
+    ends = [end for _, end in _offsets(text, tokenizer)][: int(sequences.real.sum())]
     size_of = torch.tensor([0, *(len(character.encode()) for character in text)]).cumsum(0)
     reached = size_of[torch.tensor(ends)].cummax(0).values
     bytes_of = torch.diff(reached, prepend=torch.zeros(1, dtype=torch.int64))
-    return int(bytes_of[blocks.labels[blocks.real] != IGNORED].sum())
+    return int(bytes_of[sequences.labels[sequences.real] != IGNORED].sum())
 
 
 def _offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
@@ -121,12 +122,14 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def in_other_ids(text: Text, ids_V: Tensor) -> Text:
     """A text with its input ids replaced by another model's for the same tokens."""
-    blocks = text.blocks
-    other = Blocks(ids_V[blocks.input_ids], blocks.position_ids, blocks.labels, blocks.real)
-    return replace(text, blocks=other)
+    sequences = text.sequences
+    other = Sequences(
+        ids_V[sequences.input_ids], sequences.position_ids, sequences.labels, sequences.real
+    )
+    return replace(text, sequences=other)
 
 
-def windows(ids: list[int], window: int) -> Blocks:
+def windows(ids: list[int], window: int) -> Sequences:
     """`ids` cut into blocks of `window` tokens, all but each block's first token scored.
 
     The rest that fills no window is padded on the right, where causal attention does not see it.
@@ -138,7 +141,7 @@ def windows(ids: list[int], window: int) -> Blocks:
     position_ids = torch.arange(window).repeat(count, 1)
     labels = torch.where(real, input_ids, IGNORED)
     labels[:, 0] = IGNORED
-    return Blocks(input_ids, position_ids, labels, real)
+    return Sequences(input_ids, position_ids, labels, real)
 
 
 def text_files(source: str) -> list[Path]:

@@ -73,7 +73,7 @@ def _split_apart(texts: list[Text], file: GgufFile) -> list[str]:
     apart = []
     with GgufModel(file.folder, only_look=True) as opened:
         for text in texts:
-            for ids, real in zip(text.blocks.input_ids, text.blocks.real, strict=True):
+            for ids, real in zip(text.sequences.input_ids, text.sequences.real, strict=True):
                 plain = tokenizer.decode(ids[real].tolist(), skip_special_tokens=True)
                 assert isinstance(plain, str)
                 if tokenizer.encode(plain, add_special_tokens=False) != opened.tokenize(plain):
@@ -92,7 +92,7 @@ def _told_apart(text: Text, reference: Reference | None) -> Text:
 def _reference(label: str, text: Text) -> Reference | None:
     if text.num_bytes is None:
         return None
-    return Reference(label, text.num_bytes / text.blocks.scored_tokens)
+    return Reference(label, text.num_bytes / text.sequences.scored_tokens)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -112,8 +112,8 @@ def teacher_ids_of(
     its tokens under other ids. Raises UserError for one that is neither.
     """
     found: dict[str, Tensor | None] = {}
-    master = checkpoints[teacher]
-    theirs, size = master.tokenizer(), int(master.config["vocab_size"])
+    checkpoint = checkpoints[teacher]
+    theirs, size = checkpoint.tokenizer(), int(checkpoint.config["vocab_size"])
     for label, checkpoint in checkpoints.items():
         other = checkpoint.tokenizer()
         reason = _difference(other, theirs, texts[label], texts[teacher])
@@ -141,7 +141,7 @@ def _difference(
     reference_of = {text.name: text for text in theirs}
     for one in mine:
         reference = reference_of[one.name]
-        if one is not reference and one.blocks.fingerprint != reference.blocks.fingerprint:
+        if one is not reference and one.sequences.fingerprint != reference.sequences.fingerprint:
             return (
                 f"their tokenizers split the text {one.name!r} differently; leave `kl` out of "
                 "metrics"

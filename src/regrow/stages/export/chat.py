@@ -14,14 +14,14 @@ from typing import Any
 from jinja2 import TemplateError
 
 from regrow.stages.export import limits, tokenizer
-from regrow.stages.export.tensors import Source
+from regrow.stages.export.tensors import ExportSource
 
 Message = dict[str, str]
 SYSTEM, USER, ANSWER, AGAIN = "Ⓢsystem", "Ⓤuser", "Ⓐanswer", "Ⓥagain"
 
 
 @dataclass(frozen=True)
-class Pieces:
+class TemplatePieces:
     """The fixed text around the messages of a conversation."""
 
     default: str
@@ -56,7 +56,7 @@ class Pieces:
         return f"{first}{{{{ range .Messages }}}}{body}{{{{ end }}}}{{{{ end }}}}"
 
 
-def pieces_of(tokenizer: Any) -> Pieces | None:
+def pieces_of(tokenizer: Any) -> TemplatePieces | None:
     """The pieces of a tokenizer's chat template; None for none, or one that does more than that.
 
     A leading BOS is left out: llama.cpp adds it where the tokenizer does.
@@ -76,7 +76,7 @@ def pieces_of(tokenizer: Any) -> Pieces | None:
     return None if any(mark in text for text in _texts(found) for mark in bad) else found
 
 
-def _pieces(tokenizer: Any) -> Pieces | None:
+def _pieces(tokenizer: Any) -> TemplatePieces | None:
     talk = [_said("user", USER), _said("assistant", ANSWER), _said("user", AGAIN)]
     text = _render(tokenizer, talk)
     if not all(mark in text for mark in (USER, ANSWER, AGAIN)):
@@ -87,7 +87,7 @@ def _pieces(tokenizer: Any) -> Pieces | None:
     if after_user != tail:
         return None
     opening, system = _opening(tokenizer, start, after_answer)
-    return Pieces(
+    return TemplatePieces(
         default=start.removesuffix(opening),
         system=system,
         user=(opening, tail),
@@ -145,7 +145,7 @@ def _said(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _texts(found: Pieces) -> list[str]:
+def _texts(found: TemplatePieces) -> list[str]:
     return [found.default, *(found.system or ()), *found.user, found.answer]
 
 
@@ -154,7 +154,7 @@ MOST_CONTEXT = 8192
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
-def text(source: Source, file: str) -> str:
+def text(source: ExportSource, file: str) -> str:
     """The Modelfile for a GGUF file that lies beside it."""
     checkpoint = source.checkpoint
     parts = [f"FROM ./{file}"]
@@ -180,7 +180,7 @@ def text(source: Source, file: str) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _sampling(source: Source) -> list[str]:
+def _sampling(source: ExportSource) -> list[str]:
     path = source.checkpoint.folder / "generation_config.json"
     given = json.loads(path.read_text()) if path.exists() else {}
     if not given.get("do_sample"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from regrow import stage_dir
 from regrow.config import Config
 from regrow.errors import UserError
-from regrow.stage_dir import Stage
+from regrow.stage_dir import StageDir
 
 MODELFILE = "Modelfile"
 
@@ -16,7 +16,7 @@ MODELFILE = "Modelfile"
 CARD = "README.md"
 
 
-class FileStage(Stage):
+class FileStageDir(StageDir):
     """A stage whose result is a file, NAME.gguf, and NAME.* beside it, among files of others.
 
     The other files are put in place first, the large one last, each by a rename; a kill leaves the
@@ -56,8 +56,8 @@ class FileStage(Stage):
 
 def stage_at(
     out: Path, name: str, config: Config, inputs: dict[str, str], default: str
-) -> tuple[Stage, str]:
+) -> tuple[StageDir, str]:
     """The stage that writes to `out`, a folder or NAME.gguf, and the name of the GGUF file."""
     if out.suffix == ".gguf":
-        return FileStage(out, name, config, inputs), out.name
-    return Stage(out, name, config, inputs), default
+        return FileStageDir(out, name, config, inputs), out.name
+    return StageDir(out, name, config, inputs), default

@@ -11,7 +11,8 @@ from typing import Any
 
 from regrow import families, llama_cpp
 from regrow.checkpoint import Checkpoint, load
-from regrow.data import DataConfig, build_blocks
+from regrow.data import DataConfig
+from regrow.data.sequences import build_sequences
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.families import Family
@@ -70,7 +71,9 @@ def export(
     return target
 
 
-def check(checkpoint: Checkpoint, config: ExportConfig, given: str | None = None) -> tensors.Source:
+def check(
+    checkpoint: Checkpoint, config: ExportConfig, given: str | None = None
+) -> tensors.ExportSource:
     """All that can be known to fail before the slow work, raised as UserError; what is to do.
 
     `given` is how the model was named, from which its name and licence are told.
@@ -90,7 +93,7 @@ def check(checkpoint: Checkpoint, config: ExportConfig, given: str | None = None
     vocabulary = tokenizer.vocabulary(checkpoint, vocab_size, config.pre)
     lineage = lineage_of(checkpoint.folder, given)
     name = config.name or lineage.name
-    source = tensors.Source(checkpoint, family, loaded, vocabulary, name, lineage)
+    source = tensors.ExportSource(checkpoint, family, loaded, vocabulary, name, lineage)
     gguf_types.check_holds({entry.name: entry.shape for entry in source.entries}, config.type)
     if reason := limits.context(loaded, str(family.gguf))[1]:
         say(f"export: {reason}")
@@ -107,7 +110,10 @@ def _verifies(config: ExportConfig) -> bool:
 
 
 def _text(
-    checkpoint: Checkpoint, source: tensors.Source, config: ExportConfig, data: DataConfig | None
+    checkpoint: Checkpoint,
+    source: tensors.ExportSource,
+    config: ExportConfig,
+    data: DataConfig | None,
 ) -> tuple[list[list[int]], tuple[str, str]]:
     """Windows of token ids to compare on, and a text whose tokens are, with the windows' name."""
     most = min(LONGEST, limits.context(source.config, str(source.family.gguf))[0])
@@ -116,7 +122,7 @@ def _text(
         ids = tokenizer(verify.SAMPLE)["input_ids"]
         return [ids[: min(most, config.verify_tokens)]], (verify.SAMPLE, "a built-in text")
     wanted = -(-config.verify_tokens // min(most, data.sequence_length))
-    blocks = build_blocks(data, tokenizer, "heldout", wanted)
+    blocks = build_sequences(data, tokenizer, "heldout", wanted)
     rows = zip(blocks.input_ids, blocks.real, strict=True)
     windows = [ids[real][:most].tolist() for ids, real in rows]
     left = config.verify_tokens

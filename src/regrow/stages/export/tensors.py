@@ -28,7 +28,7 @@ llama.cpp for the others, a row of the first half with one of the second."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class GgufTensor:
     """A tensor of the file, and what it is made of."""
 
     name: str
@@ -41,7 +41,7 @@ class Entry:
     """Names on disk: one, or each expert's."""
 
 
-def entries(checkpoint: Checkpoint, family: Family) -> list[Entry]:
+def entries(checkpoint: Checkpoint, family: Family) -> list[GgufTensor]:
     """Every tensor of the file made from the checkpoint's, layer after layer."""
     from gguf import get_tensor_name_map
 
@@ -60,17 +60,17 @@ def entries(checkpoint: Checkpoint, family: Family) -> list[Entry]:
         assert name is not None, f"gguf names no {whole} of {family.gguf}"
         shape = checkpoint.shapes[parts[0]]
         stacked = (len(parts), *shape) if "{expert}" in template else shape
-        found.append(Entry(name, stacked, template, tuple(parts)))
+        found.append(GgufTensor(name, stacked, template, tuple(parts)))
     return found
 
 
-def head_name(entries: list[Entry]) -> str:
+def head_name(entries: list[GgufTensor]) -> str:
     """Name of the tensor that serves as the head: of its own, or the embedding."""
     names = {entry.name for entry in entries}
     return "output.weight" if "output.weight" in names else "token_embd.weight"
 
 
-def read(checkpoint: Checkpoint, family: Family, entry: Entry) -> np.ndarray:
+def read(checkpoint: Checkpoint, family: Family, entry: GgufTensor) -> np.ndarray:
     """The entry's values [as its shape] in float32, in llama.cpp's order of rows."""
     import torch
 
@@ -86,7 +86,7 @@ def extra(config: Any, head_dim: int) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _changed(
-    whole: torch.Tensor, family: Family, entry: Entry, config: dict[str, Any]
+    whole: torch.Tensor, family: Family, entry: GgufTensor, config: dict[str, Any]
 ) -> torch.Tensor:
     name = entry.template.rsplit(".", 1)[0]
     if name.endswith("norm") and family.norm_offset:
@@ -134,7 +134,7 @@ NEEDED = 1.1
 """Disk to ask for, as a share of the tensors' bytes: the vocabulary takes some, too."""
 
 
-class Source:
+class ExportSource:
     """A checkpoint with all that its file says of it."""
 
     def __init__(
@@ -160,7 +160,7 @@ class Source:
         return [Stored(n, shape, type_of(n, shape, wanted, head)) for n, shape in shapes.items()]
 
 
-def write(path: Path, source: Source, type_name: str) -> list[Stored]:
+def write(path: Path, source: ExportSource, type_name: str) -> list[Stored]:
     """Write the file and return what lies in it; K-quants by way of a file of plain floats.
 
     Raises UserError when the disk has no space for it or a value does not fit the type.
@@ -201,7 +201,7 @@ def file_type(type_name: str) -> int:
     return int(LlamaFileType[f"{prefix}_{type_name}"])
 
 
-def _write(path: Path, source: Source, type_name: str, stored: list[Stored]) -> None:
+def _write(path: Path, source: ExportSource, type_name: str, stored: list[Stored]) -> None:
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter
 

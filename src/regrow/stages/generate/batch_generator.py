@@ -69,7 +69,7 @@ class Answer:
     """Whether the model ended it, and not max_new_tokens."""
 
 
-class Answerer:
+class BatchGenerator:
     """A model that is asked in batches; settings that its folder has for generation do not count.
 
     Only its end marks do, beside the tokenizer's.

@@ -21,8 +21,8 @@ from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.runtime import distributed
 from regrow.runtime.progress import progress, say
-from regrow.stage_dir import Figure, Stage, digest, refuse_input, require_space
-from regrow.stages.generate.batch_generator import Answerer
+from regrow.stage_dir import Figure, StageDir, digest, refuse_input, require_space
+from regrow.stages.generate.batch_generator import BatchGenerator
 from regrow.stages.generate.config import GenerateConfig
 from regrow.training.cache.folder import tokenizer_fingerprint
 
@@ -82,15 +82,15 @@ def generate(
     """
     out, config, options = Path(out), config or GenerateConfig(), options or Options()
     device = options.torch_device()
-    master = model if isinstance(model, Checkpoint) else load(model, quantized=True)
+    checkpoint = model if isinstance(model, Checkpoint) else load(model, quantized=True)
     check_out(out)
-    refuse_input(out, master.folder)
-    tokenizer = master.tokenizer()
-    stage = _stage(out, config, inputs_of(master, tokenizer, data))
+    refuse_input(out, checkpoint.folder)
+    tokenizer = checkpoint.tokenizer()
+    stage = _stage(out, config, inputs_of(checkpoint, tokenizer, data))
     if stage.complete:
         say(f"generate: {out} is complete and unchanged")
         return out
-    asked = ask(data, config, master, tokenizer)
+    asked = ask(data, config, checkpoint, tokenizer)
     require_space(out, 16 * sum(len(ids) + config.max_new_tokens for _, ids in asked))
     distributed.join(cpu=device.type == "cpu")
     with stage as folder:
@@ -101,8 +101,8 @@ def generate(
         distributed.wait()  # before anything is written, so that all ranks see the same to do
         todo = [(prompt, ids) for prompt, ids in asked if prompt.key not in known]
         if todo:
-            loaded = master.model(master.compute_dtype(), device)
-            answerer = Answerer(loaded, tokenizer, config)
+            loaded = checkpoint.model(checkpoint.compute_dtype(), device)
+            answerer = BatchGenerator(loaded, tokenizer, config)
             _answer(folder, answerer, tokenizer, todo, len(asked), options.batch_size)
         distributed.wait()
         if distributed.is_main():
@@ -110,19 +110,19 @@ def generate(
     return out
 
 
-def _stage(out: Path, config: GenerateConfig, inputs: dict[str, str]) -> Stage:
+def _stage(out: Path, config: GenerateConfig, inputs: dict[str, str]) -> StageDir:
     # What changes no answer, only which are written, does not undo what was answered so far.
     same = config.model_copy(update={"limit": None, "keep_unfinished": False})
-    resume = Stage(out, "generate", same, inputs).digest
-    return Stage(out, "generate", config, inputs, resumable=True, resume_digest=resume)
+    resume = StageDir(out, "generate", same, inputs).digest
+    return StageDir(out, "generate", config, inputs, resumable=True, resume_digest=resume)
 
 
 def inputs_of(
-    master: Checkpoint, tokenizer: PreTrainedTokenizerBase, data: DataConfig
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, data: DataConfig
 ) -> dict[str, str]:
     """What the answers follow from, beside the config."""
     return {
-        "model": master.fingerprint,
+        "model": checkpoint.fingerprint,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "template": digest(tokenizer.chat_template),
         "data": data_digest(data),
@@ -141,14 +141,14 @@ def check_out(out: Path) -> None:
 def ask(
     data: DataConfig,
     config: GenerateConfig,
-    master: Checkpoint,
+    checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Asked:
     """The prompts, each once, with their ids; too long ones are left out, which is told.
 
     Raises UserError when there is none.
     """
-    room = int(master.config.get("max_position_embeddings") or 1 << 30) - config.max_new_tokens
+    room = int(checkpoint.config.get("max_position_embeddings") or 1 << 30) - config.max_new_tokens
     found: dict[str, tuple[Prompt, list[int]]] = {}
     long = 0
     for prompt in islice(prompts(data, config.split, bool(tokenizer.chat_template)), config.limit):
@@ -171,7 +171,7 @@ def ask(
 
 def _answer(
     folder: Path,
-    answerer: Answerer,
+    answerer: BatchGenerator,
     tokenizer: PreTrainedTokenizerBase,
     todo: Asked,
     total: int,
@@ -209,7 +209,7 @@ def _batches(todo: Asked, size: int) -> Iterator[Asked]:
         yield by_length[start : start + size]
 
 
-def _finish(stage: Stage, folder: Path, asked: list[Prompt]) -> None:
+def _finish(stage: StageDir, folder: Path, asked: list[Prompt]) -> None:
     """Write the answers in the prompts' order."""
     config, found = stage.config, read(folder)
     assert isinstance(config, GenerateConfig)

@@ -88,7 +88,7 @@ def estimate(checkpoint: Checkpoint, data: DataConfig, config: ProfileConfig) ->
     tokens = config.samples * data.sequence_length
     read = tokens * (3 if needs & GRADIENTS else 1)  # a backward pass, without weights' gradients
     removals = len(needs & REMOVALS.keys()) * passes_for(checkpoint.config["num_hidden_layers"])
-    read += removals * min(config.removal_blocks, config.samples) * data.sequence_length
+    read += removals * min(config.removal_sequences, config.samples) * data.sequence_length
     seconds = read * 2 * active(checkpoint) / matmul_rate()
     grams = min(config.gram_tokens, tokens)
     return [

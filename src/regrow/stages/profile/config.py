@@ -26,7 +26,7 @@ class ProfileConfig(Config):
     vocab_tokens: int = Field(default=2_000_000, ge=1)
     """Calibration tokens to count for the vocabulary (token_count): to the end of the split at
     most; they are tokenized, and not run through the model."""
-    removal_blocks: int = Field(default=4, ge=1)
+    removal_sequences: int = Field(default=4, ge=1)
     """Blocks on which layers are removed in turn (kl_drop, perplexity_drop)."""
     seed: int = 0
     """Seed of the random criterion."""

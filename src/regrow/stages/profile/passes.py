@@ -18,12 +18,12 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from regrow.checkpoint import Checkpoint
 from regrow.data import DataConfig
-from regrow.data.sequences import Job, blend
-from regrow.layerwise import LayerByLayer, Pass, Spill
+from regrow.data.sequences import BuildContext, blend
+from regrow.layerwise import LayerByLayer, SkippedLayer, Spill
 from regrow.runtime.progress import Progress, progress
 from regrow.stages.profile.collect import Batch, Collector
 from regrow.training.head import head_loss, head_of
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 from regrow.training.teacher import final_hidden, mean_loss, reference_states, scored
 
 Batches = list[tuple[Batch, dict[str, Tensor]]]
@@ -98,7 +98,9 @@ def _backward(model: PreTrainedModel, hidden_BTH: Tensor, inputs: dict[str, Tens
     """Send back the gradient of the next-token loss, summed over the scored tokens."""
     mask = scored(inputs)
     targets_N = inputs["labels"][:, 1:][mask]
-    loss, _ = head_loss(hidden_BTH[mask], head_of(model), targets_N, Mix({"cross_entropy": 1.0}))
+    loss, _ = head_loss(
+        hidden_BTH[mask], head_of(model), targets_N, LossWeights({"cross_entropy": 1.0})
+    )
     loss.backward()  # type: ignore[no-untyped-call]
 
 
@@ -145,7 +147,7 @@ def _rounds(layers: int) -> int:
 
 def _skip(model: PreTrainedModel, layers: list[nn.Module], gone: set[int]) -> None:
     """Let these layers hand on what they get; masks and positions stay those of the others."""
-    stack = [Pass(layer) if n in gone else layer for n, layer in enumerate(layers)]
+    stack = [SkippedLayer(layer) if n in gone else layer for n, layer in enumerate(layers)]
     model.base_model.layers = nn.ModuleList(stack)
 
 
@@ -159,7 +161,7 @@ def count_tokens(
     counts_V = torch.zeros(vocab_size, dtype=torch.int64)
     seen = 0
     with progress("counting tokens", tokens) as counter:
-        for document in blend(Job(data, tokenizer, "calibration", None)):
+        for document in blend(BuildContext(data, tokenizer, "calibration", None)):
             ids = torch.tensor(document.ids, dtype=torch.int64)
             counts_V += torch.bincount(ids[ids < vocab_size], minlength=vocab_size)
             seen += len(ids)

@@ -88,8 +88,8 @@ class Routed:
     def _of_channels(self, share: Share, names: set[str]) -> dict[str, Tensor]:
         found = _sums({"sum": share.x_nd, "square_sum": share.x_nd.square()}, names)
         if "mean_abs_square_sum" in names:
-            blocks, length = self.real_BT.shape
-            sums_Bd = share.x_nd.new_zeros(blocks, share.x_nd.shape[1])
+            sequences, length = self.real_BT.shape
+            sums_Bd = share.x_nd.new_zeros(sequences, share.x_nd.shape[1])
             sums_Bd.index_add_(0, share.tokens_n // length, share.x_nd.abs())
             means_Bd = sums_Bd / self.real_BT.sum(1, keepdim=True).clamp_min(1)
             found["mean_abs_square_sum"] = means_Bd.square().sum(0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from regrow import families, plugins
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
-from regrow.families import Family, Place
+from regrow.families import Family, TensorRef
 from regrow.plan import WHOLE
 from regrow.stages.profile.config import ProfileConfig
 
@@ -65,10 +65,10 @@ class DimWeights:
             for place in self._places(template):
                 yield self._read(place).T.unflatten(0, (units, -1))
 
-    def _read(self, place: Place) -> Tensor:
+    def _read(self, place: TensorRef) -> Tensor:
         return self.checkpoint.tensor(place.name)
 
-    def _places(self, template: str) -> Iterator[Place]:
+    def _places(self, template: str) -> Iterator[TensorRef]:
         layers = None if self.layer == "all" else [int(self.layer)]
         experts = None if self.expert is None else [self.expert]
         return self.family.places(template, self.checkpoint.config, layers, experts)

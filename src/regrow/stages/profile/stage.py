@@ -14,15 +14,15 @@ from torch import Tensor
 from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.config import Options
-from regrow.data import Blocks, DataConfig, build_blocks
-from regrow.data.sequences import VALIDATE_EVERY, held_out
+from regrow.data import DataConfig
+from regrow.data.sequences import VALIDATE_EVERY, Sequences, build_sequences, held_out
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.families import Family
 from regrow.layerwise import Spill
-from regrow.profile_folder import BLOCKS, INFO, SCORES, STATISTICS, Gram, Profile, gram_path
+from regrow.profile_folder import INFO, SCORES, SEQUENCES, STATISTICS, Gram, Profile, gram_path
 from regrow.runtime.progress import progress, say
-from regrow.stage_dir import Figure, Stage, require_space, write_json
+from regrow.stage_dir import Figure, StageDir, require_space, write_json
 from regrow.stages.profile.collect import REMOVALS, Batch, Collector, Split
 from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.passes import Batches, count_tokens, layer_major, removal_order, resident
@@ -50,23 +50,23 @@ def profile(
     family = families.of(checkpoint)
     needs = statistics_needed(config)
     inputs = {"model": checkpoint.fingerprint, "data": data_digest(data)}
-    stage = Stage(Path(out), "profile", config, inputs)
+    stage = StageDir(Path(out), "profile", config, inputs)
     if stage.complete:
         say(f"profile: {out} is complete and unchanged")
         return Profile(out)
     tokenizer = checkpoint.tokenizer()
     require_space(Path(out), estimate_bytes(checkpoint, config))
-    blocks = build_blocks(data, tokenizer, "calibration", config.samples)
+    sequences = build_sequences(data, tokenizer, "calibration", config.samples)
     with stage as folder:
-        gram_blocks = min(config.gram_tokens // data.sequence_length, len(blocks))
+        gram_sequences = min(config.gram_tokens // data.sequence_length, len(sequences))
         having = [d for d in config.grams if family.layers_of(d, checkpoint.config)]
-        grams = having if gram_blocks else []
+        grams = having if gram_sequences else []
         weighted = config.token_weight == "inverse_residual"
         sizes = family.sizes(checkpoint.config)
         collector = Collector(family, needs, grams, weighted, sizes["head_dim"])
-        _run(checkpoint, blocks, gram_blocks, collector, folder, options)
-        statistics = _tidy(collector.sums, sizes, _count(blocks))
-        statistics |= _removals(checkpoint, blocks, collector, config, options)
+        _run(checkpoint, sequences, gram_sequences, collector, folder, options)
+        statistics = _tidy(collector.sums, sizes, _count(sequences))
+        statistics |= _removals(checkpoint, sequences, collector, config, options)
         if "vocab" in needs:
             counts = count_tokens(data, tokenizer, sizes["vocab"], config.vocab_tokens)
             statistics["token_count/vocab/all"] = counts
@@ -75,29 +75,31 @@ def profile(
         def gram(dim: str, layer: int) -> Tensor:
             return load_file(gram_path(folder, dim, layer))["fit"]
 
-        scores = score_all(config, statistics, _count(blocks), checkpoint, family, gram)
+        scores = score_all(config, statistics, _count(sequences), checkpoint, family, gram)
         save_file(scores, folder / SCORES)
-        blocks.save(folder / BLOCKS)
+        sequences.save(folder / SEQUENCES)
         about = {
             "digest": stage.digest,  # tells this profile from one on other text
             "grams": grams,
-            "gram_tokens": gram_blocks * data.sequence_length,
+            "gram_tokens": gram_sequences * data.sequence_length,
         }
-        write_json(folder / INFO, about | _info(checkpoint, blocks, config, data))
-        stage.figures.append(Figure(name="calibration tokens", value=_count(blocks), unit="tokens"))
+        write_json(folder / INFO, about | _info(checkpoint, sequences, config, data))
+        stage.figures.append(
+            Figure(name="calibration tokens", value=_count(sequences), unit="tokens")
+        )
     return Profile(out)
 
 
 def _info(
-    checkpoint: Checkpoint, blocks: Blocks, config: ProfileConfig, data: DataConfig
+    checkpoint: Checkpoint, sequences: Sequences, config: ProfileConfig, data: DataConfig
 ) -> dict[str, Any]:
     """Of what model and text a profile is, and by which criteria."""
     return {
         "fingerprint": checkpoint.fingerprint,
         "model_type": checkpoint.config["model_type"],
         "criteria": list(config.criteria),
-        "samples": len(blocks),
-        "tokens": _count(blocks),
+        "samples": len(sequences),
+        "tokens": _count(sequences),
         "sequence_length": data.sequence_length,
         "token_weight": config.token_weight,
     }
@@ -118,8 +120,8 @@ def _gram_bytes(family: Family, config: dict[str, Any], dims: Iterable[str]) -> 
 
 def _run(
     checkpoint: Checkpoint,
-    blocks: Blocks,
-    gram_blocks: int,
+    sequences: Sequences,
+    gram_sequences: int,
     collector: Collector,
     folder: Path,
     options: Options,
@@ -141,8 +143,8 @@ def _run(
             "perplexity_drop) or pairs of layers (angular_distance) need the whole model on the "
             "device, where it does not fit: leave them out, or give another --device"
         )
-    batches = _batches(blocks, gram_blocks, options.batch_size)
-    with progress("profile", _count(blocks) * passes) as counter:
+    batches = _batches(sequences, gram_sequences, options.batch_size)
+    with progress("profile", _count(sequences) * passes) as counter:
         if resident_order:
             resident(checkpoint, batches, collector, take_grams, device, dtype, counter)
             return
@@ -153,7 +155,7 @@ def _run(
 
 def _removals(
     checkpoint: Checkpoint,
-    blocks: Blocks,
+    sequences: Sequences,
     collector: Collector,
     config: ProfileConfig,
     options: Options,
@@ -161,7 +163,7 @@ def _removals(
     if not collector.removals:
         return {}
     model = checkpoint.model(checkpoint.compute_dtype(), options.torch_device())
-    some = blocks.select(range(min(config.removal_blocks, len(blocks))))
+    some = sequences.select(range(min(config.removal_sequences, len(sequences))))
     batches = list(some.batches(options.batch_size))
     orders = {
         name: removal_order(model, batches, REMOVALS[name]) for name in sorted(collector.removals)
@@ -185,33 +187,33 @@ def memory_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _batches(blocks: Blocks, gram_blocks: int, batch_size: int) -> Batches:
+def _batches(sequences: Sequences, gram_sequences: int, batch_size: int) -> Batches:
     """Batches of blocks that never mix the two Gram sets or blocks outside them."""
     groups: dict[Split | None, list[int]] = {"fit": [], "validate": [], None: []}
-    for number in range(len(blocks)):
+    for number in range(len(sequences)):
         split: Split = "validate" if held_out(number) else "fit"
-        groups[split if number < gram_blocks else None].append(number)
-    if gram_blocks and not groups["validate"]:
+        groups[split if number < gram_sequences else None].append(number)
+    if gram_sequences and not groups["validate"]:
         raise UserError(
-            f"{gram_blocks} blocks for the Gram matrices are too few: {VALIDATE_EVERY} or more are "
-            "needed; raise samples and gram_tokens, or set gram_tokens to 0"
+            f"{gram_sequences} sequences for the Gram matrices are too few: {VALIDATE_EVERY} or "
+            "more are needed; raise samples and gram_tokens, or set gram_tokens to 0"
         )
-    return list(_grouped(blocks, groups, batch_size))
+    return list(_grouped(sequences, groups, batch_size))
 
 
 def _grouped(
-    blocks: Blocks, groups: dict[Split | None, list[int]], batch_size: int
+    sequences: Sequences, groups: dict[Split | None, list[int]], batch_size: int
 ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
     for gram, numbers in groups.items():
         for begin in range(0, len(numbers), batch_size):
             some = numbers[begin : begin + batch_size]
-            ids, positions = blocks.input_ids[some], blocks.position_ids[some]
-            inputs = {"input_ids": ids, "position_ids": positions, "labels": blocks.labels[some]}
-            yield Batch(blocks.real[some], gram), inputs
+            ids, positions = sequences.input_ids[some], sequences.position_ids[some]
+            inputs = {"input_ids": ids, "position_ids": positions, "labels": sequences.labels[some]}
+            yield Batch(sequences.real[some], gram), inputs
 
 
-def _count(blocks: Blocks) -> int:
-    return int(blocks.real.sum())
+def _count(sequences: Sequences) -> int:
+    return int(sequences.real.sum())
 
 
 def _save_gram(gram: Gram, path: Path) -> None:

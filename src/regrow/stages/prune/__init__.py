@@ -76,13 +76,13 @@ class PruneStage(Stage):
 
     def leave(self, step: Step, plan: RecipePlan) -> None:
         """There are fewer parameters, and perhaps fewer tokens."""
-        from regrow.search.score import blocks_for
+        from regrow.search.score import sequences_for
         from regrow.search.shapes import check_keep_params, to_try
         from regrow.stages.prune.dry_run import config_after, parameters_after
 
         if _is_first(step, plan):
             tried = to_try(step.config, check_keep_params(plan.checkpoint, step.config))
-            plan.calibration_to_choose = blocks_for(tried) if tried else 0
+            plan.calibration_to_choose = sequences_for(tried) if tried else 0
         plan.parameters = parameters_after(plan.checkpoint, step.config, plan.parameters)
         plan.config_now = config_after(plan.config_now, plan.family, step.config)
         plan.fewer_tokens = plan.fewer_tokens or step.config.vocab_size is not None

@@ -26,7 +26,7 @@ from regrow.pruning.config import PruneConfig
 from regrow.pruning.sorted_model import SORTED, order_by
 from regrow.runtime.progress import say
 from regrow.search.latency import Timing
-from regrow.search.score import Rounds, Row, Trial, blocks_for, rounds_for, row_of
+from regrow.search.score import CutScorer, Rounds, Row, rounds_for, row_of, sequences_for
 from regrow.search.shapes import Shape, named, shapes_for, to_try
 from regrow.stage_dir import digest, write_json
 
@@ -73,8 +73,8 @@ def _tried(
     family, parent = families.of(checkpoint), checkpoint.config
     dims = _cut_by(shapes, family, parent) if shapes else _scored(profile, config.criterion)
     order = order_by(family, parent, profile, config.criterion, dims)
-    blocks = blocks_for(to_try(config, shapes))
-    trial = Trial(checkpoint, profile, data, options, blocks, order)
+    sequences = sequences_for(to_try(config, shapes))
+    trial = CutScorer(checkpoint, profile, data, options, sequences, order)
     timing, rounds = Timing(trial, config), Rounds(trial, config)
 
     def made(shape: Shape) -> Row:

@@ -13,7 +13,7 @@ from regrow.pruning.choose import full_sizes
 from regrow.pruning.config import PruneConfig
 from regrow.pruning.prune import REPAIR, make_plan
 from regrow.runtime.progress import clock
-from regrow.search.score import TRIAL_TOKENS, blocks_for, passes_for
+from regrow.search.score import SCORER_REPAIR_TOKENS, passes_for, sequences_for
 from regrow.search.shapes import HANDFUL, Shape, check_keep_params, to_try
 from regrow.stages.prune.choose_shape import SHOWN
 from regrow.stages.prune.halving import rungs_for, tokens_for
@@ -121,9 +121,9 @@ def _search_lines(
 ) -> list[str]:
     """What the choice costs, untrained and in short distillations."""
     count = config.num_candidates if config.timed else shapes
-    tokens, passes = blocks_for(count) * sequence_length, passes_for(count)
+    tokens, passes = sequences_for(count) * sequence_length, passes_for(count)
     total, rate = parameters(checkpoint), matmul_rate()
-    repaired = 4 * TRIAL_TOKENS * min(count, HANDFUL) if config.repair and count else 0
+    repaired = 4 * SCORER_REPAIR_TOKENS * min(count, HANDFUL) if config.repair and count else 0
     choose = clock((tokens * passes + repaired) * 2 * total / rate)
     cost = f" (at most {passes:.1f} dense evaluations of {tokens:,} tokens)" if passes else ""
     lines = [f"  time about {choose} to choose{cost}, and that of copying the files"]

@@ -16,7 +16,7 @@ from regrow.profile_folder import Profile
 from regrow.pruning.config import PruneConfig
 from regrow.pruning.prune import prune_to_sizes, repair_method
 from regrow.search.shapes import check_keep_params, named, to_try
-from regrow.stage_dir import Stage, digest, read
+from regrow.stage_dir import StageDir, digest, read
 from regrow.stages.prune.choose_shape import choose_shape
 
 
@@ -76,5 +76,5 @@ def _earlier_choice(
         return None
     table: list[dict[str, Any]] = json.loads(path.read_text())
     chosen = next(row for row in table if row["chosen"])
-    stage = Stage(out, "prune", config.with_sizes(chosen["sizes"]), inputs)
+    stage = StageDir(out, "prune", config.with_sizes(chosen["sizes"]), inputs)
     return table if stage.complete else None

@@ -27,7 +27,7 @@ Round = Callable[[Tensor, Scheme, Tensor | None], tuple[Tensor, Grid]]
 
 
 @dataclass(frozen=True)
-class Walk:
+class LayerPass:
     """A model to be rounded layer by layer, one resident at a time."""
 
     checkpoint: Checkpoint
@@ -85,7 +85,7 @@ class Walk:
                 self.streams.put(n, shell.step(inputs, self.streams.get(n) if layer else None))
 
 
-class Moments:
+class SecondMoments:
     """Mean x xᵀ of the inputs of linear modules; those that read the same tensor share one."""
 
     def __init__(self) -> None:
@@ -120,9 +120,9 @@ class Moments:
 
 
 @contextmanager
-def second_moments(model: nn.Module, modules: list[str]) -> Iterator[Moments]:
+def second_moments(model: nn.Module, modules: list[str]) -> Iterator[SecondMoments]:
     """Watch the inputs of those of `modules` that are linear modules in memory."""
-    moments = Moments()
+    moments = SecondMoments()
     linear = {name: module for name, module in model.named_modules() if name in modules}
 
     def watch(name: str) -> Any:

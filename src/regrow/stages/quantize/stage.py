@@ -17,8 +17,8 @@ from regrow import plan as plans
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.config import Options
-from regrow.data import Blocks, DataConfig, build_blocks
-from regrow.data.sequences import held_out
+from regrow.data import DataConfig
+from regrow.data.sequences import Sequences, build_sequences, held_out
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.families import Family
@@ -26,11 +26,11 @@ from regrow.layerwise import Spill
 from regrow.quantization.grid import Grid
 from regrow.quantization.schemes import Scheme
 from regrow.runtime.progress import say
-from regrow.stage_dir import Stage, refuse_input, require_space
+from regrow.stage_dir import StageDir, refuse_input, require_space
 from regrow.stages.quantize import measure, pack
 from regrow.stages.quantize.choose import WEIGHT, choose, fallbacks
 from regrow.stages.quantize.config import METHODS, QuantizeConfig
-from regrow.stages.quantize.layerwise import Walk
+from regrow.stages.quantize.layerwise import LayerPass
 
 
 def quantize(
@@ -54,7 +54,7 @@ def quantize(
     inputs = {"model": checkpoint.fingerprint}
     if data is not None:
         inputs["data"] = data_digest(data)
-    stage = Stage(out, "quantize", config, inputs)
+    stage = StageDir(out, "quantize", config, inputs)
     if stage.complete:
         say(f"quantize: {out} is complete and unchanged")
     else:
@@ -76,18 +76,18 @@ def quantize(
     return out
 
 
-def check(checkpoint: Checkpoint, config: QuantizeConfig, data: DataConfig | None) -> Job:
+def check(checkpoint: Checkpoint, config: QuantizeConfig, data: DataConfig | None) -> QuantizeSetup:
     """What is to be done; raises UserError for what cannot be."""
     pack.check_extra()
     method = plugins.load(METHODS, config.method)
     if method.NEEDS_GRAM and data is None:
         raise UserError(f"{config.method} calibrates on text: give data, or the method rtn")
     family = families.of(checkpoint)
-    return Job(checkpoint, family, config, choose(checkpoint, family, config), method)
+    return QuantizeSetup(checkpoint, family, config, choose(checkpoint, family, config), method)
 
 
 @dataclass(frozen=True)
-class Job:
+class QuantizeSetup:
     """One model to be quantized."""
 
     checkpoint: Checkpoint
@@ -117,7 +117,7 @@ class Job:
             if self.method.NEEDS_GRAM:
                 streams = Spill(Path(place) / "streams")
                 made = (self.checkpoint, self.family, self.chosen, batches, self.round, put)
-                Walk(*made, device, streams).run()
+                LayerPass(*made, device, streams).run()
             layout = dict(self.layout())
             tensors = self.tensors(waiting, device)
             checkpoints.write(folder, self.new_config(), layout, tensors, self.checkpoint)
@@ -199,29 +199,29 @@ def _moves(checkpoint: Checkpoint, config: QuantizeConfig) -> list[str]:
 
 
 def _text(
-    job: Job, data: DataConfig | None, options: Options
+    job: QuantizeSetup, data: DataConfig | None, options: Options
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """Batches to calibrate on, and those to measure on."""
     if data is None:
         return [], []
-    blocks = build_blocks(data, job.checkpoint.tokenizer(), "calibration", job.config.samples)
-    if len(blocks) < 2:
+    sequences = build_sequences(data, job.checkpoint.tokenizer(), "calibration", job.config.samples)
+    if len(sequences) < 2:
         raise UserError(
             "too little text: 1 calibration block, and it takes one to calibrate on and one to "
             "measure on; add text or raise calibration_fraction"
         )
-    numbers = range(len(blocks))
-    unseen = [n for n in numbers if held_out(n)] or [len(blocks) - 1]
+    numbers = range(len(sequences))
+    unseen = [n for n in numbers if held_out(n)] or [len(sequences) - 1]
     return tuple(  # type: ignore[return-value]
-        list(_rows(blocks, some).batches(options.batch_size))
+        list(_rows(sequences, some).batches(options.batch_size))
         for some in ([n for n in numbers if n not in unseen], unseen)
     )
 
 
-def _rows(blocks: Blocks, numbers: list[int]) -> Blocks:
-    return Blocks(
-        blocks.input_ids[numbers],
-        blocks.position_ids[numbers],
-        blocks.labels[numbers],
-        blocks.real[numbers],
+def _rows(sequences: Sequences, numbers: list[int]) -> Sequences:
+    return Sequences(
+        sequences.input_ids[numbers],
+        sequences.position_ids[numbers],
+        sequences.labels[numbers],
+        sequences.real[numbers],
     )

@@ -75,13 +75,15 @@ def estimate(checkpoint: Checkpoint, data: DataConfig, config: RotateConfig) -> 
     from regrow import families
     from regrow.cost import active, matmul_rate
     from regrow.runtime.progress import clock
-    from regrow.stages.rotate.basis import check, turned_config
+    from regrow.stages.rotate.basis import check, rotated_config
 
     family = families.of(checkpoint)
     check(family)
     tokens = config.samples * data.sequence_length
     seconds = tokens * 2 * active(checkpoint) / matmul_rate()
-    before, after = (family.count(c) for c in (checkpoint.config, turned_config(checkpoint.config)))
+    before, after = (
+        family.count(c) for c in (checkpoint.config, rotated_config(checkpoint.config))
+    )
     return [
         f"rotate: {config.samples} sequences of {data.sequence_length} = {tokens:,} tokens, time "
         f"about {clock(seconds)}; {before:,} parameters now, then {after:,}",

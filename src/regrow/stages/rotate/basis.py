@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from regrow.errors import UserError
-from regrow.families import Family, Place
+from regrow.families import Family, TensorRef
 
 Read = Callable[[str], Tensor]
 
@@ -38,7 +38,7 @@ def principal(moment_HH: Tensor) -> Tensor:
     return torch.linalg.eigh(moment_HH)[1].flip(-1)
 
 
-def turned_config(config: dict[str, Any]) -> dict[str, Any]:
+def rotated_config(config: dict[str, Any]) -> dict[str, Any]:
     """The rotated model's config.json: its head is a tensor of its own."""
     return {**config, "tie_word_embeddings": False}
 
@@ -84,7 +84,7 @@ def _turned(name: str, tensor: Tensor, read: Read, family: Family, basis_HH: Ten
     else:
         norm = family.norm_before(place.template)
         if norm is not None:
-            gain_H = read(Place(norm, place.layer).name).to(basis_HH.dtype) + family.norm_offset
+            gain_H = read(TensorRef(norm, place.layer).name).to(basis_HH.dtype) + family.norm_offset
             wide = wide * gain_H
         wide = wide @ basis_HH
     return wide.to(tensor.dtype)

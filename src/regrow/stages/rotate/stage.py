@@ -13,11 +13,12 @@ from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.config import Options
-from regrow.data import Blocks, DataConfig, build_blocks
+from regrow.data import DataConfig
+from regrow.data.sequences import Sequences, build_sequences
 from regrow.data.sources import data_digest
 from regrow.layerwise import LayerByLayer, Spill
 from regrow.runtime.progress import progress, say
-from regrow.stage_dir import Figure, Stage, refuse_input, require_space
+from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
 from regrow.stages.rotate import basis
 from regrow.stages.rotate.config import RotateConfig
 
@@ -45,20 +46,20 @@ def rotate(
     family = families.of(checkpoint)
     basis.check(family)
     inputs = {"model": checkpoint.fingerprint, "data": data_digest(data)}
-    stage = Stage(out, "rotate", config, inputs)
+    stage = StageDir(out, "rotate", config, inputs)
     if stage.complete:
         say(f"rotate: {out} is complete and unchanged")
         return out
     names = checkpoint.names()
     layout = basis.layout(names, checkpoint.meta, family, checkpoint.config)
     require_space(out, sum(t.numel() * t.element_size() for t in layout.values()))
-    blocks = build_blocks(data, checkpoint.tokenizer(), "calibration", config.samples)
+    sequences = build_sequences(data, checkpoint.tokenizer(), "calibration", config.samples)
     with stage as folder:
-        moment_HH = second_moment(checkpoint, blocks, options, Spill(folder / "spill"))
+        moment_HH = second_moment(checkpoint, sequences, options, Spill(folder / "spill"))
         shutil.rmtree(folder / "spill", ignore_errors=True)
         basis_HH = basis.principal(moment_HH)
         tensors = basis.turned(names, checkpoint.tensor, family, checkpoint.config, basis_HH)
-        new_config = basis.turned_config(checkpoint.config)
+        new_config = basis.rotated_config(checkpoint.config)
         checkpoints.write(folder, new_config, layout, tensors, like=checkpoint)
         stage.figures += _figures(moment_HH)
     before = family.count(checkpoint.config)
@@ -68,7 +69,9 @@ def rotate(
 
 
 @torch.no_grad()
-def second_moment(checkpoint: Checkpoint, blocks: Blocks, options: Options, spill: Spill) -> Tensor:
+def second_moment(
+    checkpoint: Checkpoint, sequences: Sequences, options: Options, spill: Spill
+) -> Tensor:
     """Mean of x̂ x̂ᵀ [H, H] in float64, where x̂ = x / sqrt(mean(x²)) is what a norm hands on.
 
     Over the real tokens and all norms on the residual stream, one layer of the model resident.
@@ -76,9 +79,9 @@ def second_moment(checkpoint: Checkpoint, blocks: Blocks, options: Options, spil
     family, device = families.of(checkpoint), options.torch_device()
     shell = LayerByLayer.of(checkpoint, family, device)
     total = _Moment(family.sizes(checkpoint.config)["hidden"], device)
-    batches = list(blocks.batches(options.batch_size))
+    batches = list(sequences.batches(options.batch_size))
     last = len(shell.layers) - 1
-    with progress("rotate", int(blocks.real.sum()) * len(shell.layers)) as counter:
+    with progress("rotate", int(sequences.real.sum()) * len(shell.layers)) as counter:
         for layer in range(last + 1):
             norms = [name.format(layer=layer) for name in family.residual.values()]
             norms += [family.final_norm.removesuffix(".weight")] if layer == last else []

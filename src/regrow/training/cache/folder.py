@@ -30,10 +30,10 @@ from regrow.training.shared_tokens import token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from regrow.data import Blocks
+    from regrow.data.sequences import Sequences
 
 
-def block_keys(batch: dict[str, Tensor]) -> list[bytes]:
+def sequence_keys(batch: dict[str, Tensor]) -> list[bytes]:
     """SHA-256 of each block's ids, positions and of which tokens are scored: B keys of 32 bytes."""
     scored = batch["labels"] != IGNORED
     rows = torch.stack([batch["input_ids"], batch["position_ids"], scored.long()], dim=1)
@@ -124,35 +124,35 @@ class Cache:
                     "one, or make a cache of this one with regrow cache"
                 )
 
-    def check_blocks(self, blocks: Blocks, split: str) -> None:
+    def check_sequences(self, sequences: Sequences, split: str) -> None:
         """Raise UserError unless all blocks in which something is scored are in the cache."""
-        length = blocks.input_ids.shape[1]
-        wanted = [key for key, there in _keyed(blocks) if there]
+        length = sequences.input_ids.shape[1]
+        wanted = [key for key, there in _keyed(sequences) if there]
         missing = sum(key not in self.stores[split] for key in wanted)
         if not missing:
             return
         lengths = f"blocks are of {length} tokens, in the cache of {self.header.sequence_length}; "
-        more = f"--tokens {len(blocks) * length}" if split == "train" else ""
+        more = f"--tokens {len(sequences) * length}" if split == "train" else ""
         raise UserError(
             f"{missing} of {len(wanted)} {split} blocks are not in the cache {self.folder}: "
-            f"{lengths if length != self.header.sequence_length else ''}run regrow cache with the "
-            f"same data and {more or f'--heldout-blocks {len(blocks)}'} into that folder, which "
-            "adds what is missing"
+            f"{lengths if length != self.header.sequence_length else ''}run regrow cache with "
+            f"the same data and {more or f'--heldout-sequences {len(sequences)}'} into that "
+            "folder, which adds what is missing"
         )
 
 
-def _keyed(blocks: Blocks) -> list[tuple[bytes, bool]]:
+def _keyed(sequences: Sequences) -> list[tuple[bytes, bool]]:
     """The key of each block, and whether anything is scored in it."""
     found: list[tuple[bytes, bool]] = []
-    for batch in blocks.batches(256):
+    for batch in sequences.batches(256):
         there = (batch["labels"][:, 1:] != IGNORED).any(-1).tolist()
-        found += zip(block_keys(batch), there, strict=True)
+        found += zip(sequence_keys(batch), there, strict=True)
     return found
 
 
-def missing_blocks(blocks: Blocks, *stores: Store) -> dict[bytes, int]:
+def missing_sequences(sequences: Sequences, *stores: Store) -> dict[bytes, int]:
     """The blocks, by key, that are still to be stored, each with its number; once each."""
-    keyed = [(key, n) for n, (key, there) in enumerate(_keyed(blocks)) if there]
+    keyed = [(key, n) for n, (key, there) in enumerate(_keyed(sequences)) if there]
     first = dict(reversed(keyed))
     return {key: n for key, n in first.items() if not any(key in store for store in stores)}
 

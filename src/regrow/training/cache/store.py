@@ -52,7 +52,7 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
 KEY_BYTES = 32
 OPEN_FILES = 256
 ENDS = ".ends"
-Block = dict[str, Tensor]
+Sequence = dict[str, Tensor]
 
 
 def shard_name(keys: Iterable[bytes]) -> str:
@@ -60,20 +60,20 @@ def shard_name(keys: Iterable[bytes]) -> str:
     return f"{hashlib.sha256(b''.join(keys)).hexdigest()[:16]}.safetensors"
 
 
-def save_file(tensors: Block, path: Path) -> None:
+def save_file(tensors: Sequence, path: Path) -> None:
     """Like that of safetensors, which gives others no right to read the file."""
     path.write_bytes(save(tensors))
 
 
-def write_shard(folder: Path, blocks: dict[bytes, Block]) -> Path:
+def write_shard(folder: Path, sequences: dict[bytes, Sequence]) -> Path:
     """Write blocks, by key, as one file that is there whole or not at all."""
-    keys = torch.frombuffer(bytearray(b"".join(blocks)), dtype=torch.uint8)
+    keys = torch.frombuffer(bytearray(b"".join(sequences)), dtype=torch.uint8)
     tensors = {"keys": keys.view(-1, KEY_BYTES)}
-    for name in next(iter(blocks.values())):
-        parts = [block[name] for block in blocks.values()]
+    for name in next(iter(sequences.values())):
+        parts = [sequence[name] for sequence in sequences.values()]
         tensors[name] = torch.cat(parts).contiguous()
         tensors[name + ENDS] = torch.tensor([len(part) for part in parts]).cumsum(0)
-    path = folder / shard_name(blocks)
+    path = folder / shard_name(sequences)
     partial = path.with_suffix(f".partial-{os.getpid()}")
     try:
         save_file(tensors, partial)
@@ -116,7 +116,7 @@ class Store:
         """Scored tokens, as far as each block says so by a tensor `tokens`."""
         return sum(int(self.read(key)["tokens"]) for key in self._place)
 
-    def read(self, key: bytes) -> Block:
+    def read(self, key: bytes) -> Sequence:
         """The tensors of a block; raises KeyError for one that is not there."""
         path, row = self._place[key]
         file, ends = self._shard(path)

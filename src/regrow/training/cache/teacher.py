@@ -11,10 +11,10 @@ from torch import Tensor
 from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
-from regrow.training.cache.folder import Cache, block_keys
+from regrow.training.cache.folder import Cache, sequence_keys
 from regrow.training.cache.sparse import Sparse
 from regrow.training.head import Head, refuse_scaled
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 from regrow.training.teacher import States, scored
 
 ANY_CACHE = ("forward_kl", "cross_entropy")
@@ -56,7 +56,7 @@ class CachedTeacher:
     def _find(self, batch: dict[str, Tensor]) -> tuple[str, list[bytes]]:
         """The split that a batch is of, and the keys of its blocks in which something is scored."""
         there = scored(batch).any(-1).tolist()
-        keys = [key for key, some in zip(block_keys(batch), there, strict=True) if some]
+        keys = [key for key, some in zip(sequence_keys(batch), there, strict=True) if some]
         for split, store in self.cache.stores.items():
             if all(key in store for key in keys):
                 return split, keys
@@ -75,15 +75,13 @@ def head_from(teacher: Checkpoint, device: torch.device) -> Head:
     return Head(weight_VH, teacher.config.get("final_logit_softcapping"))
 
 
-def check_use(format: str, mix: Mix, needs_layers: bool) -> None:
-    """Raise UserError for what a cache cannot teach: signals from inside, losses on all logits.
+def check_use(format: str, mix: LossWeights, needs_layers: bool) -> None:
+    """Raise UserError for what a cache cannot teach: feature losses, and losses on all logits.
 
     `format` is that of the blocks to train on.
     """
     if needs_layers:
-        raise UserError(
-            "signals from inside the models need the live teacher: leave out the cache, or them"
-        )
+        raise UserError("feature losses need the live teacher: leave out the cache, or them")
     if format == "hidden":
         return
     terms = [term for each in mix.mixes for term in each.terms()]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from regrow.data.sequences import IGNORED, Blocks
+from regrow.data.sequences import IGNORED, Sequences
 from regrow.errors import UserError
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -138,10 +138,10 @@ class Aligner:
         self.ours_spaced = _spaced(student, self.ours)
         self.theirs_spaced = _spaced(teacher, self.theirs)
 
-    def check_specials(self, blocks: Blocks) -> None:
+    def check_specials(self, sequences: Sequences) -> None:
         """Raise UserError for a special token in these blocks that the teacher lacks."""
         unread = {self.student.bos_token_id, self.student.pad_token_id, self.student.unk_token_id}
-        for i in blocks.input_ids.unique().tolist():
+        for i in sequences.input_ids.unique().tolist():
             if self.ours[i] is None and i not in self.special and i not in unread:
                 token = self.student.convert_ids_to_tokens(i)
                 raise UserError(
@@ -149,14 +149,14 @@ class Aligner:
                     "lacks: spans need text without it, such as plain text instead of chats"
                 )
 
-    def coverage(self, blocks: Blocks) -> float:
+    def coverage(self, sequences: Sequences) -> float:
         """Share of the scored tokens of these blocks that lie in spans; UserError for none."""
-        inside = sum(len(self.batch(batch).student.at) for batch in blocks.batches(16))
+        inside = sum(len(self.batch(batch).student.at) for batch in sequences.batches(16))
         if not inside:
             raise UserError(
                 "no text comes back unchanged from both tokenizers: spans cannot be compared"
             )
-        return inside / blocks.scored_tokens
+        return inside / sequences.scored_tokens
 
     def batch(self, batch: dict[str, Tensor]) -> Aligned:
         """A batch of packed blocks in the teacher's tokens.

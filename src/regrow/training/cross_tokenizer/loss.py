@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from regrow.training.head import CHUNK_ELEMENTS, Head
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 from regrow.training.products import add_product, exact_dtype, split
 
 
@@ -36,13 +36,13 @@ def log_probabilities(
     if torch.is_autocast_enabled(hidden_NH.device.type):
         compute = torch.get_autocast_dtype(hidden_NH.device.type)
     chunk = chunk_tokens or max(16, CHUNK_ELEMENTS // size)
-    job = _Job(head, size, compute, exact, chunk)
+    job = _Chunked(head, size, compute, exact, chunk)
     found: Tensor = _LogProbabilities.apply(hidden_NH, head.weight_VH, targets_N, job)
     return found
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Chunked:
     head: Head
     size: int
     compute: torch.dtype
@@ -59,7 +59,7 @@ class _Job:
 class _LogProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, job: _Job
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, job: _Chunked
     ) -> Tensor:
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N)
         ctx.job = job
@@ -77,7 +77,7 @@ class _LogProbabilities(torch.autograd.Function):
     def backward(ctx: Any, scale_N: Tensor) -> tuple[Tensor | None, ...]:
         """By the logits: scale · (onehot(target) − q)."""
         hidden_NH, weight_VH, targets_N = ctx.saved_tensors
-        job: _Job = ctx.job
+        job: _Chunked = ctx.job
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
         exact = exact_dtype(hidden_NH.dtype)
         by_hidden = torch.empty_like(hidden_NH) if wants_hidden else None
@@ -108,7 +108,7 @@ LEAST = 1e-12  # nats; a span that is certain has no slope
 
 
 def span_loss(
-    student_M: Tensor, teacher_M: Tensor, mix: Mix, temperature: float
+    student_M: Tensor, teacher_M: Tensor, mix: LossWeights, temperature: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """τ · Σ_spans D((p, 1 − p) ‖ (q, 1 − q)), p and q the spans' probabilities to the power 1/τ.
 

@@ -15,21 +15,21 @@ from transformers import PreTrainedModel
 from regrow.training.cross_tokenizer.align import Aligner, Tokens
 from regrow.training.cross_tokenizer.loss import log_probabilities, span_loss
 from regrow.training.head import Head, head_loss, head_of
-from regrow.training.loss_weights import Mix
+from regrow.training.loss_weights import LossWeights
 from regrow.training.teacher import Teacher, hidden_states, scored
 
 INSIDE = "in_spans"
 """Logged: the share of the scored tokens that lie in spans."""
 
 
-class SpanTeacher:
+class CrossTokenizerTeacher:
     """Compares the likelihoods of spans of text instead of distributions over tokens."""
 
     def __init__(self, teacher: Teacher, aligner: Aligner, temperature: float) -> None:
         self.teacher, self.aligner, self.temperature = teacher, aligner, temperature
 
     def outputs(
-        self, student: PreTrainedModel, batch: dict[str, Tensor], mix: Mix
+        self, student: PreTrainedModel, batch: dict[str, Tensor], mix: LossWeights
     ) -> dict[str, Any]:
         """What `bind_loss` gives for a batch; names of losses over spans begin with `span_`."""
         mask = scored(batch)
@@ -51,7 +51,7 @@ class SpanTeacher:
         return {**made, "tokens": mask.sum(), "counts": {}}
 
     def _compare(
-        self, final_BTH: Tensor, head: Head, batch: dict[str, Tensor], mix: Mix
+        self, final_BTH: Tensor, head: Head, batch: dict[str, Tensor], mix: LossWeights
     ) -> tuple[Tensor, dict[str, Tensor], int]:
         aligned = self.aligner.batch(batch)
         device = self.teacher.model.device

@@ -1,4 +1,4 @@
-"""How the signals measure two states, and read them through the output heads.
+"""How the feature losses measure two states, and read them through the output heads.
 
 Shapes: N tokens, H hidden channels, D depths.
 """
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from regrow.training.head import head_loss
-from regrow.training.layer_mapping import Inside, Match
-from regrow.training.loss_weights import Mix
+from regrow.training.layer_mapping import LayerMapping, ModelFeatures
+from regrow.training.loss_weights import LossWeights
 
 
 def relative_error(s_NH: Tensor, t_NH: Tensor) -> Tensor:
@@ -23,7 +23,11 @@ def relative_error(s_NH: Tensor, t_NH: Tensor) -> Tensor:
 
 
 def through_heads(
-    student: Inside, teacher: Inside, match: Match, mask_BT: Tensor, divergence: str
+    student: ModelFeatures,
+    teacher: ModelFeatures,
+    match: LayerMapping,
+    mask_BT: Tensor,
+    divergence: str,
 ) -> Tensor:
     """Σ_tokens mean_depths of a divergence of the states' next-token distributions, in nats.
 
@@ -33,6 +37,6 @@ def through_heads(
     t_NH = [teacher.norm(teacher.layers[theirs + 1][mask_BT]) for _, theirs in match.lens]
     s_DNH, t_DNH = torch.cat(s_NH), torch.cat(t_NH)
     no_targets = torch.zeros(len(s_DNH), dtype=torch.int64, device=s_DNH.device)
-    mix = Mix({divergence: 1.0})
+    mix = LossWeights({divergence: 1.0})
     total, _ = head_loss(s_DNH, student.head, no_targets, mix, t_DNH, teacher.head)
     return total / len(match.lens)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regrow.training.layer_mapping import Inside, Match
+from regrow.training.layer_mapping import LayerMapping, ModelFeatures
 
 NEEDS = frozenset({"attentions"})
 
 
-def loss(student: Inside, teacher: Inside, match: Match, mask_BT: Tensor) -> Tensor:
+def loss(
+    student: ModelFeatures, teacher: ModelFeatures, match: LayerMapping, mask_BT: Tensor
+) -> Tensor:
     """Σ_tokens mean_layers mean_heads KL(teacher's row ‖ student's row), in nats."""
     pairs = match.attended(student, teacher, mask_BT)
     return torch.stack([_divergence(q_NAT, p_NAT) for q_NAT, p_NAT in pairs]).mean()

@@ -6,11 +6,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from regrow.training.feature_losses._measures import relative_error
-from regrow.training.layer_mapping import Inside, Match
+from regrow.training.layer_mapping import LayerMapping, ModelFeatures
 
 NEEDS = frozenset({"embeddings"})
 
 
-def loss(student: Inside, teacher: Inside, match: Match, mask_BT: Tensor) -> Tensor:
+def loss(
+    student: ModelFeatures, teacher: ModelFeatures, match: LayerMapping, mask_BT: Tensor
+) -> Tensor:
     """Σ_tokens |s − t|² / |t|², each token's embedding as the first block gets it."""
     return relative_error(*match.embedded(student, teacher, mask_BT))

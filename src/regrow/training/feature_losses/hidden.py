@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from regrow.training.feature_losses._measures import relative_error
-from regrow.training.layer_mapping import Inside, Match
+from regrow.training.layer_mapping import LayerMapping, ModelFeatures
 
 NEEDS = frozenset({"outputs"})
 
 
-def loss(student: Inside, teacher: Inside, match: Match, mask_BT: Tensor) -> Tensor:
+def loss(
+    student: ModelFeatures, teacher: ModelFeatures, match: LayerMapping, mask_BT: Tensor
+) -> Tensor:
     """Σ_tokens mean_blocks |s − t|² / |t|²."""
     pairs = match.states(student, teacher, mask_BT)
     return torch.stack([relative_error(s_NH, t_NH) for s_NH, t_NH in pairs]).mean()

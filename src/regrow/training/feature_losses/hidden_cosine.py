@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regrow.training.layer_mapping import Inside, Match
+from regrow.training.layer_mapping import LayerMapping, ModelFeatures
 
 NEEDS = frozenset({"outputs"})
 
 
-def loss(student: Inside, teacher: Inside, match: Match, mask_BT: Tensor) -> Tensor:
+def loss(
+    student: ModelFeatures, teacher: ModelFeatures, match: LayerMapping, mask_BT: Tensor
+) -> Tensor:
     """Σ_tokens mean_blocks (1 − cos(s, t)), between 0 and 2."""
     pairs = match.states(student, teacher, mask_BT)
     return torch.stack([_angle(s_NH, t_NH) for s_NH, t_NH in pairs]).mean()

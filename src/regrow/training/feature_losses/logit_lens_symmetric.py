@@ -6,12 +6,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from regrow.training.feature_losses._measures import through_heads
-from regrow.training.layer_mapping import Inside, Match
+from regrow.training.layer_mapping import LayerMapping, ModelFeatures
 
 NEEDS = frozenset({"lens"})
 
 
-def loss(student: Inside, teacher: Inside, match: Match, mask_BT: Tensor) -> Tensor:
+def loss(
+    student: ModelFeatures, teacher: ModelFeatures, match: LayerMapping, mask_BT: Tensor
+) -> Tensor:
     """Σ_tokens mean_depths of the Jensen-Shannon divergence ½ KL(P ‖ M) + ½ KL(Q ‖ M), in nats.
 
     M = (P + Q) / 2; P and Q as in logit_lens.

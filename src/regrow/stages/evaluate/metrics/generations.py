@@ -5,10 +5,10 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from regrow.runtime.progress import say
-from regrow.stages.evaluate.eval_model import Context, Measured, Subject
+from regrow.stages.evaluate.eval_model import Context, EvalModel, MetricResult
 
 
-def measure(subject: Subject, context: Context) -> Measured:
+def measure(subject: EvalModel, context: Context) -> MetricResult:
     """Each prompt's continuation: as a user's turn of the chat template, if there is one."""
     config = context.config
     if config.prompts:
@@ -20,7 +20,7 @@ def measure(subject: Subject, context: Context) -> Measured:
         text = subject.tokenizer.decode(new, skip_special_tokens=True)
         assert isinstance(text, str)
         generations.append({"prompt": prompt, "text": text.strip()})
-    return Measured(generations=generations)
+    return MetricResult(generations=generations)
 
 
 def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

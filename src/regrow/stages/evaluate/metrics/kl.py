@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from regrow.stage_dir import Figure
-from regrow.stages.evaluate.eval_model import Context, Measured, Subject, mean_loss
+from regrow.stages.evaluate.eval_model import Context, EvalModel, MetricResult, mean_loss
 
 
-def measure(subject: Subject, context: Context) -> Measured:
+def measure(subject: EvalModel, context: Context) -> MetricResult:
     """Mean Σ_v p (log p − log q) in nats per scored token; p the teacher's, q this model's."""
     teacher = context.teacher
     if teacher is None:
-        return Measured()
+        return MetricResult()
     figures = []
     for text in subject.texts:
         mean, stderr, tokens = mean_loss(subject, text, "forward_kl", teacher)
@@ -27,4 +27,4 @@ def measure(subject: Subject, context: Context) -> Measured:
                 convention=f"{how}; {text.convention}; {subject.arithmetic}",
             )
         )
-    return Measured(figures)
+    return MetricResult(figures)

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from regrow.stage_dir import Figure
-from regrow.stages.evaluate.eval_model import Context, Measured, Subject, now
+from regrow.stages.evaluate.eval_model import Context, EvalModel, MetricResult, now
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 NEW = 4
 """Tokens generated after the prompt."""
 
 
-def measure(subject: Subject, context: Context) -> Measured:
+def measure(subject: EvalModel, context: Context) -> MetricResult:
     """Seconds to load, and bytes at the peak of loading, reading a prompt and a few tokens more.
 
     On a CPU the high water of the resident set above what the process held before, where the
@@ -50,7 +50,7 @@ def measure(subject: Subject, context: Context) -> Measured:
                 f"{batch} x {prompt} tokens and generating {NEW}; {subject.where}",
             )
         )
-    return Measured(figures)
+    return MetricResult(figures)
 
 
 def _begin(device: torch.device) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from regrow.stage_dir import Figure
-from regrow.stages.evaluate.eval_model import Context, Measured, Subject, mean_loss
+from regrow.stages.evaluate.eval_model import Context, EvalModel, MetricResult, mean_loss
 from regrow.stages.evaluate.texts import Text
 
 LARGEST = 700.0
@@ -13,7 +13,7 @@ LARGEST = 700.0
 CLUSTERS = "standard error by windows"
 
 
-def measure(subject: Subject, context: Context) -> Measured:
+def measure(subject: EvalModel, context: Context) -> MetricResult:
     """exp(mean −log q(token)); the standard error is that of the mean times the perplexity.
 
     Where the text's bytes are known, also Σ −log2 q(token) ÷ bytes; and, where tokenizers differ,
@@ -36,7 +36,7 @@ def measure(subject: Subject, context: Context) -> Measured:
             figures.append(figure)
         if text.num_bytes:
             figures += _per_byte(text, mean * tokens, stderr * tokens, convention)
-    return Measured(figures)
+    return MetricResult(figures)
 
 
 def _per_byte(text: Text, nats: float, stderr: float, convention: str) -> list[Figure]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from regrow import families
 from regrow.stage_dir import Figure
-from regrow.stages.evaluate.eval_model import Context, Measured, Subject
-from regrow.stages.evaluate.folder_model import FolderSubject
-from regrow.stages.evaluate.gguf_model import GgufFile, GgufSubject
+from regrow.stages.evaluate.eval_model import Context, EvalModel, MetricResult
+from regrow.stages.evaluate.folder_model import FolderEvalModel
+from regrow.stages.evaluate.gguf_model import GgufEvalModel, GgufFile
 
 
-def measure(subject: Subject, context: Context) -> Measured:
+def measure(subject: EvalModel, context: Context) -> MetricResult:
     """Parameters, tied ones counted once, and the bytes of the tensors in the safetensors files.
 
     Of a GGUF file those of the whole; of what is quantized also bits per weight.
     """
-    if isinstance(subject, GgufSubject):
+    if isinstance(subject, GgufEvalModel):
         return _of_file(subject.file)
-    assert isinstance(subject, FolderSubject)
+    assert isinstance(subject, FolderEvalModel)
     checkpoint = subject.checkpoint
     if checkpoint.quantized:  # scales and zero points are no parameters
         parameters = families.of(checkpoint).count(checkpoint.config)
@@ -28,17 +28,17 @@ def measure(subject: Subject, context: Context) -> Measured:
     found = _figures(parameters, stored, "tied weights counted once", how)
     if checkpoint.quantized:
         found.append(_bits(stored, parameters))
-    return Measured(found)
+    return MetricResult(found)
 
 
-def _of_file(file: GgufFile) -> Measured:
+def _of_file(file: GgufFile) -> MetricResult:
     found = _figures(
         file.parameters,
         file.bytes,
         "weights of all tensors in the file",
         f"the whole GGUF file, its tokenizer included; {file.kind}",
     )
-    return Measured([*found, _bits(file.tensor_bytes, file.parameters)])
+    return MetricResult([*found, _bits(file.tensor_bytes, file.parameters)])
 
 
 def _figures(parameters: int, stored: int, counted: str, how: str) -> list[Figure]:

@@ -13,7 +13,7 @@ import torch
 from regrow.runtime.progress import progress
 from regrow.stage_dir import Figure
 from regrow.stages.evaluate.config import EvaluateConfig
-from regrow.stages.evaluate.eval_model import Measured, Subject
+from regrow.stages.evaluate.eval_model import EvalModel, MetricResult
 
 SHARE = 0.5
 """Of the free memory that models may take which are timed in turn."""
@@ -45,8 +45,8 @@ class Run:
 
 
 def measure_all(
-    subjects: dict[str, Subject], config: EvaluateConfig, teacher: str | None
-) -> dict[str, Measured]:
+    subjects: dict[str, EvalModel], config: EvaluateConfig, teacher: str | None
+) -> dict[str, MetricResult]:
     """Rates, time to the first token and per further one, at every batch size and length.
 
     Models stay loaded and take turns, so that a busy machine slows all alike; where they do not fit
@@ -74,7 +74,9 @@ def measure_all(
                 subjects[label].unload()
     how = "models in turn" if in_turn else "one model after the other"
     found = {
-        label: Measured(_figures(subjects[label], runs[label], how if len(subjects) > 1 else ""))
+        label: MetricResult(
+            _figures(subjects[label], runs[label], how if len(subjects) > 1 else "")
+        )
         for label in subjects
     }
     for label in subjects:
@@ -86,13 +88,13 @@ def measure_all(
     return found
 
 
-def _base(subjects: dict[str, Subject], label: str, teacher: str | None) -> str:
+def _base(subjects: dict[str, EvalModel], label: str, teacher: str | None) -> str:
     """The model that another's speed is compared with: the first run by the same program."""
     order = subjects if teacher is None else [teacher, *subjects]
     return next(other for other in order if subjects[other].engine == subjects[label].engine)
 
 
-def _fit(subjects: list[Subject]) -> bool:
+def _fit(subjects: list[EvalModel]) -> bool:
     """Whether all models are expected to fit in the memory of their device together."""
     device = subjects[0].device
     wanted = sum(subject.bytes_to_load for subject in subjects)
@@ -102,13 +104,13 @@ def _fit(subjects: list[Subject]) -> bool:
     return bool(wanted < SHARE * free)
 
 
-def _run(subject: Subject, setting: Setting) -> Run:
+def _run(subject: EvalModel, setting: Setting) -> Run:
     """One timed run."""
     seconds = subject.times(setting.batch, setting.prompt, setting.new)
     return Run(seconds[0], seconds[1:])
 
 
-def _figures(subject: Subject, runs: dict[Setting, list[Run]], how: str) -> list[Figure]:
+def _figures(subject: EvalModel, runs: dict[Setting, list[Run]], how: str) -> list[Figure]:
     figures = []
     for number, (setting, every) in enumerate(runs.items()):
         timed = every[1:]
@@ -150,7 +152,10 @@ def _p95(values: list[float]) -> float:
 
 
 def _speed_ups(
-    mine: Subject, base: Subject, runs: dict[Setting, list[Run]], theirs: dict[Setting, list[Run]]
+    mine: EvalModel,
+    base: EvalModel,
+    runs: dict[Setting, list[Run]],
+    theirs: dict[Setting, list[Run]],
 ) -> list[Figure]:
     """Speed ÷ the base's, medians of the turns, and that as a share of the ratio of operations."""
     found = []
@@ -186,7 +191,7 @@ def _speed_ups(
     return found
 
 
-def _flop_ratios(mine: Subject, base: Subject, setting: Setting) -> dict[str, float] | None:
+def _flop_ratios(mine: EvalModel, base: EvalModel, setting: Setting) -> dict[str, float] | None:
     """Operations of the base ÷ this model's; None where a family is not known."""
     counts = []
     for subject in (base, mine):

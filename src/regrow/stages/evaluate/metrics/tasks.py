@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from regrow.errors import UserError
 from regrow.runtime.progress import say
 from regrow.stage_dir import Figure
-from regrow.stages.evaluate.eval_model import Context, Measured, Subject, ratio
+from regrow.stages.evaluate.eval_model import Context, EvalModel, MetricResult, ratio
 from regrow.stages.evaluate.task_rows import Rows, convention
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ OURS = ("perplexity", "bits_per_byte")
 """Figures of texts, which a task's of that name are told from."""
 
 
-def measure(subject: Subject, context: Context) -> Measured:
+def measure(subject: EvalModel, context: Context) -> MetricResult:
     """Figures `metric/task` of every task, with standard errors; `metric_kept/task` of students."""
-    every = Measured()
+    every = MetricResult()
     if not context.tasks:
         return every
     models = _Models(subject)
@@ -38,7 +38,7 @@ def measure(subject: Subject, context: Context) -> Measured:
 class _Models:
     """lm_eval's model, made when a task needs it."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: EvalModel) -> None:
         self.subject = subject
 
     @cached_property
@@ -49,13 +49,13 @@ class _Models:
             return model_of(self.subject)
 
 
-def _task(models: _Models, rows: Rows, context: Context) -> Measured:
+def _task(models: _Models, rows: Rows, context: Context) -> MetricResult:
     from regrow.stages.evaluate.harness import run
 
     limit, subject = context.config.limit, models.subject
     say(f"evaluate {subject.label}: {rows.source.name}, {convention(rows, limit)}")
     found = run(models.model, rows, limit)
-    measured = Measured()
+    measured = MetricResult()
     for task, metric, filtering, value in _values(found):
         name = figure_name(task, metric, filtering)
         scores = _items(found, task, metric, filtering)
@@ -128,7 +128,7 @@ def _how(
     return ", ".join(part for part in (where, by, how, models.model.remark) if part)
 
 
-def kept_shares(mine: Measured, theirs: Measured) -> list[Figure]:
+def kept_shares(mine: MetricResult, theirs: MetricResult) -> list[Figure]:
     """Score ÷ the teacher's on the same items, with the standard error of a ratio of paired scores.
 
     se² = n/(n−1) · Σ (a_i − r b_i)² ÷ (Σ b_i)² (Cochran, 1977, §6.4).

@@ -26,6 +26,6 @@ def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) 
     scores = torch.full_like(distance_LL, torch.inf)
     for n in range(1, layers + 1):
         for first, distance in enumerate(distance_LL.diagonal(1 - n)):
-            block = slice(first, first + n)
-            scores[n - 1, block] = scores[n - 1, block].clamp_max(distance)
+            layer = slice(first, first + n)
+            scores[n - 1, layer] = scores[n - 1, layer].clamp_max(distance)
     return scores

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from regrow.profile_folder import SCORES, Profile, for_gone
+from regrow.profile_folder import SCORES, Profile, scores_for
 from regrow.stages.report import charts
 from regrow.stages.report.page import Block, Chart, Section
 from regrow.stages.report.run_folder import Cut, Run
@@ -67,7 +67,7 @@ def _charts(profile: Profile, cut: Cut | None, where: str) -> list[Block]:
 def _layers(score_L: Tensor, cut: Cut | None, how: str) -> Chart:
     layers = list(range(len(score_L)))
     kept = set(cut.plan.kept_layers()) if cut is not None else set(layers)
-    score_L = for_gone(score_L, len(layers) - len(kept))
+    score_L = scores_for(score_L, len(layers) - len(kept))
     colours = [charts.ACCENT if layer in kept else "#c9d0d8" for layer in layers]
     bars = charts.bars(layers, rounded(score_L), colours)
     removed = "; layers in grey were removed" if len(kept) < len(layers) else ""

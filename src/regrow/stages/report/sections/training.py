@@ -1,4 +1,4 @@
-"""Distillation over tokens: the loss, what held-out text says, and every loss and signal by name.
+"""Distillation over tokens: training and held-out losses, and every single loss by its name.
 
 Of several runs all curves are in the same plots.
 """
@@ -47,7 +47,7 @@ class Curves:
 
     @property
     def parts(self) -> list[str]:
-        """Names of the losses and signals that are logged beside the loss they make up."""
+        """Names of the losses and feature losses that are logged beside the loss they make up."""
         names = dict.fromkeys(name for row in self.rows for name in row)
         parts = [n for n in names if n not in NO_LOSS and not n.startswith(HELDOUT)]
         return parts if len(parts) > 1 or self.pairs("loss") != self.pairs("".join(parts)) else []
@@ -60,7 +60,7 @@ class Curves:
 
 
 def section(runs: list[Run]) -> Section | None:
-    """Loss and held-out KL; then single losses and signals, and the learning rate."""
+    """Loss and held-out KL; then single losses and feature losses, and the learning rate."""
     curves = [one for run in runs for one in _curves(run)]
     groups = [[one] for one in curves]
     if len({id(run) for run in runs if run.metrics}) > 1:
@@ -120,13 +120,13 @@ def seconds_of(rows: list[dict[str, Any]]) -> float:
 
 def _parts(group: list[Curves]) -> Chart | None:
     traces = _lines(group, [one.parts for one in group], smooth=True)
-    caption = f"Losses and signals by name, running means, {_names(group)}"
+    caption = f"Losses and feature losses by name, running means, {_names(group)}"
     return _chart(traces, "value per token", caption, half=len(group) == 1)
 
 
 def _heldout(group: list[Curves]) -> Chart | None:
     traces = _lines(group, [one.heldout_parts for one in group], smooth=False)
-    caption = f"Held-out text: losses and signals by name, {_names(group)}"
+    caption = f"Held-out text: losses and feature losses by name, {_names(group)}"
     return _chart(traces, "value per token", caption, half=len(group) == 1)
 
 

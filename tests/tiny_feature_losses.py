@@ -1,4 +1,4 @@
-"""Cut students, what hooks see inside them, and every signal written slowly, in float64."""
+"""Cut students, what hooks see inside them, and every feature loss written slowly, in float64."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from regrow import plugins
 from regrow.plan import Plan
 from regrow.pruning.cut import cut_model
-from regrow.training.feature_loss_weights import SIGNALS, SignalMix
-from regrow.training.layer_mapping import Match, give_attentions
-from regrow.training.loss_weights import Mix
+from regrow.training.feature_loss_weights import FEATURE_LOSSES, FeatureLosses
+from regrow.training.layer_mapping import LayerMapping, give_attentions
+from regrow.training.loss_weights import LossWeights
 from regrow.training.teacher import Teacher, scored
 
-NAMES = plugins.names(SIGNALS)
-KL = Mix({"forward_kl": 1.0})
+NAMES = plugins.names(FEATURE_LOSSES)
+KL = LossWeights({"forward_kl": 1.0})
 KEPT = [0, 2, 3, 5]
 # What stands before each kept layer in the teacher: blocks 1, 2 and 4.
 OUTPUTS = ((0, 1), (1, 2), (2, 4))
@@ -51,12 +51,12 @@ def family(
     return student, Teacher(model), plan
 
 
-def match_of(plan: Plan) -> Match:
-    return Match.of_plan(plan).read_at(LENS)
+def match_of(plan: Plan) -> LayerMapping:
+    return LayerMapping.of_plan(plan).read_at(LENS)
 
 
-def mix_of(plan: Plan, *names: str, weight: float = 3.0) -> SignalMix:
-    return SignalMix(dict.fromkeys(names, weight), match_of(plan))
+def loss_weights_of(plan: Plan, *names: str, weight: float = 3.0) -> FeatureLosses:
+    return FeatureLosses(dict.fromkeys(names, weight), match_of(plan))
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Seen:
 
     model: Any
     embedded: list[Tensor] = field(default_factory=list)
-    blocks: list[Tensor] = field(default_factory=list)
+    sequences: list[Tensor] = field(default_factory=list)
     attentions: list[Tensor] = field(default_factory=list)
 
     def read(self, state_H: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def see(model: Any, ids_BT: Tensor, position_ids: Tensor) -> Seen:
     handles = [base.embed_tokens.register_forward_hook(lambda *a: seen.embedded.append(a[2]))]
     for layer in base.layers:
         hooks = (
-            (layer, lambda *a: seen.blocks.append(a[2])),
+            (layer, lambda *a: seen.sequences.append(a[2])),
             (layer.self_attn, lambda *a: seen.attentions.append(a[2][1])),
         )
         handles += [module.register_forward_hook(hook) for module, hook in hooks]
@@ -99,7 +99,7 @@ def _channels(plan: Plan) -> list[int]:
 
 def _states(s: Seen, t: Seen, plan: Plan, at: Any) -> Iterator[tuple[Tensor, Tensor]]:
     for ours, theirs in OUTPUTS:
-        yield s.blocks[ours][at], t.blocks[theirs][at][_channels(plan)]
+        yield s.sequences[ours][at], t.sequences[theirs][at][_channels(plan)]
 
 
 def _hidden(s: Seen, t: Seen, plan: Plan, at: Any) -> Tensor:
@@ -131,7 +131,7 @@ def _attention(s: Seen, t: Seen, plan: Plan, at: Any) -> Tensor:
 
 def _read(s: Seen, t: Seen, at: Any) -> Iterator[tuple[Tensor, Tensor]]:
     for ours, theirs in LENS:
-        yield s.read(s.blocks[ours][at]), t.read(t.blocks[theirs][at])
+        yield s.read(s.sequences[ours][at]), t.read(t.sequences[theirs][at])
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ SLOW: dict[str, Callable[[Seen, Seen, Plan, Any], Tensor]] = {
 
 
 def slow(name: str, student: Any, teacher: Teacher, plan: Plan, batch: dict[str, Tensor]) -> Tensor:
-    """The signal's sum over the scored tokens, token by token."""
+    """The feature loss's sum over the scored tokens, token by token."""
     ids, positions = batch["input_ids"], batch["position_ids"]
     s = see(student, ids, positions)
     t = see(teacher.model, ids if teacher.ids_V is None else teacher.ids_V[ids], positions)

@@ -1,4 +1,4 @@
-"""Signals through the stage: by the plan, by depth, what is refused, what is written."""
+"""Feature losses through the stage: by the plan, by depth, what is refused, what is written."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from regrow.config import parse
 from regrow.errors import UserError
 from regrow.plan import Plan
 from regrow.stages.distill.config import DistillConfig
-from regrow.stages.distill.features import signals_between
+from regrow.stages.distill.features import feature_losses_between
 from regrow.stages.distill.stage import distill
 from regrow.stages.distill.student import open_student
-from regrow.training.layer_mapping import Match
+from regrow.training.layer_mapping import LayerMapping
 
 SHORT = CONFIG.model_copy(update={"tokens": 4 * 128, "eval_tokens": 2 * 128})
 
@@ -29,17 +29,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_place(tmp_path_factory.mktemp("place"))
 
 
-def signals_for(place: Path, student: str, **fields: Any) -> Any:
+def feature_losses_for(place: Path, student: str, **fields: Any) -> Any:
     config = CONFIG.model_copy(update=fields)
     master = load(place / "teacher")
-    return signals_between(open_student(place / student, master), master, config)
+    return feature_losses_between(open_student(place / student, master), master, config)
 
 
 def test_it_comes_down_with_the_signal(place: Path, tmp_path: Path) -> None:
     """The KL alone leaves it where it is."""
     ends = []
     for weight in (1e-6, 20.0):
-        config = CONFIG.model_copy(update={"signals": {"hidden": weight}})
+        config = CONFIG.model_copy(update={"feature_losses": {"hidden": weight}})
         out = tmp_path / str(weight)
         distill(place / "pruned", place / "teacher", data(place), out, config, OPTIONS)
         rows = [row["heldout_hidden"] for row in rows_of(out) if "heldout_hidden" in row]
@@ -59,7 +59,7 @@ def test_all_of_them_with_balance(
     names = ["attention", "embeddings"]
     names += ["hidden", "hidden_cosine", "logit_lens"] if student == "pruned" else []
     weights = dict.fromkeys(names, 1.0)
-    config = SHORT.model_copy(update={"signals": weights, "balance": True})
+    config = SHORT.model_copy(update={"feature_losses": weights, "balance": True})
     out = tmp_path / "out"
     distill(place / student, place / "teacher", data(place), out, config, OPTIONS)
     rows = rows_of(out)
@@ -76,43 +76,58 @@ def test_all_of_them_with_balance(
         names_before = set(before.keys())
     with safe_open(out / "model.safetensors", "pt") as file:
         assert set(file.keys()) == names_before
-    assert not (out / "signals.pt").exists()
+    assert not (out / "feature_losses.pt").exists()
 
 
 def test_the_match_follows_the_descent(place: Path) -> None:
     plan = Plan.read(place / "pruned" / "plan.json")
     weights = {"hidden": 1.0, "embeddings": 1.0}
-    assert signals_for(place, "pruned", signals=weights).match == Match.of_plan(plan)
-    assert signals_for(place, "teacher", signals=weights).match == Match.of_same(2)
-    stranger = signals_for(place, "stranger", signals={"embeddings": 1.0}).match
+    assert feature_losses_for(
+        place, "pruned", feature_losses=weights
+    ).match == LayerMapping.of_plan(plan)
+    assert feature_losses_for(
+        place, "teacher", feature_losses=weights
+    ).match == LayerMapping.of_same(2)
+    stranger = feature_losses_for(place, "stranger", feature_losses={"embeddings": 1.0}).match
     assert {n: tuple(p.shape) for n, p in stranger.projections.items()} == {"embeddings": (36, 48)}
-    lens = signals_for(place, "pruned", signals={"logit_lens": 1.0}, lens_layers=(0,)).match.lens
+    lens = feature_losses_for(
+        place, "pruned", feature_losses={"logit_lens": 1.0}, lens_layers=(0,)
+    ).match.lens
     assert lens == ((0, 0),)
-    assert signals_for(place, "pruned") is None
+    assert feature_losses_for(place, "pruned") is None
 
 
 def test_refused_before_any_slow_work(place: Path, tmp_path: Path) -> None:
     for student in ("stranger", "config.json"):
         for name in ("hidden", "logit_lens_symmetric"):
             with pytest.raises(UserError, match=rf"{name} compares .* \(1 layers\) has none"):
-                signals_for(place, student, signals={"embeddings": 1.0, name: 1.0})
+                feature_losses_for(place, student, feature_losses={"embeddings": 1.0, name: 1.0})
     with pytest.raises(UserError, match=r"lens_layers: 1 is no block .* \(0 to 0\)"):
-        signals_for(place, "pruned", signals={"logit_lens": 1.0}, lens_layers=(1,))
+        feature_losses_for(place, "pruned", feature_losses={"logit_lens": 1.0}, lens_layers=(1,))
     write_model(tmp_path / "dropping", attention_dropout=0.1)
     master = load(place / "teacher")
-    config = CONFIG.model_copy(update={"signals": {"attention": 1.0}})
+    config = CONFIG.model_copy(update={"feature_losses": {"attention": 1.0}})
     with pytest.raises(UserError, match=r"attention_dropout 0.1: set it to 0"):
-        signals_between(open_student(tmp_path / "dropping", master), master, config)
+        feature_losses_between(open_student(tmp_path / "dropping", master), master, config)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"signals": {"hiden": 1.0}}, "no signal named 'hiden' — did you mean 'hidden'?"),
-        ({"signals": {"zzz": 1.0}}, "no signal named 'zzz'; there are: attention, embeddings"),
-        ({"signals": {"hidden": 0}}, "the weight of hidden must be above 0 and finite"),
-        ({"signals": {"hidden": float("inf")}}, "must be above 0 and finite"),
-        ({"signals": ["hidden"]}, "stages.1.distill.signals: Input should be a valid dictionary"),
+        (
+            {"feature_losses": {"hiden": 1.0}},
+            "no feature loss named 'hiden' — did you mean 'hidden'?",
+        ),
+        (
+            {"feature_losses": {"zzz": 1.0}},
+            "no feature loss named 'zzz'; there are: attention, embeddings",
+        ),
+        ({"feature_losses": {"hidden": 0}}, "the weight of hidden must be above 0 and finite"),
+        ({"feature_losses": {"hidden": float("inf")}}, "must be above 0 and finite"),
+        (
+            {"feature_losses": ["hidden"]},
+            "stages.1.distill.feature_losses: Input should be a valid dictionary",
+        ),
         ({"lens_layers": [1.5]}, "1.5 is no depth: give shares between 0 and 1"),
         ({"lens_layers": [-1]}, "-1 is no depth"),
         ({"lens_layers": []}, "give one depth at least"),

@@ -1,4 +1,4 @@
-"""The contract of every file in training/signals: against hooks in float64, differences, masks."""
+"""The contract of every file in training/feature_losses: hooks in float64, differences, masks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_feature_losses import FAMILIES, KEPT, KL, NAMES, SLOW, family, loss_weights_of, slow
 from tiny_models import random_plan, tiny_model
-from tiny_signals import FAMILIES, KEPT, KL, NAMES, SLOW, family, mix_of, slow
-from tiny_training import Largest, blocks_of
+from tiny_training import Largest, decoder_layers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,8 +18,8 @@ from regrow import plugins
 from regrow.plan import Plan
 from regrow.pruning.cut import cut_model
 from regrow.training import head
-from regrow.training.feature_loss_weights import SIGNALS, SignalMix
-from regrow.training.layer_mapping import Match, at_depths, give_attentions
+from regrow.training.feature_loss_weights import FEATURE_LOSSES, FeatureLosses
+from regrow.training.layer_mapping import LayerMapping, at_depths, give_attentions
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
 
@@ -36,13 +36,16 @@ def float64_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def batch_of(n: int = 4, length: int = 24) -> dict[str, Tensor]:
-    return next(blocks_of(n, length).batches(n))
+    return next(decoder_layers(n, length).batches(n))
 
 
 def bound(
-    student: PreTrainedModel, teacher: Teacher, signals: SignalMix | None, batch: dict[str, Tensor]
+    student: PreTrainedModel,
+    teacher: Teacher,
+    feature_losses: FeatureLosses | None,
+    batch: dict[str, Tensor],
 ) -> dict[str, Any]:
-    undo = bind_loss(student, teacher, KL, signals)
+    undo = bind_loss(student, teacher, KL, feature_losses)
     found: dict[str, Any] = student(**batch)
     undo()
     return found
@@ -51,16 +54,16 @@ def bound(
 def values(
     student: PreTrainedModel, teacher: Teacher, plan: Plan, batch: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Every signal's sum."""
+    """Every feature loss's sum."""
     with torch.no_grad():
-        parts = bound(student, teacher, mix_of(plan, *NAMES), batch)["parts"]
+        parts = bound(student, teacher, loss_weights_of(plan, *NAMES), batch)["parts"]
     return {name: parts[name] for name in NAMES}
 
 
-def test_every_signal_has_a_slow_version_and_says_what_it_reads() -> None:
+def test_every_feature_loss_has_a_slow_version_and_says_what_it_reads() -> None:
     assert set(SLOW) == set(NAMES)
     for name in NAMES:
-        module = plugins.load(SIGNALS, name)
+        module = plugins.load(FEATURE_LOSSES, name)
         assert module.__doc__
         assert module.NEEDS
         assert not module.NEEDS - {"outputs", "embeddings", "attentions", "lens"}
@@ -69,7 +72,7 @@ def test_every_signal_has_a_slow_version_and_says_what_it_reads() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_value_and_gradient(model_type: str, name: str) -> None:
-    """Of the signal times its weight beside the main loss; layers, channels and heads are cut."""
+    """Of the feature loss times its weight; layers, channels and heads are cut."""
     student, teacher, plan = family(model_type, **FAMILIES[model_type])
     batch = batch_of()
     plain = bound(student, teacher, None, batch)["loss"]
@@ -78,7 +81,7 @@ def test_value_and_gradient(model_type: str, name: str) -> None:
     (plain + 3.0 * expected).backward()
     gradients = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
     student.zero_grad()
-    found = bound(student, teacher, mix_of(plan, name), batch)
+    found = bound(student, teacher, loss_weights_of(plan, name), batch)
     torch.testing.assert_close(found["parts"][name], expected.detach(), rtol=1e-11, atol=0)
     torch.testing.assert_close(found["loss"], plain + 3.0 * expected, rtol=1e-11, atol=0)
     torch.testing.assert_close(found["main"], plain.detach(), rtol=1e-12, atol=0)
@@ -92,7 +95,7 @@ def test_value_and_gradient(model_type: str, name: str) -> None:
 def test_gradient_by_finite_differences(name: str) -> None:
     """Along a random direction of all weights."""
     student, teacher, plan = family(**FAMILIES["llama"])
-    batch, mix = batch_of(), mix_of(plan, name)
+    batch, mix = batch_of(), loss_weights_of(plan, name)
     alone = bound(student, teacher, None, batch)["loss"]
     (bound(student, teacher, mix, batch)["loss"] - alone).backward()
     draw = torch.Generator().manual_seed(3)
@@ -117,9 +120,9 @@ def test_nothing_to_learn_from_oneself() -> None:
         student = cut_model(model, plan)
         for each in (model, student):
             give_attentions(each)
-        match = Match.of_plan(plan)
+        match = LayerMapping.of_plan(plan)
         match = match.read_at(at_depths(match.outputs, 6, (0.25, 0.5, 4)))
-        mix = SignalMix(dict.fromkeys(NAMES, 1.0), match)
+        mix = FeatureLosses(dict.fromkeys(NAMES, 1.0), match)
         found = bound(student, Teacher(model), mix, batch_of())
         assert {float(found["parts"][name]) for name in NAMES} == {0.0}
         found["loss"].backward()
@@ -130,7 +133,7 @@ def test_none_scored_is_a_zero_with_a_graph() -> None:
     student, teacher, plan = family()
     batch = batch_of()
     batch["labels"].fill_(-100)
-    found = bound(student, teacher, mix_of(plan, *NAMES), batch)
+    found = bound(student, teacher, loss_weights_of(plan, *NAMES), batch)
     assert float(found["loss"].detach()) == 0
     found["loss"].backward()
     assert all(not p.grad.any() for p in student.parameters())
@@ -140,12 +143,12 @@ def test_parts_of_a_batch_add_up() -> None:
     """So that accumulation and ranks share one mean: by blocks, and token by token."""
     student, teacher, plan = family(**FAMILIES["llama"])
     whole = values(student, teacher, plan, batch_of(8))
-    blocks = [values(student, teacher, plan, b) for b in blocks_of(8).batches(2)]
+    sequences = [values(student, teacher, plan, b) for b in decoder_layers(8).batches(2)]
     odd, even = batch_of(8), batch_of(8)
     odd["labels"][:, ::2] = even["labels"][:, 1::2] = -100
     tokens = [values(student, teacher, plan, b) for b in (odd, even)]
     for name in NAMES:
-        for parts in (blocks, tokens):
+        for parts in (sequences, tokens):
             total = sum(part[name] for part in parts)
             torch.testing.assert_close(total, whole[name], rtol=1e-10, atol=0)
 
@@ -185,8 +188,8 @@ def test_a_student_of_fewer_tokens(name: str) -> None:
         give_attentions(each)
     assert plan.vocab is not None
     teacher = Teacher(model, torch.tensor(plan.vocab))
-    batch = next(blocks_of(4, vocabulary=len(kept)).batches(4))
-    found = bound(student, teacher, mix_of(plan, name), batch)["parts"][name].detach()
+    batch = next(decoder_layers(4, vocabulary=len(kept)).batches(4))
+    found = bound(student, teacher, loss_weights_of(plan, name), batch)["parts"][name].detach()
     if name.startswith("logit_lens"):
         with torch.no_grad():  # of the teacher's distribution, what the student has words for
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[plan.vocab])
@@ -200,7 +203,7 @@ def test_lens_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal to one chunk, and [tokens, vocabulary] is not made."""
     student, teacher, plan = family()
     batch = batch_of(8)
-    whole = bound(student, teacher, mix_of(plan, name), batch)
+    whole = bound(student, teacher, loss_weights_of(plan, name), batch)
     whole["loss"].backward()
     gradients = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
@@ -209,7 +212,7 @@ def test_lens_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tokens > 3 * 16
     shapes = {p.shape for model in (student, teacher.model) for p in model.parameters()}
     with Largest(shapes | {shape[::-1] for shape in shapes}) as seen:
-        chunked = bound(student, teacher, mix_of(plan, name), batch)
+        chunked = bound(student, teacher, loss_weights_of(plan, name), batch)
         chunked["loss"].backward()
     torch.testing.assert_close(chunked["parts"][name], whole["parts"][name], rtol=1e-12, atol=0)
     for parameter, expected in zip(student.parameters(), gradients, strict=True):
@@ -219,7 +222,7 @@ def test_lens_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bfloat16_attention_is_never_negative() -> None:
     """Its rows do not sum to 1, and Σ p log(p / q) alone would be below 0 for some."""
-    attention = plugins.load(SIGNALS, "attention")
+    attention = plugins.load(FEATURE_LOSSES, "attention")
     draw = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(200, 2, 40, generator=draw, dtype=torch.float64)
     p = logits.softmax(-1)

@@ -1,4 +1,4 @@
-"""Signals in training: the balance, learned projections, resuming, ranks, what is logged."""
+"""Feature losses in training: the balance, learned projections, resuming, ranks, what is logged."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_signals import NAMES
-from tiny_training import MIX, Watch, arguments, blocks_of, pair, start_ranks
+from tiny_feature_losses import NAMES
+from tiny_training import MIX, Watch, arguments, decoder_layers, pair, start_ranks
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from regrow.training.feature_loss_weights import DECAY, MAIN, Balance, SignalMix, needs_of
-from regrow.training.layer_mapping import Match, at_depths, give_attentions
+from regrow.training.feature_loss_weights import DECAY, MAIN, FeatureLosses, LossBalancer, needs_of
+from regrow.training.layer_mapping import LayerMapping, at_depths, give_attentions
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
 from regrow.training.trainer import DistillTrainer
@@ -23,16 +23,16 @@ STEPS = 4
 
 def strangers(
     balance: bool, weight: float = 0.5, *names: str
-) -> tuple[PreTrainedModel, Teacher, SignalMix]:
-    """A student of another width and depth than its teacher, and all signals between them."""
+) -> tuple[PreTrainedModel, Teacher, FeatureLosses]:
+    """A student of another width and depth than its teacher, and every feature loss."""
     student, teacher = pair(num_hidden_layers=3)
     weights = dict.fromkeys(names or NAMES, weight)
-    match = Match.by_depth(3, 3)
+    match = LayerMapping.by_depth(3, 3)
     match.project((48, 60), needs_of(weights), seed=0)
     match = match.read_at(at_depths(match.outputs, 3, (0.5,)))
     for model in (student, teacher.model):
         give_attentions(model)
-    return student, teacher, SignalMix(weights, match, Balance() if balance else None)
+    return student, teacher, FeatureLosses(weights, match, LossBalancer() if balance else None)
 
 
 def train(
@@ -42,8 +42,8 @@ def train(
     until: int = STEPS,
     resume: Path | None = None,
     **fields: Any,
-) -> tuple[DistillTrainer, SignalMix, Watch]:
-    student, teacher, signals = strangers(balance)
+) -> tuple[DistillTrainer, FeatureLosses, Watch]:
+    student, teacher, feature_losses = strangers(balance)
     fields = {
         "per_device_train_batch_size": split[0],
         "gradient_accumulation_steps": split[1],
@@ -57,16 +57,16 @@ def train(
     trainer = DistillTrainer(
         model=student,
         args=arguments(folder, **fields),
-        train_dataset=blocks_of(8 * STEPS),
-        signals=signals,
+        train_dataset=decoder_layers(8 * STEPS),
+        feature_losses=feature_losses,
     )
     trainer.add_callback(watch := Watch())
     if until < STEPS:
         trainer.add_callback(_Stop(until))
-    undo = bind_loss(student, teacher, MIX, signals)
+    undo = bind_loss(student, teacher, MIX, feature_losses)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     undo()
-    return trainer, signals, watch
+    return trainer, feature_losses, watch
 
 
 class _Stop(Watch):
@@ -78,29 +78,29 @@ class _Stop(Watch):
         control.should_training_stop = state.global_step >= self.step
 
 
-def everything(trainer: DistillTrainer, signals: SignalMix) -> dict[str, Tensor]:
+def everything(trainer: DistillTrainer, feature_losses: FeatureLosses) -> dict[str, Tensor]:
     """Student and projections."""
     student = {name: p.detach() for name, p in trainer.student.named_parameters()}
-    return {**student, **{name: p.detach() for name, p in signals.match.projections.items()}}
+    return {**student, **{name: p.detach() for name, p in feature_losses.match.projections.items()}}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One uninterrupted run with balance."""
     folder = tmp_path_factory.mktemp("whole")
-    trainer, signals, _ = train(folder)
+    trainer, feature_losses, _ = train(folder)
     return {
         "folder": folder,
-        "weights": everything(trainer, signals),
-        "sums": signals.balance.sums if signals.balance else {},
+        "weights": everything(trainer, feature_losses),
+        "sums": feature_losses.balance.sums if feature_losses.balance else {},
         "log": trainer.state.log_history,
         "names": {name for name, _ in trainer.student.named_parameters()},
     }
 
 
 def test_balance_by_hand() -> None:
-    """Weight × mean of the main loss ÷ mean of the signal; nothing before the first step."""
-    balance = Balance()
+    """Weight × mean of the main loss ÷ mean of the feature loss; nothing before the first step."""
+    balance = LossBalancer()
     assert balance.factor("hidden") == 0
     balance.update({MAIN: 2.0, "hidden": 8.0, "attention": 0.0})
     assert balance.factor("hidden") == pytest.approx(0.25)
@@ -115,12 +115,14 @@ def test_balance_by_hand() -> None:
 
 @pytest.mark.parametrize("balanced", [False, True])
 def test_factors_reach_the_loss(balanced: bool) -> None:
-    student, teacher, signals = strangers(balanced, 0.5)
-    if signals.balance is not None:
-        signals.balance.update({MAIN: 3.0, **{name: 1.0 + n for n, name in enumerate(NAMES)}})
-    bind_loss(student, teacher, MIX, signals)
+    student, teacher, feature_losses = strangers(balanced, 0.5)
+    if feature_losses.balance is not None:
+        feature_losses.balance.update(
+            {MAIN: 3.0, **{name: 1.0 + n for n, name in enumerate(NAMES)}}
+        )
+    bind_loss(student, teacher, MIX, feature_losses)
     with torch.no_grad():
-        found = student(**next(blocks_of().batches(8)))
+        found = student(**next(decoder_layers().batches(8)))
     factors = {name: 3.0 / (1 + n) if balanced else 1.0 for n, name in enumerate(NAMES)}
     more = sum(0.5 * factors[name] * found["parts"][name] for name in NAMES)
     torch.testing.assert_close(found["loss"], found["main"] + more)
@@ -129,11 +131,11 @@ def test_factors_reach_the_loss(balanced: bool) -> None:
 def test_every_signal_is_logged(whole: dict[str, Any]) -> None:
     rows = [row for row in whole["log"] if "loss" in row]
     assert len(rows) == STEPS
-    student, teacher, signals = strangers(balance=True)
-    bind_loss(student, teacher, MIX, signals)
+    student, teacher, feature_losses = strangers(balance=True)
+    bind_loss(student, teacher, MIX, feature_losses)
     student.train()
     with torch.no_grad():
-        found = student(**next(blocks_of(8 * STEPS).batches(8)))
+        found = student(**next(decoder_layers(8 * STEPS).batches(8)))
     for name in ("forward_kl", "cross_entropy", *NAMES):
         expected = float(found["parts"][name] / found["tokens"])
         assert rows[0][name] == pytest.approx(expected, rel=1e-4), name
@@ -146,22 +148,22 @@ def test_all_learn(whole: dict[str, Any]) -> None:
 
 
 def test_a_step_is_the_same_however_it_is_split(tmp_path: Path, whole: dict[str, Any]) -> None:
-    trainer, signals, _ = train(tmp_path, split=(8, 1), save_strategy="no")
-    for name, value in everything(trainer, signals).items():
+    trainer, feature_losses, _ = train(tmp_path, split=(8, 1), save_strategy="no")
+    for name, value in everything(trainer, feature_losses).items():
         torch.testing.assert_close(value, whole["weights"][name], rtol=1e-2, atol=1e-4)
-    assert signals.balance is not None
-    assert signals.balance.sums == pytest.approx(whole["sums"], rel=1e-3)
+    assert feature_losses.balance is not None
+    assert feature_losses.balance.sums == pytest.approx(whole["sums"], rel=1e-3)
 
 
 def test_resumed_equals_uninterrupted(tmp_path: Path, whole: dict[str, Any]) -> None:
     """To the bit: weights, projections, their optimizer state, the balance."""
     train(tmp_path, until=2)
-    trainer, signals, _ = train(tmp_path, resume=tmp_path / "checkpoint-2")
+    trainer, feature_losses, _ = train(tmp_path, resume=tmp_path / "checkpoint-2")
     assert trainer.state.global_step == STEPS
-    for name, value in everything(trainer, signals).items():
+    for name, value in everything(trainer, feature_losses).items():
         assert torch.equal(value, whole["weights"][name]), name
-    assert signals.balance is not None
-    assert signals.balance.sums == whole["sums"]
+    assert feature_losses.balance is not None
+    assert feature_losses.balance.sums == whole["sums"]
 
 
 def test_projections_learn_and_stay_out(whole: dict[str, Any]) -> None:
@@ -174,20 +176,20 @@ def test_projections_learn_and_stay_out(whole: dict[str, Any]) -> None:
         assert name not in whole["names"]
     with safe_open(whole["folder"] / "checkpoint-4" / "model.safetensors", "pt") as file:
         assert set(file.keys()) <= whole["names"]
-    state = torch.load(whole["folder"] / "checkpoint-4" / "signals.pt")
+    state = torch.load(whole["folder"] / "checkpoint-4" / "feature_losses.pt")
     assert set(state) == {*fresh.match.projections, "balance"}
 
 
 def test_gradient_of_the_projections_by_finite_differences() -> None:
-    _, _, signals = strangers(False, 0.5, "hidden", "hidden_cosine", "embeddings")
+    _, _, feature_losses = strangers(False, 0.5, "hidden", "hidden_cosine", "embeddings")
     student, teacher = pair(torch.float64, num_hidden_layers=3)
-    for weight in signals.projections():
+    for weight in feature_losses.projections():
         weight.data = weight.data.double()
-    bind_loss(student, teacher, MIX, signals)
-    batch = next(blocks_of(4).batches(4))
+    bind_loss(student, teacher, MIX, feature_losses)
+    batch = next(decoder_layers(4).batches(4))
     student(**batch)["loss"].backward()
     draw = torch.Generator().manual_seed(0)
-    for weight in signals.projections():
+    for weight in feature_losses.projections():
         step = torch.randn(weight.shape, generator=draw, dtype=torch.float64)
         ends = []
         for sign in (1, -2):
@@ -202,11 +204,11 @@ def test_gradient_of_the_projections_by_finite_differences() -> None:
 
 
 def _train_share(rank: int, folder: str) -> None:
-    trainer, signals, _ = train(
+    trainer, feature_losses, _ = train(
         Path(folder) / str(rank), split=(2, 2), save_strategy="no", ddp_backend="gloo"
     )
-    assert signals.balance is not None
-    state = everything(trainer, signals), signals.balance.sums
+    assert feature_losses.balance is not None
+    state = everything(trainer, feature_losses), feature_losses.balance.sums
     torch.save(state, Path(folder) / f"{rank}.pt")
 
 
@@ -220,14 +222,14 @@ def test_ranks_train_what_one_process_trains(tmp_path: Path, whole: dict[str, An
 
 
 def test_no_state_no_file(tmp_path: Path) -> None:
-    student, teacher, signals = strangers(False, 0.5, "logit_lens")
+    student, teacher, feature_losses = strangers(False, 0.5, "logit_lens")
     trainer = DistillTrainer(
         model=student,
         args=arguments(tmp_path, save_strategy="steps", save_steps=1),
-        train_dataset=blocks_of(),
-        signals=signals,
+        train_dataset=decoder_layers(),
+        feature_losses=feature_losses,
     )
-    bind_loss(student, teacher, MIX, signals)
+    bind_loss(student, teacher, MIX, feature_losses)
     trainer.train()
     assert (tmp_path / "checkpoint-1" / "optimizer.pt").exists()
-    assert not (tmp_path / "checkpoint-1" / "signals.pt").exists()
+    assert not (tmp_path / "checkpoint-1" / "feature_losses.pt").exists()
