@@ -40,7 +40,7 @@ def feature_losses_between(
         ]
         raise UserError(
             f"feature_losses: {names[0]} compares the outputs of layers before the last, of which "
-            f"this student ({layers} layers) has none with a counterpart in the teacher; leave it out"
+            f"this student ({layers} layers) has none that the teacher has too; leave it out"
         )
     if "lens" in needs:
         match = match.read_at(at_depths(match.outputs, layers, config.lens_layers))
