@@ -98,10 +98,10 @@ def test_text(name: str, rows: int, place: Path, untouched: Path, refused: Refus
 
 
 def test_text_for_gram_matrices(place: Path, untouched: Path, refused: Refused) -> None:
-    """Some blocks, but none left to choose the ridge strength on."""
+    """Some sequences, but none left to choose the ridge strength on."""
     write_text(place / "text.jsonl", 10)
     said = refused(*command("profile", place, place / "model", untouched), at_once=False)
-    assert "blocks for the Gram matrices are too few" in said
+    assert "sequences for the Gram matrices are too few" in said
 
 
 def test_text_for_a_search(place: Path, untouched: Path, refused: Refused) -> None:
@@ -130,7 +130,6 @@ UNKNOWN_KEYS = {
         "stages.1.prune.keep_parms: unknown key — did you mean 'keep_params'?",
     ),
     "a stage": (["stages=[profile, prun]"], "no stage named 'prun' — did you mean 'prune'?"),
-    "a stage to come": (["stages=[advise]"], "the stage advise is not built yet"),
     "no key": (["keep_params"], "--set keep_params: write key=value"),
     "no place": (["stages.finetune.tokens=3"], "the recipe has no 'finetune' there"),
     "no YAML": (["data.seed=["], "'[' is no YAML value"),

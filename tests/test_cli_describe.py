@@ -1,4 +1,4 @@
-"""What the command line tells: dry runs, inspect, help, and what is not built yet."""
+"""What the command line prints: dry runs, `inspect`, help, and advice on mistyped names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_dry_runs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         return capsys.readouterr().out
 
     profile = said("profile", model, *data, "--samples", 16)
-    assert "16 blocks of 32 = 512 tokens" in profile
+    assert "16 sequences of 32 = 512 tokens" in profile
     assert re.search(r"disk 0\.00 GB, time about 0:0\d", profile)
     prune = said("prune", model, *SMALL)
     parameters = sum(w.numel() for w in AutoModelForCausalLM.from_pretrained(model).parameters())
@@ -48,7 +48,7 @@ def test_dry_runs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "one of" in search
     assert "mlp + kv_heads" in search
     distill = said("distill", place / "student", "--teacher", model, *data, *budget)
-    assert "10 steps of 128 tokens (1 micro-batches of 4 blocks)" in distill
+    assert "10 steps of 128 tokens (1 micro-batches of 4 sequences)" in distill
     assert "time at best 0:0" in distill
     evaluate = said("evaluate", model, f"b={place / 'student'}", *data, "--heldout-sequences", 4)
     assert "on 128 tokens" in evaluate
@@ -95,11 +95,16 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert line.startswith("regrow: error: no command named 'distil' — did you mean 'distill'?")
 
 
-@pytest.mark.parametrize("name", [*commands(), "regrow"])
+def test_a_flag_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--no-such-flag"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("regrow: error: --no-such-flag: name the command first; there are: run,")
+
+
+@pytest.mark.parametrize("name", commands())
 def test_unknown_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--no-such-flag"] if name == "regrow" else [name, "x", "--no-such-flag", "3"]
     with pytest.raises(SystemExit) as stop:
-        main(arguments)
+        main([name, "x", "--no-such-flag", "3"])
     assert stop.value.code == 2
     assert "--no-such-flag" in capsys.readouterr().err
 

@@ -97,6 +97,8 @@ def _command(name: str) -> Callable[..., None]:
     if name in stage.names():
         return stage.find(name).command
     known = commands()
+    if name.startswith("-"):
+        raise UserError(f"{name}: name the command first; there are: {', '.join(known)}")
     if name not in known:
         raise unknown("command", name, known)
     return known[name]

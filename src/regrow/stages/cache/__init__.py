@@ -25,7 +25,7 @@ class CacheStage(Stage):
     takes_teacher = True
     reads = ("heldout", "train")
 
-    def command(  # type: ignore[override]
+    def command(
         self,
         teacher: Annotated[Positional[str], tyro.conf.arg(metavar="TEACHER")],
         text: OmitArgPrefixes[Text],

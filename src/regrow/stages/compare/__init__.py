@@ -19,7 +19,7 @@ class CompareStage(Stage):
     in_recipes = False
     uses = ("profile", "prune")
 
-    def command(  # type: ignore[override]
+    def command(
         self,
         model: Model,
         profile: Path,

@@ -30,7 +30,7 @@ class DistillStage(Stage):
     needs_plain_weights = True
     reads = ("heldout", "train")
 
-    def command(  # type: ignore[override]
+    def command(
         self,
         student: Annotated[Positional[str], tyro.conf.arg(metavar="STUDENT")],
         teacher: str,

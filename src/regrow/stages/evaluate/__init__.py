@@ -27,7 +27,7 @@ class EvaluateStage(Stage):
     takes_teacher = True
     reads = ("heldout",)
 
-    def command(  # type: ignore[override]
+    def command(
         self,
         models: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL")],
         out: Path,

@@ -16,7 +16,7 @@ class ExportStage(Stage):
 
     config = ExportConfig
 
-    def command(  # type: ignore[override]
+    def command(
         self,
         model: Model,
         out: Path,

@@ -34,7 +34,7 @@ class GenerateStage(Stage):
     recipe_fields = RecipeFields
     takes_teacher = True
 
-    def command(  # type: ignore[override]
+    def command(
         self,
         model: Model,
         text: OmitArgPrefixes[Text],

@@ -24,7 +24,7 @@ class ProfileStage(Stage):
     needs_plain_weights = True
     reads = ("calibration",)
 
-    def command(  # type: ignore[override]
+    def command(
         self,
         model: Model,
         text: OmitArgPrefixes[Text],

@@ -21,7 +21,7 @@ class PruneStage(Stage):
     needs_plain_weights = True
     uses = ("distill",)
 
-    def command(  # type: ignore[override]
+    def command(
         self,
         model: Model,
         out: Path,

@@ -26,7 +26,7 @@ class QuantizeStage(Stage):
     needs_plain_weights = True
     reads = ("calibration",)
 
-    def command(  # type: ignore[override]
+    def command(
         self,
         model: Model,
         out: Path,

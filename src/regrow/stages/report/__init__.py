@@ -17,7 +17,7 @@ class ReportStage(Stage):
 
     config = ReportConfig
 
-    def command(  # type: ignore[override]
+    def command(
         self,
         runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")],
         out: Path | None = None,

@@ -24,7 +24,7 @@ class RotateStage(Stage):
     changes_weights = True
     reads = ("calibration",)
 
-    def command(  # type: ignore[override]
+    def command(
         self,
         model: Model,
         text: OmitArgPrefixes[Text],
