@@ -48,7 +48,7 @@ def start(place: Path, out: Path, slow: str = "") -> subprocess.Popen[bytes]:
 
 def kill_when(job: subprocess.Popen[bytes], seen: Any) -> None:
     """Kill the job, without mercy, as soon as `seen()`."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     try:
         while not seen():
             assert job.poll() is None, "the job ended before it could be killed"

@@ -15,6 +15,7 @@ from regrow.checkpoint import load
 from regrow.config import Config
 from regrow.stage import Stage
 
+
 @pytest.mark.parametrize("name", stage.names())
 def test_an_entry(name: str) -> None:
     entry = stage.find(name)
