@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_folders import write_model
 from tiny_models import tiny_ids, tiny_model
 from torch import Tensor
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from regrow import families
 from regrow.checkpoint import Checkpoint, load, save, shards
 from regrow.checkpoint.checkpoint import write
+from regrow.checkpoint.model_config import EMBEDDING
 from regrow.errors import UserError
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -110,6 +111,40 @@ def test_sharded_write(kind: str, limit: int, tmp_path: Path) -> None:
     assert len(files) == 1 if limit == 10**9 else len(files) > 1
     assert list(load(out).names()) == source.names()
     assert torch.equal(logits(out), logits(source.folder))
+
+
+@pytest.mark.parametrize("stray", ["single file", "index"])
+def test_which_file_is_read(stray: str, tmp_path: Path) -> None:
+    """Shards and a single file of another model in one folder: what the stock reader takes."""
+    source = write_model(tmp_path / "model")
+    folder = tmp_path / "both"
+    shard_bytes = 20_000 if stray == "single file" else 10**9
+    write(folder, source.config, layout_of(source), tensors_of(source), source, shard_bytes)
+    sizes = {"vocab_size": source.config["vocab_size"], "rms_norm_eps": 1e-6}
+    other = tiny_model("llama", torch.float32, seed=7, **sizes)
+    other.save_pretrained(tmp_path / "other", max_shard_size=10**9 if shard_bytes < 10**9 else 9999)
+    for path in (tmp_path / "other").glob("model*"):
+        shutil.copyfile(path, folder / path.name)
+    checkpoint, state = load(folder), AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    for name in checkpoint.names():
+        assert torch.equal(checkpoint.tensor(name), state[name])
+
+
+def test_a_tied_head_stored_alone(folder: Path) -> None:
+    """It is the embedding, as for the stock reader, in this checkpoint and in what is written."""
+    wanted, before = logits(folder), dict(tensors_of(load(folder)))
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    checkpoint = load(folder)
+    families.of(checkpoint)
+    assert sorted(checkpoint.names()) == sorted(before)
+    assert torch.equal(checkpoint.tensor(EMBEDDING), before[EMBEDDING])
+    assert checkpoint.shapes[EMBEDDING] == before[EMBEDDING].shape
+    write(folder / "out", checkpoint.config, layout_of(checkpoint), tensors_of(checkpoint))
+    assert torch.equal(logits(folder), wanted)
+    assert torch.equal(logits(folder / "out"), wanted)
 
 
 def test_write_keeps_the_parents_shard_size(tmp_path: Path) -> None:

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tiny_folders import write_model
+from tiny_job import COMMANDS, Refused, command
 
 from regrow import families
 from regrow.checkpoint import load, shards
-from regrow.checkpoint.checkpoint import write
+from regrow.checkpoint.checkpoint import write as write_folder
+from regrow.checkpoint.model_config import EMBEDDING, HEAD
 from regrow.errors import UserError
 
 
@@ -82,13 +86,14 @@ def one_shard_missing(folder: Path) -> None:
     out = folder.with_name("sharded")
     tensors = ((name, source.tensor(name)) for name in source.names())
     layout = {name: source.meta(name) for name in source.names()}
-    write(out, source.config, layout, tensors, source, max_shard_bytes=60_000)
+    write_folder(out, source.config, layout, tensors, source, max_shard_bytes=60_000)
     shutil.rmtree(folder)
     out.rename(folder)
     next(folder.glob("model-00002-*")).unlink()
 
 
 def broken_index(folder: Path) -> None:
+    no_weights(folder)
     (folder / shards.INDEX).write_text('{"weight_map": [')
 
 
@@ -98,6 +103,36 @@ def pickled(folder: Path) -> None:
 
 def no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
+
+
+def write_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def a_head_of_its_own(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    write_weights(folder, {**weights, HEAD: weights[EMBEDDING].flip(0).contiguous()})
+
+
+def a_head_of_another_size(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    write_weights(folder, {**weights, HEAD: weights[EMBEDDING][1:].clone()})
+
+
+def one_tensor_twice(folder: Path) -> None:
+    no_weights(folder)
+    for name in ("a", "b"):
+        save_file({NORM: torch.zeros(48)}, folder / f"{name}.safetensors")
+    weight_map = {NORM: "a.safetensors", EMBEDDING: "b.safetensors"}
+    (folder / shards.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def with_generation_config(text: str) -> Callable[[Path], None]:
+    return lambda folder: write(folder / "generation_config.json", text)
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text)
 
 
 def with_config(**fields: Any) -> Callable[[Path], None]:
@@ -151,6 +186,38 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         "is a hybrid model (linear_attention): only attention layers are supported",
     ),
     "mamba": (with_config(mamba_d_state=16), "is a hybrid model (mamba_d_state)"),
+    "no multiple": (
+        with_config(num_attention_heads=5),
+        "model: transformers can make no causal language model of this config: The hidden size "
+        "(48) is not a multiple of the number of attention heads (5).",
+    ),
+    "layer_types too long": (
+        with_config(layer_types=["full_attention"] * 9),
+        "`num_hidden_layers` (3) must be equal to the number of `layer_types` (9)",
+    ),
+    "a size in words": (with_config(hidden_size="48"), "Field 'hidden_size' expected int, got str"),
+    "no such activation": (with_config(hidden_act="relu9"), "of this config: KeyError 'relu9'"),
+    "no such dtype": (with_config(dtype="float17"), "has no attribute 'float17'"),
+    "no heads": (with_config(num_attention_heads=0), "can make no causal language model of"),
+    "head of its own": (a_head_of_its_own, f"{HEAD} differs from {EMBEDDING}, although config"),
+    "head of another size": (a_head_of_another_size, f"{HEAD} differs from {EMBEDDING}"),
+    "one tensor twice": (one_tensor_twice, f"{NORM} is in a.safetensors and in b.safetensors of"),
+    "generation config cut off": (
+        with_generation_config('{"temperature":'),
+        "generation_config.json is no JSON",
+    ),
+    "generation config of a list": (
+        with_generation_config("[1]"),
+        "generation_config.json is refused by transformers: ",
+    ),
+    "generation config out of range": (
+        with_generation_config('{"max_new_tokens": -1}'),
+        "refused by transformers: `max_new_tokens` must be greater than 0, but is -1.; correct it",
+    ),
+    "very deep JSON": (
+        with_generation_config("[" * 100_000),
+        "generation_config.json is no JSON",
+    ),
 }
 
 
@@ -160,6 +227,44 @@ def test_refused(kind: str, folder: Path) -> None:
     families.of(load(folder))
     spoil(folder)
     assert expected in refusal(folder)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "gemma3_text", "phi3", "qwen3_moe"])
+def test_a_null_head_dim(model_type: str, tmp_path: Path) -> None:
+    """These families need a number, or none at all."""
+    write_model(tmp_path / "model", model_type)
+    set_config(tmp_path / "model", head_dim=None)
+    assert "transformers can make no causal language model" in refusal(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "model_type", ["mamba", "mamba2", "falcon_mamba", "xlstm", "rwkv", "recurrent_gemma"]
+)
+def test_models_without_attention(model_type: str, folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert "only attention layers are supported" in refusal(folder)
+
+
+def test_every_stage_refuses_a_head_of_its_own(
+    place: Path, untouched: Path, refused: Refused
+) -> None:
+    """The stages that would drop it, and those that run the model."""
+    a_head_of_its_own(place / "model")
+    set_config(place / "model", tie_word_embeddings=True)
+    for name in COMMANDS:
+        said = refused(*command(name, place, place / "model", untouched))
+        assert f"{HEAD} differs from {EMBEDDING}, although config.json ties them" in said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_stage_refuses_a_weight_that_is_no_number(
+    name: str, place: Path, untouched: Path, refused: Refused
+) -> None:
+    weights = load_file(place / "model" / "model.safetensors")
+    weights[NORM][0] = torch.nan
+    write_weights(place / "model", weights)
+    said = refused(*command(name, place, place / "model", untouched))
+    assert f"model: {NORM} has values that are NaN or infinite: fetch the model again" in said
 
 
 def test_empty_markers_are_no_reason_to_refuse(folder: Path) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import io
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext, redirect_stderr
@@ -15,6 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrow import stage_dir
+from regrow.checkpoint import identity
+from regrow.checkpoint.model_config import (
+    EMBEDDING,
+    HEAD,
+    accept_config,
+    check_generation_config,
+    is_tied,
+    read_config,
+    read_json,
+)
 from regrow.checkpoint.shards import DTYPES, PACKED, read_headers, write_shards
 from regrow.errors import UserError
 
@@ -35,8 +44,6 @@ CARRIED = (
     "NOTICE*",
 )
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-COMPRESSED = "compressed-tensors"
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class Checkpoint:
@@ -49,14 +56,35 @@ class Checkpoint:
     def __init__(self, folder: str | Path, quantized: bool = False) -> None:
         """Open a folder; `quantized` says that one in compressed-tensors is welcome, too."""
         self.folder = Path(folder)
-        self.config = _read_config(self.folder)
-        method = (self.config.get("quantization_config") or {}).get("quant_method")
-        self.quantized = quantized and method == COMPRESSED
-        refuse_kind(self.config, self.folder, quantized)
+        self.config = read_config(self.folder)
         # The stock class is used, so that what we write must not ask for code that is not there.
         self.has_remote_code = self.config.pop("auto_map", None) is not None
+        stock = accept_config(self.config, self.folder, quantized)
+        check_generation_config(self.folder)
+        self.quantized = bool(self.config.get("quantization_config"))
+        self.tied = is_tied(self.config, stock)
         self._shard_of, self._headers = read_headers(self.folder)
         self._open: tuple[str, Any] | None = None
+        self._stored_as: dict[str, str] = {}
+        if self.tied:
+            self._check_tied()
+
+    def _check_tied(self) -> None:
+        """Take a head that is stored alone for the embedding, as transformers does.
+
+        Raises UserError when head and embedding are both stored and differ.
+        """
+        if HEAD in self._headers and EMBEDDING not in self._headers:
+            self._stored_as[EMBEDDING] = HEAD
+            self._shard_of[EMBEDDING] = self._shard_of.pop(HEAD)
+            self._headers[EMBEDDING] = self._headers.pop(HEAD)
+        elif HEAD in self._headers and EMBEDDING in self._headers:
+            same = self.shapes[HEAD] == self.shapes[EMBEDDING]
+            if not same or not bool((self.tensor(HEAD) == self.tensor(EMBEDDING)).all()):
+                raise UserError(
+                    f"{self.folder}: {HEAD} differs from {EMBEDDING}, although config.json ties "
+                    "them: set tie_word_embeddings to false there"
+                )
 
     def names(self) -> list[str]:
         """Names of the tensors, in the order of the shards."""
@@ -95,7 +123,7 @@ class Checkpoint:
         if self._open is None or self._open[0] != shard:
             self._open = None  # first, so that never two are mapped
             self._open = (shard, safe_open(self.folder / shard, framework="pt"))
-        tensor: torch.Tensor = self._open[1].get_tensor(name)
+        tensor: torch.Tensor = self._open[1].get_tensor(self._stored_as.get(name, name))
         return tensor
 
     def compute_dtype(self) -> torch.dtype:
@@ -115,15 +143,19 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the config, the tensors' names and shapes, and a sample of their bytes."""
+        """SHA-256 of the config and of all bytes of the weight files, which are read once.
+
+        Raises UserError when a weight is NaN or infinite.
+        """
         seen = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for shard in sorted(set(self._shard_of.values())):
-            path = self.folder / shard
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                for place in range(0, size, max(size // 64, 1)):
-                    file.seek(place)
-                    seen.update(file.read(4096))
+            found = identity.of_weights(self.folder / shard)
+            if found.not_finite:
+                raise UserError(
+                    f"{self.folder}: {found.not_finite} has values that are NaN or infinite: fetch "
+                    "the model again, or use an earlier checkpoint of its training"
+                )
+            seen.update(found.sha256.encode())
         return seen.hexdigest()
 
     @property
@@ -141,7 +173,7 @@ class Checkpoint:
                 "copy the parent model's tokenizer files there"
             )
         for path in sorted(self.folder.glob("tokenizer*.json")):
-            _read_json(path)
+            read_json(path)
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 str(self.folder), local_files_only=True, trust_remote_code=False
@@ -250,51 +282,3 @@ def carry(source: Path, folder: Path) -> None:
             if path.is_file() and not target.exists():
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
-
-
-def refuse_kind(config: dict[str, Any], folder: Path, quantized: bool = False) -> None:
-    """Raise UserError for kinds of checkpoints that cannot be pruned, with the reason.
-
-    `quantized` lets compressed-tensors pass.
-    """
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown")
-        if quantized and method != COMPRESSED:
-            raise UserError(f"{folder} is quantized by {method}: only {COMPRESSED} is read here")
-        if not quantized:
-            raise UserError(
-                f"{folder} is quantized ({method}): prune first and quantize last; "
-                "give the unquantized checkpoint"
-            )
-    parts = [key for key in ("vision_config", "audio_config", "text_config") if config.get(key)]
-    if parts:
-        raise UserError(
-            f"{folder} is multimodal (its config has {parts[0]}): only text models are supported; "
-            "give its language model as a checkpoint of its own"
-        )
-    other = sorted(set(config.get("layer_types") or []) - ATTENTION_LAYERS)
-    state_space = [key for key in config if re.match(r"(mamba|ssm|rwkv)_", key)]
-    if other or state_space:
-        raise UserError(
-            f"{folder} is a hybrid model ({(other + state_space)[0]}): only attention layers are "
-            "supported, state-space and linear-attention layers are not"
-        )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise UserError(f"no such model folder: {folder}")
-    path = folder / "config.json"
-    if not path.exists():
-        raise UserError(f"no config.json in {folder}: give a Hugging Face model folder")
-    config = _read_json(path)
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise UserError(f"{path} names no model_type: give a Hugging Face model folder")
-    return config
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no JSON ({error}): fetch or write it again") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import io
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow import stage_dir
+from regrow.checkpoint import identity
 from regrow.config import cache_folder
 from regrow.errors import UserError
 from regrow.runtime.progress import say
@@ -54,9 +54,7 @@ def convert_gguf(path: Path) -> Path:
     """
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{path.name} is a GGUF file: pip install 'regrow[gguf]' to read it")
-    stat = path.stat()
-    key = hashlib.sha256(f"{path.name} {stat.st_size} {_sample(path)}".encode()).hexdigest()[:16]
-    out = cache_folder() / "models" / f"{path.stem}-{key}"
+    out = cache_folder() / "models" / f"{path.stem}-{identity.of_file(path).sha256[:16]}"
     if (out / "config.json").exists():
         return out
     say(f"dequantizing {path.name} to {out}")
@@ -93,16 +91,6 @@ def _dequantize(path: Path, folder: Path) -> None:
         model.config._name_or_path = ""
         model.to(torch.bfloat16).save_pretrained(str(folder), safe_serialization=True)
         tokenizer.save_pretrained(str(folder))
-
-
-def _sample(path: Path) -> str:
-    """A hash of the first and last megabyte, enough to tell two files of one name apart."""
-    seen = hashlib.sha256()
-    with path.open("rb") as file:
-        seen.update(file.read(1 << 20))
-        file.seek(max(0, path.stat().st_size - (1 << 20)))
-        seen.update(file.read(1 << 20))
-    return seen.hexdigest()
 
 
 def _gguf_in_package(name: str) -> Path:

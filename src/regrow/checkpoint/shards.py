@@ -42,9 +42,14 @@ def read_headers(folder: Path) -> tuple[dict[str, str], Header]:
     """
     shard_of: dict[str, str] = {}
     headers: Header = {}
-    for shard in _shards(folder):
-        header = _read_header(folder / shard)
+    for shard in weight_files(folder):
+        header = read_header(folder / shard)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if name in shard_of:
+                raise UserError(
+                    f"{name} is in {shard_of[name]} and in {shard} of {folder}: fetch the model "
+                    "again into an empty folder"
+                )
             if not name.endswith("rotary_emb.inv_freq"):
                 shard_of[name], headers[name] = shard, entry
     if not headers:
@@ -78,7 +83,13 @@ def write_shards(
         write_json(folder / INDEX, index)
 
 
-def _shards(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
+    """The files that hold the weights, as transformers chooses them.
+
+    A single file comes before an index. Raises UserError for missing, broken or pickled ones.
+    """
+    if (folder / SINGLE).exists():
+        return [SINGLE]
     index = folder / INDEX
     if index.exists():
         try:
@@ -89,8 +100,6 @@ def _shards(folder: Path) -> list[str]:
         if missing:
             raise UserError(f"{folder / missing[0]} is missing: fetch the model again")
         return shards
-    if (folder / SINGLE).exists():
-        return [SINGLE]
     if list(folder.glob("*.bin")) + list(folder.glob("*.pt*")):
         raise UserError(
             f"{folder} has pickled weights only, which can run code when opened: "
@@ -99,7 +108,7 @@ def _shards(folder: Path) -> list[str]:
     raise UserError(f"no {SINGLE} in {folder}: only safetensors are read, no pickled weights")
 
 
-def _read_header(path: Path) -> Header:
+def read_header(path: Path) -> Header:
     """The JSON header of a safetensors file, checked in itself and against the file's size."""
     broken = UserError(f"{path} is truncated or no safetensors file: fetch or write it again")
     size = path.stat().st_size

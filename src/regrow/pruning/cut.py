@@ -131,7 +131,6 @@ def cut_folder(
     if plan.vocab is not None and checkpoint.has_tokenizer:
         read_rules(checkpoint)  # refuses one that cannot be cut, before the slow work
     family.check_tensors(config, checkpoint.shapes)
-    _refuse_untied(checkpoint.names(), checkpoint.tensor, family, config)
     names = [n for n in checkpoint.names() if new_name(n, plan, family, config) is not None]
     layout = dict(cut(((name, checkpoint.meta(name)) for name in names), plan, family, config))
     tensors = cut(((n, checkpoint.tensor(n)) for n in names), plan, family, config, replace)
@@ -155,7 +154,7 @@ def cut_model(
     check(plan, family, config)
     state = as_on_disk(family, model.state_dict())
     family.check_tensors(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
-    _refuse_untied(state, state.__getitem__, family, config)
+    _refuse_untied(state, family, config)
     shared = {tensor.data_ptr() for tensor in state.values()}
     kept = {
         name: tensor.clone() if tensor.data_ptr() in shared else tensor
@@ -271,15 +270,12 @@ def _follow_layers(new: dict[str, Any], layers: list[int], count: int, family: F
             new[key] = sum(i < value for i in layers)
 
 
-def _refuse_untied(
-    names: Iterable[str],
-    read: Callable[[str], Tensor],
-    family: Family,
-    config: dict[str, Any],
-) -> None:
-    """A config that ties a head which has values of its own would lose them in silence."""
+def _refuse_untied(state: dict[str, Tensor], family: Family, config: dict[str, Any]) -> None:
+    """A config that ties a head which has values of its own would lose them without a word."""
     tied = not family.exists(family.tensors[family.head], config)
-    if tied and family.head in names and not torch.equal(read(family.head), read(family.embedding)):
+    if not tied or family.head not in state:
+        return
+    if not torch.equal(state[family.head], state[family.embedding]):
         raise UserError(
             f"{family.head} differs from {family.embedding}, although config.json ties them: set "
             "tie_word_embeddings to false there"

@@ -103,18 +103,23 @@ def _finished(recipe: Recipe, out: Path) -> bool:
 
 def _digest(recipe: Recipe) -> str:
     """Of the recipe and all that it reads."""
-    steps = recipe.steps()
-    models = {recipe.model, *(step.teacher for step in steps if step.teacher)}
     return stage_dir.digest(
         recipe.model_dump(mode="json"),
-        [load(model).fingerprint for model in sorted(models)],
+        _fingerprints(recipe),
         data_digest(recipe.data),
-        *(list(step.stage.inputs(step)) for step in steps),
+        *(list(step.stage.inputs(step)) for step in recipe.steps()),
     )
 
 
+def _fingerprints(recipe: Recipe) -> list[str]:
+    """Of the model and all teachers; raises UserError for one with a NaN among its weights."""
+    models = {recipe.model, *(step.teacher for step in recipe.steps() if step.teacher)}
+    return [load(model).fingerprint for model in sorted(models)]
+
+
 def _begin(recipe: Recipe, out: Path) -> None:
-    """Make the run folder and write down the recipe."""
+    """Make the run folder and write down the recipe, after all bytes of the models are checked."""
+    _fingerprints(recipe)
     (out / "stages").mkdir(parents=True, exist_ok=True)
     (out / stage_dir.NAME).unlink(missing_ok=True)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

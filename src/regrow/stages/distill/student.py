@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,7 +19,7 @@ from transformers import (
 
 from regrow import families, plugins
 from regrow.checkpoint import Checkpoint, load
-from regrow.checkpoint.checkpoint import refuse_kind
+from regrow.checkpoint.model_config import accept_config
 from regrow.config import Options
 from regrow.errors import UserError
 from regrow.runtime.progress import say
@@ -227,20 +226,16 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no JSON: {error}") from None
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise UserError(f"{path} names no model_type: give the config.json of a Hugging Face model")
-    refuse_kind(fields, path)
     return fields
 
 
 def _config(path: Path, fields: dict[str, Any], teacher: Checkpoint) -> PretrainedConfig:
     """The stock config, with the teacher's special tokens where the file names none."""
     special = {key: teacher.config[key] for key in SPECIAL_IDS if key in teacher.config}
-    given = {k: v for k, v in fields.items() if k not in ("model_type", "auto_map")}
-    try:
-        config = AutoConfig.for_model(fields["model_type"], **{**special, **given})
-        _on_meta(config)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{path} is no config of a causal language model: {reason[:200]}") from None
+    given = {key: value for key, value in fields.items() if key != "auto_map"}
+    config = accept_config({**special, **given}, path)
+    if config is None:
+        raise UserError(f"{path}: transformers knows no model_type {fields['model_type']!r}")
     return config
 
 

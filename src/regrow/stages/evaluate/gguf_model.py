@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from regrow.checkpoint import Checkpoint, load
+from regrow.checkpoint import Checkpoint, identity, load
 from regrow.errors import UserError
 from regrow.llama_cpp import GgufModel, require, threads
 from regrow.runtime.greedy import until
@@ -25,8 +24,6 @@ from regrow.stages.evaluate.texts import IGNORED, Text
 from regrow.training.loss_weights import LossWeights
 
 ENDING = ".gguf"
-SAMPLES = 64
-SAMPLE_BYTES = 1 << 16
 
 
 class GgufFile:
@@ -55,15 +52,10 @@ class GgufFile:
         """Bytes of the file."""
         return self.folder.stat().st_size
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 of the file's size and of samples of its bytes."""
-        seen = hashlib.sha256(str(self.bytes).encode())
-        with self.folder.open("rb") as file:
-            for place in range(0, self.bytes, max(self.bytes // SAMPLES, 1)):
-                file.seek(place)
-                seen.update(file.read(SAMPLE_BYTES))
-        return seen.hexdigest()
+        """SHA-256 of all bytes of the file."""
+        return identity.of_file(self.folder).sha256
 
     def has_tokens_of(self, checkpoint: Checkpoint) -> bool:
         """Whether each token of a folder's tokenizer stands under its id in the file."""

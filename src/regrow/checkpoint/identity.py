@@ -1,0 +1,172 @@
+"""The identity of a weight file: the SHA-256 of all its bytes.
+
+A digest is remembered while the file keeps its size, its inode and the times of its last change:
+in the process, and for large files in the cache folder, too. The system sets the time of the last
+change of an inode (ctime) itself, so a file that is changed in place is read again even when its
+size and its modification time are put back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from regrow.checkpoint.shards import read_header
+from regrow.config import cache_folder
+from regrow.runtime.progress import Progress
+
+MEMORY = "hashes.json"
+"""The file in the cache folder that remembers the digests of large files."""
+LARGE = 32 << 20
+"""Bytes of a file from which its digest is remembered on disk, not only in the process."""
+SETTLED = 0.1
+"""Seconds since a file's last change after which its times tell a further change apart."""
+CHUNK = 1 << 20
+NOT_FINITE = {
+    "F64": ("u8", 0xFFE0 << 48),
+    "F32": ("u4", 0xFF << 24),
+    "F16": ("u2", 0xF800),
+    "BF16": ("u2", 0xFF00),
+}
+"""Per dtype its bits as a numpy integer, and the exponent of all ones that marks infinity and NaN,
+after a shift to the left by one that drops the sign."""
+
+Stamp = tuple[int, int, int, int]
+
+
+class Identity(NamedTuple):
+    """The SHA-256 of a file's bytes, and the first tensor with NaN or infinity in it, or ""."""
+
+    sha256: str
+    not_finite: str = ""
+
+
+class Part(NamedTuple):
+    """A run of bytes of a file: a tensor with its name and stored dtype, or other bytes."""
+
+    size: int
+    name: str = ""
+    dtype: str = ""
+
+
+_known: dict[str, tuple[Stamp, Identity]] = {}
+
+
+def of_weights(path: Path) -> Identity:
+    """The identity of a safetensors file, whose values are checked in the same pass.
+
+    Raises UserError for a truncated or broken file.
+    """
+    return _remembered(path, lambda: _read(path, _tensors(path)))
+
+
+def of_file(path: Path) -> Identity:
+    """The identity of any other file."""
+    return _remembered(path, lambda: _read(path, iter([Part(path.stat().st_size)])))
+
+
+def stamp(path: Path) -> Stamp:
+    """Size, inode, and the times in ns of the last change of content and of the inode."""
+    stat = path.stat()
+    return stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def is_settled(changed: Stamp) -> bool:
+    """Whether the last change is old enough for the next one to have other times."""
+    return time.time_ns() - max(changed[2:]) > SETTLED * 1e9
+
+
+def _remembered(path: Path, read: Callable[[], Identity]) -> Identity:
+    key, before = str(path.resolve()), stamp(path)
+    if key not in _known and before[0] >= LARGE:
+        _known.update(_load(key))
+    if key in _known and _known[key][0] == before:
+        return _known[key][1]
+    settled = is_settled(before)
+    identity = read()
+    if settled and stamp(path) == before:
+        _known[key] = before, identity
+        if before[0] >= LARGE:
+            _store(key, before, identity)
+    return identity
+
+
+def _tensors(path: Path) -> Iterator[Part]:
+    """The header of a safetensors file and its tensors, in the order of their bytes."""
+    header = read_header(path)
+    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for _, entry in entries]
+    yield Part(path.stat().st_size - sum(sizes))
+    for (name, entry), size in zip(entries, sizes, strict=True):
+        yield Part(size, name, entry["dtype"])
+
+
+def _read(path: Path, parts: Iterator[Part]) -> Identity:
+    seen, not_finite = hashlib.sha256(), ""
+    buffer = memoryview(bytearray(CHUNK))
+    progress = Progress(f"reading {path.name}", path.stat().st_size >> 20, "MiB")
+    with path.open("rb", buffering=0) as file:
+        for part in parts:
+            for begin in range(0, part.size, CHUNK):
+                chunk = buffer[: min(CHUNK, part.size - begin)]
+                _fill(file, chunk)
+                seen.update(chunk)
+                if not not_finite and not _is_finite(chunk, part.dtype):
+                    not_finite = part.name
+                progress.advance((file.tell() >> 20) - progress.done)
+    return Identity(seen.hexdigest(), not_finite)
+
+
+def _fill(file: Any, chunk: memoryview) -> None:
+    """Read `chunk` full: an unbuffered read may end early."""
+    filled = 0
+    while filled < len(chunk):
+        count = file.readinto(chunk[filled:])
+        if not count:
+            raise OSError(f"{file.name} became shorter while it was read")
+        filled += count
+
+
+def _is_finite(chunk: memoryview, dtype: str) -> bool:
+    """Whether all values are finite; true for dtypes other than those of plain weights."""
+    import numpy
+
+    if dtype not in NOT_FINITE:
+        return True
+    kind, exponent = NOT_FINITE[dtype]
+    bits = numpy.frombuffer(chunk, "<" + kind)
+    return int(numpy.left_shift(bits, 1).max()) < exponent
+
+
+def _entries() -> dict[str, Any]:
+    """What the cache folder remembers; nothing where it is missing or broken."""
+    try:
+        entries = json.loads((cache_folder() / MEMORY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+def _load(key: str) -> dict[str, tuple[Stamp, Identity]]:
+    try:
+        changed, identity = _entries()[key]
+        return {key: (tuple(changed), Identity(*identity))}
+    except (KeyError, ValueError, TypeError):
+        return {}
+
+
+def _store(key: str, changed: Stamp, identity: Identity) -> None:
+    """Add an entry and drop those of files that are gone; a lost entry costs one more reading."""
+    path = cache_folder() / MEMORY
+    partial = path.with_name(f"{MEMORY}.{os.getpid()}")
+    entries = {name: entry for name, entry in _entries().items() if Path(name).exists()}
+    with suppress(OSError):  # a cache folder that cannot be written to
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({**entries, key: [changed, identity]}), encoding="utf-8")
+        partial.replace(path)

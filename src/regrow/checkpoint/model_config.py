@@ -1,0 +1,157 @@
+"""A model's config.json: read, checked by transformers' classes, refused where not supported."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regrow.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+COMPRESSED = "compressed-tensors"
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+STATE_SPACE_KEY = re.compile(r"(mamba|ssm|rwkv)_")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The fields of a folder's config.json; raises UserError when it names no model."""
+    if not folder.is_dir():
+        raise UserError(f"no such model folder: {folder}")
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"no config.json in {folder}: give a Hugging Face model folder")
+    config = read_json(path)
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f"{path} names no model_type: give a Hugging Face model folder")
+    return config
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; raises UserError when it is broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON ({error}): fetch or write it again") from None
+
+
+def check_generation_config(folder: Path) -> None:
+    """Raise UserError when the folder has a generation_config.json that transformers refuses."""
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return
+    fields = read_json(path)
+    try:
+        GenerationConfig.from_dict({**fields})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is refused by transformers: {_last_line(error)}; correct it, or fetch it again"
+        ) from None
+
+
+def accept_config(
+    config: dict[str, Any], place: Path, quantized: bool = False
+) -> PretrainedConfig | None:
+    """The config as transformers reads it; None for a model_type that transformers does not know.
+
+    The model is made once without memory for its weights, since some errors show only then.
+    Raises UserError for a config that transformers refuses, and for kinds of models that are not
+    supported; `quantized` lets compressed-tensors pass.
+    """
+    _refuse_quantized(config, place, quantized)
+    parts = [key for key in ("vision_config", "audio_config", "text_config") if config.get(key)]
+    if parts:
+        raise UserError(
+            f"{place} is multimodal (its config has {parts[0]}): only text models are supported; "
+            "give its language model as a checkpoint of its own"
+        )
+    _refuse_layers(config, config.get("layer_types"), place)
+    stock = _stock_config(config, place)
+    if stock is not None:
+        if not hasattr(stock, "num_attention_heads"):
+            raise UserError(
+                f"{place} is a state-space model ({config['model_type']} has no "
+                "num_attention_heads): only attention layers are supported"
+            )
+        _refuse_layers(config, getattr(stock, "layer_types", None), place)
+    return stock
+
+
+def is_tied(config: dict[str, Any], stock: PretrainedConfig | None) -> bool:
+    """Whether the output head is the embedding, by the config or by the default of its class."""
+    return bool(config.get("tie_word_embeddings") if stock is None else stock.tie_word_embeddings)
+
+
+def _refuse_quantized(config: dict[str, Any], place: Path, quantized: bool) -> None:
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return
+    method = quantization.get("quant_method", "unknown")
+    if quantized and method != COMPRESSED:
+        raise UserError(f"{place} is quantized by {method}: only {COMPRESSED} is read here")
+    if not quantized:
+        raise UserError(
+            f"{place} is quantized ({method}): prune first and quantize last; "
+            "give the unquantized checkpoint"
+        )
+
+
+def _refuse_layers(config: dict[str, Any], layer_types: Any, place: Path) -> None:
+    other = sorted(set(layer_types or []) - ATTENTION_LAYERS)
+    state_space = [key for key in config if STATE_SPACE_KEY.match(key)]
+    if other or state_space:
+        raise UserError(
+            f"{place} is a hybrid model ({(other + state_space)[0]}): only attention layers are "
+            "supported, state-space and linear-attention layers are not"
+        )
+
+
+def _stock_config(config: dict[str, Any], place: Path) -> PretrainedConfig | None:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_type = config["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        return None
+    if CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{place} is no config of a causal language model, but of {model_type}")
+    reason: Exception
+    try:
+        return copy.deepcopy(_make(json.dumps(config, sort_keys=True)))
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        reason = error
+    except (StrictDataclassError, RuntimeError, ZeroDivisionError, IndexError) as error:
+        reason = error
+    raise UserError(
+        f"{place}: transformers can make no causal language model of this config: "
+        f"{_last_line(reason)}"
+    )
+
+
+@lru_cache(maxsize=64)
+def _make(fields: str) -> PretrainedConfig:
+    """The stock config of a config.json, after a model was made of a copy of it."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    named = json.loads(fields)
+    config: PretrainedConfig = CONFIG_MAPPING[named["model_type"]].from_dict(named)
+    plain = copy.deepcopy(config)
+    plain.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(plain)
+    return config
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = lines[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")[:200]
+    return f"{type(error).__name__} {reason}" if isinstance(error, KeyError) else reason
