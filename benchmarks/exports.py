@@ -19,7 +19,7 @@ from typing import Any
 from protocol import DENSE, TESTS
 
 from regrow import DataConfig, ExportConfig, export
-from regrow.quantization.gguf_types import NAMES
+from regrow.quantization.formats import GGUF_FORMATS
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_0", "Q4_K_M", "Q4_1", "Q4_0")
 HEAD = "| type | MB | bits per weight | KL, nats | worst | same top token | greedy | fell back |\n"
@@ -59,7 +59,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=DENSE)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--types", nargs="+", choices=NAMES, default=list(TYPES))
+    parser.add_argument("--types", nargs="+", choices=GGUF_FORMATS, default=list(TYPES))
     parser.add_argument("--n", type=int, default=2000, help="positions")
     return parser.parse_args()
 

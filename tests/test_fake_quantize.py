@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from regrow import DistillConfig, QuantizeConfig, UserError, quantize
 from regrow.pruning.config import PruneConfig
 from regrow.quantization.fake_quantize import bind_rounding, grid_of
-from regrow.quantization.schemes import find
+from regrow.quantization.formats import find_scheme
 from regrow.stages.distill.stage import distill
 from regrow.stages.prune.stage import prune
 
@@ -51,9 +51,9 @@ def test_the_forward_pass_is_that_of_rounded_weights(name: str) -> None:
     model, twin = (tiny_model(name, torch.float32, tie_word_embeddings=False) for _ in range(2))
     for path, module in twin.named_modules():
         if isinstance(module, nn.Linear) and path != "lm_head":
-            grid = grid_of(module.weight, find(SCHEME))
+            grid = grid_of(module.weight, find_scheme(SCHEME))
             module.weight.data = grid.nearest(module.weight.data)
-    settle = bind_rounding(model, find(SCHEME))
+    settle = bind_rounding(model, find_scheme(SCHEME))
     assert torch.equal(model(tiny_ids()).logits, twin(tiny_ids()).logits)
     model(tiny_ids()).logits.square().sum().backward()
     twin(tiny_ids()).logits.square().sum().backward()
@@ -68,12 +68,14 @@ def test_the_forward_pass_is_that_of_rounded_weights(name: str) -> None:
 def test_the_grid_stays_while_the_weights_move() -> None:
     model = tiny_model("llama", torch.float32)
     linear = model.model.layers[0].mlp.down_proj
-    grid = grid_of(linear.weight, find(SCHEME))
-    settle = bind_rounding(model, find(SCHEME))
+    grid = grid_of(linear.weight, find_scheme(SCHEME))
+    settle = bind_rounding(model, find_scheme(SCHEME))
     linear.weight.data *= 1.3
     settle()
     assert torch.equal(linear.weight, grid.nearest(linear.weight))
-    assert not torch.equal(grid_of(1.3 * linear.weight, find(SCHEME)).scale_RG, grid.scale_RG)
+    assert not torch.equal(
+        grid_of(1.3 * linear.weight, find_scheme(SCHEME)).scale_RG, grid.scale_RG
+    )
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, LlamaFileType
 from tiny_folders import data_of, write_model, write_text
 from tiny_gguf import CASES, WIDE, exported, random_ids, write_case
 from tiny_tokenizer import tiny_tokenizer_of
 
-from regrow import UserError, families, load
+from regrow import ExportConfig, UserError, families, load
 from regrow.checkpoint import Checkpoint
-from regrow.llama_cpp import GgufModel
-from regrow.quantization.gguf_types import BY_LLAMA_CPP
+from regrow.cost import file_bytes
+from regrow.llama_cpp import GgufModel, quantize
+from regrow.quantization.formats import GGUF_FORMATS, SCHEMES, TYPES
 from regrow.stages.export import hyperparameters
-from regrow.stages.export.tensors import contents, interleaved
+from regrow.stages.export import stage as export_stage
+from regrow.stages.export.tensors import contents, file_type, interleaved
 from regrow.stages.export.verify import compare
 
 
@@ -71,29 +75,66 @@ def test_types(type_name: str, tmp_path: Path) -> None:
     found = figures(path.parent)
     assert 0 < found["kl"] < most
     stored = contents(path)
-    matrices = {tensor.type for tensor in stored if len(tensor.shape) > 1}
-    if type_name not in BY_LLAMA_CPP:
+    matrices = {kind for _, shape, kind in stored if len(shape) > 1}
+    mixed = GGUF_FORMATS[type_name].by_llama_cpp
+    if not mixed:
         wanted = {type_name} | ({"Q8_0"} if type_name in ("Q5_1", "Q4_0") else set())
         assert matrices == wanted  # the head, here also the embedding, has more bits
     told = json.loads((path.parent / "manifest.json").read_text())["fallbacks"]
-    assert bool(told) == (type_name in BY_LLAMA_CPP)  # rows of 64 and 96 are no multiple of 256
-    bits = 8 * sum(t.bytes for t in stored) / families.of(checkpoint).count(checkpoint.config)
+    assert bool(told) == mixed  # rows of 64 and 96 are no multiple of 256
+    size = sum(TYPES[kind].bytes(math.prod(shape[:-1]), shape[-1]) for _, shape, kind in stored)
+    bits = 8 * size / families.of(checkpoint).count(checkpoint.config)
     assert found["bits_per_weight"] == pytest.approx(bits)
     assert path.stat().st_size == found["file_bytes"]
+
+
+def test_sizes_are_those_of_the_gguf_package() -> None:
+    for kind in TYPES.values():
+        if kind.name not in SCHEMES:
+            block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind.name]]
+            assert (kind.block, kind.bits) == (block, 8 * size), kind.name
+    for known in GGUF_FORMATS.values():
+        prefix = "ALL" if known.name == "F32" else "MOSTLY"
+        assert hasattr(LlamaFileType, f"{prefix}_{known.name}")
+
+
+MIXED: dict[str, tuple[str, dict[str, Any]]] = {
+    "whole rows": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": False}),
+    "rows of 224": ("llama", {"num_key_value_heads": 2, "intermediate_size": 224}),
+    "fused": ("phi3", {"num_key_value_heads": 4}),
+    "8 experts": ("mixtral", {"num_local_experts": 8, "num_hidden_layers": 3}),
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_types_are_those_that_llama_cpp_chooses(case: str, tmp_path: Path) -> None:
+    """In every mix of K-quants, in every layer, with rows that fit and rows that do not."""
+    model_type, fields = MIXED[case]
+    wide = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
+    wide |= {"head_dim": 64, "num_hidden_layers": 17, "sliding_window": None}
+    checkpoint = write_model(tmp_path / "model", model_type, torch.float16, **{**wide, **fields})
+    source = export_stage.check(checkpoint, ExportConfig())
+    plain = exported(checkpoint, tmp_path / "F16.gguf", "F16", verify="never")
+    for mix in (known for known in GGUF_FORMATS.values() if known.by_llama_cpp):
+        quantize(plain, tmp_path / "mix.gguf", file_type(mix.name))
+        chosen = {name: kind for name, _, kind in contents(tmp_path / "mix.gguf")}
+        assert {t.name: t.type for t in source.stored(mix)} == chosen, mix.name
+        size = sum(t.bytes for t in source.stored(mix))
+        assert file_bytes(source.family, checkpoint.config, mix.name) == size
 
 
 def test_rows_that_a_type_cannot_hold(tmp_path: Path) -> None:
     fields = {**WIDE, "head_dim": 16, "intermediate_size": 72}
     checkpoint = write_model(tmp_path / "model", **fields)
     path = exported(checkpoint, tmp_path / "out", "Q4_0")
-    by_name = {tensor.name: tensor.type for tensor in contents(path)}
+    by_name = {name: kind for name, _, kind in contents(path)}
     assert by_name["blk.0.ffn_down.weight"] == "F16"
     assert by_name["blk.0.ffn_up.weight"] == "Q4_0"
     (told,) = json.loads((path.parent / "manifest.json").read_text())["fallbacks"]
     taken = 3 * 64 * 72 * 2  # three layers in F16
     more = taken - 3 * 64 * 72 * 18 / 32
     assert told == (
-        "3 tensors with rows of 72 (no multiple of 32): F16 instead of Q4_0, "
+        "3 tensors (ffn_down) with rows of 72, not a multiple of 32: F16 instead of Q4_0, "
         f"{taken / 1e6:.2f} MB, {more / 1e6:.2f} MB more"
     )
 
@@ -163,7 +204,7 @@ def test_other_tokenizers(kind: str, tmp_path: Path) -> None:
 
 def test_held_out_text_is_what_is_compared_on(tmp_path: Path) -> None:
     checkpoint = write_case(tmp_path / "model", "llama")
-    from regrow import ExportConfig, export
+    from regrow import export
 
     data = data_of(write_text(tmp_path / "text.jsonl"))
     export(checkpoint, tmp_path / "out", ExportConfig(type="F16", verify_tokens=50), data)
@@ -183,5 +224,5 @@ def test_a_broken_file_is_told_in_one_line(tmp_path: Path) -> None:
             GgufModel(path)
         assert "\n" not in str(caught.value)
     path.write_bytes(whole[:100])
-    with pytest.raises(UserError, match="truncated or no GGUF file"):
+    with pytest.raises(UserError, match="truncated or not a GGUF file"):
         contents(path)

@@ -24,8 +24,8 @@ from regrow import (
 )
 from regrow.checkpoint import Checkpoint, load
 from regrow.cost import file_bytes
+from regrow.quantization.formats import SCHEMES, Scheme, find_scheme
 from regrow.quantization.grid import fit
-from regrow.quantization.schemes import SCHEMES, Scheme, find, fitting
 from regrow.stages.quantize.choose import choose
 from regrow.stages.quantize.pack import quantization_config
 
@@ -71,7 +71,7 @@ def reference(checkpoint: Checkpoint, name: str) -> PreTrainedModel:
     for module_name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or ".layers." not in module_name:
             continue
-        scheme = fitting(find(name), module.in_features)
+        scheme = find_scheme(name).fitting(module.in_features)
         rounded = fit(module.weight, scheme, torch.bfloat16).nearest(module.weight.detach())
         if not scheme.symmetric:  # with zero points transformers unpacks in the dtype on disk
             rounded = rounded.to(torch.bfloat16)
@@ -133,7 +133,7 @@ def test_experts(name: str, tmp_path: Path, text: Path) -> None:
         data_of(text),
     )
     out = quantize(checkpoint, tmp_path / "out", config, data_of(text))
-    if not find(name).dynamic:
+    if not find_scheme(name).dynamic:
         torch.testing.assert_close(logits(stock(out)), logits(stock(plain)), rtol=2e-2, atol=2e-2)
     shapes = Checkpoint(out, quantized=True).shapes
     assert "model.layers.0.block_sparse_moe.gate.weight" in shapes
@@ -176,7 +176,7 @@ def test_layers_are_calibrated_on_the_rounded_ones_before(tmp_path: Path, text: 
         inputs = {"input_ids": blocks.input_ids[numbers], "use_cache": False}
         model(**inputs, position_ids=blocks.position_ids[numbers])
     x = seen[0][blocks.real[numbers]]
-    scheme = fitting(SCHEMES["int4-g64"], 160)
+    scheme = SCHEMES["int4-g64"].fitting(160)
     weight = checkpoint.tensor(name + ".weight")
     expected, _ = by_gptq(weight, scheme, torch.bfloat16, x.T @ x / len(x))
     same = (rounded.tensor(name + ".weight") == expected).float().mean()
@@ -202,7 +202,7 @@ def test_mixed_settings(tmp_path: Path) -> None:
     }
     model = checkpoint.model(torch.float32)
     for module, name in schemes.items():
-        layer, scheme = model.get_submodule(module), find(name)
+        layer, scheme = model.get_submodule(module), find_scheme(name)
         assert isinstance(layer, nn.Linear)
         with torch.no_grad():
             layer.weight.copy_(fit(layer.weight, scheme, torch.bfloat16).nearest(layer.weight))

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from regrow import plugins
 from regrow.errors import UserError
-from regrow.quantization import formats
+from regrow.quantization.formats import SCHEMES, Scheme, find_scheme
 from regrow.quantization.grid import Grid, fake_quantize, fit
-from regrow.quantization.schemes import SCHEMES, Scheme, find, fitting
-from regrow.stages.quantize.config import METHODS
+from regrow.stages.quantize import METHODS
 from regrow.stages.quantize.methods import gptq
 from regrow.stages.quantize.pack import _scheme, layout, packed
 
@@ -244,15 +243,14 @@ def test_fake_quantization_passes_gradients_straight() -> None:
 
 
 def test_names_and_fallbacks() -> None:
-    assert find("int4") is SCHEMES["int4-g64"]
-    with pytest.raises(UserError, match=r"no scheme named 'int5'.*there are: \['int4'"):
-        find("int5")
+    assert find_scheme("int4") is SCHEMES["int4-g64"]
+    with pytest.raises(UserError, match=r"no scheme named 'int5'.*there are: int4, int8"):
+        find_scheme("int5")
     expected = {1184: "int4-g32", 128: "int4-g128", 192: "int4-g64", 100: "int8"}
     for columns, name in expected.items():
-        assert fitting(SCHEMES["int4-g128"], columns).name == name
+        assert SCHEMES["int4-g128"].fitting(columns).name == name
         ends = name + "-asym" if name != "int8" else name
-        assert fitting(SCHEMES["int4-g128-asym"], columns).name == ends
-    for name in ("int4-g128", "int4-g64", "int4-g32"):  # what sizes are promised by
-        assert formats.TYPES[name].fallback == SCHEMES[name].fallback
-    assert SCHEMES["int4-g64"].stored_bits(2, 128) == 2 * (128 * 4 + 2 * 16)
-    assert SCHEMES["int4-g64-asym"].stored_bits(2, 128) == 2 * (128 * 4 + 2 * 20)
+        assert SCHEMES["int4-g128-asym"].fitting(columns).name == ends
+    assert SCHEMES["int4-g64"].type.bytes(2, 128) == 2 * (128 * 4 + 2 * 16) / 8
+    assert SCHEMES["int4-g64-asym"].type.bytes(2, 128) == 2 * (128 * 4 + 2 * 20) / 8
+    assert SCHEMES["fp8"].type.bytes(2, 128) == 2 * (128 * 8 + 16) / 8

@@ -41,7 +41,8 @@ def test_a_mix_by_hand() -> None:
     config |= {"head_dim": 64, "num_hidden_layers": 8, "vocab_size": 1000}
     hidden, mlp, kv = 512, 1536, 256
     more = [i for i in range(8) if i < 1 or i >= 7 or (i - 1) % 3 == 2]
-    assert formats.layers_with_more(8) == len(more) == 4
+    by_type = formats.find("q4_k_m").layers_by_type("v_proj", LLAMA.sizes(config))
+    assert by_type == {"Q6_K": len(more), "Q4_K": 4}
     four = 2 * hidden * hidden + kv * hidden + 2 * hidden * mlp  # q, o, k, gate, up
     mixed = kv * hidden + hidden * mlp  # v, down
     sequences = 8 * four * 144 + (4 * 144 + 4 * 210) * mixed + 1000 * hidden * 210
@@ -57,12 +58,16 @@ def test_what_a_misfit_costs_is_told() -> None:
     embedding = next(line for line in mixed if "embed" in line)
     # 16 bits instead of 4.5 for 30 layers of 576 × 1500
     extra = 30 * 576 * 1500 * (16 - 4.5) / 8
-    assert "rows of 1500 are no multiple of 32: f16 in place of q4_0 for 30 tensors" in down
-    assert f"{extra / 1e6:+,.1f} MB" in down
+    assert (
+        "30 tensors (down_proj) with rows of 1500, not a multiple of 32: F16 instead of Q4_0"
+        in down
+    )
+    assert f"{extra / 1e6:.2f} MB more" in down
     # The embedding, which is the head too, and v_proj in the 14 layers that get more bits.
-    assert "rows of 576 are no multiple of 256: q8_0 in place of q6_k for 15 tensors" in embedding
+    assert embedding.startswith("q4_k_m: 15 tensors (embed_tokens, v_proj) with rows of 576, not a")
+    assert "multiple of 256: Q8_0 instead of Q6_K" in embedding
     extra = (49152 + 14 * 192) * 576 * (8.5 - 6.5625) / 8
-    assert f"{extra / 1e6:+,.1f} MB" in embedding
+    assert f"{extra / 1e6:.2f} MB more" in embedding
     assert cost.fallbacks(LLAMA, SMOLLM2, "q4_0") == []
 
 

@@ -16,14 +16,14 @@ from regrow.stages.distill.config import DistillConfig as DistillConfig
 from regrow.stages.distill.stage import distill as distill
 from regrow.stages.evaluate.config import EvaluateConfig as EvaluateConfig
 from regrow.stages.evaluate.stage import evaluate as evaluate
-from regrow.stages.export.config import ExportConfig as ExportConfig
+from regrow.stages.export import ExportConfig as ExportConfig
 from regrow.stages.export.stage import export as export
 from regrow.stages.generate.config import GenerateConfig as GenerateConfig
 from regrow.stages.generate.stage import generate as generate
 from regrow.stages.profile.config import ProfileConfig as ProfileConfig
 from regrow.stages.profile.stage import profile as profile
 from regrow.stages.prune.stage import prune as prune
-from regrow.stages.quantize.config import QuantizeConfig as QuantizeConfig
+from regrow.stages.quantize import QuantizeConfig as QuantizeConfig
 from regrow.stages.quantize.stage import quantize as quantize
 from regrow.stages.report.config import ReportConfig as ReportConfig
 from regrow.stages.report.stage import report as report

@@ -1,11 +1,16 @@
-"""What a model costs: operations per token, bytes on disk in a named format, bytes in memory."""
+"""What a model costs: parameters, operations and seconds, bytes on disk and in memory.
+
+An operation is a multiplication or an addition. A forward pass takes 2 for each parameter that a
+token runs through, a backward pass 2 for the gradients of the activations and 2 for those of the
+weights (Kaplan et al., 2020, arXiv:2001.08361, section 2.1). Times are those of matrix products at
+the rate measured on this machine, and so the least that is possible.
+"""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +19,19 @@ from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.families import Family, rows
 from regrow.quantization import formats
-from regrow.quantization.formats import TYPES
+from regrow.quantization.formats import StorageFormat, StoredTensor, fitting
+
+FORWARD = 2
+"""Operations for each parameter and token of a forward pass."""
+BACKWARD = {"none": 4, "frozen": 2, "lora": 2, "qlora": 2}
+"""Operations of a backward pass, by adapter: frozen weights need no gradient of their own."""
+TRAINING_BYTES = {"none": 16.0, "lora": 2.0, "qlora": 0.6}
+"""Bytes for each parameter that is trained, by adapter: float32 weight, gradient and the two
+moments of Adam; a frozen weight in 16 or about 4 bits."""
+CACHE_BYTES = 2
+"""Bytes of a cached key or value: 16 bits, as llama.cpp and bf16 models keep them."""
+PROMPT_TOKENS = 512
+"""Tokens of a prompt that are computed at once, as llama.cpp's n_ubatch."""
 
 
 def parameters(checkpoint: Checkpoint) -> int:
@@ -23,12 +40,13 @@ def parameters(checkpoint: Checkpoint) -> int:
 
 
 def active(checkpoint: Checkpoint) -> int:
-    """Parameters that one token runs through; a forward pass takes two operations for each."""
+    """Parameters that one token runs through: of the experts only those its router chooses."""
     return families.of(checkpoint).active(checkpoint.config)
 
 
+@cache
 def matmul_rate() -> float:
-    """Operations per second of a bf16 matrix product of a usual size here, measured now."""
+    """Operations per second of a bf16 matrix product of a usual size here; measured once."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a = torch.randn(1024, 1024, dtype=torch.bfloat16, device=device)
     _ = (a @ a)[0, 0].item()
@@ -38,51 +56,77 @@ def matmul_rate() -> float:
     return 4 * 2 * 1024**3 / (time.perf_counter() - start)
 
 
-CACHE_BYTES = 2  # of a key or value: f16, as llama.cpp and bf16 models keep them
-CHUNK = 512  # tokens of a prompt that are computed at once, as llama.cpp's n_ubatch
+def seconds_for(tokens: float, operations: float) -> float:
+    """Seconds for `tokens` tokens of so many operations each, at the rate of this machine."""
+    return tokens * operations / matmul_rate()
 
 
-@dataclass(frozen=True)
-class StoredTensors:
-    """All tensors of one row of a family's table that are stored in one type."""
+def forward_seconds(checkpoint: Checkpoint, tokens: float) -> float:
+    """Seconds of a forward pass over `tokens` tokens."""
+    return seconds_for(tokens, FORWARD * active(checkpoint))
 
-    template: str
-    tensors: int
-    rows: int
-    columns: int
-    wanted: str
-    """Type that the format has for them."""
-    given: str
-    """Type that their rows fit."""
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of all of them."""
-        return self.tensors * TYPES[self.given].bytes(self.rows, self.columns)
+def training_operations(student: int, teacher: int = 0, adapter: str = "none") -> int:
+    """Operations for each token of a distillation, by parameters of student and teacher."""
+    return FORWARD * teacher + (FORWARD + BACKWARD[adapter]) * student
+
+
+def training_bytes(parameters: int, adapter: str = "none") -> float:
+    """Bytes of weights, gradients and optimizer of a student that is trained."""
+    return TRAINING_BYTES[adapter] * parameters
 
 
 def stored(
     family: Family, config: dict[str, Any], format: str, sizes: dict[str, int] | None = None
-) -> Iterator[StoredTensors]:
+) -> Iterator[StoredTensor]:
     """How each tensor of a model is stored in a format; `sizes` override those of the config."""
+    wanted_by = formats.find(format)
     full = {**family.sizes(config), **(sizes or {})}
     for template, row in family.tensors.items():
         if not family.exists(row, config):
             continue
-        shape = [rows(axis, full) for axis in row.axes]
-        for wanted, count in _types(template, len(shape), family, config, format, full):
-            if count:
-                given = formats.fitting(wanted, shape[-1])
-                yield StoredTensors(
-                    template, count, math.prod(shape[:-1]), shape[-1], wanted, given
-                )
+        shape = tuple(rows(axis, full) for axis in row.axes)
+        count = family.copies(template, config, full)
+        for wanted, some in _types(family, template, config, wanted_by, full, count).items():
+            if some:
+                yield StoredTensor(template, shape, wanted, fitting(wanted, shape[-1]), some)
+
+
+def role_of(family: Family, template: str, config: dict[str, Any]) -> str:
+    """What a tensor is to a storage format: see `StorageFormat.type_of`."""
+    axes = family.tensors[template].axes
+    if len(axes) == 1 or axes[0] == "experts":
+        return "other"
+    if template == family.head:
+        return "head"
+    if template == family.embedding:
+        return "embedding" if family.exists(family.tensors[family.head], config) else "head"
+    if axes[1] in ("mlp", "expert_mlp"):
+        return "down_proj"
+    module = template.split(".")[-2]
+    return "v_proj" if module == "qkv_proj" else module
+
+
+def _types(
+    family: Family,
+    template: str,
+    config: dict[str, Any],
+    format: StorageFormat,
+    sizes: dict[str, int],
+    count: int,
+) -> dict[str, int]:
+    """Number of tensors of each type among the `count` of one row of a family's table."""
+    by_layer = format.layers_by_type(role_of(family, template, config), sizes)
+    (first, _), *others = by_layer.items()
+    found = {kind: layers * count // max(1, sizes["layers"]) for kind, layers in others}
+    return {first: count - sum(found.values()), **found}
 
 
 def file_bytes(
     family: Family, config: dict[str, Any], format: str, sizes: dict[str, int] | None = None
 ) -> int:
     """Bytes of all tensors in a format, tied ones once; without the file's header and tokenizer."""
-    return sum(found.bytes for found in stored(family, config, format, sizes))
+    return sum(tensor.bytes for tensor in stored(family, config, format, sizes))
 
 
 def ram_bytes(
@@ -101,7 +145,7 @@ def ram_bytes(
     """
     full = {**family.sizes(config), **(sizes or {})}
     cache = 2 * full["layers"] * full["kv_heads"] * full["head_dim"] * context_length * CACHE_BYTES
-    tokens = min(CHUNK, context_length)
+    tokens = min(PROMPT_TOKENS, context_length)
     heads = (full["heads"] + 2 * full["kv_heads"]) * full["head_dim"]
     inside = full.get("mlp", 0)
     if "experts" in full:
@@ -129,45 +173,6 @@ def forward_flops(family: Family, config: dict[str, Any], tokens: int, past: int
 def fallbacks(
     family: Family, config: dict[str, Any], format: str, sizes: dict[str, int] | None = None
 ) -> list[str]:
-    """A line for each type that rows do not fit: which tensors, what they get, what it costs."""
-    groups: dict[tuple[str, str, int], list[StoredTensors]] = {}
-    for found in stored(family, config, format, sizes):
-        if found.wanted != found.given:
-            groups.setdefault((found.wanted, found.given, found.columns), []).append(found)
-    lines = []
-    for (wanted, given, columns), some in groups.items():
-        block, size = TYPES[wanted].block, TYPES[wanted].size
-        fitted = sum(s.tensors * s.rows * s.columns * size / block for s in some)
-        extra = sum(s.bytes for s in some) - fitted
-        names = ", ".join(dict.fromkeys(s.template.split(".")[-2] for s in some))
-        lines.append(
-            f"{format}: rows of {columns} are no multiple of {block}: {given} in place of {wanted} "
-            f"for {sum(s.tensors for s in some)} tensors ({names}), {extra / 1e6:+,.1f} MB"
-        )
-    return lines
-
-
-def _types(
-    template: str,
-    axes: int,
-    family: Family,
-    config: dict[str, Any],
-    format: str,
-    sizes: dict[str, int],
-) -> list[tuple[str, int]]:
-    """(type, number of tensors) of one row of the table."""
-    found = formats.find(format)
-    count = family.copies(template, config, sizes)
-    if axes == 1:
-        return [(found.other, count)]
-    if template == family.head:
-        return [(found.head, count)]
-    if template == family.embedding:
-        tied = not family.exists(family.tensors[family.head], config)
-        return [(found.head if tied else found.embedding, count)]
-    module = template.split(".")[-2]
-    plain = found.parts.get(module, found.linear)
-    more = 0
-    if module in found.more:
-        more = formats.layers_with_more(sizes["layers"]) * count // max(1, sizes["layers"])
-    return [(plain, count - more), (found.more.get(module, plain), more)]
+    """A line for each type that rows do not fit: which tensors, their type, and what it costs."""
+    lines = formats.fallback_lines(stored(family, config, format, sizes))
+    return [f"{format}: {line}" for line in lines]

@@ -16,11 +16,12 @@ class UserError(ValueError):
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is none of `known`, naming the closest and those there are."""
     known = list(known)
-    hint = nearest(name.lower(), known)
+    hint = nearest(name, known)
     return UserError(f"no {kind} named {name!r}{hint}; there are: {', '.join(known)}")
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """`" — did you mean 'x'?"` for the allowed name closest to `name`, else an empty string."""
-    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return f" — did you mean {close[0]!r}?" if close else ""
+    """`" — did you mean 'x'?"` for the closest allowed name, in any case; else an empty string."""
+    by_lower = {each.lower(): each for each in allowed}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f" — did you mean {by_lower[close[0]]!r}?" if close else ""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from regrow.quantization.formats import Scheme
 from regrow.quantization.grid import Grid, fake_quantize, fit
-from regrow.quantization.schemes import Scheme, fitting
 
 STORED = torch.bfloat16
 """What the scales of a quantized folder are stored in."""
@@ -48,4 +48,4 @@ def grid_of(weight_RC: Tensor, scheme: Scheme) -> Grid:
     """The grid to train a weight for."""
     columns = weight_RC.shape[1]
     every = torch.ones(columns, device=weight_RC.device)
-    return fit(weight_RC, fitting(scheme, columns), STORED, every)
+    return fit(weight_RC, scheme.fitting(columns), STORED, every)

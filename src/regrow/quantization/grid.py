@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.quantization.schemes import Scheme
+from regrow.quantization.formats import Scheme
 
 E4M3 = torch.float8_e4m3fn
 SHRINKS = tuple(1 - 0.025 * n for n in range(15))

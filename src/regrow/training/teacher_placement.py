@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.layerwise import LayerByLayer
+from regrow.quantization.formats import SCHEMES
 from regrow.quantization.grid import fit
-from regrow.quantization.schemes import SCHEMES
 from regrow.training import sharding
 
 TeacherPlacement: TypeAlias = Literal["whole", "int8", "shares", "disk"]

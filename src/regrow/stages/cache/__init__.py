@@ -102,13 +102,13 @@ def fitted(step: Step, steps: list[Step], model: str) -> CacheConfig:
 
 def estimate(teacher: Checkpoint, data: DataConfig, config: CacheConfig) -> list[str]:
     """Tokens, disk and time of a cache: one pass, 2 N operations per token."""
-    from regrow.cost import active, matmul_rate
+    from regrow.cost import forward_seconds
     from regrow.runtime.progress import clock
     from regrow.stages.cache.stage import header_of
 
     form = header_of(teacher, data, config).formats()["train"]
     heldout = config.heldout_sequences * data.sequence_length
-    seconds = (config.tokens + heldout) * 2 * active(teacher) / matmul_rate()
+    seconds = forward_seconds(teacher, config.tokens + heldout)
     size = config.tokens * form.bytes_per_token()
     return [
         f"cache: {config.format}, {config.tokens:,} tokens to train on and {heldout:,} held out",

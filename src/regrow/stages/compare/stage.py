@@ -18,7 +18,7 @@ from rich.table import Table
 from regrow import families, plugins
 from regrow.checkpoint import Checkpoint, load
 from regrow.config import Options
-from regrow.cost import matmul_rate
+from regrow.cost import FORWARD, seconds_for
 from regrow.data import DataConfig
 from regrow.errors import UserError
 from regrow.families import Family
@@ -281,7 +281,7 @@ def estimate(
     if heads > 0:
         passes += 1 + 2 * (len(check_heads(profile)) + heads)
     again = max(0, len(what.steps) - 1) * profile.info["tokens"]
-    seconds = (passes * tokens + again) * 2 * before / matmul_rate()
+    seconds = seconds_for(passes * tokens + again, FORWARD * before)
     lines = [
         f"compare: {', '.join(what.criteria) or 'no criterion'}",
         f"  cut to {after:,} parameters ({after / before:.1%}) {what.sizes}",

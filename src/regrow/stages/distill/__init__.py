@@ -181,7 +181,7 @@ def training_lines(
     student: int, teacher: int, data: DataConfig, config: DistillConfig, options: Options
 ) -> list[str]:
     """As `estimate`, for models of so many parameters, which need not be there yet."""
-    from regrow.cost import matmul_rate
+    from regrow.cost import seconds_for, training_bytes, training_operations
     from regrow.runtime.progress import clock
     from regrow.stages.distill.setup import budget_of
     from regrow.stages.distill.teacher import teacher_placement
@@ -189,13 +189,12 @@ def training_lines(
     steps, micro, accumulation = budget_of(config, data, options)
     teacher = 0 if config.cache else teacher
     of_teacher = {"disk": 0, "int8": teacher}.get(teacher_placement(config, options), 2 * teacher)
-    # Operations per token, bytes per parameter: frozen weights have no gradient and no moments.
-    work, held = {"none": (6, 16.0), "lora": (4, 2.0), "qlora": (4, 0.6)}[config.adapter]
-    seconds = config.tokens * (2 * teacher + work * student) / matmul_rate()
+    held = training_bytes(student, config.adapter)
+    seconds = seconds_for(config.tokens, training_operations(student, teacher, config.adapter))
     return [
         f"distill: {steps} steps of {config.batch_tokens:,} tokens "
         f"({accumulation} micro-batches of {micro} sequences)",
-        f"  memory {(held * student + of_teacher) / 1e9:.2f} GB for weights, gradients, optimizer "
+        f"  memory {(held + of_teacher) / 1e9:.2f} GB for weights, gradients, optimizer "
         f"and teacher, activations on top; time at best {clock(seconds)}",
     ]
 

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from regrow import plugins
 from regrow.config import Config
 from regrow.errors import unknown
-from regrow.quantization import schemes
+from regrow.quantization import formats
 
 LOSSES = "regrow.training.losses"
 FEATURE_LOSSES = "regrow.training.feature_losses"
@@ -130,7 +130,7 @@ class DistillConfig(Config):
     def _weights_alone(cls, name: str | None) -> str | None:
         if name is None:
             return None
-        scheme = schemes.find(name)
+        scheme = formats.find_scheme(name)
         if scheme.dynamic:
             raise ValueError(f"{scheme.name} rounds inputs too; give int8 or a kind of int4")
         return scheme.name

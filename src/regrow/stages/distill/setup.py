@@ -15,7 +15,7 @@ from regrow.config import Options
 from regrow.data import DataConfig
 from regrow.data.sequences import Sequences, build_sequences
 from regrow.errors import UserError
-from regrow.quantization.schemes import Scheme, find
+from regrow.quantization.formats import Scheme, find_scheme
 from regrow.runtime import distributed
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.features import feature_losses_between
@@ -140,7 +140,7 @@ def rounding_of(student: Student, config: DistillConfig, sharded: bool) -> Schem
     known = model_type in plugins.names(families.__name__)
     if known and "experts" in families.get(model_type).config_keys:
         raise UserError(f"fake_quantize {name}: not for a mixture of experts ({model_type})")
-    return find(name)
+    return find_scheme(name)
 
 
 @dataclass(frozen=True)

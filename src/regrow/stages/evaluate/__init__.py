@@ -104,7 +104,7 @@ def estimate(
     config: EvaluateConfig,
 ) -> list[str]:
     """What would be measured of which models, their sizes, and the time to read the text."""
-    from regrow.cost import active, matmul_rate, parameters
+    from regrow.cost import forward_seconds, parameters
     from regrow.llama_cpp import threads
     from regrow.runtime.progress import clock
     from regrow.stages.evaluate.gguf_model import GgufFile, find_parents
@@ -114,7 +114,6 @@ def estimate(
     tokens += config.heldout_sequences * data.sequence_length if data is not None else 0
     lines = [f"evaluate: {', '.join(config.metrics)} on {tokens:,} tokens"]
     lines += [f"  {line}" for line in check_tasks(config)]
-    rate = matmul_rate()
     every = {**models, **({"against": against} if against else {})}
     find_parents(every, "against")
     for label, checkpoint in every.items():
@@ -124,7 +123,7 @@ def estimate(
             lines.append(f"  {label}: {what}, by llama.cpp with {threads()} threads")
             continue
         size = sum(map(checkpoint.bytes, checkpoint.names()))
-        seconds = 2 * active(checkpoint) * tokens / rate
+        seconds = forward_seconds(checkpoint, tokens)
         lines.append(
             f"  {label}: {parameters(checkpoint):,} parameters, {size / 1e6:,.1f} MB, about "
             f"{clock(seconds)} for the text; speed, tasks and generations on top"

@@ -16,8 +16,8 @@ from regrow import families, stage_dir
 from regrow.checkpoint import Checkpoint
 from regrow.checkpoint.resolve import gguf_of
 from regrow.families import Family
-from regrow.stages.export.place import CARD
 
+CARD = "README.md"
 RECIPE = "recipe.yaml"
 PACKAGE = "package:"
 FIRST_WORDS = {

@@ -13,9 +13,10 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from regrow.stages.export import limits, tokenizer
+from regrow.stages.export import hyperparameters, tokenizer
 from regrow.stages.export.tensors import ExportSource
 
+MODELFILE = "Modelfile"
 Message = dict[str, str]
 SYSTEM, USER, ANSWER, AGAIN = "Ⓢsystem", "Ⓤuser", "Ⓐanswer", "Ⓥagain"
 
@@ -167,7 +168,7 @@ def text(source: ExportSource, file: str) -> str:
             "# The chat template does more than put text around messages, which is all that is\n"
             "# translated here; Ollama takes the one in the GGUF file if it knows it."
         )
-    longest = limits.context(source.config, str(source.family.gguf))[0]
+    longest = hyperparameters.context(source.config, str(source.family.gguf))[0]
     if longest > MOST_CONTEXT:
         parts.append(f"# The model takes {longest}; each position costs memory.")
     parts.append(f"PARAMETER num_ctx {min(longest, MOST_CONTEXT)}")

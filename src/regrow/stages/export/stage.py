@@ -5,25 +5,38 @@ The output is a stage's folder, or a .gguf file of any name among other files.
 
 from __future__ import annotations
 
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from regrow import families, llama_cpp
+from regrow import families, llama_cpp, stage_dir
 from regrow.checkpoint import Checkpoint, load
+from regrow.config import Config
 from regrow.data import DataConfig
 from regrow.data.sequences import build_sequences
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
-from regrow.families import Family
-from regrow.quantization import gguf_types
-from regrow.quantization.gguf_types import Stored
+from regrow.quantization.formats import (
+    GGUF_FORMATS,
+    TYPES,
+    StorageFormat,
+    StoredTensor,
+    fallback_lines,
+)
 from regrow.runtime.progress import say
-from regrow.stage_dir import Figure, refuse_input
-from regrow.stages.export import card, chat, limits, tensors, tokenizer, verify
-from regrow.stages.export.card import lineage_of
-from regrow.stages.export.config import ExportConfig
-from regrow.stages.export.place import CARD, MODELFILE, stage_at
+from regrow.stage_dir import Figure, StageDir, refuse_input
+from regrow.stages.export import (
+    ExportConfig,
+    card,
+    chat,
+    hyperparameters,
+    tensors,
+    tokenizer,
+    verify,
+)
+from regrow.stages.export.card import CARD, lineage_of
+from regrow.stages.export.chat import MODELFILE
 
 LONGEST = 512
 """Tokens of a window that is compared."""
@@ -53,10 +66,11 @@ def export(
         say(f"export: {target} is complete and unchanged")
         return target
     windows, text = _text(checkpoint, source, config, data)
+    format = GGUF_FORMATS[config.type]
     with stage as folder:
-        stored = tensors.write(folder / file, source, config.type)
+        stored = tensors.write(folder / file, source, format)
         stage.figures += _sizes(stored, folder / file, config.type)
-        stage.extra["fallbacks"] = [str(f) for f in gguf_types.fallbacks(stored, config.type)]
+        stage.extra["fallbacks"] = fallback_lines(stored)
         if _verifies(config):
             proof = verify.prove(
                 folder / file, checkpoint, windows, text, config.prompt, config.new_tokens
@@ -65,8 +79,8 @@ def export(
             stage.figures += proof.figures()
             stage.extra["verified"] = proof.lines()
         (folder / MODELFILE).write_text(chat.text(source, file))
-        told = card.text(source.name, source.lineage, source.family, stage.manifest(), file)
-        (folder / CARD).write_text(told)
+        readme = card.text(source.name, source.lineage, source.family, stage.manifest(), file)
+        (folder / CARD).write_text(readme)
     _tell(target, stage.figures, stage.extra)
     return target
 
@@ -83,19 +97,19 @@ def check(
     family = families.of(checkpoint)
     if find_spec("gguf") is None:
         raise UserError("writing GGUF needs the gguf package: pip install 'regrow[gguf]'")
-    if config.type in gguf_types.BY_LLAMA_CPP:
+    if GGUF_FORMATS[config.type].by_llama_cpp:
         llama_cpp.require(f"type {config.type}")
     if config.verify == "always":
         llama_cpp.require("verifying an export")
     loaded = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
-    limits.check(checkpoint, family, loaded)
+    hyperparameters.check(checkpoint, family, loaded)
     vocab_size = family.sizes(checkpoint.config)["vocab"]
     vocabulary = tokenizer.vocabulary(checkpoint, vocab_size, config.pre)
     lineage = lineage_of(checkpoint.folder, given)
     name = config.name or lineage.name
     source = tensors.ExportSource(checkpoint, family, loaded, vocabulary, name, lineage)
-    gguf_types.check_holds({entry.name: entry.shape for entry in source.entries}, config.type)
-    if reason := limits.context(loaded, str(family.gguf))[1]:
+    _check_rows(source.stored(GGUF_FORMATS[config.type]), GGUF_FORMATS[config.type])
+    if reason := hyperparameters.context(loaded, str(family.gguf))[1]:
         say(f"export: {reason}")
     return source
 
@@ -116,7 +130,7 @@ def _text(
     data: DataConfig | None,
 ) -> tuple[list[list[int]], tuple[str, str]]:
     """Windows of token ids to compare on, and a text whose tokens are, with the windows' name."""
-    most = min(LONGEST, limits.context(source.config, str(source.family.gguf))[0])
+    most = min(LONGEST, hyperparameters.context(source.config, str(source.family.gguf))[0])
     tokenizer: Any = checkpoint.tokenizer()
     if data is None:
         ids = tokenizer(verify.SAMPLE)["input_ids"]
@@ -136,12 +150,35 @@ def _text(
     return kept, (tokenizer.decode(windows[0], skip_special_tokens=True), name)
 
 
-def _sizes(stored: list[Stored], path: Path, type_name: str) -> list[Figure]:
+def _check_rows(stored: list[StoredTensor], format: StorageFormat) -> None:
+    """Raise UserError when more than half of the weights lie in rows that the type cannot pack.
+
+    A K-quant falls back to a type with blocks of 32 first, which fits most rows.
+    """
+    block = min(TYPES[format.linear].block, 32)
+    matrices = [tensor for tensor in stored if len(tensor.shape) > 1]
+    misfits = [tensor for tensor in matrices if tensor.shape[-1] % block]
+    share = sum(t.weights for t in misfits) / sum(t.weights for t in matrices)
+    if share > 0.5:
+        columns = ", ".join(map(str, sorted({tensor.shape[-1] for tensor in misfits})))
+        plain = ", ".join(f.name for f in GGUF_FORMATS.values() if TYPES[f.linear].block == 1)
+        raise UserError(
+            f"type {format.name} packs {block} weights of a row, and {share:.0%} of this model's "
+            f"weights are in rows of {columns}, not a multiple of {block}: use {plain}, or prune "
+            f"to widths that are a multiple of {block}"
+        )
+
+
+def _bits_per_weight(stored: list[StoredTensor]) -> float:
+    return 8 * sum(t.bytes for t in stored) / sum(t.weights for t in stored)
+
+
+def _sizes(stored: list[StoredTensor], path: Path, type_name: str) -> list[Figure]:
     return [
         Figure(name="file_bytes", value=path.stat().st_size, unit="bytes", convention=type_name),
         Figure(
             name="bits_per_weight",
-            value=gguf_types.bits_per_weight(stored),
+            value=_bits_per_weight(stored),
             unit="bits",
             convention="bytes of all tensors × 8 ÷ weights",
         ),
@@ -159,18 +196,60 @@ def _tell(target: Path, figures: list[Figure], extra: dict[str, Any]) -> None:
 
 
 def describe(checkpoint: Checkpoint, config: ExportConfig, given: str | None) -> list[str]:
-    """What an export would write, for --dry-run; raises UserError for what cannot be."""
+    """The file that an export would write, for --dry-run; raises UserError as `check` does."""
     source = check(checkpoint, config, given)
-    family: Family = source.family
-    if config.type in gguf_types.DIRECT:
-        stored = source.stored(config.type)
-        size = f"{sum(t.bytes for t in stored) / 1e6:.1f} MB, "
-        size += f"{gguf_types.bits_per_weight(stored):.2f} bits per weight"
-        told = [f"  {each}" for each in gguf_types.fallbacks(stored, config.type)]
-    else:
-        size, told = "as llama.cpp's quantizer chooses", []
+    stored = source.stored(GGUF_FORMATS[config.type])
+    size = sum(tensor.bytes for tensor in stored)
     return [
-        f"export: {source.name}-{config.type}.gguf, architecture {family.gguf}, {size}",
-        *told,
+        f"export: {source.name}-{config.type}.gguf, architecture {source.family.gguf}, "
+        f"{size / 1e6:.1f} MB, {_bits_per_weight(stored):.2f} bits per weight",
+        *(f"  {line}" for line in fallback_lines(stored)),
         f"  tokenizer {source.vocabulary.model} ({source.vocabulary.pre})",
     ]
+
+
+class FileStageDir(StageDir):
+    """A stage whose output is NAME.gguf, and NAME.* beside it, in a folder with other files.
+
+    The large file is put in place last, each file by a rename. After a kill there are the old
+    files or the new ones, and a hidden folder that the next run clears.
+    """
+
+    def __init__(self, file: Path, name: str, config: Config, inputs: dict[str, str]) -> None:
+        self.file = file
+        super().__init__(file.parent / f".{file.name}.export", name, config, inputs)
+        if file.is_dir():
+            raise UserError(f"{file} is a folder: give --out another name, or a folder")
+        if file.exists() and self._found() is None:
+            raise UserError(
+                f"{file} is there and was not written by regrow export: give --out another name"
+            )
+
+    def _beside(self, name: str) -> Path:
+        return self.file.with_name(f"{self.file.stem}.{name}")
+
+    def _found(self) -> dict[str, object] | None:
+        path = self._beside(stage_dir.NAME)
+        return stage_dir.read_file(path) if path.exists() else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the file is there, made by this config of these inputs."""
+        found = self._found()
+        return self.file.exists() and found is not None and found.get("digest") == self.digest
+
+    def _finish(self) -> None:
+        stage_dir.write_json(self.partial / stage_dir.NAME, self.manifest())
+        (self.partial / stage_dir.MARK).unlink()
+        for path in sorted(self.partial.iterdir(), key=lambda path: path.suffix == ".gguf"):
+            path.replace(self.file if path.suffix == ".gguf" else self._beside(path.name))
+        shutil.rmtree(self.partial)
+
+
+def stage_at(
+    out: Path, name: str, config: Config, inputs: dict[str, str], default: str
+) -> tuple[StageDir, str]:
+    """The stage that writes to `out`, a folder or NAME.gguf, and the name of the GGUF file."""
+    if out.suffix == ".gguf":
+        return FileStageDir(out, name, config, inputs), out.name
+    return StageDir(out, name, config, inputs), default

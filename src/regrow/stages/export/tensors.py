@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrow import llama_cpp
 from regrow.checkpoint import Checkpoint
+from regrow.cost import role_of
 from regrow.errors import UserError
 from regrow.families import Family
-from regrow.quantization.gguf_types import DIRECT, Stored, bytes_of, type_of
+from regrow.quantization.formats import StorageFormat, StoredTensor, find_gguf, fitting
 from regrow.runtime.progress import progress
 from regrow.stage_dir import require_space
-from regrow.stages.export import hyperparameters, rope, tokenizer
+from regrow.stages.export import hyperparameters, tokenizer
 from regrow.stages.export.card import Lineage
 from regrow.stages.export.tokenizer import Vocabulary
 
@@ -37,6 +37,8 @@ class GgufTensor:
     """As in torch: rows before columns; the experts' first."""
     template: str
     """Row of the family's table."""
+    layer: int
+    """0 for a tensor outside the layers."""
     parts: tuple[str, ...]
     """Names on disk: one, or each expert's."""
 
@@ -60,14 +62,8 @@ def entries(checkpoint: Checkpoint, family: Family) -> list[GgufTensor]:
         assert name is not None, f"gguf names no {whole} of {family.gguf}"
         shape = checkpoint.shapes[parts[0]]
         stacked = (len(parts), *shape) if "{expert}" in template else shape
-        found.append(GgufTensor(name, stacked, template, tuple(parts)))
+        found.append(GgufTensor(name, stacked, template, max(0, layer), tuple(parts)))
     return found
-
-
-def head_name(entries: list[GgufTensor]) -> str:
-    """Name of the tensor that serves as the head: of its own, or the embedding."""
-    names = {entry.name for entry in entries}
-    return "output.weight" if "output.weight" in names else "token_embd.weight"
 
 
 def read(checkpoint: Checkpoint, family: Family, entry: GgufTensor) -> np.ndarray:
@@ -78,11 +74,6 @@ def read(checkpoint: Checkpoint, family: Family, entry: GgufTensor) -> np.ndarra
     whole = torch.stack(parts) if "{expert}" in entry.template else parts[0]
     values: np.ndarray = _changed(whole, family, entry, checkpoint.config).contiguous().numpy()
     return values
-
-
-def extra(config: Any, head_dim: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors of the file that no tensor of the checkpoint stands for: factors of the rotation."""
-    yield from rope.tensors(config, head_dim)
 
 
 def _changed(
@@ -129,7 +120,7 @@ def _architecture(family: Family) -> Any:
 
 
 INTERMEDIATE = {"float16": "F16", "bfloat16": "BF16"}
-"""What llama.cpp's quantizer is given, by the checkpoint's dtype: no rounding before its own."""
+"""GGUF type by the dtype of a checkpoint's matrices; every other dtype, or a mix, needs F32."""
 NEEDED = 1.1
 """Disk to ask for, as a share of the tensors' bytes: the vocabulary takes some, too."""
 
@@ -150,47 +141,63 @@ class ExportSource:
         self.vocabulary, self.name, self.lineage = vocabulary, name, lineage
         self.entries = entries(checkpoint, family)
         head_dim = family.sizes(checkpoint.config)["head_dim"]
-        self.extra = dict(extra(config, head_dim))
+        self.extra = dict(hyperparameters.rope_tensors(config, head_dim))
+        """Tensors of the file that none of the checkpoint stands for."""
 
-    def stored(self, wanted: str) -> list[Stored]:
-        """The tensors of a file of type `wanted`, one of DIRECT."""
-        head = head_name(self.entries)
-        shapes = {e.name: e.shape for e in self.entries}
-        shapes = {**{name: values.shape for name, values in self.extra.items()}, **shapes}
-        return [Stored(n, shape, type_of(n, shape, wanted, head)) for n, shape in shapes.items()]
+    def lossless_type(self) -> str:
+        """The smallest type that holds every matrix as it is: what llama.cpp's quantizer reads."""
+        shapes, dtype = self.checkpoint.shapes, self.checkpoint.dtype
+        dtypes = {dtype(name) for name in shapes if len(shapes[name]) > 1}
+        return INTERMEDIATE.get(dtypes.pop(), "F32") if len(dtypes) == 1 else "F32"
+
+    def stored(self, format: StorageFormat) -> list[StoredTensor]:
+        """The tensors of a file of this format."""
+        config = self.checkpoint.config
+        sizes = self.family.sizes(config)
+        stored = [StoredTensor(name, x.shape, "F32", "F32") for name, x in self.extra.items()]
+        for entry in self.entries:
+            role = role_of(self.family, entry.template, config)
+            wanted = format.type_of(role, entry.layer, sizes)
+            kind = fitting(wanted, entry.shape[-1])
+            stored.append(StoredTensor(entry.name, entry.shape, wanted, kind))
+        return stored
 
 
-def write(path: Path, source: ExportSource, type_name: str) -> list[Stored]:
-    """Write the file and return what lies in it; K-quants by way of a file of plain floats.
+def write(path: Path, source: ExportSource, format: StorageFormat) -> list[StoredTensor]:
+    """Write the file and return its tensors; K-quants are made from a file of plain floats.
 
     Raises UserError when the disk has no space for it or a value does not fit the type.
     """
-    if type_name in DIRECT:
-        stored = source.stored(type_name)
+    stored = source.stored(format)
+    if not format.by_llama_cpp:
         require_space(path.parent, int(NEEDED * sum(tensor.bytes for tensor in stored)))
-        _write(path, source, type_name, stored)
+        _write(path, source, format.name, stored)
         return stored
-    plain = INTERMEDIATE.get(source.checkpoint.dtype(source.checkpoint.names()[0]), "F32")
-    between = path.with_name(f"{path.stem}.{plain}.intermediate.gguf")
-    stored = source.stored(plain)
-    require_space(path.parent, int(2 * NEEDED * sum(tensor.bytes for tensor in stored)))
+    plain = find_gguf(source.lossless_type())
+    between = path.with_name(f"{path.stem}.{plain.name}.intermediate.gguf")
+    unquantized = source.stored(plain)
+    space = sum(tensor.bytes for tensor in (*unquantized, *stored))
+    require_space(path.parent, int(NEEDED * space))
     try:
-        _write(between, source, plain, stored)
-        llama_cpp.quantize(between, path, file_type(type_name))
+        _write(between, source, plain.name, unquantized)
+        llama_cpp.quantize(between, path, file_type(format.name))
     finally:
         between.unlink(missing_ok=True)
-    return contents(path)
+    wanted = {tensor.name: tensor.wanted for tensor in stored}
+    return [StoredTensor(name, shape, wanted[name], kind) for name, shape, kind in contents(path)]
 
 
-def contents(path: Path) -> list[Stored]:
-    """The tensors of a GGUF file; raises UserError for one that is broken."""
+def contents(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and type of a GGUF file's tensors; raises UserError for a broken file."""
     from gguf import GGUFReader
 
     try:
-        found = GGUFReader(path).tensors
+        tensors = GGUFReader(path).tensors
     except (ValueError, IndexError, OSError, KeyError) as error:
-        raise UserError(f"{path} is truncated or no GGUF file: {error}; export it again") from None
-    return [Stored(t.name, tuple(map(int, t.shape[::-1])), t.tensor_type.name) for t in found]
+        raise UserError(
+            f"{path} is truncated or not a GGUF file: {error}; export it again"
+        ) from None
+    return [(t.name, tuple(map(int, t.shape[::-1])), t.tensor_type.name) for t in tensors]
 
 
 def file_type(type_name: str) -> int:
@@ -201,7 +208,7 @@ def file_type(type_name: str) -> int:
     return int(LlamaFileType[f"{prefix}_{type_name}"])
 
 
-def _write(path: Path, source: ExportSource, type_name: str, stored: list[Stored]) -> None:
+def _write(path: Path, source: ExportSource, type_name: str, stored: list[StoredTensor]) -> None:
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -231,7 +238,7 @@ def _write(path: Path, source: ExportSource, type_name: str, stored: list[Stored
         writer.close()
 
 
-def _packed(values: np.ndarray, tensor: Stored) -> np.ndarray:
+def _packed(values: np.ndarray, tensor: StoredTensor) -> np.ndarray:
     """The tensor's bytes in its type; raises UserError for values that F16 cannot hold."""
     import numpy as np
     from gguf import GGMLQuantizationType, quants
@@ -245,5 +252,5 @@ def _packed(values: np.ndarray, tensor: Stored) -> np.ndarray:
             )
         return packed
     packed = quants.quantize(np.ascontiguousarray(values), GGMLQuantizationType[tensor.type])
-    assert packed.nbytes == bytes_of(tensor.shape, tensor.type), tensor
+    assert packed.nbytes == tensor.bytes, tensor
     return packed

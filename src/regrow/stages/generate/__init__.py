@@ -104,13 +104,13 @@ def prompts_of(step: Step, data: DataConfig) -> DataConfig:
 
 def estimate(checkpoint: Checkpoint, data: DataConfig, config: GenerateConfig) -> list[str]:
     """Prompts, the most tokens that may come, and the time if all came at the full rate."""
-    from regrow.cost import active, matmul_rate
+    from regrow.cost import forward_seconds
     from regrow.runtime.progress import clock
     from regrow.stages.generate.stage import ask
 
     asked = ask(data, config, checkpoint, checkpoint.tokenizer())
     read, most = sum(len(ids) for _, ids in asked), len(asked) * config.max_new_tokens
-    seconds = (read + most) * 2 * active(checkpoint) / matmul_rate()
+    seconds = forward_seconds(checkpoint, read + most)
     return [
         f"generate: {len(asked):,} prompts of {read:,} tokens, at most {most:,} tokens of answers",
         f"  time at best {clock(seconds)} if all are as long; small batches take many times that",

@@ -77,7 +77,7 @@ class ProfileStage(Stage):
 
 def estimate(checkpoint: Checkpoint, data: DataConfig, config: ProfileConfig) -> list[str]:
     """Tokens, passes, disk and time of a profile."""
-    from regrow.cost import active, matmul_rate
+    from regrow.cost import BACKWARD, FORWARD, forward_seconds
     from regrow.runtime.progress import clock
     from regrow.stages.profile.collect import GRADIENTS, REMOVALS
     from regrow.stages.profile.passes import passes_for
@@ -86,10 +86,11 @@ def estimate(checkpoint: Checkpoint, data: DataConfig, config: ProfileConfig) ->
 
     needs = set[str]().union(*statistics_needed(config).values())
     tokens = config.samples * data.sequence_length
-    read = tokens * (3 if needs & GRADIENTS else 1)  # a backward pass, without weights' gradients
+    passes = 1 + (BACKWARD["frozen"] / FORWARD if needs & GRADIENTS else 0)
+    read = passes * tokens
     removals = len(needs & REMOVALS.keys()) * passes_for(checkpoint.config["num_hidden_layers"])
     read += removals * min(config.removal_sequences, config.samples) * data.sequence_length
-    seconds = read * 2 * active(checkpoint) / matmul_rate()
+    seconds = forward_seconds(checkpoint, read)
     grams = min(config.gram_tokens, tokens)
     return [
         f"profile: {config.samples} sequences of {data.sequence_length} = {tokens:,} tokens, "

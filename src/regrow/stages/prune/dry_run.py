@@ -6,7 +6,16 @@ from typing import Any
 
 from regrow import families, plugins
 from regrow.checkpoint import Checkpoint
-from regrow.cost import active, fallbacks, file_bytes, matmul_rate, parameters, ram_bytes
+from regrow.cost import (
+    FORWARD,
+    fallbacks,
+    file_bytes,
+    forward_seconds,
+    parameters,
+    ram_bytes,
+    seconds_for,
+    training_operations,
+)
 from regrow.errors import UserError
 from regrow.families import Family
 from regrow.pruning.choose import full_sizes
@@ -90,7 +99,7 @@ def _repair_lines(checkpoint: Checkpoint, config: PruneConfig) -> list[str]:
     disk = method.work_bytes(sizes, config.repair_tokens) / 1e9
     if method.GRAMS:
         return [f"  repair: {config.repair_method}, on the profile's Gram matrices"]
-    seconds = config.repair_tokens * 4 * 2 * active(checkpoint) / matmul_rate()
+    seconds = forward_seconds(checkpoint, 4 * config.repair_tokens)
     return [
         f"  repair: {config.repair_method}, on up to {config.repair_tokens:,} tokens of the "
         f"profile's text: time about {clock(seconds)}, disk {disk:.2f} GB meanwhile"
@@ -122,9 +131,9 @@ def _search_lines(
     """What the choice costs, untrained and in short distillations."""
     count = config.num_candidates if config.timed else shapes
     tokens, passes = sequences_for(count) * sequence_length, passes_for(count)
-    total, rate = parameters(checkpoint), matmul_rate()
+    total = parameters(checkpoint)
     repaired = 4 * SCORER_REPAIR_TOKENS * min(count, HANDFUL) if config.repair and count else 0
-    choose = clock((tokens * passes + repaired) * 2 * total / rate)
+    choose = clock(seconds_for(tokens * passes + repaired, FORWARD * total))
     cost = f" (at most {passes:.1f} dense evaluations of {tokens:,} tokens)" if passes else ""
     lines = [f"  time about {choose} to choose{cost}, and that of copying the files"]
     if config.halving_tokens and count:
@@ -133,6 +142,6 @@ def _search_lines(
         rungs = ", then ".join(
             f"{n} of {t:,} tokens" for n, t in rungs_for(few, config.halving_tokens)
         )
-        seconds = trained * 8 * total / rate
+        seconds = seconds_for(trained, training_operations(total, total))
         lines.append(f"  then distillations: {rungs}; time at best {clock(seconds)}")
     return lines

@@ -8,9 +8,9 @@ from collections import Counter
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.families import Family
-from regrow.quantization import schemes
-from regrow.quantization.schemes import Scheme
-from regrow.stages.quantize.config import QuantizeConfig
+from regrow.quantization import formats
+from regrow.quantization.formats import Scheme
+from regrow.stages.quantize import QuantizeConfig
 
 WEIGHT = ".weight"
 
@@ -29,7 +29,7 @@ def choose(checkpoint: Checkpoint, family: Family, config: QuantizeConfig) -> di
         if _first(config.keep, module) or is_router(family, module + WEIGHT):
             continue
         rule = _first(tuple(config.rules), module)
-        scheme = schemes.find(config.rules[rule] if rule else config.scheme)
+        scheme = formats.find_scheme(config.rules[rule] if rule else config.scheme)
         if module == embedding:
             raise UserError(f"{module}: no reader takes a quantized embedding; put it into keep")
         if module == head and scheme.dynamic:
@@ -37,7 +37,7 @@ def choose(checkpoint: Checkpoint, family: Family, config: QuantizeConfig) -> di
                 f"{module}: {scheme.name} quantizes inputs too, which the head's must not be; put "
                 "it into keep, or give it a rule with int8 or int4"
             )
-        found[module] = schemes.fitting(scheme, checkpoint.shapes[module + WEIGHT][1])
+        found[module] = scheme.fitting(checkpoint.shapes[module + WEIGHT][1])
     if not found:
         raise UserError(f"nothing is left to quantize: keep {list(config.keep)} matches all")
     _same_for_experts(found, checkpoint, family)
@@ -59,7 +59,7 @@ def fallbacks(
     seen: Counter[tuple[str, int, str]] = Counter()
     for module, scheme in chosen.items():
         rule = _first(tuple(config.rules), module)
-        wanted = schemes.find(config.rules[rule] if rule else config.scheme)
+        wanted = formats.find_scheme(config.rules[rule] if rule else config.scheme)
         if wanted != scheme:
             columns = checkpoint.shapes[module + WEIGHT][1]
             seen[wanted.name, columns, scheme.name] += 1
@@ -76,7 +76,7 @@ def _same_for_experts(found: dict[str, Scheme], checkpoint: Checkpoint, family: 
     for module in experts:
         for other in experts:
             columns = checkpoint.shapes[other + WEIGHT][1]
-            found[module] = schemes.fitting(found[module], columns)
+            found[module] = found[module].fitting(columns)
     if len({found[module].name for module in experts}) > 1:
         raise UserError(f"experts are stacked by readers and need one scheme: not {sorted(asked)}")
 
@@ -97,7 +97,7 @@ def _check_readers(found: dict[str, Scheme], checkpoint: Checkpoint, family: Fam
         raise UserError(
             f"{zeros[0]} would stand beside {', '.join(n for n in names if n != zeros[0])}, and "
             f"transformers reads zero points only where all layers have one scheme: {advice} take "
-            f"the symmetric {zeros[0].removesuffix(schemes.ASYMMETRIC)}"
+            f"the symmetric {zeros[0].removesuffix(formats.ASYMMETRIC)}"
         )
     for module in _experts(found, family):
         if zeros or found[module].name == "int8-dynamic":

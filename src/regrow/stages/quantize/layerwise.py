@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from regrow.checkpoint import Checkpoint
 from regrow.families import Family
 from regrow.layerwise import LayerByLayer, Spill
+from regrow.quantization.formats import Scheme
 from regrow.quantization.grid import Grid
-from regrow.quantization.schemes import Scheme
 from regrow.runtime.progress import progress
 from regrow.stages.quantize.choose import WEIGHT
 

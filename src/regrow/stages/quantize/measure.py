@@ -13,7 +13,7 @@ from torch import Tensor
 from regrow.checkpoint import Checkpoint
 from regrow.families import Family
 from regrow.plan import FILES, Plan
-from regrow.quantization.schemes import Scheme
+from regrow.quantization.formats import Scheme
 from regrow.stage_dir import Figure
 from regrow.stages.quantize.choose import WEIGHT
 from regrow.training.head import head_of
@@ -29,7 +29,7 @@ def sizes(
     old, new = (sum(map(c.bytes, c.names())) for c in (before, after))
     shapes = [(before.shapes[module + WEIGHT], scheme) for module, scheme in chosen.items()]
     weights = sum(rows * columns for (rows, columns), _ in shapes)
-    bits = sum(scheme.stored_bits(*shape) for shape, scheme in shapes)
+    bits = 8 * sum(scheme.type.bytes(*shape) for shape, scheme in shapes)
     parameters = family.count(before.config)
     found = [
         Figure(name="bytes before", value=old, unit="bytes"),

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from regrow.errors import UserError
+from regrow.quantization.formats import Scheme
 from regrow.quantization.grid import Grid
-from regrow.quantization.schemes import Scheme
 
 
 def check_extra() -> None:

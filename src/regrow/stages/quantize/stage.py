@@ -23,13 +23,12 @@ from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.families import Family
 from regrow.layerwise import Spill
+from regrow.quantization.formats import Scheme
 from regrow.quantization.grid import Grid
-from regrow.quantization.schemes import Scheme
 from regrow.runtime.progress import say
 from regrow.stage_dir import StageDir, refuse_input, require_space
-from regrow.stages.quantize import measure, pack
+from regrow.stages.quantize import METHODS, QuantizeConfig, measure, pack
 from regrow.stages.quantize.choose import WEIGHT, choose, fallbacks
-from regrow.stages.quantize.config import METHODS, QuantizeConfig
 from regrow.stages.quantize.layerwise import LayerPass
 
 

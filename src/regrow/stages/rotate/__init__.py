@@ -73,14 +73,14 @@ class RotateStage(Stage):
 def estimate(checkpoint: Checkpoint, data: DataConfig, config: RotateConfig) -> list[str]:
     """Tokens, parameters and time of a rotation."""
     from regrow import families
-    from regrow.cost import active, matmul_rate
+    from regrow.cost import forward_seconds
     from regrow.runtime.progress import clock
     from regrow.stages.rotate.basis import check, rotated_config
 
     family = families.of(checkpoint)
     check(family)
     tokens = config.samples * data.sequence_length
-    seconds = tokens * 2 * active(checkpoint) / matmul_rate()
+    seconds = forward_seconds(checkpoint, tokens)
     before, after = (
         family.count(c) for c in (checkpoint.config, rotated_config(checkpoint.config))
     )

@@ -16,8 +16,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from regrow.quantization.formats import Scheme
 from regrow.quantization.grid import Grid, fit, nearest
-from regrow.quantization.schemes import Scheme
 
 NEEDS_GRAM = True
 BLOCK = 128

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from regrow.quantization.formats import Scheme
 from regrow.quantization.grid import Grid, fit
-from regrow.quantization.schemes import Scheme
 
 NEEDS_GRAM = False
 
