@@ -63,7 +63,7 @@ def test_the_student_learns_from_both_kinds_of_answers(
         seen.append(sequences)
         return sequences
 
-    monkeypatch.setattr(setup, "build_blocks", watched)
+    monkeypatch.setattr(setup, "build_sequences", watched)
     given = (place / "pruned", place / "teacher", data)
     whole = distill(*given, tmp_path / "whole", contrastive(place), OPTIONS)
     heldout, train = seen
@@ -166,7 +166,9 @@ def test_recipes_that_cannot_be(job: Path) -> None:
     cached = recipe_of(job, "cache", GENERATE, DISTILL)
     with pytest.raises(UserError, match=r"stages\.2\.distill: a cache is of the data's text"):
         check(cached, OPTIONS)
-    with pytest.raises(UserError, match=r"stages\.0\.generate\.by: must be student or teacher"):
+    with pytest.raises(
+        UserError, match=r"stages\.0\.generate\.by: Input should be 'student' or 'teacher'"
+    ):
         recipe_of(job, {"generate": {"by": "me"}}, DISTILL).steps()
     (job / "prompts.jsonl").write_text('{"text": "Only text."}\n')
     with pytest.raises(UserError, match="no prompt to answer"):

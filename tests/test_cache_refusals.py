@@ -160,10 +160,10 @@ RECIPES: dict[str, tuple[list[Any], str]] = {
     ),
     "feature_losses": (
         [CACHE, {"distill": {**DISTILL["distill"], "feature_losses": {"hidden": 1.0}}}],
-        "stages.1.distill: feature losses from inside",
+        "stages.1.distill: feature losses need the live teacher",
     ),
     "vocabulary": (
-        [PROFILE, CACHE, {"prune": {"vocab_size": 300}}, DISTILL],
+        [PROFILE, CACHE, {"prune": {"vocab_size": 288}}, DISTILL],
         "stages.3.distill: a cache is of the teacher's own tokens",
     ),
     "no such cache": (

@@ -17,10 +17,11 @@ import torch
 from tiny_tokenizer import tiny_tokenizer
 
 from regrow.data import DataConfig, Split
-from regrow.data import sequences as blend_module
+from regrow.data import blend as blend_module
+from regrow.data.blend import BuildContext, blend, shuffled
 from regrow.data.documents import Passage
 from regrow.data.readers import jsonl
-from regrow.data.sequences import BuildContext, blend, build_sequences, shuffled
+from regrow.data.sequences import build_sequences
 from regrow.errors import UserError
 
 TOKENIZER = tiny_tokenizer()
@@ -102,9 +103,11 @@ def test_order_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     second = write(tmp_path / "b.jsonl", "b", 80, 2)
     here = build_sequences(config(first, second), TOKENIZER, "train", 20).fingerprint
     code = (
-        "import sys; from tiny_tokenizer import tiny_tokenizer; from regrow.data import *\n"
+        "import sys; from tiny_tokenizer import tiny_tokenizer\n"
+        "from regrow.data import DataConfig\n"
+        "from regrow.data.sequences import build_sequences\n"
         "data = DataConfig.model_validate({'sources': sys.argv[1:], 'sequence_length': 32})\n"
-        "print(build_blocks(data, tiny_tokenizer(), 'train', 20).fingerprint)"
+        "print(build_sequences(data, tiny_tokenizer(), 'train', 20).fingerprint)"
     )
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     env = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": path}
@@ -173,7 +176,7 @@ def test_fewer_than_asked_for_is_told(tmp_path: Path, capsys: pytest.CaptureFixt
     sequences = build_sequences(data, TOKENIZER, "heldout", 10_000)
     assert 1 <= len(sequences) < 100
     err = capsys.readouterr().err
-    assert f"text for {len(sequences)} heldout blocks, not for 10000" in err
+    assert f"there is text for {len(sequences)} heldout sequences instead of 10000" in err
 
 
 def test_too_little_text(tmp_path: Path) -> None:
@@ -184,7 +187,7 @@ def test_too_little_text(tmp_path: Path) -> None:
             build_sequences(config(str(tmp_path / "a.txt")), TOKENIZER, split, 4)
         assert str(caught.value) == (
             f"too little text: the {split} split has 0 documents with 0 tokens, none to score, "
-            "and 4 blocks of 32 tokens are needed; add text or change the split's fraction"
+            "and 4 sequences of 32 tokens are needed; add text or change the split's fraction"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -11,7 +12,15 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from regrow.data.config import DataConfig, SourceConfig
-from regrow.data.documents import Document, Passage, pieces, read_row, split_of, tokenize
+from regrow.data.documents import (
+    Document,
+    Passage,
+    chat_prompt_ids,
+    pieces,
+    read_row,
+    split_of,
+    tokenize,
+)
 from regrow.errors import UserError
 
 TOKENIZER = tiny_tokenizer()
@@ -83,7 +92,9 @@ def test_tokenizer_that_adds_bos_and_eos_itself() -> None:
     found = document({"prompt": "What is", "completion": "the answer"}, tokenizer)
     assert found.ids == [2, *plain, 0]  # one end, not two
     assert found.scored == [False, False, False] + [True] * (len(plain) - 2) + [True]
-    assert document({"text": "What is the answer"}, tokenizer).ids == [2, *plain, 0]
+    whole = document({"text": "What is the answer"}, tokenizer)
+    assert whole.ids == [2, *plain, 0]
+    assert whole.scored == [False] + [True] * (len(plain) + 1)
 
 
 TURNS = [
@@ -215,3 +226,88 @@ FIRST = [
     "train",
     "train",
 ]
+
+
+def conversation(content: Any, **fields: Any) -> dict[str, Any]:
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "A fox"}]
+    return {"messages": [{**turns[0], **fields}, turns[1]]}
+
+
+def test_text_parts_are_read_as_text() -> None:
+    parts = [{"type": "text", "text": "What is"}, {"type": "text", "text": "it?"}]
+    assert document(conversation(parts)) == document(conversation("What is\nit?"))
+    assert document(conversation(parts[:1])) == document(conversation("What is"))
+    assert document(conversation(["What is", "it?"])) == document(conversation("What is\nit?"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([{"type": "image", "url": "x.png"}], "has a part of type image"),
+        ([{"type": "text", "text": "Who?"}, {"type": "image", "text": "x"}], "of type image"),
+        ([7], "has a part of type int"),
+        (7, "is of type int; it must be text"),
+        ({"text": "x"}, "is of type dict; it must be text"),
+    ],
+)
+def test_other_content_is_refused(content: Any, said: str) -> None:
+    with pytest.raises(UserError, match=rf"^here: .*{said}"):
+        read_row(conversation(content), "here")
+
+
+def test_a_turn_that_only_calls_tools() -> None:
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"city": "Paris"}}}]
+    template = (
+        "{% for m in messages %}{% if m.tool_calls %}<|im_start|>{{ m.tool_calls | tojson }}"
+        "<|im_end|>{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    tokenizer = tiny_tokenizer(chat_template=template)
+    for content in ({"content": None}, {}):
+        turns = [TURNS[1], {"role": "assistant", **content, "tool_calls": calls}]
+        found = document({"messages": turns}, tokenizer)
+        assert '"city": "Paris"' in scored_text(found, tokenizer)
+    with pytest.raises(UserError, match="must be a list of objects with `role` and `content`"):
+        read_row({"messages": [{"role": "user"}]}, "here")
+
+
+def test_half_a_surrogate_becomes_a_question_mark() -> None:
+    half = json.loads('"half \\ud83d of it"')
+    assert document(conversation(half)) == document(conversation("half ? of it"))
+    assert document({"text": half}) == document({"text": "half ? of it"})
+    extra = {"tools": [{half: [half]}]}
+    (turn, _) = read_row(conversation("Who?", **extra), "here").messages or []
+    assert turn["tools"] == [{"half ? of it": ["half ? of it"]}]
+
+
+def test_a_deep_turn_is_refused() -> None:
+    deep: Any = "x"
+    for _ in range(900):
+        deep = [deep]
+    with pytest.raises(UserError, match=r"^here: more than 64 lists and objects"):
+        read_row(conversation("Who?", tools=deep), "here")
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('no system') }}", "refuses turns by user, assistant: no system"),
+        ("{{ messages[0].content + 1 }}", "refuses turns by user, assistant: can only concatenate"),
+        ("{{ messages[0].content.x.y }}", "refuses turns by user, assistant: .*no attribute"),
+        (
+            PLAIN_TEMPLATE.replace("m['content']", "(m['content'] | upper if loop.last else '')"),
+            "changes what the assistant said",
+        ),
+    ],
+)
+def test_refusals_name_the_row(template: str | None, said: str) -> None:
+    tokenizer = tiny_tokenizer(chat_template=template)
+    row = conversation("Who?")
+    if said.startswith("changes"):
+        row["messages"] += row["messages"]
+    with pytest.raises(UserError, match=rf"^data\.jsonl, row 3: .*{said}"):
+        tokenize([read_row(row, "data.jsonl, row 3")], tokenizer)
+    if "raise" in str(template) or template is None:
+        with pytest.raises(UserError, match=rf"^data\.jsonl, row 3: .*{said}"):
+            chat_prompt_ids(row["messages"], tokenizer, "data.jsonl, row 3")

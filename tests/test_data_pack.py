@@ -7,31 +7,37 @@ import random
 from itertools import pairwise
 
 import numpy as np
+import pytest
 import torch
 
 from regrow.data.documents import Document
 from regrow.data.sequences import Packer, Sequences
 
 LENGTH, PAD = 8, 9
+PREFIXES = ([], [5], [5, 6])
+"""Tokens that a tokenizer puts before any text: none, BOS, or two."""
 
 
-def slow(documents: list[Document]) -> list[list[tuple[int, int, int]]]:
-    """Full blocks of (id, position, label), one token after the other."""
+def slow(documents: list[Document], prefix: list[int]) -> list[list[tuple[int, int, int]]]:
+    """Full sequences of (id, position, label), one token after the other."""
     sequences: list[list[tuple[int, int, int]]] = [[]]
     for document in documents:
-        position = 0
-        for token, scored in zip(document.ids, document.scored, strict=True):
+        position, within = 0, False
+        for number, token in enumerate(document.ids):
             if len(sequences[-1]) == LENGTH:
-                sequences.append([])
-                position = 0
-            label = token if scored and position > 0 else -100
-            sequences[-1].append((token, position, label))
-            position += 1
+                again = prefix[:number]
+                sequences.append([(i, place, -100) for place, i in enumerate(again)])
+                position, within = len(again), number > len(prefix)
+            scored = document.scored[number] and position > 0 and not within
+            sequences[-1].append((token, position, token if scored else -100))
+            position, within = position + 1, False
     return [sequence for sequence in sequences if len(sequence) == LENGTH]
 
 
-def pack(documents: list[Document], num_sequences: int = 10**6) -> Sequences:
-    packer = Packer(LENGTH, PAD)
+def pack(
+    documents: list[Document], num_sequences: int = 10**6, prefix: list[int] | None = None
+) -> Sequences:
+    packer = Packer(LENGTH, PAD, prefix=prefix or [])
     for document in documents:
         packer.add(document)
     assert packer.documents == len(documents)
@@ -39,13 +45,13 @@ def pack(documents: list[Document], num_sequences: int = 10**6) -> Sequences:
     return packer.sequences(num_sequences)
 
 
-def some_documents(seed: int, count: int = 60) -> list[Document]:
-    dice = random.Random(seed)
+def some_documents(seed: int, count: int = 60, prefix: list[int] | None = None) -> list[Document]:
+    dice, prefix = random.Random(seed), prefix or []
     sizes = [dice.choice([0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 40]) for _ in range(count)]
     return [
         Document(
-            [dice.randrange(10, 90) for _ in range(size)],
-            [dice.random() < 0.7 for _ in range(size)],
+            prefix + [dice.randrange(10, 90) for _ in range(size)],
+            [False] * len(prefix) + [dice.random() < 0.7 for _ in range(size)],
         )
         for size in sizes
     ]
@@ -73,11 +79,47 @@ def test_by_hand() -> None:
     assert (sequences.num_documents, sequences.scored_tokens) == (4, 10)
 
 
-def test_equals_the_slow_version() -> None:
+def test_bos_by_hand() -> None:
+    no, yes = False, True
+    documents = [
+        Document([5, 11, 12, 13, 14, 15], [no, yes, yes, yes, yes, yes]),
+        Document([5, *range(21, 31)], [no] + [yes] * 10),
+        Document([5, 41, 42], [no, yes, yes]),
+        Document([5, 51, 52, 53, 54], [no, yes, yes, yes, yes]),
+    ]
+    sequences = pack(documents, prefix=[5])
+    assert sequences.input_ids.tolist() == [
+        [5, 11, 12, 13, 14, 15, 5, 21],
+        [5, 22, 23, 24, 25, 26, 27, 28],
+        [5, 29, 30, 5, 41, 42, 5, 51],
+    ]
+    assert sequences.position_ids.tolist() == [
+        [0, 1, 2, 3, 4, 5, 0, 1],
+        [0, 1, 2, 3, 4, 5, 6, 7],
+        [0, 1, 2, 0, 1, 2, 0, 1],
+    ]
+    assert sequences.labels.tolist() == [
+        [-100, 11, 12, 13, 14, 15, -100, 21],
+        [-100, -100, 23, 24, 25, 26, 27, 28],
+        [-100, -100, 30, -100, 41, 42, -100, 51],
+    ]
+    # Where only BOS fits, the document begins in the next sequence, and its first token is scored.
+    late = [Document([5, *range(11, 17)], [no] + [yes] * 6), Document([5, 21, 22], [no, yes, yes])]
+    late.append(Document([5, *range(31, 36)], [no] + [yes] * 5))
+    sequences = pack(late, prefix=[5])
+    assert sequences.input_ids.tolist() == [
+        [5, 11, 12, 13, 14, 15, 16, 5],
+        [5, 21, 22, 5, 31, 32, 33, 34],
+    ]
+    assert sequences.labels.tolist()[1] == [-100, 21, 22, -100, 31, 32, 33, 34]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_equals_the_slow_version(prefix: list[int]) -> None:
     for seed in range(20):
-        documents = some_documents(seed)
-        expected = np.array(slow(documents))
-        sequences = pack(documents)
+        documents = some_documents(seed, prefix=prefix)
+        expected = np.array(slow(documents, prefix))
+        sequences = pack(documents, prefix=prefix)
         assert sequences.input_ids.tolist() == expected[..., 0].tolist()
         assert sequences.position_ids.tolist() == expected[..., 1].tolist()
         assert sequences.labels.tolist() == expected[..., 2].tolist()
@@ -85,6 +127,9 @@ def test_equals_the_slow_version() -> None:
         assert (sequences.labels[:, 0] == -100).all()
         assert sequences.num_documents == (expected[..., 1] == 0).sum()
         assert sequences.scored_tokens == (expected[..., 2] != -100).sum()
+        for sequence in sequences.input_ids:
+            assert sequence[: len(prefix)].tolist() == prefix
+        assert not torch.isin(sequences.labels, torch.tensor(prefix, dtype=torch.int64)).any()
 
 
 def test_the_only_sequence_is_padded() -> None:
@@ -122,20 +167,26 @@ def test_scored_only_leaves_out_prompts_that_predict_nothing() -> None:
     assert [row[row != -100].tolist() for row in sequences.labels] == [[12, 13, 40], [62], [79]]
 
 
-def test_scored_only_scores_something_in_every_piece() -> None:
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_scored_only_scores_something_in_every_piece(prefix: list[int]) -> None:
     for seed in range(20):
-        documents = some_documents(seed)
-        packer = Packer(LENGTH, PAD, scored_only=True)
+        documents = some_documents(seed, prefix=prefix)
+        packer = Packer(LENGTH, PAD, scored_only=True, prefix=prefix)
         for document in documents:
             packer.add(document)
         sequences = packer.sequences(10**6)
-        plain = pack(documents)
+        plain = pack(documents, prefix=prefix)
         share = sequences.scored_tokens / sequences.labels.numel()
         assert share >= plain.scored_tokens / plain.labels.numel()
-        for ids, labels in zip(sequences.position_ids, sequences.labels, strict=True):
-            starts = [*(ids == 0).nonzero().flatten().tolist(), LENGTH]
-            for begin, end in pairwise(starts):  # one place left over can score nothing
-                assert end - begin < 2 or (labels[begin:end] != -100).any()
+        for row, (places, labels) in enumerate(
+            zip(sequences.position_ids, sequences.labels, strict=True)
+        ):
+            starts = [*(places == 0).nonzero().flatten().tolist(), LENGTH]
+            for begin, end in pairwise(starts):  # a rest of the row can be too short to score
+                known = sequences.input_ids[row, begin:end][: len(prefix)].tolist()
+                assert known == prefix[: end - begin]
+                few = end == LENGTH and end - begin < 2 + len(prefix)
+                assert few or (labels[begin:end] != -100).any()
 
 
 def test_nothing_gives_no_sequences() -> None:

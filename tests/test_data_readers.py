@@ -8,11 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
 
 from regrow import plugins
+from regrow.data import sources
 from regrow.data.readers import jsonl, mediawiki, text
 from regrow.data.readers import parquet as parquet_reader
 from regrow.data.wikitext import sections
@@ -171,3 +173,47 @@ def test_mediawiki_without_pages(tmp_path: Path) -> None:
     path.write_text("<project><title>x</title></project>")
     with pytest.raises(UserError, match="is it a MediaWiki XML dump"):
         list(mediawiki.read(path))
+
+
+def test_json_that_python_cannot_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two", "n": ' + "1" * 6000 + "}\n")
+    with pytest.raises(UserError, match=r"a\.jsonl:2: cannot be read \(Exceeds the limit"):
+        list(jsonl.read(path))
+    path.write_text('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(UserError, match=r"a\.jsonl:1: too many lists and objects"):
+        list(jsonl.read(path))
+
+
+TOOL_ROWS: list[dict[str, Any]] = [
+    {
+        "text": "a table takes its keys from the first row",
+        "messages": [
+            {"role": "user", "content": "Rain?"},
+            {
+                "role": "assistant",
+                "content": "I ask.",
+                "tool_calls": [{"name": "rain", "arguments": {"city": "Paris", "days": [1, 2]}}],
+            },
+        ],
+    },
+    {"messages": [{"role": "assistant", "tool_calls": [{"arguments": {"country": "France"}}]}]},
+    {"text": "Only text."},
+]
+
+
+def test_parquet_rows_have_only_the_keys_that_they_had(tmp_path: Path) -> None:
+    """A table gives every row the keys of all rows; those that a row never had are null."""
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(TOOL_ROWS), path)
+    assert '"country": null' in json.dumps(parquet.read_table(path).to_pylist())
+    assert list(parquet_reader.read(path)) == TOOL_ROWS
+
+
+def test_rows_of_the_hub_have_only_the_keys_that_they_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = datasets.Dataset.from_list(TOOL_ROWS)
+    assert '"country": null' in json.dumps(list(rows))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    assert list(sources.read("org/name")) == TOOL_ROWS

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.config import Options
-from regrow.data.sequences import BuildContext, blend, build_sequences
+from regrow.data.blend import BuildContext, blend
+from regrow.data.sequences import build_sequences
 from regrow.errors import UserError
 from regrow.plan import Plan, compose
 from regrow.profile_folder import Profile

@@ -1,8 +1,10 @@
-"""Conversations through a tokenizer's chat template, with the assistant's tokens marked."""
+"""Renders conversations by a tokenizer's chat template and marks the assistant's tokens."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from jinja2 import TemplateError
@@ -14,22 +16,22 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Messages = list[dict[str, Any]]
 
 
-def render(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+def render(
+    messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str = ""
+) -> tuple[list[int], list[bool]]:
     """Token ids of the rendered conversation, and for each whether it is the assistant's.
 
-    A template with {% generation %} marks says so itself. Otherwise a turn runs from the end of the
-    prompt for it (`add_generation_prompt`) to the end of what the template renders up to and with
-    that turn, white space after its end mark left out.
-    Raises UserError without a chat template, or for turns that the template does not take.
+    A template with {% generation %} marks the assistant's tokens itself. Otherwise a turn runs from
+    the end of the prompt for it (`add_generation_prompt`) to the end of the conversation rendered
+    up to and with that turn, without white space after the turn's end mark.
+    Raises UserError, naming the row by `where`, without a chat template, or for turns that the
+    template does not take.
     """
-    _require_template(tokenizer)
-    try:
-        if GENERATION.search(tokenizer.get_chat_template()):
-            return _marked(messages, tokenizer)
-        text = _text(messages, tokenizer)
-        spans = _spans(messages, text, tokenizer)
-    except TemplateError as error:
-        raise _refusal(messages, error) from None
+    _require_template(tokenizer, where)
+    if GENERATION.search(tokenizer.get_chat_template()):
+        return _marked(messages, tokenizer, where)
+    text = _text(messages, tokenizer, where)
+    spans = _spans(messages, text, tokenizer, where)
     if not tokenizer.is_fast:
         raise UserError(
             "marking the assistant's tokens needs a fast tokenizer or a chat template with "
@@ -43,70 +45,89 @@ def render(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[list
     return list(encoding["input_ids"]), scored
 
 
-def prompt_text(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The conversation rendered up to where the assistant answers; UserError as for `render`."""
-    _require_template(tokenizer)
-    try:
-        return _text(messages, tokenizer, prompt=True)
-    except TemplateError as error:
-        raise _refusal(messages, error) from None
+def prompt_text(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str = "") -> str:
+    """The conversation rendered up to the assistant's answer; raises UserError like `render`."""
+    _require_template(tokenizer, where)
+    return _text(messages, tokenizer, where, prompt=True)
 
 
-def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def _require_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     if not tokenizer.chat_template:
-        raise UserError(
+        raise _error(
+            where,
             "the tokenizer has no chat template, which rows with `messages` need; use an "
-            "instruction-tuned model's tokenizer, or rows with `prompt` and `completion`"
+            "instruction-tuned model's tokenizer, or rows with `prompt` and `completion`",
         )
 
 
-def _refusal(messages: Messages, error: TemplateError) -> UserError:
-    roles = ", ".join(str(turn["role"]) for turn in messages)
-    return UserError(f"the chat template refuses turns by {roles}: {error}")
+def _error(where: str, text: str) -> UserError:
+    return UserError(f"{where}: {text}" if where else text)
 
 
-def _marked(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    encoding: Any = tokenizer.apply_chat_template(
-        messages, return_dict=True, return_assistant_tokens_mask=True
-    )
+@contextmanager
+def _refusals(messages: Messages, where: str) -> Iterator[None]:
+    """Turns what a template raises into a UserError; templates raise Python's own errors, too."""
+    try:
+        yield
+    except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+        roles = ", ".join(str(turn["role"]) for turn in messages)
+        text = f"the chat template refuses turns by {roles}: {error}"
+        raise _error(where, text) from None
+
+
+def _marked(
+    messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str
+) -> tuple[list[int], list[bool]]:
+    with _refusals(messages, where):
+        encoding: Any = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
     return list(encoding["input_ids"]), [bool(mark) for mark in encoding["assistant_masks"]]
 
 
-def _text(messages: Messages, tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+def _text(
+    messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str, prompt: bool = False
+) -> str:
+    with _refusals(messages, where):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     assert isinstance(text, str)
     return text
 
 
 def _spans(
-    messages: Messages, text: str, tokenizer: PreTrainedTokenizerBase
+    messages: Messages, text: str, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> list[tuple[int, int]]:
     """Start and end character of each assistant turn in the rendered `text`."""
     spans = []
     for at, turn in enumerate(messages):
         if turn["role"] != "assistant":
             continue
-        before = _text(messages[:at], tokenizer, prompt=True) if at else ""
+        before = _text(messages[:at], tokenizer, where, prompt=True) if at else ""
         start = len(_common(before, text))
-        through = _text(messages[: at + 1], tokenizer)
+        through = _text(messages[: at + 1], tokenizer, where)
         if text.startswith(through):
             end = start + len(text[start : len(through)].rstrip())
         else:
-            end = _end_of_content(turn, text, start, tokenizer)
+            end = _end_of_content(turn, text, start, tokenizer, where)
         spans.append((start, end))
     return spans
 
 
 def _end_of_content(
-    turn: dict[str, Any], text: str, start: int, tokenizer: PreTrainedTokenizerBase
+    turn: dict[str, Any],
+    text: str,
+    start: int,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
 ) -> int:
-    """End of a turn that the template renders otherwise when more follows (dropped thoughts)."""
-    content = str(turn["content"]).rpartition("</think>")[2].strip()
+    """End of a turn that is rendered differently when more follows (dropped thoughts)."""
+    content = (turn["content"] or "").rpartition("</think>")[2].strip()
     at = text.find(content, start)
-    if at < 0:
-        raise UserError(
+    if at < 0 or not content:
+        raise _error(
+            where,
             "the chat template changes what the assistant said; give the tokenizer a template with "
-            "{% generation %} marks, or use rows with one answer each"
+            "{% generation %} marks, or use rows with one answer each",
         )
     end = at + len(content)
     marks = [mark for mark in tokenizer.all_special_tokens if text.startswith(mark, end)]

@@ -1,11 +1,11 @@
-"""Rows → passages of one split → tokenized documents with a mask of the tokens that count."""
+"""From rows to passages of one split, and from passages to token ids with a mask of scored ones."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +16,8 @@ from regrow.data.wikitext import sections
 from regrow.errors import UserError
 
 ALLOWED = "`text`, `prompt` + `completion`, `question` + `answer`, or `messages`"
+DEEPEST = 64
+"""Levels of lists and objects inside each other that a turn may have."""
 
 
 @dataclass(frozen=True)
@@ -23,36 +25,38 @@ class Passage:
     """A document's text before it is tokenized."""
 
     text: str
-    """The words; of `messages` their JSON, which is the same for every tokenizer."""
+    """The words; for `messages` their JSON, which is the same for every tokenizer."""
     prompt: int = 0
-    """How many of the first characters are a prompt, and not scored."""
+    """How many of the first characters are a prompt, which is not scored."""
     ends: bool = True
     """Whether the document ends here, and gets the end-of-sequence token."""
     messages: list[dict[str, Any]] | None = None
     """The turns, for the chat template to render."""
     split_at: float | None = None
-    """Where it falls among the splits, as `place_of`; None: that of its own text."""
+    """A number in [0, 1) that decides its split, as `place_of` does; None: that of its own text."""
+    where: str = field(default="", compare=False)
+    """The file and row that it comes from, for error messages."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids and, for each, whether it is scored; position 0 is predicted from nothing."""
+    """Token ids, and for each whether it is scored."""
 
     ids: list[int]
     scored: list[bool]
     source: int = 0
-    """Number of the source it is from."""
+    """The number of its source."""
 
 
 def read_row(row: dict[str, Any], where: str) -> Passage:
-    """The passage in a row; of several kinds `messages` go first, then pairs, then `text`.
+    """The passage in a row, read from `messages` if there are any, else a pair, else `text`.
 
     A `split_at` in [0, 1), which generated rows have, puts it into the split of its prompt's row.
-    Raises UserError, naming `where`, for a row of no known kind or with anything but text in it.
+    Raises UserError, naming `where`, for a row without these keys or with other values than text.
     """
     place = row.get("split_at")
     known = isinstance(place, float) and 0 <= place < 1
-    return replace(_passage(row, where), split_at=place if known else None)
+    return replace(_passage(row, where), split_at=place if known else None, where=where)
 
 
 def _passage(row: dict[str, Any], where: str) -> Passage:
@@ -73,16 +77,16 @@ def _passage(row: dict[str, Any], where: str) -> Passage:
 
 
 def place_of(text: str, seed: int) -> float:
-    """u = blake2b(text, keyed by the seed) / 2^64 in [0, 1): what decides a document's split."""
+    """u = blake2b(text, keyed by the seed) / 2^64 in [0, 1), which decides a document's split."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def split_of(text: str, data: DataConfig, place: float | None = None) -> Split:
-    """The split of the document `text`: by its content alone, so copies go the same way.
+    """The split of the document `text`. Its content alone decides, so copies share a split.
 
-    By u, its `place` if given, else `place_of` it: held out below `heldout_fraction`, then
-    calibration for `calibration_fraction`, train for the rest.
+    With u = `place`, or `place_of` the text when None: held out for u < `heldout_fraction`,
+    calibration for the next `calibration_fraction`, train for the rest.
     """
     u = place_of(text, data.seed) if place is None else place
     if u < data.heldout_fraction:
@@ -91,10 +95,10 @@ def split_of(text: str, data: DataConfig, place: float | None = None) -> Split:
 
 
 def pieces(passage: Passage, size: int) -> Iterator[Passage]:
-    """Plain text longer than 2 `size` characters in sections of about that, others as they are.
+    """Plain text of more than 2 `size` characters in sections of about `size`; others unchanged.
 
-    A whole novel as one document would fill hundreds of blocks in a row; its sections can be
-    shuffled. Only the last one ends.
+    A whole novel as one document would fill hundreds of sequences in a row; its sections can be
+    shuffled. Only the last section ends the document.
     """
     if passage.prompt or passage.messages is not None or len(passage.text) <= 2 * size:
         yield passage
@@ -106,21 +110,25 @@ def pieces(passage: Passage, size: int) -> Iterator[Passage]:
 
 
 def tokenize(passages: Sequence[Passage], tokenizer: PreTrainedTokenizerBase) -> list[Document]:
-    """The passages' documents, in order; plain ones in one call, which fast tokenizers do at once.
+    """The passages' documents, in order. Plain passages are tokenized in one call, in parallel.
 
-    ids are those of the whole text at once, with the special tokens the tokenizer adds by itself. A
-    token is scored when it holds any character after the prompt; the end-of-sequence token, put
-    after each that `ends`, is scored too. In a conversation only the assistant's tokens are.
+    A document begins with the tokens (BOS) that the tokenizer puts before any text; these are not
+    scored. Otherwise a token is scored when it has any character after the prompt. The
+    end-of-sequence token, which follows each passage that `ends`, is scored too. In a conversation
+    only the assistant's tokens are scored.
     """
     plain = [passage for passage in passages if passage.messages is None]
     encoded = iter(_encode(plain, tokenizer))
-    eos = tokenizer.eos_token_id
+    eos, prefix = tokenizer.eos_token_id, prefix_ids(tokenizer)
     documents = []
     for passage in passages:
         if passage.messages is not None:
-            documents.append(Document(*chat.render(passage.messages, tokenizer)))
+            ids, scored = chat.render(passage.messages, tokenizer, passage.where)
+            missing = [] if ids[: len(prefix)] == prefix else prefix
+            documents.append(Document(missing + ids, [False] * len(missing) + scored))
             continue
         ids, scored = next(encoded)
+        scored[: len(prefix)] = [False] * len(prefix)
         if passage.ends and eos is not None:
             if ids[-1:] == [eos]:  # the tokenizer adds its own
                 scored[-1] = True
@@ -128,6 +136,27 @@ def tokenize(passages: Sequence[Passage], tokenizer: PreTrainedTokenizerBase) ->
                 ids, scored = [*ids, eos], [*scored, True]
         documents.append(Document(ids, scored))
     return documents
+
+
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that the tokenizer puts before any text by itself: BOS, or none."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    starts = range(len(whole) - len(bare) + 1)
+    return whole[: next((at for at in starts if whole[at : at + len(bare)] == bare), 0)]
+
+
+def chat_prompt_ids(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str = ""
+) -> list[int]:
+    """Token ids of a conversation up to the assistant's answer, with BOS first as in documents.
+
+    Raises UserError, naming `where`, for turns that the chat template refuses.
+    """
+    text = chat.prompt_text(messages, tokenizer, where)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    prefix = prefix_ids(tokenizer)
+    return ids if ids[: len(prefix)] == prefix else prefix + ids
 
 
 def _encode(
@@ -154,7 +183,7 @@ def _encode(
 def _scored_by_prefix(
     ids: list[int], passage: Passage, tokenizer: PreTrainedTokenizerBase
 ) -> list[bool]:
-    """For tokenizers without offsets: the prompt reaches as far as its tokens agree with `ids`."""
+    """For a tokenizer without offsets: the prompt ends where its own tokens differ from `ids`."""
     if passage.prompt == 0:
         return [True] * len(ids)
     prompt: list[int] = tokenizer(passage.text[: passage.prompt], verbose=False)["input_ids"]
@@ -166,19 +195,62 @@ def _scored_by_prefix(
 
 def _conversation(messages: Any, where: str) -> Passage:
     turns = isinstance(messages, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and "content" in turn
+        isinstance(turn, dict)
+        and isinstance(turn.get("role"), str)
+        and ("content" in turn or turn.get("tool_calls"))
         for turn in messages
     )
     if not turns or not messages:
         raise UserError(f"{where}: `messages` must be a list of objects with `role` and `content`")
-    text = json.dumps(messages, sort_keys=True, default=str)
-    return Passage(text, messages=messages)
+    known = [_without_surrogates(turn, where) for turn in messages]
+    known = [{**turn, "content": _content(turn.get("content"), where)} for turn in known]
+    return Passage(json.dumps(known, sort_keys=True, default=str), messages=known)
+
+
+def _content(content: Any, where: str) -> str | None:
+    """The text of a turn; text parts are joined by line ends. None: the turn only calls tools."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise UserError(
+            f"{where}: the `content` of a turn is of type {type(content).__name__}; it must be text"
+        )
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str) or (isinstance(part, dict) and part.get("type") != "text"):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise UserError(
+                f"{where}: the `content` of a turn has a part of type {kind}; only parts "
+                '{"type": "text", "text": …} can be read'
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _without_surrogates(value: Any, where: str, depth: int = 0) -> Any:
+    """The value with each half of a surrogate pair replaced by a question mark.
+
+    JSON can hold such halves, and no tokenizer takes them. Raises UserError for a value that is
+    nested too deep.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if not isinstance(value, dict | list):
+        return value
+    if depth > DEEPEST:
+        raise UserError(f"{where}: more than {DEEPEST} lists and objects inside each other")
+    if isinstance(value, list):
+        return [_without_surrogates(each, where, depth + 1) for each in value]
+    return {
+        _without_surrogates(key, where): _without_surrogates(each, where, depth + 1)
+        for key, each in value.items()
+    }
 
 
 def text_in(row: dict[str, Any], key: str, where: str) -> str:
-    """The text under a key; raises UserError, naming `where`, for anything else there."""
+    """The text under a key; raises UserError, naming `where`, for any other value."""
     value = row[key]
     if not isinstance(value, str):
         raise UserError(f"{where}: `{key}` is of type {type(value).__name__}; it must be text")
-    # JSON can hold half a surrogate pair, which no tokenizer takes.
-    return value.encode("utf-8", "replace").decode("utf-8")
+    return str(_without_surrogates(value, where))

@@ -1,49 +1,52 @@
-"""Rows → prompts for a model to answer, and the rows that prompt and answer make."""
+"""From rows to prompts for a model to answer, and from a prompt and its answer to a row."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from regrow.data import chat
 from regrow.data.config import DataConfig, Split
-from regrow.data.documents import place_of, read_row, split_of, text_in
+from regrow.data.documents import chat_prompt_ids, place_of, read_row, split_of, text_in
 from regrow.data.sources import rows
 from regrow.errors import UserError
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is to be answered."""
+    """A prompt for a model to answer."""
 
     messages: list[dict[str, Any]] | None
     """The turns before the answer; None: `text` is continued as it stands."""
     text: str
     split_at: float
-    """Where the row it is from falls among the splits."""
+    """A number in [0, 1) that decides the split of the row that it comes from."""
+    where: str = field(default="", compare=False)
+    """The file and row that it comes from, for error messages."""
 
     @property
     def key(self) -> str:
-        """Hash, as hex, of what the model is shown."""
+        """Hash, as hex, of the turns or the text."""
         shown = json.dumps([self.messages, self.text], sort_keys=True, default=str)
         return hashlib.sha256(shown.encode()).hexdigest()[:32]
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Token ids to be continued; raises UserError for turns that the template refuses."""
+        """Token ids to be continued, with BOS first if the tokenizer puts it before any text.
+
+        Raises UserError, naming the row, for turns that the template refuses.
+        """
         if self.messages is not None:
-            text = chat.prompt_text(self.messages, tokenizer)
-            return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            return chat_prompt_ids(self.messages, tokenizer, self.where)
         ids = list(tokenizer(self.text, verbose=False)["input_ids"])
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
     def answered(self, answer: str) -> dict[str, Any]:
-        """The row of prompt and answer: read again, it is in the split of the prompt's own row."""
+        """The row of prompt and answer, which is in the same split as the prompt's own row."""
         if self.messages is None:
             row: dict[str, Any] = {"prompt": self.text, "completion": answer}
         else:
@@ -80,7 +83,7 @@ def read_prompt(row: dict[str, Any], where: str, seed: int, with_template: bool)
         turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
         if not any(str(turn["content"] or "").strip() for turn in turns):
             raise _empty(where)
-        return Prompt(turns, "", place_of(text, seed) if place is None else place)
+        return Prompt(turns, "", place_of(text, seed) if place is None else place, where)
     key = next((key for key in ("prompt", "question") if key in row), None)
     if key is None:
         keys = ", ".join(sorted(map(str, row))) or "none"
@@ -95,8 +98,8 @@ def read_prompt(row: dict[str, Any], where: str, seed: int, with_template: bool)
     passage = read_row(row if pair else {"text": prompt, **row}, where)
     place = place_of(passage.text, seed) if passage.split_at is None else passage.split_at
     if with_template:
-        return Prompt([{"role": "user", "content": prompt}], "", place)
-    return Prompt(None, prompt if prompt[-1].isspace() else prompt + "\n", place)
+        return Prompt([{"role": "user", "content": prompt}], "", place, where)
+    return Prompt(None, prompt if prompt[-1].isspace() else prompt + "\n", place, where)
 
 
 def _empty(where: str) -> UserError:

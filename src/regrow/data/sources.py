@@ -16,6 +16,7 @@ from regrow.config import cache_folder
 from regrow.data import packages
 from regrow.data.config import DataConfig, SourceConfig
 from regrow.data.files import check_sha256, plain_name, sha256_of
+from regrow.data.readers import without_nulls
 from regrow.errors import UserError
 
 ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?")
@@ -35,7 +36,7 @@ def read(source: str) -> Iterator[dict[str, Any]]:
         rows = datasets.load_dataset(
             found["name"], found["config"], split=found["split"] or "train", streaming=True
         )
-        yield from rows
+        yield from map(without_nulls, rows)
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

@@ -83,7 +83,7 @@ def _check_text(plan: RecipePlan) -> None:
     """Every split that is read must have a sequence; a choice among shapes needs more of them."""
     tokenizer = plan.checkpoint.tokenizer()
     for split in sorted({split for step in plan.steps for split in step.stage.reads}):
-        build_sequences(plan.data, tokenizer, split, 1)
+        build_sequences(plan.data, tokenizer, split, 1, plan.checkpoint)
     if not plan.calibration_to_choose:
         return
     wanted = plan.calibration_sequences + plan.calibration_to_choose

@@ -9,16 +9,21 @@ from contextlib import contextmanager
 
 from regrow.runtime import distributed
 
+FIRST = 1.0
+"""Seconds after which the first line is printed, at the latest."""
+
 
 class Progress:
-    """Counts units (tokens, documents, …) towards a total and tells how it goes on stderr."""
+    """Counts units (tokens, documents, …) towards a total and prints the progress to stderr."""
 
     def __init__(self, title: str, total: int, unit: str, every: float | None = None) -> None:
         self.title, self.total, self.unit, self.done = title, total, unit, 0
         self.live = sys.stderr.isatty()
         self.every = every if every is not None else (0.5 if self.live else 10.0)
-        self.start = self.last = time.monotonic()
+        self.start = time.monotonic()
+        self.last = self.start + min(FIRST - self.every, 0.0)
         self.first_done = 0
+        self.shown = False
 
     def resume_at(self, done: int) -> None:
         """Start counting at `done` units that an earlier process did, kept out of the rate."""
@@ -29,7 +34,7 @@ class Progress:
         self.done += units
         now = time.monotonic()
         if now - self.last >= self.every:
-            self.last = now
+            self.last, self.shown = now, True
             self._print(self.line(now, note), end="\r" if self.live else "\n")
 
     def seconds(self) -> float:
@@ -39,10 +44,11 @@ class Progress:
     def line(self, now: float, note: str = "") -> str:
         """The line to print at monotonic time `now` in seconds."""
         rate = (self.done - self.first_done) / max(now - self.start, 1e-9)
-        left = (self.total - self.done) / rate if rate > 0 else 0.0
+        left = clock((self.total - self.done) / rate) if rate > 0 else "unknown"
         share = 100 * self.done / max(self.total, 1)
         text = f"{self.title}: {share:3.0f} %  {self.done:,}/{self.total:,} {self.unit}"
-        return f"{text}  {self._pace(rate)}  ETA {clock(left)}  {note}".rstrip()
+        pace = f"  {self._pace(rate)}" if rate > 0 else ""
+        return f"{text}{pace}  ETA {left}  {note}".rstrip()
 
     def finish(self, note: str = "") -> None:
         """Print the last line, with the time taken."""

@@ -58,7 +58,7 @@ class CutScorer:
         self.batch_size = options.batch_size
         used = int(profile.info["samples"])
         wanted = used + num_sequences
-        sequences = build_sequences(data, checkpoint.tokenizer(), "calibration", wanted)
+        sequences = build_sequences(data, checkpoint.tokenizer(), "calibration", wanted, checkpoint)
         if len(sequences) < wanted:
             raise UserError(
                 f"too little calibration text to choose on: {len(sequences)} blocks, of which the "

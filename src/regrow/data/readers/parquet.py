@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow.data.files import open_seekable
+from regrow.data.readers import without_nulls
 from regrow.errors import UserError
 
 ENDINGS = (".parquet",)
@@ -14,7 +15,7 @@ BATCH_ROWS = 1_024
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The table's rows in order, 1,024 at a time; UserError when it is no Parquet file."""
+    """The rows in order, without keys that are null; UserError when it is no Parquet file."""
     import pyarrow  # here: every reader is imported to compare endings, this one is slow to
     from pyarrow import parquet
 
@@ -25,4 +26,4 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: not a Parquet file ({reason}); fetch it again") from None
         for batch in table.iter_batches(batch_size=BATCH_ROWS):
-            yield from batch.to_pylist()
+            yield from map(without_nulls, batch.to_pylist())

@@ -11,7 +11,7 @@ from torch import Tensor
 from regrow import families, stage_dir
 from regrow.checkpoint import Checkpoint, load
 from regrow.config import Options
-from regrow.data import DataConfig
+from regrow.data import DataConfig, Split
 from regrow.data.sequences import IGNORED, Sequences, build_sequences
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
@@ -114,11 +114,13 @@ def cache(
         say(f"cache: {out} is complete and unchanged")
         return out
     tokenizer = checkpoint.tokenizer()
-    sequences = {
-        "heldout": build_sequences(data, tokenizer, "heldout", config.heldout_sequences),
-        "train": build_sequences(
-            data, tokenizer, "train", -(-config.tokens // data.sequence_length)
-        ),
+    counts: dict[Split, int] = {
+        "heldout": config.heldout_sequences,
+        "train": -(-config.tokens // data.sequence_length),
+    }
+    sequences: dict[str, Sequences] = {
+        split: build_sequences(data, tokenizer, split, count, checkpoint)
+        for split, count in counts.items()
     }
     _check_space(stage, header, sequences)
     distributed.join(cpu=device.type == "cpu")

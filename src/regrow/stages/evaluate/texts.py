@@ -1,7 +1,8 @@
-"""The text that models are scored on: held-out blocks of the data, and windows of further texts."""
+"""The text that models are scored on: held-out sequences of the data, and windows of more texts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from regrow import plugins
 from regrow.data import DataConfig, SourceConfig
+from regrow.data.documents import prefix_ids
 from regrow.data.files import open_text, plain_name
 from regrow.data.sequences import Sequences, build_sequences
 from regrow.data.sources import READERS, reader_of, resolve
@@ -61,12 +63,18 @@ def build_texts(
     A further text has `config.text_tokens` tokens, or is the string that `openings` has for it.
     Raises UserError for a text that is missing, of an unknown kind or too short.
     """
-    texts = []
+    texts, prefix = [], prefix_ids(tokenizer)
+    if config.texts and config.window < len(prefix) + 2:
+        raise UserError(
+            f"window {config.window}: the tokenizer puts {len(prefix)} tokens before each text, "
+            f"and a window needs two more; set it to {len(prefix) + 2} or more"
+        )
     if data is not None:
         sequences = build_sequences(data, tokenizer, "heldout", config.heldout_sequences)
         how = (
-            f"{len(sequences)} held-out blocks of {data.sequence_length} tokens of the data; "
-            "documents do not attend to each other; prompts, padding and first tokens not scored"
+            f"{len(sequences)} held-out sequences of {data.sequence_length} tokens of the data; "
+            f"{_begun(tokenizer, prefix)}; documents do not attend to each other; prompts, padding "
+            "and first tokens not scored"
         )
         texts.append(Text(HELDOUT, sequences, how))
     for name, source in config.texts.items():
@@ -78,12 +86,14 @@ def build_texts(
             raise UserError(
                 f"text {name!r}: {source} holds {len(ids)} tokens; at least 2 are needed"
             )
-        sequences = windows(ids, config.window)
+        sequences = windows(ids, config.window, prefix)
         how = (
             f"first {len(ids):,} tokens of {Path(source).name}{_joined(source)}, windows of "
-            f"{config.window} without overlap, no BOS added, the first token of a window not scored"
+            f"{config.window} without overlap, {_begun(tokenizer, prefix)}, the first token of the "
+            "text in a window not scored"
         )
-        texts.append(Text(name, sequences, how, scored_bytes(text, tokenizer, sequences)))
+        num_bytes = scored_bytes(text, tokenizer, sequences, len(prefix))
+        texts.append(Text(name, sequences, how, num_bytes))
     return texts
 
 
@@ -95,18 +105,28 @@ def openings_of(tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> d
     }
 
 
-def scored_bytes(text: str, tokenizer: PreTrainedTokenizerBase, sequences: Sequences) -> int | None:
+def _begun(tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> str:
+    """What each document and window begins with, for conventions."""
+    tokens = " ".join(tokenizer.convert_ids_to_tokens(prefix))
+    return f"each begins with {tokens}, which is not scored" if prefix else "no BOS"
+
+
+def scored_bytes(
+    text: str, tokenizer: PreTrainedTokenizerBase, sequences: Sequences, prefix: int = 0
+) -> int | None:
     """UTF-8 bytes of the scored tokens of `text` in windows; None for a slow tokenizer.
 
-    A character's bytes count for the first of the tokens that it is split into.
+    The first `prefix` tokens of each window are not of the text. A character's bytes count for the
+    first of the tokens that it is split into.
     """
     if not tokenizer.is_fast:
         return None
-    ends = [end for _, end in _offsets(text, tokenizer)][: int(sequences.real.sum())]
+    real, labels = sequences.real[:, prefix:], sequences.labels[:, prefix:]
+    ends = [end for _, end in _offsets(text, tokenizer)][: int(real.sum())]
     size_of = torch.tensor([0, *(len(character.encode()) for character in text)]).cumsum(0)
     reached = size_of[torch.tensor(ends)].cummax(0).values
     bytes_of = torch.diff(reached, prepend=torch.zeros(1, dtype=torch.int64))
-    return int(bytes_of[sequences.labels[sequences.real] != IGNORED].sum())
+    return int(bytes_of[labels[real] != IGNORED].sum())
 
 
 def _offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
@@ -129,19 +149,25 @@ def in_other_ids(text: Text, ids_V: Tensor) -> Text:
     return replace(text, sequences=other)
 
 
-def windows(ids: list[int], window: int) -> Sequences:
-    """`ids` cut into blocks of `window` tokens, all but each block's first token scored.
+def windows(ids: list[int], window: int, prefix: Sequence[int] = ()) -> Sequences:
+    """`ids` cut into sequences of `window` tokens, each beginning with the `prefix` (BOS).
 
-    The rest that fills no window is padded on the right, where causal attention does not see it.
+    The prefix is not scored, nor is a window's first token of the text. The rest that fills no
+    window is padded on the right, where causal attention does not see it.
     """
-    count = -(-len(ids) // window)
-    real = (torch.arange(count * window) < len(ids)).view(count, window)
-    flat = torch.tensor(ids + [ids[0]] * (count * window - len(ids)))
-    input_ids = flat.view(count, window)
-    position_ids = torch.arange(window).repeat(count, 1)
-    labels = torch.where(real, input_ids, IGNORED)
+    size = window - len(prefix)
+    count = -(-len(ids) // size)
+    real = (torch.arange(count * size) < len(ids)).view(count, size)
+    text = torch.tensor(ids + [ids[0]] * (count * size - len(ids))).view(count, size)
+    labels = torch.where(real, text, IGNORED)
     labels[:, 0] = IGNORED
-    return Sequences(input_ids, position_ids, labels, real)
+    before = torch.tensor(prefix, dtype=torch.int64).repeat(count, 1)
+    return Sequences(
+        torch.cat([before, text], 1),
+        torch.arange(window).repeat(count, 1),
+        torch.cat([torch.full_like(before, IGNORED), labels], 1),
+        torch.cat([torch.ones_like(before, dtype=torch.bool), real], 1),
+    )
 
 
 def text_files(source: str) -> list[Path]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from regrow.checkpoint import Checkpoint
 from regrow.data import DataConfig
+from regrow.data.blend import check_ids, embedding_rows
 from regrow.errors import UserError
 from regrow.llama_cpp import GgufModel
 from regrow.runtime.progress import say
@@ -56,6 +57,9 @@ def _split_alike(texts: dict[str, list[Text]], models: Models) -> dict[str, list
     """The texts by label; of a GGUF file those alone that llama.cpp splits into these tokens."""
     found = dict(texts)
     for label, model in models.items():
+        for text in texts[label]:
+            used, rows = text.sequences.input_ids.unique().tolist(), embedding_rows(model)
+            check_ids(used, model.tokenizer(), rows, model.folder)
         if isinstance(model, GgufFile):
             apart = _split_apart(texts[label], model)
             found[label] = [text for text in texts[label] if text.name not in apart]

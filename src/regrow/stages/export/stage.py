@@ -136,7 +136,7 @@ def _text(
         ids = tokenizer(verify.SAMPLE)["input_ids"]
         return [ids[: min(most, config.verify_tokens)]], (verify.SAMPLE, "a built-in text")
     wanted = -(-config.verify_tokens // min(most, data.sequence_length))
-    blocks = build_sequences(data, tokenizer, "heldout", wanted)
+    blocks = build_sequences(data, tokenizer, "heldout", wanted, checkpoint)
     rows = zip(blocks.input_ids, blocks.real, strict=True)
     windows = [ids[real][:most].tolist() for ids, real in rows]
     left = config.verify_tokens

@@ -80,8 +80,8 @@ class BatchGenerator:
     ) -> None:
         self.model, self.config = model, config
         self.ends = end_ids(model, tokenizer)
-        pad = tokenizer.pad_token_id
-        self.pad = int(pad) if pad is not None else next(iter(self.ends), 0)
+        pad, rows = tokenizer.pad_token_id, model.get_input_embeddings().num_embeddings
+        self.pad = int(pad) if pad is not None and pad < rows else next(iter(self.ends), 0)
         model.generation_config = GenerationConfig(
             max_new_tokens=config.max_new_tokens,
             do_sample=False,  # the sampler leaves one id to take

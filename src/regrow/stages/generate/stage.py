@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from regrow.checkpoint import Checkpoint, load
 from regrow.config import Options
 from regrow.data import DataConfig
+from regrow.data.blend import check_ids, embedding_rows
 from regrow.data.prompts import Prompt, prompts
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
@@ -153,6 +154,7 @@ def ask(
     long = 0
     for prompt in islice(prompts(data, config.split, bool(tokenizer.chat_template)), config.limit):
         ids = prompt.ids(tokenizer)
+        check_ids(ids, tokenizer, embedding_rows(checkpoint), checkpoint.folder)
         long += len(ids) > room
         if len(ids) <= room:
             found.setdefault(prompt.key, (prompt, ids))

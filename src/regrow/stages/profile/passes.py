@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from regrow.checkpoint import Checkpoint
 from regrow.data import DataConfig
-from regrow.data.sequences import BuildContext, blend
+from regrow.data.blend import BuildContext, blend
 from regrow.layerwise import LayerByLayer, SkippedLayer, Spill
 from regrow.runtime.progress import Progress, progress
 from regrow.stages.profile.collect import Batch, Collector

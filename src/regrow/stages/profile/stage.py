@@ -56,7 +56,7 @@ def profile(
         return Profile(out)
     tokenizer = checkpoint.tokenizer()
     require_space(Path(out), estimate_bytes(checkpoint, config))
-    sequences = build_sequences(data, tokenizer, "calibration", config.samples)
+    sequences = build_sequences(data, tokenizer, "calibration", config.samples, checkpoint)
     with stage as folder:
         gram_sequences = min(config.gram_tokens // data.sequence_length, len(sequences))
         having = [d for d in config.grams if family.layers_of(d, checkpoint.config)]

@@ -203,7 +203,8 @@ def _text(
     """Batches to calibrate on, and those to measure on."""
     if data is None:
         return [], []
-    sequences = build_sequences(data, job.checkpoint.tokenizer(), "calibration", job.config.samples)
+    tokenizer = job.checkpoint.tokenizer()
+    sequences = build_sequences(data, tokenizer, "calibration", job.config.samples, job.checkpoint)
     if len(sequences) < 2:
         raise UserError(
             "too little text: 1 calibration block, and it takes one to calibrate on and one to "

@@ -53,7 +53,8 @@ def rotate(
     names = checkpoint.names()
     layout = basis.layout(names, checkpoint.meta, family, checkpoint.config)
     require_space(out, sum(t.numel() * t.element_size() for t in layout.values()))
-    sequences = build_sequences(data, checkpoint.tokenizer(), "calibration", config.samples)
+    tokenizer = checkpoint.tokenizer()
+    sequences = build_sequences(data, tokenizer, "calibration", config.samples, checkpoint)
     with stage as folder:
         moment_HH = second_moment(checkpoint, sequences, options, Spill(folder / "spill"))
         shutil.rmtree(folder / "spill", ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
+from regrow.data.documents import chat_prompt_ids
 from regrow.runtime.progress import say
 from regrow.stages.evaluate.eval_model import Context, EvalModel, MetricResult
 
@@ -26,9 +27,5 @@ def measure(subject: EvalModel, context: Context) -> MetricResult:
 def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The prompt's tokens, as the model is meant to be asked."""
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        # The template writes the special tokens itself.
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return chat_prompt_ids([{"role": "user", "content": prompt}], tokenizer)
     return list(tokenizer(prompt)["input_ids"])

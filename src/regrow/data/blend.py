@@ -1,0 +1,154 @@
+"""The documents of a split: sources are blended by token share, and each is shuffled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from regrow.data.config import DataConfig, Split
+from regrow.data.documents import Document, Passage, pieces, read_row, split_of, tokenize
+from regrow.data.sources import rows
+from regrow.errors import UserError
+from regrow.runtime.progress import Progress, say
+
+if TYPE_CHECKING:
+    from regrow.checkpoint import Checkpoint
+
+SHUFFLED_PASSAGES = 1_000
+SHUFFLED_CHARACTERS = 2_000_000
+READ_AHEAD = 8_000_000
+"""Characters read to fill the shuffle buffer, at most about: a small split has a smaller buffer."""
+TOKENIZED_AT_ONCE = 32
+PIECE = 8_000
+"""Characters of a section of a long document, or eight per token of a sequence if that is more."""
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """The arguments that every step of reading text needs."""
+
+    data: DataConfig
+    tokenizer: PreTrainedTokenizerBase
+    split: Split
+    cache: Path | None = None
+    model: Checkpoint | None = None
+    """The model that is to read the tokens: ids beyond its embedding are refused."""
+    counter: Progress | None = None
+    """Where reading is reported, row by row."""
+
+
+def blend(context: BuildContext) -> Iterator[Document]:
+    """Documents of all sources; each time from the source furthest below its share so far."""
+    weights = {number: source.weight for number, source in enumerate(context.data.sources)}
+    streams = {number: _documents(number, context) for number in weights}
+    tokens = dict.fromkeys(weights, 0)
+    while streams:
+        total, weight = sum(tokens[n] for n in streams), sum(weights[n] for n in streams)
+        number = max(streams, key=lambda n: weights[n] / weight * total - tokens[n])
+        document = next(streams[number], None)
+        if document is None:
+            del streams[number]
+            if streams:
+                name = context.data.sources[number].source
+                say(
+                    f"data: {name} has no more {context.split} text; the other sources fill its "
+                    "share"
+                )
+            continue
+        tokens[number] += len(document.ids)
+        yield document
+
+
+def shuffled(passages: Iterable[Passage], random: Random, characters: int) -> Iterator[Passage]:
+    """The passages in random order, of which 1,000 or `characters` are held in memory at most."""
+    held: list[Passage] = []
+    size = 0
+    for passage in passages:
+        held.append(passage)
+        size += len(passage.text)
+        while len(held) > SHUFFLED_PASSAGES or size > characters:
+            size -= len(_swap_out(held, random).text)
+            yield held.pop()
+    random.shuffle(held)
+    yield from held
+
+
+def _swap_out(held: list[Passage], random: Random) -> Passage:
+    """Move one at random to the end, where it is cheap to take off."""
+    chosen = random.randrange(len(held))
+    held[chosen], held[-1] = held[-1], held[chosen]
+    return held[-1]
+
+
+def _documents(number: int, context: BuildContext) -> Iterator[Document]:
+    """One source's documents; for train, epoch after epoch, each in another order.
+
+    A source in which nothing is scored is read once.
+    """
+    data, source = context.data, context.data.sources[number]
+    epoch = 0
+    while True:
+        random = Random(f"{data.seed}/{number}/{epoch}")
+        stream = shuffled(_passages(number, context), random, _characters_held(context))
+        any_scored = False
+        while batch := list(islice(stream, TOKENIZED_AT_ONCE)):
+            for document in tokenize(batch, context.tokenizer):
+                any_scored = any_scored or any(document.scored[1:])
+                if (model := context.model) is not None:
+                    check_ids(document.ids, context.tokenizer, embedding_rows(model), model.folder)
+                yield replace(document, source=number)
+        if context.split != "train" or not any_scored:
+            return
+        if epoch == 0:
+            say(f"data: {source.source} is used up; its train text starts over in another order")
+        epoch += 1
+
+
+def _passages(number: int, context: BuildContext) -> Iterator[Passage]:
+    """One source's passages of the split, in the order of its rows."""
+    size = max(PIECE, 8 * context.data.sequence_length)
+    for count, (where, row) in enumerate(rows(context.data.sources[number], context.cache), 1):
+        if context.counter is not None:
+            context.counter.advance(0, f"row {count:,} of {context.data.sources[number].source}")
+        passage = read_row(row, where)
+        if not passage.text.strip():
+            continue
+        if split_of(passage.text, context.data, passage.split_at) == context.split:
+            yield from pieces(passage, size)
+
+
+def _characters_held(context: BuildContext) -> int:
+    heldout, calibration = context.data.heldout_fraction, context.data.calibration_fraction
+    shares = {"heldout": heldout, "calibration": calibration, "train": 1 - heldout - calibration}
+    return min(SHUFFLED_CHARACTERS, int(READ_AHEAD * shares[context.split]))
+
+
+class Configured(Protocol):
+    """A model with a config: a checkpoint, or a GGUF file."""
+
+    config: dict[str, Any]
+
+
+def embedding_rows(model: Configured) -> int:
+    """How many token ids a model can read."""
+    return int(model.config["vocab_size"])
+
+
+def check_ids(
+    ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, rows: int, model: Path
+) -> None:
+    """Raise UserError for a token id beyond the `rows` of a model's embedding."""
+    first = next((i for i in ids if i >= rows), None)
+    if first is not None:
+        token = tokenizer.convert_ids_to_tokens(first)
+        raise UserError(
+            f"the text has token {first} ({token!r}), but the embedding of {model} has only {rows} "
+            "rows: take that token out of the text or of the chat template, or use the tokenizer "
+            "that the model was trained with"
+        )
