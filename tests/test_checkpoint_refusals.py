@@ -282,3 +282,12 @@ def test_tokenizer_refused(name: str, folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"no tokenizer in .*expected one of tokenizer\.json"):
         load(folder).tokenizer()
+
+
+def test_a_sentencepiece_tokenizer_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would ask for tiktoken, which cannot read it either."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    (folder / "tokenizer.model").write_bytes(b"sentencepiece")
+    with pytest.raises(UserError, match=r"tokenizer\.model cannot be read without tokenizer\.json"):
+        load(folder).tokenizer()

@@ -222,3 +222,14 @@ def test_task(place: Path, untouched: Path, refused: Refused) -> None:
     assert f"stages.0.evaluate: {place}" in refused(
         "run", place / "recipe.yaml", "--out", untouched
     )
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_a_report_of_nothing(
+    flags: list[str], place: Path, untouched: Path, refused: Refused
+) -> None:
+    recipe = write_recipe(
+        place / "recipe.yaml", recipe_fields(place / "model", place / "text.jsonl", {"report": {}})
+    )
+    said = refused("run", recipe, "--out", untouched, *flags)
+    assert said.startswith("stages.0.report: nothing to report on: put it after the stages")

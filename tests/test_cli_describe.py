@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,18 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert summary in said
     if name == "prune":
         assert "Round changed widths to a multiple of this" in said
+
+
+def test_named_models(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """NAME=MODEL names a model and a teacher; a folder whose own name has a `=` stays whole."""
+    with_sign = Path(shutil.copytree(place / "student", tmp_path / "keep=0.8"))
+    model, out = place / "model", tmp_path / "out"
+    measured = ["evaluate", with_sign, "--data", place / "text.jsonl", "--out", out, "--dry-run"]
+    call(*measured, "--against", f"big={model}")
+    said = capsys.readouterr().out
+    labels = re.findall(r"^  ([^ ].*?): .* parameters", said, re.MULTILINE)
+    assert labels[:2] == ["big", "keep=0.8"]
+    call(*measured, "--against", with_sign)
+    assert "  keep=0.8: " in capsys.readouterr().out
+    assert main([str(part) for part in [*measured, "--against", "=x"]]) == 2
+    assert "=x: write NAME=MODEL" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tiny_job import (
 )
 from transformers import AutoModelForCausalLM
 
+from regrow import ExportConfig, export
 from regrow.checkpoint import load
 from regrow.recipe.recipe import Recipe, run
 from regrow.recipe.recipe import read as read_recipe
@@ -239,3 +241,21 @@ def test_keep_last(place: Path, tmp_path: Path, said: Said) -> None:
     run(recipe_of(place, PROFILE, PRUNE, changed(DISTILL, tokens=1536), EVALUATE), out)
     check_journal(out / "metrics.jsonl", steps=12, every=2)
     assert len(list(out.glob("stages/*/model.safetensors"))) == 3
+
+
+@pytest.mark.skipif(find_spec("gguf") is None, reason="needs the extra gguf")
+def test_a_gguf_file_as_the_model(place: Path, tmp_path: Path) -> None:
+    """Its teacher is measured by transformers, from the folder that the file was converted to."""
+    file = tmp_path / "teacher.gguf"
+    export(place / "model", file, ExportConfig(type="F32", verify="never"))
+    measuring = {"evaluate": {**EVALUATE["evaluate"], "metrics": ["perplexity", "kl"]}}
+    fields = recipe_fields(file, place / "text.jsonl", PROFILE, PRUNE, measuring)
+    out = run(write_recipe(tmp_path / "recipe.yaml", fields), tmp_path / "run")
+    evaluation = json.loads((out / "stages" / "03-evaluate" / "evaluation.json").read_text())
+    assert evaluation["labels"] == ["teacher", "pruned", "repaired"]
+    with_kl = [
+        label
+        for label, figures in evaluation["figures"].items()
+        if "kl/heldout" in {figure["name"] for figure in figures}
+    ]
+    assert with_kl == ["pruned", "repaired"]

@@ -26,6 +26,12 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Put each field's docstring on one line: `--help` wraps it to the terminal's width."""
+        for field in cls.model_fields.values():
+            field.description = " ".join(field.description.split()) if field.description else None
+
     def digest(self) -> str:
         """SHA-256 of the fields' canonical JSON, as hex."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
@@ -86,30 +92,30 @@ def _config_inside(annotation: Any) -> type[BaseModel] | None:
 
 
 class Options(Config):
-    """Where and in what portions to compute."""
+    """Device, batch size and the use of memory; nothing here changes a result."""
 
     device: str = "auto"
     """Device to compute on: auto (a GPU when there is one), cpu, cuda, cuda:1, mps."""
     batch_size: int = 4
-    """Blocks computed at once on a device; lower it when memory runs out."""
+    """Sequences computed at once on a device; lower it when memory runs out."""
 
     order: Literal["auto", "resident", "layer"] = "auto"
-    """How a profile runs: the whole model resident, layer by layer with hidden states on disk (for
-    models larger than the device), or whichever fits."""
+    """How a profile runs: with the whole model in memory (resident), layer by layer with hidden
+    states on disk (layer: for models larger than the device), or whichever fits (auto)."""
 
     sharding: Literal["none", "fsdp"] = "none"
-    """What each GPU of a distillation holds: all (none), or its share of student, optimizer and
-    teacher (fsdp: FSDP2), for models larger than a GPU."""
+    """How a distillation uses several GPUs: each one holds everything (none), or its share of
+    student, optimizer and teacher (fsdp: FSDP2, for models larger than a GPU)."""
     deepspeed: str | None = None
-    """A DeepSpeed config (JSON, ZeRO stage 0 to 2) to distil under."""
+    """Distill under DeepSpeed with this config file (JSON, ZeRO stage 0 to 2)."""
     offload_teacher: bool = False
-    """Read each block of a distillation's teacher from its file when it runs, and hold one at a
-    time: less memory, more time; for teachers larger than a device."""
+    """Distill with one layer of the teacher in memory at a time, read from its file when it runs:
+    less memory, more time; for teachers larger than a device."""
     torch_compile: bool = False
-    """Compile the blocks of a distillation's models: quicker steps in less memory, after a minute
+    """Compile the layers of a distillation's models: quicker steps in less memory, after a minute
     or two of compiling."""
     gradient_checkpointing: bool = False
-    """Compute a distillation's activations again in the backward pass: less memory, more time."""
+    """Distill with activations computed again in the backward pass: less memory, more time."""
 
     def torch_device(self) -> torch.device:
         """The device to use; raises UserError for one this machine lacks."""

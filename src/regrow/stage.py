@@ -123,8 +123,11 @@ class RecipeRun:
     """What stages leave for each other that has no field of its own, by a name of their choice."""
 
     def __post_init__(self) -> None:
+        from regrow.checkpoint import load
+
         self.current = self.plain = self.model
-        self.models = {"teacher": self.model}
+        # Its folder: transformers measures the teacher, also where the model is a GGUF file.
+        self.models = {"teacher": load(self.model).folder}
 
     def folder(self, name: str) -> Path:
         """The output folder of a stage."""
@@ -157,6 +160,8 @@ class Stage:
     """Whether it makes a new model: profiles and a model's own answers are then out of date."""
     needs_plain_weights: ClassVar[bool] = False
     """Whether it may not follow a `quantize` whose weights are final."""
+    distributed: ClassVar[bool] = False
+    """Whether all processes of a job (torchrun) share its work; otherwise process 0 does it."""
     reads: ClassVar[tuple[Split, ...]] = ()
     """Splits of the recipe's text that it reads."""
     uses: ClassVar[tuple[str, ...]] = ()

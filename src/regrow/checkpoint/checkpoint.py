@@ -172,6 +172,12 @@ class Checkpoint:
                 f"no tokenizer in {self.folder}: expected one of {', '.join(TOKENIZER_FILES)}; "
                 "copy the parent model's tokenizer files there"
             )
+        there = [name for name in TOKENIZER_FILES if (self.folder / name).exists()]
+        if there == ["tokenizer.model"] and importlib.util.find_spec("sentencepiece") is None:
+            raise UserError(
+                f"{self.folder / 'tokenizer.model'} cannot be read without tokenizer.json: put the "
+                "model's tokenizer.json beside it, or pip install sentencepiece"
+            )
         for path in sorted(self.folder.glob("tokenizer*.json")):
             read_json(path)
         try:

@@ -11,6 +11,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 from regrow.config import Options
 from regrow.errors import UserError
 from regrow.recipe.recipe import KeepStages
+from regrow.runtime import distributed
 from regrow.stages._flags import Model, print_lines
 
 
@@ -36,11 +37,11 @@ def run(
     from regrow.recipe import recipe as recipes
 
     job = recipes.read(recipe, list(set))
-    if dry_run:
+    if not dry_run:
+        recipes.run(job, out, machine, keep_stages)
+    elif distributed.is_main():
         recipes.check(job, machine)
         print_lines(dry.of_recipe(job, machine))
-        return
-    recipes.run(job, out, machine, keep_stages)
 
 
 def inspect(model: Model) -> None:

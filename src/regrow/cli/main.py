@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from typing import Any
@@ -21,6 +22,7 @@ import regrow
 from regrow import stage
 from regrow.config import reason
 from regrow.errors import UserError, unknown
+from regrow.runtime import distributed
 from regrow.stage_dir import is_full_disk
 
 WEIGHTS = ConstructorRegistry()
@@ -58,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         _quiet()
-        _parse(arguments)()
+        _run(arguments)
         sys.stdout.flush()
     except UserError as error:
         return _refuse(str(error))
@@ -104,6 +106,20 @@ def _command(name: str) -> Callable[..., None]:
     return known[name]
 
 
+def _run(arguments: list[str]) -> None:
+    """Run a command; in process 0 alone where a job has several that cannot share its work."""
+    chosen = _parse(arguments)
+    if distributed.world_size() == 1 or _is_shared(arguments[0]):
+        chosen()
+    elif distributed.is_main():
+        with distributed.alone():
+            chosen()
+
+
+def _is_shared(command: str) -> bool:
+    return command == "run" or (command in stage.names() and stage.find(command).distributed)
+
+
 def _parse(arguments: list[str]) -> Callable[[], None]:
     """The command that is asked for, ready to run.
 
@@ -122,6 +138,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
     except SystemExit as stop:
         refused = _validation_error(stop)
         if refused is None:
+            _leave_to_main()
             sys.stderr.write(messages.getvalue())
             raise
     first = refused.errors()[0]
@@ -158,8 +175,15 @@ def _validation_error(error: BaseException | None) -> ValidationError | None:
 
 
 def _refuse(message: str) -> int:
+    _leave_to_main()
     print(f"regrow: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _leave_to_main() -> None:
+    """Give process 0 of a job time to print the same error: torchrun then ends the others."""
+    if not distributed.is_main():
+        time.sleep(distributed.GRACE)
 
 
 def _quiet() -> None:

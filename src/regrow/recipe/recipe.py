@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +17,8 @@ from regrow.config import Config, Options, parse
 from regrow.data.config import DataConfig
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
-from regrow.runtime.progress import say
+from regrow.runtime import distributed
+from regrow.runtime.progress import clock, say
 from regrow.stage import RecipeRun, Step, parse_step
 
 KeepStages = Literal["all", "last"]
@@ -68,24 +71,31 @@ def run(
 ) -> Path:
     """Run a recipe into `out`: stages/NN-name/, metrics.jsonl, model/ and report.html.
 
-    Run again, it skips what is complete and unchanged and goes on where it stopped. Everything
-    that can be wrong is checked before the slow work; raises UserError for it.
+    The same call again skips the stages that are complete and unchanged, and continues where it
+    stopped. In a job of several processes (torchrun), the stages that share their work (generate,
+    cache, distill) run in all of them; the others run in process 0, and the rest wait. Raises
+    UserError, before any slow work, for a recipe that cannot succeed.
     """
     recipe = recipe if isinstance(recipe, Recipe) else read(recipe)
     out, options = Path(out), options or Options()
-    if not (out / RECIPE).exists():
-        stage_dir.refuse_foreign(out, "run")
-    check(recipe, options)
-    if _finished(recipe, out):
-        say(f"run: {out} is complete and unchanged")
+    on_main = partial(distributed.on_main, cpu=options.torch_device().type == "cpu")
+    if not on_main(partial(_begin, recipe, out, options)):
         return out
-    _begin(recipe, out)
     job = RecipeRun(recipe.model, recipe.data, recipe.steps(), out, options)
     for number, step in enumerate(job.steps, start=1):
-        say(f"── {number}/{len(job.steps)} {step.name}")
-        step.stage.run(step, job, f"{number:02d}-{step.name}")
-    _finish(recipe, job, keep_stages)
+        title, start = f"── {number}/{len(job.steps)} {step.name}", time.monotonic()
+        say(title)
+        work = partial(_run_stage, step, job, f"{number:02d}-{step.name}")
+        vars(job).update(work() if step.stage.distributed else on_main(work))
+        say(f"{title}: done in {clock(time.monotonic() - start)}")
+    on_main(partial(_finish, recipe, job, keep_stages))
     return out
+
+
+def _run_stage(step: Step, job: RecipeRun, folder: str) -> dict[str, Any]:
+    """Run one stage; returns the fields of `job`, which the other processes take over."""
+    step.stage.run(step, job, folder)
+    return vars(job)
 
 
 def check(recipe: Recipe, options: Options) -> None:
@@ -117,13 +127,21 @@ def _fingerprints(recipe: Recipe) -> list[str]:
     return [load(model).fingerprint for model in sorted(models)]
 
 
-def _begin(recipe: Recipe, out: Path) -> None:
-    """Make the run folder and write down the recipe, after all bytes of the models are checked."""
-    _fingerprints(recipe)
+def _begin(recipe: Recipe, out: Path, options: Options) -> bool:
+    """Check the recipe and write it into the run folder; returns False when nothing is to do."""
+    if not (out / RECIPE).exists():
+        stage_dir.refuse_foreign(out, "run")
+    say(f"run: opening {recipe.model} and checking {len(recipe.stages)} stages")
+    check(recipe, options)
+    if _finished(recipe, out):
+        say(f"run: {out} is complete and unchanged")
+        return False
+    _fingerprints(recipe)  # reads all bytes of the models, and refuses broken ones
     (out / "stages").mkdir(parents=True, exist_ok=True)
     (out / stage_dir.NAME).unlink(missing_ok=True)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     (out / RECIPE).write_text(text)
+    return True
 
 
 def _finish(recipe: Recipe, job: RecipeRun, keep_stages: KeepStages) -> None:

@@ -1,4 +1,4 @@
-"""Flags and arguments that commands share."""
+"""Flags that several commands share."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class OptionalText(Config):
     """The text to work on."""
 
     data: tuple[str, ...] = ()
-    """Text: files, folders, hub ids, package:NAME==VERSION/path."""
+    """Sources of text: files, folders, hub ids, or package:NAME==VERSION/path."""
     data_weights: tuple[float, ...] = ()
-    """Share of each source in the blend."""
+    """Share of each source in the text; equal shares by default."""
     sequence_length: int = 512
-    """Tokens per block."""
+    """Tokens per sequence."""
 
     def blend(self) -> DataConfig:
         """The sources as a recipe's `data`; raises UserError for weights that do not fit them."""
@@ -46,18 +46,18 @@ class Text(OptionalText):
     """The text to work on."""
 
     data: tuple[str, ...]
-    """Text: files, folders, hub ids, package:NAME==VERSION/path."""
+    """Sources of text: files, folders, hub ids, or package:NAME==VERSION/path."""
 
 
 def print_lines(lines: list[str], out: Path | None = None) -> None:
-    """What a dry run says; raises UserError for an `out` that is not ours to write to."""
+    """Print a dry run; raises UserError when `out` is not a folder that regrow may write to."""
     if out is not None:
         refuse_foreign(out)
     print("\n".join(lines))
 
 
 def open_model(model: str, quantized: bool = False) -> Checkpoint:
-    """A checkpoint of a known family: the stages take any, and find out late."""
+    """Open a model; raises UserError, before any slow work, for a family that is not known."""
     from regrow import families
     from regrow.checkpoint import load
 
@@ -67,22 +67,29 @@ def open_model(model: str, quantized: bool = False) -> Checkpoint:
 
 
 def open_measured(model: str) -> Checkpoint | GgufFile:
-    """As `open_model`, and a file NAME.gguf for llama.cpp to run."""
+    """Open a model to evaluate; a file NAME.gguf stays one, for llama.cpp to run."""
     from regrow import families
-    from regrow.stages.evaluate.gguf_model import GgufFile, open_model
+    from regrow.stages.evaluate import gguf_model
 
-    found = open_model(model)
-    if not isinstance(found, GgufFile):
-        families.of(found)
-    return found
+    opened = gguf_model.open_model(model)
+    if not isinstance(opened, gguf_model.GgufFile):
+        families.of(opened)
+    return opened
+
+
+def named_model(model: str) -> tuple[str, str]:
+    """Name and place of MODEL or NAME=MODEL; a path that exists is not split at its `=`."""
+    name, equals, place = model.partition("=")
+    if not equals or Path(model).exists() or name.startswith("package:"):
+        return Path(model).name, model
+    if not name or not place:
+        raise UserError(f"{model}: write NAME=MODEL")
+    return name, place
 
 
 def by_name(models: tuple[str, ...]) -> dict[str, str]:
-    """The models of NAME=FOLDER and FOLDER; raises UserError for a name given twice."""
-    named: dict[str, str] = {}
-    for model in models:
-        name, equals, folder = model.partition("=")
-        named[name if equals else Path(model).name] = folder if equals else model
+    """The models of MODEL and NAME=MODEL; raises UserError for a name given twice."""
+    named = dict(map(named_model, models))
     if len(named) < len(models):
-        raise UserError("two models have the same name: give NAME=FOLDER for each")
+        raise UserError("two models have the same name: give NAME=MODEL for each")
     return named

@@ -23,6 +23,7 @@ class CacheStage(Stage):
 
     config = CacheConfig
     takes_teacher = True
+    distributed = True
     reads = ("heldout", "train")
 
     def command(

@@ -39,10 +39,8 @@ class CompareStage(Stage):
             pruning: What to prune to; its criterion is the one that is re-estimated.
             machine: Device and batch size.
             out: JSON file to write the table to.
-            rounds: Also compare single-shot importance with importance that is estimated anew in
-                this many rounds.
-            heads: Also remove one query head: the least important one, and one at random, this
-                many times.
+            rounds: Also prune in this many rounds, with importance estimated anew in each.
+            heads: Also remove one query head: the least important, and this many at random.
             dry_run: Check everything and print what would be done.
         """
         from regrow.stages.compare.stage import compare, estimate

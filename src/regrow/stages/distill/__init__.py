@@ -26,6 +26,7 @@ class DistillStage(Stage):
 
     config = DistillConfig
     takes_teacher = True
+    distributed = True
     changes_weights = True
     needs_plain_weights = True
     reads = ("heldout", "train")

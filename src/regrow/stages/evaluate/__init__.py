@@ -12,7 +12,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from regrow.config import Options
 from regrow.data.config import DataConfig
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
-from regrow.stages._flags import OptionalText, by_name, open_model, print_lines
+from regrow.stages._flags import OptionalText, by_name, named_model, open_model, print_lines
 from regrow.stages.evaluate.config import EvaluateConfig
 
 if TYPE_CHECKING:
@@ -40,10 +40,9 @@ class EvaluateStage(Stage):
         """Measure models side by side: perplexity, KL to the teacher, size, speed, generations.
 
         Args:
-            models: Model folders, and files NAME.gguf, which llama.cpp runs; NAME=MODEL gives one
-                a name.
+            models: Model folders, or GGUF files, which llama.cpp runs; NAME=MODEL names one.
             out: Folder to write the evaluation to.
-            against: The teacher, for KL and ratios.
+            against: The teacher, for KL and ratios; NAME=MODEL names it.
             measuring: What to measure.
             machine: Device and batch size.
             dry_run: Check everything and print what would be done.
@@ -51,7 +50,12 @@ class EvaluateStage(Stage):
         from regrow.stages.evaluate.stage import evaluate
 
         named = {name: _open(model) for name, model in by_name(models).items()}
-        teacher = None if against is None else open_model(against, quantized=True)
+        teacher = None
+        if against is not None:
+            name, place = named_model(against)
+            teacher = open_model(place, quantized=True)
+            if place != against and name not in named:
+                named = {name: teacher, **named}
         data = text.blend() if text.data else None
         if dry_run:
             print_lines(estimate(named, teacher, data, measuring), out)

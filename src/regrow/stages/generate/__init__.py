@@ -33,6 +33,7 @@ class GenerateStage(Stage):
     config = GenerateConfig
     recipe_fields = RecipeFields
     takes_teacher = True
+    distributed = True
 
     def command(
         self,

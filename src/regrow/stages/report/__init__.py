@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
+from regrow.errors import UserError
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
 from regrow.stages.report.config import ReportConfig
 
@@ -40,10 +41,12 @@ class ReportStage(Stage):
         print(report(runs, out, page))
 
     def check(self, step: Step, plan: RecipePlan) -> None:
-        """Raise UserError for what a page cannot show."""
+        """Raise UserError for a page that would be empty, or has folders that are not there."""
         from regrow.stages.report.stage import check
 
         check(step.config)
+        if plan.steps[0] is step:
+            raise UserError("nothing to report on: put it after the stages that it shows")
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
         """Report on the whole run."""
