@@ -15,7 +15,7 @@ from tiny_job import write_model as write_job_model
 from regrow.config import parse
 from regrow.data import DataConfig, SourceConfig
 from regrow.errors import UserError
-from regrow.recipe import dry_run
+from regrow.recipe.check import describe
 from regrow.recipe.recipe import Recipe, check, run
 from regrow.stage_dir import read as read_manifest
 from regrow.stages.distill import setup
@@ -144,7 +144,8 @@ def test_a_recipe_generates_and_takes_the_answers(job: Path) -> None:
     profile = {"profile": {"samples": 8, "gram_tokens": 256}}
     recipe = recipe_of(job, profile, PRUNE, BY_TEACHER, asked, tiny, tiny)
     check(recipe, OPTIONS)
-    assert any(line.startswith("generate:") for line in dry_run.of_recipe(recipe, OPTIONS))
+    lines = describe(recipe.model, recipe.data, recipe.steps(), OPTIONS)
+    assert any(line.startswith("generate:") for line in lines)
     out = run(recipe, job / "out", OPTIONS)
     theirs, own = (read_manifest(out / "stages" / n) for n in ("03-generate", "04-generate"))
     assert theirs is not None

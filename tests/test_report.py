@@ -17,8 +17,8 @@ from report_run import write_evaluation, write_manifest, write_metrics, write_ru
 
 from regrow.errors import UserError
 from regrow.plan import Plan
+from regrow.stages.report import ReportConfig
 from regrow.stages.report import run_folder as folders
-from regrow.stages.report.config import ReportConfig
 from regrow.stages.report.numbers import duration, figure, millions, title
 from regrow.stages.report.page import embedded
 from regrow.stages.report.sections.kept import shares

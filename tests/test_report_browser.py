@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from report_run import add_benchmarks, write_metrics, write_run
 
-from regrow.stages.report.config import ReportConfig
+from regrow.stages.report import ReportConfig
 from regrow.stages.report.stage import report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)

@@ -22,13 +22,13 @@ from test_report import HOSTILE, Page, loads
 
 from regrow.cli.main import main
 from regrow.errors import UserError
+from regrow.stages.report import ReportConfig
 from regrow.stages.report import run_folder as folders
 from regrow.stages.report.charts import clip, places
-from regrow.stages.report.config import ReportConfig
 from regrow.stages.report.evaluated import Evaluated, of
 from regrow.stages.report.numbers import figure
 from regrow.stages.report.page import Chart, Details, Section, Table
-from regrow.stages.report.sections import cost, result, stored, tasks, tradeoff, training
+from regrow.stages.report.sections import cost, result, tasks, tradeoff, training
 from regrow.stages.report.sections.cost import flops, spent_by, watt_hours
 from regrow.stages.report.stage import report
 
@@ -442,9 +442,9 @@ def test_quantized_and_exported_files(tmp_path: Path) -> None:
     config = {"scheme": "int4-g64", "method": "gptq"}
     (folder / "recipe.yaml").unlink()
     write_manifest(folder / "stages" / "05-quantize", "quantize", config=config, figures=figures)
-    ((head, row),) = tables(stored.section(folders.gather([folder], [])))
+    ((head, row),) = tables(result.stored(folders.gather([folder], [])))
     assert head == ["stage", "format", "size", "bits per weight", "more"]
     assert row == ["05-quantize", "int4-g64", "99.3 MB", "7.39", ""]
-    section = stored.section(folders.gather([folder], []))
+    section = result.stored(folders.gather([folder], []))
     assert section is not None and isinstance(section.blocks[0], Table)
     assert section.blocks[0].rows[0][-1].small == "bytes before 200.0 MB, kl 0.0983 nats"

@@ -25,7 +25,7 @@ from regrow.stages.profile.stage import profile as profile
 from regrow.stages.prune.stage import prune as prune
 from regrow.stages.quantize import QuantizeConfig as QuantizeConfig
 from regrow.stages.quantize.stage import quantize as quantize
-from regrow.stages.report.config import ReportConfig as ReportConfig
+from regrow.stages.report import ReportConfig as ReportConfig
 from regrow.stages.report.stage import report as report
 from regrow.stages.rotate.config import RotateConfig as RotateConfig
 from regrow.stages.rotate.stage import rotate as rotate

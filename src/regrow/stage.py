@@ -40,9 +40,9 @@ class Step(Config):
     extra: Any = None
     """Fields that only a recipe has, an instance of the stage's `recipe_fields` class."""
     teacher: str | None = None
-    """The model it learns from or is compared with; None stands for the recipe's model."""
-    where: str = ""
-    """Its place in the recipe, for error messages."""
+    """The model to learn from or to compare with; None stands for the recipe's model."""
+    location: str = ""
+    """Its position in the recipe, for error messages: stages.1.prune."""
 
     @property
     def stage(self) -> Stage:
@@ -52,10 +52,10 @@ class Step(Config):
 
 @dataclass
 class RecipePlan:
-    """What is known of a recipe's models and files at one stage, before anything has run.
+    """What is known at one stage of a recipe before anything has run.
 
-    `Stage.check` and `Stage.dry_run` read it. `Stage.leave` writes to it what the stages that
-    follow will find.
+    `Stage.check` and `Stage.dry_run` read it. `Stage.leave` notes in it the result of its stage,
+    for the stages that follow.
     """
 
     model: str
@@ -65,25 +65,25 @@ class RecipePlan:
     options: Options
     steps: list[Step]
     parameters: int = 0
-    """Parameters of the model that the next stage works on; a target where it is not known yet."""
+    """Parameters of the current model; the target where the number is not known yet."""
     config_now: dict[str, Any] | None = None
-    """Config of that model; None after a cut whose sizes are searched for."""
+    """Config of the current model; None after a prune whose sizes are searched for."""
     profiled: bool = False
-    """Whether there is a profile of that model."""
+    """Whether there is a profile of the current model."""
     quantized: str = ""
-    """Place of the stage whose quantized weights are final, or empty."""
+    """Location of the stage whose quantized weights are final; empty if there is none."""
     fewer_tokens: bool = False
     """Whether the vocabulary was cut."""
     caches: dict[str, str] = field(default_factory=dict)
     """Format of the last cache, by teacher."""
     answers: set[str] = field(default_factory=set)
-    """Teachers whose answers are there; an empty name stands for the current model's own."""
+    """Teachers that have answered prompts; an empty name stands for the current model."""
     calibration_sequences: int = 0
-    """Sequences of calibration text that the first profile takes."""
+    """Sequences of calibration text that the first profile reads."""
     calibration_to_choose: int = 0
-    """Sequences of calibration text, beyond the profile's, that a choice of shape takes."""
+    """Further sequences of calibration text that the choice of a shape reads."""
     left: dict[str, Any] = field(default_factory=dict)
-    """What stages leave for each other that has no field of its own, by a name of their choice."""
+    """Other notes that stages leave for later stages, by a name of their choice."""
 
     @property
     def family(self) -> Family:
@@ -95,7 +95,7 @@ class RecipePlan:
 
 @dataclass
 class RecipeRun:
-    """A recipe as it runs: what it is given, and what its stages have made so far."""
+    """A recipe while it runs: its inputs, and the results of its stages so far."""
 
     model: str
     """The recipe's model: the teacher, where a stage names no other."""
@@ -104,9 +104,9 @@ class RecipeRun:
     out: Path
     options: Options
     current: str | Path = ""
-    """The model that the next stage works on."""
+    """The current model, on which the next stage works."""
     plain: str | Path = ""
-    """The current model before it was quantized: files of other types are made from it."""
+    """The current model before it was quantized: export reads this one."""
     profile: Path | None = None
     """The last profile of the current model."""
     caches: dict[str, Path] = field(default_factory=dict)
@@ -114,13 +114,13 @@ class RecipeRun:
     answers: dict[str, Path] = field(default_factory=dict)
     """The last answers, by teacher."""
     own_answers: Path | None = None
-    """Answers of the current model."""
+    """The last answers of the current model."""
     models: dict[str, str | Path] = field(default_factory=dict)
-    """All models that an evaluation measures, by label."""
+    """All models so far, by label: an evaluation measures them."""
     reported: bool = False
     """Whether a report was written."""
     left: dict[str, Any] = field(default_factory=dict)
-    """What stages leave for each other that has no field of its own, by a name of their choice."""
+    """Other notes that stages leave for later stages, by a name of their choice."""
 
     def __post_init__(self) -> None:
         from regrow.checkpoint import load
@@ -134,7 +134,7 @@ class RecipeRun:
         return self.out / "stages" / name
 
     def add(self, label: str, folder: Path) -> None:
-        """Make `folder` the current model, which later stages evaluate under `label`."""
+        """Make `folder` the current model; evaluations show it under `label`."""
         count = sum(known.split(" ")[0] == label for known in self.models)
         self.models[f"{label} {count + 1}" if count else label] = folder
         self.current = self.plain = folder
@@ -144,28 +144,29 @@ class RecipeRun:
 class Stage:
     """One stage of the path from a large model to a small one.
 
-    The docstring of a subclass says what it takes from a recipe and what it leaves to it. A stage
-    imports what is slow to import inside its methods, so that the command line starts quickly.
+    The docstring of a subclass says what the stage takes from a recipe and what it leaves to the
+    stages that follow. Slow imports stand inside the methods, so that the command line starts
+    quickly.
     """
 
     config: ClassVar[type[Config]]
-    """Its fields, in a recipe and as flags."""
+    """Its config: the fields in a recipe, and the flags of its command."""
     recipe_fields: ClassVar[type[Config] | None] = None
     """Fields that only a recipe has, if any."""
     in_recipes: ClassVar[bool] = True
-    """Whether a recipe can name it; otherwise it is a command only."""
+    """Whether recipes can use it; otherwise it is a command only."""
     takes_teacher: ClassVar[bool] = False
     """Whether its entry in a recipe may name a `teacher`."""
     changes_weights: ClassVar[bool] = False
-    """Whether it makes a new model: profiles and a model's own answers are then out of date."""
+    """Whether it writes a new model: a profile and own answers of the model before are outdated."""
     needs_plain_weights: ClassVar[bool] = False
-    """Whether it may not follow a `quantize` whose weights are final."""
+    """Whether it is refused after a `quantize` whose weights are final."""
     distributed: ClassVar[bool] = False
     """Whether all processes of a job (torchrun) share its work; otherwise process 0 does it."""
     reads: ClassVar[tuple[Split, ...]] = ()
     """Splits of the recipe's text that it reads."""
     uses: ClassVar[tuple[str, ...]] = ()
-    """Stages whose functions it calls; no stage imports another that is not named here."""
+    """Other stages that it calls; it may import no others."""
 
     @property
     def name(self) -> str:
@@ -179,46 +180,48 @@ class Stage:
 
     @property
     def function(self) -> Callable[..., Any]:
-        """The stage as a Python function: `regrow.NAME`, found in `stage.py` of its folder."""
+        """The stage as a Python function, `regrow.NAME`: the one in `stage.py` of its folder."""
         module = import_module(f"{STAGES}.{self.name}.stage")
         function: Callable[..., Any] = getattr(module, self.name)
         return function
 
     def command(self, *arguments: Any, **flags: Any) -> None:
-        """The stage as a command: its parameters are the flags, its docstring is the help."""
+        """The stage as a command: the parameters are its flags, the docstring is its help."""
         raise NotImplementedError
 
     def check(self, step: Step, plan: RecipePlan) -> None:
-        """Raise UserError, before any slow work, for what cannot succeed."""
+        """Raise UserError, before any slow work, when the stage cannot succeed."""
 
     def accepts_teacher(self, step: Step, plan: RecipePlan, teacher: Checkpoint) -> bool:
-        """Whether it takes a teacher whose tokenizer differs from the recipe's model."""
+        """Whether the teacher's tokenizer may differ from that of the recipe's model."""
         return False
 
     def dry_run(self, step: Step, plan: RecipePlan) -> list[str]:
         """The lines that `regrow run --dry-run` prints for it."""
-        return [f"{self.name}: works on the models that are there by then"]
+        return [f"{self.name}: depends on the models that the stages before it write"]
 
     def leave(self, step: Step, plan: RecipePlan) -> None:
-        """Note in `plan` what the stages that follow will find."""
+        """Note the result of the stage in `plan`, for the stages that follow."""
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
-        """Run it on what the recipe has come to, into `run.folder(folder)`."""
+        """Run the stage on the recipe's current model; write to `run.folder(folder)`."""
         raise NotImplementedError
 
     def needs_of_cache(self, step: Step) -> dict[str, int]:
-        """Fields of a cache (`tokens`, `heldout_sequences`) that it will read of one."""
+        """Least `tokens` and `heldout_sequences` of a cache that this stage would read."""
         return {}
 
     def inputs(self, step: Step) -> Iterable[str]:
-        """Hashes of what it reads beyond the recipe's model, data and teacher."""
+        """Hashes of further inputs, beside the recipe's model, data and teacher."""
         return ()
 
 
 def names() -> list[str]:
     """All stages, in the order in which they are listed."""
-    found = plugins.names(STAGES)
-    return sorted(found, key=lambda name: (IN_ORDER.index(name) if name in IN_ORDER else 99, name))
+    return sorted(
+        plugins.names(STAGES),
+        key=lambda name: (IN_ORDER.index(name) if name in IN_ORDER else 99, name),
+    )
 
 
 def find(name: str) -> Stage:
@@ -231,25 +234,25 @@ def find(name: str) -> Stage:
 def parse_step(entry: dict[str, Any] | str, number: int) -> Step:
     """Read `name` or `{name: {its fields}}`; raises UserError for what is unknown."""
     entry = {entry: {}} if isinstance(entry, str) else entry
-    where = f"stages.{number}"
+    location = f"stages.{number}"
     if len(entry) != 1:
         raise UserError(
-            f"{where}: give one stage per entry, as `- name: {{fields}}` (given: {list(entry)})"
+            f"{location}: give one stage per entry, as `- name: {{fields}}` (given: {list(entry)})"
         )
     ((name, fields),) = entry.items()
     known = [each for each in names() if find(each).in_recipes]
     if name not in known:
-        raise UserError(f"{where}: {unknown('stage', str(name), known)}")
-    stage, where = find(name), f"{where}.{name}"
+        raise UserError(f"{location}: {unknown('stage', str(name), known)}")
+    stage, location = find(name), f"{location}.{name}"
     if not isinstance(fields or {}, dict):
-        raise UserError(f"{where}: give its fields as `key: value` (given: {fields!r})")
+        raise UserError(f"{location}: give its fields as `key: value` (given: {fields!r})")
     fields = dict(fields or {})
     teacher = fields.pop("teacher", None) if stage.takes_teacher else None
     if teacher is not None and not isinstance(teacher, str):
-        raise UserError(f"{where}.teacher: give a model folder or hub id (given: {teacher!r})")
+        raise UserError(f"{location}.teacher: give a model folder or hub id (given: {teacher!r})")
     extra = None
     if stage.recipe_fields is not None:
         own = {key: fields.pop(key) for key in stage.recipe_fields.model_fields if key in fields}
-        extra = parse(stage.recipe_fields, own, where)
-    config = parse(stage.config, fields, where)
-    return Step(name=name, config=config, extra=extra, teacher=teacher, where=where)
+        extra = parse(stage.recipe_fields, own, location)
+    config = parse(stage.config, fields, location)
+    return Step(name=name, config=config, extra=extra, teacher=teacher, location=location)

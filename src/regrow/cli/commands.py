@@ -23,25 +23,26 @@ def run(
     keep_stages: KeepStages = "all",
     dry_run: bool = False,
 ) -> None:
-    """Run a recipe: a whole job, resumable by the same command.
+    """Run a recipe: a whole job, which the same command continues after a stop.
 
     Args:
         recipe: YAML file with model, data and stages.
         out: Folder for stages/, metrics.jsonl, model/ and report.html.
-        machine: Device, batch size, and how models lie in memory.
+        machine: Device, batch size, and the use of memory.
         set: Override a field of the recipe: stages.prune.keep_params=0.7.
         keep_stages: Keep the weights of all stages, or of the final model only.
         dry_run: Check everything and print what would be done.
     """
-    from regrow.recipe import dry_run as dry
     from regrow.recipe import recipe as recipes
 
     job = recipes.read(recipe, list(set))
     if not dry_run:
         recipes.run(job, out, machine, keep_stages)
     elif distributed.is_main():
+        from regrow.recipe.check import describe
+
         recipes.check(job, machine)
-        print_lines(dry.of_recipe(job, machine))
+        print_lines(describe(job.model, job.data, job.steps(), machine))
 
 
 def inspect(model: Model) -> None:

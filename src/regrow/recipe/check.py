@@ -1,4 +1,4 @@
-"""Check before any slow work whether the stages of a recipe can succeed where they stand."""
+"""Before a recipe runs: check whether its stages can succeed, and describe them (--dry-run)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from regrow.training.shared_tokens import teacher_ids
 
 
 def check_steps(model: str, data: DataConfig, steps: list[Step], options: Options) -> None:
-    """Raise UserError for the first stage that cannot succeed, naming its place in the recipe."""
+    """Raise UserError for the first stage that cannot succeed, with its position in the recipe."""
     plan = open_plan(model, data, steps, options)
     plan.checkpoint.tokenizer()
     options.torch_device()
@@ -34,6 +34,16 @@ def check_steps(model: str, data: DataConfig, steps: list[Step], options: Option
         _check_text(plan)
 
 
+def describe(model: str, data: DataConfig, steps: list[Step], options: Options) -> list[str]:
+    """What each stage will do: sizes, memory and time; targets stand for sizes not yet known."""
+    plan = open_plan(model, data, steps, options)
+    lines: list[str] = []
+    for step in steps:
+        lines += step.stage.dry_run(step, plan)
+        leave(step, plan)
+    return lines
+
+
 def open_plan(model: str, data: DataConfig, steps: list[Step], options: Options) -> RecipePlan:
     """The plan before the first stage; raises UserError for a model of no known family."""
     checkpoint = load(model)
@@ -44,7 +54,7 @@ def open_plan(model: str, data: DataConfig, steps: list[Step], options: Options)
 
 
 def leave(step: Step, plan: RecipePlan) -> None:
-    """Note what a stage leaves; a new model has no profile and no answers of its own."""
+    """Note the result of a stage; a new model has no profile and no answers yet."""
     if step.stage.changes_weights:
         plan.profiled = False
         plan.answers.discard("")
@@ -56,21 +66,21 @@ def _in_place(step: Step) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{step.where}: {error}") from None
+        raise UserError(f"{step.location}: {error}") from None
 
 
 def _check_order(step: Step, plan: RecipePlan) -> None:
-    """Quantized weights are final."""
+    """Raise UserError for a stage after quantized weights that are final."""
     if plan.quantized and step.stage.needs_plain_weights:
         raise UserError(
-            f"comes after {plan.quantized}, whose rounding it would undo or be undone by: distil, "
-            "prune, and quantize last (distill: {fake_quantize: int4} trains for it); to insist, "
-            f"set {plan.quantized}.dequantize: true"
+            f"comes after {plan.quantized}, whose quantized weights are final: put quantize last "
+            "(distill: {fake_quantize: int4} trains for it), or set "
+            f"{plan.quantized}.dequantize: true"
         )
 
 
 def _check_teacher(step: Step, plan: RecipePlan) -> None:
-    """A teacher must be of a known family, and read the same tokens unless the stage can bridge."""
+    """Raise UserError for a teacher of an unknown family, or of a tokenizer that does not match."""
     if step.teacher is None:
         return
     teacher = load(step.teacher)
@@ -80,18 +90,18 @@ def _check_teacher(step: Step, plan: RecipePlan) -> None:
 
 
 def _check_text(plan: RecipePlan) -> None:
-    """Every split that is read must have a sequence; a choice among shapes needs more of them."""
+    """Raise UserError when a split has no sequence, or too few to choose among shapes."""
     tokenizer = plan.checkpoint.tokenizer()
     for split in sorted({split for step in plan.steps for split in step.stage.reads}):
         build_sequences(plan.data, tokenizer, split, 1, plan.checkpoint)
     if not plan.calibration_to_choose:
         return
     wanted = plan.calibration_sequences + plan.calibration_to_choose
-    found = len(build_sequences(plan.data, tokenizer, "calibration", wanted))
-    if found < wanted:
+    available = len(build_sequences(plan.data, tokenizer, "calibration", wanted))
+    if available < wanted:
         profile = next(step for step in plan.steps if step.name == "profile")
         raise UserError(
-            f"too little calibration text: {found} sequences, but {profile.where} takes "
+            f"too little calibration text: {available} sequences, but {profile.location} takes "
             f"{plan.calibration_sequences} and the choice of a shape "
             f"{plan.calibration_to_choose} more; lower samples, or add text"
         )

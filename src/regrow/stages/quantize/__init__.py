@@ -124,7 +124,7 @@ class QuantizeStage(Stage):
     def leave(self, step: Step, plan: RecipePlan) -> None:
         """Weights are final from here on, unless they are written back dequantized."""
         if not step.config.dequantize:
-            plan.quantized = step.where
+            plan.quantized = step.location
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
         """Quantize the current model; a later export is made from the one before."""

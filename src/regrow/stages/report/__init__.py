@@ -8,9 +8,19 @@ from typing import Annotated
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
+from regrow.config import Config
 from regrow.errors import UserError
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
-from regrow.stages.report.config import ReportConfig
+
+
+class ReportConfig(Config):
+    """The heading of the page, and further evaluations to show; the rest follows from the run."""
+
+    title: str = "A smaller model, and what it cost"
+    """Heading of the page."""
+    compare: tuple[str, ...] = ()
+    """Folders of other evaluations or runs, whose models are shown beside this run's; NAME=FOLDER
+    names one."""
 
 
 class ReportStage(Stage):

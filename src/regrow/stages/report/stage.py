@@ -8,22 +8,15 @@ from pathlib import Path
 
 from regrow.errors import UserError
 from regrow.runtime.progress import say
-from regrow.stages.report import run_folder
-from regrow.stages.report.config import ReportConfig
+from regrow.stages.report import ReportConfig, run_folder
 from regrow.stages.report.page import render
 from regrow.stages.report.sections import (
     candidates,
-    conventions,
     cost,
-    generations,
     importance,
     kept,
     provenance,
-    quality,
     result,
-    shapes,
-    speed,
-    stored,
     tasks,
     tradeoff,
     training,
@@ -31,36 +24,36 @@ from regrow.stages.report.sections import (
 
 NAME = "report.html"
 SECTIONS = (
-    result,
-    tradeoff,
-    tasks,
-    quality,
-    speed,
-    generations,
-    training,
-    candidates,
-    kept,
-    importance,
-    stored,
-    cost,
-    conventions,
-    provenance,
+    result.section,
+    tradeoff.section,
+    tasks.section,
+    tradeoff.step_by_step,
+    cost.speed,
+    tasks.generations,
+    training.section,
+    candidates.section,
+    kept.section,
+    importance.section,
+    result.stored,
+    cost.section,
+    provenance.conventions,
+    provenance.section,
 )
 """In the order of the page."""
 COMPARED = (
-    result,
-    tradeoff,
-    tasks,
-    speed,
-    generations,
-    training,
-    shapes,
-    stored,
-    cost,
-    conventions,
-    provenance,
+    result.section,
+    tradeoff.section,
+    tasks.section,
+    cost.speed,
+    tasks.generations,
+    training.section,
+    kept.sizes,
+    result.stored,
+    cost.section,
+    provenance.conventions,
+    provenance.section,
 )
-"""Those of several runs."""
+"""The same for several runs."""
 
 
 def report(
@@ -79,8 +72,8 @@ def report(
     target = target_of(folders, out)
     check(config)
     runs = run_folder.gather(folders, config.compare)
-    modules = SECTIONS if len(folders) == 1 else COMPARED
-    sections = [made for module in modules if (made := module.section(runs)) is not None]
+    makers = SECTIONS if len(folders) == 1 else COMPARED
+    sections = [section for make in makers if (section := make(runs)) is not None]
     page = render(config.title, result.headline(runs), sections)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")

@@ -1,4 +1,4 @@
-"""Which units were kept, layer by layer."""
+"""Which units were kept, layer by layer; of several runs, the sizes before and after each cut."""
 
 from __future__ import annotations
 
@@ -111,3 +111,21 @@ def _mass(cut: Cut) -> Chart | None:
     y = charts.axis("share of score kept", tickformat=".0%")
     caption = "Share of each layer's importance that its kept units hold"
     return Chart(charts.figure(traces, charts.axis("layer"), y), caption, 280)
+
+
+def sizes(runs: list[Run]) -> Section | None:
+    """Sizes before and after each pruning; the maps of kept units are on the runs' own pages."""
+    cuts = [(run.at(cut.name), cut.plan) for run in runs for cut in run.cuts]
+    dims = list(dict.fromkeys(dim for _, plan in cuts for dim in plan.before))
+    rows = [[text(name), *(_change(plan, dim) for dim in dims)] for name, plan in cuts]
+    note = "Sizes before and after; what kept its size is in grey."
+    return Section("kept", "What was cut", note, [Table(["cut", *dims], rows)]) if rows else None
+
+
+def _change(plan: Plan, dim: str) -> Cell:
+    before, after = plan.before.get(dim), plan.after.get(dim)
+    if before is None or after is None:
+        return Cell("–")
+    if before == after:
+        return Cell("", f"{after:,}")
+    return Cell(f"{before:,} → {after:,}", f"{after / before:.1%}")

@@ -1,11 +1,11 @@
-"""Benchmarks: each model's score on each task, and the share of its teacher's that it keeps."""
+"""Benchmarks: each model's scores, the share of its teacher's that it keeps, and its own words."""
 
 from __future__ import annotations
 
 from regrow.stages.report import charts
 from regrow.stages.report.evaluated import Evaluated, of
 from regrow.stages.report.numbers import QUALITY, SPEED, figure, title
-from regrow.stages.report.page import Block, Cell, Chart, Details, Section, Table
+from regrow.stages.report.page import Answers, Block, Cell, Chart, Details, Section, Table
 from regrow.stages.report.run_folder import Run
 
 KEPT = "_kept"
@@ -163,3 +163,17 @@ def _lines(found: Evaluated, names: list[str]) -> str:
         cells = [_cell(found, label, name).text for label in found.labels]
         lines.append(" · ".join([title(name), *cells]))
     return "\n".join(lines)
+
+
+def generations(runs: list[Run]) -> Section | None:
+    """Per prompt the answer of every model."""
+    found = of(runs)
+    if found is None:
+        return None
+    by_prompt: dict[str, list[tuple[str, str]]] = {}
+    for label in found.labels:
+        for row in found.generations[label]:
+            by_prompt.setdefault(row["prompt"], []).append((label, row["text"]))
+    blocks: list[Block] = [Answers(prompt, answers) for prompt, answers in by_prompt.items()]
+    note = "Greedy continuations, cut at a fixed number of tokens."
+    return Section("generations", "In their own words", note, blocks) if blocks else None
