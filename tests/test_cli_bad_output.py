@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny_job import COMMANDS, Refused, command
+from tiny_job import COMMANDS, Refused, call, command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from regrow.checkpoint import shards
@@ -44,6 +45,27 @@ def test_output_folder(
     assert expected.get(holds, "holds something else") in said
     assert (out if out.is_file() else out / "mine").read_text() == "mine"
     assert sorted(tmp_path.iterdir()) == [place, out]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_named_pipe_as_output(name: str, place: Path, tmp_path: Path, refused: Refused) -> None:
+    """Opening it would wait for ever for another process."""
+    out = tmp_path / "out"
+    os.mkfifo(out)
+    said = refused(*command(name, place, place / "model", out), at_once=False)
+    assert said == f"{out} is a named pipe: give --out a folder that is new or empty"
+    assert out.is_fifo()
+    assert sorted(tmp_path.iterdir()) == [place, out]
+
+
+def test_a_link_as_output(place: Path, tmp_path: Path) -> None:
+    """It stays, and what it leads to has the result."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    call(*command("prune", place, place / "model", tmp_path / "out"))
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "model.safetensors").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "in", "out"]
 
 
 @pytest.mark.parametrize("name", ["profile", "prune", "cache", "distill"])

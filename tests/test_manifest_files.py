@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import stat
+from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from regrow.config import Config
 from regrow.errors import UserError
-from regrow.stage_dir import link, refuse_foreign, replace_folder, require_space, write_json
+from regrow.stage_dir import (
+    StageDir,
+    link,
+    output_file,
+    output_folder,
+    refuse_foreign,
+    replace_folder,
+    require_space,
+    write_json,
+)
 
 
 @pytest.fixture
@@ -24,6 +39,80 @@ def test_foreign_file(out: Path) -> None:
     for place in (out, out / "model", out / "a" / "b"):
         with pytest.raises(UserError, match=f"{out} is a file: give --out a folder"):
             refuse_foreign(place)
+
+
+def make_device(path: Path) -> None:
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))  # as /dev/null
+    except PermissionError:
+        pytest.skip("only root makes devices")
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server, chdir(path.parent):
+        server.bind(path.name)
+
+
+SPECIAL: dict[str, Callable[[Path], object]] = {
+    "a named pipe": os.mkfifo,
+    "a device": make_device,
+    "a socket": make_socket,
+    "a link to a place that does not exist": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_no_folder_and_no_file(kind: str, tmp_path: Path) -> None:
+    """Refused at once, and still there: it is not opened, and nothing is put in its place."""
+    out = tmp_path / "out"
+    SPECIAL[kind](out)
+    before = out.lstat()
+    for place in (out, out / "model"):
+        with pytest.raises(UserError, match=f"{out} is {kind}: give --out a folder"):
+            refuse_foreign(place)
+        with pytest.raises(UserError, match=f"{out} is {kind}: give --out a folder"):
+            StageDir(place, "prune", Config(), {})
+    with pytest.raises(UserError, match=f"{out} is {kind}: give --out the name of a file"):
+        output_file(out)
+    after = out.lstat()
+    assert (after.st_ino, after.st_mode, after.st_ctime_ns) == (
+        *(before.st_ino, before.st_mode),
+        before.st_ctime_ns,
+    )
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    """The result is on the disk that the link leads to, and the link is still one."""
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    out = tmp_path / "out"
+    out.symlink_to(tmp_path / "disk" / "real")
+    for content in ("first", "second"):
+        with StageDir(out, "prune", Config(), {"input": content}) as folder:
+            assert folder.parent == tmp_path / "disk"
+            (folder / "result").write_text(content)
+        assert out.is_symlink()
+        assert (tmp_path / "disk" / "real" / "result").read_text() == content
+        assert StageDir(out, "prune", Config(), {"input": content}).complete
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        *("disk", "manifest.json", "out", "real", "result")
+    ]
+
+
+def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "out").symlink_to("file")
+    assert output_file(tmp_path / "out") == tmp_path / "file"
+    assert output_file(tmp_path / "new") == tmp_path / "new"
+    with pytest.raises(UserError, match="is a folder: give --out the name of a file"):
+        output_file(tmp_path)
+
+
+@pytest.mark.parametrize("out", [".", "here/..", "/"])
+def test_a_folder_that_cannot_be_renamed(out: str, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    with chdir(tmp_path), pytest.raises(UserError, match="is a mount point or the current folder"):
+        output_folder(Path(out))
 
 
 def test_require_space(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
-"""What a stage did, and the folder it did it in.
+"""The output folder of a stage and its manifest.json.
 
-A stage writes into a hidden neighbour of its output folder and renames it when complete; its
-`manifest.json` holds a digest of its config and its inputs, so that running again skips what is
-complete and unchanged, and a kill at any moment leaves either the old folder or the new one.
+A stage writes into a hidden folder beside its output folder and renames it when the stage is
+complete. A kill at any moment therefore leaves either the old folder or the new one. The manifest
+records the config, the inputs and the figures, and a digest of config and inputs: a stage that is
+run again with the same digest is skipped.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import platform
 import shutil
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -27,24 +29,25 @@ from regrow.runtime.energy import Meter
 
 NAME = "manifest.json"
 MARK = ".digest"
+"""A file in the hidden folder with the digest of the stage that writes there."""
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
 
 
 class Figure(Config):
-    """One measured number, with what is needed to compare it."""
+    """One measured number, with the unit and the convention that a comparison needs."""
 
     name: str
-    """What was measured, for instance perplexity."""
+    """Name of the quantity, for instance perplexity."""
     value: float
     """The number."""
     unit: str = ""
     """Unit, for instance nats, bytes, tokens/s."""
     n: int | None = None
-    """How many items (tokens, runs, …) the number is taken over."""
+    """Number of items (tokens, runs, …) that were measured."""
     stderr: float | None = None
     """Standard error of the mean, in the same unit."""
     convention: str = ""
-    """How it was measured: corpus, windows, what is scored."""
+    """How it was measured: the corpus, the windows, the scored tokens."""
 
 
 def digest(*parts: Any) -> str:
@@ -60,43 +63,43 @@ def read(folder: Path) -> dict[str, Any] | None:
 def read_file(path: Path) -> dict[str, Any] | None:
     """The manifest in a file, or None when there is none or it cannot be read."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return manifest if isinstance(manifest, dict) else None
 
 
 def forget(folder: Path) -> None:
-    """Make the stage in `folder` count as not done, while its figures can still be read."""
-    found = read(folder)
-    if found is not None:
-        write_json(folder / NAME, {**found, "digest": None, "resume_digest": None})
+    """Mark the stage in `folder` as not done; its figures can still be read."""
+    manifest = read(folder)
+    if manifest is not None:
+        write_json(folder / NAME, {**manifest, "digest": None, "resume_digest": None})
 
 
 def versions() -> dict[str, str]:
-    """Versions of regrow, Python and the packages whose changes change figures."""
-    found = {"regrow": regrow.__version__, "python": platform.python_version()}
+    """Versions of regrow, of Python, and of the packages on which figures depend."""
+    installed = {"regrow": regrow.__version__, "python": platform.python_version()}
     for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        with suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
+    return installed
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as readable JSON, by rename, so that a reader never sees half of it."""
+    """Write `value` as indented JSON, by a rename: a reader never sees half of the file."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     partial.replace(path)
 
 
 class StageDir:
-    """One stage's output folder: begun in a hidden neighbour, renamed when complete.
+    """The output folder of one stage, written beside its place and renamed when complete.
 
-    `with Stage(...) as folder:` gives the folder to write into. Test `.complete` first: a finished
-    stage with the same digest need not run. `resumable=True` keeps an interrupted folder of the
-    same digest, so that its work can go on.
+    `with StageDir(...) as folder:` gives the folder to write into. Test `.complete` first: a
+    finished stage with the same digest need not run. With `resumable`, an interrupted folder of the
+    same `resume_digest` (by default the digest) is kept, and the stage goes on in it. Where `out`
+    is a link to a folder, that folder is replaced and the link stays. Raises UserError when `out`
+    is no folder, or holds something else than a result of this stage.
     """
 
     def __init__(
@@ -108,6 +111,8 @@ class StageDir:
         resumable: bool = False,
         resume_digest: str | None = None,
     ) -> None:
+        refuse_foreign(out)
+        out = output_folder(out)
         self.out, self.name, self.config, self.inputs = out, name, config, inputs
         self.resumable = resumable
         self.digest = digest(name, config.model_dump(mode="json"), inputs, regrow.__version__)
@@ -123,9 +128,9 @@ class StageDir:
 
     @property
     def complete(self) -> bool:
-        """Whether `out` already holds this stage's result for this config and these inputs."""
-        found = read(self.out)
-        return found is not None and found.get("digest") == self.digest
+        """Whether `out` already has the result of this stage for this config and these inputs."""
+        manifest = read(self.out)
+        return manifest is not None and manifest.get("digest") == self.digest
 
     def __enter__(self) -> Path:
         if distributed.is_main():
@@ -175,7 +180,7 @@ class StageDir:
         replace_folder(self.partial, self.out)
 
     def manifest(self) -> dict[str, Any]:
-        """What was done, as written to manifest.json."""
+        """The fields of manifest.json."""
         return {
             "stage": self.name,
             "digest": self.digest,
@@ -195,27 +200,67 @@ def refuse_input(out: Path, *folders: Path) -> None:
     """Raise UserError when `out` is one of the folders that the stage reads."""
     for folder in folders:
         if out.resolve() == folder.resolve():
-            raise UserError(f"{out} is what is read here: give --out another folder")
+            raise UserError(f"{out} is an input of this stage: give --out another folder")
 
 
 def refuse_foreign(out: Path, stage: str | None = None) -> None:
-    """Raise UserError when `out` is a file or holds what no stage (or not `stage`) wrote."""
-    blocked = next((place for place in (out, *out.parents) if place.is_file()), None)
-    if blocked is not None:
-        raise UserError(f"{blocked} is a file: give --out a folder that is new or empty")
+    """Raise UserError when `out` is no folder, or holds files that no stage (or not `stage`) wrote.
+
+    A link to a folder counts as that folder. Devices, sockets and named pipes are never opened.
+    """
+    for place in (out, *out.parents):
+        if place.is_dir():
+            break
+        if os.path.lexists(place):
+            raise UserError(f"{place} is {_kind(place)}: give --out a folder that is new or empty")
     if not out.is_dir() or not any(out.iterdir()):
         return
-    found = read(out) or {}
-    if "digest" not in found or "stage" not in found:
+    manifest = read(out) or {}
+    if "digest" not in manifest or "stage" not in manifest:
         raise UserError(f"{out} holds something else: give --out a folder that is new or empty")
-    if stage is not None and found["stage"] != stage:
+    if stage is not None and manifest["stage"] != stage:
         raise UserError(
-            f"{out} holds the result of {found['stage']}: give {stage} a new or empty folder"
+            f"{out} holds the result of {manifest['stage']}: give {stage} a new or empty folder"
         )
 
 
+def _kind(path: Path) -> str:
+    """The kind of something that is no folder, in words."""
+    if not path.exists():
+        return "a link to a place that does not exist"
+    if path.is_file():
+        return "a file"
+    if path.is_fifo():
+        return "a named pipe"
+    return "a socket" if path.is_socket() else "a device"
+
+
+def output_folder(out: Path) -> Path:
+    """The folder that a result is renamed to: `out`, or the folder that a link there leads to.
+
+    Raises UserError for a folder that cannot be renamed.
+    """
+    folder = out.resolve() if out.is_symlink() or out.name in ("", "..") else out
+    if folder.is_dir() and (folder.is_mount() or folder.samefile(".")):
+        raise UserError(f"{out} is a mount point or the current folder: give --out a folder in it")
+    return folder
+
+
+def output_file(path: Path) -> Path:
+    """The file that a result is renamed to: `path`, or the file that a link there leads to.
+
+    Raises UserError for a folder, a device, a socket or a named pipe.
+    """
+    if path.is_symlink() and path.exists():
+        path = path.resolve()
+    if os.path.lexists(path) and not path.is_file():
+        kind = "a folder" if path.is_dir() else _kind(path)
+        raise UserError(f"{path} is {kind}: give --out the name of a file")
+    return path
+
+
 def replace_folder(new: Path, out: Path) -> None:
-    """Put the folder `new` in the place of `out` by renames; what was in `out` goes last."""
+    """Put the folder `new` in the place of `out` by renames; the old folder is deleted last."""
     old = out.parent / f".{out.name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
@@ -225,7 +270,7 @@ def replace_folder(new: Path, out: Path) -> None:
 
 
 def link(source: str, target: str) -> None:
-    """A hard link where the disk can, else a copy: for files that are replaced, never changed."""
+    """Make a hard link, or a copy where the disk has none: for files that are never changed."""
     try:
         os.link(source, target)
     except OSError:
@@ -233,7 +278,10 @@ def link(source: str, target: str) -> None:
 
 
 def recover(out: Path) -> None:
-    """Finish what a kill between the two renames of `replace_folder` left: no folder at `out`."""
+    """Finish a `replace_folder` that was killed between its two renames, with no folder at `out`.
+
+    The new folder is taken where it is complete, else the old one is put back.
+    """
     old, new = out.parent / f".{out.name}.old", out.parent / f".{out.name}.partial"
     if old.exists() and not out.exists():
         (new if read(new) is not None and not (new / MARK).exists() else old).rename(out)
@@ -253,7 +301,7 @@ def require_space(folder: Path, bytes_needed: int) -> None:
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Whether `error` says that a disk or quota is full, if only by a library's own exception."""
+    """Whether `error` means a full disk or quota; some libraries say so in their own exceptions."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return error is not None and "No space left on device" in str(error)

@@ -237,8 +237,8 @@ def save(model: PreTrainedModel, out: str | Path, like: Checkpoint) -> Path:
 
     Tied weights are written once; the folder appears only when it is whole.
     """
-    out = Path(out)
-    stage_dir.refuse_foreign(out)
+    stage_dir.refuse_foreign(Path(out))
+    out = stage_dir.output_folder(Path(out))
     partial = out.parent / f".{out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:

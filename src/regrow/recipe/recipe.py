@@ -164,6 +164,7 @@ def _finish(recipe: Recipe, job: RecipeRun, keep_stages: KeepStages) -> None:
 
 def _publish(folder: Path, out: Path) -> None:
     """A copy of a stage's model folder, by hard links where the disk can, put in place at once."""
+    out = stage_dir.output_folder(out)
     partial = out.parent / f".{out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     skip = shutil.ignore_patterns("trainer", "tensorboard")

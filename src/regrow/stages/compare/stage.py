@@ -31,7 +31,7 @@ from regrow.pruning.prune import repair_by, repair_method
 from regrow.runtime.progress import clock, say
 from regrow.search.score import SCORED_SEQUENCES, CutScorer
 from regrow.search.shapes import check_keep_params
-from regrow.stage_dir import write_json
+from regrow.stage_dir import output_file, write_json
 from regrow.stages.compare.head_removal import check_heads, heads_table, remove_heads
 from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.scoring import IMPORTANCE
@@ -160,8 +160,7 @@ def compare(
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     found = profile if isinstance(profile, Profile) else Profile(profile)
     options = options or Options()
-    if out is not None and Path(out).is_dir():
-        raise UserError(f"{out} is a folder: give --out the name of a JSON file")
+    out = None if out is None else output_file(Path(out))
     what = comparison_plan(checkpoint, found, config, rounds, heads)
     trial = CutScorer(checkpoint, found, data, options)
     rows: list[dict[str, Any]] = []
@@ -183,7 +182,7 @@ def compare(
         table["heads"] = remove_heads(trial, heads)
         Console().print(heads_table(table["heads"], heads))
     if out is not None:
-        write_json(Path(out), table)
+        write_json(out, table)
     return rows
 
 

@@ -216,10 +216,8 @@ class FileStageDir(StageDir):
     """
 
     def __init__(self, file: Path, name: str, config: Config, inputs: dict[str, str]) -> None:
-        self.file = file
+        self.file = file = stage_dir.output_file(file)
         super().__init__(file.parent / f".{file.name}.export", name, config, inputs)
-        if file.is_dir():
-            raise UserError(f"{file} is a folder: give --out another name, or a folder")
         if file.exists() and self._found() is None:
             raise UserError(
                 f"{file} is there and was not written by regrow export: give --out another name"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from regrow.errors import UserError
 from regrow.runtime.progress import say
+from regrow.stage_dir import output_file
 from regrow.stages.report import ReportConfig, run_folder
 from regrow.stages.report.page import render
 from regrow.stages.report.sections import (
@@ -84,15 +85,13 @@ def report(
 
 
 def target_of(folders: list[Path], out: str | Path | None) -> Path:
-    """The file to write; raises UserError when it cannot be told, or is a folder."""
+    """The file to write; raises UserError for several runs without one, and for no file."""
     if not folders:
         raise UserError("nothing to report on: name at least one run")
     if out is None and len(folders) > 1:
         raise UserError(f"{len(folders)} runs on one page: give --out the name of an HTML file")
     target = folders[0] / NAME if out is None else Path(out)
-    if target.is_dir():
-        raise UserError(f"{target} is a folder: give --out the name of an HTML file")
-    return target
+    return output_file(target)
 
 
 def check(config: ReportConfig) -> None:
