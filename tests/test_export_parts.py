@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def test_llama_cpp_splits_as_the_tokenizer(name: str, tmp_path: Path) -> None:
             regex = step[0] != "bytes"
             made.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex))
     checkpoint = write_case(tmp_path / "m", "llama")
-    loaded = checkpoint.tokenizer()
+    loaded = copy.deepcopy(checkpoint.tokenizer())
     loaded.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(made)
     path = tmp_path / "m" / "tokenizer.json"
     rules = json.loads(loaded.backend_tokenizer.to_str())

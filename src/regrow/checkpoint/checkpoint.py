@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CARRIED = (
+OF_TOKENIZERS = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -39,11 +39,11 @@ CARRIED = (
     "merges.txt",
     "chat_template*",
     "additional_chat_templates/*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
 )
+CARRIED = (*OF_TOKENIZERS, "generation_config.json", "LICENSE*", "NOTICE*")
+"""Files that are copied from a checkpoint to those that are made of it."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""A folder with one of these has a tokenizer."""
 
 
 class Checkpoint:
@@ -126,12 +126,21 @@ class Checkpoint:
         tensor: torch.Tensor = self._open[1].get_tensor(self._stored_as.get(name, name))
         return tensor
 
+    @cached_property
+    def main_dtype(self) -> str:
+        """The floating-point dtype of most weights, by bytes; others, such as norms, may differ."""
+        totals = dict.fromkeys(DTYPES.values(), 0)
+        for name in self.names():
+            if (dtype := self.dtype(name)) in totals:
+                totals[dtype] += self.bytes(name)
+        return max(totals, key=lambda dtype: totals[dtype])
+
     def compute_dtype(self) -> torch.dtype:
-        """What to compute in: bfloat16 for half-precision checkpoints, else as stored."""
+        """The dtype to compute in: bfloat16 for half-precision checkpoints, else as stored."""
         import torch
 
-        stored = self.dtype(self.names()[0])
-        dtype: torch.dtype = torch.bfloat16 if stored == "float16" else getattr(torch, stored)
+        half = self.main_dtype == "float16"
+        dtype: torch.dtype = torch.bfloat16 if half else getattr(torch, self.main_dtype)
         return dtype
 
     def meta(self, name: str) -> torch.Tensor:
@@ -164,30 +173,32 @@ class Checkpoint:
         return any((self.folder / name).exists() for name in TOKENIZER_FILES)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The folder's tokenizer; raises UserError when it has none."""
-        from transformers import AutoTokenizer
+        """The folder's tokenizer; raises UserError when it has none, or a broken one.
 
+        All checkpoints with the same tokenizer files get the same object: who changes it must copy
+        it first.
+        """
         if not self.has_tokenizer:
             raise UserError(
                 f"no tokenizer in {self.folder}: expected one of {', '.join(TOKENIZER_FILES)}; "
                 "copy the parent model's tokenizer files there"
             )
-        there = [name for name in TOKENIZER_FILES if (self.folder / name).exists()]
-        if there == ["tokenizer.model"] and importlib.util.find_spec("sentencepiece") is None:
-            raise UserError(
-                f"{self.folder / 'tokenizer.model'} cannot be read without tokenizer.json: put the "
-                "model's tokenizer.json beside it, or pip install sentencepiece"
-            )
-        for path in sorted(self.folder.glob("tokenizer*.json")):
-            read_json(path)
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                str(self.folder), local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"the tokenizer in {self.folder} cannot be read: {reason}") from error
-        return tokenizer
+        key = self._tokenizer_key()
+        if key not in _tokenizers:
+            _tokenizers[key] = _read_tokenizer(self.folder)
+        return _tokenizers[key]
+
+    def _tokenizer_key(self) -> str:
+        """A digest of all that transformers makes the tokenizer of."""
+        patterns = (*OF_TOKENIZERS, "*.model", "*.tiktoken")
+        paths = sorted({path for pattern in patterns for path in self.folder.glob(pattern)})
+        digests = {
+            str(path.relative_to(self.folder)): identity.of_file(path).sha256
+            for path in paths
+            if path.is_file()
+        }
+        classes = [self.config.get("model_type"), self.config.get("tokenizer_class")]
+        return stage_dir.digest(digests, classes)
 
     def model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
         """The whole model by the stock reader, in eval mode."""
@@ -214,6 +225,31 @@ class Checkpoint:
         return found
 
 
+_tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+"""The tokenizers that this process has read, by a digest of their files."""
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    there = [name for name in TOKENIZER_FILES if (folder / name).exists()]
+    if there == ["tokenizer.model"] and importlib.util.find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{folder / 'tokenizer.model'} cannot be read without tokenizer.json: put the model's "
+            "tokenizer.json beside it, or pip install sentencepiece"
+        )
+    for path in sorted(folder.glob("tokenizer*.json")):
+        read_json(path)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+    return tokenizer
+
+
 def experts_option(dtype: torch.dtype) -> dict[str, str]:
     """What a stock class must be told to compute experts in `dtype`: not grouped in float64."""
     import torch
@@ -224,12 +260,32 @@ def experts_option(dtype: torch.dtype) -> dict[str, str]:
 def load(source: str | Path, quantized: bool = False) -> Checkpoint:
     """Open a Hugging Face folder, a hub id, a GGUF file or `package:NAME` (a GGUF in a package).
 
-    `quantized` says that a folder in compressed-tensors is welcome, too: to measure it.
-    Raises UserError, in one line, for what is missing, broken or of a kind that is not pruned.
+    `quantized` also accepts a folder in compressed-tensors, to measure it. While the files of a
+    folder are unchanged, the same object is returned. Raises UserError, in one line, for what is
+    missing, broken or of a kind that is not supported.
     """
     from regrow.checkpoint.resolve import resolve_model
 
-    return Checkpoint(resolve_model(str(source)), quantized)
+    folder = resolve_model(str(source))
+    key = (str(folder), folder.absolute())
+    stamps = {path.name: identity.stamp(path) for path in folder.iterdir() if path.is_file()}
+    if key in _opened and _opened[key][0] == stamps:
+        checkpoint = _opened[key][1]
+        if quantized or not checkpoint.quantized:
+            return checkpoint
+    settled = all(map(identity.is_settled, stamps.values()))
+    checkpoint = Checkpoint(folder, quantized)
+    if settled:
+        _opened.pop(key, None)
+        _opened[key] = stamps, checkpoint
+        while len(_opened) > KEPT_OPEN:
+            del _opened[next(iter(_opened))]
+    return checkpoint
+
+
+KEPT_OPEN = 8
+_opened: dict[tuple[str, Path], tuple[dict[str, identity.Stamp], Checkpoint]] = {}
+"""The checkpoints that this process opened last, each with the state of its files."""
 
 
 def save(model: PreTrainedModel, out: str | Path, like: Checkpoint) -> Path:

@@ -43,7 +43,7 @@ def describe_model(source: str) -> None:
     console.print(
         f"{source}: family [b]{family.model_type}[/b], {told} ({tied} "
         f"embeddings counted {'once' if tied == 'tied' else 'both'}), {size / 1e6:,.1f} MB in "
-        f"{checkpoint.dtype(checkpoint.names()[0])}",
+        f"{checkpoint.main_dtype}",
         highlight=False,
         soft_wrap=True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ class Model(HFLM):
     def __init__(self, subject: FolderEvalModel) -> None:
         super().__init__(
             pretrained=subject.model,
-            tokenizer=subject.checkpoint.tokenizer(),  # its own: lm_eval may add a pad token
+            tokenizer=copy.deepcopy(subject.checkpoint.tokenizer()),  # lm_eval may add a pad token
             batch_size=subject.batch_size,
         )
         self.label = self.title = f"evaluate {subject.label}"

@@ -187,7 +187,7 @@ def _dtype(checkpoint: Checkpoint, path: Path) -> torch.dtype:
     import torch
 
     stored = sum(map(checkpoint.bytes, checkpoint.names()))
-    width = getattr(torch, checkpoint.dtype(checkpoint.names()[0])).itemsize
+    width = getattr(torch, checkpoint.main_dtype).itemsize
     if psutil.virtual_memory().available > 4 * stored // width + path.stat().st_size:
         return torch.float32
     say("verify: too little memory for float32; transformers computes in the stored dtype")

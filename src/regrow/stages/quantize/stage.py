@@ -98,7 +98,7 @@ class QuantizeSetup:
     @property
     def dtype(self) -> torch.dtype:
         """Of scales, and of what is not quantized."""
-        stored = self.checkpoint.dtype(self.checkpoint.names()[0])
+        stored = self.checkpoint.main_dtype
         if self.config.dequantize:
             found: torch.dtype = getattr(torch, stored)
             return found
