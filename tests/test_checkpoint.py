@@ -295,6 +295,37 @@ def test_fingerprint(folder: Path, tmp_path: Path) -> None:
     assert load(again).fingerprint != first
 
 
+def test_an_unchanged_folder_is_opened_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same object, until one of its files is another; never another folder's object."""
+    monkeypatch.setattr("regrow.checkpoint.identity.SETTLED", -1.0)
+    first = load(folder)
+    assert load(str(folder)) is first
+    assert load(folder, quantized=True) is first
+    set_config(folder, rope_theta=5.0)
+    changed = load(folder)
+    assert changed is not first
+    assert changed.config["rope_theta"] == 5.0
+    moved = Path(shutil.copytree(folder, tmp_path / "moved"))
+    assert load(moved).folder == moved
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="no such model folder"):
+        load(folder)
+    moved.rename(folder)
+    assert load(folder) is not changed
+
+
+def test_a_tokenizer_is_read_once(folder: Path, tmp_path: Path) -> None:
+    """Also where its files were copied; a changed template is another tokenizer."""
+    first = load(folder).tokenizer()
+    moved = Path(shutil.copytree(folder, tmp_path / "moved"))
+    assert load(moved).tokenizer() is first
+    (moved / "chat_template.jinja").write_text("{{ messages }}")
+    assert load(moved).tokenizer().chat_template == "{{ messages }}"
+    assert load(folder).tokenizer() is first
+
+
 def test_remote_code_of_a_known_family_is_left_behind(folder: Path, tmp_path: Path) -> None:
     """The stock class reads it, and what we write does not ask for code either."""
     set_config(folder, auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing
+from safetensors.torch import load_file, save_file
 from tiny_distillation import (
     CONFIG,
     data,
     write_place,
 )
+from transformers import GenerationConfig
 
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
@@ -30,6 +33,39 @@ def test_a_fresh_student_does_not_take_over_the_teachers_plan(place: Path, tmp_p
     teacher = Checkpoint(place / "pruned")
     assert open_student(place / "config.json", teacher).carried("plan.json") is None
     assert open_student(place / "pruned", teacher).carried("plan.json") is not None
+
+
+def test_a_fresh_student_generates_as_its_teacher(place: Path, tmp_path: Path) -> None:
+    """Its folder has the teacher's generation config, where the teacher has one."""
+    teacher = Path(shutil.copytree(place / "teacher", tmp_path / "teacher"))
+    config = GenerationConfig(eos_token_id=[0, 3], do_sample=True, temperature=0.3, top_p=0.9)
+    config.save_pretrained(teacher)
+    out = distill(place / "config.json", teacher, data(place), tmp_path / "out", CONFIG)
+    fields = json.loads((out / "generation_config.json").read_text())
+    assert (fields["eos_token_id"], fields["temperature"], fields["top_p"]) == ([0, 3], 0.3, 0.9)
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_each_weight_keeps_its_dtype(adapter: str, place: Path, tmp_path: Path) -> None:
+    """A student in bfloat16 with norms in float32, in a file that begins with one of the norms."""
+    student = Path(shutil.copytree(place / "pruned", tmp_path / "student"))
+    weights = {
+        name: weight.float() + 1e-4 if "norm" in name else weight.bfloat16()
+        for name, weight in load_file(student / "model.safetensors").items()
+    }
+    save_file(weights, student / "model.safetensors", {"format": "pt"})
+    stored = Checkpoint(student)
+    assert (stored.dtype(stored.names()[0]), stored.main_dtype) == ("float32", "bfloat16")
+    config = CONFIG.model_copy(update={"adapter": adapter})
+    out = distill(student, place / "teacher", data(place), tmp_path / "out", config)
+    written = load_file(out / "model.safetensors")
+    assert {name: weight.dtype for name, weight in written.items()} == {
+        name: weight.dtype for name, weight in weights.items()
+    }
+    for name, weight in written.items():
+        if "norm" in name:
+            assert not torch.equal(weight, weight.bfloat16().float())
+            assert torch.equal(weight, weights[name]) is (adapter == "lora")
 
 
 def test_a_fresh_student_follows_from_its_seed(place: Path) -> None:

@@ -23,10 +23,10 @@ from tiny_job import (
     write_recipe,
     write_text,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from regrow import ExportConfig, export
-from regrow.checkpoint import load
+from regrow.checkpoint import Checkpoint, identity, load
 from regrow.recipe.recipe import Recipe, run
 from regrow.recipe.recipe import read as read_recipe
 from regrow.stage_dir import read as read_manifest
@@ -74,6 +74,32 @@ def written(before: dict[str, int], after: dict[str, int]) -> set[str]:
 
 def skipped(lines: list[str]) -> list[str]:
     return [line.split("/")[-1] for line in lines if line.endswith("is complete and unchanged")]
+
+
+def test_each_tokenizer_is_read_once(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And each finished checkpoint opened once, in a run of four stages."""
+    read: list[str] = []
+    opened: list[str] = []
+    from_pretrained, init = AutoTokenizer.from_pretrained, Checkpoint.__init__
+
+    def counted(folder: str, *args: Any, **kwargs: Any) -> Any:
+        read.append(folder)
+        return from_pretrained(folder, *args, **kwargs)
+
+    def begun(self: Checkpoint, folder: str | Path, *args: Any, **kwargs: Any) -> None:
+        opened.append(str(folder))
+        init(self, folder, *args, **kwargs)
+
+    monkeypatch.setattr("regrow.checkpoint.checkpoint._tokenizers", {})
+    monkeypatch.setattr("regrow.checkpoint.checkpoint._opened", {})
+    monkeypatch.setattr(identity, "SETTLED", -1.0)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", counted)
+    monkeypatch.setattr(Checkpoint, "__init__", begun)
+    run(recipe_of(place), tmp_path / "out")
+    assert read == [str(place / "model")]  # the student's is a copy of it
+    assert len(opened) == len(set(opened)) == 7
 
 
 STAGES = ["01-profile", "02-prune", "02-prune-repaired", "03-distill", "04-evaluate"]

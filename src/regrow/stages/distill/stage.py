@@ -177,13 +177,15 @@ def _train(
 def _write(trainer: DistillTrainer, setup: DistillSetup, folder: Path) -> None:
     """Write the best student, with what travels beside it."""
     student, dtype = setup.student, setup.dtype
+    dtypes = student.dtypes() if setup.rounding is None else {}
     if setup.config.keep_adapters and setup.adapter is not None:
         trainer.student.save_pretrained(str(folder / ADAPTER))
     if trainer.is_fsdp_enabled:  # the best checkpoint is a stock folder, put together from shares
         assert trainer.state.best_model_checkpoint is not None
-        model = Checkpoint(trainer.state.best_model_checkpoint).model(dtype)
+        best = Checkpoint(trainer.state.best_model_checkpoint)
+        model = student.plain(best.model(torch.float32 if dtypes else dtype), dtype, dtypes)
     else:
-        model = student.plain(trainer.student, dtype)
+        model = student.plain(trainer.student, dtype, dtypes)
     model.config.use_cache = True
     checkpoints.write_model(model, folder, student.like)
     for name in FILES:

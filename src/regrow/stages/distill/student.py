@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -100,9 +102,16 @@ class Student:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the result is written in."""
-        found: torch.dtype = getattr(torch, self.like.dtype(self.like.names()[0]))
-        return found
+        """The dtype that most of the result is written in."""
+        main: torch.dtype = getattr(torch, self.like.main_dtype)
+        return main
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype of each weight that is not stored in `dtype`, for instance of float32 norms."""
+        if self.config is not None:
+            return {}
+        stored = {name: getattr(torch, self.like.dtype(name)) for name in self.like.names()}
+        return {name: dtype for name, dtype in stored.items() if dtype != self.dtype}
 
     @property
     def vocab_size(self) -> int:
@@ -148,16 +157,25 @@ class Student:
             made = self.like.model(torch.float32)
         else:
             made = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
+            if (self.like.folder / "generation_config.json").exists():
+                made.generation_config = GenerationConfig.from_pretrained(str(self.like.folder))
         if made.config.model_type in plugins.names(families.__name__):
             families.accept_disk_names(families.get(made.config.model_type), made)
         made.register_load_state_dict_post_hook(_all_taken)
         return made
 
-    def plain(self, trained: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-        """The trained student as a plain stock model."""
+    def plain(
+        self, trained: PreTrainedModel, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]
+    ) -> PreTrainedModel:
+        """The trained student as a plain stock model in `dtype`, but for the names in `dtypes`."""
         if not adapters.has_adapter(trained):
-            return trained.to(dtype)  # type: ignore[arg-type]
+            for name, weight in trained.named_parameters():
+                weight.data = weight.data.to(dtypes.get(name, dtype))
+            return trained
         merged = self.like.model(dtype)
+        for name, weight in merged.named_parameters():
+            if name in dtypes:
+                weight.data = self.like.tensor(name)
         adapters.merge_into(merged, trained)
         return merged
 
