@@ -26,6 +26,7 @@ from regrow.errors import UserError
 from regrow.families import Family, TensorRef, as_on_disk, parts, unit_rows
 from regrow.plan import PER_EXPERT, PER_LAYER, Plan
 from regrow.pruning.tokenizer import cut_ids, ids_named, read_rules, write_tokenizer
+from regrow.runtime.precision import widen
 
 Replace = Callable[[str, Tensor], Tensor]
 """(name in the parent, cut tensor) → the tensor to put in its place, of its shape and dtype."""
@@ -236,7 +237,7 @@ def _rescaled(
         return tensor
     factor = math.sqrt(plan.before["hidden"] / plan.after["hidden"])
     offset = family.norm_offset if row.norm else 0.0
-    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    wide = widen(tensor)
     return ((wide + offset) * factor - offset).to(tensor.dtype)
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError, nearest
-from regrow.training.head import exact_dtype
+from regrow.runtime.precision import float32_at_least
 
 NAME = "default"
 PREFIX = "base_model.model."
@@ -58,7 +58,7 @@ class Adapter:
         )
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.to(exact_dtype(dtype))
+                parameter.data = parameter.data.to(float32_at_least(dtype))
         return model.eval()
 
     def parameters(self, model: PreTrainedModel) -> int:
@@ -134,7 +134,7 @@ def merge_into(plain: PreTrainedModel, trained: PreTrainedModel) -> None:
             target = plain.get_submodule(name).weight
             assert isinstance(target, nn.Parameter)
             base = dequantize_module_weight(adapted.get_base_layer())
-            wide = exact_dtype(base.dtype)
+            wide = float32_at_least(base.dtype)
             target.copy_(base.to(wide) + adapted.get_delta_weight(NAME).to(wide))
 
 

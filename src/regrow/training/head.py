@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from regrow.errors import UserError
+from regrow.runtime.precision import float32_at_least
 from regrow.training.cache.sparse import Sparse
 from regrow.training.loss_weights import LossWeights
-from regrow.training.products import add_product, exact_dtype, product, split
+from regrow.training.products import add_product, product, split
 
 CHUNK_ELEMENTS = 1 << 24  # logits of a chunk: 64 MB in float32
 CHUNKS_TOGETHER = 4  # whose gradients by the logits, in the compute dtype, are multiplied at once
@@ -165,7 +166,7 @@ class _HeadLoss(torch.autograd.Function):
                 end = min(begin + job.together, len(targets_N))
                 sums.add(slice(begin, end), targets_N, teacher_NH)
         ctx.gradients = (sums.hidden_gradient, sums.weight_gradient)
-        values = sums.values.to(exact_dtype(student_NH.dtype))
+        values = sums.values.to(float32_at_least(student_NH.dtype))
         weights = values.new_tensor([w for mix in job.mixes for w in mix.weights.values()])
         parts = [part.clone() for part in values]
         ctx.mark_non_differentiable(*parts)
@@ -210,7 +211,7 @@ class _Sums:
         self.values = torch.zeros(count, dtype=torch.float64, device=student_NH.device)
         self.hidden_gradient = torch.empty_like(student_NH) if wants_hidden else None
         self.weight_gradient = (
-            torch.zeros_like(weight_VH, dtype=exact_dtype(student_NH.dtype))
+            torch.zeros_like(weight_VH, dtype=float32_at_least(student_NH.dtype))
             if wants_weight
             else None
         )
@@ -230,7 +231,7 @@ class _Sums:
                 self._keep(place, self.job.student.through_cap(gradient_NV, logits_NV))
         slopes_NV = tuple(kept_NV[: len(hidden_NH)] for kept_NV in self.slopes)
         if self.hidden_gradient is not None:
-            sum_NH = torch.zeros_like(hidden_NH, dtype=exact_dtype(hidden_NH.dtype))
+            sum_NH = torch.zeros_like(hidden_NH, dtype=float32_at_least(hidden_NH.dtype))
             add_product(sum_NH, slopes_NV, weight_VH)
             self.hidden_gradient[part] = sum_NH.to(self.hidden_gradient.dtype)
         if self.weight_gradient is not None:

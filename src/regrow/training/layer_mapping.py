@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from regrow.errors import UserError
 from regrow.plan import Plan
+from regrow.runtime.precision import widen
 from regrow.training.head import Head
 
 if TYPE_CHECKING:
@@ -151,24 +152,20 @@ class LayerMapping:
             q_BATT, p_BATT = student.attentions[ours], teacher.attentions[theirs]
             if self.heads is not None and ours in self.heads:
                 p_BATT = p_BATT[:, list(self.heads[ours])]
-            rows = (_wide(x_BATT.transpose(1, 2)[mask_BT]) for x_BATT in (q_BATT, p_BATT))
+            rows = (widen(x_BATT.transpose(1, 2)[mask_BT]) for x_BATT in (q_BATT, p_BATT))
             q_NAT, p_NAT = (x.mean(1, keepdim=True) if self.mean_heads else x for x in rows)
             yield q_NAT, p_NAT.to(q_NAT)
 
     def _aligned(
         self, s_BTH: Tensor, t_BTH: Tensor, mask_BT: Tensor, name: str
     ) -> tuple[Tensor, Tensor]:
-        s_NH, t_NH = _wide(s_BTH[mask_BT]), _wide(t_BTH[mask_BT]).to(s_BTH.device)
+        s_NH, t_NH = widen(s_BTH[mask_BT]), widen(t_BTH[mask_BT]).to(s_BTH.device)
         if self.channels is not None:
             t_NH = t_NH[:, list(self.channels)]
         if name in self.projections:
             with torch.autocast(s_NH.device.type, enabled=False):
                 s_NH = s_NH @ self.projections[name].to(s_NH.dtype)
         return s_NH, t_NH.to(s_NH.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(torch.float32, x.dtype))
 
 
 def at_depths(outputs: Pairs, num_layers: int, depths: Sequence[int | float]) -> Pairs:

@@ -11,12 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from regrow.runtime.precision import widen
+
 ADDED_ELEMENTS = 1 << 23  # of a product that is added at once: 32 MB in float32
-
-
-def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of softmax and accumulation over products in `dtype`: float32, or float64 if so."""
-    return torch.promote_types(torch.float32, dtype)
 
 
 def product(left_MK: Tensor, right_KN: Tensor, exact: bool) -> Tensor:
@@ -24,7 +21,7 @@ def product(left_MK: Tensor, right_KN: Tensor, exact: bool) -> Tensor:
     if _widens(left_MK):
         return torch.mm(left_MK, right_KN, out_dtype=torch.float32)
     rounded_MN = left_MK @ right_KN
-    result_MN = rounded_MN.to(exact_dtype(rounded_MN.dtype))
+    result_MN = widen(rounded_MN)
     if exact and result_MN.dtype != rounded_MN.dtype:
         result_MN.add_(rounded_MN.addmm_(left_MK, right_KN, beta=-1))
     return result_MN

@@ -30,6 +30,7 @@ from regrow.layerwise import LayerByLayer, Spill
 from regrow.pruning.cut import cut_config, cut_tensor, new_name
 from regrow.pruning.repair import RepairSetup, Solutions
 from regrow.pruning.repair._ridge import Moments, Solution, refit
+from regrow.runtime.precision import widen
 from regrow.runtime.progress import Progress, progress
 
 GRAMS = False
@@ -107,7 +108,7 @@ class Sequential:
                     for dim in SEQUENCES if watched else ():
                         self._before[dim].put(n, seen[family.residual[dim]])
                         if dim in family.post_norm:
-                            y_BTH = _wide(seen[family.post_norm[dim]])
+                            y_BTH = widen(seen[family.post_norm[dim]])
                             self._scale[dim].put(n, y_BTH.square().mean(-1, keepdim=True).sqrt())
                     counter.advance(int(inputs["real"].sum()))
 
@@ -128,12 +129,12 @@ class Sequential:
         fit, validate = (Moments.empty(_joined(module)) for _ in range(2))
         for n, (unseen, inputs) in enumerate(self._batches):
             x_BTi, stream_BTH = self._reach(template, dim, new, n, inputs)
-            before_BTH = _wide(self._before[dim].get(n).to(x_BTi.device))
+            before_BTH = widen(self._before[dim].get(n).to(x_BTi.device))
             target_BTH = self._target(dim, old, n, before_BTH, stream_BTH)
             real = inputs["real"].to(x_BTi.device)
             # A floor keeps an all-zero residual from weighing infinitely much.
             weight_N1 = 1 / before_BTH[real].norm(dim=-1, keepdim=True).clamp_min(1e-6)
-            x_Ni = _wide(x_BTi[real])
+            x_Ni = widen(x_BTi[real])
             if module.bias is not None:
                 x_Ni = torch.cat([x_Ni, torch.ones_like(x_Ni[:, :1])], dim=1)
             moments = validate if unseen else fit
@@ -149,19 +150,19 @@ class Sequential:
         modules = [reader, residual]
         with _inputs(self._cut.model, modules, new, reader) as seen, suppress(_ReachedError):
             self._cut.step(inputs, hidden)
-        return seen[reader], _wide(seen[residual])
+        return seen[reader], widen(seen[residual])
 
     def _target(self, dim: str, old: int, n: int, before_BTH: Tensor, stream_BTH: Tensor) -> Tensor:
         """What the reader should put out [B, T, H]: (h⁺ − h) + u (h − ĥ), on the kept channels."""
         after = self._before["mlp"] if dim == "heads" else self._streams["dense"]
-        after_BTH = _wide(after.get(n).to(before_BTH.device))
+        after_BTH = widen(after.get(n).to(before_BTH.device))
         hidden = self.job.plan.hidden
         kept = slice(None) if hidden is None else torch.tensor(hidden, device=after_BTH.device)
         after_BTH, before_BTH = after_BTH[..., kept], before_BTH[..., kept]
         target_BTH = after_BTH - before_BTH + self.job.upstream * (before_BTH - stream_BTH)
         if dim in self.job.family.post_norm:
             name = self.job.family.post_norm[dim].replace("{layer}", str(old)) + ".weight"
-            gain_H = _wide(self.job.checkpoint.tensor(name).to(target_BTH.device))[kept]
+            gain_H = widen(self.job.checkpoint.tensor(name).to(target_BTH.device))[kept]
             gain_H = gain_H + self.job.family.norm_offset
             floor = 1e-6 * gain_H.square().mean()
             scale_BT1 = self._scale[dim].get(n).to(target_BTH.device)
@@ -224,12 +225,8 @@ def _module(template: str, layer: int) -> str:
 
 def _joined(module: nn.Linear) -> Tensor:
     """The weight [out, in] in float32 or wider; a bias is a last column [out, in + 1]."""
-    weight = _wide(module.weight)
+    weight = widen(module.weight)
     return weight if module.bias is None else torch.cat([weight, module.bias[:, None]], dim=1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _batches(job: RepairSetup) -> list[tuple[bool, dict[str, Tensor]]]:

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from regrow.runtime.precision import widest
 from regrow.stages.generate.config import GenerateConfig
 
 
@@ -51,7 +52,7 @@ def draw_ids(logits_BV: Tensor, top_p: float, uniform_B: Tensor) -> Tensor:
         before_BV = probability_BV.cumsum(-1) - probability_BV
         probability_BV = probability_BV.masked_fill(before_BV >= top_p, 0.0)
     # float64 where there is any: in float32 a sum over a vocabulary is off by 1e-6.
-    wide = torch.float32 if logits_BV.device.type == "mps" else torch.float64
+    wide = widest(logits_BV.device)
     sum_BV = probability_BV.cumsum(-1, dtype=wide)
     at_B1 = uniform_B.to(wide).to(sum_BV.device)[:, None] * sum_BV[:, -1:]
     last_B1 = (probability_BV > 0).long().cumsum(-1).argmax(-1, keepdim=True)

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from regrow.families import Family
 from regrow.layerwise import LAYER
 from regrow.profile_folder import Gram
+from regrow.runtime.precision import float32_at_least, widen, widest
 from regrow.stages.profile.routed import Routed
-from regrow.stages.profile.sums import cosine_distance_sum, exact, square_sum
+from regrow.stages.profile.sums import cosine_distance_sum, square_sum
 
 ROWS = 256  # tokens held in float64 at once
 
@@ -35,7 +36,7 @@ def block_distances(streams: Sequence[Tensor]) -> Tensor:
     """
     layers = len(streams) - 1
     # In float32 the angle of a block that does nothing would be rounding, up to 5e-4.
-    exact = torch.float32 if streams[0].device.type == "mps" else torch.float64
+    exact = widest(streams[0].device)
     total = torch.zeros(layers, layers, dtype=exact, device=streams[0].device)
     for rows in zip(*(stream.split(ROWS) for stream in streams), strict=True):
         x_NDH = torch.nn.functional.normalize(torch.stack(rows, 1).to(exact), dim=-1)
@@ -207,7 +208,7 @@ class Collector:
             if dim in self.needs:
                 self._add_activations(f"{dim}/{layer}", self.needs[dim], inputs[0])
             if dim in self.gram_dims and self.batch.gram is not None:
-                rows_Nd = self._real(inputs[0].detach()).to(exact(inputs[0]))
+                rows_Nd = widen(self._real(inputs[0].detach()))
                 if self.weighted:
                     rows_Nd = rows_Nd * self._token_weights.pop(dim)
                 sums = self.grams.setdefault((dim, layer), _GramSums())
@@ -250,14 +251,14 @@ class Collector:
             x_BTd.register_hook(lambda g: self._add_gradients(place, names, seen, g, units))
         x_BTd = x_BTd.detach()
         if "sum" in names:
-            self._add(f"sum/{place}", self._real(x_BTd).sum(0, dtype=exact(x_BTd)))
+            self._add(f"sum/{place}", self._real(x_BTd).sum(0, dtype=float32_at_least(x_BTd.dtype)))
         if "square_sum" in names:
             self._add(f"square_sum/{place}", square_sum(self._real(x_BTd)))
         if "mean_abs_square_sum" in names:
             assert self.batch is not None
             real_BT1 = self.batch.real_BT[..., None]
             size_BTd = x_BTd.abs() if self._all_real else x_BTd.abs() * real_BT1
-            sums_Bd = size_BTd.sum(1, dtype=exact(x_BTd))
+            sums_Bd = size_BTd.sum(1, dtype=float32_at_least(x_BTd.dtype))
             means_Bd = sums_Bd / real_BT1.sum(1).clamp_min(1)
             self._add(f"mean_abs_square_sum/{place}", means_Bd.square().sum(0))
 
@@ -268,7 +269,7 @@ class Collector:
         self, place: str, names: set[str], x_BTd: Tensor, g_BTd: Tensor, units: int
     ) -> None:
         """Add what depends on x and the loss's gradient by it, both known only now."""
-        x_Nd, g_Nd = (self._real(t).to(exact(t)) for t in (x_BTd, g_BTd.detach()))
+        x_Nd, g_Nd = (widen(self._real(t)) for t in (x_BTd, g_BTd.detach()))
         if "gradient_square_sum" in names:
             self._add(f"gradient_square_sum/{place}", g_Nd.square().sum(0))
         if names & {"taylor_abs_sum", "taylor_square_sum"}:

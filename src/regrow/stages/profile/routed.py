@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from regrow.runtime.precision import float32_at_least
+
 FREQUENCY = frozenset({"routed_tokens"})
 """Statistics of experts that need no activations."""
 
@@ -76,7 +78,7 @@ class Routed:
         return {name: torch.stack(values) for name, values in found.items()}
 
     def _shares(self) -> Iterator[Share]:
-        exact = torch.promote_types(torch.float32, self.hidden_NH.dtype)
+        exact = float32_at_least(self.hidden_NH.dtype)
         both = zip(self.module.gate_up_proj, self.module.down_proj, strict=True)
         for expert, (gate_up, down_Hd) in enumerate(both):
             tokens_n, place_n = (self.chosen_NK == expert).nonzero(as_tuple=True)

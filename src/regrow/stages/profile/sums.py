@@ -11,12 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from regrow.runtime.precision import widen
+
 PORTION = 1 << 17  # elements: half a megabyte in float32
-
-
-def exact(x: Tensor) -> torch.dtype:
-    """The dtype to sum in: float32, or float64 for such tensors."""
-    return torch.promote_types(torch.float32, x.dtype)
 
 
 def square_sum(rows_Nd: Tensor) -> Tensor:
@@ -40,4 +37,4 @@ def _portions(*tensors_Nd: Tensor) -> Iterator[tuple[Tensor, ...]]:
     rows, channels = tensors_Nd[0].shape
     count = max(1, PORTION // channels) if tensors_Nd[0].device.type == "cpu" else max(1, rows)
     for parts in zip(*(x_Nd.split(count) for x_Nd in tensors_Nd), strict=True):
-        yield tuple(part.to(exact(part)) for part in parts)
+        yield tuple(map(widen, parts))

@@ -18,6 +18,7 @@ from regrow.families import Family
 from regrow.layerwise import LayerByLayer, Spill
 from regrow.quantization.formats import Scheme
 from regrow.quantization.grid import Grid
+from regrow.runtime.precision import widen
 from regrow.runtime.progress import progress
 from regrow.stages.quantize.choose import WEIGHT
 
@@ -107,8 +108,7 @@ class SecondMoments:
         if first != module:
             return
         self._seen[module] = x_BTC
-        x_NC = x_BTC[self._real]
-        x_NC = x_NC.to(torch.promote_types(x_NC.dtype, torch.float32))
+        x_NC = widen(x_BTC[self._real])
         total = x_NC.T @ x_NC
         self.sums[module] = self.sums[module] + total if module in self.sums else total
 

@@ -17,6 +17,7 @@ from regrow.data import DataConfig
 from regrow.data.sequences import Sequences, build_sequences
 from regrow.data.sources import data_digest
 from regrow.layerwise import LayerByLayer, Spill
+from regrow.runtime.precision import widen
 from regrow.runtime.progress import progress, say
 from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
 from regrow.stages.rotate import basis
@@ -107,8 +108,7 @@ class _Moment:
 
     def watch(self, module: nn.Module) -> Any:
         def see(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x_NH = inputs[0][self.real_BT]
-            x_NH = x_NH.to(torch.promote_types(torch.float32, x_NH.dtype))
+            x_NH = widen(inputs[0][self.real_BT])
             x_NH = x_NH * x_NH.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
             self.sum_HH += x_NH.T @ x_NH
             self.tokens += len(x_NH)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from regrow.runtime.precision import float32_at_least
 from regrow.training.head import CHUNK_ELEMENTS, Head
 from regrow.training.loss_weights import LossWeights
-from regrow.training.products import add_product, exact_dtype, split
+from regrow.training.products import add_product, split
 
 
 def log_probabilities(
@@ -63,7 +64,7 @@ class _LogProbabilities(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N)
         ctx.job = job
-        found_N = hidden_NH.new_empty(len(targets_N), dtype=exact_dtype(hidden_NH.dtype))
+        found_N = hidden_NH.new_empty(len(targets_N), dtype=float32_at_least(hidden_NH.dtype))
         with torch.autocast(hidden_NH.device.type, enabled=False):
             own_VH = job.weight(weight_VH)
             for part in job.parts(len(targets_N)):
@@ -79,7 +80,7 @@ class _LogProbabilities(torch.autograd.Function):
         hidden_NH, weight_VH, targets_N = ctx.saved_tensors
         job: _Chunked = ctx.job
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
-        exact = exact_dtype(hidden_NH.dtype)
+        exact = float32_at_least(hidden_NH.dtype)
         by_hidden = torch.empty_like(hidden_NH) if wants_hidden else None
         by_weight = torch.zeros_like(weight_VH, dtype=exact) if wants_weight else None
         with torch.autocast(hidden_NH.device.type, enabled=False):
