@@ -50,7 +50,7 @@ def test_no_such_package() -> None:
 
 
 def test_package_without_gguf() -> None:
-    assert refusal("package:pytest") == "package 'pytest' holds 0 .gguf files; exactly 1 is needed"
+    assert refusal("package:pytest") == "package 'pytest' has 0 .gguf files; exactly 1 is needed"
 
 
 def test_file_of_another_kind(tmp_path: Path) -> None:

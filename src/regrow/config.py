@@ -1,7 +1,7 @@
-"""The base of every config, and the options that never change a result.
+"""The base class of all configs, and the options that never change a result.
 
-A config is frozen, strict, and documented by its fields' docstrings. `Options` say how a job runs;
-they stay out of configs, manifests and hashes.
+A config is frozen and strict, and the docstrings of its fields are their help. `Options` say where
+and in which portions a job computes; they are no part of configs, manifests and hashes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Config(BaseModel):
-    """A frozen set of fields; an unknown key is an error, a field's docstring is its help."""
+    """A frozen set of fields. An unknown key is an error; a field's docstring is its help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -42,7 +42,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def parse(kind: type[ConfigT], fields: Any, where: str) -> ConfigT:
-    """Validate `fields` as a `kind`; raises UserError, one line with the place and the mend."""
+    """Validate `fields` as a `kind`; raises UserError with the place of the error and a remedy."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -57,7 +57,7 @@ def parse(kind: type[ConfigT], fields: Any, where: str) -> ConfigT:
 
 
 def reason(error: ErrorDetails) -> str:
-    """What a validation error says, and the value, unless that is all of a config's fields."""
+    """The message of a validation error and the rejected value, unless that is a whole config."""
     message = error["msg"].removeprefix("Value error, ")
     of_all = error["type"] == "value_error" and isinstance(error["input"], dict)
     if error["type"] == "missing" or of_all:
@@ -66,13 +66,13 @@ def reason(error: ErrorDetails) -> str:
 
 
 def _short(value: Any) -> str:
-    """How `value` was written, cut where it is long."""
+    """`value` as Python writes it, cut to 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else text[:99] + "…"
 
 
 def _fields_at(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """Field names of the config that `path` leads to, walking through lists and unions."""
+    """Field names of the config at `path`, through lists and unions."""
     for part in path:
         if isinstance(part, str) and part in kind.model_fields:
             inner = _config_inside(kind.model_fields[part].annotation)
@@ -85,9 +85,9 @@ def _config_inside(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in getattr(annotation, "__args__", ()):
-        found = _config_inside(argument)
-        if found is not None:
-            return found
+        config = _config_inside(argument)
+        if config is not None:
+            return config
     return None
 
 
@@ -118,7 +118,7 @@ class Options(Config):
     """Distill with activations computed again in the backward pass: less memory, more time."""
 
     def torch_device(self) -> torch.device:
-        """The device to use; raises UserError for one this machine lacks."""
+        """The device to use; raises UserError when this machine has none of that name."""
         import torch
 
         if self.device == "auto":
@@ -135,5 +135,7 @@ class Options(Config):
 
 
 def cache_folder() -> Path:
-    """Where fetched and converted inputs are kept: $REGROW_CACHE or ~/.cache/regrow."""
+    """The folder for downloads, converted models and file hashes: $REGROW_CACHE or
+    ~/.cache/regrow.
+    """
     return Path(os.environ.get("REGROW_CACHE") or "~/.cache/regrow").expanduser()

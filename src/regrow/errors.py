@@ -1,4 +1,4 @@
-"""The one exception type for mistakes the user can mend."""
+"""The exception for mistakes that the user can correct."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input, told in one line: the value given, what is allowed, what to do.
+    """Bad input, in one line: the value, the allowed values, and the remedy.
 
     The command line prints it without a traceback and exits with 2.
     """
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that is none of `known`, naming the closest and those there are."""
+    """The error for a name that is not in `known`; it lists those and suggests the closest."""
     known = list(known)
     hint = nearest(name, known)
     return UserError(f"no {kind} named {name!r}{hint}; there are: {', '.join(known)}")

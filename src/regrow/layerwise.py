@@ -1,7 +1,7 @@
-"""A model of which one decoder layer at a time is on the device; hidden states wait on disk.
+"""Run a model with one decoder layer at a time on the device, and hidden states on disk.
 
-The model's own forward runs each time over stand-ins for its other layers, so that masks and
-position embeddings are made as the family makes them. B blocks, T tokens, H hidden channels.
+The forward pass of the model itself runs each time, with placeholders for the other layers, so that
+masks and position embeddings are those of the family. B sequences, T tokens, H hidden channels.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ LAYER = "model.layers.{layer}"
 
 
 class SkippedLayer(nn.Module):
-    """Stands in for a decoder layer that is not there: hands hidden states on."""
+    """A placeholder for a decoder layer that is not in memory; it returns its input."""
 
     def __init__(self, real: nn.Module) -> None:
         super().__init__()
         self.__dict__["stood_for"] = real
 
     def __getattr__(self, name: str) -> Any:
-        # The families' forwards may read attributes of a layer (attention_type).
+        # The forward pass of a family may read attributes of a layer (attention_type).
         return getattr(self.__dict__["stood_for"], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -41,20 +41,20 @@ class SkippedLayer(nn.Module):
 
 
 class Spill:
-    """Tensors on disk, by key; the folder is made when first needed."""
+    """Tensors on disk, by key; the folder is made by the first `put`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def put(self, key: str | int, tensor: Tensor) -> None:
-        """Keep a tensor, in place of an earlier one of this key."""
+        """Write a tensor to disk, in place of an earlier one with this key."""
         self.folder.mkdir(parents=True, exist_ok=True)
         new = self.folder / "new"
         save_file({"tensor": tensor.detach().cpu().contiguous()}, new)
         new.replace(self._path(key))  # an earlier tensor of this key may still be mapped
 
     def get(self, key: str | int) -> Tensor:
-        """The tensor kept under `key`, mapped from disk."""
+        """The tensor of `key`, mapped from disk."""
         return load_file(self._path(key))["tensor"]
 
     def __contains__(self, key: str | int) -> bool:
@@ -65,9 +65,9 @@ class Spill:
 
 
 class LayerByLayer:
-    """A model of `config`, whose tensors on disk `read` gives; its layers when they are needed.
+    """A model of `config` that reads each layer with `read` when the layer is needed.
 
-    What lies outside the layers is shared with `like`, if given.
+    Embedding and norms outside the layers are shared with `like`, if there is one.
     """
 
     def __init__(
@@ -111,19 +111,19 @@ class LayerByLayer:
         read: Callable[[str], Tensor] | None = None,
         dtype: torch.dtype | None = None,
     ) -> LayerByLayer:
-        """The model of a checkpoint; `read` replaces its tensors, `dtype` its compute dtype."""
+        """The model of a checkpoint; `read` gives other tensors, `dtype` another compute dtype."""
         config = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
-        given, kind = read or checkpoint.tensor, dtype or checkpoint.compute_dtype()
-        return cls(family, config, checkpoint.names(), given, kind, device)
+        read, dtype = read or checkpoint.tensor, dtype or checkpoint.compute_dtype()
+        return cls(family, config, checkpoint.names(), read, dtype, device)
 
     @contextmanager
     def resident(self, layer: int) -> Iterator[nn.Module]:
-        """Have the weights of one layer on the device, the others passing hidden states on."""
+        """Hold the weights of one layer on the device; the other layers are placeholders."""
         own = self.layers[layer]
         stack = [SkippedLayer(other) for other in self.layers]
         self.model.base_model.layers = nn.ModuleList([*stack[:layer], own, *stack[layer + 1 :]])
         self._fill(layer)
-        # Registered before any other hooks, so those see the hidden states given here.
+        # Registered before all other hooks, which then see the hidden states from disk.
         handles = [own.register_forward_pre_hook(self._give), own.register_forward_hook(self._take)]
         yield own
         for handle in handles:
@@ -131,7 +131,7 @@ class LayerByLayer:
         own.to("meta")
 
     def streamed(self) -> PreTrainedModel:
-        """The model for whole passes: each layer's weights are read as it begins, then dropped."""
+        """The model for whole passes: a layer's weights are in memory only while it runs."""
         if self.family.head in self.names:
             self._set(self.family.head, self._read(self.family.head), True)
         else:
@@ -142,19 +142,19 @@ class LayerByLayer:
         model: PreTrainedModel = self.model
         return model
 
-    def _before(self, number: int, layer: nn.Module, given: Any) -> None:
+    def _before(self, number: int, layer: nn.Module, inputs: Any) -> None:
         self._fill(number)
 
-    def _after(self, layer: nn.Module, given: Any, output: Tensor) -> None:
+    def _after(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
         layer.to("meta")
 
     def _fill(self, layer: int) -> None:
-        """Have a layer's weights on the device."""
+        """Read a layer's weights to the device."""
         for name, value in in_memory(self.family, self._config, layer, self._read):
             self._set(name, value, True)
 
     def step(self, inputs: dict[str, Tensor], hidden_BTH: Tensor | None) -> Tensor:
-        """The resident layer's output [B, T, H] on a batch; without `hidden`, of the embedding."""
+        """Output [B, T, H] of the resident layer for `hidden_BTH`, or else for the embedding."""
         self._input = None if hidden_BTH is None else hidden_BTH.to(self.device)
         moved = {key: inputs[key].to(self.device) for key in ("input_ids", "position_ids")}
         self.model.base_model(**moved, use_cache=False)
@@ -168,7 +168,7 @@ class LayerByLayer:
         self._output = output
 
     def _read(self, name: str) -> Tensor:
-        # A copy: a tensor as read keeps its whole file mapped, and a layer's may lie in many.
+        # A copy: the tensor itself keeps its whole file mapped, and a layer may lie in many files.
         return self.read(name).to(self.device, self.dtype, copy=True)
 
     def _set(self, name: str, value: Tensor, as_parameter: bool) -> None:

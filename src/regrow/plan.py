@@ -1,4 +1,4 @@
-"""A plan says which units of a model are kept; it travels with the student as plan.json."""
+"""A plan lists the units of a model that a cut keeps; the student's folder has it as plan.json."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint
 
 FILE = "plan.json"
-"""The cut that a model was made by, beside its weights."""
+"""The plan of the cut that made a model, beside its weights."""
 FROM_FIRST = "plan-from-first.json"
-"""Beside it after several rounds: the same cut in the ids of the first parent."""
+"""After several rounds, all cuts as one plan with the ids of the first parent."""
 FILES = (FROM_FIRST, FILE)
-"""What stays with the weights, the longest history first."""
+"""The plans that are copied with the weights, the one with the longest history first."""
 
 PER_LAYER = ("mlp", "heads", "kv_heads", "experts")
 PER_EXPERT = "expert_mlp"
@@ -27,11 +27,11 @@ WHOLE = ("layers", "hidden", "vocab")
 
 
 class Plan(Config):
-    """Kept units per dimension, by their ids in the parent model; None keeps all.
+    """Ids of the kept units of each dimension in the parent model; None keeps all.
 
-    Ids ascend. mlp, heads, kv_heads and experts are given for every kept layer that has any, under
-    the layer's id in the parent; expert_mlp for every kept expert, by layer and expert. Every kept
-    KV head keeps the same number of its query heads.
+    Ids ascend. mlp, heads, kv_heads and experts have an entry for every kept layer that has such
+    units, under the layer's id in the parent; expert_mlp has one for every kept expert, by layer
+    and expert. Every kept KV head keeps the same number of its query heads.
     """
 
     format: int = 1
@@ -61,13 +61,13 @@ class Plan(Config):
     expert_mlp: dict[int, dict[int, list[int]]] | None = None
     """Kept channels inside each kept expert, per kept layer that has experts."""
     criterion: str | None = None
-    """How the units were chosen, for the reader."""
+    """The criterion that chose the units, for information."""
     seed: int | None = None
-    """Seed of that choice, for the reader."""
+    """Seed of that choice, for information."""
     parents: tuple[str, ...] = ()
-    """Fingerprints of the models in between, when plans were composed."""
+    """Fingerprints of the intermediate models of a composed plan."""
     siblings: tuple[str, ...] = ()
-    """Fingerprints of the models that it was made for, when it was carried over to a sibling."""
+    """Fingerprints of the models that the plan was made for, after it was applied to a sibling."""
 
     def kept_layers(self) -> list[int]:
         """Ids in the parent of the kept layers, ascending."""
@@ -76,9 +76,9 @@ class Plan(Config):
     def kept(
         self, dim: str, layer: int | None = None, expert: int | None = None
     ) -> list[int] | None:
-        """Ids in the parent of the kept units of `dim` (there, in that layer and expert).
+        """Ids in the parent of the kept units of `dim`, for one layer and expert where it has them.
 
-        None for all. Without `heads`, the query heads follow their kept KV heads.
+        None means all. Without `heads`, the query heads of all kept KV heads are kept.
         """
         if dim in WHOLE:
             return {"layers": self.layers, "hidden": self.hidden, "vocab": self.vocab}[dim]
@@ -119,7 +119,7 @@ class Plan(Config):
     ) -> None:
         """Raise UserError when the plan contradicts itself or a parent of these `sizes`.
 
-        `layers_of` are the layers that have units of a dimension, where not all have.
+        `layers_of` gives the layers that have units of a dimension, where not all layers do.
         """
         if self.format != 1:
             raise UserError(f"plan: format {self.format} is not known; this version reads format 1")
@@ -219,7 +219,7 @@ class Plan(Config):
             )
 
     def for_sibling(self, checkpoint: Checkpoint) -> Plan:
-        """The same plan for another checkpoint of the family and sizes, which `check` must see."""
+        """The same plan for another checkpoint; `check` must be called with that one's sizes."""
         if checkpoint.fingerprint == self.fingerprint:
             return self
         siblings = (*self.siblings, self.fingerprint)
@@ -237,15 +237,15 @@ class Plan(Config):
         return parse(cls, fields, str(path))
 
     def write(self, path: Path) -> None:
-        """Write JSON with one line per list, layers in order of their number."""
+        """Write JSON with one line per list, and layers in the order of their numbers."""
         fields = self.model_dump(mode="json", exclude_none=True)
         path.write_text(_indented(fields) + "\n")
 
 
 def compose(earlier: Plan, later: Plan) -> Plan:
-    """One plan for two cuts in a row: `later`'s kept units by their ids in `earlier`'s parent.
+    """Merge two consecutive plans into one with the ids of the parent of `earlier`.
 
-    Raises UserError when `later` was not made for a model of the shape that `earlier` leaves.
+    Raises UserError when `later` is for a model of another shape than `earlier` leaves.
     """
     if later.before != earlier.after or later.model_type != earlier.model_type:
         raise UserError(
@@ -257,19 +257,19 @@ def compose(earlier: Plan, later: Plan) -> Plan:
 
     def both(dim: str) -> dict[int, list[int]] | None:
         pairs = {old: (earlier.kept(dim, old), later.kept(dim, new)) for old, new in layers}
-        found = {old: _through(*pair) for old, pair in pairs.items()}
-        chosen = {old: ids for old, ids in found.items() if ids is not None}
-        # What was cut in dropped layers only is cut all the same, in none of those there are.
+        merged = {old: _through(*pair) for old, pair in pairs.items()}
+        chosen = {old: ids for old, ids in merged.items() if ids is not None}
+        # A dimension that was cut in dropped layers only is still a cut dimension.
         cut = later.after.get(dim) != earlier.before.get(dim)
         return chosen or ({} if cut else None)
 
     def channels(old: int, new: int) -> dict[int, list[int]] | None:
         experts = [(earlier.kept_experts(old)[i], i) for i in later.kept_experts(new)]
-        found = {
+        merged = {
             e: _through(earlier.kept(PER_EXPERT, old, e), later.kept(PER_EXPERT, new, i))
             for e, i in experts
         }
-        return {e: ids for e, ids in found.items() if ids is not None} or None
+        return {e: ids for e, ids in merged.items() if ids is not None} or None
 
     inside = {old: channels(old, new) for old, new in layers}
     return Plan(

@@ -1,4 +1,4 @@
-"""A file's name is its public name: find the plug-ins of a folder and load one."""
+"""Plug-ins: the files of a folder, each under its file name."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from regrow.errors import unknown
 
 
 def names(package: str) -> list[str]:
-    """Public names in `package` (dotted), sorted; files that begin with `_` are not plug-ins."""
+    """The plug-ins of a dotted `package`, sorted; files that begin with `_` are none."""
     module = importlib.import_module(package)
-    found = (entry.name for entry in pkgutil.iter_modules(module.__path__))
-    return sorted(name for name in found if not name.startswith("_"))
+    files = (entry.name for entry in pkgutil.iter_modules(module.__path__))
+    return sorted(name for name in files if not name.startswith("_"))
 
 
 def load(package: str, name: str) -> ModuleType:
     """Import the plug-in `name` of `package`.
 
-    Raises UserError when there is no such file, naming those there are.
+    Raises UserError, with a list of all plug-ins, when there is no such file.
     """
     known = names(package)
     if name not in known:

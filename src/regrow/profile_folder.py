@@ -1,8 +1,8 @@
-"""What a profile holds, on disk: statistics and scores per dimension and layer, Gram matrices.
+"""A profile on disk: statistics and scores per dimension and layer, and Gram matrices.
 
-Keys are `name/dim/layer`; `layer` is a number, or `all` for what belongs to the whole model
-(`hidden`, `layers`). A statistic has shape [units, width]: for heads, width is head_dim. Statistics
-and scores of `expert_mlp` have shape [experts, units].
+Keys are `name/dim/layer`. `layer` is a number, or `all` for a dimension of the whole model
+(`hidden`, `layers`). A statistic has shape [units, width]; width is head_dim for heads, else 1.
+Statistics and scores of `expert_mlp` have shape [experts, units].
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 STATISTICS = "statistics.safetensors"
 SCORES = "scores.safetensors"
-SEQUENCES = "blocks.safetensors"
+SEQUENCES = "sequences.safetensors"
 INFO = "profile.json"
 
 
 @dataclass(frozen=True)
 class Gram:
-    """Σ_t w_t x_t x_tᵀ over the inputs of a reader of `dim`, on two disjoint sets of blocks.
+    """Σ_t w_t x_t x_tᵀ over the inputs x_t [d] of a projection, on two disjoint sets of sequences.
 
-    `fit` and `validate` are float32 [d, d]; the token weights w_t are as the profile states.
+    `fit` and `validate` are float32 [d, d]; profile.json says which token weights w_t were used.
     """
 
     fit: Tensor
@@ -38,23 +38,23 @@ class Gram:
 
 
 def scores_for(scores: Tensor, gone: int) -> Tensor:
-    """Scores [n] for a choice of `gone` units to drop: of [n, n], the row of that number."""
+    """Scores [n] for dropping `gone` units: of a matrix [n, n], the row of that number."""
     return scores if scores.dim() == 1 else scores[max(gone, 1) - 1]
 
 
 def gram_path(folder: Path, dim: str, layer: int) -> Path:
-    """Where the Gram matrices of the reader of `dim` in `layer` lie in a profile's folder."""
+    """The file with the Gram matrices of the projection that reads `dim` in `layer`."""
     return folder / "grams" / f"{dim}-{layer}.safetensors"
 
 
 class Profile:
-    """A profile folder; its files are read when asked for."""
+    """A profile folder, whose files are read on demand; UserError when there is no profile."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         path = self.folder / INFO
         if not path.exists():
-            raise UserError(f"no profile in {self.folder}: make one with regrow profile")
+            raise UserError(f"no profile in {self.folder}: run regrow profile first")
         self.info: dict[str, Any] = json.loads(path.read_text())
 
     @property
@@ -63,7 +63,7 @@ class Profile:
         return str(self.info["fingerprint"])
 
     def check_fingerprint(self, checkpoint: Checkpoint) -> None:
-        """Raise UserError when another checkpoint was profiled."""
+        """Raise UserError when the profile is of another checkpoint."""
         if self.fingerprint != checkpoint.fingerprint:
             raise UserError(
                 f"{self.folder} is the profile of another model ({self.fingerprint[:12]}, this one "
@@ -71,18 +71,18 @@ class Profile:
             )
 
     def scores(self, criterion: str, dim: str) -> dict[str, Tensor]:
-        """Score of each unit [n] by layer (`all` for hidden and layers); higher = keep.
+        """Score of each unit [n] by layer (`all` for hidden and layers); the highest are kept.
 
-        Layers may have a row for each number that goes [n, n]: see `scores_for`. Raises UserError
-        when the profile has no such scores.
+        Layers may have a row of scores for each number of layers to drop [n, n]: see `scores_for`.
+        Raises UserError when the profile has no such scores.
         """
         from safetensors.torch import load_file
 
-        found = load_file(self.folder / SCORES)
+        scores = load_file(self.folder / SCORES)
         start = f"{criterion}/{dim}/"
-        chosen = {k.removeprefix(start): v for k, v in found.items() if k.startswith(start)}
+        chosen = {k.removeprefix(start): v for k, v in scores.items() if k.startswith(start)}
         if not chosen:
-            known = sorted({key.split("/")[0] for key in found if f"/{dim}/" in key})
+            known = sorted({key.split("/")[0] for key in scores if f"/{dim}/" in key})
             hint = nearest(criterion, known)
             raise UserError(
                 f"{self.folder} has no {criterion!r} scores for {dim}{hint}; it has: "
@@ -100,18 +100,18 @@ class Profile:
         return sorted(set.intersection(*scored))
 
     def sequences_path(self) -> Path:
-        """The file with the profiled blocks of text; raises UserError when there is none."""
+        """The file with the profiled sequences; raises UserError when there is none."""
         path = self.folder / SEQUENCES
         if not path.exists():
-            raise UserError(f"{self.folder} lacks {SEQUENCES}, its text: make the profile again")
+            raise UserError(f"{self.folder} lacks {SEQUENCES}, its text: profile the model again")
         return path
 
     def has_gram(self, dim: str) -> bool:
-        """Whether Gram matrices were gathered for `dim`."""
+        """Whether the profile has Gram matrices for `dim`."""
         return dim in self.info["grams"]
 
     def gram(self, dim: str, layer: int) -> Gram:
-        """The Gram matrices of the reader of `dim` in `layer`, mapped from disk."""
+        """The Gram matrices of the projection that reads `dim` in `layer`, mapped from disk."""
         from safetensors.torch import load_file
 
         return Gram(**load_file(gram_path(self.folder, dim, layer)))

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint: a folder in, a folder out, its tensors read when asked for."""
+"""A Hugging Face checkpoint: opened as a folder, read tensor by tensor, written as a folder."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 class Checkpoint:
-    """A Hugging Face folder whose tensors are read lazily from safetensors.
+    """A Hugging Face folder whose tensors are read from safetensors on demand.
 
-    Raises UserError when the folder has no config, no readable safetensors, or is of a kind that
-    is not pruned: quantized, multimodal, hybrid, pickled.
+    Raises UserError for a missing or broken file, for a config that transformers refuses, and for
+    models that are not supported: quantized, multimodal, hybrid, pickled.
     """
 
     def __init__(self, folder: str | Path, quantized: bool = False) -> None:
-        """Open a folder; `quantized` says that one in compressed-tensors is welcome, too."""
+        """Open a folder; `quantized` also accepts one in compressed-tensors."""
         self.folder = Path(folder)
         self.config = read_config(self.folder)
-        # The stock class is used, so that what we write must not ask for code that is not there.
+        # The stock class reads the model, so the folders that we write must not ask for other code.
         self.has_remote_code = self.config.pop("auto_map", None) is not None
         stock = accept_config(self.config, self.folder, quantized)
         check_generation_config(self.folder)
@@ -70,7 +70,7 @@ class Checkpoint:
             self._check_tied()
 
     def _check_tied(self) -> None:
-        """Take a head that is stored alone for the embedding, as transformers does.
+        """Use a head that is stored without the embedding as the embedding, as transformers does.
 
         Raises UserError when head and embedding are both stored and differ.
         """
@@ -104,7 +104,7 @@ class Checkpoint:
         return allowed[stored]
 
     def bytes(self, name: str) -> int:
-        """Bytes the tensor takes on disk."""
+        """Bytes of the tensor on disk."""
         begin, end = self._headers[name]["data_offsets"]
         return int(end - begin)
 
@@ -116,12 +116,12 @@ class Checkpoint:
         return max(totals.values())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor; its shard stays mapped until a tensor of another one is read."""
+        """Read one tensor; its shard stays mapped until a tensor of another shard is read."""
         from safetensors import safe_open
 
         shard = self._shard_of[name]
         if self._open is None or self._open[0] != shard:
-            self._open = None  # first, so that never two are mapped
+            self._open = None  # first, so that never two shards are mapped
             self._open = (shard, safe_open(self.folder / shard, framework="pt"))
         tensor: torch.Tensor = self._open[1].get_tensor(self._stored_as.get(name, name))
         return tensor
@@ -144,7 +144,7 @@ class Checkpoint:
         return dtype
 
     def meta(self, name: str) -> torch.Tensor:
-        """The tensor's shape and dtype, as a tensor on the meta device."""
+        """A tensor on the meta device with the same shape and dtype."""
         import torch
 
         dtype = getattr(torch, self.dtype(name))
@@ -169,14 +169,14 @@ class Checkpoint:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether a tokenizer lies in the folder."""
+        """Whether the folder has a tokenizer."""
         return any((self.folder / name).exists() for name in TOKENIZER_FILES)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The folder's tokenizer; raises UserError when it has none, or a broken one.
 
-        All checkpoints with the same tokenizer files get the same object: who changes it must copy
-        it first.
+        All checkpoints with the same tokenizer files share one object: copy it before changing
+        it.
         """
         if not self.has_tokenizer:
             raise UserError(
@@ -189,7 +189,7 @@ class Checkpoint:
         return _tokenizers[key]
 
     def _tokenizer_key(self) -> str:
-        """A digest of all that transformers makes the tokenizer of."""
+        """A digest of all files and fields that decide what the tokenizer is."""
         patterns = (*OF_TOKENIZERS, "*.model", "*.tiktoken")
         paths = sorted({path for pattern in patterns for path in self.folder.glob(pattern)})
         digests = {
@@ -201,14 +201,14 @@ class Checkpoint:
         return stage_dir.digest(digests, classes)
 
     def model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-        """The whole model by the stock reader, in eval mode."""
+        """The whole model, loaded by transformers, in eval mode."""
         from transformers import AutoModelForCausalLM
 
         if self.quantized and importlib.util.find_spec("compressed_tensors") is None:
             raise UserError(
                 f"{self.folder} is quantized: pip install 'regrow[quantize]' to open it"
             )
-        # compressed-tensors draws bars that know no off switch.
+        # compressed-tensors draws progress bars that cannot be switched off.
         with redirect_stderr(io.StringIO()) if self.quantized else nullcontext():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(self.folder),
@@ -219,10 +219,10 @@ class Checkpoint:
                 **experts_option(dtype),
             )
             if self.quantized and not self.config["quantization_config"].get("dequantize"):
-                # Now, not at the first forward pass: the head is read, not run.
+                # Now, not at the first forward pass: the weights of the head are read without one.
                 model.hf_quantizer.compressor.decompress_model(model)
-        found: PreTrainedModel = model.to(device).eval()
-        return found
+        loaded: PreTrainedModel = model.to(device).eval()
+        return loaded
 
 
 _tokenizers: dict[str, PreTrainedTokenizerBase] = {}
@@ -251,7 +251,7 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def experts_option(dtype: torch.dtype) -> dict[str, str]:
-    """What a stock class must be told to compute experts in `dtype`: not grouped in float64."""
+    """The argument with which a stock class computes experts in `dtype`: not grouped in float64."""
     import torch
 
     return {"experts_implementation": "eager"} if dtype == torch.float64 else {}
@@ -289,9 +289,10 @@ _opened: dict[tuple[str, Path], tuple[dict[str, identity.Stamp], Checkpoint]] = 
 
 
 def save(model: PreTrainedModel, out: str | Path, like: Checkpoint) -> Path:
-    """Write an in-memory model as a Hugging Face folder, with `like`'s tokenizer and templates.
+    """Write a model in memory as a Hugging Face folder, with the tokenizer files of `like`.
 
-    Tied weights are written once; the folder appears only when it is whole.
+    Tied weights are written once. The folder appears only when it is complete. Raises UserError
+    when `out` is no folder, or is not empty.
     """
     stage_dir.refuse_foreign(Path(out))
     out = stage_dir.output_folder(Path(out))
@@ -306,7 +307,7 @@ def save(model: PreTrainedModel, out: str | Path, like: Checkpoint) -> Path:
 
 
 def write_model(model: PreTrainedModel, folder: Path, like: Checkpoint) -> None:
-    """`save` without the rename: for a stage that already writes into a folder of its own."""
+    """`save` without the rename, for a stage that writes into its own hidden folder."""
     folder.mkdir(parents=True, exist_ok=True)
     stage_dir.require_space(folder, sum(p.numel() * p.element_size() for p in model.parameters()))
     model.config.__dict__.pop("auto_map", None)
@@ -324,9 +325,9 @@ def write(
 ) -> None:
     """Write a Hugging Face folder from a stream of tensors, holding one at a time.
 
-    `layout` has the stream's names in order, each with a tensor of that shape and dtype, which may
-    be on the meta device. Shards are at most `max_shard_bytes` (default: as `like`'s largest, else
-    5 GB). Config, tokenizer, chat template and generation config are carried along from `like`.
+    `layout` has the names of the stream in order, each with a tensor of that shape and dtype, which
+    may be on the meta device. Shards have at most `max_shard_bytes` (default: the largest shard of
+    `like`, else 5 GB). Tokenizer, chat template and generation config are copied from `like`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     limit = max_shard_bytes or (like.shard_bytes() if like else 5_000_000_000)
@@ -337,7 +338,7 @@ def write(
 
 
 def carry(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat templates, generation config and licence files; keep those there are."""
+    """Copy tokenizer, chat templates, generation config and licences that `folder` lacks."""
     for pattern in CARRIED:
         for path in source.glob(pattern):
             target = folder / path.relative_to(source)

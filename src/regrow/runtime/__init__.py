@@ -1,1 +1,1 @@
-"""What runs share: progress lines, several processes of one job, energy."""
+"""Helpers for all stages: progress lines, distributed jobs, energy, precision, greedy decoding."""

@@ -1,4 +1,4 @@
-"""Several processes of one job, as torchrun or accelerate start them."""
+"""Jobs of several processes, as torchrun or accelerate start them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRACE = 5.0
 
 
 def world_size() -> int:
-    """How many processes share the job."""
+    """The number of processes of the job."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -43,7 +43,7 @@ def join(cpu: bool) -> None:
 
 
 def wait() -> None:
-    """Wait until every process is here; nothing to wait for in a job of one."""
+    """Wait until every process has come to this call; a job of one process goes on at once."""
     if world_size() > 1:
         import torch.distributed as dist
 
@@ -107,9 +107,9 @@ def on_main(work: Callable[[], T], cpu: bool) -> T:
 
 
 def lost_peer(error: RuntimeError) -> bool:
-    """Whether an error says that another process of the job is gone."""
+    """Whether an error means that another process of the job has ended."""
     import torch.distributed as dist
 
     text = str(error)
-    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    return isinstance(error, dist.DistError) or any(words in text for words in gone)
+    messages = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(message in text for message in messages)

@@ -1,6 +1,6 @@
-"""Energy that a piece of work took, where the machine counts it: RAPL of the CPU, NVML of GPUs.
+"""Energy of a stage, by the counters of the machine: RAPL of CPUs, NVML of GPUs.
 
-Nothing is measured where no counter can be read: RAPL's are root's on most systems.
+Nothing is measured where no counter can be read. On most systems only root can read RAPL.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 POWERCAP = Path("/sys/class/powercap")
 NVML = "libnvidia-ml.so.1"
 EVERY = 60.0
-"""Seconds between two looks at the counters, which begin anew after some minutes at full power."""
+"""Seconds between two readings: at full power a counter overflows after some minutes."""
 
 
 @dataclass(frozen=True)
 class Counter:
-    """Joules so far by `read`; it begins anew after `size` joules, or never (0)."""
+    """A counter of joules, read by `read`; it overflows at `size` joules, or never (0)."""
 
     name: str
     read: Callable[[], float]
@@ -29,7 +29,7 @@ class Counter:
 
 
 class Meter:
-    """Joules of all counters since `start`, with all else that ran there meanwhile."""
+    """Joules of all counters since `start`, including other work on the same machine."""
 
     def __init__(self) -> None:
         self.counters: list[Counter] = []
@@ -39,14 +39,14 @@ class Meter:
         self.thread = threading.Thread(target=self._look, daemon=True)
 
     def start(self) -> None:
-        """Find the counters and begin; without one nothing runs."""
+        """Find the counters and start the thread that reads them, if there are any."""
         self.counters = [*_rapl(), *_nvml()]
         self.last = [counter.read() for counter in self.counters]
         if self.counters:
             self.thread.start()
 
     def stop(self) -> dict[str, Any]:
-        """`{"energy": {joules, meters}}` for a manifest; empty when nothing could be read."""
+        """`{"energy": {joules, meters}}` for a manifest; empty without counters."""
         self.stopped.set()
         if not self.counters:
             return {}
@@ -56,11 +56,11 @@ class Meter:
         return {"energy": {"joules": round(self.joules, 1), "meters": meters}}
 
     def update(self) -> None:
-        """Add what the counters counted since the last look."""
+        """Add the joules since the last reading."""
         for number, counter in enumerate(self.counters):
             now = counter.read()
-            grown = now - self.last[number]
-            self.joules += grown + counter.size if grown < 0 else grown
+            joules = now - self.last[number]
+            self.joules += joules + counter.size if joules < 0 else joules
             self.last[number] = now
 
     def _look(self) -> None:
@@ -69,8 +69,8 @@ class Meter:
 
 
 def _rapl() -> list[Counter]:
-    """Packages and memory: the other zones are parts of a package, or hold them all."""
-    found = []
+    """Packages and memory: the other zones are parts of a package, or include all packages."""
+    counters = []
     for zone in sorted(POWERCAP.glob("intel-rapl:*")):
         try:
             name = (zone / "name").read_text().strip()
@@ -80,8 +80,8 @@ def _rapl() -> list[Counter]:
         except (OSError, ValueError):
             continue
         if name.startswith(("package", "dram")):
-            found.append(counter)
-    return found
+            counters.append(counter)
+    return counters
 
 
 def _reader(path: Path) -> Callable[[], float]:
@@ -89,7 +89,7 @@ def _reader(path: Path) -> Callable[[], float]:
 
 
 def _nvml() -> list[Counter]:
-    """The GPUs that this process may use, by NVML's counter since the driver was loaded."""
+    """One counter for each GPU that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         nvml = ctypes.CDLL(NVML)
@@ -98,7 +98,7 @@ def _nvml() -> list[Counter]:
     count = ctypes.c_uint()
     if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
         return []
-    found = []
+    counters = []
     for number in range(count.value):
         handle = ctypes.c_void_p()
         if visible is not None and str(number) not in visible.split(","):
@@ -107,8 +107,8 @@ def _nvml() -> list[Counter]:
             continue
         millijoules = ctypes.c_ulonglong()
         if not nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)):
-            found.append(Counter(f"NVML GPU {number}", _gpu_reader(nvml, handle)))
-    return found
+            counters.append(Counter(f"NVML GPU {number}", _gpu_reader(nvml, handle)))
+    return counters
 
 
 def _gpu_reader(nvml: Any, handle: ctypes.c_void_p) -> Callable[[], float]:

@@ -1,4 +1,4 @@
-"""Greedy generation with the KV cache, one token at a time."""
+"""Greedy generation with the KV cache, token by token."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 
 def prefill(model: PreTrainedModel, ids_1T: Tensor) -> tuple[int, DynamicCache]:
-    """The likeliest token after the prompt [1, T], and the cache that holds the prompt."""
+    """The most likely token after the prompt [1, T], and the KV cache of the prompt."""
     cache = DynamicCache(config=model.config)
     return _next(model, ids_1T, cache), cache
 
 
 def decode(model: PreTrainedModel, token: int, cache: DynamicCache) -> Iterator[int]:
-    """The tokens that follow `token`, without end; the cache grows with them."""
+    """The tokens after `token`, without end; they are added to the cache."""
     while True:
         token = _next(model, torch.tensor([[token]], device=model.device), cache)
         yield token
@@ -25,7 +25,7 @@ def decode(model: PreTrainedModel, token: int, cache: DynamicCache) -> Iterator[
 
 @torch.no_grad()
 def step(model: PreTrainedModel, ids_BT: Tensor, cache: DynamicCache) -> Tensor:
-    """The likeliest token [B, 1] after each row of `ids_BT`, which the cache holds from then on."""
+    """The most likely token [B, 1] after each row of `ids_BT`, which is added to the cache."""
     output = model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
     likeliest: Tensor = output.logits[:, -1].argmax(-1, keepdim=True)
     return likeliest
@@ -38,11 +38,11 @@ def _next(model: PreTrainedModel, ids_1T: Tensor, cache: DynamicCache) -> int:
 def continuation(
     model: PreTrainedModel, ids: list[int], new_tokens: int, ends: set[int]
 ) -> list[int]:
-    """At most `new_tokens` greedy tokens after `ids`, up to and without the first of `ends`."""
+    """At most `new_tokens` greedy tokens after `ids`, before the first token of `ends`."""
     token, cache = prefill(model, torch.tensor([ids], device=model.device))
     return until(chain([token], decode(model, token, cache)), new_tokens, ends)
 
 
-def until(tokens: Iterable[int], most: int, ends: set[int]) -> list[int]:
-    """The first `most` tokens, up to and without the first of `ends`."""
-    return list(takewhile(lambda token: token not in ends, islice(tokens, most)))
+def until(tokens: Iterable[int], limit: int, ends: set[int]) -> list[int]:
+    """The first `limit` tokens, before the first token of `ends`."""
+    return list(takewhile(lambda token: token not in ends, islice(tokens, limit)))

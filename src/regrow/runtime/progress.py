@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with ETA and rate on a terminal, a line now and then elsewhere."""
+"""Progress of long work: one live line with rate and ETA on a terminal, else a line every 10 s."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Progress:
         self.shown = False
 
     def resume_at(self, done: int) -> None:
-        """Start counting at `done` units that an earlier process did, kept out of the rate."""
+        """Start at `done` units of an earlier process, which do not count for the rate."""
         self.done = self.first_done = done
 
     def advance(self, units: int, note: str = "") -> None:
-        """Count `units` more as done; when it is time, print share, rate, ETA and `note`."""
+        """Count `units` more; when a line is due, print share, rate, ETA and `note`."""
         self.done += units
         now = time.monotonic()
         if now - self.last >= self.every:
@@ -38,7 +38,7 @@ class Progress:
             self._print(self.line(now, note), end="\r" if self.live else "\n")
 
     def seconds(self) -> float:
-        """Seconds since the counting began in this process."""
+        """Seconds since this process began to count."""
         return time.monotonic() - self.start
 
     def line(self, now: float, note: str = "") -> str:
@@ -51,7 +51,7 @@ class Progress:
         return f"{text}{pace}  ETA {left}  {note}".rstrip()
 
     def finish(self, note: str = "") -> None:
-        """Print the last line, with the time taken."""
+        """Print the last line, with the total time."""
         seconds = self.seconds()
         rate = (self.done - self.first_done) / max(seconds, 1e-9)
         text = f"{self.title}: {self.done:,} {self.unit} in {clock(seconds)}"
@@ -59,7 +59,7 @@ class Progress:
         self._print(f"{text}  {note}".rstrip(), end="\n")
 
     def _pace(self, rate: float) -> str:
-        """Units per second or, of slow ones, seconds for each."""
+        """Units per second or, below one, seconds per unit."""
         return f"{rate:,.0f} {self.unit}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):,.0f} s each"
 
     def _print(self, text: str, end: str) -> None:
@@ -70,14 +70,14 @@ class Progress:
 
 @contextmanager
 def progress(title: str, total: int, unit: str = "tokens") -> Iterator[Progress]:
-    """A Progress that prints its closing line when the work ends well."""
+    """A Progress that prints its last line when the work ends without an error."""
     counter = Progress(title, total, unit)
     yield counter
     counter.finish()
 
 
 def say(text: str) -> None:
-    """One line of news for the person at the terminal (stderr, so stdout stays for results)."""
+    """Print one message on stderr; stdout is for results."""
     if distributed.is_main():
         print(text, file=sys.stderr, flush=True)
 
