@@ -149,7 +149,7 @@ def test_a_killed_run_goes_on_from_small_checkpoints(
 def test_refused_before_any_slow_work(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "build_blocks", lambda *_: pytest.fail("reads text"))
+    monkeypatch.setattr(setup, "build_sequences", lambda *_: pytest.fail("reads text"))
 
     def refused(student: str, **fields: object) -> str:
         config = DistillConfig.model_validate({**LORA.model_dump(), **fields})
