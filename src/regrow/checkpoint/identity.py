@@ -110,7 +110,8 @@ def _tensors(path: Path) -> Iterator[Part]:
 def _read(path: Path, parts: Iterator[Part]) -> Identity:
     seen, not_finite = hashlib.sha256(), ""
     buffer = memoryview(bytearray(CHUNK))
-    progress = Progress(f"reading {path.name}", path.stat().st_size >> 20, "MiB")
+    size = path.stat().st_size
+    progress = Progress(f"hash {path.name}", size >> 20, "MiB")
     with path.open("rb", buffering=0) as file:
         for part in parts:
             for begin in range(0, part.size, CHUNK):
@@ -119,7 +120,10 @@ def _read(path: Path, parts: Iterator[Part]) -> Identity:
                 seen.update(chunk)
                 if not not_finite and not _is_finite(chunk, part.dtype):
                     not_finite = part.name
-                progress.advance((file.tell() >> 20) - progress.done)
+                if size >= LARGE:
+                    progress.advance((file.tell() >> 20) - progress.done)
+    if progress.shown:
+        progress.finish()
     return Identity(seen.hexdigest(), not_finite)
 
 
