@@ -13,6 +13,7 @@ import pytest
 
 import regrow
 from regrow import stage
+from regrow.cli.main import commands
 
 SOURCE = Path(regrow.__file__).parent
 # From the top down. A module imports only what stands on a lower line, or its own package.
@@ -133,34 +134,55 @@ def test_what_the_tests_see(tmp_path: Path) -> None:
 
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "plotly", "pandas", "numpy"}
+OWN_FOR_HELP, OWN_FOR_A_REFUSAL = 42, 32
+"""How many modules of ours a command may import to print its help, and to refuse a model."""
+LIGHT = {
+    "an import": ["-c", "import regrow"],
+    "all help": ["-m", "regrow", "--help"],
+    "version": ["-m", "regrow", "--version"],
+    "a recipe": ["-c", "from regrow.recipe.recipe import read"],
+    "configs": ["-c", "from regrow import PruneConfig, DistillConfig, DataConfig, UserError"],
+}
+MISSING = ["no-such-model", "--out", "out"]
+REFUSED = {
+    "compare": ["compare", *MISSING, "--profile", "x", "--data", "x.txt"],
+    "distill": ["distill", *MISSING, "--teacher", "no-such-model", "--data", "x.txt"],
+    **{name: [name, *MISSING, "--data", "x.txt"] for name in ("cache", "generate", "profile")},
+    **{name: [name, *MISSING] for name in ("export", "prune", "quantize")},
+}
 
 
-def loaded(*arguments: str) -> set[str]:
-    """Top-level packages that a Python process imports."""
+def loaded(*arguments: str, status: int = 0) -> list[str]:
+    """Modules that a Python process imports."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == status, done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
-    return {line.split("|")[-1].strip().split(".")[0] for line in lines}
+    return [line.split("|")[-1].strip() for line in lines]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["-c", "import regrow"],
-        ["-m", "regrow", "--help"],
-        ["-m", "regrow", "run", "--help"],
-        ["-m", "regrow", "--version"],
-        ["-c", "from regrow.recipe.recipe import read"],
-        ["-c", "from regrow import PruneConfig, DistillConfig, DataConfig, Options, UserError"],
-    ],
-    ids=" ".join,
-)
-def test_light(arguments: list[str]) -> None:
-    found = loaded(*arguments)
-    assert "regrow" in found
-    assert not found & HEAVY
+def check_light(names: list[str], own: int) -> None:
+    """Nothing heavy, and at most `own` modules of ours."""
+    assert not {name.split(".")[0] for name in names} & HEAVY
+    ours = {name for name in names if name.split(".")[0] == "regrow"}
+    assert 0 < len(ours) <= own, sorted(ours)
+
+
+@pytest.mark.parametrize("kind", LIGHT)
+def test_light(kind: str) -> None:
+    check_light(loaded(*LIGHT[kind]), OWN_FOR_HELP)
+
+
+@pytest.mark.parametrize("name", commands())
+def test_help_is_light(name: str) -> None:
+    check_light(loaded("-m", "regrow", name, "--help"), OWN_FOR_HELP)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_is_light(name: str) -> None:
+    """A model that is not there is refused before torch is imported."""
+    check_light(loaded("-m", "regrow", *REFUSED[name], status=2), OWN_FOR_A_REFUSAL)
 
 
 def test_importing_does_nothing(tmp_path: Path) -> None:

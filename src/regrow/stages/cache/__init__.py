@@ -44,12 +44,12 @@ class CacheStage(Stage):
             machine: Device and batch size.
             dry_run: Check everything and print what would be done.
         """
-        from regrow.stages.cache.stage import cache
-
         checkpoint, data = open_model(teacher), text.blend()
         if dry_run:
             print_lines(estimate(checkpoint, data, caching), out)
             return
+        from regrow.stages.cache.stage import cache
+
         cache(checkpoint, data, out, caching, machine)
 
     def check(self, step: Step, plan: RecipePlan) -> None:

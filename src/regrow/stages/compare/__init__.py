@@ -43,13 +43,13 @@ class CompareStage(Stage):
             heads: Also remove one query head: the least important, and this many at random.
             dry_run: Check everything and print what would be done.
         """
+        checkpoint, data = open_model(model), text.blend()
         from regrow.stages.compare.stage import compare, estimate
 
-        data = text.blend()
         if dry_run:
-            print_lines(estimate(open_model(model), profile, data, pruning, rounds, heads))
+            print_lines(estimate(checkpoint, profile, data, pruning, rounds, heads))
             return
-        compare(model, profile, data, pruning, out, machine, rounds, heads)
+        compare(checkpoint, profile, data, pruning, out, machine, rounds, heads)
 
 
 STAGE = CompareStage()

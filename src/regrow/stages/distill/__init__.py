@@ -51,12 +51,12 @@ class DistillStage(Stage):
             machine: Device, batch size, and how the models lie in memory.
             dry_run: Check everything and print what would be done.
         """
+        known, data = open_model(teacher), text.blend()
+        source = student if student.endswith(".json") else open_model(student)
         from regrow.stages.distill.stage import distill
         from regrow.stages.distill.student import open_student
 
-        known = open_model(teacher)
-        opened = open_student(student if student.endswith(".json") else open_model(student), known)
-        data = text.blend()
+        opened = open_student(source, known)
         if dry_run:
             print_lines(estimate(opened, known, data, training, machine), out)
             return

@@ -63,12 +63,13 @@ class ExportStage(Stage):
             dry_run: Check everything and print what would be done.
         """
         from regrow.checkpoint import load
+
+        checkpoint, data = load(model), text.blend() if text.data else None
         from regrow.stages.export.stage import describe, export
 
-        data = text.blend() if text.data else None
         if dry_run:
             folder = None if out.suffix == ".gguf" else out
-            print_lines(describe(load(model), file, model), folder)
+            print_lines(describe(checkpoint, file, model), folder)
             return
         print(export(model, out, file, data))
 

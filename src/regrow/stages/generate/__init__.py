@@ -53,12 +53,12 @@ class GenerateStage(Stage):
             machine: Device and batch size; --batch-size prompts are answered at once.
             dry_run: Check everything and print what would be done.
         """
-        from regrow.stages.generate.stage import generate
-
         checkpoint, data = open_model(model, quantized=True), text.blend()
         if dry_run:
             print_lines(estimate(checkpoint, data, generation), out)
             return
+        from regrow.stages.generate.stage import generate
+
         generate(checkpoint, data, out, generation, machine)
 
     def check(self, step: Step, plan: RecipePlan) -> None:

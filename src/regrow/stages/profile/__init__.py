@@ -10,7 +10,7 @@ from tyro.conf import OmitArgPrefixes
 from regrow.config import Options
 from regrow.data.config import DataConfig
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
-from regrow.stages._flags import Model, Text, print_lines
+from regrow.stages._flags import Model, Text, open_model, print_lines
 from regrow.stages.profile.config import ProfileConfig
 
 if TYPE_CHECKING:
@@ -42,14 +42,13 @@ class ProfileStage(Stage):
             machine: Device and batch size.
             dry_run: Check everything and print what would be done.
         """
-        from regrow.checkpoint import load
+        checkpoint, data = open_model(model), text.blend()
+        if dry_run:
+            print_lines(estimate(checkpoint, data, profiling), out)
+            return
         from regrow.stages.profile.stage import profile
 
-        data = text.blend()
-        if dry_run:
-            print_lines(estimate(load(model), data, profiling), out)
-            return
-        profile(model, data, out, profiling, machine)
+        profile(checkpoint, data, out, profiling, machine)
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError for an unknown criterion or one that this config does not measure."""

@@ -10,7 +10,7 @@ from regrow.config import Options
 from regrow.errors import UserError
 from regrow.pruning.config import PruneConfig
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
-from regrow.stages._flags import Model, OptionalText, print_lines
+from regrow.stages._flags import Model, OptionalText, open_model, print_lines
 
 
 class PruneStage(Stage):
@@ -41,6 +41,7 @@ class PruneStage(Stage):
             machine: Device and batch size.
             dry_run: Check everything and print what would be done.
         """
+        open_model(model)  # what cannot be opened is refused before the slow imports
         from regrow.checkpoint import load
         from regrow.stages.prune.dry_run import estimate
         from regrow.stages.prune.stage import prune

@@ -107,13 +107,13 @@ class QuantizeStage(Stage):
             machine: Device and batch size.
             dry_run: Check everything and print what would be done.
         """
+        checkpoint, data = open_model(model), text.blend() if text.data else None
+        if dry_run:
+            print_lines(estimate(checkpoint, data, quantization), out)
+            return
         from regrow.stages.quantize.stage import quantize
 
-        data = text.blend() if text.data else None
-        if dry_run:
-            print_lines(estimate(open_model(model), data, quantization), out)
-            return
-        quantize(open_model(model), out, quantization, data, machine)
+        quantize(checkpoint, out, quantization, data, machine)
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError for schemes and methods that these layers cannot have."""

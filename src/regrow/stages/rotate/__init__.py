@@ -10,7 +10,7 @@ from tyro.conf import OmitArgPrefixes
 from regrow.config import Options
 from regrow.data.config import DataConfig
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
-from regrow.stages._flags import Model, Text, print_lines
+from regrow.stages._flags import Model, Text, open_model, print_lines
 from regrow.stages.rotate.config import RotateConfig
 
 if TYPE_CHECKING:
@@ -42,14 +42,13 @@ class RotateStage(Stage):
             machine: Device and batch size.
             dry_run: Check everything and print what would be done.
         """
-        from regrow.checkpoint import load
+        checkpoint, data = open_model(model), text.blend()
+        if dry_run:
+            print_lines(estimate(checkpoint, data, rotation), out)
+            return
         from regrow.stages.rotate.stage import rotate
 
-        data = text.blend()
-        if dry_run:
-            print_lines(estimate(load(model), data, rotation), out)
-            return
-        rotate(model, data, out, rotation, machine)
+        rotate(checkpoint, data, out, rotation, machine)
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError for a family that cannot be rotated."""
