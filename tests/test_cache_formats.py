@@ -13,7 +13,7 @@ from regrow import plugins
 from regrow.errors import UserError
 from regrow.stages.cache.stage import CONVENTIONS, errors
 from regrow.training.cache import formats
-from regrow.training.cache.formats import hidden, make, samples, topk
+from regrow.training.cache.formats import hidden, log_probabilities, make, samples, topk
 from regrow.training.cache.sparse import Sparse
 from regrow.training.cache.store import bit_width, pack, packed_bytes, unpack
 
@@ -203,3 +203,36 @@ def test_hidden_is_exact_and_int8_half_a_step_off() -> None:
 def test_settings_that_cannot_be(name: str, wrong: dict[str, int]) -> None:
     with pytest.raises(UserError, match="give 1 to"):
         make(name, {**SETTINGS, **wrong})
+
+
+def test_distributions_are_over_the_shared_ids() -> None:
+    """An embedding can have rows of padding beyond the tokenizer's ids: they get no probability."""
+    states, head = states_and_head()
+    shared = V - 20
+    expected = exact_p(states, head, shared)
+    assert float((exact_p(states, head, V)[:, shared:].sum(-1)).mean()) > 0.05
+    (log_p_NV,) = log_probabilities(states, head, shared)
+    torch.testing.assert_close(log_p_NV.exp(), expected.float(), rtol=1e-4, atol=1e-7)
+    for name in ("topk", "samples"):
+        form = make(name, {**SETTINGS, "vocab_size": shared, "k": 5, "draws": 40})
+        back = form.decode(form.encode(states, head, KEY))
+        assert isinstance(back, Sparse)
+        assert int(back.ids_NK.max()) < shared
+        if back.tail_N is not None:
+            kept = expected.gather(-1, back.ids_NK)
+            assert float((back.probability_NK - kept).abs().max()) < 0.01
+
+
+def test_systematic_draws_of_each_token_start_on_their_own() -> None:
+    """Equal tokens of one sequence: the mean of their shares is p, as it is over sequences."""
+    states, head = states_and_head(tokens=1)
+    count, draws = 2_000, 7
+    form = samples.Format(V, draws=draws)
+    back = form.decode(form.encode(states.expand(count, -1), head, KEY))
+    assert isinstance(back, Sparse)
+    shares_NV = torch.zeros(count, V, dtype=torch.float64)
+    shares_NV.scatter_add_(-1, back.ids_NK, back.probability_NK.double())
+    p_V = exact_p(states, head, V)[0]
+    # A share is ⌊np⌋ or ⌈np⌉ of n draws: Bernoulli with variance at most 1/(4 n²) around p.
+    error = 5 / (2 * draws * count**0.5)
+    assert float((shares_NV.mean(0) - p_V).abs().max()) < error

@@ -8,11 +8,15 @@ import pytest
 import torch
 from tiny_cache import make_cache
 from tiny_distillation import data, write_place
+from tiny_folders import data_of, write_model, write_text
+from tiny_tokenizer import tiny_tokenizer
 from tiny_training import decoder_layers
 
 from regrow.checkpoint import load
 from regrow.data.sequences import IGNORED, Sequences, build_sequences
 from regrow.errors import UserError
+from regrow.stages.cache.config import CacheConfig
+from regrow.stages.cache.stage import header_of
 from regrow.training.cache.folder import Cache, missing_sequences, sequence_keys
 from regrow.training.cache.store import Store, write_shard
 from regrow.training.cache.teacher import CachedTeacher, head_from
@@ -130,3 +134,29 @@ def test_a_sequence_of_another_text(place: Path) -> None:
     )
     with pytest.raises(UserError, match="a block is not in the cache"):
         cached.sparse(next(decoder_layers(4, 32).batches(4)))
+
+
+def test_ids_of_padding_are_left_out(tmp_path: Path) -> None:
+    """A distribution is over the tokenizer's ids, not over all rows of the embedding."""
+    ids = len(tiny_tokenizer())
+    checkpoint = write_model(tmp_path / "teacher", dtype=torch.bfloat16, vocab_size=ids + 16)
+    text = data_of(write_text(tmp_path / "text.jsonl"))
+    assert header_of(checkpoint, text, CacheConfig()).vocab_size == ids
+    narrow = write_model(tmp_path / "narrow", dtype=torch.bfloat16, vocab_size=ids - 8)
+    assert header_of(narrow, text, CacheConfig()).vocab_size == ids - 8
+
+
+@pytest.mark.parametrize("softcap", [None, 0.25])
+def test_the_head_is_the_models_own(softcap: float | None, tmp_path: Path) -> None:
+    """Read from a checkpoint, it gives the stock model's logits, softcap and all."""
+    fields = {"dtype": torch.bfloat16, "final_logit_softcapping": softcap}
+    checkpoint = write_model(tmp_path / "teacher", "gemma3_text", **fields)
+    model = checkpoint.model(torch.float32)
+    ids = torch.arange(4, 24)[None]
+    with torch.no_grad():
+        states_BTH, expected_BTV = model.base_model(ids).last_hidden_state, model(ids).logits
+    head = head_from(checkpoint, torch.device("cpu"))
+    found_BTV = head.logits(states_BTH, head.weight_VH.float())
+    torch.testing.assert_close(found_BTV, expected_BTV, rtol=0, atol=1e-5)
+    capped = (expected_BTV.abs().max() <= 0.25).item()
+    assert capped == (softcap is not None)
