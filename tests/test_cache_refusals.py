@@ -92,16 +92,16 @@ def test_a_student_of_fewer_tokens(distil: Distil, tmp_path: Path) -> None:
 
 def test_sequences_that_are_not_there(distil: Distil) -> None:
     said = distil(tokens=2 * CONFIG.tokens)
-    assert said.startswith(f"48 of 96 train blocks are not in the cache {distil.place}/topk: ")
+    assert said.startswith(f"48 of 96 train sequences are not in the cache {distil.place}/topk: ")
     assert f"with the same data and --tokens {2 * CONFIG.tokens} into that folder" in said
     said = distil(heldout_sequences=8)
-    assert said.startswith("2 of 8 heldout blocks are not in the cache")
+    assert said.startswith("2 of 8 heldout sequences are not in the cache")
     assert "--heldout-sequences 8" in said
 
 
 def test_sequences_of_another_length(distil: Distil) -> None:
     said = distil(text=data_of(distil.place / "text.jsonl", sequence_length=64))
-    assert "blocks are of 64 tokens, in the cache of 32" in said
+    assert "sequences have 64 tokens, those in the cache 32" in said
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_teacher_of_nan(place: Path, tmp_path: Path) -> None:
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"][0] = torch.nan
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="gives hidden states that are no finite numbers"):
+    with pytest.raises(UserError, match="gives hidden states that are not finite"):
         cache(other, data(place), tmp_path / "cache", CacheConfig(tokens=128), OPTIONS)
     assert not (tmp_path / "cache").exists()
 

@@ -132,7 +132,7 @@ def test_a_sequence_of_another_text(place: Path) -> None:
     cached = CachedTeacher(
         Cache(place / "topk"), head_from(load(place / "teacher"), torch.device("cpu"))
     )
-    with pytest.raises(UserError, match="a block is not in the cache"):
+    with pytest.raises(UserError, match="a sequence is not in the cache"):
         cached.sparse(next(decoder_layers(4, 32).batches(4)))
 
 

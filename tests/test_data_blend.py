@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -23,6 +24,7 @@ from regrow.data.documents import Passage
 from regrow.data.readers import jsonl
 from regrow.data.sequences import build_sequences
 from regrow.errors import UserError
+from regrow.runtime import progress
 
 TOKENIZER = tiny_tokenizer()
 EOS = 0
@@ -269,3 +271,26 @@ def test_train_text_without_anything_to_score_ends(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match="none to score"):
         build_sequences(config(str(tmp_path / "a.jsonl")), TOKENIZER, "train", 4)
+
+
+def test_reading_shows_its_progress_within_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also while rows of other splits are passed over, and before the first token is there."""
+    source = write(tmp_path / "a.jsonl", "a", 3_000, 1)
+    seconds = count(step=0.01)
+    clock = SimpleNamespace(monotonic=lambda: next(seconds))
+    monkeypatch.setattr(progress, "time", clock)
+    build_sequences(config(source), TOKENIZER, "heldout", 2)
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("reading heldout text:   0 %  0/64 tokens  ETA unknown  row 1")
+    assert first.endswith(f" of {source}")
+
+
+def test_progress_towards_an_unknown_total() -> None:
+    counter = progress.Progress("fetching a", 0, "MiB")
+    counter.done = 12
+    assert counter.line(counter.start + 4) == "fetching a: 12 MiB  3 MiB/s"
+    known = progress.Progress("reading", 48, "rows")
+    known.done = 12
+    assert known.line(known.start + 4) == "reading:  25 %  12/48 rows  3 rows/s  ETA 0:12"

@@ -80,10 +80,18 @@ def test_from_the_source_distribution_then_the_cache(index: Path, tmp_path: Path
     assert kept(cache) == []
 
 
-def test_from_the_wheel_when_there_is_no_source(index: Path, tmp_path: Path) -> None:
+def test_from_the_wheel_when_there_is_no_source(
+    index: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     wheel(index)
+    monkeypatch.setattr("regrow.data.packages.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("regrow.runtime.progress.FIRST", 0.0)
     path = fetch("package:made-up==1.0/made_up/words.txt", None, tmp_path / "cache")
     assert path.read_bytes() == WORDS
+    assert "fetching made-up==1.0: 0 MiB" in capsys.readouterr().err
 
 
 def test_from_the_wheel_when_the_source_lacks_the_file(index: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What text to use, in which shares, and how it is split and packed."""
+"""The config of text: its sources, their shares, the splits, and the length of sequences."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class SourceConfig(Config):
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Share of the blend's tokens, relative to the other sources' weights."""
     reader: str | None = None
-    """How to read it: a name in regrow/data/readers; guessed from the file's ending when absent."""
+    """The reader, a name in regrow/data/readers; the file's ending decides when absent."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-fA-F]{64}$")
-    """SHA-256 (hex) that the file must have, as fetched and before any decompression."""
+    """SHA-256 (hex) that the file must have, before any decompression."""
     losses: dict[str, float] | None = None
-    """Weight by name of the losses that a distillation has on this source's tokens, in place of its
-    own `losses`."""
+    """Weights by name of the losses on this source's tokens, in place of the distillation's
+    `losses`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -47,14 +47,14 @@ class SourceConfig(Config):
 
 
 class DataConfig(Config):
-    """Sources and how they become blocks; a string or a list of sources stands for the whole."""
+    """Sources and how they become sequences; a string or a list of sources stands for the whole."""
 
     sources: list[SourceConfig]
     """The blend: each a string or {source, weight, reader, sha256, losses}."""
     sequence_length: int = Field(default=512, ge=8)
-    """Tokens per block."""
+    """Tokens per sequence; where the tokenizer puts BOS before a text, it is one of them."""
     heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the documents kept for choosing and for reporting, never trained on."""
+    """Share of the documents for choosing and for reporting, which are never trained on."""
     calibration_fraction: float = Field(default=0.15, gt=0, lt=1, validate_default=True)
     """Share of the documents that importance, repair and quantization are measured on."""
     seed: int = 0

@@ -1,4 +1,4 @@
-"""Open what readers read: UTF-8 text or bytes, through gzip when the name ends in .gz."""
+"""Opens the files of a source: UTF-8 text or bytes, through gzip when the name ends in .gz."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from shutil import copyfileobj
 from typing import IO, TextIO, cast
 
 from regrow.errors import UserError
+from regrow.runtime.progress import Progress
 
 
 @contextmanager
@@ -40,21 +41,23 @@ def open_seekable(path: Path) -> Iterator[IO[bytes]]:
 
 
 def plain_name(path: Path) -> str:
-    """The file's name in lower case, without .gz: what a reader's ENDINGS are compared with."""
+    """The file's name in lower case, without .gz, to compare with a reader's ENDINGS."""
     return path.name.lower().removesuffix(".gz")
 
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of the file's bytes, as hex."""
     digest = hashlib.sha256()
+    counter = Progress(f"hashing {path.name}", path.stat().st_size >> 20, "MiB")
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+            counter.advance((file.tell() >> 20) - counter.done)
     return digest.hexdigest()
 
 
 def check_sha256(digest: str, expected: str | None, name: str) -> None:
-    """Raise UserError unless `digest` is the `expected` one; None expects nothing."""
+    """Raise UserError unless `digest` is the `expected` one; with None, any digest is right."""
     if expected is not None and digest != expected.lower():
         raise UserError(
             f"{name}: its SHA-256 is {digest}, not {expected.lower()}; get the right file"

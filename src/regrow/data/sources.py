@@ -1,6 +1,6 @@
 """From the name of a source to its rows: files, folders, packages, datasets on the hub.
 
-A digest of all that a job reads tells, when the job is run again, whether a file has changed.
+A digest over all files that are read shows, in a later run, whether one has changed.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def read(source: str) -> Iterator[dict[str, Any]]:
 
     Raises UserError, in one line, when the hub cannot be reached or has no such dataset.
     """
-    found = ID.fullmatch(source)
-    assert found is not None, source
+    parts = ID.fullmatch(source)
+    assert parts is not None, source
     import datasets  # slow to import, and only hub sources need it
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         rows = datasets.load_dataset(
-            found["name"], found["config"], split=found["split"] or "train", streaming=True
+            parts["name"], parts["config"], split=parts["split"] or "train", streaming=True
         )
         yield from map(without_nulls, rows)
     except (OSError, ValueError, HfHubHTTPError) as error:
@@ -49,7 +49,7 @@ READERS = "regrow.data.readers"
 
 
 def rows(source: SourceConfig, cache: Path | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row with where it is from ("file, row 3"), in a fixed order, read only as asked for."""
+    """Each row with its place ("file, row 3"), in a fixed order; files are read lazily."""
     if _is_hub(source):
         if source.sha256 is not None or source.reader is not None:
             raise UserError(f"{source.source}: sha256 and reader are for files, not for a hub id")
@@ -63,15 +63,15 @@ def rows(source: SourceConfig, cache: Path | None = None) -> Iterator[tuple[str,
 
 
 def at_hand(data: DataConfig) -> bool:
-    """Whether every source is a file or folder of this machine: nothing to be fetched first."""
+    """Whether every source is a local file or folder, so that nothing has to be downloaded."""
     return all(Path(source.source).expanduser().exists() for source in data.sources)
 
 
 def resolve(source: SourceConfig, cache: Path | None = None) -> list[Path]:
     """The local files of a file, folder or `package:` source, checked against its sha256.
 
-    `cache` is where files from packages are kept: REGROW_CACHE or ~/.cache/regrow when None.
-    Raises UserError for what is not there, has no reader, or has another sha256.
+    `cache` is the folder for files from packages: REGROW_CACHE or ~/.cache/regrow when None.
+    Raises UserError for a source that does not exist, has no reader, or has another sha256.
     """
     if source.source.startswith(packages.PREFIX):
         kept = cache if cache is not None else cache_folder()
@@ -91,7 +91,7 @@ def resolve(source: SourceConfig, cache: Path | None = None) -> list[Path]:
 
 
 def check_source(source: SourceConfig) -> None:
-    """Raise UserError for a local source that is not there or has no reader; fetches nothing."""
+    """Raise UserError for a local source that does not exist or has no reader; downloads nothing."""
     if not source.source.startswith(packages.PREFIX) and not _is_hub(source):
         resolve(source)
 
@@ -116,10 +116,10 @@ def _inside(folder: Path, reader: str | None) -> list[Path]:
     known = _endings()
     endings = known[reader] if reader else tuple(e for several in known.values() for e in several)
     paths = [path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder)]
-    found = sorted(path for path in paths if plain_name(path).endswith(endings))
-    if not found:
+    readable = sorted(path for path in paths if plain_name(path).endswith(endings))
+    if not readable:
         raise UserError(f"{folder}: no file with a readable ending in it: {' '.join(endings)}")
-    return found
+    return readable
 
 
 def _hidden(path: Path, folder: Path) -> bool:
@@ -138,20 +138,20 @@ def _is_hub(source: SourceConfig) -> bool:
 def data_digest(data: DataConfig) -> str:
     """SHA-256 over the config and, for local sources, each file's name and content.
 
-    Not over its time of change: text that was copied or fetched again is the same text.
+    The time of change is no part of it: text that was copied or downloaded again is the same text.
     """
-    found = []
+    contents = []
     for source in data.sources:
         path = Path(source.source).expanduser()
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in files:
             if file.is_file():
                 stat = file.stat()
-                found.append([file.name, _content(file, stat.st_size, stat.st_mtime_ns)])
-    return stage_dir.digest(data.model_dump(mode="json"), found)
+                contents.append([file.name, _content(file, stat.st_size, stat.st_mtime_ns)])
+    return stage_dir.digest(data.model_dump(mode="json"), contents)
 
 
 @lru_cache(maxsize=4096)
 def _content(path: Path, size: int, changed: int) -> str:
-    """Read once a process, unless the file was changed meanwhile."""
+    """SHA-256 of a file, computed once per process unless the file changes."""
     return sha256_of(path)

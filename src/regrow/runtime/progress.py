@@ -14,7 +14,10 @@ FIRST = 1.0
 
 
 class Progress:
-    """Counts units (tokens, documents, …) towards a total and prints the progress to stderr."""
+    """Counts units (tokens, documents, …) and prints the progress to stderr.
+
+    `total` is how many there will be, 0 when that is not known.
+    """
 
     def __init__(self, title: str, total: int, unit: str, every: float | None = None) -> None:
         self.title, self.total, self.unit, self.done = title, total, unit, 0
@@ -44,10 +47,12 @@ class Progress:
     def line(self, now: float, note: str = "") -> str:
         """The line to print at monotonic time `now` in seconds."""
         rate = (self.done - self.first_done) / max(now - self.start, 1e-9)
-        left = clock((self.total - self.done) / rate) if rate > 0 else "unknown"
-        share = 100 * self.done / max(self.total, 1)
-        text = f"{self.title}: {share:3.0f} %  {self.done:,}/{self.total:,} {self.unit}"
         pace = f"  {self._pace(rate)}" if rate > 0 else ""
+        if self.total <= 0:
+            return f"{self.title}: {self.done:,} {self.unit}{pace}  {note}".rstrip()
+        left = clock((self.total - self.done) / rate) if rate > 0 else "unknown"
+        text = f"{self.title}: {100 * self.done / self.total:3.0f} %"
+        text += f"  {self.done:,}/{self.total:,} {self.unit}"
         return f"{text}{pace}  ETA {left}  {note}".rstrip()
 
     def finish(self, note: str = "") -> None:

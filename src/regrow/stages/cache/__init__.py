@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class CacheStage(Stage):
-    """Takes a teacher; leaves a cache of it, which distillations that follow learn from."""
+    """Takes a teacher; leaves a cache of its outputs, which later distillations learn from."""
 
     config = CacheConfig
     takes_teacher = True
@@ -82,7 +82,7 @@ def _teacher(step: Step, plan: RecipePlan) -> Checkpoint:
 
 
 def fitted(step: Step, steps: list[Step], model: str) -> CacheConfig:
-    """The stage's config; what it leaves open is set for the distillations that follow.
+    """The stage's config, with open fields set to what the distillations that follow need.
 
     `tokens` and `heldout_sequences` are then those of the largest distillation after it with the
     same teacher; `model` is the recipe's model.

@@ -1,4 +1,4 @@
-"""How much of a teacher to cache, and how."""
+"""Config of the cache stage."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from pydantic import Field, model_validator
 from regrow.config import Config
 
 OPTIONS_OF = {"samples": ("draws", "sampling"), "topk": ("k", "bits"), "hidden": ("dtype",)}
-"""What only one format reads."""
+"""Fields that only one format reads."""
 
 
 class CacheConfig(Config):
-    """Budget and format of a cache."""
+    """Size and format of a cache."""
 
     tokens: int = Field(default=1_000_000, ge=1)
-    """Tokens to train on that are cached; raising it later adds to a finished cache. In a recipe
-    that leaves it out: what the distillations of this teacher take."""
+    """Tokens to train on that are cached. Raising it later adds to a finished cache. When a recipe
+    leaves it out, it is the number that the distillations of this teacher take."""
     heldout_sequences: int = Field(default=16, ge=1)
-    """Held-out blocks, always stored exactly; in a recipe as for tokens."""
+    """Held-out sequences, which are always stored exactly. When a recipe leaves it out, it is the
+    number that the distillations of this teacher take."""
     format: Literal["samples", "topk", "hidden"] = "samples"
-    """samples: unbiased draws of ids. topk: the likeliest ids and the mass of the rest. hidden: the
-    last hidden state, which is exact and serves every output loss."""
+    """samples: unbiased draws of ids. topk: the likeliest ids and the mass of all others. hidden:
+    the last hidden state, which is exact and serves every loss on the output."""
     k: int = Field(default=18, ge=1)
-    """topk: how many ids."""
+    """topk: number of ids."""
     bits: int = Field(default=8, ge=2, le=16)
     """topk: bits of a probability."""
     draws: int = Field(default=40, ge=1, le=255)
-    """samples: draws for each token."""
+    """samples: number of draws for each token."""
     sampling: Literal["systematic", "multinomial"] = "systematic"
-    """samples: evenly spaced in the cumulated distribution, or independent (more noise)."""
+    """samples: evenly spaced in the cumulative distribution, or independent (more noise)."""
     dtype: Literal["bfloat16", "int8"] = "bfloat16"
-    """hidden: bfloat16 is exact, int8 half the size."""
+    """hidden: bfloat16 is exact, int8 takes half the space."""
     seed: int = 0
     """samples: seed of the draws."""
 

@@ -1,4 +1,4 @@
-"""The cache stage: a teacher and text in, what the teacher says about the text out."""
+"""The cache stage runs a teacher over text and stores its outputs for later distillations."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ CONVENTIONS = {
 def errors(
     form: Format, hidden_NH: Tensor, head: Head, key: bytes, vocab_size: int
 ) -> dict[str, Tensor]:
-    """Per token [N] of a block, by name: `error`, by CONVENTIONS, in nats.
+    """Figures for each token [N] of a sequence: `error` in nats, defined by CONVENTIONS.
 
-    For k + 1 buckets also `tail`, the mass of the last, and `tail evenly`: the KL over the whole
-    vocabulary when the tail is spread evenly over its ids.
+    For k + 1 buckets also `tail`, the mass of the last bucket, and `tail evenly`, the KL over the
+    whole vocabulary when that mass is spread evenly over the bucket's ids.
     """
     stored = form.decode(form.encode(hidden_NH, head, key))
-    found: list[dict[str, Tensor]] = []
+    parts: list[dict[str, Tensor]] = []
     done = 0
     for log_p_NV in log_probabilities(hidden_NH, head, vocab_size):
         part = slice(done, done + len(log_p_NV))
         done = part.stop
         if isinstance(stored, Sparse):
             sparse = stored[part].to(log_p_NV.device)
-            found.append(_of_sparse(log_p_NV, sparse))
+            parts.append(_of_sparse(log_p_NV, sparse))
         else:
             states_NH = stored[part].to(hidden_NH)
             (log_q_NV,) = log_probabilities(states_NH, head, vocab_size)
-            found.append({"error": _sum(log_p_NV.exp(), log_p_NV - log_q_NV)})
-    return {name: torch.cat([each[name] for each in found]) for name in found[0]}
+            parts.append({"error": _sum(log_p_NV.exp(), log_p_NV - log_q_NV)})
+    return {name: torch.cat([each[name] for each in parts]) for name in parts[0]}
 
 
 def _of_sparse(log_p_NV: Tensor, sparse: Sparse) -> dict[str, Tensor]:
@@ -88,7 +88,7 @@ def _sum(p: Tensor, difference: Tensor) -> Tensor:
 
 
 SHARD_TOKENS = 1 << 15
-"""Tokens of a shard, about: what a kill loses at most."""
+"""Tokens of a shard, about: a kill loses at most one shard per process."""
 
 
 def cache(
@@ -98,11 +98,12 @@ def cache(
     config: CacheConfig | None = None,
     options: Options | None = None,
 ) -> Path:
-    """Run `teacher` over the blocks that a distillation on `data` takes; store what it says.
+    """Run `teacher` over the sequences that a distillation on `data` takes, and store its outputs.
 
     Only scored tokens are stored. An interrupted cache goes on; a finished one of the same teacher
-    and format is added to. Several processes share the blocks and write the same files as one.
-    Raises UserError for a teacher that gives no numbers, too little text or disk.
+    and format is added to. Several processes share the sequences and write the same files as one.
+    Raises UserError for a teacher with outputs that are not finite, for a token id beyond its
+    embedding, and for too little text or disk.
     """
     out, config, options = Path(out), config or CacheConfig(), options or Options()
     device = options.torch_device()
@@ -131,7 +132,7 @@ def cache(
         todo = {
             split: missing_sequences(b, Store(folder / split)) for split, b in sequences.items()
         }
-        distributed.wait()  # before anything is written, so that all ranks see the same to do
+        distributed.wait()  # before anything is written, so that all ranks see the same work
         if any(todo.values()):
             model = Teacher(checkpoint.model(torch.bfloat16, device))
             stage.figures.append(_fill(folder, header, model, sequences, todo, options.batch_size))
@@ -142,7 +143,7 @@ def cache(
 
 
 def header_of(checkpoint: Checkpoint, data: DataConfig, config: CacheConfig) -> Header:
-    """What the cache says about itself; raises UserError for settings that cannot be."""
+    """The description of a cache; raises UserError for settings that are not possible."""
     family = families.of(checkpoint)
     refuse_scaled(checkpoint.config, family.model_type)
     tokenizer = checkpoint.tokenizer()
@@ -165,12 +166,12 @@ def header_of(checkpoint: Checkpoint, data: DataConfig, config: CacheConfig) -> 
 
 def _stage(out: Path, config: CacheConfig, header: Header) -> StageDir:
     inputs = {"teacher": header.teacher, "tokenizer": header.tokenizer, "data": header.data}
-    # Without budget and text, so that a cache that is to hold more is known as the same, extended.
+    # Budget and text are not part of it, so that a larger cache extends a smaller one.
     return StageDir(out, "cache", config, inputs, resumable=True, resume_digest=header.fingerprint)
 
 
 def _tidy(folder: Path, stage: StageDir) -> None:
-    """Take over the shards of a finished cache; drop what a kill left half written."""
+    """Link a finished cache's shards into `folder`; delete files that a kill left half written."""
     extends = _extends(stage)
     for split in SPLITS:
         (folder / split).mkdir(exist_ok=True)
@@ -182,7 +183,7 @@ def _tidy(folder: Path, stage: StageDir) -> None:
 
 
 def _check_space(stage: StageDir, header: Header, sequences: dict[str, Sequences]) -> None:
-    """For what neither an interrupted cache nor, if it is extended, the finished one holds."""
+    """Require space for the sequences that neither an interrupted nor an extended cache has."""
     folders = [stage.partial, stage.out] if _extends(stage) else [stage.partial]
     needed = 0.0
     for split, form in header.formats().items():
@@ -194,8 +195,8 @@ def _check_space(stage: StageDir, header: Header, sequences: dict[str, Sequences
 
 def _extends(stage: StageDir) -> bool:
     """Whether there is a finished cache of the same teacher and format."""
-    found = stage_dir.read(stage.out)
-    return found is not None and found.get("resume_digest") == stage.resume_digest
+    manifest = stage_dir.read(stage.out)
+    return manifest is not None and manifest.get("resume_digest") == stage.resume_digest
 
 
 def _fill(
@@ -206,7 +207,7 @@ def _fill(
     todo: dict[str, dict[bytes, int]],
     batch_size: int,
 ) -> Figure:
-    """Write this rank's shards of what is still to do; returns the tokens/s of all ranks."""
+    """Write this rank's shards of the missing sequences; returns the tokens/s of all ranks."""
     forms, length = header.formats(), header.sequence_length
     count = sum(map(len, todo.values())) * length
     with progress("cache", count) as counter:
@@ -220,7 +221,7 @@ def _fill(
 
 
 def _shards(missing: dict[bytes, int], size: int) -> Iterator[dict[bytes, int]]:
-    """Blocks that go into one file: those of the same `size` numbers, whatever is there already."""
+    """Sequences by file: those of `size` consecutive numbers, even where some exist already."""
     groups: dict[int, dict[bytes, int]] = {}
     for key, number in sorted(missing.items(), key=lambda item: item[1]):
         groups.setdefault(number // size, {})[key] = number
@@ -235,15 +236,15 @@ def _encode(
     batch_size: int,
     counter: Progress,
 ) -> Iterator[tuple[bytes, dict[str, torch.Tensor]]]:
-    """Each block's key and what is stored of it."""
+    """Each sequence's key, and the tensors to store."""
     chosen, keys = sequences.select(list(shard.values())), iter(shard)
     device = teacher.model.device
     for batch in chosen.batches(batch_size):
         states_BTH, mask_BT = teacher.hidden(batch).final, scored(batch).to(device)
         if not bool(states_BTH.isfinite().all()):
             raise UserError(
-                f"the teacher {teacher.model.config._name_or_path} gives hidden states that are no "
-                "finite numbers: check its weights"
+                f"the teacher {teacher.model.config._name_or_path} gives hidden states that are "
+                "not finite: check its weights"
             )
         for states_TH, mask_T in zip(states_BTH, mask_BT, strict=True):
             key = next(keys)
@@ -255,12 +256,12 @@ def _encode(
 def _finish(
     stage: StageDir, folder: Path, header: Header, checkpoint: Checkpoint, device: torch.device
 ) -> None:
-    """Measure what was stored, and write the header."""
+    """Measure the stored distributions, and write the header."""
     stores = {split: Store(folder / split) for split in SPLITS}
     tokens, size = stores["train"].tokens(), stores["train"].bytes()
-    found = _errors(header, stores["heldout"], checkpoint, device)
+    measured = _errors(header, stores["heldout"], checkpoint, device)
     unit = {"tail": "share"}
-    for name, value in found.items():
+    for name, value in measured.items():
         convention = CONVENTIONS[header.format] if name == "error" else ""
         stage.figures.append(
             Figure(name=name, value=value, unit=unit.get(name, "nats"), convention=convention)
@@ -270,7 +271,7 @@ def _finish(
         Figure(name="bytes", value=size + stores["heldout"].bytes(), unit="bytes"),
         Figure(name="bytes per token", value=size / tokens, unit="bytes", n=tokens),
     ]
-    figures = {**found, "bytes per token": size / tokens}
+    figures = {**measured, "bytes per token": size / tokens}
     header = header.model_copy(update={"figures": figures})
     stage_dir.write_json(folder / HEADER, header.model_dump(mode="json"))
     for figure in stage.figures:

@@ -1,4 +1,4 @@
-"""Generate: answers of a model to prompts, as text to distil on."""
+"""Generate: let a model answer prompts; the answers are text to distil on."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 class RecipeFields(Config):
-    """Whose answers, and to what: fields that only a recipe has."""
+    """Who answers which prompts: fields that only a recipe has."""
 
     by: Literal["student", "teacher"] = "student"
     """Who answers: the current model (student) or the teacher."""
     prompts: DataConfig | None = None
-    """What to answer, in place of the recipe's data."""
+    """Prompts to answer, in place of the recipe's data."""
 
 
 class GenerateStage(Stage):
-    """Takes the current model or a teacher; leaves its answers, for later distillations."""
+    """Takes the current model or a teacher; leaves its answers to later distillations."""
 
     config = GenerateConfig
     recipe_fields = RecipeFields
@@ -49,8 +49,8 @@ class GenerateStage(Stage):
         Args:
             model: Hugging Face folder, hub id, GGUF file, or package:NAME.
             out: Folder to write answers.jsonl to; the folder can be given as --data.
-            generation: Which prompts, and how the answers are drawn.
-            machine: Device and batch size; --batch-size prompts are answered at once.
+            generation: Which prompts are answered, and how tokens are drawn.
+            machine: Device and batch size, in prompts.
             dry_run: Check everything and print what would be done.
         """
         checkpoint, data = open_model(model, quantized=True), text.blend()
@@ -97,14 +97,14 @@ class GenerateStage(Stage):
 
 
 def prompts_of(step: Step, data: DataConfig) -> DataConfig:
-    """What a generate stage answers; splits are drawn as those of the recipe's data."""
+    """The prompts that a generate stage answers; their splits are made like the recipe's data's."""
     if step.extra.prompts is None:
         return data
     return data.model_copy(update={"sources": step.extra.prompts.sources})
 
 
 def estimate(checkpoint: Checkpoint, data: DataConfig, config: GenerateConfig) -> list[str]:
-    """Prompts, the most tokens that may come, and the time if all came at the full rate."""
+    """The dry run: prompts, the most tokens of answers, and the time that these take at best."""
     from regrow.cost import forward_seconds
     from regrow.runtime.progress import clock
     from regrow.stages.generate.stage import ask

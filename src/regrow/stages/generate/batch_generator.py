@@ -1,6 +1,6 @@
-"""Answers to a batch of prompts, by transformers' generate.
+"""Answers a batch of prompts by transformers' generate.
 
-The tokens that are drawn do not depend on the batch: each prompt has random numbers of its own.
+The tokens that are drawn do not depend on the batch: each prompt has its own random numbers.
 
 Shapes: B prompts, V vocabulary.
 """
@@ -26,10 +26,10 @@ from regrow.stages.generate.config import GenerateConfig
 
 
 class Sampler(LogitsProcessor):
-    """Leaves one id of each row: drawn from softmax(logits / temperature), cut to its top_p.
+    """Draws one id per row from softmax(logits / temperature), cut to its top_p, and masks others.
 
-    By inversion of the cumulated distribution at one uniform number per row and token. The cut is
-    to the fewest ids that together reach top_p (Holtzman et al., 2020, arXiv:1904.09751).
+    A draw inverts the cumulative distribution at one uniform number per row and token. The cut
+    keeps the fewest ids that together reach top_p (Holtzman et al., 2020, arXiv:1904.09751).
     """
 
     def __init__(self, keys: Sequence[str], seed: int, temperature: float, top_p: float) -> None:
@@ -44,7 +44,7 @@ class Sampler(LogitsProcessor):
 
 
 def draw_ids(logits_BV: Tensor, top_p: float, uniform_B: Tensor) -> Tensor:
-    """The id [B] at which the cumulated distribution passes each uniform number in [0, 1)."""
+    """The id [B] at which the cumulative distribution passes each uniform number in [0, 1)."""
     probability_BV = logits_BV.softmax(-1)
     order_BV = None
     if top_p < 1:
@@ -57,23 +57,24 @@ def draw_ids(logits_BV: Tensor, top_p: float, uniform_B: Tensor) -> Tensor:
     at_B1 = uniform_B.to(wide).to(sum_BV.device)[:, None] * sum_BV[:, -1:]
     last_B1 = (probability_BV > 0).long().cumsum(-1).argmax(-1, keepdim=True)
     place_B1 = torch.searchsorted(sum_BV, at_B1, right=True).minimum(last_B1)
-    found_B1 = place_B1 if order_BV is None else order_BV.gather(-1, place_B1)
-    return found_B1.squeeze(-1)
+    ids_B1 = place_B1 if order_BV is None else order_BV.gather(-1, place_B1)
+    return ids_B1.squeeze(-1)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, its end mark left out."""
+    """A model's answer, without its end mark."""
 
     ids: list[int]
     finished: bool
-    """Whether the model ended it, and not max_new_tokens."""
+    """Whether the model ended it; otherwise max_new_tokens did."""
 
 
 class BatchGenerator:
-    """A model that is asked in batches; settings that its folder has for generation do not count.
+    """Lets a model answer prompts in batches.
 
-    Only its end marks do, beside the tokenizer's.
+    Of the generation settings in the model's folder it uses the end marks alone, and adds the
+    tokenizer's.
     """
 
     def __init__(
@@ -100,18 +101,18 @@ class BatchGenerator:
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         device = self.model.device
-        found = self.model.generate(  # type: ignore[operator]
+        tokens = self.model.generate(  # type: ignore[operator]
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             logits_processor=self._processors(keys),
         )
-        return [self._cut(row) for row in found[:, width:].tolist()]
+        return [self._cut(row) for row in tokens[:, width:].tolist()]
 
     def _processors(self, keys: Sequence[str]) -> LogitsProcessorList:
-        given = self.config
-        if given.greedy:
+        config = self.config
+        if config.greedy:
             return LogitsProcessorList()
-        return LogitsProcessorList([Sampler(keys, given.seed, given.temperature, given.top_p)])
+        return LogitsProcessorList([Sampler(keys, config.seed, config.temperature, config.top_p)])
 
     def _cut(self, ids: list[int]) -> Answer:
         end = next((at for at, token in enumerate(ids) if token in self.ends), None)
@@ -120,6 +121,6 @@ class BatchGenerator:
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end an answer: those of the model's folder and the tokenizer's own."""
-    given = model.generation_config.eos_token_id  # type: ignore[union-attr]
-    found = given if isinstance(given, list) else [given]
-    return sorted({int(i) for i in (*found, tokenizer.eos_token_id) if i is not None})
+    ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ends = ends if isinstance(ends, list) else [ends]
+    return sorted({int(i) for i in (*ends, tokenizer.eos_token_id) if i is not None})

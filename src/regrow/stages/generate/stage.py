@@ -1,6 +1,6 @@
-"""The generate stage: a model and prompts in, rows with its answers out.
+"""The generate stage reads a model and prompts, and writes rows of prompts with its answers.
 
-A line per answered prompt is kept while it runs, so that a killed run goes on.
+While it runs it keeps a line per answered prompt, so that a killed run can go on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from regrow.data.prompts import Prompt, prompts
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.runtime import distributed
-from regrow.runtime.progress import progress, say
+from regrow.runtime.progress import Progress, progress, say
 from regrow.stage_dir import Figure, StageDir, digest, refuse_input, require_space
 from regrow.stages.generate.batch_generator import BatchGenerator
 from regrow.stages.generate.config import GenerateConfig
@@ -31,19 +31,19 @@ Row = dict[str, Any]
 
 
 def read(folder: Path) -> dict[str, Row]:
-    """The rows {id, answer, finished, tokens} of all processes, by prompt; half lines are none."""
-    found: dict[str, Row] = {}
+    """The rows {id, answer, finished, tokens} of all processes, by prompt, without half lines."""
+    rows: dict[str, Row] = {}
     for path in sorted(folder.glob("done-*.jsonl")):
         with path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
                 if line.endswith("\n"):
                     row = json.loads(line)
-                    found[row["id"]] = row
-    return found
+                    rows[row["id"]] = row
+    return rows
 
 
 def tidy(folder: Path) -> None:
-    """Put all rows into one file, so that nothing is appended to a half line."""
+    """Write all rows to one file, so that no row is appended to a half line."""
     rows = read(folder)
     partial = folder / "done.partial"
     partial.write_text("".join(map(line, rows.values())), encoding="utf-8")
@@ -75,11 +75,13 @@ def generate(
     config: GenerateConfig | None = None,
     options: Options | None = None,
 ) -> Path:
-    """Let `model` answer the prompts of `data`; write `answers.jsonl`, a source of data itself.
+    """Let `model` answer the prompts of `data`; write `answers.jsonl`, which can be used as data.
 
-    A plain prompt is a user's turn where the tokenizer has a chat template, else it is continued.
-    Rows are in the prompts' order, whatever the batches were. An interrupted run goes on; several
-    processes share the prompts. Raises UserError for no or empty prompts, and for no whole answer.
+    A plain prompt is a user's turn if the tokenizer has a chat template; otherwise it is continued.
+    Every prompt begins with BOS if the tokenizer puts it before any text. Rows are in the prompts'
+    order, whatever the batches were. An interrupted run goes on; several processes share the
+    prompts. Raises UserError for missing or empty prompts, for a token id beyond the model's
+    embedding, and when no answer was finished.
     """
     out, config, options = Path(out), config or GenerateConfig(), options or Options()
     device = options.torch_device()
@@ -99,7 +101,7 @@ def generate(
             tidy(folder)
         distributed.wait()
         known = read(folder)
-        distributed.wait()  # before anything is written, so that all ranks see the same to do
+        distributed.wait()  # before anything is written, so that all ranks see the same work
         todo = [(prompt, ids) for prompt, ids in asked if prompt.key not in known]
         if todo:
             loaded = checkpoint.model(checkpoint.compute_dtype(), device)
@@ -112,7 +114,7 @@ def generate(
 
 
 def _stage(out: Path, config: GenerateConfig, inputs: dict[str, str]) -> StageDir:
-    # What changes no answer, only which are written, does not undo what was answered so far.
+    # These fields decide which answers are written and change none, so earlier answers still hold.
     same = config.model_copy(update={"limit": None, "keep_unfinished": False})
     resume = StageDir(out, "generate", same, inputs).digest
     return StageDir(out, "generate", config, inputs, resumable=True, resume_digest=resume)
@@ -121,7 +123,7 @@ def _stage(out: Path, config: GenerateConfig, inputs: dict[str, str]) -> StageDi
 def inputs_of(
     checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, data: DataConfig
 ) -> dict[str, str]:
-    """What the answers follow from, beside the config."""
+    """Hashes of the inputs that the answers depend on, beside the config."""
     return {
         "model": checkpoint.fingerprint,
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -131,7 +133,7 @@ def inputs_of(
 
 
 def check_out(out: Path) -> None:
-    """Raise UserError for the name of a file."""
+    """Raise UserError for a name that looks like a file's."""
     if out.suffix in (".jsonl", ".json"):
         raise UserError(
             f"{out} looks like a file: give --out a folder; the rows go to {ANSWERS} in it, and "
@@ -145,30 +147,31 @@ def ask(
     checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Asked:
-    """The prompts, each once, with their ids; too long ones are left out, which is told.
+    """The prompts, each once, with their ids; those that are too long are skipped with a warning.
 
-    Raises UserError when there is none.
+    Raises UserError when there is no prompt, and for a token id beyond the model's embedding.
     """
     room = int(checkpoint.config.get("max_position_embeddings") or 1 << 30) - config.max_new_tokens
-    found: dict[str, tuple[Prompt, list[int]]] = {}
-    long = 0
+    asked: dict[str, tuple[Prompt, list[int]]] = {}
+    long, counter = 0, Progress("reading prompts", config.limit or 0, "prompts")
     for prompt in islice(prompts(data, config.split, bool(tokenizer.chat_template)), config.limit):
         ids = prompt.ids(tokenizer)
         check_ids(ids, tokenizer, embedding_rows(checkpoint), checkpoint.folder)
         long += len(ids) > room
         if len(ids) <= room:
-            found.setdefault(prompt.key, (prompt, ids))
+            asked.setdefault(prompt.key, (prompt, ids))
+        counter.advance(1)
     if long:
         say(
-            f"generate: {long} prompts are left out: longer than {room} tokens, what "
-            f"max_new_tokens {config.max_new_tokens} leaves of the model's positions"
+            f"generate: {long} prompts are skipped: they are longer than {room} tokens, the room "
+            f"that max_new_tokens {config.max_new_tokens} leaves of the model's positions"
         )
-    if not found:
+    if not asked:
         raise UserError(
             f"no prompt to answer in the {config.split} split: give more prompts, shorter ones, or "
             "--split all"
         )
-    return list(found.values())
+    return list(asked.values())
 
 
 def _answer(
@@ -179,7 +182,7 @@ def _answer(
     total: int,
     batch_size: int,
 ) -> None:
-    """Answer this rank's share in batches of like length, the longest first."""
+    """Answer this rank's share of the prompts in batches of similar length, the longest first."""
     tokens = 0
     with progress("generate", total, "answers") as counter:
         counter.resume_at(total - len(todo))
@@ -213,9 +216,9 @@ def _batches(todo: Asked, size: int) -> Iterator[Asked]:
 
 def _finish(stage: StageDir, folder: Path, asked: list[Prompt]) -> None:
     """Write the answers in the prompts' order."""
-    config, found = stage.config, read(folder)
+    config, answers = stage.config, read(folder)
     assert isinstance(config, GenerateConfig)
-    rows = [found[prompt.key] for prompt in asked]
+    rows = [answers[prompt.key] for prompt in asked]
     whole = sum(row["finished"] for row in rows)
     written = len(rows) if config.keep_unfinished else whole
     if not written:

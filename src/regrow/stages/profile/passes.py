@@ -161,7 +161,7 @@ def count_tokens(
     counts_V = torch.zeros(vocab_size, dtype=torch.int64)
     seen = 0
     with progress("counting tokens", tokens) as counter:
-        for document in blend(BuildContext(data, tokenizer, "calibration", None)):
+        for document in blend(BuildContext(data, tokenizer, "calibration", counter=counter)):
             ids = torch.tensor(document.ids, dtype=torch.int64)
             counts_V += torch.bincount(ids[ids < vocab_size], minlength=vocab_size)
             seen += len(ids)

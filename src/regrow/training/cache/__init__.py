@@ -1,1 +1,1 @@
-"""What a teacher said about a text, kept on disk, so that a student can be taught without it."""
+"""A teacher's outputs on disk, so that a student can learn from them without the teacher."""

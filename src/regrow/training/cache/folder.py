@@ -1,8 +1,8 @@
 """A cache as a folder: `cache.json` says what it is, `train/` and `heldout/` hold the sequences.
 
-A sequence is found by its key: a hash of all that decides what the teacher says about it. Held-out
+A sequence is found by its key, a hash of all inputs that decide the teacher's output. Held-out
 sequences are always stored as the exact last hidden state, so that a student is measured and chosen
-by the same KL as with the live teacher, whatever it is trained on.
+by the same KL as with the live teacher, in whichever format its training sequences are stored.
 
 Shapes: B sequences, T tokens.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def sequence_keys(batch: dict[str, Tensor]) -> list[bytes]:
-    """SHA-256 of each block's ids, positions and of which tokens are scored: B keys of 32 bytes."""
+    """SHA-256 of each sequence's ids, positions and scored tokens: B keys of 32 bytes."""
     scored = batch["labels"] != IGNORED
     rows = torch.stack([batch["input_ids"], batch["position_ids"], scored.long()], dim=1)
     return [hashlib.sha256(row.tobytes()).digest() for row in rows.int().cpu().numpy()]
@@ -46,53 +46,53 @@ VERSION = 1
 
 
 class Header(Config):
-    """What a cache holds, as written to cache.json."""
+    """The description of a cache, as written to cache.json."""
 
     version: int
-    """Of the layout; this is 1."""
+    """Version of the layout; this is 1."""
     format: str
-    """How the blocks to train on are stored: a file's name in training/cache/formats."""
+    """Format of the sequences to train on: the name of a file in training/cache/formats."""
     settings: dict[str, int | str]
-    """Of the format."""
+    """Settings of the format."""
     teacher: str
     """Fingerprint of the teacher."""
     tokenizer: str
     """Fingerprint of its tokenizer."""
     vocab_size: int
-    """How many ids distributions are over: those of the tokenizer, without padding."""
+    """Number of ids in a distribution: those of the tokenizer, without padding."""
     hidden_size: int
     """Channels of the teacher's last hidden state."""
     sequence_length: int
-    """Tokens of a block."""
+    """Tokens of a sequence."""
     data: str
     """Digest of the text that was cached last."""
     figures: dict[str, float] = Field(default_factory=dict)
-    """What was measured: bytes per token, and the error in nats."""
+    """Measured figures: bytes per token, and the error in nats."""
 
     def formats(self) -> dict[str, Format]:
-        """How the blocks of each split are stored."""
+        """The format of each split."""
         values = {**self.settings, "vocab_size": self.vocab_size, "hidden_size": self.hidden_size}
         exact = make("hidden", {**values, "dtype": "bfloat16"})
         return {"train": make(self.format, values), "heldout": exact}
 
     @property
     def fingerprint(self) -> str:
-        """Of all that decides what is stored of a block."""
+        """Digest of everything that decides what is stored for a sequence."""
         return stage_dir.digest(self.model_dump(exclude={"data", "figures", "sequence_length"}))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of the tokens and their ids."""
+    """Digest of the tokens and their ids."""
     return stage_dir.digest(sorted(tokenizer.get_vocab().items()))
 
 
 def shared_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many ids a distribution over tokens is over: rows of padding are left out."""
+    """Number of ids in a distribution; padding rows of the embedding are left out."""
     return min(int(checkpoint.config["vocab_size"]), token_ids(tokenizer))
 
 
 class Cache:
-    """A finished cache; raises UserError for a folder that is none, or a broken one."""
+    """A finished cache; raises UserError for a folder without a cache, or with a broken one."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
@@ -103,12 +103,12 @@ class Cache:
             if store.broken:
                 raise UserError(
                     f"{store.broken[0]} is broken: delete it and run regrow cache again, which "
-                    "makes what is missing"
+                    "adds the missing sequences"
                 )
 
     @property
     def fingerprint(self) -> str:
-        """Of teacher, tokenizer and format, not of which blocks are there."""
+        """Digest of teacher, tokenizer and format; it does not depend on which sequences exist."""
         return self.header.fingerprint
 
     def check_teacher(self, teacher: Checkpoint) -> None:
@@ -125,33 +125,34 @@ class Cache:
                 )
 
     def check_sequences(self, sequences: Sequences, split: str) -> None:
-        """Raise UserError unless all blocks in which something is scored are in the cache."""
+        """Raise UserError unless all sequences with a scored token are in the cache."""
         length = sequences.input_ids.shape[1]
         wanted = [key for key, there in _keyed(sequences) if there]
         missing = sum(key not in self.stores[split] for key in wanted)
         if not missing:
             return
-        lengths = f"blocks are of {length} tokens, in the cache of {self.header.sequence_length}; "
+        cached = self.header.sequence_length
+        lengths = f"sequences have {length} tokens, those in the cache {cached}; "
         more = f"--tokens {len(sequences) * length}" if split == "train" else ""
         raise UserError(
-            f"{missing} of {len(wanted)} {split} blocks are not in the cache {self.folder}: "
-            f"{lengths if length != self.header.sequence_length else ''}run regrow cache with "
+            f"{missing} of {len(wanted)} {split} sequences are not in the cache {self.folder}: "
+            f"{lengths if length != cached else ''}run regrow cache with "
             f"the same data and {more or f'--heldout-sequences {len(sequences)}'} into that "
             "folder, which adds what is missing"
         )
 
 
 def _keyed(sequences: Sequences) -> list[tuple[bytes, bool]]:
-    """The key of each block, and whether anything is scored in it."""
-    found: list[tuple[bytes, bool]] = []
+    """The key of each sequence, and whether it has a scored token."""
+    keyed: list[tuple[bytes, bool]] = []
     for batch in sequences.batches(256):
         there = (batch["labels"][:, 1:] != IGNORED).any(-1).tolist()
-        found += zip(sequence_keys(batch), there, strict=True)
-    return found
+        keyed += zip(sequence_keys(batch), there, strict=True)
+    return keyed
 
 
 def missing_sequences(sequences: Sequences, *stores: Store) -> dict[bytes, int]:
-    """The blocks, by key, that are still to be stored, each with its number; once each."""
+    """The numbers of the sequences that are still to be stored, by key; copies count once."""
     keyed = [(key, n) for n, (key, there) in enumerate(_keyed(sequences)) if there]
     first = dict(reversed(keyed))
     return {key: n for key, n in first.items() if not any(key in store for store in stores)}
@@ -160,13 +161,13 @@ def missing_sequences(sequences: Sequences, *stores: Store) -> dict[bytes, int]:
 def _read(folder: Path) -> Header:
     path = folder / HEADER
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        header: Any = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"no cache at {folder}: make one with regrow cache TEACHER --data … --out {folder}"
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is no JSON ({error}): make the cache again") from None
-    if not isinstance(found, dict) or found.get("version") != VERSION:
+    if not isinstance(header, dict) or header.get("version") != VERSION:
         raise UserError(f"{path} is no cache of version {VERSION}: make it again with regrow cache")
-    return parse(Header, found, str(path))
+    return parse(Header, header, str(path))

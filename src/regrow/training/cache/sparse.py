@@ -1,4 +1,4 @@
-"""A teacher's distribution of which only some ids are known: the loss against it, and its error.
+"""A teacher's distribution with the probabilities of some ids only, and the loss against it.
 
 Shapes: N scored tokens, K known ids, V vocabulary.
 """
@@ -14,42 +14,42 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sparse:
-    """Known ids with their probabilities; the rest is one bucket, or nothing."""
+    """Known ids with their probabilities; all other ids are one bucket, or have none."""
 
     vocab_size: int
-    """V: the ids that the distribution is over."""
+    """V: number of ids in the distribution."""
     ids_NK: Tensor
     probability_NK: Tensor
     tail_N: Tensor | None = None
-    """Mass of all other ids; None: the known ones are an unbiased sample, and sum to 1."""
+    """Probability of all other ids; None: the known ids are an unbiased sample and sum to 1."""
     entropy_N: Tensor | None = None
-    """Of samples: the entropy of what was sampled from, in nats."""
+    """For samples: the entropy of the sampled distribution, in nats."""
 
     def __getitem__(self, part: slice | Tensor) -> Sparse:
         return self._each(lambda tensor: tensor[part])
 
     def to(self, device: torch.device) -> Sparse:
-        """The same on a device."""
+        """Copy to a device."""
         return self._each(lambda tensor: tensor.to(device))
 
     @staticmethod
     def nothing(vocab_size: int, device: torch.device) -> Sparse:
-        """Of no token."""
+        """A distribution for no token."""
         none = torch.zeros(0, 1, device=device)
         return Sparse(vocab_size, none.long(), none)
 
     @staticmethod
     def join(parts: list[Sparse]) -> Sparse:
-        """One after the other; rows with fewer ids than others are filled up with zeros."""
+        """Concatenate; rows with fewer ids than others are filled up with zeros."""
         wide = max(part.ids_NK.shape[1] for part in parts)
-        found: dict[str, Tensor | None] = {}
+        fields: dict[str, Tensor | None] = {}
         for name in ("ids_NK", "probability_NK", "tail_N", "entropy_N"):
             tensors = [tensor for part in parts if (tensor := vars(part)[name]) is not None]
             if name.endswith("NK"):
                 pad = torch.nn.functional.pad
                 tensors = [pad(tensor, (0, wide - tensor.shape[1])) for tensor in tensors]
-            found[name] = torch.cat(tensors) if tensors else None
-        return Sparse(parts[0].vocab_size, **found)  # type: ignore[arg-type]
+            fields[name] = torch.cat(tensors) if tensors else None
+        return Sparse(parts[0].vocab_size, **fields)  # type: ignore[arg-type]
 
     def loss(self, student_NV: Tensor) -> tuple[Tensor, Tensor]:
         """KL of each token [N] in nats and its gradient [N, V] by the logits, which it overwrites.

@@ -1,9 +1,9 @@
 """Sequences of stored tensors in safetensors shards, found by key and read from the mapped file.
 
-A shard has `keys` uint8 [n, 32] and, of each named tensor, all sequences one after the other, with
-`NAME.ends` int64 [n]: where the part of each sequence ends. It is named by its keys, and appears
-when it is whole; several processes may write into one folder. Small whole numbers are packed into
-as few bits as they need.
+A shard has `keys` uint8 [n, 32]. Each named tensor has all sequences one after the other, and
+`NAME.ends` int64 [n] says where the part of each sequence ends. A shard is named by a hash of its
+keys and appears only when it is complete, so several processes may write into one folder. Small
+integers are packed into as few bits as they need.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ Sequence = dict[str, Tensor]
 
 
 def shard_name(keys: Iterable[bytes]) -> str:
-    """The file of the blocks with these keys, in this order."""
+    """Name of the file for the sequences with these keys, in this order."""
     return f"{hashlib.sha256(b''.join(keys)).hexdigest()[:16]}.safetensors"
 
 
@@ -66,7 +66,7 @@ def save_file(tensors: Sequence, path: Path) -> None:
 
 
 def write_shard(folder: Path, sequences: dict[bytes, Sequence]) -> Path:
-    """Write blocks, by key, as one file that is there whole or not at all."""
+    """Write sequences, by key, as one file, which appears only when it is complete."""
     keys = torch.frombuffer(bytearray(b"".join(sequences)), dtype=torch.uint8)
     tensors = {"keys": keys.view(-1, KEY_BYTES)}
     for name in next(iter(sequences.values())):
@@ -84,7 +84,7 @@ def write_shard(folder: Path, sequences: dict[bytes, Sequence]) -> Path:
 
 
 class Store:
-    """The shards of a folder; broken ones do not count, and are listed in `broken`."""
+    """The shards of a folder; broken ones are listed in `broken` and not read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.broken = folder, list[Path]()
@@ -109,15 +109,15 @@ class Store:
         return len(self._place)
 
     def keys(self) -> list[bytes]:
-        """Of all blocks, in the order of the files."""
+        """The keys of all sequences, in the order of the files."""
         return list(self._place)
 
     def tokens(self) -> int:
-        """Scored tokens, as far as each block says so by a tensor `tokens`."""
+        """Scored tokens of all sequences, by their tensor `tokens`."""
         return sum(int(self.read(key)["tokens"]) for key in self._place)
 
     def read(self, key: bytes) -> Sequence:
-        """The tensors of a block; raises KeyError for one that is not there."""
+        """The tensors of a sequence; raises KeyError for one that is not there."""
         path, row = self._place[key]
         file, ends = self._shard(path)
         found = {}

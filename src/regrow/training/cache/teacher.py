@@ -1,6 +1,6 @@
 """A teacher that is read from a cache: its head is loaded, its body never.
 
-Shapes: B blocks, T tokens, N scored tokens, H hidden, V vocabulary.
+Shapes: B sequences, T tokens, N scored tokens, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ANY_CACHE = ("forward_kl", "cross_entropy")
 
 
 class CachedTeacher:
-    """Stands in for a Teacher: what it would give for a batch comes from a cache."""
+    """Stands in for a Teacher; its outputs for a batch come from a cache."""
 
     def __init__(self, cache: Cache, head: Head) -> None:
         self.cache, self.head = cache, head
@@ -50,17 +50,19 @@ class CachedTeacher:
         return States(final, ())
 
     def compared(self, head: Head, targets_N: Tensor) -> tuple[Head, Tensor]:
-        """A student's head and targets as they are: it has the teacher's own tokens."""
+        """A student's head and targets, unchanged: it has the same tokens as the teacher."""
         return head, targets_N
 
     def _find(self, batch: dict[str, Tensor]) -> tuple[str, list[bytes]]:
-        """The split that a batch is of, and the keys of its blocks in which something is scored."""
+        """The split of a batch, and the keys of its sequences that have a scored token."""
         there = scored(batch).any(-1).tolist()
         keys = [key for key, some in zip(sequence_keys(batch), there, strict=True) if some]
         for split, store in self.cache.stores.items():
             if all(key in store for key in keys):
                 return split, keys
-        raise UserError(f"a block is not in the cache {self.cache.folder}: run regrow cache again")
+        raise UserError(
+            f"a sequence is not in the cache {self.cache.folder}: run regrow cache again"
+        )
 
 
 def head_from(teacher: Checkpoint, device: torch.device) -> Head:
@@ -76,9 +78,9 @@ def head_from(teacher: Checkpoint, device: torch.device) -> Head:
 
 
 def check_use(format: str, mix: LossWeights, needs_layers: bool) -> None:
-    """Raise UserError for what a cache cannot teach: feature losses, and losses on all logits.
+    """Raise UserError for losses that a cache cannot serve: on features, or on all logits.
 
-    `format` is that of the blocks to train on.
+    `format` is that of the sequences to train on.
     """
     if needs_layers:
         raise UserError("feature losses need the live teacher: leave out the cache, or them")

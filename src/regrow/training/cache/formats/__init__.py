@@ -1,14 +1,14 @@
-"""Ways to store what a teacher says, one file each, named by the file.
+"""Formats of a teacher's stored outputs: one file each, whose name is the format's.
 
-A file has a frozen dataclass `Format`. Its fields are what the header of a cache says about it:
-they come from the stage's config, `vocab_size` and `hidden_size` from the teacher.
+A file has a frozen dataclass `Format`. Its fields are written to the header of a cache. They come
+from the stage's config; `vocab_size` and `hidden_size` come from the teacher.
 
-- `STATES`: whether `decode` gives final hidden states [N, H]; else it gives a `Sparse`.
-- `check()`: raises UserError for settings that cannot be.
-- `bytes_per_token()`: an estimate, at most.
-- `encode(hidden_NH, head, key)`: named tensors on the CPU, to be stored one block after the other
-  along their first axis; `key` is the block's.
-- `decode(stored)`: back from those.
+- `STATES`: whether `decode` returns final hidden states [N, H]; otherwise it returns a `Sparse`.
+- `check()`: raises UserError for settings that are not possible.
+- `bytes_per_token()`: an upper bound.
+- `encode(hidden_NH, head, key)`: named tensors on the CPU for one sequence, whose key is `key`; the
+  store concatenates those of all sequences along the first axis.
+- `decode(stored)`: the inverse, as far as the format keeps it.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from regrow.training.head import CHUNK_ELEMENTS, Head
 
 
 class Format(Protocol):
-    """What each file's `Format` is; see the package's docstring."""
+    """The interface of each file's `Format`; see the package's docstring."""
 
     STATES: ClassVar[bool]
 
     def check(self) -> None:
-        """Raise UserError for settings that cannot be."""
+        """Raise UserError for settings that are not possible."""
 
     def bytes_per_token(self) -> float:
-        """Bytes that a scored token takes, at most."""
+        """The most bytes that a scored token takes."""
 
     def encode(self, hidden_NH: Tensor, head: Head, key: bytes) -> dict[str, Tensor]:
-        """What is stored of one block's scored tokens."""
+        """The tensors to store for one sequence's scored tokens."""
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor | Sparse:
-        """What `encode` was given, as far as it was stored."""
+        """Hidden states or probabilities from the tensors that `encode` returned."""
 
 
 def make(name: str, values: dict[str, Any]) -> Format:
-    """The format `name` with those of `values` that are its settings, checked."""
+    """The format `name`, with its settings taken from `values` and checked."""
     kind = plugins.load(__name__, name).Format
-    made: Format = kind(**{field.name: values[field.name] for field in fields(kind)})
-    made.check()
-    return made
+    form: Format = kind(**{field.name: values[field.name] for field in fields(kind)})
+    form.check()
+    return form
 
 
 def log_probabilities(hidden_NH: Tensor, head: Head, vocab_size: int) -> Iterator[Tensor]:

@@ -1,6 +1,7 @@
 """The teacher's last hidden state: its head, read from its checkpoint, gives the distribution.
 
-In bfloat16 it is what a teacher in bfloat16 gives, bit for bit. In int8 each token has a scale.
+In bfloat16 it equals the output of a teacher in bfloat16, bit for bit. In int8 each
+token has a scale.
 """
 
 from __future__ import annotations

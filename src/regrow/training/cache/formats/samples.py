@@ -1,9 +1,9 @@
 """Ids drawn from the teacher's distribution: an unbiased estimate of it (arXiv:2503.16870).
 
-n draws; the share of the draws that fell on an id stands for its probability, so its expectation
-is the probability itself, for the gradient too. `multinomial` draws are independent; `systematic`
-ones are evenly spaced in the cumulated distribution from one random start (Carpenter et al., 1999):
-an id gets ⌊np⌋ or ⌈np⌉ of them, with the same expectation and far less noise.
+Of n draws, the share that fell on an id estimates its probability without bias; so is the gradient.
+`multinomial` draws are independent. `systematic` draws are evenly spaced in the cumulative
+distribution from a random start, one per token (Carpenter et al., 1999): an id gets ⌊np⌋ or ⌈np⌉ of
+them, with the same expectation and far less noise.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LARGEST = 255
 
 @dataclass(frozen=True)
 class Format:
-    """Of each id that was drawn ceil(log2 V) bits and its count; how many ids, and the entropy."""
+    """Per token: its drawn ids in ceil(log2 V) bits each, their counts and number, the entropy."""
 
     STATES: ClassVar[bool] = False
     vocab_size: int
@@ -40,7 +40,7 @@ class Format:
             raise UserError(f"draws {self.draws}: give 1 to {LARGEST}")
 
     def bytes_per_token(self) -> float:
-        """When each draw is another id."""
+        """The bytes when each draw is another id."""
         bits = bit_width(self.vocab_size) + bit_width(self.draws)
         return packed_bytes(self.draws, bits) + 3
 
@@ -77,7 +77,7 @@ class Format:
         return Sparse(self.vocab_size, ids_NK, share_NK, entropy_N=stored["entropy"].float())
 
     def _points(self, tokens: int, key: bytes) -> Tensor:
-        """Where in the cumulated distribution to draw: [tokens, draws], ascending in [0, 1)."""
+        """Points of the cumulative distribution, [tokens, draws], ascending in [0, 1)."""
         seed = hashlib.sha256(f"{self.seed}/".encode() + key).digest()[:8]
         generator = torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
         fields = {"generator": generator, "dtype": torch.float64}
@@ -89,7 +89,7 @@ class Format:
 
 
 def _runs(drawn_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The different ids of each ascending row, how often each is there, and how many they are."""
+    """The distinct ids of each ascending row, the count of each, and how many ids a row has."""
     new_ND = torch.ones_like(drawn_ND, dtype=torch.bool)
     new_ND[:, 1:] = drawn_ND[:, 1:] != drawn_ND[:, :-1]
     starts = new_ND.flatten().nonzero()[:, 0]

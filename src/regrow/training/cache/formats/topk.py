@@ -1,7 +1,7 @@
 """The k likeliest ids with their probabilities, and the mass of all others as one bucket.
 
-Codes are steps in √p: an error of d√p costs 4 (d√p)² / 2 nats of KL wherever p lies, so that even
-steps there are the cheapest ones. With b bits, p ∝ code², code 1 … 2^b − 1.
+Codes are even steps in √p: an error of d√p costs 4 (d√p)² / 2 nats of KL for every p, so even steps
+cost the least. With b bits, p ∝ code², code 1 … 2^b − 1.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Format:
             )
 
     def bytes_per_token(self) -> float:
-        """Both rows, each in whole bytes."""
+        """The bytes of both rows, each rounded up to whole bytes."""
         ids = packed_bytes(self.k, bit_width(self.vocab_size))
         return ids + packed_bytes(self.k + 1, self.bits)
 
