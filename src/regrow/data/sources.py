@@ -91,7 +91,7 @@ def resolve(source: SourceConfig, cache: Path | None = None) -> list[Path]:
 
 
 def check_source(source: SourceConfig) -> None:
-    """Raise UserError for a local source that does not exist or has no reader; downloads nothing."""
+    """Raise UserError for a local source that does not exist or has no reader."""
     if not source.source.startswith(packages.PREFIX) and not _is_hub(source):
         resolve(source)
 
