@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_folders import data_of, write_model, write_text
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -313,3 +316,99 @@ def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         quantize(checkpoint, tmp_path / "b", QuantizeConfig(method="rtn"))
     with pytest.raises(UserError, match=r"pip install 'regrow\[quantize\]' to open it"):
         Checkpoint(out, quantized=True).model(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-dynamic", "fp8"])
+def test_eight_bits_need_no_text(name: str, tmp_path: Path) -> None:
+    """The default method is rtn in 8 bits, and gptq in 4 bits, layer by layer."""
+    checkpoint = tiny(tmp_path)
+    out = quantize(checkpoint, tmp_path / "out", QuantizeConfig(scheme=name))
+    manifest = stage_dir.read(out) or {}
+    assert manifest["methods"] == {name: "rtn"}
+    plain = quantize(checkpoint, tmp_path / "rtn", QuantizeConfig(scheme=name, method="rtn"))
+    for tensor in load(out, quantized=True).names():
+        same = load(plain, quantized=True).tensor(tensor)
+        assert torch.equal(load(out, quantized=True).tensor(tensor), same)
+    both = QuantizeConfig(rules={"down_proj": name})
+    with pytest.raises(UserError, match="gptq calibrates on text: give data, or the method rtn"):
+        quantize(checkpoint, tmp_path / "both", both)
+
+
+def test_each_layer_by_the_method_of_its_scheme(tmp_path: Path, text: Path) -> None:
+    checkpoint = tiny(tmp_path)
+    config = QuantizeConfig(rules={"down_proj": "int8"}, samples=16, dequantize=True)
+    out = quantize(checkpoint, tmp_path / "out", config, data_of(text))
+    assert (stage_dir.read(out) or {})["methods"] == {"int4-g64": "gptq", "int8": "rtn"}
+    for module, rounds in (("mlp.down_proj", True), ("mlp.up_proj", False)):
+        name = f"model.layers.1.{module}.weight"
+        weight = checkpoint.tensor(name)
+        scheme = find_scheme("int8" if rounds else "int4")
+        rounded = fit(weight, scheme, torch.bfloat16).nearest(weight).to(torch.bfloat16)
+        assert torch.equal(load(out).tensor(name), rounded) == rounds
+
+
+def test_dtypes_are_those_of_each_tensor(tmp_path: Path) -> None:
+    """Norms in float32 stay so; the first tensor's dtype does not decide for all."""
+    checkpoint = tiny(tmp_path, dtype=torch.float16, tie_word_embeddings=False)
+    path = checkpoint.folder / "model.safetensors"
+    tensors = load_file(path)
+    wide = {name: x.float() for name, x in tensors.items() if x.dim() == 1 or "lm_head" in name}
+    save_file({**tensors, **wide}, path, metadata={"format": "pt"})
+    mixed = load(checkpoint.folder)
+    assert mixed.dtype(mixed.names()[0]) == "float32"  # lm_head, in the order of names
+    out = Checkpoint(quantize(mixed, tmp_path / "out", QuantizeConfig(scheme="int8")), True)
+    for name in out.names():
+        if name in wide:
+            assert out.dtype(name) == "float32"
+        elif name.endswith(("_scale", "embed_tokens.weight")):
+            assert out.dtype(name) == "float16"
+    assert out.config["dtype"] == "float16"
+
+
+def test_kl_of_almost_lossless_rounding_is_exact(tmp_path: Path, text: Path) -> None:
+    """In bfloat16, against a slow float64 softmax over logits of the same hidden states."""
+    from regrow.data.sequences import build_sequences, held_out
+
+    checkpoint = tiny(tmp_path)
+    config = QuantizeConfig(scheme="int8", samples=16)
+    out = quantize(checkpoint, tmp_path / "out", config, data_of(text))
+    rows = {f["name"]: f["value"] for f in (stage_dir.read(out) or {})["figures"]}
+    blocks = build_sequences(data_of(text), checkpoint.tokenizer(), "calibration", 16)
+    some = [n for n in range(16) if held_out(n)]
+    inputs = {"input_ids": blocks.input_ids[some], "position_ids": blocks.position_ids[some]}
+    scored = blocks.labels[some][:, 1:] != -100
+    logs = []
+    for folder in (checkpoint, Checkpoint(out, quantized=True)):
+        model = folder.model(torch.bfloat16)
+        with torch.no_grad():
+            hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1][scored]
+            head = model.lm_head.weight.double()
+            logs.append((hidden.double() @ head.T).log_softmax(-1))
+    kl = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean()
+    assert rows["kl"] == pytest.approx(float(kl), rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCHEMES)
+def test_stock_readers_open_every_scheme(name: str, tmp_path: Path) -> None:
+    """transformers here; vLLM on a CPU where REGROW_VLLM_PYTHON names a Python that has it."""
+    fields = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+    checkpoint = tiny(tmp_path, head_dim=64, intermediate_size=1024, **fields)
+    out = quantize(checkpoint, tmp_path / "out", QuantizeConfig(scheme=name, method="rtn"))
+    expected = logits(reference(checkpoint, name))
+    torch.testing.assert_close(logits(stock(out)), expected, rtol=1e-3, atol=1e-3)
+    python, opens = os.environ.get("REGROW_VLLM_PYTHON"), SCHEMES[name].vllm_on_cpu
+    if python is None:
+        return
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": ""}
+    ran = subprocess.run([python, "-c", VLLM, str(out)], env=environment, capture_output=True)
+    assert (ran.returncode == 0) == opens, ran.stderr[-2000:]
+
+
+VLLM = """
+import sys
+if __name__ == "__main__":
+    from vllm import LLM, SamplingParams
+    model = LLM(sys.argv[1], max_model_len=256, enforce_eager=True, dtype="bfloat16")
+    model.generate(["The lighthouse keeper"], SamplingParams(max_tokens=4, temperature=0))
+"""

@@ -29,8 +29,9 @@ def test_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     given += ["--data", place / "text.jsonl", "--sequence-length", 32]
     call(*given, "--dry-run")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "quantize: 21 layers by gptq"
-    assert lines[1] == "  21 layers in int8: 0.0 MB"
+    assert lines[0] == "quantize: 21 layers"
+    assert lines[1] == "  21 layers in int8 by rtn: 0.0 MB"
+    assert "  int8: vLLM has no kernel for it on a CPU" in "\n".join(lines)
     assert not out.exists()
     call(*given)
     said = capsys.readouterr()
@@ -64,7 +65,7 @@ def test_the_other_stages_refuse_it(place: Path, tmp_path: Path, refused: Refuse
     [
         (["--scheme", "int3"], "no scheme named 'int3'"),
         (["--method", "gtpq"], "no method named 'gtpq' — did you mean 'gptq'?; there are: gptq"),
-        (["--keep", "("], "'(' is no regular expression"),
+        (["--keep", "("], "'(' is not a regular expression"),
         (["--rules", "q_proj", "int5"], "no scheme named 'int5'"),
         (["--method", "rtn", "--rules", "w9", "int8"], "rules: 'w9' matches no module"),
         ([], "gptq calibrates on text: give data, or the method rtn"),

@@ -352,9 +352,10 @@ def fallback_lines(tensors: Iterable[StoredTensor]) -> list[str]:
         size = sum(tensor.bytes for tensor in some)
         more = size - sum(tensor.weights for tensor in some) * bits / block / 8
         names = ", ".join(dict.fromkeys(tensor.name.split(".")[-2] for tensor in some))
+        count = sum(tensor.count for tensor in some)
+        reason = f"not a multiple of {block}" if columns % block else "as other experts need it"
         lines.append(
-            f"{sum(tensor.count for tensor in some)} tensors ({names}) with rows of {columns}, not "
-            f"a multiple of {block}: {kind} instead of {wanted}, {size / 1e6:.2f} MB, "
-            f"{more / 1e6:.2f} MB more"
+            f"{count} tensors ({names}) with rows of {columns}, {reason}: {kind} instead of "
+            f"{wanted}, {size / 1e6:.2f} MB, {more / 1e6:.2f} MB more"
         )
     return lines

@@ -145,13 +145,14 @@ def mean_loss(
     reference: Sequence[Tensor],
     head: Head,
     loss: str,
+    exact: bool = False,
 ) -> float:
     """Mean of a loss over the scored tokens, against a teacher's final hidden states and head.
 
     `reference` holds the teacher's states: see `reference_states`.
     """
     total, tokens = 0.0, 0
-    mix = LossWeights({loss: 1.0})
+    mix = LossWeights({loss: 1.0}, exact=exact)
     for batch, teacher_NH in zip(batches, reference, strict=True):
         mask = scored(batch)
         hidden_NH = final_hidden(model, batch)[mask]

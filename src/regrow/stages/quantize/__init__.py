@@ -26,25 +26,27 @@ METHODS = "regrow.stages.quantize.methods"
 
 
 class QuantizeConfig(Config):
-    """Scheme, method, and what is left out."""
+    """Scheme, method, and the modules that are not quantized."""
 
     scheme: str = "int4"
-    """int8 (weights alone), int8-dynamic and fp8 (inputs too, scaled per token), int4-g32, int4-g64
-    (= int4) or int4-g128 (that many weights to a scale), int4-…-asym (with zero points). A layer
-    whose columns are no multiple of the group gets a smaller group, or int8 if none fits."""
-    method: str = "gptq"
-    """How weights are rounded: a name in quantize/methods."""
+    """int8 (weights only), int8-dynamic and fp8 (inputs too, with a scale per token), int4-g32,
+    int4-g64 (= int4) or int4-g128 (32, 64 or 128 weights share a scale), int4-…-asym (with zero
+    points). A layer whose number of columns is not a multiple of the group size gets a smaller
+    group, or int8 if none fits."""
+    method: str | None = None
+    """How weights are rounded: a name in quantize/methods. By default rtn (round to nearest, needs
+    no text) for layers in 8 bits, and gptq, which calibrates on text, for layers in 4 bits."""
     keep: tuple[str, ...] = ("lm_head", "embed_tokens")
     """Modules left in 16 bits: regular expressions, searched in their names."""
     rules: dict[str, str] = Field(default_factory=dict)
-    """Scheme by regular expression, for the modules whose name has it; the first that fits."""
+    """Scheme by regular expression, searched in the modules' names; the first match applies."""
     samples: int = Field(default=64, ge=8)
-    """Calibration blocks; every eighth is not calibrated on but measured on."""
+    """Sequences of calibration text; every eighth is used only to measure perplexity and KL."""
     damping: float = Field(default=0.01, gt=0)
-    """For gptq: share of its mean diagonal that is added to the second-moment matrix."""
+    """For gptq: the share of its mean diagonal that is added to the second-moment matrix."""
     dequantize: bool = False
-    """Write the rounded weights as a plain checkpoint, which saves nothing: for stages that come
-    after this one although it should be the last."""
+    """Write the rounded weights as a plain checkpoint of the old size. Only for stages that must
+    come after this one."""
 
     @field_validator("scheme")
     @classmethod
@@ -53,9 +55,9 @@ class QuantizeConfig(Config):
 
     @field_validator("method")
     @classmethod
-    def _known_method(cls, method: str) -> str:
+    def _known_method(cls, method: str | None) -> str | None:
         known = plugins.names(METHODS)
-        if method not in known:
+        if method is not None and method not in known:
             raise unknown("method", method, known)
         return method
 
@@ -78,11 +80,11 @@ def _check(pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
 class QuantizeStage(Stage):
-    """Takes the current model; leaves it in fewer bits. Export still takes the model before."""
+    """Takes the current model; leaves it in fewer bits. Export takes the model before it."""
 
     config = QuantizeConfig
     changes_weights = True
@@ -98,12 +100,12 @@ class QuantizeStage(Stage):
         machine: OmitArgPrefixes[Options] = Options(),
         dry_run: bool = False,
     ) -> None:
-        """Store a model's weights in 8 or 4 bits, calibrated on text, as compressed-tensors.
+        """Store a model's weights in 8 or 4 bits, as compressed-tensors.
 
         Args:
             model: Hugging Face folder, hub id, GGUF file, or package:NAME.
             out: Folder to write the quantized model to.
-            quantization: Scheme, method, and which layers are left out.
+            quantization: Scheme, method, and the modules that are not quantized.
             machine: Device and batch size.
             dry_run: Check everything and print what would be done.
         """
@@ -116,18 +118,18 @@ class QuantizeStage(Stage):
         quantize(checkpoint, out, quantization, data, machine)
 
     def check(self, step: Step, plan: RecipePlan) -> None:
-        """Raise UserError for schemes and methods that these layers cannot have."""
+        """Raise UserError for a scheme or method that does not fit the model or the data."""
         from regrow.stages.quantize.stage import check
 
         check(plan.checkpoint, step.config, plan.data)
 
     def leave(self, step: Step, plan: RecipePlan) -> None:
-        """Weights are final from here on, unless they are written back dequantized."""
+        """Note that the weights are final, unless they are written as a plain checkpoint."""
         if not step.config.dequantize:
             plan.quantized = step.location
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
-        """Quantize the current model; a later export is made from the one before."""
+        """Quantize the current model; a later export reads the model before it."""
         from regrow.stages.quantize.stage import quantize
 
         plain = run.current
@@ -137,26 +139,27 @@ class QuantizeStage(Stage):
 
 
 def estimate(checkpoint: Checkpoint, data: DataConfig | None, config: QuantizeConfig) -> list[str]:
-    """Layers and bytes by scheme, what is kept, and the time of the passes over the text."""
+    """Layers and bytes by scheme and method, and the time of the passes over the text."""
     from regrow.cost import forward_seconds
     from regrow.runtime.progress import clock
     from regrow.stages.quantize.choose import WEIGHT, fallbacks
-    from regrow.stages.quantize.stage import check
+    from regrow.stages.quantize.stage import check, method_of
 
     job = check(checkpoint, config, data)
     shapes = checkpoint.shapes
-    lines = [f"quantize: {len(job.chosen)} layers by {config.method}"]
-    for name in sorted({scheme.name for scheme in job.chosen.values()}):
-        some = [module for module, scheme in job.chosen.items() if scheme.name == name]
-        size = sum(job.chosen[module].type.bytes(*shapes[module + WEIGHT]) for module in some)
-        lines.append(f"  {len(some)} layers in {name}: {size / 1e6:,.1f} MB")
+    lines = [f"quantize: {len(job.chosen)} layers"]
+    for scheme in job.schemes:
+        some = [module for module, own in job.chosen.items() if own == scheme]
+        size = sum(scheme.type.bytes(*shapes[module + WEIGHT]) for module in some)
+        method = method_of(config, scheme)
+        lines.append(f"  {len(some)} layers in {scheme.name} by {method}: {size / 1e6:,.1f} MB")
     kept = [name for name in shapes if name.removesuffix(WEIGHT) not in job.chosen]
-    size = 2 * sum(math.prod(shapes[name]) for name in kept)
-    lines.append(f"  {len(kept)} tensors kept in 16 bits: {size / 1e6:,.1f} MB")
-    lines += [f"  {line}" for line in fallbacks(checkpoint, config, job.chosen)]
+    size = sum(math.prod(shapes[name]) * job.kept_dtype(name).itemsize for name in kept)
+    lines.append(f"  {len(kept)} tensors not quantized: {size / 1e6:,.1f} MB")
+    lines += [f"  {line}" for line in (*fallbacks(checkpoint, config, job.chosen), *job.notes())]
     if data is not None:
         tokens = config.samples * data.sequence_length
-        passes = 2 if job.method.NEEDS_GRAM else 0.25  # of an eighth, two models
+        passes = 2 if job.calibrates else 0.25  # two models read an eighth of the sequences
         seconds = forward_seconds(checkpoint, passes * tokens)
         lines.append(f"  time about {clock(seconds)} for the passes over {tokens:,} tokens")
     return lines

@@ -1,4 +1,4 @@
-"""Rounding layer after layer, each on what reaches it through the layers already rounded.
+"""Rounding layer after layer, each calibrated on its inputs from the layers rounded before it.
 
 N tokens, C columns (the inputs of a linear layer).
 """
@@ -24,27 +24,29 @@ from regrow.stages.quantize.choose import WEIGHT
 
 Batches = list[dict[str, Tensor]]
 Round = Callable[[Tensor, Scheme, Tensor | None], tuple[Tensor, Grid]]
-"""A weight, its scheme and its inputs' second moment → the weight on its grid, and the grid."""
+"""Takes a weight, its scheme and its inputs' second moment; gives the rounded weight and grid."""
 
 
 @dataclass(frozen=True)
 class LayerPass:
-    """A model to be rounded layer by layer, one resident at a time."""
+    """A model that is rounded layer by layer, with one layer in memory at a time."""
 
     checkpoint: Checkpoint
     family: Family
     chosen: dict[str, Scheme]
+    calibrated: set[str]
+    """Modules whose rounding needs the second moment of their inputs."""
     batches: Batches
     """Calibration text."""
     round: Round
     put: Callable[[str, Tensor, Grid], None]
-    """Takes each module's rounded weight."""
+    """Called with each module's name, rounded weight and grid."""
     device: torch.device
     streams: Spill
 
     @torch.no_grad()
     def run(self) -> None:
-        """Round every layer from the first to the last, then what stands outside layers."""
+        """Round every layer from the first to the last, then the modules outside the layers."""
         rounded: dict[str, Tensor] = {}
         shell = self._shell(rounded)
         layers = len(shell.layers)
@@ -53,7 +55,8 @@ class LayerPass:
             for layer in range(layers):
                 prefix = f"model.layers.{layer}."
                 mine = [module for module in self.chosen if module.startswith(prefix)]
-                with shell.resident(layer), second_moments(shell.model, mine) as moments:
+                watched = [module for module in mine if module in self.calibrated]
+                with shell.resident(layer), second_moments(shell.model, watched) as moments:
                     for n, inputs in enumerate(self.batches):
                         moments.start(inputs["real"].to(self.device))
                         shell.step(inputs, self.streams.get(n) if layer else None)
@@ -80,14 +83,14 @@ class LayerPass:
         return weight
 
     def _pass_on(self, shell: LayerByLayer, layer: int) -> None:
-        """Take the hidden states through the rounded layer."""
+        """Compute the hidden states after the rounded layer."""
         with shell.resident(layer):
             for n, inputs in enumerate(self.batches):
                 self.streams.put(n, shell.step(inputs, self.streams.get(n) if layer else None))
 
 
 class SecondMoments:
-    """Mean x xᵀ of the inputs of linear modules; those that read the same tensor share one."""
+    """Mean x xᵀ of the inputs of linear modules; modules that read the same tensor share it."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -97,12 +100,12 @@ class SecondMoments:
         self._seen: dict[str, Tensor] = {}
 
     def start(self, real_BT: Tensor) -> None:
-        """Begin a batch, of which these positions are text."""
+        """Begin a batch; `real_BT` is True at the positions that are not padding."""
         self._real, self._seen = real_BT, {}
         self.tokens += int(real_BT.sum())
 
     def add(self, module: str, x_BTC: Tensor) -> None:
-        """A module's input."""
+        """Add a module's input to its sum."""
         same = [other for other, x in self._seen.items() if x is x_BTC]
         first = self.shares.setdefault(module, same[0] if same else module)
         if first != module:
@@ -113,7 +116,7 @@ class SecondMoments:
         self.sums[module] = self.sums[module] + total if module in self.sums else total
 
     def of(self, module: str) -> Tensor | None:
-        """The second moment [C, C] of a module's input; None when it is no linear module."""
+        """The second moment [C, C] of a module's input; None when it was not watched."""
         if module not in self.shares:
             return None
         return self.sums[self.shares[module]] / self.tokens
@@ -121,7 +124,7 @@ class SecondMoments:
 
 @contextmanager
 def second_moments(model: nn.Module, modules: list[str]) -> Iterator[SecondMoments]:
-    """Watch the inputs of those of `modules` that are linear modules in memory."""
+    """Sum the second moments of the inputs of those `modules` that are linear in memory."""
     moments = SecondMoments()
     linear = {name: module for name, module in model.named_modules() if name in modules}
 

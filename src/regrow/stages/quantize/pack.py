@@ -1,4 +1,4 @@
-"""Weights on a grid as compressed-tensors stores them, and the config that tells readers so.
+"""Rounded weights as compressed-tensors stores them, and their entry in config.json.
 
 Shapes: R rows, C columns, G groups of columns per row.
 """
@@ -29,34 +29,34 @@ def check_extra() -> None:
 
 
 def packed(weight_RC: Tensor, grid: Grid) -> dict[str, Tensor]:
-    """The tensors to store, by the end of their names, of a weight that lies on its grid."""
+    """The tensors to store for a rounded weight, by the last part of their names."""
     from compressed_tensors.compressors import BaseCompressor
 
     scheme = grid.scheme
-    given = {"weight": weight_RC.float(), "weight_scale": grid.scale_RG}
+    state = {"weight": weight_RC.float(), "weight_scale": grid.scale_RG}
     if grid.zero_RG is not None:
-        given["weight_zero_point"] = grid.zero_RG
+        state["weight_zero_point"] = grid.zero_RG
     compressor: Any = BaseCompressor.get_value_from_registry(format_of(scheme))
-    found: dict[str, Tensor] = compressor.compress(given, _scheme(scheme, ["Linear"]))
-    return {name: tensor.contiguous() for name, tensor in sorted(found.items())}
+    stored: dict[str, Tensor] = compressor.compress(state, _scheme(scheme, ["Linear"]))
+    return {name: tensor.contiguous() for name, tensor in sorted(stored.items())}
 
 
 def layout(
     shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each tensor that `packed` gives for a weight of this shape."""
+    """Shape and dtype of each tensor that `packed` returns for a weight of this shape."""
     rows, columns = shape
     groups = scheme.groups(columns)
-    found = {"weight_scale": ((rows, groups), dtype)}
+    scale = {"weight_scale": ((rows, groups), dtype)}
     if format_of(scheme) != "pack-quantized":
         stored = torch.int8 if scheme.kind == "int" else torch.float8_e4m3fn
-        return dict(sorted({**found, "weight": ((rows, columns), stored)}.items()))
+        return dict(sorted({**scale, "weight": ((rows, columns), stored)}.items()))
     words = math.ceil(columns * scheme.bits / 32)
-    more = {"weight_packed": ((rows, words), torch.int32), "weight_shape": ((2,), torch.int64)}
+    packed = {"weight_packed": ((rows, words), torch.int32), "weight_shape": ((2,), torch.int64)}
     if not scheme.symmetric:
         words = math.ceil(rows * scheme.bits / 32)
-        more["weight_zero_point"] = ((words, groups), torch.int32)
-    return dict(sorted({**found, **more}.items()))
+        packed["weight_zero_point"] = ((words, groups), torch.int32)
+    return dict(sorted({**scale, **packed}.items()))
 
 
 def format_of(scheme: Scheme) -> str:
@@ -67,7 +67,7 @@ def format_of(scheme: Scheme) -> str:
 
 
 def quantization_config(chosen: dict[str, Scheme], kept: Iterable[str]) -> dict[str, Any]:
-    """`quantization_config` of config.json: scheme by module, and the linear modules left alone."""
+    """`quantization_config` of config.json; `kept` are the linear modules not quantized."""
     from compressed_tensors.quantization import QuantizationConfig
 
     names = sorted({scheme.name for scheme in chosen.values()})
@@ -83,12 +83,12 @@ def quantization_config(chosen: dict[str, Scheme], kept: Iterable[str]) -> dict[
         quantization_status="compressed",
         ignore=sorted(kept),
     )
-    found: dict[str, Any] = config.model_dump(mode="json")
+    entry: dict[str, Any] = config.model_dump(mode="json")
     if not all(scheme.symmetric for scheme in by_name.values()):
-        # transformers' modules for packed weights have no room for packed zero points; told so, it
-        # unpacks while loading. vLLM does not read the key.
-        found["dequantize"] = True
-    return found
+        # transformers' modules for packed weights have no tensor for packed zero points; with this
+        # key it unpacks the weights while loading. vLLM ignores the key.
+        entry["dequantize"] = True
+    return entry
 
 
 def _scheme(scheme: Scheme, targets: list[str]) -> Any:
@@ -108,15 +108,15 @@ def _scheme(scheme: Scheme, targets: list[str]) -> Any:
 
 
 def _targets(chosen: dict[str, Scheme], name: str) -> list[str]:
-    """The modules of a scheme: one pattern for those that have it in all layers, else by name."""
+    """The modules of a scheme: one pattern if it is the same in all layers, else their names."""
     kinds: dict[str, list[str]] = {}
     for module in chosen:
         kinds.setdefault(re.sub(r"\.\d+\.", ".#.", module), []).append(module)
-    found = []
+    targets = []
     for kind, modules in kinds.items():
         ours = [module for module in modules if chosen[module].name == name]
         if len(ours) == len(modules) > 1:
-            found.append(f"re:{re.escape(kind).replace(re.escape('.#.'), r'[.][0-9]+[.]')}$")
+            targets.append(f"re:{re.escape(kind).replace(re.escape('.#.'), r'[.][0-9]+[.]')}$")
         else:
-            found += ours
-    return found
+            targets += ours
+    return targets

@@ -41,9 +41,9 @@ def quantize(
 ) -> Path:
     """Write `model` with its linear layers in few bits, as compressed-tensors; return the folder.
 
-    `data` is for methods that calibrate, and for the perplexity and KL that are printed; both take
-    its calibration split. What stays in 16 bits is bfloat16 (float16 if the model is). Raises
-    UserError for unknown schemes and patterns, and for a method that needs text and has none.
+    Methods that calibrate, and the perplexity and KL that are printed, read the calibration split
+    of `data`. Tensors that are not quantized become bfloat16 (float16 in a float16 model). Raises
+    UserError for unknown schemes and patterns, and for a method that needs text when there is none.
     """
     out, config, options = Path(out), config or QuantizeConfig(), options or Options()
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
@@ -59,7 +59,8 @@ def quantize(
     else:
         require_space(out, sum(map(checkpoint.bytes, checkpoint.names())))
         fit, unseen = _text(job, data, options)
-        for line in [*_moves(checkpoint, config), *fallbacks(checkpoint, config, job.chosen)]:
+        fell_back = fallbacks(checkpoint, config, job.chosen)
+        for line in [*_other_grid(checkpoint, config), *fell_back, *job.notes()]:
             say(f"quantize: {line}")
         with stage as folder:
             job.write(folder, fit, device)
@@ -67,45 +68,93 @@ def quantize(
             stage.figures += measure.sizes(checkpoint, after, job.family, job.chosen)
             if unseen:
                 stage.figures += measure.quality(checkpoint, after, unseen, device)
-            schemes = {module: scheme.name for module, scheme in job.chosen.items()}
-            stage.extra["schemes"] = schemes
-    found = stage_dir.read(out)
-    assert found is not None
-    print(measure.report(out, found["figures"]))
+            stage.extra["schemes"] = {module: s.name for module, s in job.chosen.items()}
+            stage.extra["methods"] = {s.name: method_of(config, s) for s in job.schemes}
+    manifest = stage_dir.read(out)
+    assert manifest is not None
+    print(measure.report(out, manifest["figures"]))
     return out
 
 
 def check(checkpoint: Checkpoint, config: QuantizeConfig, data: DataConfig | None) -> QuantizeSetup:
-    """What is to be done; raises UserError for what cannot be."""
+    """The schemes and methods of all layers; raises UserError before any slow work."""
     pack.check_extra()
-    method = plugins.load(METHODS, config.method)
-    if method.NEEDS_GRAM and data is None:
-        raise UserError(f"{config.method} calibrates on text: give data, or the method rtn")
     family = families.of(checkpoint)
-    return QuantizeSetup(checkpoint, family, config, choose(checkpoint, family, config), method)
+    setup = QuantizeSetup(checkpoint, family, config, choose(checkpoint, family, config))
+    if setup.calibrates and data is None:
+        by_text = next(s for s in setup.schemes if method_module(config, s).NEEDS_GRAM)
+        raise UserError(
+            f"{method_of(config, by_text)} calibrates on text: give data, or the method rtn "
+            f"({by_text.name} by rtn loses more), or an 8-bit scheme"
+        )
+    return setup
+
+
+def method_of(config: QuantizeConfig, scheme: Scheme) -> str:
+    """The method of the config, else gptq for a scheme that gains from text, and rtn for others."""
+    return config.method or ("gptq" if scheme.needs_text else "rtn")
+
+
+def method_module(config: QuantizeConfig, scheme: Scheme) -> Any:
+    """The plug-in that rounds weights to a scheme."""
+    return plugins.load(METHODS, method_of(config, scheme))
 
 
 @dataclass(frozen=True)
 class QuantizeSetup:
-    """One model to be quantized."""
+    """A model that is to be quantized, and the scheme of each module."""
 
     checkpoint: Checkpoint
     family: Family
     config: QuantizeConfig
     chosen: dict[str, Scheme]
-    method: Any
+
+    @property
+    def schemes(self) -> list[Scheme]:
+        """All schemes that occur, by name."""
+        by_name = {scheme.name: scheme for scheme in self.chosen.values()}
+        return [by_name[name] for name in sorted(by_name)]
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether any layer is rounded by a method that reads text."""
+        return any(method_module(self.config, scheme).NEEDS_GRAM for scheme in self.schemes)
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The dtype of most of the checkpoint's values."""
+        dtype: torch.dtype = getattr(torch, self.checkpoint.main_dtype)
+        return dtype
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of scales, and of what is not quantized."""
-        stored = self.checkpoint.main_dtype
+        """The dtype of scales, and of config.json."""
         if self.config.dequantize:
-            found: torch.dtype = getattr(torch, stored)
-            return found
-        return torch.float16 if stored == "float16" else torch.bfloat16
+            return self.main_dtype
+        return torch.float16 if self.main_dtype == torch.float16 else torch.bfloat16
+
+    def kept_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor that is not quantized.
+
+        It is that of the scales, but for tensors that the checkpoint holds in more bits than most
+        others, such as norms in float32: they keep their dtype.
+        """
+        own: torch.dtype = getattr(torch, self.checkpoint.dtype(name))
+        return own if own.itemsize > self.main_dtype.itemsize else self.dtype
+
+    def notes(self) -> list[str]:
+        """A line for each scheme that a common reader does not open."""
+        if self.config.dequantize:
+            return []
+        return [
+            f"{scheme.name}: vLLM has no kernel for it on a CPU (there int8-dynamic, fp8 and int4 "
+            "work)"
+            for scheme in self.schemes
+            if scheme.vllm_on_cpu is False
+        ]
 
     def write(self, folder: Path, batches: list[dict[str, Tensor]], device: torch.device) -> None:
-        """Round, and write the folder; what was rounded with text waits on disk meanwhile."""
+        """Round all weights and write the folder; calibrated weights wait on disk meanwhile."""
         with tempfile.TemporaryDirectory(prefix="work-", dir=folder) as place:
             waiting = Spill(Path(place) / "weights")
 
@@ -113,10 +162,15 @@ class QuantizeSetup:
                 for end, tensor in self.stored(weight, grid).items():
                     waiting.put(f"{module}.{end}", tensor)
 
-            if self.method.NEEDS_GRAM:
+            if self.calibrates:
+                calibrated = {
+                    module: scheme
+                    for module, scheme in self.chosen.items()
+                    if method_module(self.config, scheme).NEEDS_GRAM
+                }
                 streams = Spill(Path(place) / "streams")
-                made = (self.checkpoint, self.family, self.chosen, batches, self.round, put)
-                LayerPass(*made, device, streams).run()
+                work = (self.checkpoint, self.family, self.chosen, set(calibrated), batches)
+                LayerPass(*work, self.round, put, device, streams).run()
             layout = dict(self.layout())
             tensors = self.tensors(waiting, device)
             checkpoints.write(folder, self.new_config(), layout, tensors, self.checkpoint)
@@ -127,15 +181,14 @@ class QuantizeSetup:
     def round(
         self, weight: Tensor, scheme: Scheme, gram_CC: Tensor | None = None
     ) -> tuple[Tensor, Grid]:
-        """A weight on its grid by the method, and the grid."""
-        dtype = torch.float16 if self.dtype == torch.float16 else torch.bfloat16
-        found: tuple[Tensor, Grid] = self.method.quantize(
-            weight, scheme, dtype, gram_CC, self.config.damping
-        )
-        return found
+        """A weight rounded by its scheme's method, and its grid."""
+        dtype = torch.float16 if self.main_dtype == torch.float16 else torch.bfloat16
+        method, damping = method_module(self.config, scheme), self.config.damping
+        rounded: tuple[Tensor, Grid] = method.quantize(weight, scheme, dtype, gram_CC, damping)
+        return rounded
 
     def stored(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
-        """The tensors to write for a rounded weight, by the end of their names."""
+        """The tensors to write for a rounded weight, by the last part of their names."""
         if self.config.dequantize:
             return {"weight": weight.to(self.dtype)}
         return pack.packed(weight, grid)
@@ -146,7 +199,7 @@ class QuantizeSetup:
             module, shape = name.removesuffix(WEIGHT), self.checkpoint.shapes[name]
             parts = {"weight": (shape, self.dtype)}
             if module not in self.chosen:
-                yield name, torch.empty(shape, dtype=self.dtype, device="meta")
+                yield name, torch.empty(shape, dtype=self.kept_dtype(name), device="meta")
                 continue
             if not self.config.dequantize:
                 parts = pack.layout(shape, self.chosen[module], self.dtype)
@@ -154,7 +207,7 @@ class QuantizeSetup:
                 yield f"{module}.{end}", torch.empty(size, dtype=dtype, device="meta")
 
     def tensors(self, waiting: Spill, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """Those tensors, one after the other."""
+        """The tensors of the layout, one after the other."""
         rounded: dict[str, Tensor] = {}
         for name, like in self.layout():
             module = name.rpartition(".")[0]
@@ -167,8 +220,8 @@ class QuantizeSetup:
             else:
                 if name not in rounded:
                     weight = self.checkpoint.tensor(module + WEIGHT).to(device)
-                    made = self.stored(*self.round(weight, self.chosen[module]))
-                    rounded = {f"{module}.{end}": tensor for end, tensor in made.items()}
+                    parts = self.stored(*self.round(weight, self.chosen[module]))
+                    rounded = {f"{module}.{end}": tensor for end, tensor in parts.items()}
                 yield name, rounded[name]
 
     def new_config(self) -> dict[str, Any]:
@@ -185,29 +238,29 @@ class QuantizeSetup:
         return {**config, "quantization_config": pack.quantization_config(self.chosen, kept)}
 
 
-def _moves(checkpoint: Checkpoint, config: QuantizeConfig) -> list[str]:
-    """A line when the weights were trained for another grid."""
-    made = stage_dir.read(checkpoint.folder) or {}
-    trained = made.get("config", {}).get("fake_quantize")
+def _other_grid(checkpoint: Checkpoint, config: QuantizeConfig) -> list[str]:
+    """A line when the weights were trained for the grid of another scheme."""
+    manifest = stage_dir.read(checkpoint.folder) or {}
+    trained = manifest.get("config", {}).get("fake_quantize")
     if trained in (None, config.scheme):
         return []
     return [
-        f"{checkpoint.folder} was trained to be rounded to {trained}; {config.scheme} takes its "
-        "weights elsewhere"
+        f"{checkpoint.folder} was trained to be rounded to {trained}, and rounding it to "
+        f"{config.scheme} loses what that training gained"
     ]
 
 
 def _text(
     job: QuantizeSetup, data: DataConfig | None, options: Options
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """Batches to calibrate on, and those to measure on."""
+    """Batches to calibrate on, and batches to measure on."""
     if data is None:
         return [], []
     tokenizer = job.checkpoint.tokenizer()
     sequences = build_sequences(data, tokenizer, "calibration", job.config.samples, job.checkpoint)
     if len(sequences) < 2:
         raise UserError(
-            "too little text: 1 calibration block, and it takes one to calibrate on and one to "
+            "too little text: 1 calibration sequence, and one is needed to calibrate on and one to "
             "measure on; add text or raise calibration_fraction"
         )
     numbers = range(len(sequences))

@@ -1,5 +1,5 @@
-"""How weights are rounded: one file a method.
+"""Methods of rounding weights, one file each.
 
-`NEEDS_GRAM` says whether it wants the second moment of a layer's inputs; `quantize(weight, scheme,
-dtype, gram, damping)` gives the weight on a grid, float32, and the grid.
+`NEEDS_GRAM` is whether the method reads the second moment of a layer's inputs. `quantize(weight,
+scheme, dtype, gram, damping)` returns the rounded weight in float32 and its grid.
 """

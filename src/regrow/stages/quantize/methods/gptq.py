@@ -1,4 +1,4 @@
-"""GPTQ: round column after column, and let the columns that follow make up for the error.
+"""GPTQ: round column after column, and let the columns that follow compensate for the error.
 
 Frantar et al., 2022, arXiv:2210.17323: with H the second moment of the layer's inputs (damped) and
 U the upper Cholesky factor of H⁻¹, rounding column i leaves the error e = (w_i − q_i) / U_ii, and
@@ -49,8 +49,8 @@ def quantize(
     zero = grid.zero_RG
     if zero is not None and plain.zero_RG is not None:
         zero = torch.where(worse_R1, plain.zero_RG, zero)
-    found = replace(grid, scale_RG=scale, zero_RG=zero)
-    return torch.where(worse_R1, rounded, solved), found
+    mixed = replace(grid, scale_RG=scale, zero_RG=zero)
+    return torch.where(worse_R1, rounded, solved), mixed
 
 
 def error(weight_RC: Tensor, rounded_RC: Tensor, gram_CC: Tensor) -> Tensor:
