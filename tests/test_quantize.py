@@ -388,6 +388,14 @@ def test_kl_of_almost_lossless_rounding_is_exact(tmp_path: Path, text: Path) -> 
     assert rows["kl"] == pytest.approx(float(kl), rel=0.02)
 
 
+def test_the_page_says_who_opens_each_scheme() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "quantize.md").read_text(encoding="utf-8")
+    for scheme in SCHEMES.values():
+        shown = "int4-g32-asym" if scheme.name.endswith("-asym") else scheme.name
+        (row,) = re.findall(rf"^\| .*`{shown}`.* \| (\w+) \| (\w+) \|$", page, re.MULTILINE)
+        assert row == ("yes", "yes" if scheme.vllm_on_cpu else "no"), scheme.name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMES)
 def test_stock_readers_open_every_scheme(name: str, tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ class Scheme:
     """Whether the layer's inputs are quantized too, with a scale for each token."""
     fallback: str = ""
     """Scheme of a layer whose number of columns is not a multiple of `group`."""
-    vllm_on_cpu: bool | None = None
-    """Whether vLLM 0.32 opened it on a CPU; None: not tried. transformers opens every scheme."""
+    vllm_on_cpu: bool = False
+    """Whether vLLM 0.32 opens it on a CPU (transformers opens every scheme)."""
 
     @property
     def needs_text(self) -> bool:
@@ -86,13 +86,20 @@ class Scheme:
         return SCHEMES[fitting(self.name, columns)]
 
 
-def _int4(group: int, fallback: str, on_cpu: bool | None = None) -> list[Scheme]:
+def _int4(group: int, fallback: str) -> list[Scheme]:
     """The schemes of a group size, without and with zero points; a fallback has them alike."""
     name = f"int4-g{group}"
     with_zeros = fallback + ASYMMETRIC if fallback.startswith("int4") else fallback
     return [
-        Scheme(name, 4, group=group, fallback=fallback, vllm_on_cpu=on_cpu),
-        Scheme(name + ASYMMETRIC, 4, group=group, symmetric=False, fallback=with_zeros),
+        Scheme(name, 4, group=group, fallback=fallback, vllm_on_cpu=True),
+        Scheme(
+            name + ASYMMETRIC,
+            4,
+            group=group,
+            symmetric=False,
+            fallback=with_zeros,
+            vllm_on_cpu=True,
+        ),
     ]
 
 
@@ -104,7 +111,7 @@ SCHEMES = {
         Scheme("int8-dynamic", 8, dynamic=True, vllm_on_cpu=True),
         Scheme("fp8", 8, "float", dynamic=True, vllm_on_cpu=True),
         *_int4(32, "int8"),
-        *_int4(64, "int4-g32", on_cpu=True),
+        *_int4(64, "int4-g32"),
         *_int4(128, "int4-g64"),
     )
 }

@@ -150,7 +150,7 @@ class QuantizeSetup:
             f"{scheme.name}: vLLM has no kernel for it on a CPU (there int8-dynamic, fp8 and int4 "
             "work)"
             for scheme in self.schemes
-            if scheme.vllm_on_cpu is False
+            if not scheme.vllm_on_cpu
         ]
 
     def write(self, folder: Path, batches: list[dict[str, Tensor]], device: torch.device) -> None:
