@@ -205,7 +205,7 @@ def test_stopped_by_the_user(
     monkeypatch.setattr("regrow.pruning.prune.cut_folder", stop)
     prune = ["prune", place / "model", "--profile", place / "profile", *SMALL]
     assert main([str(part) for part in (*prune, "--out", tmp_path / "out")]) == 130
-    assert "regrow: stopped; the same command goes on from here" in capsys.readouterr().err
+    assert "regrow: stopped; the same command continues from here" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -50,13 +50,13 @@ def shown(state: RunState, width: int = 100) -> str:
     return console.file.getvalue()
 
 
-def hows(state: RunState) -> dict[str, str]:
-    return {stage.name: stage.how for stage in state.stages}
+def progress_of(state: RunState) -> dict[str, str]:
+    return {stage.name: stage.progress for stage in state.stages}
 
 
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
     state = read(running(tmp_path), NOW + 10)
-    assert hows(state) == {
+    assert progress_of(state) == {
         "01-profile": "done", "02-prune": "done", "03-distill": "running", "04-evaluate": "waiting",
     }  # fmt: skip
     assert [stage.seconds for stage in state.stages] == [61.5, 123.0, 10.0, None]
@@ -107,7 +107,7 @@ def test_complete_only_when_the_model_is_published(tmp_path: Path) -> None:
 def test_what_is_of_an_earlier_run(tmp_path: Path) -> None:
     folder = published(tmp_path)
     (folder / "stages" / ".02-prune-repaired.partial").mkdir()
-    assert hows(read(aged(folder), NOW)) == {
+    assert progress_of(read(aged(folder), NOW)) == {
         "01-profile": "done", "02-prune": "running", "03-distill": "earlier",
         "04-evaluate": "earlier",
     }  # fmt: skip
@@ -116,21 +116,21 @@ def test_what_is_of_an_earlier_run(tmp_path: Path) -> None:
 def test_a_repaired_pruning_is_two_folders(tmp_path: Path) -> None:
     folder = published(tmp_path)
     shutil.rmtree(folder / "stages" / "02-prune")
-    assert hows(read(folder, NOW))["02-prune"] == "running"
+    assert progress_of(read(folder, NOW))["02-prune"] == "running"
 
 
 def test_the_page_must_be_of_this_run(tmp_path: Path) -> None:
     folder = published(tmp_path)
     recipe = (folder / "recipe.yaml").read_text()
     (folder / "recipe.yaml").write_text(recipe + "- report\n")
-    assert hows(read(aged(folder), NOW))["05-report"] == "running"
+    assert progress_of(read(aged(folder), NOW))["05-report"] == "running"
     (folder / "report.html").write_text("page")
     for path in (folder, folder / "report.html"):
         os.utime(path, (NOW - 500, NOW - 500))
-    assert hows(read(folder, NOW + 1))["05-report"] == "running"  # of an earlier run
-    assert hows(read(folder, NOW + 100))["05-report"] == "done"  # a copied folder
+    assert progress_of(read(folder, NOW + 1))["05-report"] == "running"  # of an earlier run
+    assert progress_of(read(folder, NOW + 100))["05-report"] == "done"  # a copied folder
     os.utime(folder / "report.html", (NOW, NOW))
-    assert hows(read(folder, NOW + 1))["05-report"] == "done"
+    assert progress_of(read(folder, NOW + 1))["05-report"] == "done"
 
 
 def test_sparkline_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""What a model is made of and what it could be cut to."""
+"""`regrow inspect`: a model's family, its axes with legal widths, and sizes at a few targets."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def describe_model(source: str) -> None:
     parameters = family.count(checkpoint.config)
     active = family.active(checkpoint.config)
     per_token = f", {active:,} of them for each token" if active < parameters else ""
-    told = f"{parameters:,} parameters{per_token}"
+    count = f"{parameters:,} parameters{per_token}"
     tied = "tied" if family.value(checkpoint.config, "tie_word_embeddings") else "untied"
     console.print(
-        f"{source}: family [b]{family.model_type}[/b], {told} ({tied} "
+        f"{source}: family [b]{family.model_type}[/b], {count} ({tied} "
         f"embeddings counted {'once' if tied == 'tied' else 'both'}), {size / 1e6:,.1f} MB in "
         f"{checkpoint.main_dtype}",
         highlight=False,

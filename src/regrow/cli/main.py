@@ -30,9 +30,9 @@ WEIGHTS = ConstructorRegistry()
 
 @WEIGHTS.primitive_rule
 def _weights(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, float]] | None:
-    """Weights by name as `--flag NAME WEIGHT NAME WEIGHT`, in place of what stands there.
+    """Weights by name as `--flag NAME WEIGHT NAME WEIGHT`, which replace the default.
 
-    tyro would make a flag of every name that the default has, and allow no other.
+    tyro would make a flag of each name in the default, and allow no others.
     """
     if info.type != dict[str, float]:
         return None
@@ -45,15 +45,15 @@ def _weights(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, floa
     )
 
 
-def _pairs(given: list[str]) -> dict[str, float]:
-    names, weights = given[::2], given[1::2]
+def _pairs(parts: list[str]) -> dict[str, float]:
+    names, weights = parts[::2], parts[1::2]
     if len(names) != len(weights) or len(set(names)) != len(names):
         raise ValueError("give each name once, and a weight after it: NAME WEIGHT NAME WEIGHT")
     return dict(zip(names, map(float, weights), strict=True))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns 0 when done, 2 for the user's input (one line, no traceback)."""
+    """Run one command; returns 0 when it is done, and 2 for bad input, after one line of error."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments in (["--version"], ["-V"]):
         print(f"regrow {regrow.__version__}")
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _refuse(str(error))
     except (PermissionError, NotADirectoryError) as error:
         return _refuse(f"{error.filename}: {error.strerror}; give a place that can be written to")
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         raise
     except KeyboardInterrupt:
-        print("\nregrow: stopped; the same command goes on from here", file=sys.stderr)
+        print("\nregrow: stopped; the same command continues from here", file=sys.stderr)
         return 130
     return 0
 
@@ -121,7 +121,7 @@ def _is_shared(command: str) -> bool:
 
 
 def _parse(arguments: list[str]) -> Callable[[], None]:
-    """The command that is asked for, ready to run.
+    """The command of the arguments, ready to run.
 
     Raises UserError for a value that a config refuses, SystemExit(2) with tyro's advice for flags.
     """
@@ -187,14 +187,14 @@ def _leave_to_main() -> None:
 
 
 def _quiet() -> None:
-    """Other libraries' bars and advice would drown our own lines."""
+    """Switch off other libraries' progress bars and advice."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("COMPRESSED_TENSORS_LOG_DISABLED", "1")
-    # torchao, which transformers' Trainer imports where it is installed, tells of its CUDA kernels
-    # on machines without a GPU, and of types that torch will want otherwise.
+    # transformers' Trainer imports torchao where it is installed; torchao warns of CUDA kernels on
+    # machines without a GPU, and of types that torch will replace.
     logging.getLogger("torchao").addFilter(_is_news)
     logging.getLogger("torch.utils._pytree").addFilter(_is_news)
 

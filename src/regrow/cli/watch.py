@@ -1,6 +1,6 @@
-"""Watch a run from another terminal, by the files that it writes.
+"""`regrow watch`: show the progress of a run from another terminal.
 
-How far a run is, is read from its folder: recipe, manifests, hidden partial folders, metrics.
+The progress is read from the files of the run: recipe, manifests, partial folders and metrics.
 """
 
 from __future__ import annotations
@@ -26,45 +26,45 @@ from regrow.runtime.progress import clock
 from regrow.stage import Step
 from regrow.stages.report.run_folder import METRICS, rows
 
-How = Literal["done", "running", "waiting", "earlier"]
-"""`earlier` is a result of an earlier run of this folder, which will be looked at again."""
+Progress = Literal["done", "running", "waiting", "earlier"]
+"""`earlier`: done by an earlier run in this folder, and not yet checked by this one."""
 
 RECENT = 50
-"""Logged steps that the rate is taken over."""
+"""Number of logged steps for the rate."""
 SETTLED = 60.0
-"""Seconds of quiet after which a page that is older than its recipe counts as this run's."""
+"""Seconds without a write after which a report older than its recipe counts as this run's."""
 MAKES_MODEL = ("rotate", "prune", "distill", "quantize")
 
 
 @dataclass(frozen=True)
 class StageState:
-    """One stage; `seconds` are those it took, or of the running one since it began."""
+    """One stage; `seconds` are its duration, or the time since it began if it is running."""
 
     name: str
-    how: How
+    progress: Progress
     seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Training:
-    """The last distillation that has logged a step."""
+    """The state of the running distillation, or of the last one."""
 
     stage: str
     tokens: int
     total: int
     rate: float | None
-    """Tokens per second over the last steps; None before the second one."""
+    """Tokens per second over the last steps; None before the second step."""
     eta: float | None
-    """Seconds left; None when the rate is not known, 0 when it is done."""
+    """Seconds left; None when the rate is not known, 0 at the end."""
     losses: dict[str, float] = field(default_factory=dict)
-    """The last values logged, by name."""
+    """The last logged values, by name."""
     heldout: list[float] = field(default_factory=list)
-    """Held-out KL, from the first on."""
+    """All values of the held-out KL so far."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """A run as it stands."""
+    """The state of a run."""
 
     folder: Path
     model: str
@@ -72,11 +72,11 @@ class RunState:
     training: Training | None
     complete: bool
     quiet: float
-    """Seconds since anything was written."""
+    """Seconds since the last write."""
 
 
 def read(folder: Path, now: float | None = None) -> RunState:
-    """How far the run in `folder` is at `now` (seconds since the epoch, the present by default).
+    """The state of the run in `folder` at time `now` (seconds since the epoch; default: now).
 
     Raises UserError when the folder holds no run.
     """
@@ -94,8 +94,8 @@ def read(folder: Path, now: float | None = None) -> RunState:
     for name, step in steps:
         done = _done(folder, name, step, quiet)
         if done is None or _partial(folder, name):
-            how: How = "waiting" if running else "running"
-            stages.append(StageState(name, how, None if running else now - begun))
+            progress: Progress = "waiting" if running else "running"
+            stages.append(StageState(name, progress, None if running else now - begun))
             running = True
         else:
             stages.append(StageState(name, "earlier" if running else "done", done[0]))
@@ -111,14 +111,14 @@ def read(folder: Path, now: float | None = None) -> RunState:
 
 
 def _folders(name: str, step: Step) -> list[str]:
-    """Those that a stage writes: a repaired pruning is two, the plain one last."""
+    """Folders that a stage writes: two for a prune with repair, the one without repair last."""
     if step.name == "report":
         return []
     return [f"{name}-repaired", name] if step.name == "prune" and step.config.repair else [name]
 
 
 def _done(folder: Path, name: str, step: Step, quiet: float) -> tuple[float, float] | None:
-    """Seconds that a stage took, and when it was complete; None when it is not."""
+    """Duration of a stage in seconds, and when it was complete; None when it is not complete."""
     if step.name == "report":
         page, recipe = folder / "report.html", folder / RECIPE
         if not page.exists():
@@ -127,11 +127,11 @@ def _done(folder: Path, name: str, step: Step, quiet: float) -> tuple[float, flo
         fresh = written >= recipe.stat().st_mtime or quiet > SETTLED
         return (0.0, written) if fresh else None
     paths = [folder / "stages" / one for one in _folders(name, step)]
-    found = [stage_dir.read(path) for path in paths]
-    if any(made is None for made in found):
+    manifests = [stage_dir.read(path) for path in paths]
+    if any(manifest is None for manifest in manifests):
         return None
     times = [(path / stage_dir.NAME).stat().st_mtime for path in paths]
-    return sum(float(made.get("seconds", 0.0)) for made in found if made), max(times)
+    return sum(float(each.get("seconds", 0.0)) for each in manifests if each), max(times)
 
 
 def _partial(folder: Path, name: str) -> bool:
@@ -140,7 +140,7 @@ def _partial(folder: Path, name: str) -> bool:
 
 
 def _published(folder: Path, steps: list[tuple[str, Step]]) -> bool:
-    """Whether model/ is the last model of the stages, or there is none to publish."""
+    """Whether model/ is the model of the last stage, or no stage writes a model."""
     makers = [(name, step) for name, step in steps if step.name in MAKES_MODEL]
     if not makers:
         return True
@@ -150,7 +150,7 @@ def _published(folder: Path, steps: list[tuple[str, Step]]) -> bool:
 
 
 def _last_write(folder: Path) -> float:
-    """When a file of the run, or inside a folder that is being written, was changed last."""
+    """Time of the last change of a file of the run, also in folders that are being written."""
     places = [folder, *folder.glob("*"), *folder.glob("stages/*"), *folder.glob("stages/.*/*")]
     return max(_changed(place) for place in places)
 
@@ -165,15 +165,15 @@ def _changed(place: Path) -> float:
 def _training(
     folder: Path, steps: dict[str, Step], stages: list[StageState], now: float
 ) -> Training | None:
-    """Of the running distillation, or else of the last one."""
+    """State of the running distillation, or of the last one; None when there is none."""
     path = folder / METRICS
-    found = [row for row in rows(path) if row.get("stage") in steps and "tokens" in row]
-    named = dict.fromkeys(row["stage"] for row in found)
-    running = [stage.name for stage in stages if stage.how == "running"]
+    logged = [row for row in rows(path) if row.get("stage") in steps and "tokens" in row]
+    named = dict.fromkeys(row["stage"] for row in logged)
+    running = [stage.name for stage in stages if stage.progress == "running"]
     stage = next((name for name in running if name in named), None) or next(reversed(named), None)
     if stage is None:
         return None
-    mine = [row for row in found if row["stage"] == stage]
+    mine = [row for row in logged if row["stage"] == stage]
     config = steps[stage].config
     total = max(1, round(config.tokens / config.batch_tokens)) * config.batch_tokens
     tokens, rate = int(mine[-1]["tokens"]), _rate(mine)
@@ -190,7 +190,7 @@ def _training(
 
 
 def _rate(mine: list[dict[str, Any]]) -> float | None:
-    """Tokens/s over the last steps of the last process; each counts seconds from its own start."""
+    """Tokens/s over the last steps of the last process; each process counts seconds from 0."""
     last = [row for row in mine if "loss" in row][-RECENT:]
     restarts = [n for n in range(1, len(last)) if last[n]["seconds"] < last[n - 1]["seconds"]]
     same = last[restarts[-1] if restarts else 0 :]
@@ -212,16 +212,16 @@ LOOK = {
     "done": ("✓ done", "green"),
     "running": ("▶ running", "bold cyan"),
     "waiting": ("· waiting", "dim"),
-    "earlier": ("↺ of an earlier run", "dim"),
+    "earlier": ("↺ by an earlier run", "dim"),
 }
 BLOCKS = "▁▂▃▄▅▆▇█"
 POINTS = 40
 QUIET = 60.0
-"""Seconds from which on it is said that nothing was written."""
+"""Seconds without a write after which the frame says so."""
 
 
 def frame(state: RunState) -> RenderableType:
-    """Stages and the distillation, as they stand."""
+    """A picture of the stages and the distillation."""
     title = Text(f"{plain(str(state.folder))}  ({plain(state.model)})", style="bold")
     parts: list[RenderableType] = [title, _stages(state.stages)]
     if state.training is not None:
@@ -234,12 +234,12 @@ def frame(state: RunState) -> RenderableType:
 
 
 def plain(text: str) -> str:
-    """Text without what would move a terminal's cursor or change its colours."""
+    """Text without characters that control a terminal."""
     return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
 def sparkline(values: list[float], points: int = POINTS) -> str:
-    """Values as a row of blocks from least to most; of many every few, the last among them."""
+    """Values as a row of bars, low to high; at most `points` of them, the last one included."""
     values = [value for value in values if math.isfinite(value)]
     step = max(1, math.ceil(len(values) / points))
     shown = values[::-1][::step][::-1]
@@ -251,7 +251,7 @@ def sparkline(values: list[float], points: int = POINTS) -> str:
 def _stages(stages: list[StageState]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for stage in stages:
-        words, style = LOOK[stage.how]
+        words, style = LOOK[stage.progress]
         took = "" if stage.seconds is None else clock(stage.seconds)
         table.add_row(Text(plain(stage.name)), Text(words, style=style), Text(took))
     return table
@@ -265,19 +265,19 @@ def _training_lines(training: Training) -> list[RenderableType]:
     tail = f"  {rate}" + (f"  ETA {eta}" if training.tokens < training.total else "")
     bar = Table.grid()
     bar.add_row(ProgressBar(total=training.total, completed=training.tokens, width=POINTS))
-    found: list[RenderableType] = [Text(""), Text(head + tail), bar]
+    lines: list[RenderableType] = [Text(""), Text(head + tail), bar]
     if training.losses:
         pairs = [f"{plain(name)} {value:.4g}" for name, value in training.losses.items()]
-        found.append(Text("  ".join(pairs)))
+        lines.append(Text("  ".join(pairs)))
     if training.heldout:
         first, last = training.heldout[0], training.heldout[-1]
         line = f"held-out KL {first:.4f} → {last:.4f}  {sparkline(training.heldout)}"
-        found.append(Text(line))
-    return found
+        lines.append(Text(line))
+    return lines
 
 
 WIDTH = 100
-"""Columns where no terminal tells its own."""
+"""Columns where there is no terminal."""
 
 
 def watch(folder: str | Path, once: bool = False, every: float = 2.0) -> None:
