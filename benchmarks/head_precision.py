@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from regrow.training import products
+from regrow.training import head
 from regrow.training.head import Head, head_loss
 from regrow.training.loss_weights import LossWeights
 
@@ -33,7 +33,7 @@ def main() -> None:
     print("| products | error of the hidden gradient | of the weight gradient | seconds |")
     print("|---|---|---|---|")
     _row("bf16", x, w, t, LossWeights(KL), true)
-    rounded = lambda factor, dtype, exact: products.split(factor, dtype, False)  # noqa: E731
+    rounded = lambda factor, dtype, exact: head.split(factor, dtype, False)  # noqa: E731
     with patch("regrow.training.head.split", rounded):
         _row("logits exact, gradients bf16", x, w, t, LossWeights(KL, exact=True), true)
     _row("all exact (`exact_head`)", x, w, t, LossWeights(KL, exact=True), true)

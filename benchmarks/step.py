@@ -56,8 +56,7 @@ from regrow.training.cache.folder import Cache
 from regrow.training.cache.teacher import CachedTeacher, head_from
 from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import bind_loss
-from regrow.training.teacher import Teacher
-from regrow.training.teacher_placement import place_teacher
+from regrow.training.teacher import Teacher, place_teacher
 
 LENGTH = 512
 READ = ("input_ids", "position_ids", "labels")

@@ -42,16 +42,24 @@ WAYS: dict[str, dict[str, Any]] = {
     "KL": {"losses": KL_ONLY},
     "hard labels": {"losses": {"cross_entropy": 1.0}},
     "KL + 0.3 CE": {"losses": {"forward_kl": 0.7, "cross_entropy": 0.3}},
-    "KL + hidden": {"losses": KL_ONLY, "feature_losses": {"hidden": 1.0}, "balance": True},
+    "KL + hidden": {
+        "losses": KL_ONLY,
+        "feature_losses": {"hidden": 1.0},
+        "balance_feature_losses": True,
+    },
     "KL + embeddings + hidden": {
         "losses": KL_ONLY,
         "feature_losses": {"embeddings": 0.5, "hidden": 0.5},
-        "balance": True,
+        "balance_feature_losses": True,
     },
     "contrastive": {"losses": KL_ONLY},
     "reverse KL": {"losses": {"reverse_kl": 1.0}},
     "JSD": {"losses": {"jsd": 4.0}},  # its gradient is a quarter of the KL's where models agree
-    "KL + logit lens": {"losses": KL_ONLY, "feature_losses": {"logit_lens": 0.5}, "balance": True},
+    "KL + logit lens": {
+        "losses": KL_ONLY,
+        "feature_losses": {"logit_lens": 0.5},
+        "balance_feature_losses": True,
+    },
     "KL, T = 2": {"losses": KL_ONLY, "temperature": 2.0},
     "skewed KL": {"losses": {"skewed_kl": 1.0}},
     "total variation": {"losses": {"total_variation": 1.0}},

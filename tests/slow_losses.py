@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from regrow import plugins
+
 BETA, SKEW = 0.3, 0.1  # neither is 1/2, where the two ends of a mixture cannot be told apart
 
 
@@ -33,6 +35,13 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "total_variation": lambda log_p, log_q: (log_p.exp() - log_q.exp()).abs().sum(-1) / 2,
 }
 NAMES = sorted([*DIVERGENCES, "cross_entropy"])
+LOSSES = "regrow.training.losses"
+FUSED = [
+    name
+    for name in plugins.names(LOSSES)
+    if hasattr(plugins.load(LOSSES, name), "loss_and_gradient")
+]
+"""The losses with a written gradient; the others are formulas, for autograd as they are."""
 
 
 def slow(
@@ -40,6 +49,11 @@ def slow(
 ) -> Tensor:
     """The value of each token [N], differentiable."""
     student_NV, teacher_NV = student_NV.double(), teacher_NV.double()
+    if name not in NAMES:
+        module = plugins.load(LOSSES, name)
+        options = {key: {"beta": BETA, "skew": SKEW}[key] for key in module.OPTIONS}
+        value_N: Tensor = module.loss(student_NV, teacher_NV, targets_N, temperature, **options)
+        return value_N
     if name == "cross_entropy":
         return -student_NV.log_softmax(-1)[torch.arange(len(targets_N)), targets_N]
     log_p, log_q = ((x / temperature).log_softmax(-1) for x in (teacher_NV, student_NV))

@@ -162,7 +162,7 @@ def test_refused_before_any_slow_work(
 
     assert "fresh from a config.json" in refused("config.json")
     said = refused("pruned", lora_targets=["q_prj"])
-    assert said.startswith("lora_targets 'q_prj' is no linear projection")
+    assert said.startswith("lora_targets 'q_prj' is not a linear projection")
     assert "did you mean 'q_proj'" in said
     found = importlib.util.find_spec
     for missing, kind in (("peft", "lora"), ("bitsandbytes", "qlora")):

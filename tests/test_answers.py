@@ -113,7 +113,7 @@ def test_what_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     tagged = DataConfig(sources=[SourceConfig(source="a", losses={"jsdd": 1.0})])
     with pytest.raises(UserError, match="a: losses: no loss named 'jsdd'"):
         loss_weights_of(CONFIG, tagged)
-    with pytest.raises(UserError, match="take the place of the data"):
+    with pytest.raises(UserError, match="answers replace the data"):
         training_text(tagged, contrastive(place))
     with pytest.raises(UserError, match="leave out the cache"):
         training_text(data_of(place), contrastive(place, cache="cached"))

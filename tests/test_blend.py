@@ -140,7 +140,7 @@ def slow_kl(folder: Path, place: Path) -> float:
 def test_a_run_learns_the_mixture_and_knows_its_teachers(place: Path, tmp_path: Path) -> None:
     data, out = data_of(place / "text.jsonl"), tmp_path / "out"
     config = CONFIG.model_copy(
-        update={"blend": {str(place / "other"): 0.25}, "learning_rate": 3e-3}
+        update={"extra_teachers": {str(place / "other"): 0.25}, "learning_rate": 3e-3}
     )
     distill(place / "student", place / "one", data, out, config, OPTIONS)
     found = figures(out)
@@ -154,24 +154,26 @@ def test_a_run_learns_the_mixture_and_knows_its_teachers(place: Path, tmp_path: 
 
 def test_a_recipe_blends(place: Path, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"tokens": 128, "batch_tokens": 128, "heldout_sequences": 2}
-    fields |= {"teacher": str(place / "one"), "blend": {str(place / "other"): 0.5}}
+    fields |= {"teacher": str(place / "one"), "extra_teachers": {str(place / "other"): 0.5}}
     data = data_of(place / "text.jsonl")
     recipe = Recipe(model=str(place / "student"), data=data, stages=[{"distill": fields}])
     out = run(recipe, tmp_path / "run", OPTIONS)
     assert (out / "model" / "config.json").exists()
     cached = {"cache": {"teacher": str(place / "one"), "tokens": 128}}
     both = recipe.model_copy(update={"stages": [cached, {"distill": fields}]})
-    with pytest.raises(UserError, match=r"stages.1.distill: blend: cache is of one teacher alone"):
+    with pytest.raises(
+        UserError, match=r"stages.1.distill: extra_teachers: cache works with one teacher only"
+    ):
         check(both, OPTIONS)
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"blend": {"x": 1.0}}, "sum to less than 1"),
-        ({"blend": {"x": 0.6, "y": 0.5}}, "sum to less than 1"),
-        ({"blend": {"x": 0.0}}, "must be above 0"),
-        ({"blend": {"x": float("nan")}}, "must be above 0"),
+        ({"extra_teachers": {"x": 1.0}}, "sum to less than 1"),
+        ({"extra_teachers": {"x": 0.6, "y": 0.5}}, "sum to less than 1"),
+        ({"extra_teachers": {"x": 0.0}}, "must be above 0"),
+        ({"extra_teachers": {"x": float("nan")}}, "must be above 0"),
     ],
 )
 def test_bad_shares(fields: dict[str, Any], said: str) -> None:
@@ -182,10 +184,12 @@ def test_bad_shares(fields: dict[str, Any], said: str) -> None:
 def test_refused_before_any_slow_work(place: Path) -> None:
     student = Checkpoint(place / "student")
     other = {str(place / "other"): 0.5}
-    feature_losses = DistillConfig(blend=other, feature_losses={"hidden": 1.0})
-    with pytest.raises(UserError, match="blend: feature losses is of one teacher alone"):
+    feature_losses = DistillConfig(extra_teachers=other, feature_losses={"hidden": 1.0})
+    with pytest.raises(
+        UserError, match="extra_teachers: feature_losses works with one teacher only"
+    ):
         open_extra_teachers(feature_losses, student)
     with pytest.raises(UserError, match="nowhere"):
-        open_extra_teachers(DistillConfig(blend={str(place / "nowhere"): 0.5}), student)
+        open_extra_teachers(DistillConfig(extra_teachers={str(place / "nowhere"): 0.5}), student)
     with pytest.raises(UserError, match="every teacher must have all tokens"):
-        open_extra_teachers(DistillConfig(blend=other), Checkpoint(place / "odd"))
+        open_extra_teachers(DistillConfig(extra_teachers=other), Checkpoint(place / "odd"))

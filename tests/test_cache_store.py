@@ -10,7 +10,7 @@ from tiny_cache import make_cache
 from tiny_distillation import data, write_place
 from tiny_folders import data_of, write_model, write_text
 from tiny_tokenizer import tiny_tokenizer
-from tiny_training import decoder_layers
+from tiny_training import tiny_sequences
 
 from regrow.checkpoint import load
 from regrow.data.sequences import IGNORED, Sequences, build_sequences
@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_key_of_a_sequence() -> None:
     """Its ids, positions, and which tokens are scored; not where it stands, nor the batch."""
-    batch = next(decoder_layers(4).batches(4))
+    batch = next(tiny_sequences(4).batches(4))
     keys = sequence_keys(batch)
     assert len({len(key) for key in keys}) == 1
     assert len(set(keys)) == 4
@@ -80,7 +80,7 @@ def test_sequences_come_back_from_a_shard(tmp_path: Path) -> None:
 
 def test_what_is_missing(tmp_path: Path) -> None:
     """Each block once, with its first number; those in which nothing is scored need no place."""
-    one = decoder_layers(8)  # nothing is scored in the 1st and the 5th
+    one = tiny_sequences(8)  # nothing is scored in the 1st and the 5th
     twice = Sequences(
         *(torch.cat([t, t]) for t in (one.input_ids, one.position_ids, one.labels)),
         torch.cat([one.real, one.real]),
@@ -119,8 +119,9 @@ def test_distributions_are_in_the_order_of_the_batch(place: Path) -> None:
     log_p = head.logits(exact, head.weight_VH).log_softmax(-1)
     expected = log_p.gather(-1, found.ids_NK).exp()
     assert float((found.probability_NK - expected).abs().max()) < 0.01
-    assert torch.equal(found.ids_NK[:, 0], log_p.argmax(-1))
-    heldout = build_sequences(data(place), master.tokenizer(), "heldout", 2)
+    first = log_p.gather(-1, found.ids_NK[:, :1]).squeeze(-1)  # logits in bfloat16 may be equal
+    torch.testing.assert_close(first, log_p.max(-1).values, rtol=0, atol=0.02)
+    heldout = build_sequences(data(place), master.tokenizer(), "validation", 2)
     assert cached.sparse(next(heldout.batches(2))) is None  # stored exactly
     batch["labels"][:] = IGNORED
     nothing = cached.sparse(batch)
@@ -133,7 +134,7 @@ def test_a_sequence_of_another_text(place: Path) -> None:
         Cache(place / "topk"), head_from(load(place / "teacher"), torch.device("cpu"))
     )
     with pytest.raises(UserError, match="a sequence is not in the cache"):
-        cached.sparse(next(decoder_layers(4, 32).batches(4)))
+        cached.sparse(next(tiny_sequences(4, 32).batches(4)))
 
 
 def test_ids_of_padding_are_left_out(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_loss_is_nan_from_the_start(place: Path, tmp_path: Path, refused: Refuse
     arguments = command("distill", place, place / "student", tmp_path / "out")
     arguments[3] = place / "model"
     said = refused(*arguments, at_once=False)
-    assert "loss became nan at step 0; no checkpoint had been made yet" in said
+    assert "loss became nan at step 0; no checkpoint had been written yet" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -10,7 +10,7 @@ import torch
 import torch._dynamo
 from safetensors.torch import load_file
 from tiny_distillation import CONFIG, OPTIONS, data, held_out, kl_of, write_place
-from tiny_training import MIX, decoder_layers, pair
+from tiny_training import MIX, pair, tiny_sequences
 from torch import Tensor
 
 from regrow.config import Options
@@ -46,7 +46,7 @@ def gradient(compiled: bool) -> Tensor:
     if compiled:
         compile_layers(student, teacher, "whole")
     undo = bind_loss(student, teacher, MIX)
-    batch = next(decoder_layers().batches(4))
+    batch = next(tiny_sequences().batches(4))
     student.train()(**{name: batch[name] for name in ("input_ids", "position_ids", "labels")})[
         "loss"
     ].backward()

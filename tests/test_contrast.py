@@ -14,7 +14,7 @@ from test_head import Case, N
 from test_trainer import error
 from tiny_folders import data_of, write_text
 from tiny_tokenizer import tiny_tokenizer
-from tiny_training import arguments, decoder_layers, pair, start_ranks, train
+from tiny_training import arguments, pair, start_ranks, tiny_sequences, train
 from torch import Tensor
 
 from regrow.data import DataConfig
@@ -189,7 +189,7 @@ MIX = LossWeights(
 
 def tagged_sequences() -> Sequences:
     """A source for each document, and so that one has many more tokens than the other."""
-    sequences = decoder_layers()
+    sequences = tiny_sequences()
     document = (sequences.position_ids == 0).long().cumsum(1)
     rows = torch.arange(len(sequences))[:, None]
     sequences.source = ((document == 1) | (rows == 3)).long()

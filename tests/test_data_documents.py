@@ -199,6 +199,7 @@ def test_splits_have_their_shares_and_do_not_change() -> None:
     splits = [split_of(f"document {n}", data) for n in range(20_000)]
     assert abs(splits.count("heldout") / 20_000 - 0.05) < 0.005
     assert abs(splits.count("calibration") / 20_000 - 0.15) < 0.008
+    assert abs(splits.count("validation") / 20_000 - 0.05) < 0.005
     # Written down: a changed hash would put a user's training text into his held-out text.
     assert splits[:12] == FIRST
     other = data.model_copy(update={"seed": 1})
@@ -215,7 +216,7 @@ def test_splits_have_their_shares_and_do_not_change() -> None:
 FIRST = [
     "train",
     "calibration",
-    "train",
+    "validation",
     "train",
     "train",
     "heldout",

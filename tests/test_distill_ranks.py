@@ -26,6 +26,7 @@ from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.stages.distill.stage import distill
 from regrow.training.callbacks import ProgressCallback
+from regrow.training.trainer import DistillTrainer
 
 LORA = CONFIG.model_copy(update={"adapter": "lora", "lora_rank": 3, "keep_adapters": True})
 
@@ -59,9 +60,42 @@ def _killed(rank: int, place: str, out: str) -> None:
     os._exit(2)
 
 
+def _not_finite(rank: int, place: str, out: str, step: str) -> None:
+    """The loss of rank 1 alone becomes NaN in a step; each rank writes down what it says."""
+    stock = DistillTrainer.compute_loss
+
+    def spoiled(self: DistillTrainer, *arguments: Any, **fields: Any) -> Any:
+        loss = stock(self, *arguments, **fields)
+        return (
+            loss * float("nan") if rank == 1 and self.state.global_step == int(step) - 1 else loss
+        )
+
+    DistillTrainer.compute_loss = spoiled  # type: ignore[method-assign]
+    with pytest.raises(UserError) as caught:
+        _distill(rank, place, out)
+    Path(f"{out}.{rank}").write_text(str(caught.value))
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     checkpoint = Checkpoint(folder)
     return {name: checkpoint.tensor(name).float() for name in checkpoint.names()}
+
+
+def test_nan_on_another_rank_is_told_on_all_of_them(tmp_path: Path) -> None:
+    """Before there is a checkpoint (they come every 4 steps), and after."""
+    place = write_place(tmp_path / "place")
+    for step in (2, 7):
+        out = tmp_path / f"out{step}"
+        start_ranks(2, _not_finite, str(place), str(out), str(step))
+        messages = {Path(f"{out}.{rank}").read_text() for rank in (0, 1)}
+        assert len(messages) == 1
+        stopped = Path(f"{out}-stopped")
+        saved = f"the last good checkpoint (checkpoint-4) is kept in {stopped}"
+        if step == 2:
+            saved = "no checkpoint had been written yet, and the student is unchanged"
+        expected = f"the loss became nan at step {step}; {saved}; lower the learning rate"
+        assert messages == {expected}
+        assert (stopped / "model.safetensors").exists() == (step == 7)
 
 
 def test_two_ranks_write_the_student_of_one_also_after_a_kill(tmp_path: Path) -> None:
@@ -70,7 +104,7 @@ def test_two_ranks_write_the_student_of_one_also_after_a_kill(tmp_path: Path) ->
     distill(place / "pruned", place / "teacher", data(place), one, CONFIG, OPTIONS)
     with pytest.raises(torch.multiprocessing.ProcessExitedException):
         start_ranks(2, _killed, str(place), str(out))
-    assert (place / "said").read_text().endswith("it goes on from checkpoint-4")
+    assert (place / "said").read_text().endswith("it continues from checkpoint-4")
     start_ranks(2, _distill_both, str(place), str(out))
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     alone, together = held_out(one), held_out(out)

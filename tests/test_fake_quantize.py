@@ -118,7 +118,9 @@ def test_better_than_rounding_after_training(aware: Path, place: Path) -> None:
 
 
 def test_refused(tmp_path: Path, place: Path) -> None:
-    with pytest.raises(ValidationError, match="fp8 rounds inputs too; give int8 or a kind of int4"):
+    with pytest.raises(
+        ValidationError, match="fp8 also rounds inputs; give int8 or a kind of int4"
+    ):
         DistillConfig(fake_quantize="fp8")
     with pytest.raises(ValidationError, match="no scheme named 'int5'"):
         DistillConfig(fake_quantize="int5")

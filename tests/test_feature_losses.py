@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_feature_losses import FAMILIES, KEPT, KL, NAMES, SLOW, family, loss_weights_of, slow
 from tiny_models import random_plan, tiny_model
-from tiny_training import Largest, decoder_layers
+from tiny_training import Largest, tiny_sequences
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,8 +18,13 @@ from regrow import plugins
 from regrow.plan import Plan
 from regrow.pruning.cut import cut_model
 from regrow.training import head
-from regrow.training.feature_loss_weights import FEATURE_LOSSES, FeatureLosses
-from regrow.training.layer_mapping import LayerMapping, at_depths, give_attentions
+from regrow.training.features import (
+    FEATURE_LOSSES,
+    FeatureLosses,
+    LayerMapping,
+    at_depths,
+    give_attentions,
+)
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
 
@@ -36,7 +41,7 @@ def float64_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def batch_of(n: int = 4, length: int = 24) -> dict[str, Tensor]:
-    return next(decoder_layers(n, length).batches(n))
+    return next(tiny_sequences(n, length).batches(n))
 
 
 def bound(
@@ -143,7 +148,7 @@ def test_parts_of_a_batch_add_up() -> None:
     """So that accumulation and ranks share one mean: by blocks, and token by token."""
     student, teacher, plan = family(**FAMILIES["llama"])
     whole = values(student, teacher, plan, batch_of(8))
-    sequences = [values(student, teacher, plan, b) for b in decoder_layers(8).batches(2)]
+    sequences = [values(student, teacher, plan, b) for b in tiny_sequences(8).batches(2)]
     odd, even = batch_of(8), batch_of(8)
     odd["labels"][:, ::2] = even["labels"][:, 1::2] = -100
     tokens = [values(student, teacher, plan, b) for b in (odd, even)]
@@ -188,7 +193,7 @@ def test_a_student_of_fewer_tokens(name: str) -> None:
         give_attentions(each)
     assert plan.vocab is not None
     teacher = Teacher(model, torch.tensor(plan.vocab))
-    batch = next(decoder_layers(4, vocabulary=len(kept)).batches(4))
+    batch = next(tiny_sequences(4, vocabulary=len(kept)).batches(4))
     found = bound(student, teacher, loss_weights_of(plan, name), batch)["parts"][name].detach()
     if name.startswith("logit_lens"):
         with torch.no_grad():  # of the teacher's distribution, what the student has words for

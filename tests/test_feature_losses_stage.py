@@ -16,10 +16,10 @@ from regrow.config import parse
 from regrow.errors import UserError
 from regrow.plan import Plan
 from regrow.stages.distill.config import DistillConfig
-from regrow.stages.distill.features import feature_losses_between
+from regrow.stages.distill.setup import feature_losses_between
 from regrow.stages.distill.stage import distill
 from regrow.stages.distill.student import open_student
-from regrow.training.layer_mapping import LayerMapping
+from regrow.training.features import LayerMapping
 
 SHORT = CONFIG.model_copy(update={"tokens": 4 * 128, "eval_tokens": 2 * 128})
 
@@ -59,7 +59,7 @@ def test_all_of_them_with_balance(
     names = ["attention", "embeddings"]
     names += ["hidden", "hidden_cosine", "logit_lens"] if student == "pruned" else []
     weights = dict.fromkeys(names, 1.0)
-    config = SHORT.model_copy(update={"feature_losses": weights, "balance": True})
+    config = SHORT.model_copy(update={"feature_losses": weights, "balance_feature_losses": True})
     out = tmp_path / "out"
     distill(place / student, place / "teacher", data(place), out, config, OPTIONS)
     rows = rows_of(out)
@@ -84,15 +84,15 @@ def test_the_match_follows_the_descent(place: Path) -> None:
     weights = {"hidden": 1.0, "embeddings": 1.0}
     assert feature_losses_for(
         place, "pruned", feature_losses=weights
-    ).match == LayerMapping.of_plan(plan)
+    ).mapping == LayerMapping.of_plan(plan)
     assert feature_losses_for(
         place, "teacher", feature_losses=weights
-    ).match == LayerMapping.of_same(2)
-    stranger = feature_losses_for(place, "stranger", feature_losses={"embeddings": 1.0}).match
+    ).mapping == LayerMapping.of_same(2)
+    stranger = feature_losses_for(place, "stranger", feature_losses={"embeddings": 1.0}).mapping
     assert {n: tuple(p.shape) for n, p in stranger.projections.items()} == {"embeddings": (36, 48)}
     lens = feature_losses_for(
         place, "pruned", feature_losses={"logit_lens": 1.0}, lens_layers=(0,)
-    ).match.lens
+    ).mapping.lens
     assert lens == ((0, 0),)
     assert feature_losses_for(place, "pruned") is None
 
@@ -100,9 +100,9 @@ def test_the_match_follows_the_descent(place: Path) -> None:
 def test_refused_before_any_slow_work(place: Path, tmp_path: Path) -> None:
     for student in ("stranger", "config.json"):
         for name in ("hidden", "logit_lens_symmetric"):
-            with pytest.raises(UserError, match=rf"{name} compares .* \(1 layers\) has none"):
+            with pytest.raises(UserError, match=rf"{name} compares .* \(1 layers\) is paired with"):
                 feature_losses_for(place, student, feature_losses={"embeddings": 1.0, name: 1.0})
-    with pytest.raises(UserError, match=r"lens_layers: 1 is no block .* \(0 to 0\)"):
+    with pytest.raises(UserError, match=r"lens_layers: 1 is not a layer .* \(0 to 0\)"):
         feature_losses_for(place, "pruned", feature_losses={"logit_lens": 1.0}, lens_layers=(1,))
     write_model(tmp_path / "dropping", attention_dropout=0.1)
     master = load(place / "teacher")
@@ -130,7 +130,7 @@ def test_refused_before_any_slow_work(place: Path, tmp_path: Path) -> None:
         ),
         ({"lens_layers": [1.5]}, "1.5 is no depth: give shares between 0 and 1"),
         ({"lens_layers": [-1]}, "-1 is no depth"),
-        ({"lens_layers": []}, "give one depth at least"),
+        ({"lens_layers": []}, "give at least one depth"),
         ({"hidden_weight": 1.0}, "hidden_weight: unknown key"),
     ],
 )

@@ -8,12 +8,20 @@ from typing import Any
 import pytest
 import torch
 from tiny_feature_losses import NAMES
-from tiny_training import MIX, Watch, arguments, decoder_layers, pair, start_ranks
+from tiny_training import MIX, Watch, arguments, pair, start_ranks, tiny_sequences
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from regrow.training.feature_loss_weights import DECAY, MAIN, FeatureLosses, LossBalancer, needs_of
-from regrow.training.layer_mapping import LayerMapping, at_depths, give_attentions
+from regrow.training.features import (
+    DECAY,
+    MAIN,
+    FeatureLosses,
+    LayerMapping,
+    LossBalancer,
+    at_depths,
+    give_attentions,
+    needs_of,
+)
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
 from regrow.training.trainer import DistillTrainer
@@ -57,7 +65,7 @@ def train(
     trainer = DistillTrainer(
         model=student,
         args=arguments(folder, **fields),
-        train_dataset=decoder_layers(8 * STEPS),
+        train_dataset=tiny_sequences(8 * STEPS),
         feature_losses=feature_losses,
     )
     trainer.add_callback(watch := Watch())
@@ -81,7 +89,10 @@ class _Stop(Watch):
 def everything(trainer: DistillTrainer, feature_losses: FeatureLosses) -> dict[str, Tensor]:
     """Student and projections."""
     student = {name: p.detach() for name, p in trainer.student.named_parameters()}
-    return {**student, **{name: p.detach() for name, p in feature_losses.match.projections.items()}}
+    return {
+        **student,
+        **{name: p.detach() for name, p in feature_losses.mapping.projections.items()},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +103,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {
         "folder": folder,
         "weights": everything(trainer, feature_losses),
-        "sums": feature_losses.balance.sums if feature_losses.balance else {},
+        "sums": feature_losses.balancer.sums if feature_losses.balancer else {},
         "log": trainer.state.log_history,
         "names": {name for name, _ in trainer.student.named_parameters()},
     }
@@ -116,13 +127,13 @@ def test_balance_by_hand() -> None:
 @pytest.mark.parametrize("balanced", [False, True])
 def test_factors_reach_the_loss(balanced: bool) -> None:
     student, teacher, feature_losses = strangers(balanced, 0.5)
-    if feature_losses.balance is not None:
-        feature_losses.balance.update(
+    if feature_losses.balancer is not None:
+        feature_losses.balancer.update(
             {MAIN: 3.0, **{name: 1.0 + n for n, name in enumerate(NAMES)}}
         )
     bind_loss(student, teacher, MIX, feature_losses)
     with torch.no_grad():
-        found = student(**next(decoder_layers().batches(8)))
+        found = student(**next(tiny_sequences().batches(8)))
     factors = {name: 3.0 / (1 + n) if balanced else 1.0 for n, name in enumerate(NAMES)}
     more = sum(0.5 * factors[name] * found["parts"][name] for name in NAMES)
     torch.testing.assert_close(found["loss"], found["main"] + more)
@@ -135,7 +146,7 @@ def test_every_signal_is_logged(whole: dict[str, Any]) -> None:
     bind_loss(student, teacher, MIX, feature_losses)
     student.train()
     with torch.no_grad():
-        found = student(**next(decoder_layers(8 * STEPS).batches(8)))
+        found = student(**next(tiny_sequences(8 * STEPS).batches(8)))
     for name in ("forward_kl", "cross_entropy", *NAMES):
         expected = float(found["parts"][name] / found["tokens"])
         assert rows[0][name] == pytest.approx(expected, rel=1e-4), name
@@ -151,8 +162,8 @@ def test_a_step_is_the_same_however_it_is_split(tmp_path: Path, whole: dict[str,
     trainer, feature_losses, _ = train(tmp_path, split=(8, 1), save_strategy="no")
     for name, value in everything(trainer, feature_losses).items():
         torch.testing.assert_close(value, whole["weights"][name], rtol=1e-2, atol=1e-4)
-    assert feature_losses.balance is not None
-    assert feature_losses.balance.sums == pytest.approx(whole["sums"], rel=1e-3)
+    assert feature_losses.balancer is not None
+    assert feature_losses.balancer.sums == pytest.approx(whole["sums"], rel=1e-3)
 
 
 def test_resumed_equals_uninterrupted(tmp_path: Path, whole: dict[str, Any]) -> None:
@@ -162,22 +173,22 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, whole: dict[str, Any]) -> 
     assert trainer.state.global_step == STEPS
     for name, value in everything(trainer, feature_losses).items():
         assert torch.equal(value, whole["weights"][name]), name
-    assert feature_losses.balance is not None
-    assert feature_losses.balance.sums == whole["sums"]
+    assert feature_losses.balancer is not None
+    assert feature_losses.balancer.sums == whole["sums"]
 
 
 def test_projections_learn_and_stay_out(whole: dict[str, Any]) -> None:
     from safetensors import safe_open
 
     _, _, fresh = strangers(balance=False)
-    assert len(fresh.match.projections) == 3
-    for name, weight in fresh.match.projections.items():
+    assert len(fresh.mapping.projections) == 3
+    for name, weight in fresh.mapping.projections.items():
         assert not torch.equal(weight, whole["weights"][name])
         assert name not in whole["names"]
     with safe_open(whole["folder"] / "checkpoint-4" / "model.safetensors", "pt") as file:
         assert set(file.keys()) <= whole["names"]
     state = torch.load(whole["folder"] / "checkpoint-4" / "feature_losses.pt")
-    assert set(state) == {*fresh.match.projections, "balance"}
+    assert set(state) == {*fresh.mapping.projections, "balance"}
 
 
 def test_gradient_of_the_projections_by_finite_differences() -> None:
@@ -186,7 +197,7 @@ def test_gradient_of_the_projections_by_finite_differences() -> None:
     for weight in feature_losses.projections():
         weight.data = weight.data.double()
     bind_loss(student, teacher, MIX, feature_losses)
-    batch = next(decoder_layers(4).batches(4))
+    batch = next(tiny_sequences(4).batches(4))
     student(**batch)["loss"].backward()
     draw = torch.Generator().manual_seed(0)
     for weight in feature_losses.projections():
@@ -207,8 +218,8 @@ def _train_share(rank: int, folder: str) -> None:
     trainer, feature_losses, _ = train(
         Path(folder) / str(rank), split=(2, 2), save_strategy="no", ddp_backend="gloo"
     )
-    assert feature_losses.balance is not None
-    state = everything(trainer, feature_losses), feature_losses.balance.sums
+    assert feature_losses.balancer is not None
+    state = everything(trainer, feature_losses), feature_losses.balancer.sums
     torch.save(state, Path(folder) / f"{rank}.pt")
 
 
@@ -226,7 +237,7 @@ def test_no_state_no_file(tmp_path: Path) -> None:
     trainer = DistillTrainer(
         model=student,
         args=arguments(tmp_path, save_strategy="steps", save_steps=1),
-        train_dataset=decoder_layers(),
+        train_dataset=tiny_sequences(),
         feature_losses=feature_losses,
     )
     bind_loss(student, teacher, MIX, feature_losses)

@@ -9,9 +9,8 @@ from test_head import MIXES, Case
 from tiny_training import Largest
 from torch import Tensor
 
-from regrow.training.head import CHUNKS_TOGETHER, Head, head_loss
+from regrow.training.head import CHUNKS_TOGETHER, Head, add_product, head_loss, product, split
 from regrow.training.loss_weights import LossWeights
-from regrow.training.products import add_product, product, split
 
 
 def frobenius(found: Tensor, exact: Tensor) -> float:
@@ -76,7 +75,7 @@ def test_gradient_error_of_exact_products(name: str, temperature: float) -> None
 def test_products(
     dtype: torch.dtype, exact: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("regrow.training.products.ADDED_ELEMENTS", rows * 90)
+    monkeypatch.setattr("regrow.training.head.ADDED_ELEMENTS", rows * 90)
     torch.manual_seed(0)
     factor, right = torch.randn(40, 70), torch.randn(70, 90).to(dtype)
     left = factor.to(dtype)

@@ -23,8 +23,7 @@ from regrow.stages.distill.stage import distill
 from regrow.stages.distill.teacher import teacher_placement
 from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import bind_loss
-from regrow.training.teacher import Teacher
-from regrow.training.teacher_placement import Int8Linear, place_teacher
+from regrow.training.teacher import Int8Linear, Teacher, place_teacher
 
 CPU = torch.device("cpu")
 FAMILIES = plugins.names(families.__name__)
@@ -155,14 +154,14 @@ INT8, DISK = {"teacher_dtype": "int8"}, {"offload_teacher": True}
 @pytest.mark.parametrize(
     ("fields", "options", "said"),
     [
-        (INT8, DISK, "teacher_dtype int8 and offload_teacher: both say how the teacher is held"),
-        ({}, {**DISK, "sharding": "fsdp"}, "sharding fsdp and offload_teacher: both say"),
+        (INT8, DISK, "teacher_dtype int8 and offload_teacher: both place the teacher"),
+        ({}, {**DISK, "sharding": "fsdp"}, "sharding fsdp and offload_teacher: both place"),
         (
             {**INT8, "cache": "c"},
             {},
-            "teacher_dtype int8: a cache stands in for the",
+            "teacher_dtype int8: a cache replaces the",
         ),
-        ({"cache": "c"}, DISK, "offload_teacher: a cache stands in"),
+        ({"cache": "c"}, DISK, "offload_teacher: a cache replaces"),
     ],
 )
 def test_what_excludes_each_other(

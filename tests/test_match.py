@@ -9,8 +9,8 @@ from tiny_models import random_plan, tiny_config, tiny_model
 from torch import Tensor
 
 from regrow.errors import UserError
+from regrow.training.features import LayerMapping, ModelFeatures, at_depths
 from regrow.training.head import Head
-from regrow.training.layer_mapping import LayerMapping, ModelFeatures, at_depths
 
 
 def inside(states: list[Tensor], attentions: list[Tensor] | None = None) -> ModelFeatures:
@@ -67,7 +67,7 @@ def test_depths(num_layers: int, depths: tuple[int | float, ...], blocks: list[i
 
 @pytest.mark.parametrize("depth", [3, 4, -1])
 def test_depths_that_are_not_there(depth: int) -> None:
-    with pytest.raises(UserError, match=rf"lens_layers: {depth} is no block .* \(0 to 2\)"):
+    with pytest.raises(UserError, match=rf"lens_layers: {depth} is not a layer .* \(0 to 2\)"):
         at_depths(((0, 0), (1, 1), (2, 2)), 4, (0.5, depth))
 
 
@@ -75,7 +75,7 @@ def test_depths_that_are_not_there(depth: int) -> None:
 def test_projections_keep_the_size_of_a_state(ours: int, theirs: int) -> None:
     match = LayerMapping.by_depth(3, 3)
     match.project((ours, theirs), frozenset({"outputs", "embeddings"}), seed=1)
-    assert set(match.projections) == {"embeddings", "block 0", "block 1"}
+    assert set(match.projections) == {"embeddings", "layer 0", "layer 1"}
     states = torch.randn(500, ours, generator=torch.Generator().manual_seed(0))
     for weight in match.projections.values():
         assert weight.shape == (ours, theirs)
@@ -83,7 +83,7 @@ def test_projections_keep_the_size_of_a_state(ours: int, theirs: int) -> None:
         assert 0.8 < float(ratio.detach()) < 1.25
     other = LayerMapping.by_depth(3, 3)
     other.project((ours, theirs), frozenset({"outputs", "lens"}), seed=1)
-    assert set(other.projections) == {"block 0", "block 1"}
+    assert set(other.projections) == {"layer 0", "layer 1"}
 
 
 def test_projected_states() -> None:
@@ -97,7 +97,7 @@ def test_projected_states() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         embedded = match.embedded(inside(ours), inside(theirs), mask)
         (states,) = match.states(inside(ours), inside(theirs), mask)
-    for found, layer, name in ((embedded, 0, "embeddings"), (states, 1, "block 0")):
+    for found, layer, name in ((embedded, 0, "embeddings"), (states, 1, "layer 0")):
         expected = ours[layer][mask].double() @ match.projections[name].double()
         torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found[1], theirs[layer][mask], rtol=0, atol=0)
@@ -118,7 +118,7 @@ def test_without_a_plan_the_mean_of_the_heads_is_compared() -> None:
 def test_tiny_models_have_the_final_norm_where_it_is_looked_for() -> None:
     from tiny_models import SPECIAL
 
-    from regrow.training.layer_mapping import final_norm
+    from regrow.training.features import final_norm
 
     for model_type in SPECIAL:
         model = tiny_model(model_type)

@@ -9,7 +9,7 @@ import torch
 from tiny_distillation import CONFIG, OPTIONS, data, held_out, kl_of
 from tiny_folders import write_model, write_text
 from tiny_models import tiny_model
-from tiny_training import MIX, decoder_layers
+from tiny_training import MIX, tiny_sequences
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,8 +19,7 @@ from regrow.errors import UserError
 from regrow.stages.distill import teacher as teacher_module
 from regrow.stages.distill.stage import distill
 from regrow.training import frozen_layers
-from regrow.training.feature_loss_weights import FeatureLosses
-from regrow.training.layer_mapping import LayerMapping
+from regrow.training.features import FeatureLosses, LayerMapping
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher
 
@@ -40,7 +39,7 @@ def models(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
 def step(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[float, dict[str, Tensor]]:
     undo = bind_loss(student, Teacher(teacher), MIX, FEATURE_LOSSES)
     student.zero_grad()
-    loss = student(**next(iter(decoder_layers().batches(8))))["loss"]
+    loss = student(**next(iter(tiny_sequences().batches(8))))["loss"]
     loss.backward()
     undo()
     grads = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
@@ -101,7 +100,7 @@ def test_a_student_cut_later_keeps_its_first_blocks(
     config = CONFIG.model_copy(update=changes)
     given = (student, teacher.folder, data(tmp_path), tmp_path / "out")
     out = distill(*given, config, OPTIONS)
-    assert "distill: the first 2 blocks are the teacher's and run once for both" in ran
+    assert "distill: the first 2 layers are the teacher's and run once for both" in ran
     before, after = Checkpoint(student), Checkpoint(out)
     for name in before.names():
         fixed = ".2." not in name and "model.norm" not in name

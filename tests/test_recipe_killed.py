@@ -148,7 +148,7 @@ def kill_in_checkpoint(place: Path, out: Path) -> None:
 def check_resumed(place: Path, reached: int) -> None:
     """Two processes went on from a whole checkpoint, the last from the one before the kill."""
     said = re.findall(
-        r"^distill: goes on from checkpoint-(\d+)$", (place / "log").read_text(), re.M
+        r"^distill: continues from checkpoint-(\d+)$", (place / "log").read_text(), re.M
     )
     steps = [int(step) for step in said]
     assert steps[0] == EVERY

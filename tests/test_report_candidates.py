@@ -40,7 +40,7 @@ def rows_of(count: int) -> list[dict[str, Any]]:
     return found
 
 
-def decoder_layers(rows: list[dict[str, Any]]) -> list[Any]:
+def tiny_sequences(rows: list[dict[str, Any]]) -> list[Any]:
     plan = random_plan(tiny_config("llama").to_dict(), mlp=20)
     found = section([Run(Path("."), cuts=[Cut("02-prune", plan, rows, None)])])
     assert found is not None
@@ -53,7 +53,7 @@ def test_the_front_by_hand() -> None:
 
 
 def test_every_candidate_is_in_a_table() -> None:
-    blocks = decoder_layers(rows_of(30))
+    blocks = tiny_sequences(rows_of(30))
     table, rest, *_ = blocks
     assert isinstance(table, Table) and isinstance(rest, Details)
     assert len(table.rows) == 20 and table.marked == {0}
@@ -73,7 +73,7 @@ def test_every_candidate_is_in_a_table() -> None:
 
 
 def test_kl_is_drawn_over_each_cost_with_its_front() -> None:
-    charts = [block for block in decoder_layers(rows_of(30)) if isinstance(block, Chart)]
+    charts = [block for block in tiny_sequences(rows_of(30)) if isinstance(block, Chart)]
     titles = [chart.figure["layout"]["xaxis"]["title"]["text"] for chart in charts]
     assert titles == [
         "parameters kept, %", "size, MB", "prefill of the prompt, ms", "decode, ms per token",
@@ -95,7 +95,7 @@ def test_distilled_shapes_are_ranked_by_their_longest() -> None:
         one["distilled"] = kls
     rows[3]["chosen"], rows[2]["chosen"] = False, True
     rows[0]["kl"] = None
-    table = decoder_layers(rows)[0]
+    table = tiny_sequences(rows)[0]
     assert table.head[-2:] == ["KL, 10 tokens", "KL, 20 tokens"]
     assert [cells[0].text for cells in table.rows] == [
         "shape 2 (chosen)", "shape 1", "shape 0", "shape 3",
@@ -105,5 +105,5 @@ def test_distilled_shapes_are_ranked_by_their_longest() -> None:
 
 def test_bytes_that_say_nothing_new_are_not_drawn() -> None:
     rows = [{**one, "format": "bf16"} for one in rows_of(4)]
-    charts = [block for block in decoder_layers(rows) if isinstance(block, Chart)]
+    charts = [block for block in tiny_sequences(rows) if isinstance(block, Chart)]
     assert len(charts) == 3

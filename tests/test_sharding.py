@@ -16,7 +16,7 @@ import torch.multiprocessing
 from test_distill_ranks import weights
 from test_trainer import error, slow_gradients
 from tiny_distillation import CONFIG, OPTIONS, STEPS, data, held_out, rows_of, write_place
-from tiny_training import MIX, arguments, decoder_layers, pair, start_ranks, train
+from tiny_training import MIX, arguments, pair, start_ranks, tiny_sequences, train
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
@@ -75,7 +75,7 @@ def _work(rank: int, place: str, folder: str) -> None:
             **sharding.training_fields(SHARDED),
         )
         sharding.keep_precision(given)
-        trainer = DistillTrainer(model=student, args=given, train_dataset=decoder_layers())
+        trainer = DistillTrainer(model=student, args=given, train_dataset=tiny_sequences())
         watch = Watch()
         trainer.add_callback(watch)
         bind_loss(student, teacher, MIX)
@@ -98,7 +98,7 @@ def _work(rank: int, place: str, folder: str) -> None:
         distill(*job, SHARDED)
     ProgressCallback.on_step_begin = began  # type: ignore[method-assign]
     del os.environ["ACCELERATE_USE_FSDP"]  # as it would be in a new process
-    with pytest.raises(UserError, match="written with sharding fsdp and cannot go on with none"):
+    with pytest.raises(UserError, match="written with sharding fsdp and cannot continue with none"):
         distill(*job, OPTIONS)
     distill(*job, SHARDED)
 
@@ -106,7 +106,7 @@ def _work(rank: int, place: str, folder: str) -> None:
 def test_two_processes_with_shares_give_what_one_gives(tmp_path: Path) -> None:
     place = write_place(tmp_path / "place")
     start_ranks(2, _work, str(place), str(tmp_path))
-    exact = {name: value.double() for name, value in slow_gradients(decoder_layers()).items()}
+    exact = {name: value.double() for name, value in slow_gradients(tiny_sequences()).items()}
     alone, _ = train(tmp_path / "alone", 8, 1)
     for rank in range(2):
         gradients, after = torch.load(tmp_path / f"{rank}-True.pt")
@@ -114,7 +114,7 @@ def test_two_processes_with_shares_give_what_one_gives(tmp_path: Path) -> None:
         for name, parameter in alone.model.named_parameters():
             torch.testing.assert_close(after[name], parameter.detach(), rtol=1e-5, atol=1e-6)
         gradients, _ = torch.load(tmp_path / f"{rank}-False.pt")
-        assert error(gradients, slow_gradients(decoder_layers(), tie_word_embeddings=False)) < 1e-5
+        assert error(gradients, slow_gradients(tiny_sequences(), tie_word_embeddings=False)) < 1e-5
     one, out = tmp_path / "one", tmp_path / "out"
     distill(place / "pruned", place / "teacher", data(place), one, CONFIG, OPTIONS)
     expected, together = held_out(one), held_out(out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from regrow.data.sequences import Sequences, build_sequences
 from regrow.errors import UserError
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import distill
+from regrow.stages.distill.teacher import teacher_of
 from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import bind_loss
 from regrow.training.shared_tokens import NONE, check_text, common_ids, same_rules, teacher_ids
@@ -179,6 +181,20 @@ def test_padding_is_no_part_of_the_distribution() -> None:
         undo()
     # A teacher without padding in its rows is the whole of it.
     assert len(Teacher(model).head.weight_VH) == 384
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_teacher_is_opened_without_its_padding(tmp_path: Path, cached: bool) -> None:
+    """Live or from a cache, its head has rows for the tokenizer's ids only."""
+    size = len(tiny_tokenizer())
+    teacher = write_model(tmp_path / "teacher", vocab_size=size + 16)
+    stored: Any = SimpleNamespace(header=SimpleNamespace(vocab_size=size)) if cached else None
+    opened = teacher_of(teacher, None, stored, torch.device("cpu"), "whole")
+    head = opened.head
+    weight_VH = teacher.tensor("model.embed_tokens.weight").bfloat16()
+    if "lm_head.weight" in teacher.names():
+        weight_VH = teacher.tensor("lm_head.weight").bfloat16()
+    assert torch.equal(head.weight_VH, weight_VH[:size])
 
 
 def test_text_that_a_model_cannot_read_is_refused() -> None:

@@ -19,9 +19,13 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from regrow.data.documents import Document
 from regrow.data.sequences import IGNORED, Packer, Sequences
 from regrow.errors import UserError
+from regrow.training.cross_tokenizer import teacher as cross_tokenizer_teacher
 from regrow.training.cross_tokenizer.align import Aligner, Span, token_bytes
-from regrow.training.cross_tokenizer.loss import log_probabilities, span_loss
-from regrow.training.cross_tokenizer.teacher import CrossTokenizerTeacher
+from regrow.training.cross_tokenizer.teacher import (
+    CrossTokenizerTeacher,
+    log_probabilities,
+    span_loss,
+)
 from regrow.training.head import Head, head_loss
 from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import bind_loss
@@ -58,6 +62,26 @@ def test_spans_of_a_hand_made_pair() -> None:
         Span((3, 5), (4, 5)),  # ad
         Span((5, 6), (5, 6)),  # the end
     ]
+
+
+def test_a_span_at_the_very_start_of_the_teachers_text_is_not_compared() -> None:
+    """The student has a BOS to predict its first token from; the teacher has none."""
+    student = by_hand(("a", "b"), ("c", "d"))
+    student.add_special_tokens({"bos_token": "<begin>"})
+    teacher = by_hand(("b", "c"), ("a", "d"))  # a|bc|d|a|ad|<end>
+    ids = torch.tensor([[student.bos_token_id, *student("abcdaad")["input_ids"], 0]])
+    labels = ids.clone()
+    labels[:, 0] = IGNORED
+    positions = torch.arange(ids.shape[1])[None]
+    aligner = Aligner(student, teacher)
+    aligned = aligner.align(ids[0].tolist())
+    assert aligned is not None
+    assert aligned[1][0] == Span((1, 3), (0, 3))  # abcd
+    found = aligner.batch({"input_ids": ids, "position_ids": positions, "labels": labels})
+    assert student.convert_ids_to_tokens(found.student.target) == ["a", "a", "d", "<end>"]
+    assert teacher.convert_ids_to_tokens(found.teacher.target) == ["a", "ad", "<end>"]
+    assert found.student.at == [2, 3, 4, 5]
+    assert found.teacher.at == [2, 3, 4]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -264,6 +288,17 @@ def test_no_tensor_of_tokens_times_vocabulary() -> None:
     assert seen.elements == 32 * 1000
 
 
+def test_chunks_of_the_default_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `chunk_tokens`, a chunk has at most CHUNK_ELEMENTS logits, in both passes."""
+    n, size = 400, 50
+    monkeypatch.setattr(cross_tokenizer_teacher, "CHUNK_ELEMENTS", 40 * size)
+    hidden, weight = torch.randn(n, 4, requires_grad=True), torch.randn(size, 4)
+    with Largest(ignored=set()) as largest:
+        values = log_probabilities(hidden, Head(weight), torch.zeros(n, dtype=torch.int64), size)
+        values.sum().backward()  # type: ignore[no-untyped-call]
+    assert largest.elements == 40 * size
+
+
 def test_far_and_certain_spans_stay_finite() -> None:
     ours = torch.tensor([0.0, -1e-30, -1e-9, -700.0, 0.0], dtype=torch.float64, requires_grad=True)
     theirs = torch.tensor([0.0, -5.0, -1e-9, -1.0, -700.0], dtype=torch.float64)
@@ -287,7 +322,7 @@ def test_refusals() -> None:
     assert marked.coverage(sequences) > 0.5
     plain = block_of(chat)
     plain.labels[:] = IGNORED
-    with pytest.raises(UserError, match="no text comes back unchanged"):
+    with pytest.raises(UserError, match="both tokenizers change all of the text"):
         Aligner(chat, other).coverage(plain)
     words = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     words.decoder = decoders.WordPiece()

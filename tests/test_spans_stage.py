@@ -19,8 +19,8 @@ from regrow.data.sequences import build_sequences
 from regrow.errors import UserError
 from regrow.recipe.recipe import Recipe, run
 from regrow.stages.distill.config import DistillConfig
-from regrow.stages.distill.cross_tokenizer import aligner_of
 from regrow.stages.distill.stage import distill
+from regrow.stages.distill.teacher import aligner_of
 from regrow.training.cross_tokenizer.align import Aligner
 from regrow.training.cross_tokenizer.teacher import CrossTokenizerTeacher
 from regrow.training.loss_weights import LossWeights
@@ -140,9 +140,9 @@ def test_tokens_are_compared_where_they_can_be(place: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"cache": "x"}, "cache holds what the teacher says of its own tokens"),
-        ({"feature_losses": {"hidden": 1.0}}, "feature losses compare states at the same tokens"),
-        ({"blend": {"x": 0.5}}, "blend mixes distributions over the same tokens"),
+        ({"cache": "x"}, "cache has distributions over the teacher"),
+        ({"feature_losses": {"hidden": 1.0}}, "feature_losses compare states at the same tokens"),
+        ({"extra_teachers": {"x": 0.5}}, "extra_teachers mix distributions over the same tokens"),
         ({"temperature": 2.0}, "set it to 1, and span_temperature instead"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from tiny_training import (
     MIX,
     T,
     arguments,
-    decoder_layers,
     pair,
     start_ranks,
+    tiny_sequences,
     train,
 )
 from torch import Tensor
@@ -77,7 +78,7 @@ def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 @pytest.fixture(scope="module")
 def exact() -> dict[str, Tensor]:
-    return {name: value.double() for name, value in slow_gradients(decoder_layers()).items()}
+    return {name: value.double() for name, value in slow_gradients(tiny_sequences()).items()}
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (4, 2), (2, 4), (1, 8)])
@@ -93,7 +94,7 @@ def test_logged_loss_is_the_mean_per_scored_token(tmp_path: Path) -> None:
     student, teacher = pair(torch.float64)
     student.train()  # in eval mode it would be measured at temperature 1
     undo = bind_loss(student, teacher, MIX)
-    batch = next(iter(decoder_layers().batches(8)))
+    batch = next(iter(tiny_sequences().batches(8)))
     with torch.no_grad():
         outputs = student(**batch)
     undo()
@@ -154,7 +155,7 @@ def test_checkpointed_activations_give_the_gradient_and_leave_the_head_alone(
 def test_held_out_figures_are_means_over_all_scored_tokens(tmp_path: Path) -> None:
     """Not means of batch means: 5 blocks in batches of 2, with unequal numbers of tokens."""
     student, teacher = pair(torch.float64)
-    sequences = decoder_layers(5, seed=4)
+    sequences = tiny_sequences(5, seed=4)
     trainer = DistillTrainer(
         model=student,
         args=arguments(tmp_path, per_device_eval_batch_size=2),
@@ -175,9 +176,9 @@ def test_the_forward_kl_is_measured_when_it_does_not_teach(
 ) -> None:
     """By evaluation alone: no step computes it, nor runs a teacher that nothing reads."""
     student, teacher = pair(torch.float64)
-    batch = next(decoder_layers(5, seed=4).batches(5))
+    batch = next(tiny_sequences(5, seed=4).batches(5))
     trainer = DistillTrainer(
-        model=student, args=arguments(tmp_path), eval_dataset=decoder_layers(5, seed=4)
+        model=student, args=arguments(tmp_path), eval_dataset=tiny_sequences(5, seed=4)
     )
     bind_loss(student, teacher, LossWeights({"forward_kl": 1.0}))
     expected = trainer.evaluate()
@@ -208,8 +209,8 @@ def test_journal_has_a_row_for_each_step(tmp_path: Path) -> None:
             eval_steps=2,
             per_device_train_batch_size=2,
         ),
-        train_dataset=decoder_layers(),
-        eval_dataset=decoder_layers(4, seed=9),
+        train_dataset=tiny_sequences(),
+        eval_dataset=tiny_sequences(4, seed=9),
     )
     journal = tmp_path / "metrics.jsonl"
     trainer.add_callback(MetricsWriter((journal,), "03-distill", 2 * T))
@@ -239,8 +240,8 @@ def test_journal_drops_what_is_done_again(tmp_path: Path) -> None:
     trainer = DistillTrainer(
         model=student,
         args=arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_on_start=True),
-        train_dataset=decoder_layers(),
-        eval_dataset=decoder_layers(4),
+        train_dataset=tiny_sequences(),
+        eval_dataset=tiny_sequences(4),
     )
     trainer.add_callback(MetricsWriter((journal,), "x", T))
     bind_loss(student, teacher, MIX)
@@ -253,10 +254,43 @@ def test_journal_drops_what_is_done_again(tmp_path: Path) -> None:
     assert kinds == [(0, False), (1, True), (1, False), (2, True), (2, False)]
 
 
+@pytest.mark.parametrize(("warmup", "total"), [(1, 1), (1, 6), (3, 6), (6, 6)])
+def test_warm_up_reaches_the_peak_in_its_last_step_and_no_rate_is_zero(
+    tmp_path: Path, warmup: int, total: int
+) -> None:
+    """Linear over the warm-up, then a cosine that would end one step after the last."""
+    student, teacher = pair()
+    trainer = DistillTrainer(
+        model=student,
+        args=arguments(
+            tmp_path,
+            max_steps=total,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.1},
+            warmup_steps=warmup,
+        ),
+        train_dataset=tiny_sequences(),
+    )
+    rates = []
+
+    class Rates(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, **given: Any) -> None:
+            rates.append(given["optimizer"].param_groups[0]["lr"] / 0.05)
+
+    trainer.add_callback(Rates())
+    bind_loss(student, teacher, MIX)
+    trainer.train()
+    rising = [(step + 1) / warmup for step in range(warmup)]
+    rest = total - warmup
+    falling = [0.55 + 0.45 * math.cos(math.pi * n / (rest + 1)) for n in range(1, rest + 1)]
+    assert rates == pytest.approx(rising + falling, rel=1e-6)
+    assert rates[warmup - 1] == pytest.approx(1.0)
+
+
 def test_a_loss_that_is_no_number_names_the_step(tmp_path: Path) -> None:
     student, teacher = pair()
     trainer = DistillTrainer(
-        model=student, args=arguments(tmp_path, max_steps=3), train_dataset=decoder_layers()
+        model=student, args=arguments(tmp_path, max_steps=3), train_dataset=tiny_sequences()
     )
 
     class Spoil(TrainerCallback):

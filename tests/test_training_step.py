@@ -16,8 +16,8 @@ from tiny_training import (
     T,
     Watch,
     arguments,
-    decoder_layers,
     pair,
+    tiny_sequences,
     train,
 )
 
@@ -46,7 +46,7 @@ def test_padding_and_prompts_count_for_nothing() -> None:
     """A padded block with a prompt gives what its answer alone gives, and no gradient beyond."""
     student, teacher = pair(torch.float64)
     bind_loss(student, teacher, MIX)
-    sequence = decoder_layers(3).select(range(2, 3))
+    sequence = tiny_sequences(3).select(range(2, 3))
     once = student(**next(sequence.batches(1)))
     padded = {name: torch.cat([x, x], 1) for name, x in next(sequence.batches(1)).items()}
     padded["labels"][:, T:] = IGNORED
@@ -62,7 +62,7 @@ def test_padding_and_prompts_count_for_nothing() -> None:
 def test_packed_documents_do_not_see_each_other(model_type: str) -> None:
     """Hidden states of a packed block are those of each document alone."""
     model = tiny_model(model_type, torch.float64)
-    sequences = decoder_layers(2, length=40)
+    sequences = tiny_sequences(2, length=40)
     with torch.no_grad():
         packed = final_hidden(model, next(sequences.batches(2)))
         for row in range(2):
@@ -76,7 +76,7 @@ def test_packed_documents_do_not_see_each_other(model_type: str) -> None:
 
 
 def test_a_batch_with_nothing_to_score_gives_zero(tmp_path: Path) -> None:
-    sequences = decoder_layers()
+    sequences = tiny_sequences()
     sequences.labels[:] = IGNORED
     before = {name: p.clone() for name, p in pair()[0].named_parameters()}
     trainer, watch = train(tmp_path, 4, 2, sequences)
@@ -93,7 +93,7 @@ def test_the_teacher_stays_out(tmp_path: Path) -> None:
     trainer = DistillTrainer(
         model=student,
         args=arguments(tmp_path, save_strategy="steps", save_steps=1),
-        train_dataset=decoder_layers(),
+        train_dataset=tiny_sequences(),
     )
     undo = bind_loss(student, teacher, MIX)
     trainer.train()
@@ -112,7 +112,7 @@ def test_the_teacher_stays_out(tmp_path: Path) -> None:
     assert weights <= written.stat().st_size < weights + 10_000
     teacher.model.train()
     with pytest.raises(AssertionError, match="eval mode"):
-        teacher.hidden(next(decoder_layers().batches(1)))
+        teacher.hidden(next(tiny_sequences().batches(1)))
 
 
 def test_bfloat16_compute_over_float32_master_weights(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_bfloat16_compute_over_float32_master_weights(tmp_path: Path) -> None:
     trainer = DistillTrainer(
         model=student,
         args=arguments(tmp_path, bf16=True, max_steps=2),
-        train_dataset=decoder_layers(),
+        train_dataset=tiny_sequences(),
     )
     watch = Watch()
     trainer.add_callback(watch)
@@ -138,7 +138,7 @@ def largest_of_step(rows: int, vocabulary: int) -> tuple[int, torch.Size]:
     """Elements of the largest tensor of a whole step, beside weights, gradients and optimizer."""
     student, teacher = pair(vocab_size=vocabulary)
     optimizer = torch.optim.AdamW(student.parameters())
-    batch = next(decoder_layers(rows, 64, vocabulary=vocabulary).batches(rows))
+    batch = next(tiny_sequences(rows, 64, vocabulary=vocabulary).batches(rows))
     batch["labels"] = batch["input_ids"].clone()
     bind_loss(student, teacher, MIX)
     shapes = {p.shape for model in (student, teacher.model) for p in model.parameters()}

@@ -80,7 +80,9 @@ def kl_of(folder: Path, place: Path) -> float:
         AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32)
         for path in (folder, place / "teacher")
     )
-    sequences = build_sequences(data(place), tiny_tokenizer(), "heldout", CONFIG.heldout_sequences)
+    sequences = build_sequences(
+        data(place), tiny_tokenizer(), "validation", CONFIG.heldout_sequences
+    )
     batch = next(sequences.batches(len(sequences)))
     given = {key: batch[key] for key in ("input_ids", "position_ids")}
     with torch.no_grad():

@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 from regrow import plugins
 from regrow.plan import Plan
 from regrow.pruning.cut import cut_model
-from regrow.training.feature_loss_weights import FEATURE_LOSSES, FeatureLosses
-from regrow.training.layer_mapping import LayerMapping, give_attentions
+from regrow.training.features import FEATURE_LOSSES, FeatureLosses, LayerMapping, give_attentions
 from regrow.training.loss_weights import LossWeights
 from regrow.training.teacher import Teacher, scored
 

@@ -29,7 +29,7 @@ MIX = LossWeights({"forward_kl": 0.75, "cross_entropy": 0.25}, temperature=2.0)
 T = 24
 
 
-def decoder_layers(n: int = 8, length: int = T, seed: int = 0, vocabulary: int = 384) -> Sequences:
+def tiny_sequences(n: int = 8, length: int = T, seed: int = 0, vocabulary: int = 384) -> Sequences:
     """Blocks of two documents each, of which very different numbers of tokens are scored."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, vocabulary, (n, length), generator=draw)
@@ -101,7 +101,7 @@ def train(
         "gradient_accumulation_steps": accumulation,
     }
     trainer = DistillTrainer(
-        model=student, args=arguments(folder, **fields), train_dataset=sequences or decoder_layers()
+        model=student, args=arguments(folder, **fields), train_dataset=sequences or tiny_sequences()
     )
     watch = Watch()
     trainer.add_callback(watch)

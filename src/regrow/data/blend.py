@@ -124,9 +124,13 @@ def _passages(number: int, context: BuildContext) -> Iterator[Passage]:
 
 
 def _characters_held(context: BuildContext) -> int:
-    heldout, calibration = context.data.heldout_fraction, context.data.calibration_fraction
-    shares = {"heldout": heldout, "calibration": calibration, "train": 1 - heldout - calibration}
-    return min(SHUFFLED_CHARACTERS, int(READ_AHEAD * shares[context.split]))
+    shares: dict[Split, float] = {
+        "heldout": context.data.heldout_fraction,
+        "calibration": context.data.calibration_fraction,
+        "validation": context.data.validation_fraction,
+    }
+    share = shares.get(context.split, 1 - sum(shares.values()))
+    return min(SHUFFLED_CHARACTERS, int(READ_AHEAD * share))
 
 
 class Configured(Protocol):

@@ -10,7 +10,7 @@ from regrow import plugins
 from regrow.config import Config
 from regrow.errors import nearest
 
-Split = Literal["train", "calibration", "heldout"]
+Split = Literal["train", "calibration", "validation", "heldout"]
 
 
 class SourceConfig(Config):
@@ -54,9 +54,11 @@ class DataConfig(Config):
     sequence_length: int = Field(default=512, ge=8)
     """Tokens per sequence; where the tokenizer puts BOS before a text, it is one of them."""
     heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the documents for choosing and for reporting, which are never trained on."""
+    """Share of the documents that `evaluate` measures on; no other stage learns from them."""
     calibration_fraction: float = Field(default=0.15, gt=0, lt=1, validate_default=True)
     """Share of the documents that importance, repair and quantization are measured on."""
+    validation_fraction: float = Field(default=0.05, gt=0, lt=1, validate_default=True)
+    """Share of the documents that `distill` chooses its best checkpoint on."""
     seed: int = 0
     """Seed of the splits and of the order."""
 
@@ -78,12 +80,12 @@ class DataConfig(Config):
             raise ValueError("name at least one file, folder, package: file or hub id")
         return sources
 
-    @field_validator("calibration_fraction")
+    @field_validator("calibration_fraction", "validation_fraction")
     @classmethod
-    def _leaves_train(cls, calibration: float, info: ValidationInfo) -> float:
-        heldout = info.data.get("heldout_fraction", 0.0)
-        if heldout + calibration >= 1:
-            raise ValueError(
-                f"with heldout_fraction {heldout} nothing is left to train on; lower one"
-            )
-        return calibration
+    def _leaves_train(cls, fraction: float, info: ValidationInfo) -> float:
+        names = ("heldout_fraction", "calibration_fraction")
+        others = {name: info.data[name] for name in names if name in info.data}
+        if fraction + sum(others.values()) >= 1:
+            given = " and ".join(f"{name} {value}" for name, value in others.items())
+            raise ValueError(f"with {given} nothing is left to train on; lower one")
+        return fraction

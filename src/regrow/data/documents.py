@@ -86,12 +86,15 @@ def split_of(text: str, data: DataConfig, place: float | None = None) -> Split:
     """The split of the document `text`. Its content alone decides, so copies share a split.
 
     With u = `place`, or `place_of` the text when None: held out for u < `heldout_fraction`,
-    calibration for the next `calibration_fraction`, train for the rest.
+    calibration and validation for the next fractions, train for the rest.
     """
     u = place_of(text, data.seed) if place is None else place
     if u < data.heldout_fraction:
         return "heldout"
-    return "calibration" if u < data.heldout_fraction + data.calibration_fraction else "train"
+    if u < data.heldout_fraction + data.calibration_fraction:
+        return "calibration"
+    u -= data.heldout_fraction + data.calibration_fraction
+    return "validation" if u < data.validation_fraction else "train"
 
 
 def pieces(passage: Passage, size: int) -> Iterator[Passage]:

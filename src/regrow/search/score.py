@@ -31,6 +31,7 @@ from regrow.pruning.sorted_model import SortedModel
 from regrow.runtime.progress import progress, say
 from regrow.search.shapes import HANDFUL, Shape
 from regrow.training.head import head_of
+from regrow.training.model_check import check_model
 from regrow.training.teacher import final_hidden, mean_loss, scored
 
 SCORED_SEQUENCES = 8
@@ -67,6 +68,7 @@ class CutScorer:
         self.sequences = list(sequences.select(range(used, wanted)).batches(1))
         self.tokens = num_sequences * data.sequence_length
         dense = checkpoint.model(torch.bfloat16, options.torch_device())
+        check_model(dense)
         self.dense = SortedModel(dense, families.of(checkpoint), order)
         start = time.perf_counter()
         self.reference: list[Tensor] = []

@@ -1,1 +1,1 @@
-"""What training stages share: the chunked head, the losses, the teacher, the trainer."""
+"""Training by a teacher: the chunked head, the losses, teachers, and the trainer."""

@@ -1,6 +1,6 @@
-"""Students that train low-rank adapters beside frozen weights, and their merge into plain ones.
+"""Low-rank adapters beside a student's frozen weights, and merging them into plain weights.
 
-W = W₀ + (alpha / rank) · B · A, of which only A [rank, in] and B [out, rank] train: LoRA (Hu et
+W = W₀ + (alpha / rank) · B · A, where only A [rank, in] and B [out, rank] are trained: LoRA (Hu et
 al., 2021, arXiv:2106.09685). With W₀ in 4 bits: QLoRA (Dettmers et al., 2023, arXiv:2305.14314).
 """
 
@@ -22,24 +22,24 @@ from regrow.runtime.precision import float32_at_least
 
 NAME = "default"
 PREFIX = "base_model.model."
-"""What peft's files have before the names of the model's modules."""
+"""The prefix of module names in peft's files."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Low-rank adapters on the linear projections `targets` of the blocks from `first_layer` on."""
+    """Low-rank adapters on the linear projections `targets` of the layers from `first_layer` on."""
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
     quantized: bool = False
-    """Whether the frozen weights are held in 4 bits (NF4)."""
+    """Whether the frozen weights are stored in 4 bits (NF4)."""
     first_layer: int = 0
 
     def model(self, base: Checkpoint, device: torch.device, seed: int) -> PreTrainedModel:
-        """The stock model with its weights frozen as they are stored, and fresh float32 adapters.
+        """The stock model with frozen weights in their stored dtype, and new float32 adapters.
 
-        `seed` gives A; B is zero, so that the model begins as it was.
+        A is drawn with `seed` and B is zero, so that the model computes the same as without them.
         """
         from peft import LoraConfig
 
@@ -62,7 +62,7 @@ class Adapter:
         return model.eval()
 
     def parameters(self, model: PreTrainedModel) -> int:
-        """How many numbers train, in adapters on `model`, which may be on the meta device."""
+        """The number of trained parameters on `model`, which may be on the meta device."""
         wide = sum(
             layer.in_features + layer.out_features
             for name, layer in _linear(model)
@@ -72,23 +72,23 @@ class Adapter:
 
 
 def targets_in(model: PreTrainedModel, wanted: Sequence[str] = ()) -> tuple[str, ...]:
-    """The names of the blocks' linear projections: all, or those `wanted`, in a fixed order.
+    """Names of the linear projections in a model's layers: all, or those `wanted`.
 
-    Routers and the stacked experts of a mixture are no linear layers: they stay as they are.
-    Raises UserError for a name that is not there; `model` may be on the meta device.
+    Routers and stacked experts are not linear layers and get no adapters. Raises UserError for an
+    unknown name. `model` may be on the meta device.
     """
     there = tuple(dict.fromkeys(name.split(".")[-1] for name, _ in _linear(model)))
     for name in wanted:
         if name not in there:
             raise UserError(
-                f"lora_targets {name!r} is no linear projection of this model's blocks"
+                f"lora_targets {name!r} is not a linear projection of this model's layers"
                 f"{nearest(name, there)}; there are: {', '.join(there)}"
             )
     return tuple(name for name in there if not wanted or name in wanted)
 
 
 def require(kind: str, device: torch.device) -> None:
-    """Raise UserError when a package or the hardware that adapters of this kind need is missing."""
+    """Raise UserError for a package or a device that this kind of adapters needs and lacks."""
     packages = {"lora": ("peft",), "qlora": ("peft", "bitsandbytes")}[kind]
     for package in packages:
         if importlib.util.find_spec(package) is None:
@@ -101,29 +101,29 @@ def require(kind: str, device: torch.device) -> None:
 
 
 def has_adapter(model: PreTrainedModel) -> bool:
-    """Whether adapters train in this model."""
+    """Whether this model has adapters."""
     return bool(model._hf_peft_config_loaded)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Take over the adapters that `model.save_pretrained` wrote to a folder: all of them."""
+    """Load the adapters that `model.save_pretrained` wrote to a folder; all must match."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    found = {
+    tensors = {
         name.removeprefix(PREFIX): tensor
         for name, tensor in load_file(folder / "adapter_model.safetensors").items()
     }
-    assert found.keys() == get_peft_model_state_dict(model, adapter_name=NAME).keys()
-    set_peft_model_state_dict(model, found, NAME)
+    assert tensors.keys() == get_peft_model_state_dict(model, adapter_name=NAME).keys()
+    set_peft_model_state_dict(model, tensors, NAME)
 
 
 @torch.no_grad()
 def merge_into(plain: PreTrainedModel, trained: PreTrainedModel) -> None:
     """Write W₀ + (alpha / rank) · B · A into the layers of `plain` that have adapters in `trained`.
 
-    Summed in float32 at least, then rounded once to the dtype of `plain`; W₀ is what was trained
-    beside: of 4-bit weights, what they stand for.
+    The sum is in float32 or float64 and is rounded once, to the dtype of `plain`. W₀ are the frozen
+    weights of `trained`, dequantized if they are in 4 bits.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
@@ -142,19 +142,21 @@ def _in_4_bits(base: Checkpoint, dtype: torch.dtype, device: torch.device) -> Pr
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )
-    given: dict[str, Any] = {"quantization_config": four_bits, "device_map": {"": device}}
+    options: dict[str, Any] = {"quantization_config": four_bits, "device_map": {"": device}}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(base.folder), dtype=dtype, local_files_only=True, use_safetensors=True, **given
+            str(base.folder), dtype=dtype, local_files_only=True, use_safetensors=True, **options
         )
     except (ImportError, RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"bitsandbytes cannot hold 4-bit weights on {device}: {reason}") from None
+        raise UserError(
+            f"bitsandbytes does not support 4-bit weights on {device}: {reason}"
+        ) from None
     return model
 
 
 def _linear(model: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
-    """Name and layer of each linear projection inside a block."""
+    """Name and module of each linear projection inside a decoder layer."""
     return [
         (name, layer)
         for name, layer in model.named_modules()
@@ -163,6 +165,6 @@ def _linear(model: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
 
 
 def _layer_of(name: str) -> int:
-    """The number of the block that a module is in; −1 for none."""
+    """The number of the decoder layer that contains a module; −1 for none."""
     numbers = [int(part) for part in name.split(".") if part.isdigit()]
     return numbers[0] if numbers else -1

@@ -1,4 +1,4 @@
-"""Progress and metrics of a training run; sums over micro-batches as means per scored token."""
+"""Progress display and metrics file of a training run; means of losses per scored token."""
 
 from __future__ import annotations
 
@@ -16,53 +16,53 @@ from regrow.runtime.progress import Progress
 
 TOKENS = "tokens"
 COUNT_PREFIX = "tokens of "
-"""Before the name of what is not taken of all tokens: how many it is taken of."""
+"""Prefix of a loss's own token count, for losses that not all tokens have."""
 
 
 class MetricSums:
-    """Running sums by name; `tokens` or, where there is one, `tokens of NAME` divides them."""
+    """Sums by name, to be divided by `tokens` or, where a loss has it, by `tokens of NAME`."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, row: Mapping[str, Tensor]) -> None:
-        """Add the sums of a micro-batch, `tokens` among them."""
+        """Add the sums of a micro-batch, which include `tokens`."""
         for name, value in row.items():
             so_far = self.sums.get(name, torch.zeros((), device=value.device))
             self.sums[name] = so_far + value.detach()
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Mean of each by name, and begin anew; `reduce` sums a tensor over the ranks.
+        """The mean of each sum, by name; the sums start again at 0.
 
-        What no token was scored for is left out.
+        `reduce` sums a tensor over the ranks. A name without scored tokens is left out.
         """
         sums, self.sums = self.sums, {}
         if not sums:
             return {}
         totals = reduce(torch.stack([value.double() for value in sums.values()])).tolist()
-        gathered = dict(zip(sums, totals, strict=True))
-        tokens = gathered.pop(TOKENS)
+        by_name = dict(zip(sums, totals, strict=True))
+        tokens = by_name.pop(TOKENS)
         own = {
             name.removeprefix(COUNT_PREFIX): n
-            for name, n in gathered.items()
+            for name, n in by_name.items()
             if name.startswith(COUNT_PREFIX)
         }
         counts = {
-            name: own.get(name, tokens) for name in gathered if not name.startswith(COUNT_PREFIX)
+            name: own.get(name, tokens) for name in by_name if not name.startswith(COUNT_PREFIX)
         }
-        return {name: gathered[name] / count for name, count in counts.items() if count}
+        return {name: by_name[name] / count for name, count in counts.items() if count}
 
 
 CHOSEN_BY = "forward_kl"
-"""The loss whose held-out mean chooses the best checkpoint."""
+"""The loss whose mean on the validation sequences chooses the best checkpoint."""
 SPAN_CHOSEN_BY = f"span_{CHOSEN_BY}"
-"""In its place with a teacher of another tokenizer."""
+"""The loss that chooses it where the teacher has another tokenizer."""
 HELDOUT = {f"eval_{CHOSEN_BY}": "heldout_kl", f"eval_{SPAN_CHOSEN_BY}": "heldout_span_kl"}
-"""Any other eval_x becomes heldout_x."""
+"""Names in metrics.jsonl; any other eval_x becomes heldout_x."""
 
 
 class ProgressCallback(TrainerCallback):
-    """Tells tokens/s and ETA; asks for a last evaluation and checkpoint at the last step."""
+    """Shows tokens/s and remaining time; requests evaluation and checkpoint at the last step."""
 
     def __init__(self, tokens_per_step: int, progress: Progress) -> None:
         self.tokens_per_step, self.progress, self.note = tokens_per_step, progress, ""
@@ -70,7 +70,7 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Count on from the step that an earlier process reached."""
+        """Start at the step that an earlier process reached."""
         self.progress.resume_at(state.global_step * self.tokens_per_step)
 
     def on_step_end(
@@ -90,7 +90,7 @@ class ProgressCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Remember the last losses, to be shown with the progress."""
+        """Keep the last losses, which the progress line shows."""
         for key, name in (
             ("loss", "loss"),
             (f"eval_{CHOSEN_BY}", "held-out KL"),
@@ -101,7 +101,7 @@ class ProgressCallback(TrainerCallback):
 
 
 class MetricsWriter(TrainerCallback):
-    """Writes metrics.jsonl, the stage's and the run's: one JSON object per logged step."""
+    """Writes metrics.jsonl of the stage and of the run: one JSON object per logged step."""
 
     def __init__(self, paths: tuple[Path, ...], stage: str, tokens_per_step: int) -> None:
         self.paths, self.stage, self.tokens_per_step = paths, stage, tokens_per_step
@@ -110,9 +110,9 @@ class MetricsWriter(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Drop the rows of steps that will be done again, after a kill."""
+        """After a kill, drop the rows of steps that will be repeated."""
         if state.is_world_process_zero:
-            # From the start, the row of step 0 will be written again too.
+            # A run that starts anew also writes the row of step 0 again.
             for path in self.paths:
                 _drop_later_rows(path, self.stage, state.global_step or -1)
 
@@ -124,7 +124,7 @@ class MetricsWriter(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Append {stage, step, tokens, seconds in this process, name: value …}."""
+        """Append {stage, step, tokens, seconds in this process, and each value by name}."""
         numbers = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float)}
         if not state.is_world_process_zero or "train_runtime" in numbers:
             return
@@ -142,12 +142,12 @@ class MetricsWriter(TrainerCallback):
 
 def _row_name(logged: str) -> str:
     """A held-out figure's name in metrics.jsonl."""
-    inside = logged.removeprefix("eval_")
-    return logged if inside == logged else HELDOUT.get(logged, f"heldout_{inside}")
+    name = logged.removeprefix("eval_")
+    return logged if name == logged else HELDOUT.get(logged, f"heldout_{name}")
 
 
 def _drop_later_rows(path: Path, stage: str, step: int) -> None:
-    """Rows of steps that will be done again, after a kill, go."""
+    """Remove the stage's rows after `step`, and a line that a kill left incomplete."""
     if not path.exists():
         return
     rows = [line for line in path.read_text().splitlines() if line.endswith("}")]

@@ -1,7 +1,7 @@
-"""The first blocks of a student, frozen; run once for both models where they are the teacher's.
+"""Frozen first layers of a student, which run once for both models if they are the teacher's.
 
-A student whose layers were cut further up begins as its teacher does. Frozen there, it needs no
-gradients there, and what its first blocks would compute the teacher has just computed.
+A student of which only later layers were cut begins with its teacher's layers. While these are
+frozen, the student needs no gradients there, and the teacher has already computed their outputs.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from transformers import PreTrainedModel
 
 from regrow.errors import UserError
 
-# In a config, what may differ between models whose first blocks compute the same.
-ELSEWHERE = {
+MAY_DIFFER = {
     *("num_hidden_layers", "layer_types", "max_window_layers", "mlp_only_layers", "vocab_size"),
     *("tie_word_embeddings", "dtype", "use_cache", "architectures", "transformers_version"),
     *("_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id"),
 }
+"""Config keys that may differ between two models whose first layers compute the same."""
 
 
 def check(model: PreTrainedModel, count: int) -> None:
-    """Raise UserError unless 0 ≤ count < blocks; `model` may be on the meta device."""
+    """Raise UserError unless 0 ≤ count < number of layers; `model` may be on the meta device."""
     most = len(decoder_layers(model)) - 1
     if count > most:
-        raise UserError(f"freeze_layers {count}: allowed are 0 to {most}, one block must train")
+        raise UserError(
+            f"freeze_layers {count}: allowed are 0 to {most}, at least one layer must train"
+        )
 
 
 def freeze(model: PreTrainedModel, count: int) -> None:
-    """Embedding, a head tied to it, and the first `count` blocks train no more."""
+    """Freeze the embedding, a head tied to it, and the first `count` layers."""
     for module in (model.get_input_embeddings(), *decoder_layers(model)[:count]):
         module.requires_grad_(False)
 
 
 def same(student: PreTrainedModel, teacher: PreTrainedModel, count: int) -> bool:
-    """Whether embedding and first `count` blocks are the teacher's, in the teacher's dtype."""
-    ours, theirs = student.config.to_dict(), teacher.config.to_dict()
-    if {k: v for k, v in ours.items() if k not in ELSEWHERE} != {
-        k: v for k, v in theirs.items() if k not in ELSEWHERE
-    }:
-        return False
-    if (ours.get("layer_types") or [])[:count] != (theirs.get("layer_types") or [])[:count]:
+    """Whether embedding and first `count` layers are the teacher's, in the teacher's dtype."""
+    configs = [model.config.to_dict() for model in (student, teacher)]
+    kinds = [(config.get("layer_types") or [])[:count] for config in configs]
+    kept = [{k: v for k, v in config.items() if k not in MAY_DIFFER} for config in configs]
+    if kinds[0] != kinds[1] or kept[0] != kept[1]:
         return False
     pairs = [(student.get_input_embeddings(), teacher.get_input_embeddings())]
     pairs += zip(decoder_layers(student)[:count], decoder_layers(teacher)[:count], strict=True)
@@ -51,10 +51,10 @@ def same(student: PreTrainedModel, teacher: PreTrainedModel, count: int) -> bool
 
 
 class SharedPrefix:
-    """Lets the teacher run the first `count` blocks for both; it must run first in each step.
+    """Runs the first `count` layers in the teacher only, which must run first in each step.
 
-    With `all_layers` the student's layers each give what the teacher's gave, for feature losses
-    that read them; else only the last one's output is held.
+    With `all_layers` each of the student's layers returns the teacher's output, for feature losses
+    that read it. Otherwise only the output of the last shared layer is kept.
     """
 
     def __init__(
@@ -64,33 +64,32 @@ class SharedPrefix:
         self.wanted = set(range(count)) if all_layers else {count - 1}
         self.layers = decoder_layers(student)[:count]
         self.hooks = []
-        for n, (ours, theirs) in enumerate(
-            zip(self.layers, decoder_layers(teacher)[:count], strict=True)
-        ):
-            self.hooks.append(theirs.register_forward_hook(partial(self._keep, n)))
-            ours.forward = partial(self._recall, n)
+        pairs = zip(self.layers, decoder_layers(teacher)[:count], strict=True)
+        for n, (student_layer, teacher_layer) in enumerate(pairs):
+            self.hooks.append(teacher_layer.register_forward_hook(partial(self._keep, n)))
+            student_layer.forward = partial(self._recall, n)
 
     def close(self) -> None:
-        """Let the student run its own blocks again."""
+        """Let the student run its own layers again."""
         for hook in self.hooks:
             hook.remove()
         for layer in self.layers:
             del layer.forward
         self.states.clear()
 
-    def _keep(self, n: int, layer: nn.Module, given: Any, state_BTH: Tensor) -> None:
+    def _keep(self, n: int, layer: nn.Module, arguments: Any, state_BTH: Tensor) -> None:
         if n in self.wanted:
             self.states[n] = state_BTH
 
     def _recall(self, n: int, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """The teacher's state in the student's dtype; taken once, so that no old one is read."""
+        """The teacher's state in the student's dtype; it is removed, so that no old one is used."""
         if n not in self.wanted:
             return hidden_states
         return self.states.pop(n).to(hidden_states.device, hidden_states.dtype)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """A model's decoder blocks; raises UserError where they are no list."""
+    """A model's decoder layers; raises UserError if `base_model.layers` is not a list."""
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         name = model.config.model_type

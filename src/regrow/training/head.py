@@ -1,10 +1,11 @@
-"""lm_head and loss in chunks over the scored tokens; [batch, time, vocabulary] is never made.
+"""The output head and the loss in chunks of scored tokens; full logits are never in memory.
 
-Shapes: N scored tokens, H hidden, V vocabulary; `student_NH` is a tensor of that shape.
-The gradients are computed in the forward pass: factors of matrix products in the compute dtype
-(`products.py`), softmax and accumulation in float32. The gradient by the logits is made chunk by
-chunk and multiplied for many chunks at once, since each product for the head's weights reads and
-writes a float32 [V, H].
+Shapes: N scored tokens, H hidden channels, V vocabulary entries; `student_NH` is [N, H].
+
+Gradients are computed in the forward pass. The factors of matrix products have the compute dtype;
+softmax and sums are in float32. The gradient by the logits is computed chunk by chunk. Several
+chunks are then multiplied at once, because every product for the head's weights reads and writes a
+float32 tensor [V, H].
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from regrow.errors import UserError
 from regrow.runtime.precision import float32_at_least
 from regrow.training.cache.sparse import Sparse
 from regrow.training.loss_weights import LossWeights
-from regrow.training.products import add_product, product, split
 
-CHUNK_ELEMENTS = 1 << 24  # logits of a chunk: 64 MB in float32
-CHUNKS_TOGETHER = 4  # whose gradients by the logits, in the compute dtype, are multiplied at once
+CHUNK_ELEMENTS = 1 << 24
+"""Logits of one chunk: 64 MB in float32."""
+CHUNKS_TOGETHER = 4
+"""Chunks whose gradients by the logits, in the compute dtype, are multiplied at once."""
+ADDED_ELEMENTS = 1 << 23
+"""Elements of a product that are added at once: 32 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,10 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden_NH: Tensor, weight_VH: Tensor, exact: bool = False) -> Tensor:
-        """Logits [N, V] of final hidden states, float32 at least; `weight_VH` as wide as those.
+        """Logits [N, V] of final hidden states, in float32 or float64.
 
-        Off CUDA those of half precision are rounded to it, unless `exact`.
+        `weight_VH` has the dtype of the states. Except on CUDA, logits of half-precision factors
+        are rounded to half precision unless `exact`.
         """
         logits_NV = product(hidden_NH, weight_VH.T, exact)
         if self.softcap is not None:
@@ -44,41 +49,45 @@ class Head:
         return logits_NV
 
     def through_cap(self, gradient_NV: Tensor, logits_NV: Tensor) -> Tensor:
-        """Gradient by the raw logits, from the gradient by the capped ones."""
+        """The gradient by the logits before the cap, from the gradient by the capped logits."""
         if self.softcap is None:
             return gradient_NV
         return gradient_NV * (1 - (logits_NV / self.softcap) ** 2)
 
     @property
     def rows(self) -> int:
-        """How many ids its logits are of."""
+        """The number of token ids that it gives logits for."""
         return len(self.weight_VH)
 
     def to(self, dtype: torch.dtype) -> Head:
-        """The same with weights of a dtype."""
+        """The same head with weights of another dtype."""
         return replace(self, weight_VH=self.weight_VH.to(dtype))
 
-    def target(self, hidden_NH: Tensor, rows: int, mix: LossWeights) -> Tensor:
-        """Logits [N, rows] that a student learns from."""
-        return self.logits(hidden_NH, self.weight_VH[:rows], mix.exact)
+    def target(self, hidden_NH: Tensor, rows: int, loss_weights: LossWeights) -> Tensor:
+        """The logits [N, rows] that a student learns from."""
+        return self.logits(hidden_NH, self.weight_VH[:rows], loss_weights.exact)
 
 
 class TeacherTarget(Protocol):
-    """What gives a teacher's logits: a Head, or several of them (`blend.py`)."""
+    """The source of a teacher's logits: one Head, or a `TeacherMixture` of several."""
 
     @property
     def rows(self) -> int:
-        """How many ids its logits are of."""
+        """The number of token ids that it gives logits for."""
 
     def to(self, dtype: torch.dtype) -> TeacherTarget:
-        """The same with weights of a dtype."""
+        """The same with weights of another dtype."""
 
-    def target(self, hidden_NH: Tensor, rows: int, mix: LossWeights) -> Tensor:
-        """Logits [N, rows] that a student learns from."""
+    def target(self, hidden_NH: Tensor, rows: int, loss_weights: LossWeights) -> Tensor:
+        """The logits [N, rows] that a student learns from."""
 
 
 def head_of(model: Any) -> Head:
-    """The output head of a stock causal language model; UserError for one we cannot reproduce."""
+    """The output head of a stock causal language model.
+
+    Raises UserError for a head with a bias or scaled logits. `model_check.check_model` finds the
+    other heads that this class does not reproduce.
+    """
     config = model.config
     refuse_scaled(config.to_dict(), config.model_type)
     output = model.get_output_embeddings()
@@ -98,50 +107,54 @@ def head_loss(
     student_NH: Tensor,
     student: Head,
     targets_N: Tensor,
-    mix: LossWeights,
+    loss_weights: LossWeights,
     teacher_NH: Tensor | None = None,
     teacher: TeacherTarget | None = None,
     chunk_tokens: int | None = None,
     sparse: Sparse | None = None,
     source_N: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum of the mixed loss over N tokens, differentiable by `student_NH` and the student's head.
+    """Weighted sum of the losses over N tokens, differentiable by `student_NH` and the head.
 
-    Also returns the plain sum of each loss by name, in nats. Vocabularies of different (padded)
-    size are compared on the ids both have. N may be 0: then the sum is a zero with a graph.
-    With `sparse` the forward KL is taken against what a cache holds of the teacher. With `source_N`
-    each token has the losses of its source, `mix.by_source`, and no others.
+    Also returns the unweighted sum of each loss by name, in nats. Vocabularies of different sizes
+    (padding) are compared on the ids that both have. N may be 0: the sum is then a zero with a
+    graph. With `sparse` the forward KL is taken against the distributions of a cache. With
+    `source_N` each token has only the losses of its source, `loss_weights.by_source`.
     """
     compute = torch.get_autocast_dtype(student_NH.device.type)
     if not torch.is_autocast_enabled(student_NH.device.type):
         compute = student_NH.dtype
     chunk = chunk_tokens or max(16, CHUNK_ELEMENTS // student.weight_VH.shape[0])
-    mixes = (mix,) if source_N is None else mix.mixes[1:]
-    job = _ChunkedLoss(student, teacher, mixes, compute, chunk, sparse, source_N)
+    groups = (loss_weights,) if source_N is None else loss_weights.groups[1:]
+    inputs = _Inputs(student, teacher, groups, compute, chunk, sparse, source_N)
     weight_VH = student.weight_VH
-    if not torch.is_grad_enabled():  # a Function is told to give gradients even then
+    if not torch.is_grad_enabled():  # an autograd.Function is asked for gradients even then
         student_NH, weight_VH = student_NH.detach(), weight_VH.detach()
-    total, *parts = _HeadLoss.apply(student_NH, weight_VH, targets_N, teacher_NH, job)
-    found: dict[str, Tensor] = {}
-    for name, part in zip((name for each in mixes for name in each.weights), parts, strict=True):
-        found[name] = found[name] + part if name in found else part
-    return total, found
+    total, *values = _HeadLoss.apply(student_NH, weight_VH, targets_N, teacher_NH, inputs)
+    parts: dict[str, Tensor] = {}
+    names = (name for group in groups for name in group.weights)
+    for name, value in zip(names, values, strict=True):
+        parts[name] = parts[name] + value if name in parts else value
+    return total, parts
 
 
 @dataclass(frozen=True)
-class _ChunkedLoss:
+class _Inputs:
+    """The inputs of `_HeadLoss` that have no gradient."""
+
     student: Head
     teacher: TeacherTarget | None
-    mixes: tuple[LossWeights, ...]
-    """One for all tokens or, with `source_N`, one for those of each source."""
+    groups: tuple[LossWeights, ...]
+    """One for all tokens or, with `source_N`, one for the tokens of each source."""
     compute: torch.dtype
     chunk: int
+    """Tokens of a chunk."""
     sparse: Sparse | None
     source_N: Tensor | None
 
     @property
     def exact(self) -> bool:
-        return self.mixes[0].exact
+        return self.groups[0].exact
 
     @property
     def together(self) -> int:
@@ -157,20 +170,20 @@ class _HeadLoss(torch.autograd.Function):
         weight_VH: Tensor,
         targets_N: Tensor,
         teacher_NH: Tensor | None,
-        job: _ChunkedLoss,
+        inputs: _Inputs,
     ) -> tuple[Tensor, ...]:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        sums = _Sums(student_NH, weight_VH, job, wants_hidden, wants_weight)
+        sums = _Sums(student_NH, weight_VH, inputs, wants_hidden, wants_weight)
         with torch.autocast(student_NH.device.type, enabled=False):
-            for begin in range(0, len(targets_N), job.together):
-                end = min(begin + job.together, len(targets_N))
+            for begin in range(0, len(targets_N), inputs.together):
+                end = min(begin + inputs.together, len(targets_N))
                 sums.add(slice(begin, end), targets_N, teacher_NH)
         ctx.gradients = (sums.hidden_gradient, sums.weight_gradient)
         values = sums.values.to(float32_at_least(student_NH.dtype))
-        weights = values.new_tensor([w for mix in job.mixes for w in mix.weights.values()])
+        weights = values.new_tensor([w for group in inputs.groups for w in group.weights.values()])
         parts = [part.clone() for part in values]
         ctx.mark_non_differentiable(*parts)
-        # No product: autocast would round the sum to half precision.
+        # Not a matrix product: autocast would round the sum to half precision.
         return ((values * weights).sum(), *parts)
 
     @staticmethod
@@ -188,25 +201,26 @@ class _HeadLoss(torch.autograd.Function):
 
 
 class _Sums:
-    """The running sums of values and gradients over the chunks."""
+    """The running sums of loss values and gradients over the chunks."""
 
     def __init__(
         self,
         student_NH: Tensor,
         weight_VH: Tensor,
-        job: _ChunkedLoss,
+        inputs: _Inputs,
         wants_hidden: bool,
         wants_weight: bool,
     ) -> None:
-        self.job, self.student_NH = job, student_NH
-        self.weight_VH = weight_VH.detach().to(job.compute)
-        self.teacher = None if job.teacher is None else job.teacher.to(job.compute)
+        self.inputs, self.student_NH = inputs, student_NH
+        self.weight_VH = weight_VH.detach().to(inputs.compute)
+        self.teacher = None if inputs.teacher is None else inputs.teacher.to(inputs.compute)
         self.shared = len(self.weight_VH)
+        """The number of ids that student and teacher both have."""
         if self.teacher is not None:
             self.shared = min(self.shared, self.teacher.rows)
-        if job.sparse is not None:
-            self.shared = min(self.shared, job.sparse.vocab_size)
-        self.terms = [mix.terms() for mix in job.mixes]
+        if inputs.sparse is not None:
+            self.shared = min(self.shared, inputs.sparse.vocab_size)
+        self.terms = [group.terms() for group in inputs.groups]
         count = sum(map(len, self.terms))
         self.values = torch.zeros(count, dtype=torch.float64, device=student_NH.device)
         self.hidden_gradient = torch.empty_like(student_NH) if wants_hidden else None
@@ -216,20 +230,20 @@ class _Sums:
             else None
         )
         self.slopes: tuple[Tensor, ...] = ()
-        """What is multiplied next: gradients by the logits, as `split` gives them."""
+        """Gradients by the logits that are multiplied next, as `split` returns them."""
 
     def add(self, part: slice, targets_N: Tensor, teacher_NH: Tensor | None) -> None:
-        """Add values and gradients of the tokens in `part`, one chunk or more."""
-        hidden_NH = self.student_NH[part].detach().to(self.job.compute)
+        """Add values and gradients of the tokens in `part`, which is one chunk or more."""
+        hidden_NH = self.student_NH[part].detach().to(self.inputs.compute)
         weight_VH = self.weight_VH[: self.shared]
-        for begin in range(part.start, part.stop, self.job.chunk):
-            chunk = slice(begin, min(begin + self.job.chunk, part.stop))
-            place = slice(chunk.start - part.start, chunk.stop - part.start)
-            logits_NV = self.job.student.logits(hidden_NH[place], weight_VH, self.job.exact)
+        for begin in range(part.start, part.stop, self.inputs.chunk):
+            chunk = slice(begin, min(begin + self.inputs.chunk, part.stop))
+            rows = slice(chunk.start - part.start, chunk.stop - part.start)
+            logits_NV = self.inputs.student.logits(hidden_NH[rows], weight_VH, self.inputs.exact)
             gradient_NV = self._gradient(chunk, logits_NV, targets_N, teacher_NH)
             if self.hidden_gradient is not None or self.weight_gradient is not None:
-                self._keep(place, self.job.student.through_cap(gradient_NV, logits_NV))
-        slopes_NV = tuple(kept_NV[: len(hidden_NH)] for kept_NV in self.slopes)
+                self._keep(rows, self.inputs.student.through_cap(gradient_NV, logits_NV))
+        slopes_NV = tuple(slope_NV[: len(hidden_NH)] for slope_NV in self.slopes)
         if self.hidden_gradient is not None:
             sum_NH = torch.zeros_like(hidden_NH, dtype=float32_at_least(hidden_NH.dtype))
             add_product(sum_NH, slopes_NV, weight_VH)
@@ -238,61 +252,123 @@ class _Sums:
             slopes_VN = tuple(slope_NV.T for slope_NV in slopes_NV)
             add_product(self.weight_gradient[: self.shared], slopes_VN, hidden_NH)
 
-    def _keep(self, place: slice, gradient_NV: Tensor) -> None:
-        """Put a chunk's gradient by the logits at its place in the slopes."""
-        parts_NV = split(gradient_NV, self.job.compute, self.job.exact)
+    def _keep(self, rows: slice, gradient_NV: Tensor) -> None:
+        """Store a chunk's gradient by the logits in its rows of the slopes."""
+        parts_NV = split(gradient_NV, self.inputs.compute, self.inputs.exact)
         if not self.slopes:
-            size = (min(self.job.together, len(self.student_NH)), self.shared)
+            size = (min(self.inputs.together, len(self.student_NH)), self.shared)
             self.slopes = tuple(part_NV.new_empty(size) for part_NV in parts_NV)
         for slope_NV, part_NV in zip(self.slopes, parts_NV, strict=True):
-            slope_NV[place] = part_NV
+            slope_NV[rows] = part_NV
 
     def _gradient(
-        self, part: slice, logits_NV: Tensor, targets_N: Tensor, teacher_NH: Tensor | None
+        self, chunk: slice, logits_NV: Tensor, targets_N: Tensor, teacher_NH: Tensor | None
     ) -> Tensor:
-        """Gradient of the mix by the student's logits; adds each loss's value on the way."""
+        """Gradient of the weighted sum by the student's logits; also adds each loss's value."""
         teacher_NV = logits_NV
-        sparse = None if self.job.sparse is None else self.job.sparse[part]
+        sparse = None if self.inputs.sparse is None else self.inputs.sparse[chunk]
         if self.teacher is not None and teacher_NH is not None:
-            hidden_NH = teacher_NH[part].to(self.job.compute)
-            teacher_NV = self.teacher.target(hidden_NH, self.shared, self.job.mixes[0])
-        if self.job.source_N is None:
-            keep = self.job.student.softcap is not None
-            return self._mixed(0, logits_NV, teacher_NV, targets_N[part], sparse, keep)
+            hidden_NH = teacher_NH[chunk].to(self.inputs.compute)
+            teacher_NV = self.teacher.target(hidden_NH, self.shared, self.inputs.groups[0])
+        if self.inputs.source_N is None:
+            keep = self.inputs.student.softcap is not None
+            return self._weighted(0, logits_NV, teacher_NV, targets_N[chunk], sparse, keep)
         gradient_NV = torch.zeros_like(logits_NV)
-        for number in range(len(self.terms)):
-            rows = (self.job.source_N[part] == number).nonzero().squeeze(1)
+        for group in range(len(self.terms)):
+            rows = (self.inputs.source_N[chunk] == group).nonzero().squeeze(1)
             if len(rows):
-                known = None if sparse is None else sparse[rows]
-                given = (logits_NV[rows], teacher_NV[rows], targets_N[part][rows], known)
-                gradient_NV[rows] = self._mixed(number, *given)
+                gradient_NV[rows] = self._weighted(
+                    group,
+                    logits_NV[rows],
+                    teacher_NV[rows],
+                    targets_N[chunk][rows],
+                    None if sparse is None else sparse[rows],
+                )
         return gradient_NV
 
-    def _mixed(
+    def _weighted(
         self,
-        number: int,
+        group: int,
         logits_NV: Tensor,
         teacher_NV: Tensor,
         targets_N: Tensor,
         sparse: Sparse | None,
         keep: bool = False,
     ) -> Tensor:
-        """Gradient of the mix of that number; overwrites the logits, unless to `keep` them."""
-        # Losses may overwrite what they read: only the last one gets the originals.
-        terms, temperature = self.terms[number], self.job.mixes[number].temperature
-        first = sum(map(len, self.terms[:number]))
+        """Gradient of a group's weighted losses; overwrites the logits unless `keep`."""
+        # A loss may overwrite its inputs, so only the last one gets the original tensors.
+        terms, temperature = self.terms[group], self.inputs.groups[group].temperature
+        first = sum(map(len, self.terms[:group]))
         total: Tensor | None = None
-        for place, (_, weight, loss, needs_teacher) in enumerate(terms):
+        for place, term in enumerate(terms):
             last = place == len(terms) - 1
             student_in = logits_NV if last and not keep else logits_NV.clone()
             teacher_in = teacher_NV if last else teacher_NV.clone()
-            if sparse is not None and needs_teacher:
+            if sparse is not None and term.needs_teacher:
                 value_N, gradient_NV = sparse.loss(student_in)
             else:
-                value_N, gradient_NV = loss(student_in, teacher_in, targets_N, temperature)
+                value_N, gradient_NV = term.loss(student_in, teacher_in, targets_N, temperature)
             self.values[first + place] += value_N.sum(dtype=torch.float64)
-            if weight != 1.0:
-                gradient_NV = gradient_NV.mul_(weight)
+            if term.weight != 1.0:
+                gradient_NV = gradient_NV.mul_(term.weight)
             total = gradient_NV if total is None else total.add_(gradient_NV)
-        assert total is not None, "a mix holds at least one loss"
+        assert total is not None, "a group has at least one loss"
         return total
+
+
+# Matrix products of half-precision factors with a float32 result. CUDA has them. Elsewhere the
+# result is rounded to half precision. `exact` then adds the rounding errors of the result and of a
+# factor: they are small, so half precision holds them well (in bfloat16 with errors of 2⁻¹⁸ of the
+# result), at the cost of two products instead of one, or three where a factor is split.
+
+
+def product(left_MK: Tensor, right_KN: Tensor, exact: bool) -> Tensor:
+    """left @ right in float32, or in float64 for float64 factors."""
+    if _widens(left_MK):
+        return torch.mm(left_MK, right_KN, out_dtype=torch.float32)
+    rounded_MN = left_MK @ right_KN
+    result_MN = rounded_MN.to(float32_at_least(rounded_MN.dtype))
+    if exact and result_MN.dtype != rounded_MN.dtype:
+        result_MN.add_(rounded_MN.addmm_(left_MK, right_KN, beta=-1))
+    return result_MN
+
+
+def split(factor: Tensor, dtype: torch.dtype, exact: bool) -> tuple[Tensor, ...]:
+    """A float32 factor in `dtype` and, if `exact`, its rounding error as a second part.
+
+    Overwrites the factor if `exact`.
+    """
+    high = factor.to(dtype)
+    if not exact or high.dtype == factor.dtype:
+        return (high,)
+    return high, factor.sub_(high).to(dtype)
+
+
+def add_product(sum_MN: Tensor, parts_MK: tuple[Tensor, ...], right_KN: Tensor) -> None:
+    """Add left @ right to a float32 sum, where `parts_MK` are the parts of left from `split`.
+
+    Adds some rows at a time, because the product takes memory of its own, in both dtypes.
+    """
+    rows = max(1, ADDED_ELEMENTS // max(1, sum_MN.shape[1]))
+    for begin in range(0, len(sum_MN), rows):
+        part = slice(begin, begin + rows)
+        _add(sum_MN[part], tuple(part_MK[part] for part_MK in parts_MK), right_KN)
+
+
+def _add(sum_MN: Tensor, parts_MK: tuple[Tensor, ...], right_KN: Tensor) -> None:
+    if _widens(right_KN):
+        for part_MK in parts_MK:
+            sum_MN.add_(torch.mm(part_MK, right_KN, out_dtype=torch.float32))
+        return
+    high_MK, *low = parts_MK
+    rounded_MN = high_MK @ right_KN
+    sum_MN.add_(rounded_MN)
+    for low_MK in low:
+        rounded_MN.addmm_(high_MK, right_KN, beta=-1).addmm_(low_MK, right_KN)
+        sum_MN.add_(rounded_MN)
+
+
+def _widens(factor: Tensor) -> bool:
+    if factor.device.type != "cuda" or torch.version.cuda is None or torch.__version__ < "2.8":
+        return False
+    return factor.dtype in (torch.bfloat16, torch.float16)

@@ -5,20 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from regrow import plugins
 
-Loss = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+LOSSES = "regrow.training.losses"
+
+LossFunction = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""(student's logits [N, V], teacher's logits [N, V], targets [N], temperature) → value of each
+token [N] and gradient by the student's logits [N, V]."""
+
+
+class Term(NamedTuple):
+    """One loss of a weighted sum."""
+
+    name: str
+    weight: float
+    loss: LossFunction
+    needs_teacher: bool
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """A weighted sum of losses at one temperature; `weights` are by the loss's file name.
+    """A weighted sum of losses at one temperature; the keys of `weights` are file names of losses.
 
-    A loss of weight 0 is measured and teaches nothing.
+    A loss of weight 0 is measured but not learned from.
     """
 
     weights: dict[str, float]
@@ -28,40 +43,74 @@ class LossWeights:
     skew: float = 0.1
     """α of the skewed divergences."""
     exact: bool = False
-    """Whether products of half-precision factors are made as exact as those of float32 ones."""
+    """Whether products of half-precision factors are as exact as those of float32 factors."""
     by_source: tuple[dict[str, float], ...] = ()
-    """Weights in place of `weights` for tokens of which the source is known, by its number."""
+    """Weights that replace `weights` for the tokens of each source, by the source's number."""
 
     @property
-    def mixes(self) -> tuple[LossWeights, ...]:
-        """The mix of tokens of no known source, then that of each source."""
+    def groups(self) -> tuple[LossWeights, ...]:
+        """The weights of tokens without a known source, then those of each source's tokens."""
         each = (self.weights, *self.by_source)
         return tuple(replace(self, weights=weights, by_source=()) for weights in each)
 
     def counts(self, source_N: Tensor) -> dict[str, Tensor]:
-        """How many of the tokens each loss is taken of, by name."""
+        """The number of tokens that each loss applies to, by the loss's name."""
         tokens = [(source_N == number).sum() for number in range(len(self.by_source))]
-        names = {name: None for weights in self.by_source for name in weights}
-        taken = {
-            n: [t for t, w in zip(tokens, self.by_source, strict=True) if n in w] for n in names
-        }
-        return {name: torch.stack(found).sum() for name, found in taken.items()}
+        counts: dict[str, Tensor] = {}
+        for count, weights in zip(tokens, self.by_source, strict=True):
+            for name in weights:
+                counts[name] = counts[name] + count if name in counts else count
+        return counts
 
-    def terms(self) -> list[tuple[str, float, Loss, bool]]:
-        """(name, weight, function, whether it needs the teacher) of each loss in use."""
-        found: list[tuple[str, float, Loss, bool]] = []
+    def terms(self) -> list[Term]:
+        """The losses in use, ready to be called."""
+        terms = []
         for name, weight in self.weights.items():
-            module = plugins.load("regrow.training.losses", name)
+            module = plugins.load(LOSSES, name)
             options = {option: vars(self)[option] for option in module.OPTIONS}
-            found.append((name, weight, partial(module.loss, **options), module.NEEDS_TEACHER))
-        return found
+            loss = partial(with_gradient(module), **options)
+            terms.append(Term(name, weight, loss, module.NEEDS_TEACHER))
+        return terms
 
-    def measuring(self, name: str) -> LossWeights:
-        """The mix at temperature 1, in which the loss `name` is measured too, and comes first."""
-        each = tuple({name: 0.0, **weights} for weights in self.by_source)
-        return replace(self, weights={name: 0.0, **self.weights}, temperature=1.0, by_source=each)
+    def validation(self, name: str) -> LossWeights:
+        """These losses as they are measured on held-out text, `name` among them and first.
+
+        The temperature is 1, and products are exact: bfloat16 would round a KL of 3e-5 to 2e-4.
+        """
+        by_source = tuple({name: 0.0, **weights} for weights in self.by_source)
+        weights = {name: 0.0, **self.weights}
+        return replace(self, weights=weights, temperature=1.0, exact=True, by_source=by_source)
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any loss of the mix reads the teacher's logits."""
-        return any(needs for mix in self.mixes for *_, needs in mix.terms())
+        """Whether any of the losses reads the teacher's logits."""
+        return any(term.needs_teacher for group in self.groups for term in group.terms())
+
+
+def with_gradient(module: ModuleType) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A loss file's function that returns values and gradient: its own, or made by autograd."""
+    if hasattr(module, "loss_and_gradient"):
+        written: Callable[..., tuple[Tensor, Tensor]] = module.loss_and_gradient
+        return written
+    return partial(_differentiate, module)
+
+
+def _differentiate(
+    module: ModuleType,
+    student_NV: Tensor,
+    teacher_NV: Tensor,
+    targets_N: Tensor,
+    temperature: float,
+    **options: float,
+) -> tuple[Tensor, Tensor]:
+    """Values and gradient of a loss that is only a formula; autograd sees no more than a chunk."""
+    student_NV = student_NV.detach().requires_grad_()
+    with torch.enable_grad():
+        value_N: Tensor = module.loss(student_NV, teacher_NV, targets_N, temperature, **options)
+        if value_N.shape != targets_N.shape:
+            raise ValueError(
+                f"{module.__name__}: loss returned the shape {list(value_N.shape)}; it must return "
+                f"one value for each of the {len(targets_N)} tokens"
+            )
+        (gradient_NV,) = torch.autograd.grad(value_N.sum(), student_NV)
+    return value_N.detach(), gradient_NV.contiguous()  # a broadcast gradient cannot be scaled

@@ -1,6 +1,6 @@
 """The loss of a distillation, computed inside the student's forward.
 
-Shapes: B blocks, T tokens, N scored tokens.
+Shapes: B sequences, T tokens, N scored tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from regrow.training.cache.sparse import Sparse
 from regrow.training.cache.teacher import CachedTeacher
 from regrow.training.callbacks import CHOSEN_BY
 from regrow.training.cross_tokenizer.teacher import CrossTokenizerTeacher
-from regrow.training.feature_loss_weights import FeatureLosses
+from regrow.training.features import FeatureLosses, model_features
 from regrow.training.head import head_loss, head_of
-from regrow.training.layer_mapping import model_features
 from regrow.training.loss_weights import LossWeights
 from regrow.training.teacher import MixedTeacher, States, Teacher, hidden_states, scored
 
@@ -31,22 +30,22 @@ Batch: TypeAlias = dict[str, Tensor]
 def bind_loss(
     student: PreTrainedModel,
     teacher: AnyTeacher | None,
-    mix: LossWeights,
+    loss_weights: LossWeights,
     feature_losses: FeatureLosses | None = None,
 ) -> Callable[[], None]:
-    """Make `student(**batch)` return the summed loss; returns what undoes it.
+    """Make `student(**batch)` return the summed loss; returns a function that undoes this.
 
-    The loss is computed inside the student's forward, so that it goes through whatever wraps the
-    student (DDP, FSDP), and the student itself stays the stock model that Trainer saves. Outputs:
-    `loss` (sum of all weighted losses), `main` (without feature losses), `parts` {name of a
-    loss: its plain sum}, `tokens` (how many were scored), `counts` {name of a loss that
-    some sources' tokens alone have: how many those are}. In eval mode all is measured at
-    temperature 1, and the forward KL comes first, whether the student learns by it or not; a
-    training step computes it only if it does.
+    The loss is computed inside the student's forward, so that it passes through any wrapper of the
+    student (DDP, FSDP), while the student stays the stock model that Trainer saves. The outputs:
+    `loss` (sum of all weighted losses), `main` (the same without feature losses), `parts` (the
+    unweighted sum of each loss by name), `tokens` (the number of scored tokens), `counts` (by name,
+    the number of tokens of each loss that only some sources' tokens have). In eval mode all losses
+    are measured at temperature 1 and with exact products, and the forward KL is measured first even
+    where the student does not learn by it; a training step computes it only if the student does.
     """
     stock = student.forward
-    measured = mix if teacher is None else mix.measuring(CHOSEN_BY)
-    objective = _Objective(teacher, mix, measured, feature_losses)
+    measured = loss_weights if teacher is None else loss_weights.validation(CHOSEN_BY)
+    objective = _Objective(teacher, loss_weights, measured, feature_losses)
 
     def forward(
         self: PreTrainedModel,
@@ -69,62 +68,64 @@ def bind_loss(
 
 @dataclass(frozen=True)
 class _Objective:
-    """What a student is compared with, and by what."""
+    """The teacher of a student and the losses between them."""
 
     teacher: AnyTeacher | None
     learned: LossWeights
     measured: LossWeights
-    """In place of `learned` when the student is in eval mode."""
+    """Replaces `learned` while the student is in eval mode."""
     feature_losses: FeatureLosses | None
 
     def outputs(
         self, student: PreTrainedModel, batch: Batch, source_BT: Tensor | None
     ) -> dict[str, Any]:
-        """What `bind_loss` promises of a batch."""
-        mix, teacher = self.learned if student.training else self.measured, self.teacher
+        """The outputs that `bind_loss` describes, for one batch."""
+        loss_weights = self.learned if student.training else self.measured
+        teacher = self.teacher
         if isinstance(teacher, CrossTokenizerTeacher):
-            return teacher.outputs(student, batch, mix)
+            return teacher.outputs(student, batch, loss_weights)
         mask = scored(batch)
         targets_N = batch["labels"][:, 1:][mask]
         source_N = None if source_BT is None else source_BT[:, 1:][mask]
         reads = {} if self.feature_losses is None else self.feature_losses.reads
-        taught, sparse = self._said(teacher, batch, mix, reads)
-        own, head = hidden_states(student, batch, **reads), head_of(student)
+        teacher_states, sparse = self._of_teacher(teacher, batch, loss_weights, reads)
+        student_states, head = hidden_states(student, batch, **reads), head_of(student)
         if teacher is not None:
             head, targets_N = teacher.compared(head, targets_N)
         total, parts = head_loss(
-            own.final[mask],
+            student_states.final[mask],
             head,
             targets_N,
-            mix,
-            None if taught is None else taught.final[mask],
-            None if teacher is None else teacher.head,  # its ids are compared, if given
+            loss_weights,
+            None if teacher_states is None else teacher_states.final[mask],
+            None if teacher is None else teacher.head,  # only its ids are compared
             sparse=sparse,
             source_N=source_N,
         )
-        found = {"loss": total, "main": total.detach(), "parts": parts, "tokens": mask.sum()}
-        found["counts"] = {} if source_N is None else mix.counts(source_N)
-        if self.feature_losses is None or taught is None or not isinstance(teacher, Teacher):
-            return found
-        ours, theirs = (
-            model_features(student, own, head),
-            model_features(teacher.model, taught, teacher.head),
+        outputs = {"loss": total, "main": total.detach(), "parts": parts, "tokens": mask.sum()}
+        outputs["counts"] = {} if source_N is None else loss_weights.counts(source_N)
+        if self.feature_losses is None or not isinstance(teacher, Teacher):
+            return outputs
+        assert teacher_states is not None, "feature losses need the teacher's states"
+        features = (
+            model_features(student, student_states, head),
+            model_features(teacher.model, teacher_states, teacher.head),
         )
-        more, inner = self.feature_losses.loss(ours, theirs, functional.pad(mask, (0, 1)))
-        return {**found, "loss": total + more, "parts": {**parts, **inner}}
+        more, more_parts = self.feature_losses.loss(*features, functional.pad(mask, (0, 1)))
+        return {**outputs, "loss": total + more, "parts": {**parts, **more_parts}}
 
-    def _said(
+    def _of_teacher(
         self,
         teacher: Teacher | CachedTeacher | MixedTeacher | None,
         batch: Batch,
-        mix: LossWeights,
+        loss_weights: LossWeights,
         reads: dict[str, bool],
     ) -> tuple[States | None, Sparse | None]:
-        """What is needed of a teacher: its states, or stored distributions in their place."""
-        if isinstance(teacher, CachedTeacher) and mix.needs_teacher:
+        """The teacher's states if they are needed, or stored distributions instead of them."""
+        if isinstance(teacher, CachedTeacher) and loss_weights.needs_teacher:
             sparse = teacher.sparse(batch)
             if sparse is not None:
                 return None, sparse
-        if teacher is None or not (mix.needs_teacher or self.feature_losses is not None):
+        if teacher is None or not (loss_weights.needs_teacher or self.feature_losses is not None):
             return None, None
         return teacher.hidden(batch, **reads), None

@@ -1,4 +1,4 @@
-"""Student, optimizer and teacher held in shares by several GPUs (FSDP2), or a DeepSpeed config."""
+"""Sharding student, optimizer and teacher over GPUs by FSDP2, or a DeepSpeed config."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from regrow.errors import UserError
 from regrow.runtime import distributed
 
 WHOLE = "pytorch_model_fsdp.bin"
-"""In a checkpoint of a sharded run: the weights, put together."""
+"""The file of the gathered weights in a checkpoint of a sharded run."""
 
 
 def is_sharded(options: Options) -> bool:
-    """Whether the job is sharded: by `sharding`, or by the config of `accelerate launch`."""
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return options.sharding == "fsdp" or asked
+    """Whether `sharding` or the config of `accelerate launch` requests sharding."""
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return options.sharding == "fsdp" or launched
 
 
 def require(options: Options, device: torch.device, adapter: str) -> None:
@@ -33,30 +33,34 @@ def require(options: Options, device: torch.device, adapter: str) -> None:
     if not is_sharded(options):
         return
     if distributed.world_size() < 2:
-        raise UserError("sharding fsdp needs several processes: start with torchrun, or leave it")
+        raise UserError(
+            "sharding fsdp needs several processes: start with torchrun, or leave it out"
+        )
     if device.type == "cpu":
-        raise UserError("sharding fsdp needs GPUs (accelerate shards nothing on the CPU): leave it")
+        raise UserError(
+            "sharding fsdp needs GPUs (accelerate shards nothing on the CPU): leave it out"
+        )
     if adapter != "none":
         raise UserError(f"sharding fsdp with adapter {adapter}: set one of them to none")
 
 
 def training_fields(options: Options) -> dict[str, Any]:
-    """What TrainingArguments are told about it."""
+    """The fields of TrainingArguments for sharding."""
     fields: dict[str, Any] = {}
     if options.deepspeed is not None:
         fields["deepspeed"] = options.deepspeed
     if is_sharded(options):
         whole = "FULL_STATE_DICT"
         fields |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": whole}}
-        # Else every device held the gradients of all blocks between the micro-batches of a step.
+        # Otherwise every device keeps the gradients of all layers between the micro-batches.
         fields["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     return fields
 
 
 def keep_precision(arguments: TrainingArguments) -> None:
-    """Reduce gradients in float32, leave outputs as they are; accelerate would take bf16 for both.
+    """Reduce gradients in float32 and do not cast outputs; accelerate would use bfloat16 for both.
 
-    The loss is an output, and would be rounded to 8 bits.
+    The loss is an output, and would be rounded to 8 bits of precision.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -67,10 +71,10 @@ def keep_precision(arguments: TrainingArguments) -> None:
 
 
 def share(model: PreTrainedModel, device: torch.device) -> None:
-    """Leave each process its share of a frozen model's blocks; a block is whole while it computes.
+    """Shard a frozen model's layers over the processes; a layer is whole only while it computes.
 
-    Embedding, last norm and head, which are read from outside the forward pass, stay whole. Blocks
-    go to the device one at a time, so that it never holds the whole model.
+    Embedding, final norm and head stay whole, because they are read outside the forward pass.
+    Layers move to the device one at a time, so that it never holds the whole model.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -88,27 +92,27 @@ def share(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def require_same(checkpoint: Path, sharded: bool) -> None:
-    """Raise UserError when a run would go on from a checkpoint of the other kind."""
+    """Raise UserError when a sharded run would continue an unsharded one, or the reverse."""
     if (checkpoint / WHOLE).exists() != sharded:
         was, now = ("none", "fsdp") if sharded else ("fsdp", "none")
         raise UserError(
-            f"{checkpoint} was written with sharding {was} and cannot go on with {now}: "
+            f"{checkpoint} was written with sharding {was} and cannot continue with {now}: "
             f"give --sharding {was}, or another --out"
         )
 
 
 def _require_deepspeed(path: Path, sharded: bool) -> None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"deepspeed {path} cannot be read as JSON: {error}") from None
-    stage = found.get("zero_optimization", {}).get("stage", 0) if isinstance(found, dict) else 3
+    stage = config.get("zero_optimization", {}).get("stage", 0) if isinstance(config, dict) else 3
     if stage not in (0, 1, 2):
         raise UserError(
-            f"deepspeed {path}: ZeRO stage {stage} splits the output head, which the loss reads "
-            "whole; allowed are stages 0, 1, 2, or --sharding fsdp without DeepSpeed"
+            f"deepspeed {path}: ZeRO stage {stage} shards the output head, and the loss needs all "
+            "of it; allowed are stages 0, 1, 2, or --sharding fsdp without DeepSpeed"
         )
     if sharded:
         raise UserError("sharding fsdp and deepspeed exclude each other: give one of them")
     if importlib.util.find_spec("deepspeed") is None:
-        raise UserError("deepspeed is not installed: pip install deepspeed, or leave the option")
+        raise UserError("deepspeed is not installed: pip install deepspeed, or leave it out")

@@ -1,8 +1,10 @@
-"""A frozen teacher, and several teachers as one mixture of distributions.
+"""A frozen teacher, how its weights are placed, and several teachers as one mixture.
 
-A teacher lies outside every module tree, in eval mode. It gives final hidden states and its head.
+A teacher is in eval mode and is not part of any module tree. It gives final hidden states and its
+output head.
 
-Shapes: N scored tokens, H hidden channels of all teachers together, V vocabulary.
+Shapes: B sequences, T tokens, N scored tokens, H hidden channels of all teachers together, V
+vocabulary entries, R rows (outputs) and C columns (inputs) of a weight.
 """
 
 from __future__ import annotations
@@ -11,48 +13,57 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
 
+from regrow import families
+from regrow.checkpoint import Checkpoint
+from regrow.data.sequences import Sequences
+from regrow.layerwise import LayerByLayer
+from regrow.quantization.formats import SCHEMES
+from regrow.quantization.grid import fit
+from regrow.training import sharding
 from regrow.training.head import CHUNK_ELEMENTS, Head, head_loss, head_of
 from regrow.training.loss_weights import LossWeights
+from regrow.training.model_check import check_model
 from regrow.training.shared_tokens import NONE, rows_of
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from regrow.data.sequences import Sequences
+TeacherPlacement: TypeAlias = Literal["whole", "int8", "shares", "disk"]
+"""Whole on the device, the same in 8 bits, sharded over ranks, or read from disk layer by layer."""
 
 
 class States(NamedTuple):
     """Hidden states of a batch."""
 
     final: Tensor
-    """[B, T − 1, H]: what the output head reads, after the last norm, of predicting positions."""
+    """[B, T − 1, H]: inputs of the output head (after the final norm) at predicting positions."""
     layers: tuple[Tensor, ...]
-    """[B, T, H] each: the embedding, then every block's output; empty unless asked for."""
+    """[B, T, H] each: the embedding, then every layer's output; empty unless requested."""
     attentions: tuple[Tensor, ...] = ()
-    """[B, heads, T, T] each: the weights of every layer; empty unless asked for."""
+    """[B, heads, T, T] each: the attention weights of every layer; empty unless requested."""
 
 
 class Teacher:
-    """A frozen model. A plain object, so that no trainer registers, trains or saves it.
+    """A frozen model. It is not a module, so that no trainer registers, trains or saves it.
 
-    With `ids_V`, its ids for those of a student with other tokens, it reads the student's tokens
-    and its head gives the logits of those alone that both have. With `size`, ids from there on are
-    padding of its embedding, and its head leaves them out.
+    `ids_V` maps the ids of a student with another vocabulary to the teacher's ids. The teacher then
+    reads the student's ids, and its head gives logits only for tokens that both have. `size` is the
+    number of ids of its tokenizer: its head leaves out the padding of the embedding beyond.
     """
 
     def __init__(
         self, model: PreTrainedModel, ids_V: Tensor | None = None, size: int | None = None
     ) -> None:
         self.model = model.eval().requires_grad_(False)
+        check_model(self.model)
         self.ids_V = None if ids_V is None else ids_V.to(model.device)
         self.size = size
         self.shared_S: Tensor | None = None
-        """Ids of the student that the teacher has too; None: all of them."""
+        """The student's ids that the teacher has too; None for all of them."""
         if self.ids_V is not None and bool((self.ids_V == NONE).any()):
             self.shared_S = (self.ids_V != NONE).nonzero().squeeze(-1)
 
@@ -60,17 +71,17 @@ class Teacher:
     def hidden(
         self, batch: dict[str, Tensor], all_layers: bool = False, attentions: bool = False
     ) -> States:
-        """Hidden states in the teacher's own dtype, outside any autocast."""
+        """Hidden states in the teacher's own dtype, without autocast."""
         assert not self.model.training, "the teacher left eval mode"
         if self.ids_V is not None:
-            own = self.ids_V[batch["input_ids"].to(self.ids_V.device)]
-            batch = {**batch, "input_ids": own}
+            teacher_ids = self.ids_V[batch["input_ids"].to(self.ids_V.device)]
+            batch = {**batch, "input_ids": teacher_ids}
         with torch.autocast(batch["input_ids"].device.type, enabled=False):
             return hidden_states(self.model, batch, all_layers, attentions)
 
     @cached_property
     def head(self) -> Head:
-        """The teacher's output head."""
+        """The teacher's output head, over the ids that are compared."""
         whole = head_of(self.model)
         if self.ids_V is None:
             return replace(whole, weight_VH=whole.weight_VH[: self.size])
@@ -78,7 +89,7 @@ class Teacher:
         return replace(whole, weight_VH=rows_of(whole.weight_VH, ids))
 
     def compared(self, head: Head, targets_N: Tensor) -> tuple[Head, Tensor]:
-        """A student's head and targets [N] over the ids that this teacher's head is over."""
+        """A student's head and targets [N], restricted to the ids of this teacher's head."""
         if self.shared_S is None:
             return head, targets_N
         shared_S = self.shared_S.to(targets_N.device)
@@ -88,9 +99,9 @@ class Teacher:
 
     @torch.no_grad()
     def mass_outside(self, sequences: Sequences, batch_size: int) -> float:
-        """Mean share of its probability, over the scored tokens, on ids that its head leaves out.
+        """Mean probability, over the scored tokens, of the ids that its head leaves out.
 
-        1 − Σ_shared p: what is lost when the distribution is renormalised over the shared tokens.
+        1 − Σ_shared p: the mass that renormalising over the shared tokens removes.
         """
         whole, lost, count = head_of(self.model), 0.0, 0
         for batch in sequences.batches(batch_size):
@@ -112,9 +123,9 @@ def hidden_states(
     all_layers: bool = False,
     attentions: bool = False,
 ) -> States:
-    """The final hidden states of a batch and, if asked for, those and the attention of all layers.
+    """Final hidden states of a batch and, if requested, states and attention of all layers.
 
-    Attention weights come from a model with eager attention only.
+    Only a model with eager attention gives attention weights.
     """
     device = model.device
     outputs = model.base_model(
@@ -130,12 +141,12 @@ def hidden_states(
 
 
 def final_hidden(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """The hidden states [B, T − 1, H] that the output head reads, after the last norm."""
+    """The inputs [B, T − 1, H] of the output head, after the final norm."""
     return hidden_states(model, batch).final
 
 
 def reference_states(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
-    """Per batch, the final hidden states [N, H] of its scored positions."""
+    """The final hidden states [N, H] of each batch's scored positions."""
     return [final_hidden(model, batch)[scored(batch)] for batch in batches]
 
 
@@ -147,72 +158,75 @@ def mean_loss(
     loss: str,
     exact: bool = False,
 ) -> float:
-    """Mean of a loss over the scored tokens, against a teacher's final hidden states and head.
+    """Mean of a loss over the scored tokens, in nats.
 
-    `reference` holds the teacher's states: see `reference_states`.
+    `reference` are the teacher's states from `reference_states`; `head` is the teacher's. `exact`
+    products take about twice the time of the head on a CPU.
     """
     total, tokens = 0.0, 0
-    mix = LossWeights({loss: 1.0}, exact=exact)
+    loss_weights = LossWeights({loss: 1.0}, exact=exact)
     for batch, teacher_NH in zip(batches, reference, strict=True):
         mask = scored(batch)
         hidden_NH = final_hidden(model, batch)[mask]
         targets_N = batch["labels"][:, 1:][mask].to(hidden_NH.device)
-        value, _ = head_loss(hidden_NH, head_of(model), targets_N, mix, teacher_NH, head)
+        value, _ = head_loss(hidden_NH, head_of(model), targets_N, loss_weights, teacher_NH, head)
         total, tokens = total + float(value), tokens + len(targets_N)
     return total / tokens
 
 
 def scored(batch: dict[str, Tensor]) -> Tensor:
-    """Which of the T − 1 predicting positions are scored [B, T − 1]: t is scored by label t + 1."""
+    """Mask [B, T − 1] of the predicting positions that are scored: position t by label t + 1."""
     return batch["labels"][:, 1:] != -100
 
 
 @dataclass(frozen=True)
 class TeacherMixture:
-    """The heads of several teachers, read as one; `shares` sum to 1."""
+    """The heads of several teachers as one target; `shares` sum to 1."""
 
     heads: tuple[Head, ...]
     shares: tuple[float, ...]
 
     @property
     def rows(self) -> int:
-        """How many leading ids all of them have."""
+        """The number of leading ids that all of them have."""
         return min(head.rows for head in self.heads)
 
     def to(self, dtype: torch.dtype) -> TeacherMixture:
-        """The same with weights of a dtype."""
+        """The same with weights of another dtype."""
         return TeacherMixture(tuple(head.to(dtype) for head in self.heads), self.shares)
 
-    def target(self, hidden_NH: Tensor, rows: int, mix: LossWeights) -> Tensor:
-        """Logits [N, V] whose softmax over T is Σ wᵢ pᵢ, each pᵢ the softmax of logits over T.
+    def target(self, hidden_NH: Tensor, rows: int, loss_weights: LossWeights) -> Tensor:
+        """Logits [N, V] whose softmax at temperature T is Σ wᵢ pᵢ, pᵢ being teacher i's at T.
 
-        `hidden_NH` has the teachers' states side by side. T · log Σ wᵢ pᵢ, in log space throughout.
+        `hidden_NH` is the concatenation of the teachers' states. T · log Σ wᵢ pᵢ in log space.
         """
         widths = [head.weight_VH.shape[1] for head in self.heads]
         total_NV: Tensor | None = None
         for head, share, own_NH in zip(
             self.heads, self.shares, hidden_NH.split(widths, -1), strict=True
         ):
-            logits_NV = head.target(own_NH.contiguous(), rows, mix) / mix.temperature
-            log_p_NV = logits_NV.log_softmax(-1).add_(math.log(share))
+            logits_NV = head.target(own_NH.contiguous(), rows, loss_weights)
+            log_p_NV = (logits_NV / loss_weights.temperature).log_softmax(-1).add_(math.log(share))
             total_NV = log_p_NV if total_NV is None else torch.logaddexp(total_NV, log_p_NV)
-        assert total_NV is not None, "a blend holds at least one teacher"
-        return total_NV.mul_(mix.temperature)
+        assert total_NV is not None, "a mixture has at least one teacher"
+        return total_NV.mul_(loss_weights.temperature)
 
 
 class MixedTeacher:
-    """Stands in for a Teacher. All of them must have all of the student's tokens."""
+    """Several teachers in place of one. All of them must have all of the student's tokens."""
 
     def __init__(self, teachers: Sequence[Teacher], shares: Sequence[float]) -> None:
-        assert all(teacher.shared_S is None for teacher in teachers), "not the same ids compared"
+        assert all(teacher.shared_S is None for teacher in teachers), (
+            "a teacher lacks tokens of the student"
+        )
         assert math.isclose(sum(shares), 1.0), f"the shares sum to {sum(shares)}"
         self.teachers, self.shares = tuple(teachers), tuple(shares)
 
     def hidden(self, batch: dict[str, Tensor], **reads: bool) -> States:
-        """The final hidden states of all teachers, side by side."""
-        assert not any(reads.values()), "a blend has no states of inner layers"
-        found = [teacher.hidden(batch).final for teacher in self.teachers]
-        return States(torch.cat([state.to(found[0].dtype) for state in found], -1), ())
+        """The final hidden states of all teachers, concatenated."""
+        assert not any(reads.values()), "several teachers have no common states of inner layers"
+        finals = [teacher.hidden(batch).final for teacher in self.teachers]
+        return States(torch.cat([final.to(finals[0].dtype) for final in finals], -1), ())
 
     @cached_property
     def head(self) -> TeacherMixture:
@@ -220,5 +234,67 @@ class MixedTeacher:
         return TeacherMixture(tuple(teacher.head for teacher in self.teachers), self.shares)
 
     def compared(self, head: Head, targets_N: Tensor) -> tuple[Head, Tensor]:
-        """A student's head and targets as they are: all of its tokens are compared."""
+        """A student's head and targets, unchanged: all of its tokens are compared."""
         return head, targets_N
+
+
+def place_teacher(
+    checkpoint: Checkpoint, placement: TeacherPlacement, device: torch.device
+) -> PreTrainedModel:
+    """A checkpoint's frozen model in bfloat16.
+
+    With `disk`, embedding, final norm and head stay on the device; each layer's weights are read
+    from their file whenever the layer runs.
+    """
+    if placement == "disk":
+        family = families.of(checkpoint)
+        return LayerByLayer.of(checkpoint, family, device, dtype=torch.bfloat16).streamed()
+    model = checkpoint.model(torch.bfloat16, device if placement == "whole" else "cpu")
+    if placement == "int8":
+        round_linear(model)
+        model.to(device)  # type: ignore[arg-type]
+    elif placement == "shares":
+        sharding.share(model, device)
+    return model
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with an int8 weight and one scale per row.
+
+    y = (x · Qᵀ) · s + b with W ≈ s · Q. bfloat16 represents the integers of Q (at most 128)
+    exactly, and the scale multiplies the result, so the product s · Q is never rounded.
+    """
+
+    codes_RC: Tensor
+    scale_R: Tensor
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        weight_RC = layer.weight.detach()
+        grid = fit(weight_RC, SCHEMES["int8"], weight_RC.dtype)
+        codes_RC = (grid.nearest(weight_RC) / grid.scale_RG.float()).round().to(torch.int8)
+        self.register_buffer("codes_RC", codes_RC)
+        self.register_buffer("scale_R", grid.scale_RG.squeeze(1))
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs [..., R] of inputs [..., C], in the dtype of the inputs."""
+        y = functional.linear(x, self.codes_RC.to(x.dtype)) * self.scale_R.to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+@torch.no_grad()
+def round_linear(model: PreTrainedModel) -> None:
+    """Replace every linear layer except the output head by an Int8Linear, one after the other.
+
+    Routers and stacked experts are not linear layers, so they stay as they are.
+    """
+    head = model.get_output_embeddings()
+    linear = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
+    while linear:
+        name, module = linear.pop()
+        model.set_submodule(name, Int8Linear(module))

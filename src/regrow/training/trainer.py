@@ -1,33 +1,41 @@
-"""The distillation trainer: transformers' Trainer on the loss that `bind_loss` gives.
+"""The distillation trainer: transformers' Trainer with the loss that `bind_loss` binds.
 
-What is trained beside the student (projections of feature losses, the loss balance) is kept in its
-checkpoints.
+Its checkpoints also contain the state beside the student: projections of feature losses and the
+running means of the loss balancer.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer
 
+from regrow.data.sequences import IGNORED
 from regrow.errors import UserError
 from regrow.training.adapters import has_adapter, load_adapter
 from regrow.training.callbacks import COUNT_PREFIX, MetricSums
-from regrow.training.feature_loss_weights import MAIN, FeatureLosses
+from regrow.training.features import MAIN, FeatureLosses
 
 FEATURE_LOSS_STATE = "feature_losses.pt"
-"""Beside optimizer.pt in each checkpoint; the student that is written has none of it."""
+"""A file beside optimizer.pt in each checkpoint; the written student does not contain it."""
+
+
+class NotFiniteError(UserError):
+    """The loss is NaN or infinite. All ranks raise it, at the same step."""
 
 
 class FeatureLossTrainer(Trainer):
-    """Trainer with a SignalMix: its projections in the optimizer, its state in the checkpoints.
+    """Trainer with feature losses: projections in the optimizer, their state in checkpoints.
 
-    Their gradients are averaged over the ranks, as DDP does for the student's, and are not clipped.
+    The projections' gradients are averaged over the ranks, as DDP does for the student's gradients.
+    They are not clipped.
     """
 
     def __init__(
@@ -37,31 +45,31 @@ class FeatureLossTrainer(Trainer):
         self.feature_losses, self.this_step = feature_losses, MetricSums()
 
     def end_step(self) -> None:
-        """Before the optimizer's step: what DDP does for the student, for what is outside it."""
+        """Average the projections' gradients over the ranks and update the balancer."""
         if self.feature_losses is None:
             return
         for projection in self.feature_losses.projections():
             projection.grad = self.accelerator.reduce(projection.grad, "mean")
-        if self.feature_losses.balance is not None:
-            self.feature_losses.balance.update(self.this_step.means(self.sum_over_ranks))
+        if self.feature_losses.balancer is not None:
+            self.feature_losses.balancer.update(self.this_step.means(self.sum_over_ranks))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The sum of each rank's values; the values themselves with one rank."""
+        """The sum of the values over the ranks."""
         total: Tensor = self.accelerator.reduce(values, "sum")
         return total
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The student's optimizer, with the feature losses' projections as a group of their own."""
-        there = self.optimizer is not None
+        """The student's optimizer, with the projections as a separate parameter group."""
+        exists = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if self.feature_losses is not None and self.feature_losses.projections() and not there:
+        if self.feature_losses is not None and self.feature_losses.projections() and not exists:
             group = {"params": self.feature_losses.projections(), "weight_decay": 0.0}
             optimizer.add_param_group(group)
             optimizer.register_step_post_hook(self._zero_projections)
         return optimizer
 
     def _zero_projections(self, *_: Any) -> None:
-        """After a step; Trainer does it for the student."""
+        """Clear gradients after a step; Trainer clears only the student's."""
         assert self.feature_losses is not None
         for projection in self.feature_losses.projections():
             projection.grad = None
@@ -84,15 +92,16 @@ class FeatureLossTrainer(Trainer):
 
 
 class DistillTrainer(FeatureLossTrainer):
-    """Sum of the loss ÷ the scored tokens of the whole step, over accumulation and ranks.
+    """Trains on the summed loss ÷ scored tokens of the step, over all micro-batches and ranks.
 
-    Blocks are read in their own order: a longer budget goes on where a shorter one ended.
+    Sequences are read in their order, so that a run with a larger budget continues a shorter one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.logged = MetricSums()
-        self.model_accepts_loss_kwargs = True  # asks Trainer to count the scored tokens
+        self.step_loss = torch.zeros(())
+        self.model_accepts_loss_kwargs = True  # Trainer then counts the scored tokens
         self.loss_is_scaled_for_ga = True
         if self.args.world_size > 1 and self.eval_dataset is not None:
             share = self.args.world_size * self.args.per_device_eval_batch_size
@@ -102,14 +111,30 @@ class DistillTrainer(FeatureLossTrainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(dataset)
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LRScheduler:
+        """Trainer's schedule, except that warm-up and cosine never have the rate 0."""
+        optimizer, options = optimizer or self.optimizer, self.args.lr_scheduler_kwargs
+        cosine = self.args.lr_scheduler_type == "cosine_with_min_lr"
+        if self.lr_scheduler is not None or not cosine or optimizer is None:
+            scheduler: LRScheduler = super().create_scheduler(num_training_steps, optimizer)
+            return scheduler
+        assert isinstance(options, dict), "min_lr_rate is given"
+        warmup, ratio = int(self.args.warmup_steps), float(options["min_lr_rate"])
+        factor = partial(rate_factor, warmup=warmup, total=num_training_steps, min_ratio=ratio)
+        self.lr_scheduler = LambdaLR(optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
     @property
     def student(self) -> PreTrainedModel:
-        """The model in training, unwrapped."""
+        """The model that is trained, unwrapped."""
         assert isinstance(self.model, PreTrainedModel)
         return self.model
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """A checkpoint holds adapters alone where there are any, which Trainer does not know."""
+        """Load a checkpoint; Trainer does not know those that contain only adapters."""
         if has_adapter(self.student):
             load_adapter(self.student, Path(resume_from_checkpoint))
         else:
@@ -129,14 +154,14 @@ class DistillTrainer(FeatureLossTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The mixed loss of one micro-batch, as its share of the step's mean per scored token."""
+        """The loss of one micro-batch: its share of the step's mean per scored token."""
         outputs = model(**_model_inputs(inputs))
         row = _sums(outputs)
         self.logged.add(row)
         self.this_step.add({**row, MAIN: outputs["main"]})
         if num_items_in_batch is None:
             num_items_in_batch = outputs["tokens"]
-        # A step without scored tokens has the sum 0, and must not become 0 / 0.
+        # The sum of a step without scored tokens is 0 and must not become 0 / 0.
         count = torch.as_tensor(num_items_in_batch, device=outputs["loss"].device).clamp_min(1)
         loss = outputs["loss"] / count
         if self.args.average_tokens_across_devices:
@@ -144,37 +169,41 @@ class DistillTrainer(FeatureLossTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-batch; raises UserError when the loss is no number any more."""
+        """One micro-batch; raises NotFiniteError, on all ranks, before the optimizer step."""
         loss = super().training_step(*args, **kwargs)
-        if not bool(loss.isfinite()):
-            raise UserError(f"the loss became {float(loss)} at step {self.state.global_step + 1}")
+        self.step_loss = self.step_loss.to(loss.device) + loss
         if self.accelerator.sync_gradients:
+            total, self.step_loss = float(self.sum_over_ranks(self.step_loss)), torch.zeros(())
+            if not math.isfinite(total):
+                raise NotFiniteError(
+                    f"the loss became {total} at step {self.state.global_step + 1}"
+                )
             self.end_step()
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's; a row of training gets each loss and feature loss under its own name."""
+        """Log a row; a row of training also gets each loss and feature loss by name."""
         if "loss" in logs:
             logs = {**logs, **self.logged.means(self.sum_over_ranks)}
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Mean of each loss over the held-out blocks, in nats per scored token, over all ranks."""
+        """Mean of each loss over all ranks' validation sequences, in nats per scored token."""
         self.student.eval()
-        tally = MetricSums()
+        sums = MetricSums()
         dataloader = self.get_eval_dataloader()
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 outputs = self.model_wrapped(**_model_inputs(inputs))
-            tally.add(_sums(outputs))
-        means = tally.means(self.sum_over_ranks)
+            sums.add(_sums(outputs))
+        means = sums.means(self.sum_over_ranks)
         metrics = {f"eval_{name}": value for name, value in means.items()}
         for value in metrics.values():
             if not math.isfinite(value):
                 step = self.state.global_step
-                raise UserError(f"the held-out loss became {value} at step {step}")
+                raise NotFiniteError(f"the held-out loss became {value} at step {step}")
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -183,22 +212,35 @@ class DistillTrainer(FeatureLossTrainer):
 
 
 class _EvenShares(Dataset[dict[str, Tensor]]):
-    """Blocks, and some in which nothing is scored, so that their number is a multiple of `share`.
+    """Sequences, filled up with unscored ones so that their number is a multiple of `share`.
 
-    Every rank then has as many batches as the others, and no block is counted twice to fill up.
+    All ranks then have the same number of batches, and no sequence is counted twice.
     """
 
-    def __init__(self, blocks: Any, share: int) -> None:
-        self.blocks, self.length = blocks, -(-len(blocks) // share) * share
+    def __init__(self, sequences: Any, share: int) -> None:
+        self.sequences, self.length = sequences, -(-len(sequences) // share) * share
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if index < len(self.blocks):
-            block: dict[str, Tensor] = self.blocks[index]
-            return block
-        return {**self.blocks[0], "labels": torch.full_like(self.blocks[0]["labels"], -100)}
+        if index < len(self.sequences):
+            sequence: dict[str, Tensor] = self.sequences[index]
+            return sequence
+        first = self.sequences[0]
+        return {**first, "labels": torch.full_like(first["labels"], IGNORED)}
+
+
+def rate_factor(step: int, warmup: int, total: int, min_ratio: float) -> float:
+    """The learning rate in optimizer step `step` (from 0), as a share of its peak.
+
+    Rises linearly and reaches 1 in step number `warmup` (from 1), then falls by a cosine to
+    `min_ratio`, which it would reach one step after the last one.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    share = min(1.0, (step + 1 - warmup) / (total + 1 - warmup))
+    return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * share)) / 2
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -207,6 +249,6 @@ def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sums(outputs: dict[str, Any]) -> dict[str, Tensor]:
-    """A micro-batch's row for a Tally."""
+    """The sums of a micro-batch, for MetricSums."""
     counts = {COUNT_PREFIX + name: count for name, count in outputs["counts"].items()}
     return {**outputs["parts"], **counts, "tokens": outputs["tokens"]}

@@ -24,7 +24,7 @@ class CacheStage(Stage):
     config = CacheConfig
     takes_teacher = True
     distributed = True
-    reads = ("heldout", "train")
+    reads = ("validation", "train")
 
     def command(
         self,

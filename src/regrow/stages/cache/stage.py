@@ -116,11 +116,13 @@ def cache(
         return out
     tokenizer = checkpoint.tokenizer()
     counts: dict[Split, int] = {
-        "heldout": config.heldout_sequences,
+        "validation": config.heldout_sequences,
         "train": -(-config.tokens // data.sequence_length),
     }
     sequences: dict[str, Sequences] = {
-        split: build_sequences(data, tokenizer, split, count, checkpoint)
+        "heldout" if split == "validation" else split: build_sequences(
+            data, tokenizer, split, count, checkpoint
+        )
         for split, count in counts.items()
     }
     _check_space(stage, header, sequences)

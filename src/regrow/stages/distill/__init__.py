@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class DistillStage(Stage):
-    """Takes the current model, and caches and answers if there are any; leaves it trained."""
+    """Trains the current model, with the cache and the answers of earlier stages, if any."""
 
     config = DistillConfig
     takes_teacher = True
     distributed = True
     changes_weights = True
     needs_plain_weights = True
-    reads = ("heldout", "train")
+    reads = ("validation", "train")
 
     def command(
         self,
@@ -44,23 +44,23 @@ class DistillStage(Stage):
         """Train a student towards its teacher's next-token distribution.
 
         Args:
-            student: A pruned or otherwise smaller model, or a config.json for a fresh one.
-            teacher: The model to learn from; for one of another tokenizer see --cross-tokenizer.
+            student: A pruned or otherwise smaller model, or a config.json for random weights.
+            teacher: The model to learn from; --cross-tokenizer allows another tokenizer.
             out: Folder to write the distilled model to.
             training: Budget, losses and schedule.
-            machine: Device, batch size, and how the models lie in memory.
-            dry_run: Check everything and print what would be done.
+            machine: Device, batch size, and memory options.
+            dry_run: Check everything and print steps, memory and time instead of training.
         """
-        known, data = open_model(teacher), text.blend()
+        checkpoint, data = open_model(teacher), text.blend()
         source = student if student.endswith(".json") else open_model(student)
         from regrow.stages.distill.stage import distill
         from regrow.stages.distill.student import open_student
 
-        opened = open_student(source, known)
+        opened = open_student(source, checkpoint)
         if dry_run:
-            print_lines(estimate(opened, known, data, training, machine), out)
+            print_lines(estimate(opened, checkpoint, data, training, machine), out)
             return
-        distill(student, known, data, out, training, machine)
+        distill(student, checkpoint, data, out, training, machine)
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError for losses, budget, answers or cache that do not fit together."""
@@ -85,7 +85,7 @@ class DistillStage(Stage):
 
     def accepts_teacher(self, step: Step, plan: RecipePlan, teacher: Checkpoint) -> bool:
         """Whether the two tokenizers may differ: for a loss across tokenizers."""
-        from regrow.stages.distill.cross_tokenizer import aligner_of
+        from regrow.stages.distill.teacher import aligner_of
 
         return bool(aligner_of(step.config, plan.checkpoint, teacher, plan.options))
 
@@ -95,14 +95,14 @@ class DistillStage(Stage):
         from regrow.cost import parameters
 
         config = step.config
-        names = [step.teacher or plan.model, *config.blend]
+        names = [step.teacher or plan.model, *config.extra_teachers]
         teachers = sum(parameters(load(name)) for name in names)
         if (step.teacher or plan.model) in plan.caches:
             config = config.model_copy(update={"cache": "cached by then"})
         return training_lines(plan.parameters, teachers, plan.data, config, plan.options)
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
-        """Distil by the cache and answers of the stages before it, unless it names its own."""
+        """Distil with the cache and answers of earlier stages, unless the config names others."""
         from regrow.stages.distill.stage import distill
 
         config, teacher = step.config, step.teacher or run.model
@@ -112,13 +112,12 @@ class DistillStage(Stage):
             config = config.model_copy(update={"answers": str(run.answers[teacher])})
         if config.own_answers is None and run.own_answers is not None:
             config = config.model_copy(update={"own_answers": str(run.own_answers)})
-        metrics = run.out / "metrics.jsonl"
-        given = (run.current, teacher, run.data, run.folder(folder), config, run.options)
-        distill(*given, journal=metrics)
+        out, metrics = run.folder(folder), run.out / "metrics.jsonl"
+        distill(run.current, teacher, run.data, out, config, run.options, metrics)
         run.add("distilled", run.folder(folder))
 
     def needs_of_cache(self, step: Step) -> dict[str, int]:
-        """Tokens and held-out sequences that it will read of a cache."""
+        """Tokens and validation sequences that it will read from a cache."""
         from regrow.stages.distill.setup import steps_in
 
         config = step.config
@@ -126,14 +125,14 @@ class DistillStage(Stage):
         return {"tokens": tokens, "heldout_sequences": config.heldout_sequences}
 
     def inputs(self, step: Step) -> Iterable[str]:
-        """Fingerprints of the further teachers."""
+        """Hashes of the extra teachers."""
         from regrow.checkpoint import load
 
-        return [load(name).fingerprint for name in sorted(step.config.blend)]
+        return [load(name).fingerprint for name in sorted(step.config.extra_teachers)]
 
 
 def _check_cached(step: Step, plan: RecipePlan) -> None:
-    """Raise UserError for what a cache cannot teach."""
+    """Raise UserError for fields that do not work with a cache."""
     from regrow.stages.distill.teacher import (
         FEWER_TOKENS,
         check_extra_teachers,
@@ -149,7 +148,7 @@ def _check_cached(step: Step, plan: RecipePlan) -> None:
     teacher_placement(cached, plan.options)
     if plan.answers & {teacher, ""}:
         raise UserError(
-            "a cache is of the data's text, and this distillation takes the answers of a generate "
+            "a cache is of the data's text, and this distillation trains on answers of a generate "
             "stage: leave out the cache"
         )
     if step.config.cache is None:
@@ -163,7 +162,7 @@ def estimate(
     config: DistillConfig,
     options: Options,
 ) -> list[str]:
-    """Steps, memory and time of a distillation: 2 N_teacher + 6 N_student operations per token."""
+    """Steps, memory and time: 2 N_teacher + 6 N_student operations per token."""
     from regrow.cost import parameters
     from regrow.stages.distill.student import check_student
     from regrow.stages.distill.teacher import TeacherSetup
@@ -181,7 +180,7 @@ def estimate(
 def training_lines(
     student: int, teacher: int, data: DataConfig, config: DistillConfig, options: Options
 ) -> list[str]:
-    """As `estimate`, for models of so many parameters, which need not be there yet."""
+    """The lines of `estimate` for parameter counts of models that need not exist yet."""
     from regrow.cost import seconds_for, training_bytes, training_operations
     from regrow.runtime.progress import clock
     from regrow.stages.distill.setup import budget_of
@@ -190,13 +189,13 @@ def training_lines(
     steps, micro, accumulation = budget_of(config, data, options)
     teacher = 0 if config.cache else teacher
     of_teacher = {"disk": 0, "int8": teacher}.get(teacher_placement(config, options), 2 * teacher)
-    held = training_bytes(student, config.adapter)
+    size = training_bytes(student, config.adapter)
     seconds = seconds_for(config.tokens, training_operations(student, teacher, config.adapter))
     return [
         f"distill: {steps} steps of {config.batch_tokens:,} tokens "
         f"({accumulation} micro-batches of {micro} sequences)",
-        f"  memory {(held + of_teacher) / 1e9:.2f} GB for weights, gradients, optimizer "
-        f"and teacher, activations on top; time at best {clock(seconds)}",
+        f"  memory {(size + of_teacher) / 1e9:.2f} GB for weights, gradients, optimizer "
+        f"and teacher, without activations; time at best {clock(seconds)}",
     ]
 
 

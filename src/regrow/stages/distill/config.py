@@ -1,4 +1,4 @@
-"""What to distil, for how long, and how."""
+"""The fields of the distill stage."""
 
 from __future__ import annotations
 
@@ -17,97 +17,98 @@ FEATURE_LOSSES = "regrow.training.feature_losses"
 
 
 class DistillConfig(Config):
-    """Budget, loss and schedule of a distillation."""
+    """Budget, losses and schedule of a distillation."""
 
     tokens: int = Field(default=1_000_000, ge=1)
-    """Tokens to train on; raising it later extends a finished run."""
+    """Tokens to train on; a larger number later extends a finished run."""
     batch_tokens: int = Field(default=512, ge=1)
-    """Tokens per optimizer step, over all devices and accumulation; more for longer runs."""
+    """Tokens per optimizer step, over all devices and micro-batches; use more for longer runs."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate of AdamW."""
     min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Where the cosine ends, as a share of the peak."""
+    """The end of the cosine schedule, as a share of the peak."""
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises."""
+    """Share of the steps in which the learning rate rises to its peak, one step at least."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay."""
     beta2: float = Field(default=0.95, gt=0, lt=1)
-    """AdamW's second-moment decay; short runs want a short memory."""
+    """AdamW's decay of the second moment; short runs need a short memory."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradient norm to clip at."""
+    """Largest gradient norm; larger gradients are scaled down to it."""
     losses: dict[str, float] = Field(default_factory=lambda: {"forward_kl": 1.0})
     """Weight of each output loss by its name: forward_kl, reverse_kl, jsd, skewed_kl,
-    skewed_reverse_kl, total_variation, cross_entropy (of the text). Held-out forward KL is always
-    measured, and the best student is chosen by it."""
+    skewed_reverse_kl, total_variation, cross_entropy (hard labels), or one of your own. The best
+    checkpoint is always chosen by the held-out forward KL."""
     temperature: float = Field(default=1.0, gt=0)
-    """T, by which the logits of both models are divided in all losses but cross_entropy, which then
-    count T² times."""
+    """T: both models' logits are divided by T, and the losses multiplied by T², in all losses
+    except cross_entropy."""
     beta: float = Field(default=0.5, ge=1e-3, le=0.999)
-    """Of jsd: beta · KL(teacher ‖ M) + (1 − beta) · KL(student ‖ M), where M is
-    beta · teacher + (1 − beta) · student."""
+    """β of jsd, which is β · KL(teacher ‖ M) + (1 − β) · KL(student ‖ M) with
+    M = β · teacher + (1 − β) · student."""
     skew: float = Field(default=0.1, ge=1e-3, le=0.999)
-    """α of skewed_kl, KL(teacher ‖ α · teacher + (1 − α) · student), and of skewed_reverse_kl,
-    KL(student ‖ (1 − α) · teacher + α · student)."""
+    """α of skewed_kl, which is KL(teacher ‖ α · teacher + (1 − α) · student), and of
+    skewed_reverse_kl, which is KL(student ‖ (1 − α) · teacher + α · student)."""
     exact_head: bool = False
-    """Products of the output head as exact as in float32: gradients of the losses are then right to
-    1e-4 instead of 2e-2, for about twice the time of head and loss on a CPU."""
+    """Compute the products of the output head as exactly as in float32: the relative error of the
+    losses' gradients falls from 2e-2 to 1e-4. On a CPU, head and loss take about twice the time."""
     feature_losses: dict[str, float] = Field(default={})
-    """Weight of each feature loss beside the losses by its name: hidden, hidden_cosine, embeddings,
-    attention, logit_lens, logit_lens_symmetric."""
+    """Weight of each feature loss, which is added to `losses`, by its name: hidden, hidden_cosine,
+    embeddings, attention, logit_lens, logit_lens_symmetric."""
     lens_layers: tuple[int | float, ...] = (0.25, 0.5, 0.75)
-    """Where the logit lens reads: shares of the student's blocks, or numbers of blocks from 0."""
+    """Layers that the logit lens reads: shares of the student's depth, or layer numbers from 0."""
     fake_quantize: str | None = None
-    """Scheme (int8, int4, int4-g32, …) that the layers' weights are rounded to while training, for
-    `quantize` with the method rtn afterwards; the student is written in float32, unrounded."""
-    balance: bool = False
-    """Multiply the weight of each feature loss by running mean of the losses ÷ its running mean."""
+    """Scheme (int8, int4, int4-g32, …) whose grid the layers' weights are rounded to in training.
+    The student is written in float32 with weights on that grid; `quantize` it with the method
+    rtn."""
+    balance_feature_losses: bool = False
+    """Multiply the weight of each feature loss by (running mean of `losses` ÷ its running mean)."""
     eval_tokens: int = Field(default=25_000, ge=1)
-    """Measure held-out KL, and keep a checkpoint, about every so many training tokens."""
+    """Training tokens between two measurements of the held-out KL, each with a checkpoint."""
     heldout_sequences: int = Field(default=16, ge=1)
-    """Held-out blocks to measure on."""
+    """Sequences of the validation split on which the held-out KL is measured."""
     cache: str | None = None
-    """Folder that regrow cache wrote: the teacher's head is loaded, its body is not. In a recipe a
-    cache stage before this one is taken."""
+    """A folder of `regrow cache`, which replaces the teacher: only the teacher's head is loaded. A
+    recipe uses the last cache stage before this one."""
     teacher_dtype: Literal["bfloat16", "int8"] = "bfloat16"
-    """How the teacher's linear layers are held: in int8, with a scale per row, they take half the
-    memory, and it says almost the same."""
-    blend: dict[str, float] = Field(default={})
-    """Further teachers (folder or hub id) of the same tokens, each with its share of the target
-    distribution; the teacher has the rest. {other: 0.3} teaches 0.7 p_teacher + 0.3 p_other."""
+    """Dtype of the teacher's linear layers. int8 (one scale per row) takes half the memory and
+    hardly changes the teacher's distribution."""
+    extra_teachers: dict[str, float] = Field(default={})
+    """More teachers (folder or hub id) with the same tokens, each with its share of the target
+    distribution; the teacher has the rest. {other: 0.3} means 0.7 p_teacher + 0.3 p_other."""
     cross_tokenizer: Literal["refuse", "spans"] = "refuse"
-    """For a teacher with another tokenizer: refuse it, or let the student match the probability of
-    each span of text at whose ends tokens of both end. All losses but cross_entropy then compare
+    """A teacher with another tokenizer is refused, or the probabilities of text spans whose
+    boundaries both tokenizers share are compared. All losses except cross_entropy then compare
     those probabilities."""
     span_temperature: float = Field(default=100.0, gt=0)
-    """τ: probabilities of spans are taken to the power 1/τ, so that unlikely ones count too."""
+    """τ: probabilities of spans are raised to the power 1/τ, so that unlikely spans count too."""
     answers: str | None = None
-    """Folder that regrow generate wrote with the teacher: its answers are trained on in place of
-    the data, which is measured on only. In a recipe a generate stage by the teacher before this one
-    is taken."""
+    """A folder of `regrow generate` with the teacher's answers, which replace the text to train on;
+    the held-out KL is still measured on the data. A recipe uses the last generate stage by the
+    teacher before this one."""
     own_answers: str | None = None
-    """Folder that regrow generate wrote with the student: trained on beside the other text, by
-    own_losses. In a recipe a generate stage by this student, before this one, is taken."""
+    """A folder of `regrow generate` with the student's answers, which are added to the text to
+    train on, with own_losses. A recipe uses a generate stage by this student before this one."""
     own_losses: dict[str, float] = Field(default_factory=lambda: {"skewed_reverse_kl": 1.0})
-    """Weight by name of the losses on the student's own answers."""
+    """Weight of each loss, by its name, on the student's own answers."""
     own_share: float = Field(default=0.5, gt=0, lt=1)
-    """Share of the student's own answers in the tokens."""
+    """Share of the student's own answers in the training tokens."""
     adapter: Literal["none", "lora", "qlora"] = "none"
-    """What trains: none (all weights), lora (low-rank adapters beside frozen weights, merged into
-    them in the result), qlora (the same, the frozen weights held in 4 bits)."""
+    """none trains all weights; lora trains low-rank adapters beside frozen weights and merges them
+    in the result; qlora does the same with frozen weights in 4 bits."""
     lora_rank: int = Field(default=16, ge=1)
     """Rank of the adapters."""
     lora_alpha: float = Field(default=32.0, gt=0)
-    """The adapters' product is scaled by lora_alpha / lora_rank."""
+    """The product of an adapter's two matrices is scaled by lora_alpha / lora_rank."""
     lora_targets: tuple[str, ...] = ()
-    """Names of the blocks' linear projections with adapters, such as q_proj; all when empty."""
+    """Names of linear layers that get adapters, such as q_proj; all of them when empty."""
     keep_adapters: bool = False
-    """Write the adapters beside the merged model too, in `adapter/`, as peft reads them."""
+    """Also write the adapters, in `adapter/` beside the merged model, in peft's format."""
     freeze_layers: int = Field(default=0, ge=0)
-    """Leave the embedding (and a head tied to it) and so many first blocks as they are: quicker,
-    most where they are the teacher's, as after a cut of later layers; they then run once for
-    both."""
+    """Freeze the embedding (and a head tied to it) and the first N layers. This is faster, most of
+    all if these layers are the teacher's (only later layers were cut): they then run once for both
+    models."""
     seed: int = 0
-    """Seed of dropout, and of the weights of a fresh student or of adapters."""
+    """Seed of dropout and of random initial weights (of a config.json, or of adapters)."""
 
     @field_validator("losses", "own_losses")
     @classmethod
@@ -132,18 +133,18 @@ class DistillConfig(Config):
             return None
         scheme = formats.find_scheme(name)
         if scheme.dynamic:
-            raise ValueError(f"{scheme.name} rounds inputs too; give int8 or a kind of int4")
+            raise ValueError(f"{scheme.name} also rounds inputs; give int8 or a kind of int4")
         return scheme.name
 
-    @field_validator("blend")
+    @field_validator("extra_teachers")
     @classmethod
-    def _shares(cls, blend: dict[str, float]) -> dict[str, float]:
-        if not all(share > 0 for share in blend.values()) or not sum(blend.values()) < 1:
+    def _shares(cls, shares: dict[str, float]) -> dict[str, float]:
+        if not all(share > 0 for share in shares.values()) or not sum(shares.values()) < 1:
             raise ValueError(
-                f"the shares {list(blend.values())} must be above 0 and sum to less than 1: the "
+                f"the shares {list(shares.values())} must be above 0 and sum to less than 1: the "
                 "teacher has the rest"
             )
-        return blend
+        return shares
 
     @field_validator("lens_layers")
     @classmethod
@@ -151,15 +152,15 @@ class DistillConfig(Config):
         for depth in depths:
             if depth < 0 or (isinstance(depth, float) and not 0 < depth < 1):
                 raise ValueError(
-                    f"{depth} is no depth: give shares between 0 and 1, or numbers of blocks from 0"
+                    f"{depth} is no depth: give shares between 0 and 1, or layer numbers from 0"
                 )
         if not depths:
-            raise ValueError("give one depth at least; without a lens, leave out its feature loss")
+            raise ValueError("give at least one depth, or leave out the logit_lens feature losses")
         return depths
 
 
 def known_losses(losses: dict[str, float]) -> dict[str, float]:
-    """The weights as they are; raises ValueError for no loss, an unknown one or a bad weight."""
+    """The same weights; raises ValueError for no loss, an unknown loss, and a bad weight."""
     known = plugins.names(LOSSES)
     if not losses:
         raise ValueError(f"name one at least, with its weight; there are: {', '.join(known)}")
@@ -168,7 +169,7 @@ def known_losses(losses: dict[str, float]) -> dict[str, float]:
             raise unknown("loss", name, known)
         if not 0 < weight < math.inf:
             raise ValueError(
-                f"the weight of {name} must be above 0 and finite; to go without it, leave it out "
-                "(held-out forward KL is measured in any case)"
+                f"the weight of {name} must be above 0 and finite; leave the loss out instead "
+                "(held-out forward KL is always measured)"
             )
     return losses

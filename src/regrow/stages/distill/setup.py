@@ -1,36 +1,40 @@
-"""Student, teacher, text and training arguments of a distillation, checked before any slow work."""
+"""Everything that a distillation needs, opened and checked before any slow work."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainingArguments
 
 from regrow import families, plugins
+from regrow.checkpoint import Checkpoint
 from regrow.config import Options
 from regrow.data import DataConfig
 from regrow.data.sequences import Sequences, build_sequences
 from regrow.errors import UserError
+from regrow.plan import FILES, Plan
 from regrow.quantization.formats import Scheme, find_scheme
 from regrow.runtime import distributed
+from regrow.runtime.progress import say
 from regrow.stages.distill.config import DistillConfig
-from regrow.stages.distill.features import feature_losses_between
-from regrow.stages.distill.resume import TRAINER
 from regrow.stages.distill.student import Student, check_student
 from regrow.stages.distill.teacher import TeacherSetup, teacher_placement
 from regrow.training import sharding
 from regrow.training.adapters import Adapter
-from regrow.training.feature_loss_weights import FeatureLosses
+from regrow.training.features import FeatureLosses, LayerMapping, LossBalancer, at_depths, needs_of
 from regrow.training.loss_weights import LossWeights
-from regrow.training.teacher_placement import TeacherPlacement
+from regrow.training.teacher import TeacherPlacement
+
+TRAINER = "trainer"
+"""The folder of the trainer's checkpoints, inside the stage's."""
 
 
 class Budget(NamedTuple):
-    """Optimizer steps, blocks per micro-batch, micro-batches per step and device."""
+    """Optimizer steps, sequences per micro-batch, micro-batches per step and device."""
 
     steps: int
     micro: int
@@ -38,9 +42,9 @@ class Budget(NamedTuple):
 
 
 def budget_of(config: DistillConfig, data: DataConfig, options: Options) -> Budget:
-    """The budget of `config.tokens`; a micro-batch has at most `options.batch_size` blocks.
+    """The budget of `config.tokens`; a micro-batch has at most `options.batch_size` sequences.
 
-    Raises UserError when batch_tokens cannot be made of whole blocks on every device.
+    Raises UserError unless batch_tokens is a whole number of sequences on every device.
     """
     devices = distributed.world_size()
     unit = data.sequence_length * devices
@@ -55,7 +59,7 @@ def budget_of(config: DistillConfig, data: DataConfig, options: Options) -> Budg
 
 
 def steps_in(config: DistillConfig) -> int:
-    """Optimizer steps of the budget."""
+    """The number of optimizer steps of the budget."""
     return max(1, round(config.tokens / config.batch_tokens))
 
 
@@ -67,7 +71,7 @@ def arguments_of(
     budget: Budget,
     chosen_by: str,
 ) -> TrainingArguments:
-    """The trainer's; `chosen_by` is the held-out loss by which the best checkpoint is chosen."""
+    """The trainer's arguments; the loss `chosen_by` chooses the best checkpoint."""
     steps, micro, accumulation = budget
     every = max(1, min(steps, round(config.eval_tokens / config.batch_tokens)))
     arguments = TrainingArguments(
@@ -92,7 +96,7 @@ def arguments_of(
         eval_on_start=True,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,  # the best and the last; with 1 Trainer drops the last when it ends
+        save_total_limit=2,  # best and last; with 1, Trainer deletes the last one at the end
         load_best_model_at_end=True,
         metric_for_best_model=f"eval_{chosen_by}",
         greater_is_better=False,
@@ -101,7 +105,7 @@ def arguments_of(
         label_names=["labels"],
         dataloader_pin_memory=device.type == "cuda",
         average_tokens_across_devices=True,
-        ddp_find_unused_parameters=False,  # there are none, and the search takes time
+        ddp_find_unused_parameters=False,  # all parameters are used, and the search takes time
         ignore_data_skip=False,
         disable_tqdm=True,
         seed=config.seed,
@@ -112,7 +116,7 @@ def arguments_of(
     if sharding.is_sharded(options):
         sharding.keep_precision(arguments)
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # without torchrun: DataParallel would multiply batch_tokens
+        arguments._n_gpu = 1  # without torchrun, DataParallel would multiply batch_tokens
     return arguments
 
 
@@ -125,10 +129,10 @@ def _trackers(folder: Path) -> list[str]:
     return ["tensorboard"]
 
 
-def rounding_of(student: Student, config: DistillConfig, sharded: bool) -> Scheme | None:
-    """The scheme to train for, if any.
+def fake_quantize_scheme(student: Student, config: DistillConfig, sharded: bool) -> Scheme | None:
+    """The scheme that weights are rounded to in training, if any.
 
-    Raises UserError for experts, which are no linear layers, and beside adapters or shares.
+    Raises UserError for experts, which are not linear layers, and with adapters or sharding.
     """
     name = config.fake_quantize
     if name is None:
@@ -145,14 +149,15 @@ def rounding_of(student: Student, config: DistillConfig, sharded: bool) -> Schem
 
 @dataclass(frozen=True)
 class DistillSetup:
-    """Who is taught by whom, by what losses, in what way."""
+    """Student, teachers, losses, and how they are trained and placed."""
 
     student: Student
     teachers: TeacherSetup
     loss_weights: LossWeights
     feature_losses: FeatureLosses | None
     adapter: Adapter | None
-    rounding: Scheme | None
+    scheme: Scheme | None
+    """The scheme of `fake_quantize`."""
     budget: Budget
     placement: TeacherPlacement
     config: DistillConfig
@@ -168,14 +173,14 @@ class DistillSetup:
         config: DistillConfig,
         options: Options,
     ) -> DistillSetup:
-        """Raises UserError for what this student, its teacher and `config` cannot do together."""
+        """Raises UserError where student, teachers, config and options do not fit together."""
         placement = teacher_placement(config, options)
-        if placement == "disk":  # block by block, by the family's table
+        if placement == "disk":  # layer by layer, which needs the family's table
             for each in teachers.checkpoints:
                 families.of(each)
         feature_losses = feature_losses_between(student, teachers.teacher, config)
         adapter = check_student(student, config, options)
-        rounding = rounding_of(student, config, sharding.is_sharded(options))
+        scheme = fake_quantize_scheme(student, config, sharding.is_sharded(options))
         budget = budget_of(config, data, options)
         return cls(
             student,
@@ -183,7 +188,7 @@ class DistillSetup:
             loss_weights,
             feature_losses,
             adapter,
-            rounding,
+            scheme,
             budget,
             placement,
             config,
@@ -192,32 +197,106 @@ class DistillSetup:
 
     @property
     def sharded(self) -> bool:
-        """Whether the ranks share the weights out among them."""
+        """Whether the weights are sharded over the ranks."""
         return sharding.is_sharded(self.options)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights that are written: those of a grid are exact in float32 alone."""
-        return self.student.dtype if self.rounding is None else torch.float32
+        """The dtype of the written weights; weights on a grid are exact only in float32."""
+        return self.student.dtype if self.scheme is None else torch.float32
 
     def bytes(self) -> int:
-        """What the run needs on disk: the best, the last and the next checkpoint, and its result.
+        """Bytes on disk: the best, the last and the next checkpoint, and the written student.
 
-        A checkpoint has weights and the optimizer's two moments in float32.
+        A checkpoint has the weights and the optimizer's two moments in float32.
         """
         student, adapter = self.student, self.adapter
         trained = student.parameters if adapter is None else adapter.parameters(student.on_meta())
-        each = 16 if self.sharded else 12  # in shares the weights are written twice
+        each = 16 if self.sharded else 12  # a sharded run writes the weights twice
         return trained * 3 * each + student.parameters * self.dtype.itemsize
 
     def sequences(self, data: DataConfig, text: DataConfig) -> tuple[Sequences, Sequences]:
-        """Those to train on, of `text`, and the held-out ones of `data`.
+        """Sequences of `text` to train on, and of `data` to choose the best checkpoint by.
 
-        Raises UserError for too little text, and for text that one of the models cannot read.
+        Those come from the validation split, which `evaluate` does not read. Raises UserError for
+        too little text, and for tokens that one of the models lacks.
         """
         tokenizer = self.teachers.tokenizer()
-        heldout = build_sequences(data, tokenizer, "heldout", self.config.heldout_sequences)
+        heldout = build_sequences(data, tokenizer, "validation", self.config.heldout_sequences)
         count = self.budget.steps * self.config.batch_tokens // data.sequence_length
         train = build_sequences(text, tokenizer, "train", count)
         self.teachers.check(heldout, train)
         return train, heldout
+
+
+def feature_losses_between(
+    student: Student, teacher: Checkpoint, config: DistillConfig
+) -> FeatureLosses | None:
+    """The feature losses of a config with their layer mapping; None without any.
+
+    The mapping follows the plan by which the student was cut from the teacher. Without one, layers
+    are paired by depth, with learned projections, and a message says so. Raises UserError where a
+    feature loss has nothing to compare.
+    """
+    if not config.feature_losses:
+        return None
+    needs, mapping = needs_of(config.feature_losses), _mapping_by_plan(student, teacher)
+    dropout = _config(student).get("attention_dropout")
+    if "attentions" in needs and dropout:
+        raise UserError(
+            "feature_losses: attention compares whole rows, but the student's config.json has "
+            f"attention_dropout {dropout}: set it to 0"
+        )
+    if mapping is None:
+        mapping = _mapping_by_depth(student, teacher, needs, config.seed)
+    layers = len(mapping.layers)
+    if needs & {"outputs", "lens"} and not mapping.outputs:
+        names = [
+            name for name in config.feature_losses if needs_of({name: 1.0}) & {"outputs", "lens"}
+        ]
+        raise UserError(
+            f"feature_losses: {names[0]} compares the outputs of layers before the last one, and "
+            f"none of this student's ({layers} layers) is paired with a teacher layer; leave it out"
+        )
+    if "lens" in needs:
+        mapping = mapping.read_at(at_depths(mapping.outputs, layers, config.lens_layers))
+    balancer = LossBalancer() if config.balance_feature_losses else None
+    return FeatureLosses(config.feature_losses, mapping, balancer)
+
+
+def _mapping_by_plan(student: Student, teacher: Checkpoint) -> LayerMapping | None:
+    """The mapping by the student's plan, or of the teacher to itself."""
+    for path in filter(None, map(student.file, FILES)):
+        plan = Plan.read(path)
+        if plan.fingerprint == teacher.fingerprint:
+            return LayerMapping.of_plan(plan)
+    if student.fingerprint == teacher.fingerprint:
+        return LayerMapping.of_same(_size(teacher.config, "num_hidden_layers"))
+    return None
+
+
+def _mapping_by_depth(
+    student: Student, teacher: Checkpoint, needs: frozenset[str], seed: int
+) -> LayerMapping:
+    configs = (_config(student), teacher.config)
+    mapping = LayerMapping.by_depth(*(_size(each, "num_hidden_layers") for each in configs))
+    channels = (_size(configs[0], "hidden_size"), _size(configs[1], "hidden_size"))
+    mapping.project(channels, needs, seed)
+    message = f"distill: no plan leads from {teacher.folder} to this student: layers are paired by "
+    message += "relative depth"
+    if mapping.projections:
+        message += f", {len(mapping.projections)} projections of their channels are learned"
+    if "attentions" in needs:
+        message += ", attention is compared as the mean of a layer's heads"
+    say(message)
+    return mapping
+
+
+def _config(student: Student) -> dict[str, Any]:
+    return student.like.config if student.config is None else student.config.to_dict()
+
+
+def _size(config: dict[str, Any], key: str) -> int:
+    if key not in config:
+        raise UserError(f"feature_losses: the config of {config.get('model_type')} has no {key}")
+    return int(config[key])

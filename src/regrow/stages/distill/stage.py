@@ -1,10 +1,11 @@
-"""The distill stage: a student, its teacher and text in, a better student out.
+"""The distill stage: reads a student, its teacher and text, and writes a better student.
 
-It goes on from the last whole checkpoint, or from a finished run with a smaller token budget.
+It continues from the last complete checkpoint, or from a finished run with a smaller token budget.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from contextlib import ExitStack
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import torch
 
+from regrow import stage_dir
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
+from regrow.checkpoint.checkpoint import carry
 from regrow.config import Options
 from regrow.data import DataConfig
 from regrow.data.sequences import Sequences
@@ -25,17 +28,18 @@ from regrow.runtime import distributed
 from regrow.runtime.progress import progress, say
 from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
 from regrow.stages.distill.config import DistillConfig
-from regrow.stages.distill.resume import METRICS, TRAINER, adopt_finished, last_checkpoint, rescue
-from regrow.stages.distill.setup import DistillSetup, arguments_of
+from regrow.stages.distill.setup import TRAINER, DistillSetup, arguments_of
 from regrow.stages.distill.student import compile_layers, open_student
 from regrow.stages.distill.teacher import TeacherSetup, freeze, mass_lost, show_attentions
 from regrow.stages.distill.text import answer_digests, loss_weights_of, training_text
 from regrow.training import sharding
 from regrow.training.callbacks import CHOSEN_BY, MetricsWriter, ProgressCallback
 from regrow.training.objective import bind_loss
-from regrow.training.trainer import DistillTrainer
+from regrow.training.trainer import DistillTrainer, NotFiniteError
 
 ADAPTER = "adapter"
+METRICS = "metrics.jsonl"
+VALIDATION = "the validation split, which is neither trained on nor evaluated on"
 
 
 def distill(
@@ -45,26 +49,28 @@ def distill(
     out: str | Path,
     config: DistillConfig | None = None,
     options: Options | None = None,
-    journal: Path | None = None,
+    metrics: Path | None = None,
 ) -> Path:
     """Train `student` towards `teacher` on the train split of `data`; write the best student.
 
-    A student given as a config.json is made fresh, with the teacher's tokenizer. One whose tokens
-    are some of the teacher's, or differ in added tokens alone, is taught on its own tokens; the
-    teacher's distribution is renormalised over those that both have. With `cross_tokenizer: spans`
-    a teacher of another tokenizer teaches by the probabilities of spans of text.
-    bf16 compute over float32 master weights; the checkpoint with the lowest held-out KL is kept.
-    Metrics go to `metrics.jsonl` in the folder and, if given, to `journal` as well.
-    An interrupted run goes on from its last checkpoint, a raised `tokens` extends a finished one.
-    Raises UserError for tokenizers that differ, too little text, a loss that is no number.
+    A config.json as student stands for a model with random weights and the teacher's tokenizer. A
+    student may have only some of the teacher's tokens, or differ from it in added tokens: the
+    teacher's distribution is then renormalised over the tokens that both have. With
+    `cross_tokenizer: spans` the two may have different tokenizers, and the probabilities of spans
+    of text are compared.
+
+    Computes in bfloat16 with float32 weights. Keeps the checkpoint with the lowest held-out KL.
+    Writes metrics to `metrics.jsonl` in the folder and also to `metrics`, if given. An interrupted
+    run continues from its last checkpoint; a larger `tokens` extends a finished run. Raises
+    UserError for different tokenizers, too little text, and a loss that becomes NaN or infinite.
     """
     out, config, options = Path(out), config or DistillConfig(), options or Options()
     device = options.torch_device()
-    known = teacher if isinstance(teacher, Checkpoint) else load(teacher)
-    opened = open_student(student, known)
+    teacher = teacher if isinstance(teacher, Checkpoint) else load(teacher)
+    opened = open_student(student, teacher)
     text = training_text(data, config)
     loss_weights = loss_weights_of(config, text)
-    teachers = TeacherSetup.open(config, opened, known, options, text)
+    teachers = TeacherSetup.open(config, opened, teacher, options, text)
     refuse_input(out, opened.like.folder, *(each.folder for each in teachers.checkpoints))
     inputs = {
         "student": opened.fingerprint,
@@ -86,29 +92,29 @@ def distill(
         distributed.wait()
         if device.index is not None:
             torch.cuda.set_device(device)  # the trainer takes the current one
-        _teach(setup, stage, folder, train, heldout, device, journal)
+        _run(setup, stage, folder, train, heldout, device, metrics)
     return out
 
 
 def _stage(out: Path, config: DistillConfig, inputs: dict[str, str]) -> StageDir:
-    # Without the budget, so that a run with a raised one is known as the same run, extended.
-    # Cache and answers are among the inputs, by what is in them; where they lie does not matter.
+    # The digest for resuming leaves out the budget, so that a larger one extends the same run.
+    # Cache and answers count by their content, which is in `inputs`; their folders do not matter.
     config = config.model_copy(update={"cache": None, "answers": None, "own_answers": None})
     same_run = config.model_copy(update={"tokens": 1})
     resume = StageDir(out, "distill", same_run, inputs).digest
     return StageDir(out, "distill", config, inputs, resumable=True, resume_digest=resume)
 
 
-def _teach(
+def _run(
     setup: DistillSetup,
     stage: StageDir,
     folder: Path,
     train: Sequences,
     heldout: Sequences,
     device: torch.device,
-    journal: Path | None,
+    metrics: Path | None,
 ) -> None:
-    """Train the student as `setup` says; write the best one and the figures."""
+    """Train the student, then write the best checkpoint and the figures."""
     teachers, config, budget = setup.teachers, setup.config, setup.budget
     loss_weights, feature_losses = setup.loss_weights, setup.feature_losses
     model = setup.student.model(config.seed, setup.adapter, device)
@@ -131,16 +137,16 @@ def _teach(
         if shared is not None:
             bound.callback(shared.close)
         bound.callback(bind_loss(model, teacher_model, loss_weights, feature_losses))
-        if setup.rounding is not None:
-            bound.callback(bind_rounding(model, setup.rounding))
-        _train(trainer, setup, stage.out, folder, journal)
+        if setup.scheme is not None:
+            bound.callback(bind_rounding(model, setup.scheme))
+        _train(trainer, setup, stage.out, folder, metrics)
     if distributed.is_main():
         _write(trainer, setup, folder)
     stage.figures += _figures(trainer, budget.steps * config.batch_tokens) + lost
 
 
 def _train(
-    trainer: DistillTrainer, setup: DistillSetup, out: Path, folder: Path, journal: Path | None
+    trainer: DistillTrainer, setup: DistillSetup, out: Path, folder: Path, metrics: Path | None
 ) -> None:
     from transformers.trainer_callback import PrinterCallback
 
@@ -148,39 +154,39 @@ def _train(
     (folder / TRAINER).mkdir(exist_ok=True)
     last = last_checkpoint(folder / TRAINER)
     distributed.wait()
-    trainer.args.eval_on_start = last is None  # a run that goes on has that row
+    trainer.args.eval_on_start = last is None  # a continued run has that row
     if last is not None:
         sharding.require_same(last, trainer.is_fsdp_enabled)
-        say(f"distill: goes on from {last.name}")
+        say(f"distill: continues from {last.name}")
     trainer.remove_callback(PrinterCallback)
     with progress("distill", setup.budget.steps * batch_tokens) as counter:
-        paths = (folder / METRICS,) if journal is None else (folder / METRICS, journal)
+        paths = (folder / METRICS,) if metrics is None else (folder / METRICS, metrics)
         trainer.add_callback(MetricsWriter(paths, out.name, batch_tokens))
         trainer.add_callback(ProgressCallback(batch_tokens, counter))
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*pin_memory.*")
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        except RuntimeError as error:  # what gloo and NCCL raise, each in its own words
+        except RuntimeError as error:  # gloo and NCCL raise this with different messages
             if not distributed.lost_peer(error):
                 raise
-            kept = last_checkpoint(folder / TRAINER)
+            last = last_checkpoint(folder / TRAINER)
             raise UserError(
-                "another process of this job has ended: run the same command again, it goes on "
-                f"from {'the start' if kept is None else kept.name}"
+                "another process of this job has ended: run the same command again, it continues "
+                f"from {'the start' if last is None else last.name}"
             ) from None
-        except UserError as error:
+        except NotFiniteError as error:
             saved = rescue(folder / TRAINER, out, setup.student.like)
             raise UserError(f"{error}; {saved}; lower the learning rate") from None
 
 
 def _write(trainer: DistillTrainer, setup: DistillSetup, folder: Path) -> None:
-    """Write the best student, with what travels beside it."""
+    """Write the best student, its adapters if they are kept, and its plan files."""
     student, dtype = setup.student, setup.dtype
-    dtypes = student.dtypes() if setup.rounding is None else {}
+    dtypes = student.dtypes() if setup.scheme is None else {}
     if setup.config.keep_adapters and setup.adapter is not None:
         trainer.student.save_pretrained(str(folder / ADAPTER))
-    if trainer.is_fsdp_enabled:  # the best checkpoint is a stock folder, put together from shares
+    if trainer.is_fsdp_enabled:  # the best checkpoint is a stock folder with the whole weights
         assert trainer.state.best_model_checkpoint is not None
         best = Checkpoint(trainer.state.best_model_checkpoint)
         model = student.plain(best.model(torch.float32 if dtypes else dtype), dtype, dtypes)
@@ -189,7 +195,7 @@ def _write(trainer: DistillTrainer, setup: DistillSetup, folder: Path) -> None:
     model.config.use_cache = True
     checkpoints.write_model(model, folder, student.like)
     for name in FILES:
-        path = student.carried(name)
+        path = student.file(name)
         if path is not None:
             shutil.copyfile(path, folder / name)
 
@@ -198,12 +204,15 @@ def _figures(trainer: DistillTrainer, tokens: int) -> list[Figure]:
     metric = trainer.args.metric_for_best_model
     assert metric is not None
     rows = [row for row in trainer.state.log_history if metric in row]
-    name, convention = "held-out KL", "KL(teacher || student) on held-out blocks, bf16"
+    name, convention = "held-out KL", f"KL(teacher || student) on {VALIDATION}, bf16, exact logits"
     if metric != f"eval_{CHOSEN_BY}":
         name = "held-out span KL"
-        convention = "of the probabilities of spans, to the power 1/τ, times τ, per scored token"
+        convention = (
+            "τ · KL of the probabilities of spans to the power 1/τ, per scored token, on "
+            f"{VALIDATION}"
+        )
     first = Figure(name=f"{name} before", value=rows[0][metric], unit="nats", convention=convention)
-    # Of the checkpoint that was kept: none is made at step 0, which is measured too.
+    # Step 0 is measured too, but has no checkpoint: the best metric is that of the kept one.
     assert trainer.state.best_metric is not None
     best = Figure(
         name=name,
@@ -212,3 +221,60 @@ def _figures(trainer: DistillTrainer, tokens: int) -> list[Figure]:
         convention=convention,
     )
     return [first, best, Figure(name="training tokens", value=tokens, unit="tokens")]
+
+
+def adopt_finished(out: Path, folder: Path, stage: StageDir, config: DistillConfig) -> None:
+    """Link the trainer's state of a finished run with a smaller budget, to extend that run."""
+    manifest = stage_dir.read(out)
+    if manifest is None or manifest.get("resume_digest") != stage.resume_digest:
+        return
+    tokens = manifest["config"]["tokens"]
+    if (folder / TRAINER).exists() or tokens > config.tokens:
+        return
+    say(f"distill: extends a run of {tokens:,} tokens")
+    partial = folder / f"{TRAINER}.partial"  # a kill must not leave an incomplete folder
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(out / TRAINER, partial, copy_function=stage_dir.link)
+    shutil.copyfile(out / METRICS, folder / METRICS)
+    partial.rename(folder / TRAINER)
+
+
+def last_checkpoint(trainer: Path) -> Path | None:
+    """The newest complete checkpoint; removes incomplete ones, which a kill leaves.
+
+    transformers writes trainer_state.json last.
+    """
+    folders = sorted(trainer.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    complete = None
+    for path in folders:
+        if _is_json(path / "trainer_state.json"):
+            complete = path
+        elif distributed.is_main():
+            shutil.rmtree(path)
+    return complete
+
+
+def rescue(trainer: Path, out: Path, like: Checkpoint) -> str:
+    """Move the last checkpoint of a failed run beside `out`, and return a message about it.
+
+    All ranks call it: rank 0 moves the folder after all of them have looked for it.
+    """
+    last = last_checkpoint(trainer)
+    distributed.wait()
+    if last is None:
+        return "no checkpoint had been written yet, and the student is unchanged"
+    stopped = out.parent / f"{out.name}-stopped"
+    if distributed.is_main():
+        shutil.rmtree(stopped, ignore_errors=True)
+        last.rename(stopped)
+        carry(like.folder, stopped)
+    distributed.wait()
+    return f"the last good checkpoint ({last.name}) is kept in {stopped}"
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True

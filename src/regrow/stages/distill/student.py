@@ -1,4 +1,4 @@
-"""What a distillation begins with: a checkpoint, or the config.json of a model to be made fresh."""
+"""The student of a distillation: a checkpoint, or a config.json for random weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import (
@@ -30,84 +30,83 @@ from regrow.stages.distill.config import DistillConfig
 from regrow.training import adapters, frozen_layers, sharding
 from regrow.training.adapters import Adapter
 from regrow.training.frozen_layers import decoder_layers
+from regrow.training.model_check import check_model
 from regrow.training.objective import AnyTeacher
 from regrow.training.shared_tokens import token_ids
-from regrow.training.teacher import Teacher
-from regrow.training.teacher_placement import TeacherPlacement
+from regrow.training.teacher import Teacher, TeacherPlacement
 
-GRAPHS = 64
-"""Kinds of blocks times ways to run them (training, measuring, a last, smaller batch), at most."""
+COMPILED_GRAPHS = 64
+"""An upper bound of kinds of layers × ways to run them (training, eval, a smaller last batch)."""
 
 
 def check_compile(config: DistillConfig, options: Options) -> None:
-    """Raise UserError for what cannot be compiled, and for a missing compiler."""
+    """Raise UserError where torch_compile is not supported, and for a missing compiler."""
     if not options.torch_compile:
         return
-    others = {
+    incompatible = {
         "feature_losses": bool(config.feature_losses),
         f"fake_quantize {config.fake_quantize}": config.fake_quantize is not None,
         f"adapter {config.adapter}": config.adapter != "none",
         "sharding fsdp": sharding.is_sharded(options),
         "deepspeed": options.deepspeed is not None,
     }
-    for name, asked in others.items():
-        if asked:
+    for name, given in incompatible.items():
+        if given:
             raise UserError(f"torch_compile with {name}: not supported; leave out one of them")
     if options.torch_device().type == "cpu" and not any(
         map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))
     ):
-        raise UserError("torch_compile needs a C++ compiler, and g++ is not there: install it")
+        raise UserError("torch_compile needs a C++ compiler, and there is no g++: install it")
 
 
 def compile_layers(
-    student: PreTrainedModel, teacher: AnyTeacher, hold: TeacherPlacement, shared: int = 0
+    student: PreTrainedModel, teacher: AnyTeacher, placement: TeacherPlacement, shared: int = 0
 ) -> None:
-    """Compile the blocks in place; names and weights stay, and so does what is saved.
+    """Compile the decoder layers in place; names and weights do not change.
 
-    All but the first `shared` ones, which the teacher runs for both, and not those of a teacher
-    whose weights come from disk as they run.
+    Leaves out the first `shared` layers, which the teacher runs for both models, and all layers of
+    a teacher whose weights are read from disk when they run.
     """
     import torch._dynamo
 
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    torch._dynamo.config.recompile_limit = max(
+        torch._dynamo.config.recompile_limit, COMPILED_GRAPHS
+    )
     models = [student]
-    if isinstance(teacher, Teacher) and hold != "disk":
+    if isinstance(teacher, Teacher) and placement != "disk":
         models.append(teacher.model)
     for model in models:
         for layer in decoder_layers(model)[shared:]:
             layer.compile()
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
 class Student:
-    """A student to be; it has the tokenizer and the dtype of `like`."""
+    """A student before it is loaded, with the tokenizer and the dtype of `like`."""
 
     like: Checkpoint
-    """The student itself, or the teacher of a fresh one."""
+    """The student's checkpoint or, for a student with random weights, its teacher's."""
     config: PretrainedConfig | None = None
-    """Config of a fresh student."""
+    """The config of a student with random weights."""
 
     @property
     def fingerprint(self) -> str:
-        """Of the checkpoint, or of the config."""
+        """The hash of its checkpoint or of its config."""
         if self.config is None:
             return self.like.fingerprint
         return digest("fresh", self.config.to_dict())
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that most of the result is written in."""
-        main: torch.dtype = getattr(torch, self.like.main_dtype)
-        return main
+        """The dtype that most of the student is written in."""
+        dtype: torch.dtype = getattr(torch, self.like.main_dtype)
+        return dtype
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """The dtype of each weight that is not stored in `dtype`, for instance of float32 norms."""
+        """The dtype of each weight that is stored in another dtype, such as float32 norms."""
         if self.config is not None:
             return {}
         stored = {name: getattr(torch, self.like.dtype(name)) for name in self.like.names()}
@@ -115,27 +114,30 @@ class Student:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of its embedding."""
+        """The number of rows of its embedding."""
         return int(
             self.like.config["vocab_size"] if self.config is None else self.config.vocab_size
         )
 
     @property
     def parameters(self) -> int:
-        """How many there are, tied weights once."""
+        """The number of its parameters; tied weights count once."""
         if self.config is None:
             shapes = self.like.shapes.values()
             return sum(torch.Size(shape).numel() for shape in shapes)
         return sum(p.numel() for p in self.on_meta().parameters())
 
     def adapter(self, config: DistillConfig, device: torch.device) -> Adapter | None:
-        """The adapters asked for; raises UserError for what this student or machine has not."""
+        """The adapters of the config, if any.
+
+        Raises UserError where the student, the installed packages or the device do not allow them.
+        """
         if config.adapter == "none":
             return None
         if self.config is not None:
             raise UserError(
-                f"adapter {config.adapter}: the student is made fresh from a config.json, and its "
-                "random weights must train: set adapter to none"
+                f"adapter {config.adapter}: the student is a config.json, and its random weights "
+                "must be trained: set adapter to none"
             )
         adapters.require(config.adapter, device)
         targets = adapters.targets_in(self.on_meta(), config.lora_targets)
@@ -146,28 +148,30 @@ class Student:
     def model(
         self, seed: int, adapter: Adapter | None = None, device: torch.device | None = None
     ) -> PreTrainedModel:
-        """The float32 model, in eval mode; random weights of a fresh one follow from `seed`.
+        """The model in float32 and eval mode; random weights are drawn with `seed`.
 
-        With `adapter` the weights are frozen as they are stored, and float32 adapters train.
+        With `adapter` the weights are frozen in their stored dtype, and float32 adapters train.
         """
         torch.manual_seed(seed)
         if adapter is not None:
-            made = adapter.model(self.like, device or torch.device("cpu"), seed)
+            model = adapter.model(self.like, device or torch.device("cpu"), seed)
         elif self.config is None:
-            made = self.like.model(torch.float32)
+            model = self.like.model(torch.float32)
         else:
-            made = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
+            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
             if (self.like.folder / "generation_config.json").exists():
-                made.generation_config = GenerationConfig.from_pretrained(str(self.like.folder))
-        if made.config.model_type in plugins.names(families.__name__):
-            families.accept_disk_names(families.get(made.config.model_type), made)
-        made.register_load_state_dict_post_hook(_all_taken)
-        return made
+                model.generation_config = GenerationConfig.from_pretrained(str(self.like.folder))
+        model_type = model.config.model_type
+        if model_type in plugins.names(families.__name__):
+            families.accept_disk_names(families.get(model_type), model)
+        model.register_load_state_dict_post_hook(_require_all_used)
+        check_model(model)
+        return model
 
     def plain(
         self, trained: PreTrainedModel, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]
     ) -> PreTrainedModel:
-        """The trained student as a plain stock model in `dtype`, but for the names in `dtypes`."""
+        """The trained student as a stock model in `dtype`, except for the names in `dtypes`."""
         if not adapters.has_adapter(trained):
             for name, weight in trained.named_parameters():
                 weight.data = weight.data.to(dtypes.get(name, dtype))
@@ -180,19 +184,19 @@ class Student:
         return merged
 
     def on_meta(self) -> PreTrainedModel:
-        """The student without memory for its weights."""
+        """The student on the meta device, which takes no memory for weights."""
         return _on_meta(self.config or AutoConfig.from_pretrained(str(self.like.folder)))
 
-    def carried(self, name: str) -> Path | None:
-        """The file `name` beside the student's weights, if there is one."""
+    def file(self, name: str) -> Path | None:
+        """The file `name` in the student's folder, if it exists."""
         path = self.like.folder / name
         return path if self.config is None and path.exists() else None
 
 
 def check_student(student: Student, config: DistillConfig, options: Options) -> Adapter | None:
-    """The adapters asked for, if any.
+    """The adapters of the config, if any.
 
-    Raises UserError when this student or machine cannot be trained as config and options ask.
+    Raises UserError where config and options do not fit this student or this machine.
     """
     device = options.torch_device()
     check_compile(config, options)
@@ -205,15 +209,15 @@ def check_student(student: Student, config: DistillConfig, options: Options) -> 
     return adapter
 
 
-def _all_taken(module: Any, found: Any) -> None:
-    """Trainer resumes from, and ends with, a checkpoint: all of it, or not at all."""
-    assert not found.unexpected_keys, f"not taken from a checkpoint: {found.unexpected_keys[:3]}"
+def _require_all_used(module: Any, keys: Any) -> None:
+    """Trainer loads checkpoints to resume and at the end; each tensor of them must be used."""
+    assert not keys.unexpected_keys, f"unused tensors of a checkpoint: {keys.unexpected_keys[:3]}"
 
 
 def open_student(student: str | Path | Checkpoint, teacher: Checkpoint) -> Student:
-    """The student behind a folder, a hub id, a GGUF file, or a config.json (made fresh).
+    """The student in a folder, hub id or GGUF file, or of a config.json (random weights).
 
-    Raises UserError for what cannot be opened or made, or lacks token ids that the teacher has.
+    Raises UserError if it cannot be opened, or if a config.json has a too small vocabulary.
     """
     if isinstance(student, Checkpoint):
         return Student(student)
@@ -230,7 +234,7 @@ def open_student(student: str | Path | Checkpoint, teacher: Checkpoint) -> Stude
     if config.vocab_size > needed:
         say(
             f"distill: {path} has vocab_size {config.vocab_size}, and the tokenizer {needed} ids: "
-            "rows beyond them are not taught, and may be generated; leave them out"
+            "the further rows are not trained, and their ids may be generated; leave them out"
         )
     return Student(teacher, config)
 
@@ -239,16 +243,16 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"no config for a fresh student at {path}") from None
+        raise UserError(f"no config.json for a student with random weights at {path}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
+        raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise UserError(f"{path} names no model_type: give the config.json of a Hugging Face model")
     return fields
 
 
 def _config(path: Path, fields: dict[str, Any], teacher: Checkpoint) -> PretrainedConfig:
-    """The stock config, with the teacher's special tokens where the file names none."""
+    """The stock config, with the teacher's special token ids where the file has none."""
     special = {key: teacher.config[key] for key in SPECIAL_IDS if key in teacher.config}
     given = {key: value for key, value in fields.items() if key != "auto_map"}
     config = accept_config({**special, **given}, path)
@@ -258,7 +262,6 @@ def _config(path: Path, fields: dict[str, Any], teacher: Checkpoint) -> Pretrain
 
 
 def _on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """The model without memory for its weights."""
     with torch.device("meta"):
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return made
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model

@@ -1,4 +1,4 @@
-"""The teacher of a distillation: a live model, several, or a cache; opened before any slow work."""
+"""The teacher of a distillation: one live model, several, or a cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from regrow.errors import UserError
 from regrow.runtime.progress import say
 from regrow.stage_dir import Figure
 from regrow.stages.distill.config import DistillConfig
-from regrow.stages.distill.cross_tokenizer import aligner_of, say_coverage
 from regrow.stages.distill.student import Student
 from regrow.stages.distill.text import loss_weights_of
 from regrow.training import frozen_layers, sharding
@@ -27,17 +26,18 @@ from regrow.training.cache.teacher import CachedTeacher, check_use, head_from
 from regrow.training.callbacks import CHOSEN_BY, SPAN_CHOSEN_BY
 from regrow.training.cross_tokenizer.align import Aligner
 from regrow.training.cross_tokenizer.teacher import CrossTokenizerTeacher
-from regrow.training.feature_loss_weights import FeatureLosses
+from regrow.training.features import FeatureLosses, give_attentions
 from regrow.training.frozen_layers import SharedPrefix
-from regrow.training.layer_mapping import give_attentions
 from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import AnyTeacher
 from regrow.training.shared_tokens import NONE, check_text, teacher_ids
-from regrow.training.teacher import MixedTeacher, Teacher
-from regrow.training.teacher_placement import TeacherPlacement, place_teacher
+from regrow.training.teacher import MixedTeacher, Teacher, TeacherPlacement, place_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+from regrow.training.shared_tokens import comparable
 
 
 def teacher_of(
@@ -45,22 +45,22 @@ def teacher_of(
     ids_V: Tensor | None,
     cached: Cache | None,
     device: torch.device,
-    hold: TeacherPlacement,
+    placement: TeacherPlacement,
 ) -> Teacher | CachedTeacher:
-    """The teacher in bfloat16: its head and a cache, or all of it, held as `hold` says.
+    """The teacher in bfloat16: the whole model, or its head and a cache.
 
-    Its distribution is over the ids of its tokenizer: rows of padding are left out.
+    Its distribution covers the ids of its tokenizer and leaves out padding of the embedding.
     """
     if cached is not None:
         head = head_from(teacher, device)
         weight_VH = head.weight_VH[: cached.header.vocab_size]
         return CachedTeacher(cached, replace(head, weight_VH=weight_VH))
     size = shared_ids(teacher, teacher.tokenizer())
-    return Teacher(place_teacher(teacher, hold, device), ids_V, size)
+    return Teacher(place_teacher(teacher, placement, device), ids_V, size)
 
 
 def teacher_placement(config: DistillConfig, options: Options) -> TeacherPlacement:
-    """How the teacher is held; raises UserError for two ways at once, or one beside a cache."""
+    """Where the teacher's weights are; raises UserError for contradicting options."""
     asked: dict[str, TeacherPlacement] = {}
     if sharding.is_sharded(options):
         asked["sharding fsdp"] = "shares"
@@ -69,40 +69,40 @@ def teacher_placement(config: DistillConfig, options: Options) -> TeacherPlaceme
     if options.offload_teacher:
         asked["offload_teacher"] = "disk"
     if len(asked) > 1:
-        raise UserError(f"{' and '.join(asked)}: both say how the teacher is held; give one")
-    hold: TeacherPlacement = next(iter(asked.values()), "whole")
-    if config.cache is not None and hold in ("int8", "disk"):
-        raise UserError(
-            f"{next(iter(asked))}: a cache stands in for the teacher's body; leave it out"
-        )
-    return hold
+        raise UserError(f"{' and '.join(asked)}: both place the teacher's weights; give one")
+    placement: TeacherPlacement = next(iter(asked.values()), "whole")
+    if config.cache is not None and placement in ("int8", "disk"):
+        raise UserError(f"{next(iter(asked))}: a cache replaces the teacher's layers; leave it out")
+    return placement
 
 
 def mixed_teacher(
-    teacher: Teacher | CachedTeacher, extra_teachers: list[ExtraTeacher], hold: TeacherPlacement
+    teacher: Teacher | CachedTeacher,
+    extra_teachers: list[ExtraTeacher],
+    placement: TeacherPlacement,
 ) -> AnyTeacher:
-    """The teacher, and those beside it on the same device."""
+    """The mixture of the teacher and the extra teachers, on the same device."""
     if not extra_teachers:
         return teacher
     assert isinstance(teacher, Teacher)
     device, teachers = teacher.model.device, [teacher]
     for each in extra_teachers:
-        made = teacher_of(each.checkpoint, each.ids_V, None, device, hold)
-        assert isinstance(made, Teacher)
-        teachers.append(made)
+        extra = teacher_of(each.checkpoint, each.ids_V, None, device, placement)
+        assert isinstance(extra, Teacher)
+        teachers.append(extra)
     shares = [each.share for each in extra_teachers]
     return MixedTeacher(teachers, [1 - sum(shares), *shares])
 
 
 def mass_lost(teacher: AnyTeacher, heldout: Sequences, batch_size: int) -> list[Figure]:
-    """How much of the teacher's distribution is on tokens that the student has not; said, too."""
+    """The share of the teacher's probability on tokens that the student lacks; also prints it."""
     if not isinstance(teacher, Teacher) or teacher.ids_V is None:
         return []
     lost = teacher.mass_outside(heldout, batch_size)
     count = int((teacher.ids_V != NONE).sum())
     say(
         f"distill: the {count:,} tokens that both models have are compared; the teacher gives "
-        f"{lost:.2%} of its probability to others, on held-out text"
+        f"{lost:.2%} of its probability to other tokens, on held-out text"
     )
     convention = "mean over scored held-out tokens, bf16"
     name = "teacher's probability outside the shared tokens"
@@ -112,7 +112,7 @@ def mass_lost(teacher: AnyTeacher, heldout: Sequences, batch_size: int) -> list[
 def show_attentions(
     model: PreTrainedModel, teacher: AnyTeacher, feature_losses: FeatureLosses | None
 ) -> None:
-    """Have both models form their attention weights, if a feature loss reads them."""
+    """Make both models return attention weights, if a feature loss reads them."""
     if feature_losses is not None and "attentions" in feature_losses.needs:
         assert isinstance(teacher, Teacher)
         say("distill: the attention feature loss needs eager attention in both models: slower")
@@ -126,40 +126,41 @@ def freeze(
     config: DistillConfig,
     weights: LossWeights,
     feature_losses: FeatureLosses | None,
-    hold: TeacherPlacement,
+    placement: TeacherPlacement,
 ) -> SharedPrefix | None:
-    """Freeze the student's first blocks; the teacher's run for both where they are the same.
+    """Freeze the student's first layers, and share the teacher's if they are the same.
 
-    That is, in a teacher that is whole here, runs in every step and reads the same ids.
+    They are shared if the teacher is whole on this device, runs in every step and reads the same
+    token ids.
     """
     count = config.freeze_layers
     if count == 0:
         return None
     frozen_layers.freeze(model, count)
-    if hold != "whole" or not isinstance(teacher, Teacher) or teacher.ids_V is not None:
+    if placement != "whole" or not isinstance(teacher, Teacher) or teacher.ids_V is not None:
         return None
-    if config.fake_quantize is not None:  # the teacher's blocks are not rounded
+    if config.fake_quantize is not None:  # the teacher's layers are not rounded
         return None
     runs = weights.needs_teacher or feature_losses is not None
-    shows = feature_losses is not None and "attentions" in feature_losses.needs
-    if not runs or shows or not frozen_layers.same(model, teacher.model, count):
+    attentions = feature_losses is not None and "attentions" in feature_losses.needs
+    if not runs or attentions or not frozen_layers.same(model, teacher.model, count):
         return None
-    say(f"distill: the first {count} blocks are the teacher's and run once for both")
+    say(f"distill: the first {count} layers are the teacher's and run once for both models")
     return SharedPrefix(model, teacher.model, count, all_layers=feature_losses is not None)
 
 
 FEWER_TOKENS = (
-    "a cache is of the teacher's own tokens, and the student has fewer, or others: leave out the "
-    "cache, so that the live teacher is used"
+    "a cache is over the teacher's tokens, and the student has fewer or other tokens: leave out "
+    "the cache, so that the live teacher is used"
 )
 
 
 def open_cache(
     config: DistillConfig, teacher: Checkpoint, ids_V: Tensor | None, text: DataConfig
 ) -> Cache | None:
-    """The cache that the config names, if any; `text` is what is trained on.
+    """The cache of the config, if any; `text` is the text to train on.
 
-    Raises UserError when it is of another teacher, or cannot teach this student in this way.
+    Raises UserError for a cache of another teacher, and for losses that it does not support.
     """
     if config.cache is None:
         return None
@@ -172,13 +173,13 @@ def open_cache(
 
 
 def check_loss(config: DistillConfig, format: str, text: DataConfig) -> None:
-    """Raise UserError for a loss that a cache of this format cannot teach."""
+    """Raise UserError for a loss that a cache of this format does not support."""
     check_use(format, loss_weights_of(config, text), needs_layers=bool(config.feature_losses))
 
 
 @dataclass(frozen=True)
 class ExtraTeacher:
-    """A teacher beside the first one."""
+    """A teacher beside the first one, with its share of the target distribution."""
 
     checkpoint: Checkpoint
     share: float
@@ -186,53 +187,54 @@ class ExtraTeacher:
 
 
 def check_extra_teachers(config: DistillConfig) -> None:
-    """Raise UserError for what needs a single teacher."""
-    if not config.blend:
+    """Raise UserError for fields that need a single teacher."""
+    if not config.extra_teachers:
         return
-    for what in ("cache", "feature_losses"):
-        if getattr(config, what):
+    for name in ("cache", "feature_losses"):
+        if getattr(config, name):
             raise UserError(
-                f"blend: {what} is of one teacher alone; leave out {what}, or the further teachers"
+                f"extra_teachers: {name} works with one teacher only; leave out {name}, or "
+                "extra_teachers"
             )
 
 
 def open_extra_teachers(
     config: DistillConfig, student: Checkpoint, ids_V: Tensor | None = None
 ) -> list[ExtraTeacher]:
-    """The further teachers with their ids of the student's tokens; `ids_V` are the first one's.
+    """The extra teachers with their ids of the student's tokens; `ids_V` are the first teacher's.
 
-    Raises UserError for one that cannot be opened, or lacks a token of the student.
+    Raises UserError for a teacher that cannot be opened, or lacks a token of the student.
     """
     check_extra_teachers(config)
-    found = []
-    for name, share in config.blend.items():
+    extra = []
+    for name, share in config.extra_teachers.items():
         checkpoint = load(name)
         families.of(checkpoint)
         ids = teacher_ids(student, checkpoint)
-        found.append(ExtraTeacher(checkpoint, share, ids))
-    for ids in [ids_V, *(each.ids_V for each in found)] if found else []:
+        extra.append(ExtraTeacher(checkpoint, share, ids))
+    for ids in [ids_V, *(each.ids_V for each in extra)] if extra else []:
         if ids is not None and bool((ids == NONE).any()):
             raise UserError(
-                f"blend: every teacher must have all tokens of the student {student.folder}, and "
-                f"one lacks {int((ids == NONE).sum())}; leave out the further teachers"
+                "extra_teachers: every teacher must have all tokens of the student "
+                f"{student.folder}, and one lacks {int((ids == NONE).sum())}; leave them out"
             )
-    return found
+    return extra
 
 
 @dataclass(frozen=True)
 class TeacherSetup:
-    """The teacher of a distillation, and the map from its tokens to the student's."""
+    """The teachers of a distillation before they are loaded, and how tokens are compared."""
 
     student: Student
     teacher: Checkpoint
     ids_V: Tensor | None = None
-    """The teacher's ids of the student's tokens; None for the same ones."""
+    """The teacher's ids of the student's tokens; None if both have the same ids."""
     cached: Cache | None = None
-    """What the teacher's body is replaced by."""
+    """A cache that replaces the teacher's layers."""
     extra_teachers: list[ExtraTeacher] = field(default_factory=list)
-    """Teachers beside the first."""
+    """Teachers beside the first one."""
     aligner: Aligner | None = None
-    """For a teacher of another tokenizer."""
+    """Compares text spans, where the teacher has another tokenizer."""
 
     @classmethod
     def open(
@@ -243,11 +245,11 @@ class TeacherSetup:
         options: Options,
         text: DataConfig,
     ) -> TeacherSetup:
-        """Raises UserError when this teacher cannot teach this student on `text` as is asked."""
+        """Raises UserError where teacher, student, `text` and config do not fit together."""
         aligner = aligner_of(config, student.like, teacher, options)
         if aligner is not None and any(source.losses is not None for source in text.sources):
             raise UserError(
-                "cross_tokenizer spans: all text takes the same losses: leave out own_answers, and "
+                "cross_tokenizer spans: all text has the same losses: leave out own_answers, and "
                 "the losses of sources"
             )
         if aligner is not None:
@@ -260,39 +262,39 @@ class TeacherSetup:
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
-        """All teachers."""
+        """The checkpoints of all teachers."""
         return [self.teacher, *(each.checkpoint for each in self.extra_teachers)]
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Fingerprints of what decides the result."""
+        """Hashes of the teachers and the cache, for resuming."""
         first, *others = self.checkpoints
-        found = {"teacher": first.fingerprint}
+        hashes = {"teacher": first.fingerprint}
         if self.cached is not None:
-            found["cache"] = self.cached.fingerprint
-        return found | {f"teacher {n}": other.fingerprint for n, other in enumerate(others, 2)}
+            hashes["cache"] = self.cached.fingerprint
+        return hashes | {f"teacher {n}": other.fingerprint for n, other in enumerate(others, 2)}
 
     @property
     def chosen_by(self) -> str:
-        """The held-out loss by which the best student is chosen."""
+        """The loss that chooses the best student, on the validation sequences."""
         return CHOSEN_BY if self.aligner is None else SPAN_CHOSEN_BY
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """What the text is tokenized by: the student's; the teacher's where tokens are the same."""
+        """The tokenizer of the text: the student's, or the teacher's if tokens are the same."""
         same = self.ids_V is None and self.aligner is None
         return (self.teacher if same else self.student.like).tokenizer()
 
     def check(self, heldout: Sequences, train: Sequences) -> None:
-        """Raise UserError for text that one of the models cannot read, or a cache has not."""
-        tokenizer, ours = self.tokenizer(), self.student.vocab_size
+        """Raise UserError for tokens that a model lacks, and for sequences that a cache lacks."""
+        tokenizer, rows = self.tokenizer(), self.student.vocab_size
         for split, sequences in {"heldout": heldout, "train": train}.items():
             if self.aligner is not None:
-                check_text(sequences, tokenizer, (ours, ours), None)
+                check_text(sequences, tokenizer, (rows, rows), None)
                 self.aligner.check_specials(sequences)
                 continue
             for one in (ExtraTeacher(self.teacher, 1.0, self.ids_V), *self.extra_teachers):
-                rows = ours, int(one.checkpoint.config["vocab_size"])
-                check_text(sequences, tokenizer, rows, one.ids_V)
+                both = rows, int(one.checkpoint.config["vocab_size"])
+                check_text(sequences, tokenizer, both, one.ids_V)
             if self.cached is not None:
                 self.cached.check_sequences(sequences, split)
         if self.aligner is not None:
@@ -302,8 +304,52 @@ class TeacherSetup:
         self, config: DistillConfig, device: torch.device, placement: TeacherPlacement
     ) -> AnyTeacher:
         """The teacher to train against: a model, a mixture of several, or a cache."""
-        found = teacher_of(self.teacher, self.ids_V, self.cached, device, placement)
+        teacher = teacher_of(self.teacher, self.ids_V, self.cached, device, placement)
         if self.aligner is not None:
-            assert isinstance(found, Teacher)
-            return CrossTokenizerTeacher(found, self.aligner, config.span_temperature)
-        return mixed_teacher(found, self.extra_teachers, placement)
+            assert isinstance(teacher, Teacher)
+            return CrossTokenizerTeacher(teacher, self.aligner, config.span_temperature)
+        return mixed_teacher(teacher, self.extra_teachers, placement)
+
+
+def aligner_of(
+    config: DistillConfig, student: Checkpoint, teacher: Checkpoint, options: Options
+) -> Aligner | None:
+    """The aligner of text spans for models with different tokenizers; None if tokens compare.
+
+    Raises UserError for fields that do not work across tokenizers.
+    """
+    if config.cross_tokenizer == "refuse" or comparable(student, teacher):
+        return None
+    check_cross_tokenizer(config, options)
+    names = (f"the student {student.folder}", f"the teacher {teacher.folder}")
+    return Aligner(student.tokenizer(), teacher.tokenizer(), names)
+
+
+def check_cross_tokenizer(config: DistillConfig, options: Options) -> None:
+    """Raise UserError for fields that compare single tokens, or states of tokens."""
+    reasons = {
+        "cache": "has distributions over the teacher's own tokens",
+        "feature_losses": "compare states at the same tokens",
+        "extra_teachers": "mix distributions over the same tokens",
+    }
+    for name, reason in reasons.items():
+        if getattr(config, name):
+            raise UserError(
+                f"cross_tokenizer spans: {name} {reason}, and tokenizers differ: leave it out"
+            )
+    if config.temperature != 1.0:
+        raise UserError(
+            f"cross_tokenizer spans: temperature {config.temperature:g} softens distributions over "
+            "tokens; set it to 1, and span_temperature instead"
+        )
+    if sharding.is_sharded(options):
+        raise UserError("cross_tokenizer spans with sharding fsdp is not supported: leave one out")
+
+
+def say_coverage(aligner: Aligner, heldout: Sequences) -> None:
+    """Print the share of the text that can be compared; raises UserError if it is 0."""
+    share = aligner.coverage(heldout)
+    say(
+        f"distill: the tokenizers differ: spans of text are compared, {share:.1%} of the scored "
+        "held-out tokens lie in one"
+    )

@@ -1,4 +1,4 @@
-"""The text of a distillation, answers of models among it, and the output losses on each source."""
+"""The text of a distillation, including answers of models, and the losses of each source."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from regrow.training.loss_weights import LossWeights
 
 
 def training_text(data: DataConfig, config: DistillConfig) -> DataConfig:
-    """The text to train on: the teacher's answers in place of `data`, the student's own beside it.
+    """The text to train on: `data` or the teacher's answers, and the student's own answers.
 
-    Raises UserError where that cannot be.
+    Raises UserError for answers together with a cache, or with losses of single sources.
     """
     sources = data.sources
     if config.cache is not None and (config.answers or config.own_answers):
         raise UserError(
             "a cache is of the data's text, not of generated answers: leave out the cache, or give "
-            "the answers as data, to `regrow cache` too"
+            "the answers as data, also to `regrow cache`"
         )
     if config.answers is not None:
         if any(source.losses is not None for source in sources):
-            raise UserError(
-                "answers take the place of the data: leave out the losses of its sources"
-            )
+            raise UserError("answers replace the data: leave out the losses of its sources")
         sources = [SourceConfig(source=config.answers)]
     if config.own_answers is not None:
         others = sum(source.weight for source in sources)
@@ -37,33 +35,32 @@ def training_text(data: DataConfig, config: DistillConfig) -> DataConfig:
 
 
 def answer_digests(config: DistillConfig) -> dict[str, str]:
-    """Of the answers' content; raises UserError for a folder that is not there."""
-    given = {"answers": config.answers, "own_answers": config.own_answers}
+    """Hashes of the answers; raises UserError for a missing folder."""
+    folders = {"answers": config.answers, "own_answers": config.own_answers}
     return {
         name: stage_dir.digest([sha256_of(path) for path in resolve(SourceConfig(source=folder))])
-        for name, folder in given.items()
+        for name, folder in folders.items()
         if folder is not None
     }
 
 
 def loss_weights_of(config: DistillConfig, data: DataConfig) -> LossWeights:
-    """The weighted losses with their options; `data` is the text that is trained on.
+    """The weighted losses with their options; `data` is the text to train on.
 
-    Raises UserError for losses of a source that cannot be.
+    Raises UserError for unknown losses, or bad weights, of a source.
     """
     for source in data.sources:
         try:
             known_losses(config.losses if source.losses is None else source.losses)
         except ValueError as error:
             raise UserError(f"{source.source}: losses: {error}") from None
-    given = [source.losses for source in data.sources]
-    each = tuple(config.losses if losses is None else losses for losses in given)
-    tagged = any(losses is not None for losses in given)
+    by_source = tuple(source.losses or config.losses for source in data.sources)
+    tagged = any(source.losses is not None for source in data.sources)
     return LossWeights(
         config.losses,
         config.temperature,
         config.beta,
         config.skew,
         config.exact_head,
-        each if tagged else (),
+        by_source if tagged else (),
     )

@@ -20,6 +20,7 @@ from regrow.stages.evaluate.eval_model import EvalModel, TeacherOutputs, Window,
 from regrow.stages.evaluate.texts import IGNORED, Text, in_other_ids
 from regrow.training.head import Head, head_loss, head_of
 from regrow.training.loss_weights import LossWeights
+from regrow.training.model_check import check_model
 from regrow.training.shared_tokens import rows_of, token_ids
 
 
@@ -45,8 +46,11 @@ class FolderEvalModel(EvalModel):
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model, loaded when it is first needed."""
-        return self.checkpoint.model(self.dtype, self.device)
+        """The model, loaded when it is first needed; raises UserError for one we cannot measure."""
+        model = self.checkpoint.model(self.dtype, self.device)
+        packed = any(text.sequences.num_documents > len(text.sequences) for text in self.texts)
+        check_model(model, packed)
+        return model
 
     def load(self) -> None:
         """Have it on its device."""
@@ -123,7 +127,7 @@ class FolderEvalModel(EvalModel):
     def sums(
         self, text: Text, loss: str, teacher: TeacherOutputs | None
     ) -> tuple[list[float], list[int]]:
-        """Logits by a matrix product in the compute dtype, softmax in float32, sums in float64."""
+        """Logits as exact as by a float32 product, softmax in float32, sums in float64."""
         others: list[Window | None] = [None] * len(text.sequences)
         if teacher is not None:
             others = list(teacher.windows[text.name])
@@ -133,7 +137,7 @@ class FolderEvalModel(EvalModel):
                 window.states_NH.to(self.device),
                 self.head,
                 window.targets_N.to(self.device),
-                LossWeights({loss: 1.0}),
+                LossWeights({loss: 1.0}, exact=True),
                 None if other is None else other.states_NH.to(self.device),
                 None if teacher is None else teacher.head,
             )

@@ -24,6 +24,7 @@ from regrow.runtime.progress import Progress, progress
 from regrow.stages.profile.collect import Batch, Collector
 from regrow.training.head import head_loss, head_of
 from regrow.training.loss_weights import LossWeights
+from regrow.training.model_check import check_model
 from regrow.training.teacher import final_hidden, mean_loss, reference_states, scored
 
 Batches = list[tuple[Batch, dict[str, Tensor]]]
@@ -42,6 +43,7 @@ def resident(
 ) -> None:
     """Run every batch through the whole model, loaded on `device`; back, if a statistic asks."""
     model = checkpoint.model(dtype, device).requires_grad_(False)
+    check_model(model)
     if collector.backward:
         model.enable_input_require_grads()
     run_through(model, batches, collector, progress)

@@ -27,6 +27,7 @@ from regrow.stages.profile.collect import REMOVALS, Batch, Collector, Split
 from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.passes import Batches, count_tokens, layer_major, removal_order, resident
 from regrow.stages.profile.scoring import score_all, statistics_needed
+from regrow.training.model_check import check_model
 
 MEANS = ("input_output_distance", "angular_distance")  # over tokens; the others are sums
 
@@ -163,6 +164,7 @@ def _removals(
     if not collector.removals:
         return {}
     model = checkpoint.model(checkpoint.compute_dtype(), options.torch_device())
+    check_model(model)
     some = sequences.select(range(min(config.removal_sequences, len(sequences))))
     batches = list(some.batches(options.batch_size))
     orders = {

@@ -17,6 +17,7 @@ from regrow.quantization.formats import Scheme
 from regrow.stage_dir import Figure
 from regrow.stages.quantize.choose import WEIGHT
 from regrow.training.head import head_of
+from regrow.training.model_check import check_model
 from regrow.training.teacher import mean_loss, reference_states, scored
 
 Batches = list[dict[str, Tensor]]
@@ -67,6 +68,7 @@ def quality(
     """
     dtype = before.compute_dtype()
     model = before.model(dtype, device)
+    check_model(model)
     reference = reference_states(model, batches)
     head = head_of(model)
     head = replace(head, weight_VH=head.weight_VH.detach())

@@ -86,7 +86,7 @@ def check_use(format: str, mix: LossWeights, needs_layers: bool) -> None:
         raise UserError("feature losses need the live teacher: leave out the cache, or them")
     if format == "hidden":
         return
-    terms = [term for each in mix.mixes for term in each.terms()]
+    terms = [term for each in mix.groups for term in each.terms()]
     others = [loss for loss, _, _, needs in terms if needs and loss not in ANY_CACHE]
     if others or mix.temperature != 1.0:
         what = f"the loss {others[0]}" if others else f"temperature {mix.temperature:g}"

@@ -1,6 +1,6 @@
-"""The same text in the tokens of two tokenizers, and the bytes at which tokens of both end.
+"""The same text in the tokens of two tokenizers, and the spans whose boundaries both share.
 
-Shapes: B blocks, T tokens of the student, U tokens of the teacher.
+Shapes: B sequences, T tokens of the student, U tokens of the teacher.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +28,12 @@ SPACE = "▁"
 def token_bytes(tokenizer: PreTrainedTokenizerBase, name: str) -> list[bytes | None]:
     """The bytes of each token id; None for special tokens and for ids without a token.
 
-    Byte-level tokens are spelled in 256 characters that stand for bytes; others in text, with ▁
-    for a space and <0xAB> for a byte. Raises UserError, naming the model, for another spelling.
+    Byte-level tokens are spelled in 256 characters that stand for bytes. Other tokens are text in
+    which ▁ stands for a space and <0xAB> for a byte. Raises UserError, which names the model, for
+    any other spelling.
     """
     if not tokenizer.is_fast:
-        raise UserError(f"{name} has a slow tokenizer only: spans need a tokenizer.json")
+        raise UserError(f"{name} has only a slow tokenizer: spans need a tokenizer.json")
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     steps = list(_flat(rules["decoder"]))
     kinds = {step["type"] for step in steps}
@@ -41,23 +42,23 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, name: str) -> list[bytes | N
     )
     if "ByteLevel" not in kinds and not spaced:
         raise UserError(
-            f"{name} has a tokenizer whose tokens do not say their bytes (decoder: "
+            f"{name} has a tokenizer whose tokens cannot be mapped to bytes (decoder: "
             f"{', '.join(sorted(kinds)) or 'none'}): spans need a byte-level or SentencePiece one"
         )
     byte_of = _byte_level() if "ByteLevel" in kinds else None
     added = {token["content"]: token["special"] for token in rules["added_tokens"]}
     vocab = tokenizer.get_vocab()
-    found: list[bytes | None] = [None] * (max(vocab.values()) + 1)
+    bytes_of: list[bytes | None] = [None] * (max(vocab.values()) + 1)
     for token, i in vocab.items():
         if token in added:
-            found[i] = None if added[token] else token.encode()
+            bytes_of[i] = None if added[token] else token.encode()
         elif byte_of is not None:
-            found[i] = b"".join(byte_of.get(c, c.encode()) for c in token)
+            bytes_of[i] = b"".join(byte_of.get(c, c.encode()) for c in token)
         else:
             byte = BYTE.fullmatch(token) if "ByteFallback" in kinds else None
             text = token.replace(SPACE, " ").encode()
-            found[i] = bytes.fromhex(byte[1]) if byte else text
-    return found
+            bytes_of[i] = bytes.fromhex(byte[1]) if byte else text
+    return bytes_of
 
 
 def _flat(decoder: Any) -> list[dict[str, Any]]:
@@ -69,9 +70,9 @@ def _flat(decoder: Any) -> list[dict[str, Any]]:
 
 
 def _byte_level() -> dict[str, bytes]:
-    """The byte of each character in GPT-2's spelling: printable ones are themselves.
+    """The byte that each character stands for in GPT-2's spelling (Radford et al., 2019).
 
-    The others, in order, are the characters from 256 on (Radford et al., 2019).
+    Printable bytes stand for themselves; the others, in order, are the characters from 256 on.
     """
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [value for value in range(256) if value not in plain]
@@ -83,7 +84,7 @@ ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Span(NamedTuple):
-    """The shortest run of bytes at whose ends tokens of both end: first and last + 1 of each."""
+    """A shortest common span: the range (begin, end) of its tokens in both tokenizations."""
 
     student: tuple[int, int]
     teacher: tuple[int, int]
@@ -91,22 +92,22 @@ class Span(NamedTuple):
 
 @dataclass
 class Tokens:
-    """Tokens to be compared, one after the other, each with the number of its span."""
+    """The tokens of all spans in order, each with the number of its span."""
 
     at: list[int] = field(default_factory=list)
-    """The predicting position, in [B · (T − 1)]."""
+    """The predicting position of each token, in [B · (T − 1)]."""
     target: list[int] = field(default_factory=list)
     span: list[int] = field(default_factory=list)
 
     def add(self, row: int, width: int, places: range, ids: list[int], span: int) -> None:
-        """The tokens `ids` at `places` of a row `width` tokens wide."""
+        """Add the tokens `ids` at `places` of a row of `width` tokens."""
         self.at += [row * (width - 1) + place - 1 for place in places]
         self.target += ids
         self.span += [span] * len(ids)
 
 
 class Aligned(NamedTuple):
-    """A batch in the teacher's tokens, and what is compared."""
+    """A batch in the teacher's tokens, and the tokens of both models that are compared."""
 
     batch: dict[str, Tensor]
     """input_ids and position_ids [B, U]."""
@@ -116,9 +117,9 @@ class Aligned(NamedTuple):
 
 
 class Aligner:
-    """Re-tokenizes the documents of packed blocks for a teacher of another tokenizer.
+    """Tokenizes the documents of packed sequences again, for a teacher with another tokenizer.
 
-    Raises UserError for tokenizers whose tokens do not say their bytes.
+    Raises UserError for tokenizers whose tokens cannot be mapped to bytes.
     """
 
     def __init__(
@@ -128,21 +129,22 @@ class Aligner:
         names: tuple[str, str] = ("the student", "the teacher"),
     ) -> None:
         self.student, self.teacher = student, teacher
-        self.ours, self.theirs = token_bytes(student, names[0]), token_bytes(teacher, names[1])
-        self.special = _specials(student, self.ours, teacher, self.theirs)
+        self.student_bytes = token_bytes(student, names[0])
+        self.teacher_bytes = token_bytes(teacher, names[1])
+        self.special = _specials(student, self.student_bytes, teacher, self.teacher_bytes)
         bare = teacher("a", add_special_tokens=False)["input_ids"]
         whole = teacher("a")["input_ids"]
         before = next(n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
         self.prefix: list[int] = whole[:before]
-        """What the teacher's tokenizer puts before any text."""
-        self.ours_spaced = _spaced(student, self.ours)
-        self.theirs_spaced = _spaced(teacher, self.theirs)
+        """The tokens that the teacher's tokenizer puts before any text."""
+        self.student_spaced = _spaced(student, self.student_bytes)
+        self.teacher_spaced = _spaced(teacher, self.teacher_bytes)
 
     def check_specials(self, sequences: Sequences) -> None:
-        """Raise UserError for a special token in these blocks that the teacher lacks."""
-        unread = {self.student.bos_token_id, self.student.pad_token_id, self.student.unk_token_id}
+        """Raise UserError for a special token in these sequences that the teacher lacks."""
+        ignored = {self.student.bos_token_id, self.student.pad_token_id, self.student.unk_token_id}
         for i in sequences.input_ids.unique().tolist():
-            if self.ours[i] is None and i not in self.special and i not in unread:
+            if self.student_bytes[i] is None and i not in self.special and i not in ignored:
                 token = self.student.convert_ids_to_tokens(i)
                 raise UserError(
                     f"the text has the special token {token!r}, which the teacher's tokenizer "
@@ -150,23 +152,21 @@ class Aligner:
                 )
 
     def coverage(self, sequences: Sequences) -> float:
-        """Share of the scored tokens of these blocks that lie in spans; UserError for none."""
+        """Share of the scored tokens that lie in spans; raises UserError if it is 0."""
         inside = sum(len(self.batch(batch).student.at) for batch in sequences.batches(16))
         if not inside:
-            raise UserError(
-                "no text comes back unchanged from both tokenizers: spans cannot be compared"
-            )
+            raise UserError("both tokenizers change all of the text: spans cannot be compared")
         return inside / sequences.scored_tokens
 
     def batch(self, batch: dict[str, Tensor]) -> Aligned:
-        """A batch of packed blocks in the teacher's tokens.
+        """A batch of packed sequences in the teacher's tokens.
 
-        A span counts when all of the student's tokens in it are scored, and both models have a
-        token before it to predict from. A document whose bytes the teacher's tokenizer does not
-        give back (it normalizes them, say) is left out.
+        A span counts if all of the student's tokens in it are scored, and both models have a token
+        before it to predict it from. A document is left out if the teacher's tokenizer changes its
+        bytes, for example by normalization.
         """
         rows: list[tuple[list[int], list[int]]] = []
-        found: list[tuple[int, int, int, list[int], list[int], list[Span]]] = []
+        documents: list[tuple[int, int, int, list[int], list[int], list[Span]]] = []
         ids_BT, labels_BT = batch["input_ids"].tolist(), batch["labels"].tolist()
         for row, positions in enumerate(batch["position_ids"].tolist()):
             ids: list[int] = []
@@ -176,62 +176,66 @@ class Aligner:
                 aligned = self.align(ids_BT[row][begin:end]) if any(scored) else None
                 if aligned is None:
                     continue
-                own, spans = aligned
+                teacher_ids, spans = aligned
                 spans = [s for s in spans if min(s.student[0], s.teacher[0]) > 0]
                 spans = [s for s in spans if all(scored[s.student[0] : s.student[1]])]
-                found.append((row, begin, len(ids), ids_BT[row][begin:end], own, spans))
-                ids, places = ids + own, places + list(range(len(own)))
+                student_ids = ids_BT[row][begin:end]
+                documents.append((row, begin, len(ids), student_ids, teacher_ids, spans))
+                ids, places = ids + teacher_ids, places + list(range(len(teacher_ids)))
             rows.append((ids, places))
         width = max(2, *(len(ids) for ids, _ in rows))
         student, teacher, count = Tokens(), Tokens(), 0
-        for row, begin, start, ours, theirs, spans in found:
+        for row, begin, start, student_ids, teacher_ids, spans in documents:
             for (a, b), (c, d) in spans:
                 length = batch["input_ids"].shape[1]
-                student.add(row, length, range(begin + a, begin + b), ours[a:b], count)
-                teacher.add(row, width, range(start + c, start + d), theirs[c:d], count)
+                student.add(row, length, range(begin + a, begin + b), student_ids[a:b], count)
+                teacher.add(row, width, range(start + c, start + d), teacher_ids[c:d], count)
                 count += 1
         return Aligned(_padded(rows, width), student, teacher, count)
 
     def align(self, ids: list[int]) -> tuple[list[int], list[Span]] | None:
-        """A document's tokens of the teacher, and its spans; None when it does not come back."""
-        theirs, ours_end, theirs_end = list(self.prefix), list[int](), list[int]()
+        """A document's tokens of the teacher, and its spans; None if its bytes change."""
+        teacher_ids, student_ends, teacher_ends = list(self.prefix), list[int](), list[int]()
         at, begin, first = 0, 0, True
-        for special, run in _runs(ids, self.ours):
+        for special, run in _runs(ids, self.student_bytes):
             if special:
                 (token,) = run
                 if first and token == self.student.bos_token_id:  # the teacher has its own, or none
-                    ours_end.append(0)
+                    student_ends.append(0)
                     continue
                 if token not in self.special:
                     return None
-                theirs.append(self.special[token])
+                teacher_ids.append(self.special[token])
                 at += 1
-                ours_end.append(at)
-                theirs_end.append(at)
+                student_ends.append(at)
+                teacher_ends.append(at)
             else:
-                last = len(ours_end) + len(run) == len(ids)
-                made = self._run(run, first, last)
-                if made is None:
+                last = len(student_ends) + len(run) == len(ids)
+                aligned = self._run(run, first, last)
+                if aligned is None:
                     return None
-                own_lengths, skipped, tokens, lengths = made
+                student_lengths, skipped, tokens, teacher_lengths = aligned
                 begin += skipped
-                ours_end += _ends(at, own_lengths)
-                theirs_end += _ends(at + skipped, lengths)
-                theirs += tokens
-                at += sum(own_lengths)
+                student_ends += _ends(at, student_lengths)
+                teacher_ends += _ends(at + skipped, teacher_lengths)
+                teacher_ids += tokens
+                at += sum(student_lengths)
             first = False
-        return theirs, _spans(ours_end, [begin] * len(self.prefix) + theirs_end, begin)
+        teacher_ends = [begin] * len(self.prefix) + teacher_ends
+        return teacher_ids, _spans(student_ends, teacher_ends, begin)
 
     def _run(
         self, run: list[int], first: bool, last: bool
     ) -> tuple[list[int], int, list[int], list[int]] | None:
-        """Byte lengths of the student's tokens, bytes before the teacher's, its ids and lengths.
+        """Align a run of text between special tokens; None if its bytes change.
 
-        A block may begin and end inside a character: those bytes belong to no span.
+        Returns the byte lengths of the student's tokens, the number of bytes before the teacher's
+        tokens, the teacher's ids and their byte lengths. A sequence may begin and end inside a
+        character, whose bytes then belong to no span.
         """
-        parts = [part for i in run if (part := self.ours[i]) is not None]
+        parts = [part for i in run if (part := self.student_bytes[i]) is not None]
         lengths, data = list(map(len, parts)), b"".join(parts)
-        if first and self.ours_spaced and data.startswith(b" "):
+        if first and self.student_spaced and data.startswith(b" "):
             lengths[0], data = lengths[0] - 1, data[1:]
         skipped = next((n for n, byte in enumerate(data) if byte >> 6 != 0b10), len(data))
         text = data[skipped:].decode("utf-8", "ignore")
@@ -242,42 +246,42 @@ class Aligner:
         if known != data[skipped : len(data) - cut]:
             return None
         ids: list[int] = self.teacher(text, add_special_tokens=False)["input_ids"]
-        pieces = [piece for i in ids if (piece := self.theirs[i]) is not None]
+        pieces = [piece for i in ids if (piece := self.teacher_bytes[i]) is not None]
         if len(pieces) < len(ids):
             return None
-        theirs, back = list(map(len, pieces)), b"".join(pieces)
-        if self.theirs_spaced and back == b" " + known:
-            theirs[0] -= 1
+        teacher_lengths, back = list(map(len, pieces)), b"".join(pieces)
+        if self.teacher_spaced and back == b" " + known:
+            teacher_lengths[0] -= 1
         elif back != known:
             return None
-        return lengths, skipped, ids, theirs
+        return lengths, skipped, ids, teacher_lengths
 
 
 def _specials(
     student: PreTrainedTokenizerBase,
-    ours: list[bytes | None],
+    student_bytes: list[bytes | None],
     teacher: PreTrainedTokenizerBase,
-    theirs: list[bytes | None],
+    teacher_bytes: list[bytes | None],
 ) -> dict[int, int]:
-    """The teacher's id of each special token, by its string, else by its role."""
+    """The teacher's id of each special token, by its string or else by its role."""
     names = teacher.get_vocab()
-    found = {
+    ids = {
         i: names[token]
         for token, i in student.get_vocab().items()
-        if ours[i] is None and token in names and theirs[names[token]] is None
+        if student_bytes[i] is None and token in names and teacher_bytes[names[token]] is None
     }
     for role in ROLES:
         one, other = getattr(student, role), getattr(teacher, role)
         if one is not None and other is not None:
-            found.setdefault(one, other)
-    found.pop(student.unk_token_id, None)  # what it stands for is not known
-    return found
+            ids.setdefault(one, other)
+    ids.pop(student.unk_token_id, None)  # its text is unknown
+    return ids
 
 
-def _spaced(tokenizer: PreTrainedTokenizerBase, spelled: list[bytes | None]) -> bool:
-    """Whether a space is put before any text."""
+def _spaced(tokenizer: PreTrainedTokenizerBase, bytes_of: list[bytes | None]) -> bool:
+    """Whether the tokenizer puts a space before any text."""
     first: int = tokenizer("a", add_special_tokens=False)["input_ids"][0]
-    return (spelled[first] or b"").startswith(b" ")
+    return (bytes_of[first] or b"").startswith(b" ")
 
 
 def _documents(positions: list[int]) -> Iterator[tuple[int, int]]:
@@ -285,11 +289,11 @@ def _documents(positions: list[int]) -> Iterator[tuple[int, int]]:
     yield from zip(starts, [*starts[1:], len(positions)], strict=True)
 
 
-def _runs(ids: list[int], spelled: list[bytes | None]) -> Iterator[tuple[bool, list[int]]]:
-    """Special tokens one by one, the text between them whole."""
+def _runs(ids: list[int], bytes_of: list[bytes | None]) -> Iterator[tuple[bool, list[int]]]:
+    """Split ids into (True, [special token]) and (False, run of other tokens), in order."""
     run: list[int] = []
     for i in ids:
-        if spelled[i] is None:
+        if bytes_of[i] is None:
             if run:
                 yield False, run
             yield True, [i]
@@ -301,27 +305,23 @@ def _runs(ids: list[int], spelled: list[bytes | None]) -> Iterator[tuple[bool, l
 
 
 def _ends(start: int, lengths: list[int]) -> list[int]:
-    found = []
-    for length in lengths:
-        start += length
-        found.append(start)
-    return found
+    return [start + end for end in accumulate(lengths)]
 
 
-def _spans(ours_end: list[int], theirs_end: list[int], begin: int) -> list[Span]:
-    """Between the bytes where tokens of both end; the teacher's text begins at `begin`."""
-    ours = {0: 0, **{end: n for n, end in enumerate(ours_end, start=1)}}
-    theirs = {begin: 0, **{end: n for n, end in enumerate(theirs_end, start=1)}}
-    common = sorted(ours.keys() & theirs.keys())
-    return [Span((ours[a], ours[b]), (theirs[a], theirs[b])) for a, b in pairwise(common)]
+def _spans(student_ends: list[int], teacher_ends: list[int], begin: int) -> list[Span]:
+    """The spans between common token boundaries; the teacher's text begins at byte `begin`."""
+    student = {0: 0, **{end: n for n, end in enumerate(student_ends, start=1)}}
+    teacher = {begin: 0, **{end: n for n, end in enumerate(teacher_ends, start=1)}}
+    common = sorted(student.keys() & teacher.keys())
+    return [Span((student[a], student[b]), (teacher[a], teacher[b])) for a, b in pairwise(common)]
 
 
 def _padded(rows: list[tuple[list[int], list[int]]], width: int) -> dict[str, Tensor]:
-    """Rows of one width; what is filled up is a document of its own."""
+    """Rows of the same width; padding is a document of its own."""
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     positions = torch.zeros_like(ids)
-    for row, (own, places) in enumerate(rows):
-        ids[row, : len(own)] = torch.tensor(own, dtype=torch.int64)
-        positions[row, : len(own)] = torch.tensor(places, dtype=torch.int64)
-        positions[row, len(own) :] = torch.arange(width - len(own))
+    for row, (tokens, places) in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+        positions[row, : len(tokens)] = torch.tensor(places, dtype=torch.int64)
+        positions[row, len(tokens) :] = torch.arange(width - len(tokens))
     return {"input_ids": ids, "position_ids": positions}

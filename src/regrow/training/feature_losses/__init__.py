@@ -1,9 +1,9 @@
-"""Losses on features inside the models, beside the output losses: one file each.
+"""Feature losses compare states inside the two models. Each is one file, named by the loss.
 
-A feature loss is `loss(student, teacher, mapping, mask_BT)`: two `ModelFeatures`, the
-`LayerMapping` between them, and which tokens count. It returns a sum over those
-tokens, a scalar of float32 at least with a graph to the student, 0 for equal models; a mean is
-taken over the matched layers and heads. `NEEDS` says what it reads: `outputs` (of layers, in the
-teacher's channels), `embeddings`, `attentions`, `lens` (of layers at chosen depths, each through
-its own norm and head).
+A feature loss is `loss(student, teacher, mapping, mask_BT)`. Its arguments are the `ModelFeatures`
+of both models, the `LayerMapping` between them, and a mask of the tokens that count. It returns the
+sum over those tokens, averaged over the mapped layers and heads: a scalar in float32 or float64
+with a graph to the student, 0 for equal models. `NEEDS` names the states that it reads: `outputs`
+(of layers, in the teacher's channels), `embeddings`, `attentions`, and `lens` (layers at chosen
+depths, each read through its own model's final norm and head).
 """

@@ -1,4 +1,4 @@
-"""The input embedding's outputs drawn to the teacher's (TinyBERT; Jiao et al., 2020,
+"""Outputs of the input embedding, compared with the teacher's (TinyBERT; Jiao et al., 2020,
 arXiv:1909.10351)."""
 
 from __future__ import annotations
@@ -6,13 +6,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from regrow.training.feature_losses._measures import relative_error
-from regrow.training.layer_mapping import LayerMapping, ModelFeatures
+from regrow.training.features import LayerMapping, ModelFeatures
 
 NEEDS = frozenset({"embeddings"})
 
 
 def loss(
-    student: ModelFeatures, teacher: ModelFeatures, match: LayerMapping, mask_BT: Tensor
+    student: ModelFeatures, teacher: ModelFeatures, mapping: LayerMapping, mask_BT: Tensor
 ) -> Tensor:
-    """Σ_tokens |s − t|² / |t|², each token's embedding as the first block gets it."""
-    return relative_error(*match.embedded(student, teacher, mask_BT))
+    """Σ_tokens |s − t|² / |t|², s and t the inputs of the first layer."""
+    return relative_error(*mapping.embedded(student, teacher, mask_BT))

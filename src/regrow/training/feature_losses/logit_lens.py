@@ -1,17 +1,17 @@
-"""What each model would say at chosen depths (the logit lens; nostalgebraist, 2020)."""
+"""Next-token distributions read from inner layers (the logit lens; nostalgebraist, 2020)."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from regrow.training.feature_losses._measures import through_heads
-from regrow.training.layer_mapping import LayerMapping, ModelFeatures
+from regrow.training.features import LayerMapping, ModelFeatures
 
 NEEDS = frozenset({"lens"})
 
 
 def loss(
-    student: ModelFeatures, teacher: ModelFeatures, match: LayerMapping, mask_BT: Tensor
+    student: ModelFeatures, teacher: ModelFeatures, mapping: LayerMapping, mask_BT: Tensor
 ) -> Tensor:
-    """Σ_tokens mean_depths KL(P ‖ Q) in nats, P and Q = softmax(head(norm(block output)))."""
-    return through_heads(student, teacher, match, mask_BT, "forward_kl")
+    """Σ_tokens mean_depths KL(P ‖ Q) in nats, P and Q = softmax(head(norm(layer output)))."""
+    return through_heads(student, teacher, mapping, mask_BT, "forward_kl")

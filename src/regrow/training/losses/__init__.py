@@ -1,12 +1,15 @@
-"""Output losses, one file each, named by the file.
+"""Output losses: each is one file, and the file's name is the loss's name.
 
-A loss is `loss(student_logits_NV, teacher_logits_NV, targets_N, temperature)` over N scored tokens
-and V vocabulary entries, in float32. It returns the value of each token [N] in nats and its
-gradient with respect to the student's logits [N, V], and may overwrite its inputs.
-`NEEDS_TEACHER` says whether the teacher's logits are read, `OPTIONS` which settings of
-`LossWeights` the
-loss takes as further keyword arguments.
+A loss is `loss(student_NV, teacher_NV, targets_N, temperature)`: a formula on the logits of N
+scored tokens over V vocabulary entries, in float32 or float64, that returns one value per token
+[N]. Its gradient is taken by autograd, chunk by chunk. Where speed counts, a file defines
+`loss_and_gradient` instead: it takes the same arguments, may overwrite the logits, and returns the
+values [N] and their gradient with respect to the student's logits [N, V].
 
-P is the teacher's distribution and Q the student's, the softmax of the logits over T; what compares
-them counts T² times, in the value and in the gradient (Hinton et al., 2015, arXiv:1503.02531).
+`NEEDS_TEACHER` says whether the loss reads the teacher's logits. `OPTIONS` names the settings of
+`LossWeights` that it takes as further keyword arguments.
+
+P is the teacher's distribution and Q the student's: the softmax of the logits divided by the
+temperature T. A loss that compares P with Q is multiplied by T², so that the size of its gradient
+does not depend on T (Hinton et al., 2015, arXiv:1503.02531).
 """

@@ -1,4 +1,4 @@
-"""What the losses share: P and Q as probabilities and as logarithms, their mixture, the gradient.
+"""Shared by the losses: P and Q, the logarithm of their ratio, their mixture, the gradient.
 
 Shapes: N tokens, V vocabulary entries. No logarithm is taken of a probability that may be 0.
 """
@@ -26,8 +26,8 @@ class Pair(NamedTuple):
 def softmax(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax, the largest logit [N], and the logarithm of its probability [N].
 
-    The first less the second is the logarithm of the normaliser. Two of those are subtracted part
-    by part: their sum would be rounded to what float32 holds of the logits, 1e-5 nats at 80.
+    Largest logit − that logarithm = log Σ exp(logits). Two such values are subtracted part by part,
+    because their sums would be rounded to the precision of float32 at the logits: 1e-5 nats at 80.
     """
     probability_NV = logits_NV.softmax(-1)
     largest, place = logits_NV.max(-1)
@@ -55,8 +55,8 @@ def distributions(student_NV: Tensor, teacher_NV: Tensor, temperature: float) ->
 def to_mixture(log_ratio_NV: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """log(p / m) and log(q / m) of the mixture m = share · p + (1 − share) · q, 0 < share < 1.
 
-    With r = log p − log q: log(m / q) = log(share · eʳ + 1 − share). The larger of p and q is taken
-    out of the logarithm, so that nothing overflows, and what is left is exactly 0 at r = 0.
+    With r = log p − log q: log(m / q) = log(share · eʳ + 1 − share). The larger of p and q is
+    factored out of the logarithm, so that nothing overflows; the rest is exactly 0 at r = 0.
     """
     shares = log_ratio_NV.new_tensor((share, 1 - share))
     of_smaller_NV = torch.where(log_ratio_NV > 0, shares[1], shares[0])
@@ -67,9 +67,9 @@ def to_mixture(log_ratio_NV: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 
 def by_logits(slope_NV: Tensor, q_NV: Tensor) -> Tensor:
-    """q (g − Σ q g): gradient by the logits over T of a value whose slope by q is g.
+    """q (g − Σ q g): the gradient by the logits over T of a value whose derivative by q is g.
 
-    A constant added to g changes nothing. Overwrites the slope.
+    Adding a constant to g changes nothing. Overwrites `slope_NV`.
     """
     mean_N1 = torch.linalg.vecdot(q_NV, slope_NV)[:, None]
     return slope_NV.sub_(mean_N1).mul_(q_NV)

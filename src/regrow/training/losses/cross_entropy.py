@@ -8,7 +8,7 @@ NEEDS_TEACHER = False
 OPTIONS = ()
 
 
-def loss(
+def loss_and_gradient(
     student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """−log q_target at temperature 1, whatever `temperature` says. Gradient: q − onehot(target)."""

@@ -11,7 +11,7 @@ NEEDS_TEACHER = True
 OPTIONS = ("beta",)
 
 
-def loss(
+def loss_and_gradient(
     student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor, temperature: float, beta: float = 0.5
 ) -> tuple[Tensor, Tensor]:
     """T² · (β KL(P ‖ M) + (1 − β) KL(Q ‖ M)), M = β P + (1 − β) Q, 0 < β < 1.

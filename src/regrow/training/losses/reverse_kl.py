@@ -11,7 +11,7 @@ NEEDS_TEACHER = True
 OPTIONS = ()
 
 
-def loss(
+def loss_and_gradient(
     student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """T² · Σ_v q_v (log q_v − log p_v). Gradient: T q_v (r_v − Σ q r), r = log q − log p."""

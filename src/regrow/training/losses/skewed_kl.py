@@ -11,7 +11,7 @@ NEEDS_TEACHER = True
 OPTIONS = ("skew",)
 
 
-def loss(
+def loss_and_gradient(
     student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor, temperature: float, skew: float = 0.1
 ) -> tuple[Tensor, Tensor]:
     """T² · KL(P ‖ M), M = α P + (1 − α) Q, α the `skew`, 0 < α < 1: at most −log α per token.

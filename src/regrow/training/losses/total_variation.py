@@ -10,7 +10,7 @@ NEEDS_TEACHER = True
 OPTIONS = ()
 
 
-def loss(
+def loss_and_gradient(
     student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """T² · ½ Σ_v |p_v − q_v|, between 0 and T²: a share of probability, not nats.
