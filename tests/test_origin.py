@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 from tiny_folders import write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from regrow.checkpoint import load
+from regrow.checkpoint import load, resolve
 from regrow.checkpoint.resolve import resolve_model
 from regrow.errors import UserError
 from regrow.families import of
@@ -73,6 +73,28 @@ def test_gguf_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'regrow[gguf]' to read it" in refusal(tmp_path / "model.gguf")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs the extra gguf")
+def test_a_converted_gguf_is_known_by_all_its_bytes(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another file of the same name, size, beginning and end is another model."""
+    converted: list[Path] = []
+
+    def dequantize(path: Path, folder: Path) -> None:
+        converted.append(path)
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(resolve, "_dequantize", dequantize)
+    folders = set()
+    for name, middle in (("one", b"a"), ("other", b"b"), ("copy", b"b")):
+        path = tmp_path / name / "model.gguf"
+        path.parent.mkdir()
+        path.write_bytes(bytes(2 << 20) + middle + bytes(2 << 20))
+        folders.add(resolve.convert_gguf(path))
+    assert len(folders) == 2
+    assert converted == [tmp_path / "one" / "model.gguf", tmp_path / "other" / "model.gguf"]
 
 
 def test_hub_gives_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
