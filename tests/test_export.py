@@ -153,7 +153,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], str]] = {
     "width": (
         "qwen2",
         {**FLAT, "hidden_size": 48, "intermediate_size": 56},
-        "type Q8_0 packs 32 weights of a row, and 100% of this model's are in rows of 48, 56",
+        "packs 32 weights of a row, and 100% of this model's weights are in rows of 48, 56",
     ),
 }
 
