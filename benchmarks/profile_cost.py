@@ -24,8 +24,8 @@ from regrow import ProfileConfig, families, load
 from regrow.data.sequences import build_sequences
 from regrow.runtime.progress import Progress
 from regrow.stages.profile.collect import Batch, Collector
+from regrow.stages.profile.importance import statistics_needed
 from regrow.stages.profile.passes import run_through
-from regrow.stages.profile.scoring import statistics_needed
 
 KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "plain forward passes": ((), ()),

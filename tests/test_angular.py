@@ -17,8 +17,8 @@ from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.profile_folder import SCORES, STATISTICS, Profile
 from regrow.pruning.choose import choose
-from regrow.stages.profile.collect import ROWS, block_distances
-from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile import ProfileConfig
+from regrow.stages.profile.collect import ROWS, layer_distances
 from regrow.stages.profile.stage import profile
 from regrow.stages.report.sections.importance import _layers, rounded
 
@@ -53,7 +53,7 @@ def test_known_angles_over_several_portions_of_tokens() -> None:
     start = torch.tensor([[1.0, 0.0]]).repeat(2 * ROWS + 3, 1)
     turned = torch.tensor([[2.0, 2.0]]).repeat(2 * ROWS + 3, 1)
     twice = torch.tensor([[0.0, 0.5]]).repeat(2 * ROWS + 3, 1)
-    found = block_distances([start, turned, twice]) / len(start)
+    found = layer_distances([start, turned, twice]) / len(start)
     expected = torch.tensor([[0.25, 0.0], [0.5, 0.25]], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import SPECIAL, tiny_config
+from tiny_models import NAMES, tiny_config
 from tiny_pruning import chosen, write_place
 
 from regrow import families
@@ -161,7 +161,7 @@ def check_candidates(config: dict[str, Any], keep: float, multiple: int) -> list
     return shapes
 
 
-@pytest.mark.parametrize("name", sorted(SPECIAL))
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("keep", [0.9, 0.8, 0.6])
 def test_candidates_of_tiny_models(name: str, keep: float) -> None:
     wide = {"moe_intermediate_size": 1024, "decoder_sparse_step": 1} if name == "qwen3_moe" else {}

@@ -14,7 +14,7 @@ from regrow import PruneConfig, compare
 from regrow.checkpoint import Checkpoint
 from regrow.cli.main import main
 from regrow.errors import UserError
-from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile import ProfileConfig
 from regrow.stages.profile.stage import profile
 from regrow.stages.prune.stage import prune
 

@@ -18,7 +18,7 @@ from regrow.errors import UserError
 from regrow.profile_folder import Profile
 from regrow.search.score import CutScorer
 from regrow.stages.compare.head_removal import Heads, _without, heads_table, remove_heads
-from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile import ProfileConfig
 from regrow.stages.profile.stage import profile
 
 OPTIONS = Options(device="cpu", batch_size=4, order="resident")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_choose import REAL
 from tiny_folders import data_of
-from tiny_models import SPECIAL, tiny_config
+from tiny_models import NAMES, tiny_config
 from tiny_pruning import OPTIONS, slow_kl, write_place
 
 from regrow import PruneConfig, compare, families
@@ -21,7 +21,7 @@ from regrow.plan import Plan
 from regrow.profile_folder import Profile
 from regrow.pruning.choose import full_sizes
 from regrow.stages.compare.stage import choose_in_rounds, steps_towards
-from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile import ProfileConfig
 from regrow.stages.profile.stage import profile
 from regrow.stages.prune.stage import prune
 
@@ -52,9 +52,7 @@ OF_EXPERTS: list[dict[str, int]] = [
     {"layers": 2, "hidden": 40, "experts": 3, "expert_mlp": 24, "heads": 2, "kv_heads": 1},
 ]
 CASES = [
-    (name, sizes)
-    for name in sorted(SPECIAL)
-    for sizes in (OF_EXPERTS if families.get(name).memory else CUTS)
+    (name, sizes) for name in NAMES for sizes in (OF_EXPERTS if families.get(name).memory else CUTS)
 ]
 
 

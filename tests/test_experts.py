@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_folders import write_model, write_text
 from tiny_job import call, refused
-from tiny_models import random_plan, tiny_config, tiny_ids, tiny_model
+from tiny_models import MIXTURES, random_plan, tiny_config, tiny_ids, tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -26,7 +26,6 @@ from regrow.pruning.prune import prove_reload
 from regrow.stages.distill import student as student_module
 from regrow.stages.distill.student import Student
 
-MIXTURES = ("mixtral", "qwen3_moe")
 TEXT = ("--sequence-length", 32)
 
 
@@ -45,10 +44,11 @@ def test_the_stacked_parameters_by_hand(name: str) -> None:
     """What transformers holds in memory after the cut, indexed in what it held before."""
     model = tiny_model(name)
     config = model.config.to_dict()
-    kept_layers = [1, 2] if name == "mixtral" else [1, 2, 3]
+    kept_layers = list(range(1, config["num_hidden_layers"]))
     plan = plan_of(config, layers=kept_layers)
     assert plan.experts and plan.expert_mlp and plan.hidden
-    assert set(plan.experts) == ({1, 2} if name == "mixtral" else {1, 3})
+    with_experts = families.get(name).layers_of("experts", config)
+    assert set(plan.experts) == set(kept_layers) & set(with_experts)
     old, new = model.state_dict(), cut_model(model, plan).state_dict()
     d = plan.before["expert_mlp"]
     for layer, experts in plan.experts.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,10 +21,16 @@ from transformers.utils import logging
 
 from regrow import families, plugins
 from regrow.checkpoint import checkpoint
+from regrow.config import Options
+from regrow.data.sequences import Sequences
 from regrow.errors import UserError
 from regrow.families import Family, Tensor
 from regrow.plan import Plan
+from regrow.profile_folder import INFO, SEQUENCES, Profile
 from regrow.pruning.cut import cut_config, cut_folder, cut_model
+from regrow.pruning.repair import RepairSetup, sequential
+from regrow.pruning.repair._validate import validation_kl
+from regrow.stage_dir import write_json
 
 logging.disable_progress_bar()
 NAMES = plugins.names("regrow.families")
@@ -262,9 +269,42 @@ def check_generates(model: Any) -> None:
         torch.testing.assert_close(cached, plain, rtol=1e-5, atol=1e-5)
 
 
+def check_repair(family: Family, variant: dict[str, Any], folder: Path) -> None:
+    """Repair brings the cut model nearer to the dense one: the stream is what the table says."""
+    model = tiny_model(family.model_type, torch.float32, rms_norm_eps=1e-6, **variant)
+    assert repair_gain(family, model, folder) < 0.9
+
+
+def repair_gain(family: Family, model: Any, folder: Path) -> float:
+    """KL to the dense model with sequential repair, over that without; for a cut of heads."""
+    model.save_pretrained(folder / "model")
+    config = model.config.to_dict()
+    config["model_type"] = family.model_type if family.model_type in NAMES else "llama"
+    plan = random_plan(config, heads=4).model_copy(update={"model_type": family.model_type})
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 60, (64, 32), generator=draw)
+    positions = torch.arange(32).expand(64, 32).clone()
+    (folder / "profile").mkdir()
+    write_json(folder / "profile" / INFO, {"samples": 64, "grams": []})
+    real = torch.ones_like(ids, dtype=torch.bool)
+    Sequences(ids, positions, ids.clone(), real).save(folder / "profile" / SEQUENCES)
+    setup = RepairSetup(
+        checkpoint.Checkpoint(folder / "model"),
+        family,
+        Profile(folder / "profile"),
+        plan,
+        folder / "work",
+        Options(device="cpu", batch_size=16),
+        tokens=64 * 32,
+    )
+    (without, repaired), _ = validation_kl(setup, (None, sequential.repair(setup)))
+    assert without > 0
+    return repaired / without
+
+
 Check = Callable[[Family, dict[str, Any], Path], None]
 CHECKS: list[Check] = [check_table, check_defaults, check_observe]
-CHECKS += [check_keep_all, check_removal, check_reload]
+CHECKS += [check_keep_all, check_removal, check_reload, check_repair]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -273,8 +313,8 @@ def test_contract(name: str, variant: dict[str, Any], check: Check, tmp_path: Pa
     check(families.get(name), variant, tmp_path)
 
 
-def test_every_family_has_a_tiny_model() -> None:
-    assert set(NAMES) == set(SPECIAL)
+def test_special_sizes_are_of_families_that_there_are() -> None:
+    assert set(SPECIAL) <= set(NAMES)
     assert len(CASES) >= 2 * len(NAMES)
 
 
@@ -343,6 +383,7 @@ BROKEN = {
         broken("mixtral", MOE + "experts.{expert}.w1.weight", Tensor(("hidden", "expert_mlp"))),
         check_table,
     ),
+    "norm after a part that is not named": (broken("gemma3_text", post_norm={}), check_repair),
     "stream of the wrong block": (broken("gemma3_text", residual=OTHER_STREAM), check_observe),
 }
 
@@ -353,6 +394,71 @@ def test_a_broken_table_fails(family: Family, check: Check, tmp_path: Path) -> N
     check(families.get(family.model_type), variant, tmp_path / "whole")
     with pytest.raises((AssertionError, UserError, StrictDataclassError)):
         check(family, variant, tmp_path / "broken")
+
+
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("llama", {"hidden_size": 40, "num_attention_heads": 8, "num_key_value_heads": 4}),
+        ("qwen2", {}),
+        ("phi3", {"rope_parameters": LONG}),
+    ],
+)
+@pytest.mark.parametrize("multiple_of", [1, 16, 32])
+def test_advice_about_heads_is_accepted(
+    model_type: str, fields: dict[str, Any], multiple_of: int
+) -> None:
+    """Whatever is asked for, each number that an error advises passes; it names what was asked."""
+    family, config = families.get(model_type), tiny_config(model_type, **fields).to_dict()
+    before, seen = family.sizes(config), 0
+    group = before["heads"] // before["kv_heads"]
+    for kv_heads in range(1, before["kv_heads"] + 1):
+        for heads in range(1, before["heads"] + 1):
+            sizes = {**before, "kv_heads": kv_heads, "heads": heads}
+            try:
+                families.check_sizes(family, config, sizes, multiple_of)
+                continue
+            except UserError as error:
+                message = str(error)
+            alone = heads == kv_heads * group != before["heads"]
+            key = "num_key_value_heads" if alone else "num_attention_heads"
+            assert message.startswith(f"{key} {kv_heads if alone else heads} with "), message
+            _, _, advice = message.partition("; ")
+            first, _, second = advice.partition(", or give num_attention_heads ")
+            counts = [int(n) for n in re.findall(r"\d+", first)]
+            tried = [{"kv_heads": n, "heads": n * group} if alone else {"heads": n} for n in counts]
+            tried += [{"heads": int(n)} for n in re.findall(r"\d+", second)]
+            for change in tried:
+                families.check_sizes(family, config, {**sizes, **change}, multiple_of)
+            assert tried or "no number of heads fits" in first, message
+            seen += len(tried)
+    assert seen > 0
+
+
+@pytest.mark.parametrize(("multiplier", "helps"), [(1.0, True), (0.22, False)])
+def test_a_multiplied_residual_is_refused_because_repair_would_do_harm(
+    multiplier: float, helps: bool, tmp_path: Path
+) -> None:
+    """Granite has Llama's tensors, and multiplies what each part adds to the residual stream."""
+    granite = dataclasses.replace(families.get("llama"), model_type="granite")
+    model = tiny_model("granite", torch.float32, residual_multiplier=multiplier, rms_norm_eps=1e-6)
+    assert (repair_gain(granite, model, tmp_path) < 0.9) == helps
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["model_type"] = "llama"
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    if helps:
+        families.of(checkpoint.Checkpoint(tmp_path / "model"))
+        return
+    with pytest.raises(UserError, match=r"residual_multiplier 0.22 in config.json .* only 1"):
+        families.of(checkpoint.Checkpoint(tmp_path / "model"))
 
 
 def test_an_unknown_family_names_those_there_are() -> None:

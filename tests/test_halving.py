@@ -14,7 +14,8 @@ from tiny_pruning import OPTIONS, write_place
 from regrow.pruning.config import PruneConfig
 from regrow.search import score
 from regrow.stage_dir import read
-from regrow.stages.prune import halving
+from regrow.stages.distill import stage as distill_stage
+from regrow.stages.prune import choose_shape as halving
 from regrow.stages.prune.stage import prune
 
 CONFIG = PruneConfig(
@@ -67,7 +68,7 @@ def test_a_search_that_was_killed_goes_on_in_its_rung(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No round, no finished distillation is done twice, and the result is the same as in one go."""
-    distill, done = halving.distill, list[tuple[str, int]]()
+    distill, done = distill_stage.distill, list[tuple[str, int]]()
     seen, killed = list[int](), list[int]()
     score_row = score.Rounds.score
 
@@ -83,14 +84,14 @@ def test_a_search_that_was_killed_goes_on_in_its_rung(
         seen.append(1)
         return score_row(self, *given)
 
-    monkeypatch.setattr(halving, "distill", once_killed)
+    monkeypatch.setattr(distill_stage, "distill", once_killed)
     monkeypatch.setattr(score.Rounds, "score", counted)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         search_in(place, out)
     assert not out.exists()
     table = search_in(place, out)
-    assert (len(seen), len(killed)) == (3, 1)  # the untrained rounds once
+    assert (len(seen), len(killed)) == (4, 1)  # the untrained rounds once
     assert [tokens for _, tokens in done] == [1024] * 4 + [2048] * 2
     assert len(set(done)) == 6
     distilled = [row for row in table if "distilled" in row]

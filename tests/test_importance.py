@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from tiny_folders import data_of, write_model
-from tiny_models import SPECIAL
+from tiny_models import MIXTURES, NAMES
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,8 +19,8 @@ from regrow.checkpoint import Checkpoint
 from regrow.config import Options
 from regrow.errors import UserError
 from regrow.profile_folder import Profile, scores_for
+from regrow.stages.profile import ProfileConfig
 from regrow.stages.profile.collect import GRADIENTS, PAIRS, REMOVALS
-from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.importance.obs import removal_order
 from regrow.stages.profile.stage import profile
 
@@ -38,7 +38,6 @@ USELESS = {"layers": 1, "hidden": 17, "mlp": 5, "heads": 4, "kv_heads": 1}
 USELESS |= {"experts": 2, "expert_mlp": 11}
 LAYER = 1
 EXPERT = 3
-MIXTURES = ("mixtral", "qwen3_moe")
 OPTIONS = Options(device="cpu", batch_size=4, order="resident")
 HEAD_DIM = 8
 
@@ -138,14 +137,14 @@ def every_family(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     folder = tmp_path_factory.mktemp("every")
     small = {"num_hidden_layers": 2, "layer_types": None}
     found = {}
-    for name in sorted(SPECIAL):
+    for name in NAMES:
         fields = small if name == "gemma3_text" else {"num_hidden_layers": 2}
         checkpoint = write_model(folder / name / "model", name, **fields)
         found[name] = scored(checkpoint, text, folder / name / "profile")
     return found
 
 
-@pytest.mark.parametrize("model_type", sorted(SPECIAL))
+@pytest.mark.parametrize("model_type", NAMES)
 def test_every_criterion_scores_every_axis_of_every_family(
     every_family: dict[str, Profile], model_type: str
 ) -> None:

@@ -116,11 +116,11 @@ def test_without_a_plan_the_mean_of_the_heads_is_compared() -> None:
 
 
 def test_tiny_models_have_the_final_norm_where_it_is_looked_for() -> None:
-    from tiny_models import SPECIAL
+    from tiny_models import NAMES
 
     from regrow.training.features import final_norm
 
-    for model_type in SPECIAL:
+    for model_type in NAMES:
         model = tiny_model(model_type)
         state = torch.randn(1, 2, 48, dtype=torch.float64)
         assert final_norm(model)(state).shape == state.shape

@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import load_file
 from slow_profile import OPTIONS, Slow, calibration, close
 from tiny_folders import data_of, write_model
-from tiny_models import SPECIAL
+from tiny_models import NAMES
 
 from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.profile_folder import STATISTICS, Profile
-from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile import ProfileConfig
 from regrow.stages.profile.stage import profile
 
-FAMILIES = sorted(SPECIAL)
+FAMILIES = NAMES
 
 CONFIG = ProfileConfig(
     criteria=(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +21,10 @@ from regrow.errors import UserError
 from regrow.layerwise import LayerByLayer, Spill
 from regrow.profile_folder import SCORES, STATISTICS
 from regrow.runtime.progress import Progress
+from regrow.stage import RecipePlan, RecipeRun, parse_step
+from regrow.stages.profile import ProfileConfig, importance
 from regrow.stages.profile import stage as profile_stage
 from regrow.stages.profile.collect import Batch, Collector
-from regrow.stages.profile.config import ProfileConfig
 from regrow.stages.profile.passes import layer_major, resident
 from regrow.stages.profile.stage import profile
 
@@ -149,6 +151,90 @@ def test_what_a_criterion_cannot_have_is_refused(
         with pytest.raises(UserError, match=message):
             profile(models["llama"], data_of(text), tmp_path / "out", config, options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("dims", "needs", "message"),
+    [
+        (
+            {"mlp"},
+            {"kurtosis"},
+            r"no statistic .kurtosis. of mlp is gathered; there are: grad",
+        ),
+        ({"mlp", "layers"}, {"square_sum"}, r"no statistic 'square_sum' of layers"),
+        ({"hidden"}, {"gram"}, r"no statistic 'gram' of hidden"),
+        ({"kv_heads"}, {"routed_tokens"}, r"no statistic 'routed_tokens' of kv_heads"),
+        ({"channels"}, {"sum"}, r"no dimension 'channels'; there are: mlp, heads"),
+    ],
+)
+def test_a_criterion_with_an_unknown_statistic_is_refused_before_the_pass(
+    models: dict[str, Checkpoint],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dims: set[str],
+    needs: set[str],
+    message: str,
+) -> None:
+    new = SimpleNamespace(DIMS=frozenset(dims), NEEDS=frozenset(needs))
+    monkeypatch.setattr(importance, "plugins", SimpleNamespace(load=lambda *_: new))
+    config = ProfileConfig(criteria=("new",), samples=8)
+    with pytest.raises(UserError, match=message):
+        profile(models["llama"], data_of(text), tmp_path / "out", config, OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_gram_matrices_are_gathered_where_they_are_read(
+    models: dict[str, Checkpoint], text: Path, tmp_path: Path
+) -> None:
+    default = ProfileConfig(samples=8)
+    assert default.resolved().gram_tokens == 0
+    assert default.resolved(read_later=True).gram_tokens == 65536
+    assert ProfileConfig(criteria=("wanda", "obs")).resolved().gram_tokens == 65536
+    for given in (0, 100):
+        explicit = ProfileConfig(gram_tokens=given)
+        assert explicit.resolved(True).gram_tokens == explicit.resolved().gram_tokens == given
+    found = profile(models["llama"], data_of(text), tmp_path / "default", default, OPTIONS)
+    assert found.info["grams"] == []
+    assert not list((found.folder / "grams").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("steps", "tokens"),
+    [
+        (["profile", {"prune": {"keep_params": 0.8}}], 0),
+        (["profile", {"prune": {"keep_params": 0.8, "repair_method": "gram"}}], 65536),
+        (["profile", {"prune": {"num_layers": 2, "repair_method": "gram", "repair": False}}], 0),
+        (["profile", "rotate", "profile", {"prune": {"repair_method": "gram"}}], 0),
+        ([{"profile": {"gram_tokens": 512}}, {"prune": {"keep_params": 0.8}}], 512),
+    ],
+)
+def test_a_recipe_gathers_gram_matrices_for_the_prunes_that_follow(
+    models: dict[str, Checkpoint],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: list[Any],
+    tokens: int,
+) -> None:
+    entries = [parse_step(entry, number) for number, entry in enumerate(steps)]
+    configs: list[ProfileConfig] = []
+    monkeypatch.setattr(profile_stage, "profile", lambda *given: configs.append(given[3]))
+    run = RecipeRun(str(models["llama"].folder), data_of(text), entries, tmp_path, OPTIONS)
+    entries[0].stage.run(entries[0], run, "01-profile")
+    assert [config.gram_tokens for config in configs] == [tokens]
+
+
+def test_gram_matrices_that_a_repair_lacks_are_refused_before_the_profile(
+    models: dict[str, Checkpoint], text: Path
+) -> None:
+    pruning = {"num_layers": 2, "repair_method": "gram"}
+    entries: list[Any] = [{"profile": {"gram_tokens": 0}}, {"prune": pruning}]
+    steps = [parse_step(entry, number) for number, entry in enumerate(entries)]
+    plan = RecipePlan("model", models["llama"], data_of(text), OPTIONS, steps)
+    steps[0].stage.leave(steps[0], plan)
+    with pytest.raises(UserError, match="repair by gram needs Gram matrices, and the profile"):
+        steps[1].stage.check(steps[1], plan)
 
 
 def padded(x: Tensor, end: Tensor) -> Tensor:

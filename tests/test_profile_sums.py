@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regrow.stages.profile.sums import PORTION, cosine_distance_sum, square_sum
+from regrow.stages.profile.collect import PORTION, cosine_distance_sum, square_sum
 
 CHANNELS = 384
 TOKENS = 2 * PORTION // CHANNELS + 5

@@ -18,7 +18,7 @@ from regrow.errors import UserError
 from regrow.plan import Plan, compose
 from regrow.pruning.config import PruneConfig
 from regrow.stage_dir import read
-from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile import ProfileConfig
 from regrow.stages.profile.stage import profile
 from regrow.stages.prune.stage import prune
 
@@ -66,7 +66,7 @@ def test_repair_and_choice_need_the_right_profile(place: Path, tmp_path: Path) -
     by_gram = SIZES.model_copy(update={"repair_method": "gram"})
     with pytest.raises(UserError, match="bare has no Gram matrices, which repair by gram needs"):
         prune(place / "model", out, by_gram, bare)
-    with pytest.raises(UserError, match=r"bare is of 4 blocks .* takes 8 or more: profile again"):
+    with pytest.raises(UserError, match=r"bare has 4 sequences .* takes 8 or more: profile again"):
         prune(place / "model", out, SIZES, bare)
     unknown = SIZES.model_copy(update={"repair_method": "sequentiel"})
     with pytest.raises(UserError, match=r"no repair named 'sequentiel'.*sequential"):

@@ -24,7 +24,7 @@ from regrow.pruning.repair import RepairSetup
 from regrow.pruning.repair import gram as by_gram
 from regrow.pruning.repair._ridge import RIDGES, Solution
 from regrow.pruning.repair.gram import OneShot, solve
-from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile import ProfileConfig
 from regrow.stages.profile.stage import profile
 
 OPTIONS = Options(device="cpu", batch_size=4, order="resident")

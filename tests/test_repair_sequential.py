@@ -22,7 +22,7 @@ from regrow.plan import Plan
 from regrow.profile_folder import Profile
 from regrow.pruning.cut import cut_model
 from regrow.pruning.repair import RepairSetup, sequential
-from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile import ProfileConfig
 from regrow.stages.profile.stage import profile
 
 RIDGE = 1e-3

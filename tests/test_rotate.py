@@ -19,8 +19,8 @@ from regrow.layerwise import Spill
 from regrow.pruning.cut import cut_model
 from regrow.recipe.recipe import Recipe
 from regrow.recipe.recipe import run as run_recipe
-from regrow.stages.rotate.basis import layout, principal, rotated_config, turned
-from regrow.stages.rotate.config import RotateConfig
+from regrow.stages.rotate import RotateConfig
+from regrow.stages.rotate.basis import layout, principal, rotated_config, rotated_tensors
 from regrow.stages.rotate.stage import rotate, second_moment
 
 NAMES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe")
@@ -45,7 +45,7 @@ def test_same_function(name: str, tied: bool) -> None:
     family, config = families.get(name), model.config.to_dict()
     state = dict(families.as_on_disk(family, model.state_dict()))
     names, basis_HH = list(state), orthonormal(48)
-    new = dict(turned(names, state.__getitem__, family, config, basis_HH))
+    new = dict(rotated_tensors(names, state.__getitem__, family, config, basis_HH))
     expected = layout(names, lambda n: state[n].to("meta"), family, config)
     assert {n: (t.shape, t.dtype) for n, t in new.items()} == {
         n: (t.shape, t.dtype) for n, t in expected.items()

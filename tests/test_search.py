@@ -58,12 +58,38 @@ def test_the_search_takes_the_shape_of_lowest_kl(place: Path, tmp_path: Path) ->
     assert families.of(cut).count(cut.config) == row["parameters"]
 
 
-def test_a_search_that_will_repair_scores_repaired_models(place: Path, tmp_path: Path) -> None:
+def test_the_best_few_are_scored_repaired(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others keep the KL of their cut; a repair counts where it lowers the KL."""
+    monkeypatch.setattr(score, "FINALISTS", 2)
     plain = search_in(place, tmp_path / "plain", KEEP.model_copy(update={"repair": False}))
-    repaired = search_in(place, tmp_path / "repaired")
-    for one, other in zip(plain, repaired, strict=True):
-        assert one["sizes"] == other["sizes"]
-        assert one["kl"] != other["kl"]
+    table = search_in(place, tmp_path / "repaired")
+    before = {row["name"]: row["kl"] for row in plain}
+    finalists = [row for row in table if row["round"] == 2]
+    assert {row["name"] for row in finalists} == {row["name"] for row in plain[:2]}
+    assert table[:2] == finalists == sorted(finalists, key=lambda row: row["kl"])
+    assert all(row["kl"] <= before[row["name"]] for row in finalists)
+    assert any(row["kl"] < before[row["name"]] for row in finalists)
+    assert len(table) > 2
+    for row in table[2:]:
+        assert row["kl"] == before[row["name"]]
+
+
+def test_a_repair_that_does_harm_does_not_count(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three shapes (1, 2, 3), repair spoils the first and gives no number for the second."""
+    repaired = iter([9.0, float("nan"), 2.5])
+    plain = iter([2.0, 1.0, 3.0])
+
+    def kl(self: Any, plan: Any, config: PruneConfig | None, share: float) -> float:
+        return next(plain if config is None else repaired)
+
+    monkeypatch.setattr(score.CutScorer, "kl", kl)
+    table = search_in(place, tmp_path / "out")
+    assert [row["kl"] for row in table] == [1.0, 2.0, 2.5]
+    assert table[0]["chosen"]
 
 
 def test_a_search_is_done_again_when_what_is_asked_changes(
@@ -118,7 +144,14 @@ def test_ranks_and_rounds() -> None:
     assert score.rank_correlation([1, 2, 3, 4], [1, 3, 2, 9]) == pytest.approx(0.8)
     assert score.rounds_for(8) == [(1.0, 8)]
     assert score.rounds_for(200) == [(1 / 32, 40), (1 / 8, 8), (1.0, 8)]
+    assert score.rounds_for(8, 3) == [(1.0, 3), (1.0, 3)]
+    assert score.rounds_for(2, 3) == [(1.0, 2), (1.0, 2)]
+    assert score.rounds_for(200, 3) == [(1 / 32, 40), (1 / 8, 8), (1.0, 3), (1.0, 3)]
     assert score.passes_for(200) == 1 + 200 / 32 + 40 / 8 + 8
+    assert score.passes_for(200, 3) == 1 + 200 / 32 + 40 / 8 + 8 + 3
+    distilled = KEEP.model_copy(update={"halving_tokens": 1024, "halving_shapes": 5})
+    plain = KEEP.model_copy(update={"repair": False})
+    assert [score.finalists_for(each) for each in (KEEP, distilled, plain)] == [3, 5, 0]
     assert score.passes_for(1) == 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
-from tiny_models import SPECIAL, tiny_model
+from tiny_models import NAMES, tiny_model
 from tiny_training import (
     MIX,
     Largest,
@@ -58,7 +58,7 @@ def test_padding_and_prompts_count_for_nothing() -> None:
     torch.testing.assert_close(student(**padded)["loss"], once["loss"])
 
 
-@pytest.mark.parametrize("model_type", sorted(SPECIAL))
+@pytest.mark.parametrize("model_type", NAMES)
 def test_packed_documents_do_not_see_each_other(model_type: str) -> None:
     """Hidden states of a packed block are those of each document alone."""
     model = tiny_model(model_type, torch.float64)

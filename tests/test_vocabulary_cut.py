@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_folders import data_of, write_model, write_text
 from tiny_job import refused
-from tiny_models import SPECIAL, float64_norms, random_plan, tiny_ids, tiny_model
+from tiny_models import NAMES, float64_norms, random_plan, tiny_ids, tiny_model
 from tiny_tokenizer import SENTENCES, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,7 +32,7 @@ from regrow.stages.distill.stage import distill
 from regrow.stages.evaluate.config import EvaluateConfig
 from regrow.stages.evaluate.stage import EVALUATION, evaluate
 from regrow.stages.evaluate.texts import opening
-from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile import ProfileConfig
 from regrow.stages.profile.passes import count_tokens
 from regrow.stages.profile.stage import profile
 from regrow.stages.prune.stage import prune
@@ -46,7 +46,7 @@ KEPT = [0, 1, *range(3, 384, 5)]
 SIZE = 320
 
 
-@pytest.mark.parametrize("name", sorted(SPECIAL))
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_are_the_parents_at_the_kept_ids(name: str, tied: bool, tmp_path: Path) -> None:
     """In memory, and from disk to disk; with a padded vocabulary; tied stays tied."""

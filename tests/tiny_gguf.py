@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from tiny_folders import write_model
-from tiny_models import tiny_ids
+from tiny_models import NAMES, tiny_ids
 
-from regrow import ExportConfig, export
+from regrow import ExportConfig, export, families
 from regrow.checkpoint import Checkpoint
 
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
@@ -79,6 +79,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {"head_dim": 24, "decoder_sparse_step": 1, "moe_intermediate_size": 32},
     ),
+}
+TRIED = {model_type for model_type, _ in CASES.values()}
+CASES |= {
+    name: (name, {}) for name in NAMES if families.get(name).gguf is not None and name not in TRIED
 }
 
 

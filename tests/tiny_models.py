@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from regrow import families
+from regrow import families, plugins
 from regrow.checkpoint.checkpoint import experts_option
 from regrow.plan import Plan
 
@@ -67,6 +67,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+
+NAMES = plugins.names("regrow.families")
+"""All families. One whose tiny model needs more fields than COMMON has them in SPECIAL."""
+MIXTURES = [name for name in NAMES if "experts" in families.get(name).config_keys]
 
 
 def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:

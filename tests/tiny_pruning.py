@@ -17,7 +17,7 @@ from regrow.data.sequences import Sequences, build_sequences
 from regrow.plan import Plan
 from regrow.profile_folder import Profile
 from regrow.pruning.choose import choose
-from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile import ProfileConfig
 from regrow.stages.profile.stage import profile
 
 OPTIONS = Options(device="cpu", batch_size=4, order="resident")

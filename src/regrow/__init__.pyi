@@ -20,14 +20,14 @@ from regrow.stages.export import ExportConfig as ExportConfig
 from regrow.stages.export.stage import export as export
 from regrow.stages.generate.config import GenerateConfig as GenerateConfig
 from regrow.stages.generate.stage import generate as generate
-from regrow.stages.profile.config import ProfileConfig as ProfileConfig
+from regrow.stages.profile import ProfileConfig as ProfileConfig
 from regrow.stages.profile.stage import profile as profile
 from regrow.stages.prune.stage import prune as prune
 from regrow.stages.quantize import QuantizeConfig as QuantizeConfig
 from regrow.stages.quantize.stage import quantize as quantize
 from regrow.stages.report import ReportConfig as ReportConfig
 from regrow.stages.report.stage import report as report
-from regrow.stages.rotate.config import RotateConfig as RotateConfig
+from regrow.stages.rotate import RotateConfig as RotateConfig
 from regrow.stages.rotate.stage import rotate as rotate
 
 __version__: str

@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,10 @@ IGNORED = -100
 """The label of a token that is not scored."""
 VALIDATE_EVERY = 8
 """Where something is fitted on calibration sequences, every 8th is left out to validate it on."""
+
+
+Subset = Literal["fit", "validate"]
+"""The sequences that something is fitted on, and those that it is validated on."""
 
 
 def held_out(number: int) -> bool:
@@ -119,6 +123,23 @@ class Sequences(Dataset[dict[str, Tensor]]):
             "real": self.real,
         }
         return tensors if self.source is None else {**tensors, "source": self.source}
+
+
+def fit_and_validate(
+    sequences: Sequences, count: int, batch_size: int
+) -> Iterator[tuple[Subset | None, dict[str, Tensor]]]:
+    """Batches of one subset each: of the first `count` sequences, then the others (None).
+
+    A batch has input_ids, position_ids, labels and real, all [B, T].
+    """
+    subsets: dict[Subset | None, list[int]] = {"fit": [], "validate": [], None: []}
+    for number in range(len(sequences)):
+        subset: Subset = "validate" if held_out(number) else "fit"
+        subsets[subset if number < count else None].append(number)
+    for name, numbers in subsets.items():
+        for batch in sequences.select(numbers).batches(batch_size):
+            batch.pop("source", None)
+            yield name, batch
 
 
 class Packer:

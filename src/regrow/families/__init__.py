@@ -29,12 +29,12 @@ __all__ = [
 def get(model_type: str) -> Family:
     """The table of the family `model_type`, the key of that name in a model's config.json.
 
-    Raises UserError for a family that has no file here, naming those there are.
+    Raises UserError for a family that has no file here, with the names of all that have one.
     """
     known = plugins.names(__name__)
     if model_type not in known:
-        told = unknown("family", model_type, known)
-        raise UserError(f"{told}; to add one, read docs/add-a-family.md")
+        message = unknown("family", model_type, known)
+        raise UserError(f"{message}; to add one, read docs/add-a-family.md")
     family = plugins.load(__name__, model_type).FAMILY
     assert isinstance(family, Family)
     assert family.model_type == model_type
@@ -42,19 +42,32 @@ def get(model_type: str) -> Family:
 
 
 def of(checkpoint: Checkpoint) -> Family:
-    """The family of an opened checkpoint, whose tensors are checked against the table.
+    """The family of an opened checkpoint, whose config and tensors are checked against the table.
 
-    Raises UserError for an unknown family or tensors that do not fit it.
+    Raises UserError for an unknown family, for tensors that do not fit it, and for a factor that
+    the table does not know.
     """
     model_type = checkpoint.config["model_type"]
     known = plugins.names(__name__)
     if checkpoint.has_remote_code and model_type not in known:
         raise UserError(
             f"{checkpoint.folder} would need remote code (auto_map in its config), which is never "
-            f"run; {model_type!r} is none of the families there are: {', '.join(known)}; to add "
-            "one, read docs/add-a-family.md"
+            f"run; {model_type!r} is not a known family ({', '.join(known)}); to add one, read "
+            "docs/add-a-family.md"
         )
     family = get(checkpoint.config["model_type"])
+    _check_multipliers(family, checkpoint)
     if not checkpoint.quantized:  # whose tensors are packed, under other names
         family.check_tensors(checkpoint.config, checkpoint.shapes)
     return family
+
+
+def _check_multipliers(family: Family, checkpoint: Checkpoint) -> None:
+    """Refuse a factor in the forward pass that a table cannot express and repair would ignore."""
+    for key, value in checkpoint.config.items():
+        plain = value is None or value == 1 or key in family.defaults
+        if key.endswith(("_multiplier", "_multipliers")) and not plain:
+            raise UserError(
+                f"{checkpoint.folder}: {key} {value} in config.json is not supported for the "
+                f"family {family.model_type}, only 1: its cut and repaired layers would be wrong"
+            )

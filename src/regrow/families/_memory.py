@@ -1,7 +1,7 @@
-"""Parameters as transformers holds them in memory, and the tensors on disk that they are made of.
+"""Parameters in the memory of transformers, and the tensors on disk that they are made of.
 
-Only experts differ: on disk each has its tensors; in memory those of all experts are stacked, and
-the parts that read the same input stand one below the other.
+Only experts differ: on disk each has its own tensors; in memory the tensors of all experts are
+stacked, and projections of the same input are concatenated.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 def as_on_disk(family: Family, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's parameters under their names on disk; the parts of a joined one are views of it."""
-    found = {}
+    """A model's parameters under their names on disk; parts of a joined parameter are views."""
+    tensors = {}
     for name, tensor in named.items():
         number = re.search(r"(?<=\.layers\.)\d+", name)
         template = name if number is None else name.replace(number[0], "{layer}", 1)
         if template not in family.memory:
-            found[name] = tensor
+            tensors[name] = tensor
             continue
         layer, rows = int(number[0]) if number else None, family.memory[template]
         experts = enumerate(tensor) if "{expert}" in rows[0] else [(None, tensor)]
         for expert, whole in experts:
             for row, part in zip(rows, whole.chunk(len(rows)), strict=True):
-                found[TensorRef(row, layer, expert).name] = part
-    return found
+                tensors[TensorRef(row, layer, expert).name] = part
+    return tensors
 
 
 def in_memory(
@@ -59,10 +59,10 @@ def in_memory(
 
 
 def accept_disk_names(family: Family, model: PreTrainedModel) -> None:
-    """Let `model.load_state_dict` take a checkpoint's tensors as they lie on disk, too.
+    """Let `model.load_state_dict` also take tensors under their names on disk.
 
-    transformers' Trainer reads its checkpoints that way, and drops in silence what has another name
-    in memory: the experts, which would stay as they were.
+    transformers' Trainer loads its checkpoints this way. It silently drops tensors that have
+    another name in memory, so the experts would keep their old weights.
     """
     config = model.config.to_dict()
 

@@ -7,37 +7,36 @@ from typing import Any
 from regrow.errors import UserError
 from regrow.families._table import NAMED, Family
 
+Sizes = dict[str, int]
 
-def check_sizes(
-    family: Family, config: dict[str, Any], sizes: dict[str, int], multiple_of: int = 1
-) -> None:
+
+def check_sizes(family: Family, config: dict[str, Any], sizes: Sizes, multiple_of: int = 1) -> None:
     """Raise UserError when a model of this config cannot be cut to `sizes`, in units.
 
-    The rows of every changed dimension must be a multiple of `multiple_of`, as the target format
-    asks.
+    The rows of every changed dimension must be a multiple of `multiple_of`, for the target format.
     """
     before = family.sizes(config)
     after = {**before, **sizes}
-    for dim, want in sizes.items():
-        key = NAMED.get(dim, dim)
-        _check_has(family, dim, want, config)
-        if dim == "head_dim" and want != before[dim]:
-            raise UserError(f"head_dim {want}: it cannot be cut; this model has {before[dim]}")
-        if not 1 <= want <= before[dim]:
-            raise UserError(f"{key} {want}: allowed are 1 to {before[dim]}, what the model has")
-    _check_heads(before, after)
+    for dim, size in sizes.items():
+        _check_has(family, dim, size, config)
+        if dim == "head_dim" and size != before[dim]:
+            raise UserError(f"head_dim {size}: it cannot be cut; this model has {before[dim]}")
+        if not 1 <= size <= before[dim]:
+            raise UserError(f"{NAMED.get(dim, dim)} {size}: allowed are 1 to {before[dim]}")
     _check_experts(family, config, after)
-    for dim in ("hidden", "mlp", "expert_mlp", "heads", "vocab"):
+    model = (family, config, multiple_of)
+    if _group_problem(before, after) is not None:
+        raise _heads_error(*model, before, after)
+    for dim in ("hidden", "mlp", "expert_mlp", "vocab"):
         if dim in before and after[dim] != before[dim]:
-            step = family.step(dim, config, multiple_of, **after)
-            _check_width_multiple(dim, before[dim], after[dim], step)
-    _check_loads(family, config, before, after)
+            multiple = family.step(dim, config, multiple_of, **after)
+            _check_width_multiple(dim, before[dim], after[dim], multiple)
+    if _heads_problem(*model, before, after) is not None:
+        raise _heads_error(*model, before, after)
 
 
-def can_have(
-    family: Family, config: dict[str, Any], sizes: dict[str, int], multiple_of: int = 1
-) -> bool:
-    """Whether `check_sizes` lets these sizes pass."""
+def can_have(family: Family, config: dict[str, Any], sizes: Sizes, multiple_of: int = 1) -> bool:
+    """Whether `check_sizes` accepts these sizes."""
     try:
         check_sizes(family, config, sizes, multiple_of)
     except UserError:
@@ -45,40 +44,18 @@ def can_have(
     return True
 
 
-def _check_heads(before: dict[str, int], after: dict[str, int]) -> None:
-    heads, kv_heads = after["heads"], after["kv_heads"]
-    most = before["heads"] // before["kv_heads"]
-    if heads % kv_heads or heads // kv_heads > most:
-        allowed = ", ".join(str(kv_heads * n) for n in range(1, most + 1))
-        raise UserError(
-            f"{NAMED['heads']} {heads} with {kv_heads} key/value heads: each of "
-            f"those has the same number of query heads, at most {most}; allowed: {allowed}"
-        )
-
-
-def _check_width_multiple(dim: str, before: int, after: int, step: int) -> None:
-    if after % step == 0:
-        return
-    near = [n for n in (after - after % step, after - after % step + step) if 0 < n < before]
-    advice = f"use {' or '.join(map(str, near))}" if near else f"leave it at {before}"
-    raise UserError(
-        f"{NAMED[dim]} {after}: in this model and for this target format it must be "
-        f"a multiple of {step}; {advice}"
-    )
-
-
-def _check_has(family: Family, dim: str, want: int, config: dict[str, Any]) -> None:
+def _check_has(family: Family, dim: str, size: int, config: dict[str, Any]) -> None:
     """Refuse to cut what no layer has: the MLP of a model whose MLPs are all in experts."""
     before = family.sizes(config).get(dim)
-    if dim not in NAMED or dim in ("layers", "hidden", "vocab") or want == before:
+    if dim not in NAMED or dim in ("layers", "hidden", "vocab") or size == before:
         return
     if not family.layers_of(dim, config):
         other = {"mlp": "expert_mlp", "expert_mlp": "mlp"}.get(dim)
         hint = f": its MLP channels are {NAMED[other]}" if other else ""
-        raise UserError(f"{NAMED[dim]} {want}: this {family.model_type} model has none{hint}")
+        raise UserError(f"{NAMED[dim]} {size}: this {family.model_type} model has none{hint}")
 
 
-def _check_experts(family: Family, config: dict[str, Any], after: dict[str, int]) -> None:
+def _check_experts(family: Family, config: dict[str, Any], after: Sizes) -> None:
     """Refuse fewer experts than the router chooses for each token."""
     if "experts" in after:
         chosen = family.value(config, "num_experts_per_tok")
@@ -89,34 +66,92 @@ def _check_experts(family: Family, config: dict[str, Any], after: dict[str, int]
             )
 
 
-def _check_loads(
-    family: Family, config: dict[str, Any], before: dict[str, int], after: dict[str, int]
-) -> None:
-    """Refuse what the stock config class refuses to load, even where head_dim is explicit."""
-    hidden, heads = after["hidden"], after["heads"]
-    if (
-        family.heads_divide_hidden
-        and hidden % heads
-        and (hidden, heads)
-        != (
-            before["hidden"],
-            before["heads"],
-        )
-    ):
-        allowed = [n for n in range(1, before["heads"] + 1) if hidden % n == 0]
-        fitting = ", ".join(str(n) for n in allowed if n % after["kv_heads"] == 0)
-        raise UserError(
-            f"num_attention_heads {heads} with hidden_size {hidden}: transformers loads a "
-            f"{family.model_type} model only if hidden_size is a multiple of the heads; "
-            f"use {fitting or 'another hidden_size'}"
-        )
+def _check_width_multiple(dim: str, before: int, after: int, multiple: int) -> None:
+    if after % multiple == 0:
+        return
+    lower = after - after % multiple
+    near = [n for n in (lower, lower + multiple) if 0 < n < before]
+    advice = f"use {' or '.join(map(str, near))}" if near else f"leave it at {before}"
+    raise UserError(
+        f"{NAMED[dim]} {after}: in this model and for this target format it must be "
+        f"a multiple of {multiple}; {advice}"
+    )
+
+
+def _group_problem(before: Sizes, after: Sizes) -> str | None:
+    """Why the query heads cannot be shared among the key/value heads; None when they can."""
+    heads, kv_heads = after["heads"], after["kv_heads"]
+    most = before["heads"] // before["kv_heads"]
+    if heads % kv_heads or heads // kv_heads > most:
+        return f"each of those has the same number of query heads, at most {most}"
+    return None
+
+
+def _heads_problem(
+    family: Family, config: dict[str, Any], multiple_of: int, before: Sizes, after: Sizes
+) -> str | None:
+    """Why a model cannot have these heads with this hidden size; None when it can.
+
+    transformers may refuse to load a model even where its head_dim is explicit.
+    """
+    heads, hidden = after["heads"], after["hidden"]
+    if problem := _group_problem(before, after):
+        return problem
+    multiple = family.step("heads", config, multiple_of, **after)
+    if heads != before["heads"] and heads % multiple:
+        return f"in this model and for this target format they must be a multiple of {multiple}"
+    if (heads, hidden) == (before["heads"], before["hidden"]):
+        return None
+    loads = f"transformers loads a {family.model_type} model"
+    if family.heads_divide_hidden and hidden % heads:
+        return f"{loads} only if hidden_size, here {hidden}, is a multiple of them"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if family.rope_factors_follow_hidden and (factors := rope.get("short_factor")):
         part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
         if int(hidden // heads * part) // 2 != len(factors):
-            raise UserError(
-                f"hidden_size {hidden} with {heads} heads: transformers loads a "
-                f"{family.model_type} model with {len(factors)} long-RoPE factors only if "
-                f"hidden_size / heads stays {before['hidden'] // before['heads']}; cut both "
-                "alike or neither"
+            width = before["hidden"] // before["heads"]
+            return (
+                f"{loads} with {len(factors)} long-RoPE factors only if hidden_size / heads "
+                f"stays {width}, and here it is {hidden // heads}"
             )
+    return None
+
+
+def _heads_error(
+    family: Family, config: dict[str, Any], multiple_of: int, before: Sizes, after: Sizes
+) -> UserError:
+    """The error for these heads, which names the size that was changed and advises legal ones."""
+
+    def legal(dim: str, per_unit: int = 0) -> list[int]:
+        sizes = [
+            {**after, dim: n, **({"heads": n * per_unit} if per_unit else {})}
+            for n in range(1, before[dim] + 1)
+        ]
+        model = (family, config, multiple_of, before)
+        return [size[dim] for size in sizes if _heads_problem(*model, size) is None]
+
+    heads, kv_heads, hidden = after["heads"], after["kv_heads"], after["hidden"]
+    problem = _heads_problem(family, config, multiple_of, before, after)
+    group = before["heads"] // before["kv_heads"]
+    if heads == before["heads"] and kv_heads == before["kv_heads"]:
+        advice = f"leave it at {before['hidden']}, or change the heads with it"
+        return UserError(f"hidden_size {hidden} with {heads} heads: {problem}; {advice}")
+    options = legal("heads")
+    if heads == group * kv_heads != before["heads"]:  # as many as a cut of KV heads alone leaves
+        advice = _advice(legal("kv_heads", group), before["kv_heads"])
+        if options:
+            advice += f", or give num_attention_heads {' or '.join(map(str, options))} with it"
+        subject = f"num_key_value_heads {kv_heads} with {heads} query heads"
+        return UserError(f"{subject}: {problem}; {advice}")
+    subject = f"num_attention_heads {heads} with {kv_heads} key/value heads"
+    if _group_problem(before, after) is not None and options:
+        return UserError(f"{subject}: {problem}; allowed: {', '.join(map(str, options))}")
+    return UserError(f"{subject}: {problem}; {_advice(options, before['heads'])}")
+
+
+def _advice(options: list[int], before: int) -> str:
+    if not options:
+        return "no number of heads fits: change hidden_size or multiple_of"
+    if options == [before]:
+        return f"leave it at {before}"
+    return f"use {' or '.join(map(str, options))}"

@@ -1,6 +1,6 @@
-"""The table of a family: its rows, and what follows from them: shapes, counts, legal sizes.
+"""The table of a family: its rows, and the shapes, counts and legal sizes that follow from them.
 
-A row gives the named dimensions of a tensor, and where it stands. The dimensions of a decoder,
+A row gives the name of a tensor and the named dimensions of its axes. The dimensions of a decoder,
 counted in units:
 
     layers      decoder layers; never an axis, but the {layer} in a tensor's name
@@ -9,7 +9,7 @@ counted in units:
     heads       query heads, `head_dim` rows of a tensor each
     kv_heads    key/value heads, `head_dim` rows of a tensor each
     vocab       token ids
-    head_dim    channels of one head; stays as it is
+    head_dim    channels of one head; never cut
     experts     MLPs that a router chooses among; the {expert} in a tensor's name
     expert_mlp  channels inside an expert
 """
@@ -34,10 +34,10 @@ CONFIG_KEYS = {
     "vocab": "vocab_size",
 }
 NAMED = {**CONFIG_KEYS, "experts": "num_experts", "expert_mlp": "moe_intermediate_size"}
-"""What a dimension's size is called where a user gives it."""
+"""Name of each dimension's size for users."""
 GROUPED = 8
-"""Rows that transformers multiplies for all experts at once are 16 bytes or a multiple: 8 values
-in half precision."""
+"""transformers multiplies all experts at once, for which rows must be a multiple of 16 bytes: 8
+values in half precision."""
 PER_LAYER: dict[str, Literal["each", "ids", "count"]] = {
     "layer_types": "each",
     "no_rope_layers": "each",
@@ -47,7 +47,7 @@ PER_LAYER: dict[str, Literal["each", "ids", "count"]] = {
 
 
 LayerKind = Literal["sparse", "dense"]
-"""Layers with experts, and those with an ordinary MLP among them."""
+"""Layers with experts, and layers with an ordinary MLP between them."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Tensor:
     """Whether it is the weight of an RMSNorm over `hidden`, which averages over fewer channels
     after a cut and takes the factor sqrt(old / new)."""
     layers: LayerKind | None = None
-    """Which layers have the tensor, where some have experts and some an ordinary MLP."""
+    """The kind of layer that has the tensor, where some have experts and some an ordinary MLP."""
 
     def has(self, dim: str) -> bool:
         """Whether the dimension is an axis of the tensor, or part of one."""
@@ -70,7 +70,7 @@ class Tensor:
 
 
 class TensorRef(NamedTuple):
-    """Where a tensor stands: its row, and the layer and the expert in its name."""
+    """A tensor: its row of the table, and the layer and the expert in its name."""
 
     template: str
     layer: int | None = None
@@ -101,7 +101,7 @@ def unit_rows(dim: str, sizes: dict[str, int]) -> int:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: its tensors by the names they have on disk, and what reads their axes."""
+    """A model family: its tensors by their names on disk, and where their dimensions are read."""
 
     model_type: str
     """`model_type` in config.json, and the name of the file."""
@@ -109,16 +109,16 @@ class Family:
     """Every tensor a checkpoint can hold, by its name with {layer} for the layer's number and
     {expert} for the expert's."""
     observe: dict[str, tuple[str, ...]]
-    """Per dimension the modules to watch: their input for mlp and heads, for hidden the output, for
-    experts the module that gets tokens, chosen experts and their weights."""
+    """Per dimension the modules to observe: their input for mlp and heads, their output for hidden;
+    for experts the module that receives tokens, chosen experts and the router's weights."""
     residual: dict[str, str]
-    """Per block, mlp (or experts) and heads, the module whose input is the stream it adds to."""
+    """For mlp (or experts) and heads, the module whose input is the stream that they add to."""
     post_norm: dict[str, str] = field(default_factory=dict, kw_only=True)
-    """Per dimension the norm between the block's last projection and the stream, if any."""
+    """Per dimension the norm between the last projection and the stream, if any."""
     defaults: dict[str, Any]
-    """Values that transformers takes for config keys a config.json may lack (None: derived)."""
+    """The values of transformers for keys that config.json may lack (None: derived)."""
     norm_offset: float = 0.0
-    """What the model adds to a stored norm weight (Gemma: 1)."""
+    """The number that the model adds to a stored norm weight (Gemma: 1)."""
     scaled_embedding: bool = False
     """Whether the model multiplies its embedding by sqrt(hidden_size) (Gemma)."""
     config_keys: dict[str, str] = field(default_factory=lambda: dict(CONFIG_KEYS))
@@ -136,8 +136,8 @@ class Family:
     rope_factors_follow_hidden: bool = False
     """Whether transformers checks the length of long-RoPE factors against hidden_size / heads."""
     memory: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Parameters that transformers holds otherwise than they lie on disk: by their name in memory
-    the templates of their parts, one below the other; those of all experts are stacked."""
+    """Parameters that differ in memory: by their name in memory the templates of their parts, which
+    are concatenated; the parts of all experts are stacked."""
     dense_layers: tuple[str, str] | None = None
     """Config keys, in a mixture of experts, of the ids of layers without experts, and of the period
     n where only every nth layer has them."""
@@ -153,7 +153,7 @@ class Family:
     """Name of the head [vocab, hidden]; absent when tied to the embedding."""
 
     def value(self, config: dict[str, Any], key: str) -> Any:
-        """`config[key]`, or what transformers takes when config.json lacks it.
+        """`config[key]`, or the default of transformers where config.json lacks it.
 
         Raises UserError when there is no default.
         """
@@ -187,8 +187,8 @@ class Family:
         kinds = {
             row.layers for name, row in self.tensors.items() if "{layer}" in name and row.has(dim)
         }
-        found: set[int] = set().union(*(self._layers(kind, config) for kind in kinds))
-        return sorted(found)
+        layers: set[int] = set().union(*(self._layers(kind, config) for kind in kinds))
+        return sorted(layers)
 
     def _layers(self, kind: LayerKind | None, config: dict[str, Any]) -> list[int]:
         """Ids of the layers of a kind, None for all."""
@@ -270,10 +270,10 @@ class Family:
         return (total + before // 2) // before
 
     def find(self, name: str) -> TensorRef | None:
-        """The row behind a tensor's name, the layer and the expert in it; None for no row's."""
+        """The row, layer and expert of a tensor's name; None where no row has such a name."""
         for template, pattern in self._patterns.items():
-            if found := pattern.fullmatch(name):
-                ids = {key: int(value) for key, value in found.groupdict().items()}
+            if match := pattern.fullmatch(name):
+                ids = {key: int(value) for key, value in match.groupdict().items()}
                 return TensorRef(template, ids.get("layer"), ids.get("expert"))
         return None
 
@@ -296,7 +296,7 @@ class Family:
             )
 
     def readers(self, dim: str) -> list[str]:
-        """Templates of the projections that read `dim` (their axis 1): what repair may re-solve."""
+        """Templates of the projections that read `dim` (their axis 1); repair may re-solve them."""
         return [
             template
             for template, row in self.tensors.items()
@@ -306,15 +306,15 @@ class Family:
     def norm_before(self, template: str) -> str | None:
         """Template of the norm whose output a projection of this row reads; None for another row.
 
-        That is one with hidden as its second axis: of a block, a router, an expert, or the head.
+        Such a projection has hidden as its second axis: in attention, MLP, router, expert, or head.
         """
         row = self.tensors[template]
         if len(row.axes) != 2 or row.axes[1] != "hidden" or template == self.embedding:
             return None
         if template == self.head:
             return self.final_norm
-        block = "heads" if set(parts(row.axes[0])) <= {"heads", "kv_heads"} else "mlp"
-        return self.residual[block] + ".weight"
+        part = "heads" if set(parts(row.axes[0])) <= {"heads", "kv_heads"} else "mlp"
+        return self.residual[part] + ".weight"
 
     def step(self, dim: str, config: dict[str, Any], multiple_of: int = 1, **sizes: int) -> int:
         """Units of which `dim` must be a multiple, so that its rows are one of `multiple_of`.

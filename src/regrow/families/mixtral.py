@@ -6,28 +6,15 @@ stacks them in memory.
 
 from __future__ import annotations
 
-from regrow.families import Family, Tensor
+from regrow.families import Family
+from regrow.families._layout import attention, decoder, experts
 
 EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}."
 
 FAMILY = Family(
     model_type="mixtral",
     gguf="llama",
-    tensors={
-        "model.embed_tokens.weight": Tensor(("vocab", "hidden")),
-        "model.layers.{layer}.input_layernorm.weight": Tensor(("hidden",), norm=True),
-        "model.layers.{layer}.self_attn.q_proj.weight": Tensor(("heads", "hidden")),
-        "model.layers.{layer}.self_attn.k_proj.weight": Tensor(("kv_heads", "hidden")),
-        "model.layers.{layer}.self_attn.v_proj.weight": Tensor(("kv_heads", "hidden")),
-        "model.layers.{layer}.self_attn.o_proj.weight": Tensor(("hidden", "heads")),
-        "model.layers.{layer}.post_attention_layernorm.weight": Tensor(("hidden",), norm=True),
-        "model.layers.{layer}.block_sparse_moe.gate.weight": Tensor(("experts", "hidden")),
-        EXPERT + "w1.weight": Tensor(("expert_mlp", "hidden")),
-        EXPERT + "w3.weight": Tensor(("expert_mlp", "hidden")),
-        EXPERT + "w2.weight": Tensor(("hidden", "expert_mlp")),
-        "model.norm.weight": Tensor(("hidden",), norm=True),
-        "lm_head.weight": Tensor(("vocab", "hidden"), when="!tie_word_embeddings"),
-    },
+    **decoder(attention(), experts("block_sparse_moe", "w1", "w3", "w2")),
     memory={
         "model.layers.{layer}.mlp.gate.weight": (
             "model.layers.{layer}.block_sparse_moe.gate.weight",
@@ -37,19 +24,6 @@ FAMILY = Family(
             EXPERT + "w3.weight",
         ),
         "model.layers.{layer}.mlp.experts.down_proj": (EXPERT + "w2.weight",),
-    },
-    observe={
-        "heads": ("model.layers.{layer}.self_attn.o_proj",),
-        "experts": ("model.layers.{layer}.mlp.experts",),
-        "hidden": (
-            "model.layers.{layer}.input_layernorm",
-            "model.layers.{layer}.post_attention_layernorm",
-            "model.norm",
-        ),
-    },
-    residual={
-        "mlp": "model.layers.{layer}.post_attention_layernorm",
-        "heads": "model.layers.{layer}.input_layernorm",
     },
     defaults={
         "num_key_value_heads": 8,

@@ -16,7 +16,7 @@ Sizes = dict[str, int]
 
 
 def full_sizes(family: Family, before: Sizes, sizes: Sizes) -> Sizes:
-    """All dimensions after a cut to `sizes`; KV heads cut alone take their query heads along."""
+    """All dimensions after a cut to `sizes`; with KV heads alone their query heads are cut too."""
     after = {**before, **sizes}
     if "kv_heads" in sizes and "heads" not in sizes:
         after["heads"] = before["heads"] // before["kv_heads"] * sizes["kv_heads"]
@@ -35,9 +35,9 @@ def choose(
 ) -> Plan:
     """A plan that keeps the `sizes` best-scored units of each dimension.
 
-    Query heads are ranked inside their kept KV head, channels of an expert inside that; experts by
-    `expert_criterion`, where it is not the `criterion` of the other widths. Raises UserError for a
-    shape the model cannot have or a criterion without scores.
+    Query heads are ranked inside their KV head, and channels of an expert inside the expert;
+    experts by `expert_criterion`, if it is given. Raises UserError for a shape that the model
+    cannot have, or a criterion without scores.
     """
     before = family.sizes(checkpoint.config)
     after = full_sizes(family, before, sizes)
@@ -100,7 +100,7 @@ def _per_layer(
 
 
 def _layers(profile: Profile, criterion: str, before: Sizes, after: Sizes) -> list[int]:
-    """The layers that stay, which are all of them where none is cut."""
+    """The kept layers, all of them where none is cut."""
     if after["layers"] == before["layers"]:
         return list(range(before["layers"]))
     depth = profile.scores(criterion, "layers")["all"]

@@ -1,4 +1,4 @@
-"""What to prune a model to, and how."""
+"""The config of a prune: the target, the criteria, and the repair."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "g
 
 def bytes_of(text: str) -> int:
     """Bytes of `90MB`, `1.5GiB` or `90000000`; raises ValueError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([kmg]i?)?b?\s*", str(text).lower())
-    if found is None or float(found[1]) <= 0:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([kmg]i?)?b?\s*", str(text).lower())
+    if match is None or float(match[1]) <= 0:
         raise ValueError("give a size such as 90MB, 1.5GiB or 90000000")
-    return int(float(found[1]) * UNITS[found[2] or ""])
+    return int(float(match[1]) * UNITS[match[2] or ""])
 
 
 def _size(value: object) -> object:
@@ -45,19 +45,20 @@ Size = Annotated[str, BeforeValidator(_size)]
 
 
 class PruneConfig(Config):
-    """A target that a shape is searched for (together they must all be met), or the shape itself,
+    """A target for which a shape is searched (several targets must all be met), or explicit sizes,
     or a plan from a file."""
 
     keep_params: float | None = Field(default=None, gt=0, lt=1)
     """Share of the parameters to keep (tied weights once); the shape is chosen among candidates."""
     max_bytes: Size | None = None
-    """Most bytes of the model's tensors in `format`, as 90MB or 1.5GiB."""
+    """Upper limit on the bytes of the model's tensors in `format`, such as 90MB or 1.5GiB."""
     max_ram: Size | None = None
-    """Most bytes of weights in `format`, KV cache and activations at `context_length` tokens."""
+    """Upper limit on the bytes of weights in `format`, KV cache and activations at `context_length`
+    tokens."""
     max_prefill_ms: float | None = Field(default=None, gt=0)
-    """Most milliseconds to read a prompt of `prompt_tokens`, timed on this machine."""
+    """Upper limit on the milliseconds to read a prompt of `prompt_tokens`, on this machine."""
     max_decode_ms: float | None = Field(default=None, gt=0)
-    """Most milliseconds per generated token after that prompt, timed on this machine."""
+    """Upper limit on the milliseconds per generated token after that prompt, on this machine."""
     format: str = "bf16"
     """Format that bytes are counted in: bf16, int8, int4-g128, q8_0, q4_0, q4_k_m, …."""
     context_length: int = Field(default=2048, ge=1)
@@ -65,12 +66,12 @@ class PruneConfig(Config):
     prompt_tokens: int = Field(default=512, ge=1)
     """Tokens of the prompt for latencies."""
     num_candidates: int = Field(default=8, ge=1)
-    """Shapes to try for a target; up to 8 are a hand-made list, more a grid of all axes."""
+    """Shapes to try for a target: up to 8 from a fixed list, more from a grid of all dimensions."""
     halving_tokens: int = Field(default=0, ge=0)
     """Distil the best few shapes on so many tokens, the better half on twice as many, and so on; 0
-    chooses untrained."""
+    chooses without training."""
     halving_shapes: int = Field(default=4, ge=2)
-    """Shapes that the distillations begin with."""
+    """Shapes in the first round of distillations."""
     num_layers: int | None = None
     """Layers to keep."""
     hidden_size: int | None = None
@@ -82,9 +83,9 @@ class PruneConfig(Config):
     num_key_value_heads: int | None = None
     """Key/value heads to keep in every layer."""
     vocab_size: int | None = None
-    """Tokens to keep, by their count in the calibration text; the tokenizer is cut with them."""
+    """Tokens to keep, by their count in the calibration text; the tokenizer is cut too."""
     num_experts: int | None = None
-    """Experts to keep in every layer that has some."""
+    """Experts to keep in every layer that has experts."""
     moe_intermediate_size: int | None = None
     """Channels to keep inside every expert."""
     plan: str | None = None
@@ -95,26 +96,27 @@ class PruneConfig(Config):
     multiple_of: int = Field(default=32, ge=1)
     """Round changed widths to a multiple of this (256 for K-quants, 64 or 128 for group int4)."""
     criterion: str = "activation_l2"
-    """Importance criterion for widths: one the profile has scores of."""
+    """Importance criterion for widths, one of the profile's criteria."""
     expert_criterion: str | None = None
     """Importance criterion for experts; None: the one for widths."""
     layer_criterion: str = "block_influence"
     """Importance criterion for whole layers."""
     repair: bool = True
-    """Re-solve, without training, the layers that read what was cut."""
+    """Re-solve, without training, the layers that read a pruned dimension. The result is kept where
+    the whole model comes nearer to the dense one on validation text."""
     repair_method: str = "sequential"
-    """How: sequential (layer after layer on the profile's text, for what really reaches it) or gram
-    (at once, on the profile's Gram matrices)."""
+    """sequential: layer after layer, on the profile's text as it runs through the cut model; gram:
+    all at once, on the profile's Gram matrices."""
     repair_tokens: int = Field(default=131072, ge=1)
-    """Tokens of the profile's text that a sequential repair runs on, at most."""
+    """Upper limit on the tokens of the profile's text for a sequential repair."""
     repair_upstream: float = Field(default=1.0, ge=0, le=1)
-    """Share of the error of earlier layers that each layer of a sequential repair makes up for."""
+    """Share of the error of earlier layers that a sequential repair compensates in each layer."""
 
     @field_validator("allow_sibling")
     @classmethod
     def _has_plan(cls, allow_sibling: bool, info: ValidationInfo) -> bool:
         if allow_sibling and info.data.get("plan") is None:
-            raise ValueError("it is for a plan from a file: give plan, or leave it out")
+            raise ValueError("it needs a plan from a file: give plan, or leave it out")
         return allow_sibling
 
     @property
@@ -128,11 +130,11 @@ class PruneConfig(Config):
         return any(getattr(self, name) is not None for name in TARGETS)
 
     def sizes(self) -> dict[str, int]:
-        """The sizes given, by dimension."""
-        found = {dim: getattr(self, key) for dim, key in SIZES.items()}
-        return {dim: size for dim, size in found.items() if size is not None}
+        """The explicit sizes, by dimension."""
+        sizes = {dim: getattr(self, key) for dim, key in SIZES.items()}
+        return {dim: size for dim, size in sizes.items() if size is not None}
 
     def with_sizes(self, sizes: dict[str, int]) -> PruneConfig:
-        """This config with explicit sizes by dimension in place of what they were searched for."""
+        """This config with explicit sizes by dimension in place of its targets."""
         named = {SIZES[dim]: size for dim, size in sizes.items()}
         return self.model_copy(update={**dict.fromkeys(TARGETS), "halving_tokens": 0, **named})

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.errors import UserError
 from regrow.families import Family, TensorRef, as_on_disk, parts, unit_rows
+from regrow.layerwise import LayerByLayer
 from regrow.plan import PER_EXPERT, PER_LAYER, Plan
 from regrow.pruning.tokenizer import cut_ids, ids_named, read_rules, write_tokenizer
 from regrow.runtime.precision import widen
@@ -176,6 +177,39 @@ def cut_model(
     return student.to(model.device).eval()  # type: ignore[arg-type]
 
 
+def cut_layers(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    family: Family,
+    device: torch.device,
+    replace: Replace | None = None,
+    like: LayerByLayer | None = None,
+) -> LayerByLayer:
+    """The cut model, of which one layer at a time is in memory.
+
+    `like` is the dense model, whose embedding is shared where the plan leaves it as it is.
+    """
+    config = checkpoint.config
+    parents: dict[str, str] = {}
+    for name in checkpoint.names():
+        renamed = new_name(name, plan, family, config)
+        if renamed is not None:
+            parents[renamed] = name
+
+    def read(name: str) -> Tensor:
+        parent = parents[name]
+        found = cut_tensor(parent, checkpoint.tensor(parent), plan, family, config)
+        assert found is not None and found[0] == name
+        return found[1] if replace is None else replace(parent, found[1])
+
+    stock = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
+    small = type(stock).from_dict(cut_config(config, plan, family))
+    shared = like if plan.hidden is None and plan.vocab is None else None
+    return LayerByLayer(
+        family, small, parents, read, checkpoint.compute_dtype(), device, like=shared
+    )
+
+
 def _find(name: str, family: Family) -> TensorRef:
     found = family.find(name)
     if found is None:
@@ -223,10 +257,11 @@ def _index(dims: tuple[str, ...], place: TensorRef, plan: Plan) -> Tensor | None
 def _rescaled(
     template: str, tensor: Tensor, plan: Plan, family: Family, config: dict[str, Any]
 ) -> Tensor:
-    """The factor of the module's docstring, and for Gemma its embedding's sqrt(hidden_size).
+    """The tensor times the factor of the module's docstring, where it has one.
 
-    The embedding takes the same factor as the norms, so that the residual stream equals the kept
-    channels of the parent's. Tied, it raises the logits by that, which the final norm takes back.
+    Gemma multiplies its embedding by sqrt(hidden_size). So the embedding takes the same factor as
+    the norms, and the residual stream equals the dense model's kept channels. A tied head then
+    multiplies the logits by that factor, and the final norm takes none.
     """
     row = family.tensors[template]
     scaled_head = family.scaled_embedding and bool(family.value(config, "tie_word_embeddings"))
@@ -272,7 +307,7 @@ def _follow_layers(new: dict[str, Any], layers: list[int], count: int, family: F
 
 
 def _refuse_untied(state: dict[str, Tensor], family: Family, config: dict[str, Any]) -> None:
-    """A config that ties a head which has values of its own would lose them without a word."""
+    """Refuse a config that ties a head with its own values, which would be lost silently."""
     tied = not family.exists(family.tensors[family.head], config)
     if not tied or family.head not in state:
         return

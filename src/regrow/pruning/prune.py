@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -20,12 +21,11 @@ from regrow.profile_folder import Profile
 from regrow.pruning.choose import choose, full_sizes
 from regrow.pruning.config import PruneConfig
 from regrow.pruning.cut import check, cut_config, cut_folder
-from regrow.pruning.repair import Repaired, RepairSetup
+from regrow.pruning.repair import REPAIR, Repaired, RepairSetup
 from regrow.pruning.vocabulary import check_vocab_size
 from regrow.runtime.progress import say
 from regrow.stage_dir import Figure, StageDir, digest, refuse_input, require_space, write_json
 
-REPAIR = "regrow.pruning.repair"
 DEEP = 0.6  # share of the parameters below which one round is too much (Minitron: a third a round)
 RUN_BYTES = 500_000_000
 
@@ -41,22 +41,23 @@ def prune_to_sizes(
 ) -> Path:
     """Cut a checkpoint, tensor by tensor from disk to disk, to explicit sizes or a given plan.
 
-    `extra` (the table of a shape search) is kept beside the plan, `search` is a digest of what was
-    searched for. A model that is itself the result of a cut gets a second plan, by the ids of the
-    first model. Raises UserError for an impossible shape, a profile or plan of another model, or
-    what is missing for the job.
+    A repair is applied only where it brings the cut model nearer to the dense one on text that it
+    was not fitted on. `extra` (the table of a shape search) is written beside the plan, `search` is
+    a digest of the search. A model that is itself the result of a cut gets a second plan, in the
+    ids of the first model. Raises UserError for an impossible shape, a profile or plan of another
+    model, or a missing input.
     """
     out = Path(out)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     refuse_input(out, checkpoint.folder)
     family = families.of(checkpoint)
-    found = _profile_for(checkpoint, profile)
-    plan = make_plan(checkpoint, config, found)
+    measured = _profile_for(checkpoint, profile)
+    plan = make_plan(checkpoint, config, measured)
     narrower = any(plan.after[dim] != plan.before[dim] for dim in plan.before if dim != "vocab")
-    repair = repair_method(config, found) if config.repair and narrower else None
-    if config.plan is not None:  # its digest counts, not where it lay; it is written beside
+    method = repair_method(config, measured) if config.repair and narrower else None
+    if config.plan is not None:  # its digest counts, not its path; a copy is written to `out`
         config = config.model_copy(update={"plan": plans.FILE, "allow_sibling": False})
-    stage = StageDir(out, "prune", config, _inputs(checkpoint, plan, found, search))
+    stage = StageDir(out, "prune", config, _inputs(checkpoint, plan, measured, search))
     if stage.complete:
         say(f"prune: {out} is complete and unchanged")
         return out
@@ -64,25 +65,25 @@ def prune_to_sizes(
     after = family.count(cut_config(checkpoint.config, plan, family))
     before = family.count(checkpoint.config)
     space = sum(map(checkpoint.bytes, checkpoint.names())) * after // before
-    if repair is not None and found is not None:
-        tokens = min(config.repair_tokens, int(found.info["tokens"]))
-        space += repair.work_bytes(plan.before, tokens)
+    if method is not None and measured is not None:
+        tokens = min(config.repair_tokens, int(measured.info["tokens"]))
+        space += method.work_bytes(plan.before, tokens)
     require_space(out, space)
-    _tell(before, after, plan)
+    _announce(before, after, plan)
     with stage as folder:
-        repaired = None
-        if repair is not None and found is not None:
-            work, how = folder / "work", options or Options()
-            repaired = repair_by(checkpoint, found, plan, config, work, how)
-        cut_folder(checkpoint, plan, folder, replace=repaired)
+        trial = RepairTrial()
+        if method is not None and measured is not None:
+            work, machine = folder / "work", options or Options()
+            trial = try_repair(checkpoint, measured, plan, config, work, machine)
+        cut_folder(checkpoint, plan, folder, replace=trial.accepted)
         shutil.rmtree(folder / "work", ignore_errors=True)
         plan.write(folder / plans.FILE)
         if from_first is not None:
             from_first.write(folder / plans.FROM_FIRST)
         for name, value in (extra or {}).items():
             write_json(folder / f"{name}.json", value)
-        stage.figures += _figures(before, after, repaired)
-        stage.extra["repair"] = {} if repaired is None else repaired.solutions
+        stage.figures += _figures(before, after, trial)
+        stage.extra["repair"] = {} if trial.accepted is None else trial.accepted.solutions
         prove_reload(folder)
     return out
 
@@ -90,21 +91,21 @@ def prune_to_sizes(
 def _inputs(
     checkpoint: Checkpoint, plan: Plan, profile: Profile | None, search: str | None
 ) -> dict[str, str]:
-    """What the result follows from, beside the config."""
-    found = {"model": checkpoint.fingerprint, "plan": plan.digest()}
+    """Hashes of all inputs beside the config."""
+    hashes = {"model": checkpoint.fingerprint, "plan": plan.digest()}
     if profile is not None:
-        found["profile"] = digest(profile.info)
+        hashes["profile"] = digest(profile.info)
     if search is not None:
-        found["search"] = search
-    return found
+        hashes["search"] = search
+    return hashes
 
 
-def _tell(before: int, after: int, plan: Plan) -> None:
+def _announce(before: int, after: int, plan: Plan) -> None:
     say(f"prune: {before:,} → {after:,} parameters ({after / before:.1%} kept), {describe(plan)}")
     if after < DEEP * before:
         say(
-            f"prune: less than {DEEP:.0%} is kept at once: cutting a third at most, distilling "
-            "and cutting on loses less (examples/two_rounds.yaml)"
+            f"prune: less than {DEEP:.0%} is kept in one cut: pruning a third at most, distilling, "
+            "and pruning again loses less (examples/two_rounds.yaml)"
         )
 
 
@@ -114,14 +115,14 @@ def _from_first(checkpoint: Checkpoint, plan: Plan) -> Plan | None:
         path = checkpoint.folder / name
         if path.exists():
             earlier = Plan.read(path)
-            # A plan for this very model, put beside it to be applied, is no history of it.
+            # A plan for this very model, put here to be applied, is not its history.
             to_apply = (checkpoint.fingerprint, *plan.siblings)
             return None if earlier.fingerprint in to_apply else compose(earlier, plan)
     return None
 
 
 def make_plan(checkpoint: Checkpoint, config: PruneConfig, profile: Profile | None) -> Plan:
-    """The plan that `config` asks for: read from its file, or chosen by the profile's scores."""
+    """The plan of a `config`: read from its file, or chosen by the profile's scores."""
     family = families.of(checkpoint)
     sizes = config.sizes()
     if config.plan is not None:
@@ -161,35 +162,93 @@ def repair_by(
     work: Path,
     options: Options,
 ) -> Repaired | None:
-    """The new weights for a plan, solved as `config` says; None where it asks for no repair.
+    """The new weights for a plan, whether they help or not; None where no repair is asked for.
 
-    `work` is a folder for what must be on disk meanwhile. Raises UserError as `repair_method` does.
+    `work` is a folder for temporary files. Raises UserError as `repair_method` does.
     """
     if not config.repair:
         return None
-    family, method = families.of(checkpoint), repair_method(config, profile)
-    how = (config.repair_tokens, config.repair_upstream)
-    repaired: Repaired = method.repair(
-        RepairSetup(checkpoint, family, profile, plan, work, options, *how)
+    repaired: Repaired = repair_method(config, profile).repair(
+        _setup(checkpoint, profile, plan, config, work, options)
     )
     return repaired
 
 
+@dataclass(frozen=True)
+class RepairTrial:
+    """A repair, if one was tried, and KL(dense ‖ cut) on validation text without and with it."""
+
+    repaired: Repaired | None = None
+    kl_without: float = 0.0
+    kl_with: float = 0.0
+    tokens: int = 0
+
+    @property
+    def accepted(self) -> Repaired | None:
+        """The repair, where the model is better with it; a KL that is no number is not better."""
+        return self.repaired if self.kl_with < self.kl_without else None
+
+
+def try_repair(
+    checkpoint: Checkpoint,
+    profile: Profile,
+    plan: Plan,
+    config: PruneConfig,
+    work: Path,
+    options: Options,
+) -> RepairTrial:
+    """Repair as `repair_by` does, and measure the whole model with and without it."""
+    from regrow.pruning.repair._validate import validation_kl
+
+    repaired = repair_by(checkpoint, profile, plan, config, work, options)
+    if repaired is None:
+        return RepairTrial()
+    setup = _setup(checkpoint, profile, plan, config, work, options)
+    (kl_without, kl_with), tokens = validation_kl(setup, (None, repaired))
+    trial = RepairTrial(repaired, kl_without, kl_with, tokens)
+    kept = "" if trial.accepted is not None else "; the repair does not help and is not applied"
+    say(
+        f"prune: KL to the dense model {kl_without:.3f} without repair, {kl_with:.3f} with it, on "
+        f"{tokens:,} validation tokens{kept}"
+    )
+    return trial
+
+
+def _setup(
+    checkpoint: Checkpoint,
+    profile: Profile,
+    plan: Plan,
+    config: PruneConfig,
+    work: Path,
+    options: Options,
+) -> RepairSetup:
+    return RepairSetup(
+        checkpoint,
+        families.of(checkpoint),
+        profile,
+        plan,
+        work,
+        options,
+        config.repair_tokens,
+        config.repair_upstream,
+    )
+
+
 def repair_method(config: PruneConfig, profile: Profile | None) -> ModuleType:
-    """The method's module; raises UserError for an unknown one and for what it lacks."""
+    """The method's module; raises UserError for an unknown one and for a missing input."""
     module = plugins.load(REPAIR, config.repair_method)
     if profile is None:
         raise UserError("repair needs a profile: give --profile, or prune with --no-repair")
     if module.GRAMS and not profile.info["grams"]:
         raise UserError(
             f"{profile.folder} has no Gram matrices, which repair by {config.repair_method} needs: "
-            "profile again with gram_tokens above 0, or use another method or --no-repair"
+            "profile again with --gram-tokens 65536, or use another method or --no-repair"
         )
     if not module.GRAMS:
         profile.sequences_path()
         if profile.info["samples"] < VALIDATE_EVERY:
             raise UserError(
-                f"{profile.folder} is of {profile.info['samples']} blocks of text; repair by "
+                f"{profile.folder} has {profile.info['samples']} sequences of text; repair by "
                 f"{config.repair_method} takes {VALIDATE_EVERY} or more: profile again with more "
                 "samples, or prune with --no-repair"
             )
@@ -207,16 +266,16 @@ def check_target(checkpoint: Checkpoint, config: PruneConfig) -> None:
 
 
 def describe(plan: Plan) -> str:
-    """What a plan cuts, in words: `mlp 1536→1184, layers 30→28`."""
+    """The changed sizes of a plan, in words: `mlp 1536→1184, layers 30→28`."""
     changed = [d for d in plan.before if plan.after[d] != plan.before[d]]
     return ", ".join(f"{dim} {plan.before[dim]}→{plan.after[dim]}" for dim in changed) or "nothing"
 
 
 def prove_reload(folder: Path) -> None:
-    """Open what was written with the stock reader; an assertion of ours, not of the user's.
+    """Open the written folder with the stock reader; a failure is our defect, not the user's.
 
-    A model up to 0.5 GB is loaded and run. A larger one was cut without ever being in memory: there
-    the stock class is made on the meta device, and the tensors' names and shapes are compared.
+    A model up to 0.5 GB is loaded and run. A larger one may not fit into memory: its stock class is
+    made on the meta device, and the tensors' names and shapes are compared.
     """
     checkpoint = Checkpoint(folder)
     family = families.of(checkpoint)
@@ -236,25 +295,38 @@ def prove_reload(folder: Path) -> None:
 def _profile_for(checkpoint: Checkpoint, profile: str | Path | Profile | None) -> Profile | None:
     if profile is None:
         return None
-    found = profile if isinstance(profile, Profile) else Profile(profile)
-    found.check_fingerprint(checkpoint)
-    return found
+    opened = profile if isinstance(profile, Profile) else Profile(profile)
+    opened.check_fingerprint(checkpoint)
+    return opened
 
 
-def _figures(before: int, after: int, repair: Repaired | None) -> list[Figure]:
+def _figures(before: int, after: int, trial: RepairTrial) -> list[Figure]:
     figures = [
         Figure(name="parameters", value=after, convention="tied weights counted once"),
         Figure(name="kept share of parameters", value=after / before),
     ]
-    if repair is not None and repair.solutions:
-        errors = torch.tensor([row[1:] for row in repair.solutions.values()]).mean(0)
-        convention = "mean over readers of |y' - y| / |y|, weighted tokens of held-out blocks"
-        for name, value in zip(("before", "after"), errors.tolist(), strict=True):
+    if trial.repaired is None:
+        return figures
+    convention = "KL(dense ‖ cut), on validation sequences of the profile's text"
+    for name, kl in (("without", trial.kl_without), ("with", trial.kl_with)):
+        figures.append(
+            Figure(
+                name=f"KL {name} repair",
+                value=kl,
+                unit="nats per token",
+                n=trial.tokens,
+                convention=convention,
+            )
+        )
+    if trial.accepted is not None and trial.accepted.solutions:
+        rows = torch.tensor([row[1:] for row in trial.accepted.solutions.values()])
+        convention = "mean over readers of |y' - y| / |y|, weighted tokens of validation sequences"
+        for name, error in zip(("before", "after"), rows.mean(0).tolist(), strict=True):
             figures.append(
                 Figure(
                     name=f"output error {name} repair",
-                    value=value,
-                    n=len(repair.solutions),
+                    value=error,
+                    n=len(rows),
                     convention=convention,
                 )
             )

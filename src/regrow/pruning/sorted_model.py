@@ -26,11 +26,11 @@ SORTED = ("hidden", "mlp", "heads", "kv_heads")
 
 
 class SortedModel:
-    """A model whose units were put, in place, into the order of `order`.
+    """A model whose units were sorted, in place, into the order of `order`.
 
-    Mixtures of experts are cut the slow way, unsorted. `order` is a plan that keeps everything,
-    with the ids of a dimension in the order that they
-    come to lie in; what it leaves out stays as it is. Plans given later have the ids of before.
+    `order` is a plan that keeps everything, with the ids of a dimension in their new order; the
+    dimensions that it lacks stay as they are. Plans for `cut` have the ids of the unsorted model.
+    Mixtures of experts are not sorted, and cut more slowly.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family, order: Plan | None = None) -> None:
@@ -46,8 +46,8 @@ class SortedModel:
     def cut(self, plan: Plan, replace: Replace | None = None, copied: bool = False) -> Any:
         """The cut model; its weights are views of this one's where they can be, unless `copied`.
 
-        `replace` is given each tensor in the order of the plan's ids, and its result is put into
-        the order of this model. Equals `cut_model` up to the order of the units.
+        `replace` gets each tensor in the order of the plan's ids, and its result is sorted into the
+        order of this model. The result equals that of `cut_model` up to the order of the units.
         """
         if self.family.memory:  # experts are stacked in memory: no views of some of them
             return cut_model(self.model, plan, replace, self.family)
@@ -80,7 +80,7 @@ class SortedModel:
         return plan.model_copy(update=places)
 
     def _places(self, dim: str, layer: int | None, ids: list[int] | None) -> list[int]:
-        """Where units lie in this model; all of them in the order of their ids for None."""
+        """The positions of units in this model; for None those of all units, by id."""
         assert self.order is not None
         count = self.order.before[dim]
         order = self.order.kept(dim, layer) or list(range(count))
@@ -88,7 +88,7 @@ class SortedModel:
         return [place[unit] for unit in (range(count) if ids is None else ids)]
 
     def _in_order(self, name: str, value: Tensor, plan: Plan) -> Tensor:
-        """A tensor with its axes in the order of the plan's ids, put into that of this model."""
+        """A tensor in the order of the plan's ids, sorted into the order of this model."""
         found = self.family.find(name)
         assert found is not None
         template, layer, _ = found
@@ -112,7 +112,7 @@ def order_by(
     sizes = family.sizes(config)
     layers = range(sizes["layers"])
     fields: dict[str, Any] = {}
-    if family.memory:  # mixtures of experts stay as they are
+    if family.memory:  # mixtures of experts are not sorted
         dims = set()
     if "hidden" in dims:
         fields["hidden"] = _ranked(profile.scores(criterion, "hidden")["all"])
@@ -134,7 +134,7 @@ def order_by(
 
 
 def first_units(family: Family, config: dict[str, Any], sizes: dict[str, int]) -> Plan:
-    """A plan of these sizes that keeps the first units there are: for timing, not for scoring."""
+    """A plan of these sizes that keeps the first units: for timing, not for scoring."""
     before = family.sizes(config)
     after = {**before, **sizes}
     layers = range(after["layers"])
@@ -146,7 +146,7 @@ def first_units(family: Family, config: dict[str, Any], sizes: dict[str, int]) -
         for dim in ("mlp", "experts")
     )
     experts = range(after.get("experts", 0))
-    inside = list(range(after.get("expert_mlp", 0)))
+    channels = list(range(after.get("expert_mlp", 0)))
     return Plan(
         model_type=family.model_type,
         fingerprint="",
@@ -156,7 +156,7 @@ def first_units(family: Family, config: dict[str, Any], sizes: dict[str, int]) -
         hidden=list(range(after["hidden"])) if after["hidden"] != before["hidden"] else None,
         mlp={layer: list(range(after.get("mlp", 0))) for layer in with_mlp} or None,
         experts={layer: list(experts) for layer in with_experts} or None,
-        expert_mlp={layer: dict.fromkeys(experts, inside) for layer in with_experts} or None,
+        expert_mlp={layer: dict.fromkeys(experts, channels) for layer in with_experts} or None,
         heads=dict.fromkeys(layers, heads),
         kv_heads={layer: list(kv_heads) for layer in layers},
     )
@@ -168,17 +168,17 @@ def assemble(
     """A model of `like`'s class with this config and exactly these tensors, in eval mode."""
     kind: Any = type(like)
     with init_empty_weights(include_buffers=False), no_init_weights():
-        made = kind._from_config(
+        model = kind._from_config(
             type(like.config).from_dict(config),
             dtype=like.dtype,
             attn_implementation=like.config._attn_implementation,
         )
-    made.load_state_dict(tensors, strict=False, assign=True)
-    made.tie_weights()
-    assert not any(p.is_meta for p in made.parameters()), "a tensor of the model is missing"
-    made.generation_config = copy.deepcopy(like.generation_config)
-    model: PreTrainedModel = made.to(like.device).eval()
-    return model.requires_grad_(False)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    assert not any(p.is_meta for p in model.parameters()), "a tensor of the model is missing"
+    model.generation_config = copy.deepcopy(like.generation_config)
+    cut: PreTrainedModel = model.to(like.device).eval()
+    return cut.requires_grad_(False)
 
 
 def _ranked(scores_n: Tensor) -> list[int]:

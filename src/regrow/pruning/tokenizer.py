@@ -1,6 +1,6 @@
-"""Cut a tokenizer to the kept token ids: the fast tokenizer's file, and what lies beside it.
+"""Cut a tokenizer to the kept token ids: the fast tokenizer's file and the files beside it.
 
-New ids are 0 to n − 1 in the order of the old ones. Files that only say the same in an older form
+New ids are 0 to n − 1 in the order of the old ones. Files with the same content in an older format
 (tokenizer.model, vocab.txt) are left out, so that none is stale.
 """
 
@@ -21,7 +21,7 @@ KINDS = ("BPE", "Unigram")
 FAST = "tokenizer.json"
 OTHER_FORMS = ("tokenizer.model", "vocab.txt", "spiece.model", "tekken.json")
 Rules = dict[str, Any]
-"""What is in a tokenizer.json."""
+"""The content of a tokenizer.json."""
 
 
 def read_rules(checkpoint: Checkpoint) -> Rules:
@@ -50,10 +50,10 @@ def tokens_of(rules: Rules) -> dict[str, int]:
     """Id of every token, added ones included."""
     model = rules["model"]
     if isinstance(model["vocab"], list):
-        found = {piece: number for number, (piece, _) in enumerate(model["vocab"])}
+        ids = {piece: number for number, (piece, _) in enumerate(model["vocab"])}
     else:
-        found = dict(model["vocab"])
-    return found | {token["content"]: token["id"] for token in rules.get("added_tokens") or []}
+        ids = dict(model["vocab"])
+    return ids | {token["content"]: token["id"] for token in rules.get("added_tokens") or []}
 
 
 def merge_of(entry: str | list[str]) -> tuple[str, str]:
@@ -114,14 +114,14 @@ def _cut_post_processor(processor: Rules, names: dict[str, int]) -> None:
 
 
 def cut_ids(fields: dict[str, Any], kept: list[int]) -> dict[str, Any]:
-    """A config with the token ids in it renumbered; in lists, those that are gone are left out."""
+    """A config with new token ids; ids of dropped tokens are left out of lists."""
     ids = new_ids(kept)
 
     def renumber(value: Any) -> Any:
         if isinstance(value, list):
             inner = [renumber(one) for one in value if not isinstance(one, int) or one in ids]
             return [one for one in inner if one != []]
-        # An id beyond the vocabulary stands for no token (−1, a placeholder), and stays.
+        # An id outside the vocabulary (−1, a placeholder) stays as it is.
         return ids.get(value, value) if isinstance(value, int) else value
 
     return {key: renumber(value) if names_ids(key) else value for key, value in fields.items()}
@@ -134,16 +134,16 @@ def names_ids(key: str) -> bool:
 
 def ids_named(config: dict[str, Any]) -> set[int]:
     """The token ids in `…_token_id` fields of a config, alone or in lists."""
-    found: set[int] = set()
+    ids: set[int] = set()
     for key, value in config.items():
         if names_ids(key) and "token_id" in key:
-            given = value if isinstance(value, list) else [value]
-            found.update(one for one in given if isinstance(one, int))
-    return found
+            values = value if isinstance(value, list) else [value]
+            ids.update(one for one in values if isinstance(one, int))
+    return ids
 
 
 def write_tokenizer(checkpoint: Checkpoint, kept: list[int], folder: Path) -> None:
-    """Write the cut tokenizer, and what names its ids, over what was copied to `folder`.
+    """Write the cut tokenizer, and the configs that name its ids, over the copies in `folder`.
 
     Raises UserError for a tokenizer that cannot be cut.
     """
@@ -157,8 +157,8 @@ def write_tokenizer(checkpoint: Checkpoint, kept: list[int], folder: Path) -> No
     text = json.dumps(new, ensure_ascii=False)
     ids = new_ids(kept)
     expected = {token: ids[i] for token, i in tokens_of(rules).items() if i in ids}
-    found = Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
-    assert found == expected, "the cut tokenizer reads its ids otherwise than they were written"
+    written = Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
+    assert written == expected, "the cut tokenizer reads other ids than were written"
     (folder / FAST).write_text(text, encoding="utf-8")
     for name in OTHER_FORMS:
         (folder / name).unlink(missing_ok=True)
@@ -166,7 +166,7 @@ def write_tokenizer(checkpoint: Checkpoint, kept: list[int], folder: Path) -> No
 
 
 def _write_older_forms(folder: Path, rules: Rules, ids: dict[int, int]) -> None:
-    """Files that name tokens by id or list them, where the parent has them."""
+    """Other files that list tokens or their ids, where the dense model has them."""
     path = folder / "tokenizer_config.json"
     if path.exists():
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -1,18 +1,19 @@
-"""Choose which tokens are kept: those that save the most tokens of text.
+"""Choose the tokens to keep: those without which the text would become longest.
 
-A dropped token's occurrences fall to what the tokenizer makes of its string without it. So tokens
-are dropped one by one, each time the one with the lowest
+Without a token, the tokenizer splits its string into other tokens, its parts. Tokens are dropped
+one by one, each time the one with the lowest
 
     cost = count · (parts − 1),        the tokens by which the text grows
 
-and its count is added to its parts', which makes them dearer. In a BPE vocabulary the parts are
-those of the merge that makes the token, and a token stays as long as a kept one is made of it: so
-every kept token can be reached by kept merges. In a Unigram vocabulary they are the likeliest
-segmentation by the kept pieces. Costs only grow while tokens go, which a heap can follow lazily
-(as in Minoux, 1978). Of equal costs the higher id goes first: ids follow the order of training.
+and its count is added to the counts of its parts, which raises their cost. In a BPE vocabulary the
+parts are those of the merge that makes the token, and a token is kept while a kept token is made of
+it, so that kept merges reach every kept token. In a Unigram vocabulary the parts are the likeliest
+segmentation into kept pieces. Costs only grow while tokens are dropped, so that a heap can be
+updated lazily (as in Minoux, 1978). Of equal costs the higher id is dropped first: ids follow the
+order of training.
 
-Never dropped: special and added tokens, ids that a config names, byte tokens, the symbol that
-stands for a space, and other single symbols unless all bytes are there to fall back to.
+Never dropped: special and added tokens, ids that a config names, byte tokens, the symbol for a
+space, and other single symbols, unless all byte tokens are there as a fallback.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ UNKNOWN_PENALTY = 10.0  # as in sentencepiece: below the worst piece by so much
 
 
 class Pieces(Protocol):
-    """What a kind of vocabulary says of its tokens."""
+    """A kind of vocabulary: how its tokens depend on each other."""
 
     def symbols(self) -> set[str]:
-        """Tokens that text cannot do without."""
+        """Tokens that are needed to write any text."""
         ...
 
     def parts(self, token: str, kept: set[str]) -> list[str]:
-        """What the token's string becomes without it, in kept tokens."""
+        """The kept tokens that the token's string is split into without it."""
         ...
 
     def made_of(self, token: str) -> Iterable[str]:
-        """The tokens that may be free to go once this one is gone."""
+        """The tokens that may be dropped once this one is."""
         ...
 
     def needed(self, token: str, kept: set[str]) -> bool:
@@ -54,10 +55,10 @@ class Pieces(Protocol):
 
 
 def choose_vocab(checkpoint: Checkpoint, counts_V: Tensor, size: int) -> list[int]:
-    """Ids of the `size` tokens to keep, ascending; `counts_V` says how often each occurs.
+    """Ids of the `size` tokens to keep, ascending; `counts_V` is the count of each in the text.
 
-    Ids without a token (padding of the embedding) go first. Raises UserError when more than `size`
-    must be kept, or for a tokenizer that cannot be cut.
+    Ids without a token (padding of the embedding) are dropped first. Raises UserError when more
+    than `size` must be kept, or for a tokenizer that cannot be cut.
     """
     rules = read_rules(checkpoint)
     total = len(counts_V)
@@ -108,7 +109,7 @@ def pieces_of(rules: Rules) -> Pieces:
 def shrink(
     pieces: Pieces, ids: dict[str, int], always: set[int], counts: list[float], size: int
 ) -> set[str]:
-    """The tokens left when tokens were dropped down to `size`, or to what must stay."""
+    """The `size` tokens that are left, or more where more must be kept."""
     kept = set(ids)
     count = {token: float(counts[i]) for token, i in ids.items()}
     heap: list[tuple[float, int, str]] = []
@@ -222,7 +223,7 @@ class _Unigram:
 
 
 def stand_ins(rules: Rules) -> set[str]:
-    """What a decoder reads as another character (▁ as a space): spelled in bytes it would not."""
+    """Tokens that a decoder replaces by another character (▁ by a space), unlike their bytes."""
     decoder = rules.get("decoder") or {}
     found = set()
     for one in [decoder, *(decoder.get("decoders") or ())]:

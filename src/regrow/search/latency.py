@@ -40,7 +40,7 @@ class Latency:
 
 
 def timed(model: PreTrainedModel, prompt_tokens: int, repeats: int = REPEATS) -> Latency:
-    """Median over `repeats` runs after a warm-up, of a prompt of random tokens and what follows."""
+    """Median over `repeats` runs after a warm-up: a prompt of random tokens, then generation."""
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     ids_1T = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(model.device)
@@ -73,7 +73,7 @@ class LatencyModel:
         self._costs = {
             key: _non_negative(
                 rows / self._scale,
-                torch.tensor([vars(found)[key] for _, found in samples], dtype=torch.float64),
+                torch.tensor([vars(latency)[key] for _, latency in samples], dtype=torch.float64),
             )
             for key in ("prefill_ms", "decode_ms")
         }
@@ -119,23 +119,23 @@ def shapes_to_time(
         at(kv_heads=0.67, hidden=0.75), at(layers=0.5, mlp=0.5),
     ]  # fmt: skip
     legal = [sizes for sizes in tried if families.can_have(family, config, sizes, multiple_of)]
-    found = {tuple(sorted(sizes.items())): sizes for sizes in legal}
-    return list(found.values())
+    distinct = {tuple(sorted(sizes.items())): sizes for sizes in legal}
+    return list(distinct.values())
 
 
 def _non_negative(rows_ND: torch.Tensor, times_N: torch.Tensor) -> torch.Tensor:
-    """argmin over c ≥ 0 of Σ ((rows · c) / t − 1)²: the most negative cost goes until none is."""
+    """argmin over c ≥ 0 of Σ ((rows · c) / t − 1)²; the most negative cost is set to 0 in turn."""
     weighted = rows_ND / times_N[:, None]
     kept = list(range(rows_ND.shape[1]))
     ones = torch.ones(len(times_N), 1, dtype=torch.float64)
     while True:
         # gelsd: columns may depend on each other, as when no legal shape differs in the hidden size
-        found = torch.linalg.lstsq(weighted[:, kept], ones, driver="gelsd").solution[:, 0]
-        if len(kept) == 1 or float(found.min()) >= 0:
+        solution = torch.linalg.lstsq(weighted[:, kept], ones, driver="gelsd").solution[:, 0]
+        if len(kept) == 1 or float(solution.min()) >= 0:
             break
-        kept.pop(int(found.argmin()))
+        kept.pop(int(solution.argmin()))
     costs = torch.zeros(rows_ND.shape[1], dtype=torch.float64)
-    costs[kept] = found.clamp_min(0)
+    costs[kept] = solution.clamp_min(0)
     return costs
 
 
@@ -151,11 +151,11 @@ Row = dict[str, Any]
 
 
 class Timing:
-    """Times models of a trial, and knows what a limit on latency means for a shape."""
+    """Times cut models, and turns limits on latency into targets for shapes."""
 
-    def __init__(self, trial: CutScorer, config: PruneConfig) -> None:
-        self.trial, self.config = trial, config
-        self.family, self.parent = trial.dense.family, trial.dense.config
+    def __init__(self, scorer: CutScorer, config: PruneConfig) -> None:
+        self.scorer, self.config = scorer, config
+        self.family, self.parent = scorer.dense.family, scorer.dense.config
         self.base = target_of(self.family, self.parent, config)
         self.fitted: LatencyModel | None = None
 
@@ -175,8 +175,8 @@ class Timing:
         return Target(self.base.keep_params, (*self.base.limits, *self._limits(self.fitted)))
 
     def measure(self, plan: Plan) -> Latency:
-        """The latency of a cut by this plan, here and now."""
-        return timed(self.trial.model(plan), self.config.prompt_tokens)
+        """The latency of a cut by this plan, measured on this machine."""
+        return timed(self.scorer.model(plan), self.config.prompt_tokens)
 
     def time(self, rows: list[Row], remake: Callable[[Shape], Row]) -> tuple[list[Row], list[Row]]:
         """The rows with their latencies, and those that are too slow.
@@ -217,23 +217,27 @@ class Timing:
         return row
 
     def _excess(self, row: Row) -> float:
-        """How often over the limit that is missed most; at most 1 when all are kept."""
+        """The largest ratio of a latency to its limit; at most 1 when all limits are met."""
         asked = {key: getattr(self.config, f"max_{key}") for key in ("prefill_ms", "decode_ms")}
         return max((row[key] / most for key, most in asked.items() if most is not None), default=0)
 
     def _limits(self, fitted: LatencyModel) -> tuple[Limit, ...]:
         tokens = self.config.prompt_tokens
-        found = []
-        if self.config.max_prefill_ms is not None:
-            most, how = self.config.max_prefill_ms, f"for a prompt of {tokens} tokens, as predicted"
-            found.append(Limit("max_prefill_ms", most, lambda s: fitted.predict(s).prefill_ms, how))
-        if self.config.max_decode_ms is not None:
-            most, how = self.config.max_decode_ms, f"per token after {tokens} tokens, as predicted"
-            found.append(Limit("max_decode_ms", most, lambda s: fitted.predict(s).decode_ms, how))
-        return tuple(found)
+        limits = []
+        if (most := self.config.max_prefill_ms) is not None:
+            basis = f"for a prompt of {tokens} tokens, as predicted"
+            limits.append(
+                Limit("max_prefill_ms", most, lambda s: fitted.predict(s).prefill_ms, basis)
+            )
+        if (most := self.config.max_decode_ms) is not None:
+            basis = f"per token after {tokens} tokens, as predicted"
+            limits.append(
+                Limit("max_decode_ms", most, lambda s: fitted.predict(s).decode_ms, basis)
+            )
+        return tuple(limits)
 
     def _tightened(self, sizes: dict[str, int], excess: float) -> Target:
-        """The target with latencies below what was predicted for `sizes`, by the excess."""
+        """The target with latencies below those predicted for `sizes`, by the excess."""
         target = self.target()
         limits = tuple(
             replace(limit, most=min(limit.most, limit.value(sizes)) / excess * 0.99)

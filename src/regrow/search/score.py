@@ -1,6 +1,7 @@
 """Cut copies of a model in memory, scored untrained on text that was not profiled.
 
-A search scores every shape on a little text, the best on more, and the last ones on all of it.
+A search scores every shape on a little text, the best on more, and the last few on all of it. Only
+those few are repaired for their last score: a repair takes several times as long as a score.
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ from regrow.training.model_check import check_model
 from regrow.training.teacher import final_hidden, mean_loss, scored
 
 SCORED_SEQUENCES = 8
-SCORER_REPAIR_TOKENS = 4096  # of text that a repair may run: enough to rank by
+SCORER_REPAIR_TOKENS = 4096  # text of a repair for ranking
+FINALISTS = 3  # shapes that are repaired for their last score
 
 
 class CutScorer:
-    """A dense model, calibration blocks beyond the profiled ones, and its hidden states there.
+    """A dense model, calibration sequences after the profiled ones, and its hidden states there.
 
     With `order` (see `order_by`) the model's units are sorted, so that cutting it costs little.
-    Raises UserError when there are too few blocks.
+    Raises UserError when there are too few sequences.
     """
 
     @torch.no_grad()
@@ -62,8 +64,9 @@ class CutScorer:
         sequences = build_sequences(data, checkpoint.tokenizer(), "calibration", wanted, checkpoint)
         if len(sequences) < wanted:
             raise UserError(
-                f"too little calibration text to choose on: {len(sequences)} blocks, of which the "
-                f"profile takes {used} and the choice {num_sequences}; lower samples or add text"
+                f"too little calibration text to choose on: {len(sequences)} sequences, of which "
+                f"the profile takes {used} and the choice {num_sequences}; lower samples or add "
+                "text"
             )
         self.sequences = list(sequences.select(range(used, wanted)).batches(1))
         self.tokens = num_sequences * data.sequence_length
@@ -78,20 +81,20 @@ class CutScorer:
         self.dense_seconds = time.perf_counter() - start
 
     def share(self, wanted: float) -> float:
-        """The share of the text that is read for a `wanted` one: whole blocks, one at least."""
+        """The share of the text that is read for a `wanted` one: whole sequences, at least one."""
         return self._count(wanted) / len(self.sequences)
 
     @torch.no_grad()
     def kl(self, plan: Plan, config: PruneConfig | None = None, share: float = 1.0) -> float:
-        """KL(dense ‖ cut) in nats per scored token, on the first `share` of the blocks.
+        """KL(dense ‖ cut) in nats per scored token, on the first `share` of the sequences.
 
-        Repaired as `config` says, on TRIAL_TOKENS at most, if it is given. Raises UserError for a
-        plan that cuts the vocabulary.
+        With a `config` the cut model is repaired as it says, on 4,096 tokens at most. Raises
+        UserError for a plan that cuts the vocabulary.
         """
         if plan.vocab is not None:
             raise UserError(
-                "a model with fewer tokens reads other tokens, and is not compared untrained: "
-                "leave vocab_size out here, and cut the vocabulary in a prune of its own"
+                "a model with a smaller vocabulary reads other tokens and cannot be compared "
+                "untrained: leave vocab_size out here, and cut the vocabulary in its own prune"
             )
         with tempfile.TemporaryDirectory(prefix="regrow-") as work:
             repaired = None
@@ -112,7 +115,7 @@ class CutScorer:
         return list(zip(self._batches(count), reference, strict=True))
 
     def model(self, plan: Plan) -> PreTrainedModel:
-        """The cut model with weights of its own, as it would be loaded: for timing it."""
+        """The cut model with its own copy of the weights, as it would be loaded: for timing."""
         model: PreTrainedModel = self.dense.cut(plan, copied=True)
         return model
 
@@ -120,7 +123,7 @@ class CutScorer:
         return max(1, round(share * len(self.sequences)))
 
     def _portions(self, count: int) -> list[slice]:
-        """The first `count` blocks by batches."""
+        """The first `count` sequences by batches."""
         size = self.batch_size
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -137,36 +140,48 @@ SECOND = 40  # shapes in the second round at most
 Row = dict[str, Any]
 
 
-def rounds_for(count: int) -> list[tuple[float, int]]:
-    """(share of the text, survivors) of each round; a handful is scored on all of it at once.
+def finalists_for(config: PruneConfig) -> int:
+    """How many shapes are repaired for their last score; 0 without repair."""
+    if not config.repair:
+        return 0
+    return max(FINALISTS, config.halving_shapes if config.halving_tokens else 0)
 
-    Of 200 shapes all are read 1/32 of the text, 40 of them 1/8 and 8 all of it: 19.25 evaluations
-    of a shape, of which none costs more than one of the dense model.
+
+def rounds_for(count: int, finalists: int = 0) -> list[tuple[float, int]]:
+    """(share of the text, survivors) of each round; up to 8 shapes are scored on all of it at once.
+
+    Of 200 shapes all are scored on 1/32 of the text, 40 of them on 1/8 and 8 on all of it: 19.25
+    evaluations of a shape, none of which costs more than one of the dense model. With `finalists`
+    there is one more round, for so many shapes, which are repaired.
     """
-    if count <= HANDFUL:
-        return [(1.0, count)]
-    second = max(HANDFUL, min(SECOND, count // 5))
-    first = 1 / 32 if count <= 200 else 1 / 64
-    return [(first, second), (1 / 8, HANDFUL), (1.0, HANDFUL)]
+    rounds = [(1.0, count)]
+    if count > HANDFUL:
+        second = max(HANDFUL, min(SECOND, count // 5))
+        first = 1 / 32 if count <= 200 else 1 / 64
+        rounds = [(first, second), (1 / 8, HANDFUL), (1.0, HANDFUL)]
+    if finalists:
+        finalists = min(finalists, rounds[-1][1])
+        rounds[-1:] = [(1.0, finalists), (1.0, finalists)]
+    return rounds
 
 
 def sequences_for(count: int) -> int:
-    """Blocks of text to score `count` shapes on."""
+    """Sequences of text to score `count` shapes on."""
     return SCORED_SEQUENCES if count <= HANDFUL else MANY_SEQUENCES
 
 
-def passes_for(count: int) -> float:
+def passes_for(count: int, finalists: int = 0) -> float:
     """How often the text is read in all, in evaluations of one shape on all of it."""
     if count <= 1:
         return 0.0
     entered, passes = count, 1.0  # the dense model itself
-    for share, survivors in rounds_for(count):
+    for share, survivors in rounds_for(count, finalists):
         entered, passes = survivors, passes + share * entered
     return passes
 
 
 def row_of(shape: Shape, family: Family, config: dict[str, Any], prune: PruneConfig) -> Row:
-    """What is known of a shape before it was tried; `kl` is None until then."""
+    """The table's row of a shape before it is scored; `kl` is None until then."""
     return {
         "name": shape.name,
         "sizes": shape.sizes,
@@ -182,21 +197,28 @@ def row_of(shape: Shape, family: Family, config: dict[str, Any], prune: PruneCon
 
 
 class Rounds:
-    """Scores rows by their plans, and keeps count of what it costs."""
+    """Scores rows by their plans, and adds up the cost."""
 
-    def __init__(self, trial: CutScorer, config: PruneConfig) -> None:
-        self.trial, self.config = trial, config
+    def __init__(self, scorer: CutScorer, config: PruneConfig) -> None:
+        self.scorer, self.config = scorer, config
         self.cost = 1.0  # the dense model has read the text once
-        self.seconds = trial.dense_seconds
+        self.seconds = scorer.dense_seconds
 
-    def score(self, rows: list[Row], number: int, of: int, share: float) -> list[Row]:
-        """The rows with their KL on a share of the text, the best first; repaired in the last."""
+    def score(
+        self, rows: list[Row], number: int, of: int, share: float, repair: bool = False
+    ) -> list[Row]:
+        """The rows with their KL on a share of the text, the best first.
+
+        With `repair` the KL is that of the repaired model, where it is lower than in the round
+        before, on the same text: a repair that does not help is not applied.
+        """
         before = [row["kl"] for row in rows]
-        how = self.config if number == of else None
+        config = self.config if repair else None
         with progress(f"search, round {number} of {of}", len(rows), "shapes") as counter:
-            for row in rows:
-                row |= {"kl": self.trial.kl(row["plan"], how, share), "round": number}
-                self.cost += self.trial.share(share) * row["keep"]
+            for row, earlier in zip(rows, before, strict=True):
+                kl = self.scorer.kl(row["plan"], config, share)
+                row |= {"kl": _lower(kl, earlier) if repair else kl, "round": number}
+                self.cost += self.scorer.share(share) * row["keep"]
                 counter.advance(1, f"KL {row['kl']:.3f}")
         self.seconds += counter.seconds()
         if number > 1:
@@ -204,13 +226,18 @@ class Rounds:
             say(f"search: rank correlation of rounds {number - 1} and {number}: {agreement:.2f}")
         return sorted(rows, key=cost_of)
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """The cost in words."""
-        clock = self.seconds / self.trial.dense_seconds
+        clock = self.seconds / self.scorer.dense_seconds
         return (
-            f"cost {self.cost:.1f} dense evaluations of {self.trial.tokens:,} tokens (by the "
+            f"cost {self.cost:.1f} dense evaluations of {self.scorer.tokens:,} tokens (by the "
             f"clock, with cutting and repair, {clock:.1f})"
         )
+
+
+def _lower(kl: float, other: float) -> float:
+    """The lower of two KLs; one that is no number loses."""
+    return kl if kl < other or not math.isfinite(other) else other
 
 
 def rank_correlation(one: list[float], other: list[float]) -> float:
@@ -222,5 +249,5 @@ def rank_correlation(one: list[float], other: list[float]) -> float:
 
 
 def cost_of(row: Row) -> float:
-    """What rows are sorted by: the KL, with what is no number at the end."""
+    """The key to sort rows by: the KL; a row whose KL is no number comes last."""
     return float(row["kl"]) if math.isfinite(row["kl"]) else math.inf

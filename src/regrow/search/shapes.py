@@ -1,4 +1,4 @@
-"""Candidate shapes that meet a target: where it could be taken from."""
+"""Candidate shapes that meet a target."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from regrow.pruning.prune import check_target
 from regrow.search.targets import TOLERANCE, Sizes, Target, refuse, smallest, target_of
 
 HANDFUL = 8
-"""Shapes that are tried in one round: so many are made by hand, more come from a grid."""
+"""Shapes that are tried in one round: up to so many from a fixed list, more from a grid."""
 GRID_HIDDEN = (1.0, 0.95, 0.9, 0.85, 0.8)
 SCALES = tuple(n / 20 for n in range(19, 0, -1))
 
 
 Fixed = tuple[str, Sizes, tuple[str, ...]]
-"""A shape's name, the sizes that are fixed, and the dimensions to meet the target with, in turn."""
+"""A shape's name, its fixed sizes, and the dimensions to try in turn to meet the target."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,18 @@ def candidates(
     for share in (30, 15, 10):
         cut = max(1, round(full["layers"] / share))
         fixed.append((f"{free[0]} + {cut} layers", {"layers": full["layers"] - cut}, free))
-    found = _meeting(family, config, aim, multiple_of, fixed)
-    if not found and aim.keep_params is None and not aim.within({}):
+    shapes = _meeting(family, config, aim, multiple_of, fixed)
+    if not shapes and aim.keep_params is None and not aim.within({}):
         alike = _alike(*model)
         tried = (_meet(family, config, aim, multiple_of, *cut, free[-1]) for cut in alike)
-        found = [shape for shape in tried if shape is not None][:1]
-    if not found:
+        shapes = [shape for shape in tried if shape is not None][:1]
+    if not shapes:
         raise refuse(family, config, aim, multiple_of)
-    return found
+    return shapes
 
 
 def free_dims(family: Family) -> tuple[str, ...]:
-    """Dimensions that meet a target where others are fixed: the MLP, or experts and their width."""
+    """Dimensions that are set to meet a target: the MLP, or experts and their width."""
     return ("experts", "expert_mlp") if "experts" in family.config_keys else ("mlp",)
 
 
@@ -103,13 +103,13 @@ def grid(
         sizes = {dim: size for dim, size in sizes.items() if size != full[dim]}
         cuts[key_of(sizes)] = sizes
     fixed: list[Fixed] = [("", cut, (dim,)) for cut in cuts.values() for dim in free_dims(family)]
-    found = [
+    others = [
         replace(shape, name=", ".join(f"{dim} {size}" for dim, size in shape.sizes.items()))
         for shape in _meeting(family, config, aim, multiple_of, fixed)
         if key_of(shape.sizes) not in known
     ]
     room = max(0, count - len(first))
-    return first + (found if len(found) <= room else Random(0).sample(found, room))
+    return first + (others if len(others) <= room else Random(0).sample(others, room))
 
 
 def refit(
@@ -134,7 +134,7 @@ def _meeting(
     fixed: list[Fixed],
 ) -> list[Shape]:
     """The shapes, each once, that meet the target with these cuts fixed."""
-    found: dict[tuple[tuple[str, int], ...], Shape] = {}
+    shapes: dict[tuple[tuple[str, int], ...], Shape] = {}
     total = family.count(config)
     for name, sizes, dims in fixed:
         for free in dims:
@@ -146,9 +146,9 @@ def _meeting(
             else:
                 fits = abs(shape.parameters / total - target.keep_params) <= TOLERANCE
             if fits:
-                found.setdefault(key_of(shape.sizes), shape)
+                shapes.setdefault(key_of(shape.sizes), shape)
                 break
-    return list(found.values())
+    return list(shapes.values())
 
 
 def _meet(
@@ -160,7 +160,7 @@ def _meet(
     sizes: Sizes,
     free: str,
 ) -> Shape | None:
-    """The fixed `sizes` with `free` nearest to the share, or the widest that keeps the limits."""
+    """The fixed `sizes` with `free` nearest to the share, or the widest within the limits."""
     full = family.sizes(config)
     if sizes.get("kv_heads") == 0:
         return None
@@ -191,7 +191,7 @@ def _nearest(
     widths: list[int],
 ) -> list[int]:
     """The widths by how near they bring the parameters to the share."""
-    # Parameters grow evenly with the free width, so that two counts tell all.
+    # Parameters are linear in the free width, so that two counts suffice.
     full = family.sizes(config)[free]
     least, most = (family.count(config, {**sizes, free: width}) for width in (0, full))
     wanted = (keep_params * family.count(config) - least) / (most - least) * full
@@ -216,7 +216,7 @@ def _least(
 
 
 def _alike(family: Family, config: dict[str, Any], multiple_of: int) -> Iterator[tuple[str, Sizes]]:
-    """Cuts of all axes alike, deeper and deeper: for limits that no single axis can keep."""
+    """Equal cuts of all dimensions, growing: for limits that no single dimension can meet."""
     full = family.sizes(config)
     for scale in SCALES:
         kv_heads = max(1, round(scale * full["kv_heads"]))
@@ -232,7 +232,7 @@ def _alike(family: Family, config: dict[str, Any], multiple_of: int) -> Iterator
 def check_keep_params(checkpoint: Checkpoint, config: PruneConfig) -> list[Shape]:
     """The candidate shapes for the target of `config`; raises UserError when none meets it.
 
-    None yet for a latency, which has to be measured first.
+    There are none yet for a latency, which must be measured first.
     """
     if not config.searches:
         check_target(checkpoint, config)
@@ -256,13 +256,13 @@ def to_try(config: PruneConfig, shapes: list[Shape]) -> int:
 
 
 def shapes_for(checkpoint: Checkpoint, config: PruneConfig, target: Target) -> list[Shape]:
-    """The candidate shapes for a target: a handful by hand, or more from a grid."""
-    given = (families.of(checkpoint), checkpoint.config, target, config.multiple_of)
+    """The candidate shapes for a target: up to 8 from a fixed list, or more from a grid."""
+    model = (families.of(checkpoint), checkpoint.config, target, config.multiple_of)
     if config.num_candidates <= HANDFUL:
-        return candidates(*given)[: config.num_candidates]
-    return grid(*given, config.num_candidates)
+        return candidates(*model)[: config.num_candidates]
+    return grid(*model, config.num_candidates)
 
 
 def named(config: PruneConfig) -> str:
-    """The names of the targets that are given."""
+    """The names of the config's targets."""
     return ", ".join(name for name in TARGETS if getattr(config, name) is not None)

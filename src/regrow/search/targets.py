@@ -1,4 +1,4 @@
-"""What a shape must meet: a share of the parameters, and limits on bytes, memory and time."""
+"""The target of a search: a share of the parameters, and limits on bytes, memory and time."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Limit:
     most: float
     value: Callable[[Sizes], float]
     """The figure of a shape, in the unit of `most`."""
-    how: str
-    """How it is counted, for messages."""
+    basis: str
+    """In which format and at which length it is counted, for messages."""
 
     def show(self, value: float) -> str:
         """The value with its unit."""
@@ -51,12 +51,12 @@ class Target:
         return all(limit.value(sizes) <= limit.most for limit in self.limits)
 
     def near(self, sizes: Sizes) -> bool:
-        """Whether a shape comes so near to a limit that it keeps about all that it may."""
+        """Whether a shape is so close to a limit that a larger one would hardly fit."""
         return any(limit.value(sizes) >= (1 - SLACK) * limit.most for limit in self.limits)
 
 
 def target_of(family: Family, config: dict[str, Any], prune: PruneConfig) -> Target:
-    """The target of a prune config, but for its latencies, which take a machine to know.
+    """The target of a prune config without its latencies, which must be measured.
 
     Raises UserError for an unknown format.
     """
@@ -85,10 +85,10 @@ def target_of(family: Family, config: dict[str, Any], prune: PruneConfig) -> Tar
 
 
 def refuse(family: Family, config: dict[str, Any], target: Target, multiple_of: int) -> UserError:
-    """Why no shape meets a target: nothing to cut, out of reach, or no width in between."""
+    """The error for a target that no shape meets, with the reason and the nearest value."""
     full = family.sizes(config)
     if target.keep_params is None and target.within({}):
-        now = ", ".join(f"{x.show(x.value({}))} {x.how}" for x in target.limits)
+        now = ", ".join(f"{x.show(x.value({}))} {x.basis}" for x in target.limits)
         return UserError(f"{target}: the whole model takes {now}: nothing to cut; give less")
     least = smallest(family, config, multiple_of)
     shape = ", ".join(f"{family.config_keys[dim]} {size}" for dim, size in least.items())
@@ -96,7 +96,7 @@ def refuse(family: Family, config: dict[str, Any], target: Target, multiple_of: 
         if limit.value(least) > limit.most:
             return UserError(
                 f"{limit.key} {limit.show(limit.most)}: the smallest shape this model can be cut "
-                f"to takes {limit.show(limit.value(least))} {limit.how} ({shape}); give at least "
+                f"to takes {limit.show(limit.value(least))} {limit.basis} ({shape}); give at least "
                 "that"
             )
     share = family.count(config, least) / family.count(config, full)

@@ -1,35 +1,41 @@
-"""Repair: new weights for the layers that read what was cut, without training; one file a method.
+"""Repair: new weights, without training, for the layers that read a pruned dimension.
 
-A method's file has
+Every file of this folder is a method:
 
-    GRAMS: bool     whether it works on the profile's Gram matrices
-    repair(job: Job, ridges: tuple[float, ...] = RIDGES) -> Repaired
-    work_bytes(sizes: dict[str, int], tokens: int) -> int       what it puts on disk meanwhile
+    GRAMS: bool     whether it reads the Gram matrices of the profile
+    repair(setup: RepairSetup, ridges: tuple[float, ...] = RIDGES) -> Repaired
+    work_bytes(sizes: dict[str, int], tokens: int) -> int       bytes it writes to `setup.work`
 
-What it gives back puts the new weights in place of cut ones, by the parent's names of tensors, and
-says in `solutions` what it did: per tensor (λ or None, error before, error after).
+A method minimizes the error of each layer by itself. Whether the whole model gains is measured
+afterwards (`_validate.py`); a repair that does not help is not applied.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from regrow import plugins
 from regrow.checkpoint import Checkpoint
 from regrow.config import Options
 from regrow.families import Family
 from regrow.plan import Plan
 from regrow.profile_folder import Profile
+from regrow.pruning.config import PruneConfig
+
+REPAIR = "regrow.pruning.repair"
+"""The folder of the methods, for `plugins`."""
 
 Solutions = dict[str, tuple[float | None, float, float]]
+"""Per tensor: λ (None where the weights were left as they are), error before, error after."""
 
 
 @dataclass(frozen=True)
 class RepairSetup:
-    """What a method is given; `work` is a folder for what it must put on disk meanwhile."""
+    """The input of a method; `work` is a folder for its temporary files."""
 
     checkpoint: Checkpoint
     family: Family
@@ -40,14 +46,27 @@ class RepairSetup:
     tokens: int = 0
     """Calibration tokens that a method which runs text may use, at most."""
     upstream: float = 1.0
-    """Share of the error of earlier layers that a layer is to make up for."""
+    """Share of the error of earlier layers that a layer compensates."""
+
+    def with_whole_vocabulary(self) -> RepairSetup:
+        """The same without a cut of the vocabulary: the profile's text has the dense model's ids.
+
+        Layers do not depend on the vocabulary.
+        """
+        after = {**self.plan.after, "vocab": self.plan.before["vocab"]}
+        return replace(self, plan=self.plan.model_copy(update={"vocab": None, "after": after}))
 
 
 class Repaired(Protocol):
-    """New weights by the parent's tensor names, and what was done to get them."""
+    """New weights by the dense model's tensor names, and the errors before and after."""
 
     solutions: Solutions
 
     def __call__(self, name: str, kept: Tensor) -> Tensor:
-        """The tensor to write for the parent's tensor `name`, whose cut form is `kept`."""
+        """The tensor to write for the dense model's tensor `name`, whose cut form is `kept`."""
         ...
+
+
+def reads_grams(config: PruneConfig) -> bool:
+    """Whether a prune reads Gram matrices; raises UserError for an unknown method of repair."""
+    return config.repair and bool(plugins.load(REPAIR, config.repair_method).GRAMS)

@@ -1,6 +1,6 @@
-"""Ridge regression that draws a layer's new weights towards those it has.
+"""Ridge regression of a layer's weights, with a penalty on the change from the present weights.
 
-For inputs x and wanted outputs t of a layer with weights W, each token weighted by w_t²,
+For inputs x and target outputs t of a layer with weights W, each token weighted by w_t²,
 
     W' = argmin Σ_t w_t² |W' x_t − t|² + λ |W' − W|²
        = W + (T − W X)(X + λ I)^-1,        X = Σ w_t² x xᵀ,  T = Σ w_t² t xᵀ
@@ -21,7 +21,7 @@ RIDGES = (1e-2, 1e-1, 1.0)  # λ in units of the mean of X's diagonal
 
 @dataclass(frozen=True)
 class Solution:
-    """A reader's new weights [out, kept] and its held-out error, as a share of the output."""
+    """A reader's new weights [out, kept], and its validation error as a share of the output."""
 
     weight: Tensor
     ridge: float | None
@@ -39,7 +39,7 @@ class Moments:
 
     @classmethod
     def empty(cls, weight: Tensor) -> Moments:
-        """Those of no tokens, for a layer with this weight [out, in], in its dtype."""
+        """The moments of no tokens, for a layer with this weight [out, in], in its dtype."""
         return cls(weight.new_zeros(weight.shape[1], weight.shape[1]), torch.zeros_like(weight))
 
     def add(self, x_Ni: Tensor, t_No: Tensor) -> None:
@@ -58,9 +58,9 @@ class Moments:
 def changes(
     xx: Tensor, residual: Tensor, ridges: tuple[float, ...]
 ) -> Iterator[tuple[float, Tensor]]:
-    """Each λ and its change of the weights, residual (X + λ I)^-1, in float64.
+    """Each λ and its change of the weights, residual · (X + λ I)^-1, in float64.
 
-    `xx` is X [in, in], `residual` T − W X, transposed [in, out]. `xx` is worked on in place.
+    `xx` is X [in, in], `residual` T − W X, transposed [in, out]. `xx` may be overwritten.
     """
     system = xx.double()
     diagonal = system.diagonal().clone()
@@ -71,10 +71,10 @@ def changes(
 
 
 def refit(weight: Tensor, fit: Moments, validate: Moments, ridges: tuple[float, ...]) -> Solution:
-    """New weights for `weight` [out, in]: the λ with the least error on the held-out moments.
+    """New weights for `weight` [out, in], by the λ with the least validation error.
 
-    Where none beats leaving the weights as they are, they are left (ridge None). Errors are
-    sqrt(Σ w²|y' − t|² / Σ w²|t|²), held out.
+    Where no λ lowers the error, the weights are left as they are (ridge None). Errors are
+    sqrt(Σ w²|y' − t|² / Σ w²|t|²) on the `validate` moments.
     """
     wide = weight.to(fit.xx.dtype)
     total = max(validate.tt, torch.finfo(torch.float64).tiny)

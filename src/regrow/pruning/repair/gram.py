@@ -1,12 +1,12 @@
 """One-shot repair: re-solve the layers that read a pruned dimension, on Gram matrices.
 
-A reader y = W x keeps the inputs k and loses the inputs p. The weights on k that serve best are
+A reader y = W x keeps the inputs k and loses the inputs p. The best weights on k are
 
     W' = argmin Σ_t w_t |W' x_k − W x|² + λ |W' − W_k|²
        = W_k + W_p G_pk (G_kk + λ I)^-1,        G = Σ_t w_t x xᵀ
 
-(_ridge.py). λ is chosen for each reader by its error on blocks that G was not gathered on. No text
-is run, and no more than one matrix is in memory.
+(_ridge.py). λ is chosen for each reader by its error on the validation sequences. No text is run,
+and at most one Gram matrix is in memory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from regrow.families import unit_rows
+from regrow.layerwise import Spill
 from regrow.profile_folder import Gram
 from regrow.pruning.repair import RepairSetup, Solutions
 from regrow.pruning.repair._ridge import RIDGES, Solution, changes
@@ -24,22 +25,22 @@ REPAIRED = ("mlp", "heads")
 ROWS = 512
 
 
-def repair(job: RepairSetup, ridges: tuple[float, ...] = RIDGES) -> OneShot:
-    """New weights, solved when they are asked for."""
-    return OneShot(job, ridges)
+def repair(setup: RepairSetup, ridges: tuple[float, ...] = RIDGES) -> OneShot:
+    """New weights; each is solved when it is first asked for, and kept in `setup.work`."""
+    return OneShot(setup, ridges)
 
 
 def solve(weight: Tensor, gram: Gram, kept: list[int], ridges: tuple[float, ...]) -> Solution:
     """Re-solve one reader `weight` [out, in] for its `kept` inputs, in float64.
 
-    Errors are sqrt(Σ w|y' − y|² / Σ w|y|²) on the held-out Gram. Where no λ beats leaving the
-    weights as they are, they are left (ridge None).
+    Errors are sqrt(Σ w|y' − y|² / Σ w|y|²) on the validation Gram matrix. Where no λ lowers the
+    error, the weights are left as they are (ridge None).
     """
     k = torch.tensor(kept)
     is_kept = torch.zeros(weight.shape[1], dtype=torch.bool)
     is_kept[k] = True
     p = (~is_kept).nonzero().squeeze(-1)
-    # Float64 only for the system and what it gives; errors in the Gram's dtype can be compared.
+    # Float64 only for the system and its solution: errors are exact enough in the Gram's dtype.
     wide = weight.to(torch.promote_types(weight.dtype, gram.fit.dtype))
     lost = gram.fit[k[:, None], p].double() @ wide[:, p].double().T
     total = _energy(wide, gram.validate).clamp_min(torch.finfo(torch.float64).tiny)
@@ -65,37 +66,42 @@ def _energy(weight: Tensor, gram: Tensor) -> Tensor:
 
 
 def work_bytes(sizes: dict[str, int], tokens: int) -> int:
-    """None: the Gram matrices lie in the profile."""
-    return 0
+    """The solved projections, in four bytes a value."""
+    reads = sizes["heads"] * sizes["head_dim"] + sizes.get("mlp", 0)
+    return 4 * sizes["layers"] * sizes["hidden"] * reads
 
 
 class OneShot:
-    """Gives `cut` the re-solved weights of each reader; remembers what each solve brought."""
+    """Gives `cut` the re-solved weights of each reader; remembers the errors of each solution."""
 
-    def __init__(self, job: RepairSetup, ridges: tuple[float, ...]) -> None:
-        self.job, self.ridges = job, ridges
+    def __init__(self, setup: RepairSetup, ridges: tuple[float, ...]) -> None:
+        self.setup, self.ridges = setup, ridges
         self.solutions: Solutions = {}
+        self._weights = Spill(setup.work / "weights")
         self._dims = {
             template: dim
             for dim in REPAIRED
-            if job.profile.has_gram(dim)
-            for template in job.family.readers(dim)
+            if setup.profile.has_gram(dim)
+            for template in setup.family.readers(dim)
         }
 
     def __call__(self, name: str, kept: Tensor) -> Tensor:
-        """The tensor to write for the parent's tensor `name`, whose cut form is `kept`."""
-        found = self.job.family.find(name)
-        if found is None or found[0] not in self._dims or found[1] is None:
+        """The tensor to write for the dense model's tensor `name`, whose cut form is `kept`."""
+        place = self.setup.family.find(name)
+        if place is None or place.template not in self._dims or place.layer is None:
             return kept
-        dim, layer = self._dims[found[0]], found[1]
-        units = self.job.plan.kept(dim, layer)
+        dim, plan = self._dims[place.template], self.setup.plan
+        units = plan.kept(dim, place.layer)
         if units is None:
             return kept
-        rows = unit_rows(dim, self.job.plan.before)
-        channels = [unit * rows + row for unit in units for row in range(rows)]
-        weight = self.job.checkpoint.tensor(name)
-        if self.job.plan.hidden is not None:
-            weight = weight[self.job.plan.hidden]
-        solution = solve(weight, self.job.profile.gram(dim, layer), channels, self.ridges)
-        self.solutions[name] = (solution.ridge, solution.error_before, solution.error_after)
-        return solution.weight.to(kept.dtype)
+        if name not in self.solutions:
+            rows = unit_rows(dim, plan.before)
+            channels = [unit * rows + row for unit in units for row in range(rows)]
+            weight = self.setup.checkpoint.tensor(name)
+            if plan.hidden is not None:
+                weight = weight[plan.hidden]
+            gram = self.setup.profile.gram(dim, place.layer)
+            solution = solve(weight, gram, channels, self.ridges)
+            self._weights.put(name, solution.weight)
+            self.solutions[name] = (solution.ridge, solution.error_before, solution.error_after)
+        return self._weights.get(name).to(kept.dtype)

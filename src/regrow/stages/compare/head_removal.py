@@ -1,7 +1,7 @@
 """The classic exercise: one query head removed at random against the least important one.
 
-A head counts as removed when the projection that reads the heads reads nothing of it, which is what
-its removal does to the model's output. Shapes stay, so a single head of the model can go.
+To remove a head, the columns that read it in the output projection are set to zero, which changes
+the model's output as a cut would. Shapes stay, so that a single head can be removed.
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ def check_heads(profile: Profile) -> list[str]:
     return names
 
 
-def remove_heads(trial: CutScorer, draws: int) -> list[dict[str, Any]]:
-    """Rows of what removing one head costs, in the whole model and in every layer.
+def remove_heads(scorer: CutScorer, draws: int) -> list[dict[str, Any]]:
+    """Rows of the cost of removing one head, of the whole model and of every layer.
 
     Each has `removed`, `chosen` (a criterion: its least important heads; or random: the mean over
     `draws`), and in nats per token `kl` to the whole model, `loss` above the whole model's, and for
     random their standard deviations over the draws.
     """
-    names = check_heads(trial.profile)
-    scores = {name: trial.profile.scores(name, "heads") for name in names}
-    sizes = families.of(trial.checkpoint).sizes(trial.checkpoint.config)
+    names = check_heads(scorer.profile)
+    scores = {name: scorer.profile.scores(name, "heads") for name in names}
+    sizes = families.of(scorer.checkpoint).sizes(scorer.checkpoint.config)
     layers, heads = range(sizes["layers"]), range(sizes["heads"])
     every = [(layer, head) for layer in layers for head in heads]
-    whole = _losses(trial)["cross_entropy"]
+    whole = _losses(scorer)["cross_entropy"]
     rows = []
     for removed in ("one head", "one head in every layer"):
         for name in names:
             least = [(layer, int(scores[name][str(layer)].argmin())) for layer in layers]
             if removed == "one head":
                 least = [min(least, key=lambda at: float(scores[name][str(at[0])][at[1]]))]
-            rows.append({"removed": removed, "chosen": name, **_row(trial, [least], whole)})
+            rows.append({"removed": removed, "chosen": name, **_row(scorer, [least], whole)})
         if removed == "one head":
             some = [[at] for at in Random(0).sample(every, min(draws, len(every)))]
         else:
             some = [
                 [(n, Random(f"{draw}/{n}").choice(heads)) for n in layers] for draw in range(draws)
             ]
-        rows.append({"removed": removed, "chosen": "random", **_row(trial, some, whole)})
+        rows.append({"removed": removed, "chosen": "random", **_row(scorer, some, whole)})
     return rows
 
 
@@ -84,29 +84,29 @@ def heads_table(rows: list[dict[str, Any]], draws: int) -> Table:
     return table
 
 
-def _row(trial: CutScorer, choices: list[Heads], whole: float) -> dict[str, float]:
-    found = []
+def _row(scorer: CutScorer, choices: list[Heads], whole: float) -> dict[str, float]:
+    losses = []
     for heads in choices:
-        with _without(trial, heads):
-            found.append(_losses(trial))
-    row = {"kl": mean(one["forward_kl"] for one in found)}
-    row["loss"] = mean(one["cross_entropy"] for one in found) - whole
-    if len(found) > 1:
-        row["kl_spread"] = stdev(one["forward_kl"] for one in found)
-        row["loss_spread"] = stdev(one["cross_entropy"] for one in found)
+        with _without(scorer, heads):
+            losses.append(_losses(scorer))
+    row = {"kl": mean(one["forward_kl"] for one in losses)}
+    row["loss"] = mean(one["cross_entropy"] for one in losses) - whole
+    if len(losses) > 1:
+        row["kl_spread"] = stdev(one["forward_kl"] for one in losses)
+        row["loss_spread"] = stdev(one["cross_entropy"] for one in losses)
     return row
 
 
 @contextmanager
 @torch.no_grad()
-def _without(trial: CutScorer, heads: Heads) -> Iterator[None]:
-    """The trial's dense model with nothing read of these heads, for a while."""
-    family = families.of(trial.checkpoint)
-    width = family.sizes(trial.checkpoint.config)["head_dim"]
+def _without(scorer: CutScorer, heads: Heads) -> Iterator[None]:
+    """The scorer's dense model without these heads, inside the context."""
+    family = families.of(scorer.checkpoint)
+    width = family.sizes(scorer.checkpoint.config)["head_dim"]
     saved = []
     for layer, head in heads:
         for template in family.readers("heads"):
-            weight = trial.dense.model.get_parameter(template.format(layer=layer))
+            weight = scorer.dense.model.get_parameter(template.format(layer=layer))
             columns = weight.detach()[:, head * width : (head + 1) * width]
             saved.append((columns, columns.clone()))
             columns.zero_()
@@ -118,13 +118,13 @@ def _without(trial: CutScorer, heads: Heads) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _losses(trial: CutScorer) -> dict[str, float]:
-    """KL to the whole model and next-token loss of the model as it is now, per scored token."""
-    head = head_of(trial.dense.model)
+def _losses(scorer: CutScorer) -> dict[str, float]:
+    """KL to the whole model and next-token loss of the present model, per scored token."""
+    head = head_of(scorer.dense.model)
     sums, tokens = dict.fromkeys(BOTH.weights, 0.0), 0
-    for batch, reference_NH in trial.text():
+    for batch, reference_NH in scorer.text():
         mask = scored(batch)
-        hidden_NH = final_hidden(trial.dense.model, batch)[mask]
+        hidden_NH = final_hidden(scorer.dense.model, batch)[mask]
         targets_N = batch["labels"][:, 1:][mask].to(hidden_NH.device)
         _, parts = head_loss(hidden_NH, head, targets_N, BOTH, reference_NH, head)
         sums = {name: sums[name] + float(parts[name]) for name in sums}

@@ -1,8 +1,8 @@
 """Importance criteria side by side: the same cut by each, untrained, without and with repair.
 
-One row can estimate importance anew after each round of a cut, instead of once before all of it:
-each round cuts an equal part of the way, and the next one goes by a profile of what is left. The
-plans of the rounds compose to one, so that the result can be compared with any other cut.
+One row can prune in rounds: each round makes an equal part of the cut, and the next one uses a new
+profile of the smaller model. The plans of the rounds are merged, so that the result can be compared
+with any other cut.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from regrow import families, plugins
+from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.config import Options
 from regrow.cost import FORWARD, seconds_for
@@ -27,18 +27,18 @@ from regrow.profile_folder import Profile
 from regrow.pruning.choose import choose, full_sizes
 from regrow.pruning.config import PruneConfig
 from regrow.pruning.cut import cut_folder
-from regrow.pruning.prune import repair_by, repair_method
+from regrow.pruning.prune import repair_method, try_repair
 from regrow.runtime.progress import clock, say
 from regrow.search.score import SCORED_SEQUENCES, CutScorer
 from regrow.search.shapes import check_keep_params
 from regrow.stage_dir import output_file, write_json
 from regrow.stages.compare.head_removal import check_heads, heads_table, remove_heads
-from regrow.stages.profile.config import ProfileConfig
-from regrow.stages.profile.scoring import IMPORTANCE
+from regrow.stages.profile import ProfileConfig
+from regrow.stages.profile.importance import reads_grams
 from regrow.stages.profile.stage import profile as measure
 
 SMOOTH = ("layers", "mlp", "kv_heads", "experts", "expert_mlp")
-"""Dimensions whose way can be divided freely; heads and hidden follow, others go at the end."""
+"""Dimensions that can be cut in any steps; heads and hidden follow, others in the last round."""
 
 
 def steps_towards(
@@ -73,22 +73,22 @@ def choose_in_rounds(
     steps: list[dict[str, int]],
     options: Options,
 ) -> Plan:
-    """One plan of the `checkpoint` for the last of `steps`, by `config`'s criteria before each.
+    """One plan of the `checkpoint` for the last of `steps`, by `config`'s criteria in each round.
 
-    The first goes by `profile`, the others by profiles, on as much of the same text, of what is
-    left by then: repaired as `config` says.
+    The first round uses `profile`. The others use new profiles, on as much of the same text, of the
+    smaller model, repaired as `config` says.
     """
     family = families.of(checkpoint)
     criteria = (config.criterion, config.layer_criterion)
     of_experts = config.expert_criterion
     plan = choose(checkpoint, family, profile, steps[0], *criteria, expert_criterion=of_experts)
     for number, step in enumerate(steps[1:], start=2):
-        say(f"compare: round {number} of {len(steps)}, by a profile of what is left")
+        say(f"compare: round {number} of {len(steps)}, by a new profile")
         with tempfile.TemporaryDirectory(prefix="regrow-") as folder:
             left = _cut(checkpoint, profile, plan, Path(folder) / "model", config, options)
             wanted = _profile_config(profile, config, {d for d in step if step[d] != plan.after[d]})
-            found = measure(left, data, Path(folder) / "profile", wanted, options)
-            later = choose(left, family, found, step, *criteria, expert_criterion=of_experts)
+            again = measure(left, data, Path(folder) / "profile", wanted, options)
+            later = choose(left, family, again, step, *criteria, expert_criterion=of_experts)
             plan = compose(plan, later)
     return plan
 
@@ -106,21 +106,20 @@ def _cut(
     options: Options,
 ) -> Checkpoint:
     work = folder.parent / "repair"
-    replace = repair_by(checkpoint, profile, plan, config, work, options)
-    cut_folder(checkpoint, plan, folder, replace=replace)
+    trial = try_repair(checkpoint, profile, plan, config, work, options)
+    cut_folder(checkpoint, plan, folder, replace=trial.accepted)
     return Checkpoint(folder)
 
 
 def _profile_config(profile: Profile, config: PruneConfig, cut: set[str]) -> ProfileConfig:
-    """What to measure for the next round: the criteria of the dimensions that it cuts."""
+    """The profile of the next round: criteria for the dimensions that it cuts."""
     criteria = [config.layer_criterion] if "layers" in cut else []
     criteria += [config.criterion] if cut - {"layers"} else []
     if "experts" in cut and config.expert_criterion is not None:
         criteria += [name for name in [config.expert_criterion] if name not in criteria]
     info = profile.info
-    needs = {need for name in criteria for need in plugins.load(IMPORTANCE, name).NEEDS}
     fields: dict[str, Any] = {"criteria": tuple(criteria), "samples": info["samples"]}
-    fields["gram_tokens"] = info["gram_tokens"] if "gram" in needs else 0
+    fields["gram_tokens"] = info["gram_tokens"] if reads_grams(ProfileConfig(**fields)) else 0
     if info["grams"]:
         fields |= {"grams": tuple(info["grams"]), "token_weight": info["token_weight"]}
     return ProfileConfig(**fields)
@@ -128,14 +127,14 @@ def _profile_config(profile: Profile, config: PruneConfig, cut: set[str]) -> Pro
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """What a comparison compares: the criteria, at which sizes, and the rounds of re-estimation."""
+    """The criteria of a comparison, the sizes they cut to, and the rounds of re-estimation."""
 
     criteria: list[str]
     sizes: dict[str, int]
     after: dict[str, int]
     only_layers: bool
     steps: list[dict[str, int]]
-    """Sizes after each round of the re-estimated row; one or none: there is no such row."""
+    """Sizes after each round of the re-estimated row; with one or none there is no such row."""
 
 
 def compare(
@@ -153,33 +152,36 @@ def compare(
     Returns, prints and, to the JSON file `out`, writes a row for each: criterion, and KL to the
     dense model in nats per token without and with repair, on calibration text that was not
     profiled. Criteria for layers are compared where only layers are cut. With `rounds` > 1 there is
-    a row more: `config`'s own criterion, re-estimated in so many rounds. With `heads` > 0 a second
-    table: one query head removed, the least important by each criterion and at random, that often.
+    one more row: `config`'s own criterion, re-estimated in so many rounds. With `heads` > 0 there
+    is a second table: one query head removed, the least important by each criterion, and one at
+    random, so many times.
     Raises UserError for an impossible target and a profile of another model.
     """
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
-    found = profile if isinstance(profile, Profile) else Profile(profile)
+    measured = profile if isinstance(profile, Profile) else Profile(profile)
     options = options or Options()
     out = None if out is None else output_file(Path(out))
-    what = comparison_plan(checkpoint, found, config, rounds, heads)
-    trial = CutScorer(checkpoint, found, data, options)
+    comparison = comparison_plan(checkpoint, measured, config, rounds, heads)
+    scorer = CutScorer(checkpoint, measured, data, options)
     rows: list[dict[str, Any]] = []
-    for name in what.criteria:
-        plan = _choose(checkpoint, found, config, what, name)
-        rows.append({"criterion": name, **_cost(trial, plan, config)})
-        _tell(rows[-1])
-    if len(what.steps) > 1:
-        plan = choose_in_rounds(checkpoint, found, data, config, what.steps, options)
-        name = config.layer_criterion if what.only_layers else config.criterion
-        rows.append({"criterion": name, **_cost(trial, plan, config), "rounds": len(what.steps)})
-        _tell(rows[-1])
+    for name in comparison.criteria:
+        plan = _choose(checkpoint, measured, config, comparison, name)
+        rows.append({"criterion": name, **_cost(scorer, plan, config)})
+        _show(rows[-1])
+    if len(comparison.steps) > 1:
+        plan = choose_in_rounds(checkpoint, measured, data, config, comparison.steps, options)
+        name = config.layer_criterion if comparison.only_layers else config.criterion
+        rows.append(
+            {"criterion": name, **_cost(scorer, plan, config), "rounds": len(comparison.steps)}
+        )
+        _show(rows[-1])
     rows.sort(key=lambda row: row.get("kl_repaired", row["kl"]))
     family = families.of(checkpoint)
-    share = family.count(checkpoint.config, what.after) / family.count(checkpoint.config)
-    _print(rows, f"{share:.1%} kept: {what.sizes}")
-    table: dict[str, Any] = {"sizes": what.sizes, "keep": share, "rows": rows}
+    share = family.count(checkpoint.config, comparison.after) / family.count(checkpoint.config)
+    _print(rows, f"{share:.1%} kept: {comparison.sizes}")
+    table: dict[str, Any] = {"sizes": comparison.sizes, "keep": share, "rows": rows}
     if heads > 0:
-        table["heads"] = remove_heads(trial, heads)
+        table["heads"] = remove_heads(scorer, heads)
         Console().print(heads_table(table["heads"], heads))
     if out is not None:
         write_json(out, table)
@@ -189,7 +191,7 @@ def compare(
 def comparison_plan(
     checkpoint: Checkpoint, profile: Profile, config: PruneConfig, rounds: int, heads: int
 ) -> ComparisonPlan:
-    """What will be compared; raises UserError, before any slow work, for what cannot be."""
+    """The comparison to make; raises UserError, before any slow work, for an impossible one."""
     profile.check_fingerprint(checkpoint)
     if rounds < 1 or heads < 0:
         raise UserError(f"rounds {rounds}, heads {heads}: give 1 or more rounds, 0 or more heads")
@@ -233,22 +235,24 @@ def _choose(
     checkpoint: Checkpoint,
     profile: Profile,
     config: PruneConfig,
-    what: ComparisonPlan,
+    comparison: ComparisonPlan,
     criterion: str,
 ) -> Plan:
-    layer_criterion = criterion if what.only_layers else config.layer_criterion
+    layer_criterion = criterion if comparison.only_layers else config.layer_criterion
     family, multiple = families.of(checkpoint), config.multiple_of
-    return choose(checkpoint, family, profile, what.sizes, criterion, layer_criterion, multiple)
+    return choose(
+        checkpoint, family, profile, comparison.sizes, criterion, layer_criterion, multiple
+    )
 
 
-def _cost(trial: CutScorer, plan: Plan, config: PruneConfig) -> dict[str, float]:
-    row = {"kl": trial.kl(plan)}
+def _cost(scorer: CutScorer, plan: Plan, config: PruneConfig) -> dict[str, float]:
+    row = {"kl": scorer.kl(plan)}
     if config.repair:
-        row["kl_repaired"] = trial.kl(plan, config)
+        row["kl_repaired"] = scorer.kl(plan, config)
     return row
 
 
-def _tell(row: dict[str, Any]) -> None:
+def _show(row: dict[str, Any]) -> None:
     figures = [f"{name} {row[name]:.3f}" for name in ("kl", "kl_repaired") if name in row]
     say(f"compare: {title(row):<16} " + "  ".join(figures))
 
@@ -271,23 +275,25 @@ def estimate(
 ) -> list[str]:
     """The criteria, the cut, the text and the time of a comparison."""
     profile = Profile(folder)
-    what = comparison_plan(checkpoint, profile, config, rounds, heads)
+    comparison = comparison_plan(checkpoint, profile, config, rounds, heads)
     family = families.of(checkpoint)
-    before, after = (family.count(checkpoint.config, sizes) for sizes in (None, what.after))
+    before, after = (family.count(checkpoint.config, sizes) for sizes in (None, comparison.after))
     tokens = SCORED_SEQUENCES * data.sequence_length
-    rows = len(what.criteria) + (len(what.steps) > 1)
+    rows = len(comparison.criteria) + (len(comparison.steps) > 1)
     passes = 1 + rows * (2 if config.repair else 1)
     if heads > 0:
         passes += 1 + 2 * (len(check_heads(profile)) + heads)
-    again = max(0, len(what.steps) - 1) * profile.info["tokens"]
+    again = max(0, len(comparison.steps) - 1) * profile.info["tokens"]
     seconds = seconds_for(passes * tokens + again, FORWARD * before)
     lines = [
-        f"compare: {', '.join(what.criteria) or 'no criterion'}",
-        f"  cut to {after:,} parameters ({after / before:.1%}) {what.sizes}",
+        f"compare: {', '.join(comparison.criteria) or 'no criterion'}",
+        f"  cut to {after:,} parameters ({after / before:.1%}) {comparison.sizes}",
         f"  scored on {tokens:,} tokens of calibration text beyond the profile's",
     ]
-    if len(what.steps) > 1:
-        lines.append(f"  re-estimated in {len(what.steps)} rounds, {again:,} tokens to profile on")
+    if len(comparison.steps) > 1:
+        lines.append(
+            f"  re-estimated in {len(comparison.steps)} rounds, {again:,} tokens to profile on"
+        )
     if heads > 0:
         lines.append(f"  one query head removed, the least important and {heads} times at random")
     repair = ", repair on top" if config.repair else ""

@@ -2,19 +2,56 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
 from tyro.conf import OmitArgPrefixes
 
-from regrow.config import Options
+from regrow.config import Config, Options
 from regrow.data.config import DataConfig
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import Model, Text, open_model, print_lines
-from regrow.stages.profile.config import ProfileConfig
 
 if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint
+
+
+GRAM_TOKENS = 65536
+
+
+class ProfileConfig(Config):
+    """What to measure on how much calibration text."""
+
+    criteria: tuple[str, ...] = ("activation_l2", "block_influence", "token_count")
+    """Importance criteria to score by: names of files in profile/importance."""
+    samples: int = Field(default=1024, ge=1)
+    """Calibration sequences to run through the model."""
+    gram_tokens: int | None = Field(default=None, ge=0)
+    """Calibration tokens for Gram matrices, which only the criterion obs and repair by gram read.
+    None: 65,536 where a criterion or a later prune of the recipe reads them, otherwise 0."""
+    grams: tuple[Literal["mlp", "heads"], ...] = ("mlp", "heads")
+    """Dimensions whose readers' Gram matrices are gathered: those that will be cut."""
+    token_weight: Literal["inverse_residual", "uniform"] = "inverse_residual"
+    """Weight of a token in the Gram matrices: 1/|residual| (the error that matters after the next
+    norm) or the same for all."""
+    vocab_tokens: int = Field(default=2_000_000, ge=1)
+    """Calibration tokens to count for the vocabulary (token_count), at most all of the split; they
+    are tokenized, but not run through the model."""
+    removal_sequences: int = Field(default=4, ge=1)
+    """Sequences on which layers are removed in turn (kl_drop, perplexity_drop)."""
+    seed: int = 0
+    """Seed of the random criterion."""
+
+    def resolved(self, read_later: bool = False) -> ProfileConfig:
+        """The config with `gram_tokens` as a number; `read_later`: a later prune reads them."""
+        if self.gram_tokens is not None:
+            return self
+        from regrow.stages.profile.importance import reads_grams
+
+        tokens = GRAM_TOKENS if read_later or reads_grams(self) else 0
+        return self.model_copy(update={"gram_tokens": tokens})
 
 
 class ProfileStage(Stage):
@@ -51,18 +88,19 @@ class ProfileStage(Stage):
         profile(checkpoint, data, out, profiling, machine)
 
     def check(self, step: Step, plan: RecipePlan) -> None:
-        """Raise UserError for an unknown criterion or one that this config does not measure."""
-        from regrow.stages.profile.scoring import statistics_needed
+        """Raise UserError for an unknown criterion, or one whose statistics are not gathered."""
+        from regrow.stages.profile.importance import statistics_needed
 
-        statistics_needed(step.config)
+        statistics_needed(_resolved(step, plan.steps))
 
     def dry_run(self, step: Step, plan: RecipePlan) -> list[str]:
         """Tokens, passes, disk and time."""
-        return estimate(plan.checkpoint, plan.data, step.config)
+        return estimate(plan.checkpoint, plan.data, _resolved(step, plan.steps))
 
     def leave(self, step: Step, plan: RecipePlan) -> None:
-        """There is a profile of the current model."""
+        """There is a profile of the current model, with or without Gram matrices."""
         plan.profiled = True
+        plan.left["gram_tokens"] = _resolved(step, plan.steps).gram_tokens
         if not plan.calibration_sequences:
             plan.calibration_sequences = step.config.samples
 
@@ -70,19 +108,31 @@ class ProfileStage(Stage):
         """Profile the current model."""
         from regrow.stages.profile.stage import profile
 
-        profile(run.current, run.data, run.folder(folder), step.config, run.options)
+        config = _resolved(step, run.steps)
+        profile(run.current, run.data, run.folder(folder), config, run.options)
         run.profile = run.folder(folder)
+
+
+def _resolved(step: Step, steps: list[Step]) -> ProfileConfig:
+    """The step's config, with Gram matrices where a prune before the next profile reads them."""
+    from regrow.pruning.repair import reads_grams
+
+    assert isinstance(step.config, ProfileConfig)
+    number = next(n for n, each in enumerate(steps) if each is step)
+    followers = takewhile(lambda each: each.name != step.name, steps[number + 1 :])
+    pruned = [each.config for each in followers if each.name == "prune"]
+    return step.config.resolved(any(reads_grams(config) for config in pruned))
 
 
 def estimate(checkpoint: Checkpoint, data: DataConfig, config: ProfileConfig) -> list[str]:
     """Tokens, passes, disk and time of a profile."""
     from regrow.cost import BACKWARD, FORWARD, forward_seconds
     from regrow.runtime.progress import clock
-    from regrow.stages.profile.collect import GRADIENTS, REMOVALS
+    from regrow.stages.profile.importance import GRADIENTS, REMOVALS, statistics_needed
     from regrow.stages.profile.passes import passes_for
-    from regrow.stages.profile.scoring import statistics_needed
     from regrow.stages.profile.stage import estimate_bytes
 
+    config = config.resolved()
     needs = set[str]().union(*statistics_needed(config).values())
     tokens = config.samples * data.sequence_length
     passes = 1 + (BACKWARD["frozen"] / FORWARD if needs & GRADIENTS else 0)
@@ -90,13 +140,16 @@ def estimate(checkpoint: Checkpoint, data: DataConfig, config: ProfileConfig) ->
     removals = len(needs & REMOVALS.keys()) * passes_for(checkpoint.config["num_hidden_layers"])
     read += removals * min(config.removal_sequences, config.samples) * data.sequence_length
     seconds = forward_seconds(checkpoint, read)
-    grams = min(config.gram_tokens, tokens)
-    return [
-        f"profile: {config.samples} sequences of {data.sequence_length} = {tokens:,} tokens, "
-        f"Gram matrices of {', '.join(config.grams)} on {grams:,} of them",
-        f"  disk {estimate_bytes(checkpoint, config) / 1e9:.2f} GB, time about {clock(seconds)} "
-        "for the passes through the model, and the Gram matrices on top",
+    lines = [
+        f"profile: {config.samples} sequences of {data.sequence_length} = {tokens:,} tokens, time "
+        f"about {clock(seconds)} for the passes through the model"
     ]
+    if grams := min(config.gram_tokens or 0, tokens):
+        lines.append(
+            f"  Gram matrices of {', '.join(config.grams)} on {grams:,} of them: disk "
+            f"{estimate_bytes(checkpoint, config) / 1e9:.2f} GB, and about as much time again"
+        )
+    return lines
 
 
 STAGE = ProfileStage()

@@ -9,70 +9,44 @@ portions would only be more kernels to launch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from regrow.data.sequences import Subset
 from regrow.families import Family
 from regrow.layerwise import LAYER
 from regrow.profile_folder import Gram
 from regrow.runtime.precision import float32_at_least, widen, widest
+from regrow.stages.profile.importance import GRADIENTS, PAIRS, REMOVALS
 from regrow.stages.profile.routed import Routed
-from regrow.stages.profile.sums import cosine_distance_sum, square_sum
 
+PORTION = 1 << 17  # elements whose wide copies stay in the cache: half a megabyte in float32
 ROWS = 256  # tokens held in float64 at once
-
-
-def block_distances(streams: Sequence[Tensor]) -> Tensor:
-    """Σ_tokens arccos(cos(x^first, x^(last+1))) / π of every block of layers [L, L].
-
-    `streams` are the L + 1 residual streams [N, H]: the embedding, then each layer's output. The
-    entry [last, first] is the block of the layers first to last; 0 where first > last. A token
-    whose stream is all zero is at a right angle to every other.
-    """
-    layers = len(streams) - 1
-    # In float32 the angle of a block that does nothing would be rounding, up to 5e-4.
-    exact = widest(streams[0].device)
-    total = torch.zeros(layers, layers, dtype=exact, device=streams[0].device)
-    for rows in zip(*(stream.split(ROWS) for stream in streams), strict=True):
-        x_NDH = torch.nn.functional.normalize(torch.stack(rows, 1).to(exact), dim=-1)
-        cosine_NDD = (x_NDH @ x_NDH.transpose(1, 2)).clamp_(-1, 1)
-        total += cosine_NDD[:, 1:, :-1].arccos_().sum(0)
-    return total.div_(math.pi).tril_()
-
-
-Split = Literal["fit", "validate"]
-
-GRADIENTS = frozenset({"gradient_square_sum", "taylor_abs_sum", "taylor_square_sum"})
-"""Statistics that take a backward pass of the next-token loss."""
-REMOVALS = {"kl_removal": "forward_kl", "cross_entropy_removal": "cross_entropy"}
-"""Statistics that take removing layers in turn: the loss that tells what an absence costs."""
-PAIRS = frozenset({"angular_distance"})
-"""Statistics of pairs of layers, which take every layer's output of a batch at once."""
 
 
 @dataclass
 class Batch:
-    """What the hooks must know of the running batch: its real tokens, and its Gram set if any."""
+    """The running batch: its real tokens, and its subset for Gram matrices, if any."""
 
     real_BT: Tensor
-    gram: Split | None = None
+    gram: Subset | None = None
 
 
 @dataclass
 class _GramSums:
-    sums: dict[Split, Tensor] = field(default_factory=dict)
+    sums: dict[Subset, Tensor] = field(default_factory=dict)
 
-    def add(self, split: Split, rows_Nd: Tensor) -> None:
+    def add(self, subset: Subset, rows_Nd: Tensor) -> None:
         if not self.sums:
             d = rows_Nd.shape[1]
             empty = torch.zeros(d, d, dtype=rows_Nd.dtype, device=rows_Nd.device)
             self.sums = {"fit": empty, "validate": empty.clone()}
-        self.sums[split].addmm_(rows_Nd.T, rows_Nd)
+        self.sums[subset].addmm_(rows_Nd.T, rows_Nd)
 
 
 class Collector:
@@ -108,7 +82,7 @@ class Collector:
 
     @property
     def removals(self) -> set[str]:
-        """The statistics that tell what the model loses without a layer."""
+        """The statistics for which layers are removed in turn."""
         return self.needs.get("layers", set()) & REMOVALS.keys()
 
     @property
@@ -117,9 +91,9 @@ class Collector:
         return bool(self.needs.get("layers", set()) & PAIRS)
 
     def start(self, batch: Batch) -> None:
-        """Say which batch runs next."""
+        """Set the batch that runs next."""
         self.batch, self._streams = batch, []
-        self._all_real = bool(batch.real_BT.all())  # asked once: on a GPU the answer is waited for
+        self._all_real = bool(batch.real_BT.all())  # read once: on a GPU this waits for the device
 
     def attach(self, model: PreTrainedModel, layers: Sequence[int], final: bool) -> list[Any]:
         """Hook the modules of `layers` (and, if `final`, the last norm); returns the handles."""
@@ -145,7 +119,7 @@ class Collector:
         return handles
 
     def take_grams(self, layer: int) -> dict[str, Gram]:
-        """Hand over the Gram matrices of one layer, by dimension, and forget them."""
+        """Remove and return the Gram matrices of one layer, by dimension."""
         taken = {}
         for dim in self.gram_dims:
             sums = self.grams.pop((dim, layer), None)
@@ -187,8 +161,8 @@ class Collector:
 
         return [module.register_forward_hook(see)]
 
-    def _add_all(self, layer: int, found: dict[str, Tensor]) -> None:
-        for name, value in found.items():
+    def _add_all(self, layer: int, sums: dict[str, Tensor]) -> None:
+        for name, value in sums.items():
             self._add(f"{name}/{layer}", value)
 
     def _residual_hook(self, dim: str) -> Any:
@@ -196,7 +170,7 @@ class Collector:
             assert self.batch is not None
             if self.batch.gram is not None:
                 rows_Nd = self._real(inputs[0].detach()).float()
-                # A floor keeps an all-zero residual from weighing infinitely much.
+                # The floor keeps the weight of an all-zero residual finite.
                 norm = torch.linalg.vector_norm(rows_Nd, dim=-1, keepdim=True)
                 self._token_weights[dim] = 1.0 / norm.clamp_min(1e-6)
 
@@ -241,7 +215,7 @@ class Collector:
             self._streams.append(self._real(before))
         self._streams.append(self._real(after))
         if len(self._streams) > self.num_layers:
-            for last, row in enumerate(block_distances(self._streams)):
+            for last, row in enumerate(layer_distances(self._streams)):
                 self._add(f"angular_distance/layers/{last}", row)
             self._streams = []
 
@@ -268,7 +242,7 @@ class Collector:
     def _add_gradients(
         self, place: str, names: set[str], x_BTd: Tensor, g_BTd: Tensor, units: int
     ) -> None:
-        """Add what depends on x and the loss's gradient by it, both known only now."""
+        """Add the statistics of x and the loss's gradient by it, in the backward pass."""
         x_Nd, g_Nd = (widen(self._real(t)) for t in (x_BTd, g_BTd.detach()))
         if "gradient_square_sum" in names:
             self._add(f"gradient_square_sum/{place}", g_Nd.square().sum(0))
@@ -287,3 +261,45 @@ class Collector:
     def _real(self, x_BTd: Tensor) -> Tensor:
         assert self.batch is not None
         return x_BTd.flatten(0, 1) if self._all_real else x_BTd[self.batch.real_BT]
+
+
+def square_sum(rows_Nd: Tensor) -> Tensor:
+    """Σ_tokens x² [d]."""
+    # vector_norm over the first dimension takes ten times as long on CPUs.
+    parts = [part.square().sum(0) for (part,) in _portions(rows_Nd)]
+    return torch.stack(parts).sum(0)
+
+
+def cosine_distance_sum(before_Nd: Tensor, after_Nd: Tensor) -> Tensor:
+    """Σ_tokens 1 − cos(before, after), shape [1]."""
+    parts = [
+        (1 - torch.cosine_similarity(before, after, dim=-1)).sum()
+        for before, after in _portions(before_Nd, after_Nd)
+    ]
+    return torch.stack(parts).sum()[None]
+
+
+def _portions(*tensors_Nd: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each, a portion at a time, widened."""
+    rows, channels = tensors_Nd[0].shape
+    count = max(1, PORTION // channels) if tensors_Nd[0].device.type == "cpu" else max(1, rows)
+    for parts in zip(*(x_Nd.split(count) for x_Nd in tensors_Nd), strict=True):
+        yield tuple(map(widen, parts))
+
+
+def layer_distances(streams: Sequence[Tensor]) -> Tensor:
+    """Σ_tokens arccos(cos(x^first, x^(last+1))) / π of every run of consecutive layers [L, L].
+
+    `streams` are the L + 1 residual streams [N, H]: the embedding, then each layer's output. The
+    entry [last, first] is of the layers first to last; 0 where first > last. A token whose stream
+    is all zero is at a right angle to every other.
+    """
+    layers = len(streams) - 1
+    # In float32 the angle of layers that do nothing would be rounding, up to 5e-4.
+    dtype = widest(streams[0].device)
+    total = torch.zeros(layers, layers, dtype=dtype, device=streams[0].device)
+    for rows in zip(*(stream.split(ROWS) for stream in streams), strict=True):
+        x_NDH = torch.nn.functional.normalize(torch.stack(rows, 1).to(dtype), dim=-1)
+        cosine_NDD = (x_NDH @ x_NDH.transpose(1, 2)).clamp_(-1, 1)
+        total += cosine_NDD[:, 1:, :-1].arccos_().sum(0)
+    return total.div_(math.pi).tril_()

@@ -2,8 +2,7 @@
 
 Both orders give the same numbers. The layer-by-layer order keeps one layer's weights on the device
 and spills the hidden states of all sequences to disk, for models larger than the device. Further
-passes remove layers one after the other, compare the residual stream at all pairs of depths, and
-count token ids over far more text.
+passes remove layers in turn, and count token ids over far more text.
 
 L layers, N tokens, H hidden.
 """
@@ -28,7 +27,7 @@ from regrow.training.model_check import check_model
 from regrow.training.teacher import final_hidden, mean_loss, reference_states, scored
 
 Batches = list[tuple[Batch, dict[str, Tensor]]]
-"""Per batch: what the hooks must know, and the model's input_ids, position_ids and labels."""
+"""Per batch: its tokens and subset for the hooks; input_ids, position_ids and labels."""
 TakeGrams = Callable[[int], None]
 
 
@@ -41,7 +40,7 @@ def resident(
     dtype: torch.dtype,
     progress: Progress,
 ) -> None:
-    """Run every batch through the whole model, loaded on `device`; back, if a statistic asks."""
+    """Run every batch through the whole model on `device`, and backward if a statistic needs it."""
     model = checkpoint.model(dtype, device).requires_grad_(False)
     check_model(model)
     if collector.backward:
@@ -97,7 +96,7 @@ def layer_major(
 
 
 def _backward(model: PreTrainedModel, hidden_BTH: Tensor, inputs: dict[str, Tensor]) -> None:
-    """Send back the gradient of the next-token loss, summed over the scored tokens."""
+    """The backward pass of the next-token loss, summed over the scored tokens."""
     mask = scored(inputs)
     targets_N = inputs["labels"][:, 1:][mask]
     loss, _ = head_loss(
@@ -110,7 +109,7 @@ def _on(batch: Batch, device: torch.device) -> Batch:
     return Batch(batch.real_BT.to(device), batch.gram)
 
 
-SHARE = 3  # a third of the layers is removed; the others are ranked by what each would cost next
+SHARE = 3  # a third of the layers is removed; the others are ranked by their cost after that
 
 
 @torch.no_grad()
@@ -148,7 +147,7 @@ def _rounds(layers: int) -> int:
 
 
 def _skip(model: PreTrainedModel, layers: list[nn.Module], gone: set[int]) -> None:
-    """Let these layers hand on what they get; masks and positions stay those of the others."""
+    """Replace these layers by ones that return their input."""
     stack = [SkippedLayer(layer) if n in gone else layer for n, layer in enumerate(layers)]
     model.base_model.layers = nn.ModuleList(stack)
 

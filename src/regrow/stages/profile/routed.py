@@ -1,9 +1,9 @@
-"""What the experts of one layer do with the tokens that its router sends them.
+"""Activations of the experts of one layer, for the tokens that its router sends them.
 
-transformers stacks the experts and has no module for each, so their activations are computed once
-more from the tokens and the routing. A token that an expert does not get counts as zero there.
+transformers stacks the experts and has no module for each, so their activations are computed again
+from the tokens and the routing. A token that is not sent to an expert counts as zero there.
 
-N tokens (B blocks of T), n of them for one expert, K experts for a token, E experts, H hidden
+N tokens (B sequences of T), n of them for one expert, K experts for a token, E experts, H hidden
 channels, d channels inside an expert.
 """
 
@@ -24,8 +24,8 @@ FREQUENCY = frozenset({"routed_tokens"})
 
 
 class Share(NamedTuple):
-    """One expert's share of a batch: its tokens, and x, the channels that its down projection
-    reads, times the weight that the router gives the expert for that token."""
+    """One expert's share of a batch: its tokens, and x, the input of its down projection times the
+    router's weight of the expert for the token."""
 
     expert: int
     tokens_n: Tensor
@@ -50,32 +50,32 @@ class Routed:
     def statistics(self, needs: Mapping[str, set[str]]) -> dict[str, Tensor]:
         """Sums over the tokens, by `statistic/dim`: [E, 1] of experts, [E, d] of expert_mlp."""
         of_experts, of_channels = (needs.get(dim, set()) for dim in ("experts", "expert_mlp"))
-        found: dict[str, list[Tensor]] = defaultdict(list)
+        sums: dict[str, list[Tensor]] = defaultdict(list)
         if "routed_tokens" in of_experts:
             count = len(self.module.down_proj)
             tokens_E = torch.stack([(self.chosen_NK == e).sum() for e in range(count)])
-            found["routed_tokens/experts"] = list(tokens_E[:, None])
+            sums["routed_tokens/experts"] = list(tokens_E[:, None])
         if of_channels or of_experts - FREQUENCY:
             for share in self._shares():
-                _append(found, "expert_mlp", self._of_channels(share, of_channels))
-                _append(found, "experts", self._of_output(share, of_experts))
-        return {name: torch.stack(values) for name, values in found.items()}
+                _append(sums, "expert_mlp", self._of_channels(share, of_channels))
+                _append(sums, "experts", self._of_output(share, of_experts))
+        return {name: torch.stack(values) for name, values in sums.items()}
 
     def gradients(self, needs: Mapping[str, set[str]], g_NH: Tensor) -> dict[str, Tensor]:
-        """Sums of what depends on the loss's gradient by the experts' joint output, likewise.
+        """Sums that depend on the loss's gradient by the experts' joint output, likewise.
 
         The output is linear in x, so that the gradient by x is that by the output times `down`.
         """
-        found: dict[str, list[Tensor]] = defaultdict(list)
+        sums: dict[str, list[Tensor]] = defaultdict(list)
         for share in self._shares():
             g_nH = g_NH[share.tokens_n].to(share.x_nd.dtype)
             g_nd = g_nH @ share.down_Hd
             change_nd = share.x_nd * g_nd
             values = {"gradient_square_sum": g_nd.square(), **_changes(change_nd)}
-            _append(found, "expert_mlp", _sums(values, needs.get("expert_mlp", set())))
+            _append(sums, "expert_mlp", _sums(values, needs.get("expert_mlp", set())))
             values = _changes(change_nd.sum(-1, keepdim=True))
-            _append(found, "experts", _sums(values, needs.get("experts", set())))
-        return {name: torch.stack(values) for name, values in found.items()}
+            _append(sums, "experts", _sums(values, needs.get("experts", set())))
+        return {name: torch.stack(values) for name, values in sums.items()}
 
     def _shares(self) -> Iterator[Share]:
         exact = float32_at_least(self.hidden_NH.dtype)
@@ -88,14 +88,14 @@ class Routed:
             yield Share(expert, tokens_n, x_nd, down_Hd.detach().to(exact))
 
     def _of_channels(self, share: Share, names: set[str]) -> dict[str, Tensor]:
-        found = _sums({"sum": share.x_nd, "square_sum": share.x_nd.square()}, names)
+        sums = _sums({"sum": share.x_nd, "square_sum": share.x_nd.square()}, names)
         if "mean_abs_square_sum" in names:
             sequences, length = self.real_BT.shape
             sums_Bd = share.x_nd.new_zeros(sequences, share.x_nd.shape[1])
             sums_Bd.index_add_(0, share.tokens_n // length, share.x_nd.abs())
             means_Bd = sums_Bd / self.real_BT.sum(1, keepdim=True).clamp_min(1)
-            found["mean_abs_square_sum"] = means_Bd.square().sum(0)
-        return found
+            sums["mean_abs_square_sum"] = means_Bd.square().sum(0)
+        return sums
 
     def _of_output(self, share: Share, names: set[str]) -> dict[str, Tensor]:
         if not names & {"routed_norm_sum", "square_sum"}:
@@ -112,6 +112,6 @@ def _sums(values: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor]:
     return {name: value.sum(0) for name, value in values.items() if name in names}
 
 
-def _append(found: dict[str, list[Tensor]], dim: str, values: Mapping[str, Tensor]) -> None:
+def _append(sums: dict[str, list[Tensor]], dim: str, values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
-        found[f"{name}/{dim}"].append(value)
+        sums[f"{name}/{dim}"].append(value)

@@ -1,9 +1,9 @@
-"""The profile stage: text and a checkpoint in, a folder of statistics, scores and Grams out."""
+"""The profile stage: text and a checkpoint in, a folder of statistics and scores out."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.config import Options
 from regrow.data import DataConfig
-from regrow.data.sequences import VALIDATE_EVERY, Sequences, build_sequences, held_out
+from regrow.data.sequences import VALIDATE_EVERY, Sequences, build_sequences, fit_and_validate
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.families import Family
@@ -23,10 +23,10 @@ from regrow.layerwise import Spill
 from regrow.profile_folder import INFO, SCORES, SEQUENCES, STATISTICS, Gram, Profile, gram_path
 from regrow.runtime.progress import progress, say
 from regrow.stage_dir import Figure, StageDir, require_space, write_json
-from regrow.stages.profile.collect import REMOVALS, Batch, Collector, Split
-from regrow.stages.profile.config import ProfileConfig
+from regrow.stages.profile import ProfileConfig
+from regrow.stages.profile.collect import Batch, Collector
+from regrow.stages.profile.importance import REMOVALS, score_all, statistics_needed
 from regrow.stages.profile.passes import Batches, count_tokens, layer_major, removal_order, resident
-from regrow.stages.profile.scoring import score_all, statistics_needed
 from regrow.training.model_check import check_model
 
 MEANS = ("input_output_distance", "angular_distance")  # over tokens; the others are sums
@@ -41,12 +41,13 @@ def profile(
 ) -> Profile:
     """Measure a checkpoint on the calibration split of `data`; write and return the profile.
 
-    Statistics are those the chosen criteria need, over `config.samples` blocks; Gram matrices of
-    the inputs of down_proj (mlp) and o_proj (heads) over the first `config.gram_tokens` tokens.
-    Raises UserError for an unknown criterion, a checkpoint outside the families, too little text.
+    Statistics are those that the criteria need, over `config.samples` sequences; Gram matrices, if
+    any, those of the inputs of down_proj (mlp) and o_proj (heads) over the first
+    `config.gram_tokens` tokens. Raises UserError for an unknown criterion, a checkpoint outside the
+    families, or too little text.
     """
-    config, options = config or ProfileConfig(), options or Options()
-    options.torch_device()  # refuses one that is not there, before the slow work
+    config, options = (config or ProfileConfig()).resolved(), options or Options()
+    options.torch_device()  # refuses a missing device before the slow work
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     family = families.of(checkpoint)
     needs = statistics_needed(config)
@@ -59,7 +60,7 @@ def profile(
     require_space(Path(out), estimate_bytes(checkpoint, config))
     sequences = build_sequences(data, tokenizer, "calibration", config.samples, checkpoint)
     with stage as folder:
-        gram_sequences = min(config.gram_tokens // data.sequence_length, len(sequences))
+        gram_sequences = min((config.gram_tokens or 0) // data.sequence_length, len(sequences))
         having = [d for d in config.grams if family.layers_of(d, checkpoint.config)]
         grams = having if gram_sequences else []
         weighted = config.token_weight == "inverse_residual"
@@ -80,7 +81,7 @@ def profile(
         save_file(scores, folder / SCORES)
         sequences.save(folder / SEQUENCES)
         about = {
-            "digest": stage.digest,  # tells this profile from one on other text
+            "digest": stage.digest,  # differs for a profile of the same model on other text
             "grams": grams,
             "gram_tokens": gram_sequences * data.sequence_length,
         }
@@ -94,7 +95,7 @@ def profile(
 def _info(
     checkpoint: Checkpoint, sequences: Sequences, config: ProfileConfig, data: DataConfig
 ) -> dict[str, Any]:
-    """Of what model and text a profile is, and by which criteria."""
+    """The model, the text and the criteria of a profile."""
     return {
         "fingerprint": checkpoint.fingerprint,
         "model_type": checkpoint.config["model_type"],
@@ -108,9 +109,8 @@ def _info(
 
 def estimate_bytes(checkpoint: Checkpoint, config: ProfileConfig) -> int:
     """Bytes of the Gram matrices, which are nearly all of a profile: two float32 d² per reader."""
-    return _gram_bytes(
-        families.of(checkpoint), checkpoint.config, config.grams if config.gram_tokens else ()
-    )
+    dims = config.grams if config.resolved().gram_tokens else ()
+    return _gram_bytes(families.of(checkpoint), checkpoint.config, dims)
 
 
 def _gram_bytes(family: Family, config: dict[str, Any], dims: Iterable[str]) -> int:
@@ -190,28 +190,16 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def _batches(sequences: Sequences, gram_sequences: int, batch_size: int) -> Batches:
-    """Batches of blocks that never mix the two Gram sets or blocks outside them."""
-    groups: dict[Split | None, list[int]] = {"fit": [], "validate": [], None: []}
-    for number in range(len(sequences)):
-        split: Split = "validate" if held_out(number) else "fit"
-        groups[split if number < gram_sequences else None].append(number)
-    if gram_sequences and not groups["validate"]:
+    """Batches of one subset of the Gram matrices each, or of sequences outside both."""
+    if 0 < gram_sequences < VALIDATE_EVERY:
         raise UserError(
             f"{gram_sequences} sequences for the Gram matrices are too few: {VALIDATE_EVERY} or "
             "more are needed; raise samples and gram_tokens, or set gram_tokens to 0"
         )
-    return list(_grouped(sequences, groups, batch_size))
-
-
-def _grouped(
-    sequences: Sequences, groups: dict[Split | None, list[int]], batch_size: int
-) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-    for gram, numbers in groups.items():
-        for begin in range(0, len(numbers), batch_size):
-            some = numbers[begin : begin + batch_size]
-            ids, positions = sequences.input_ids[some], sequences.position_ids[some]
-            inputs = {"input_ids": ids, "position_ids": positions, "labels": sequences.labels[some]}
-            yield Batch(sequences.real[some], gram), inputs
+    return [
+        (Batch(batch.pop("real"), subset), batch)
+        for subset, batch in fit_and_validate(sequences, gram_sequences, batch_size)
+    ]
 
 
 def _count(sequences: Sequences) -> int:
@@ -225,19 +213,19 @@ def _save_gram(gram: Gram, path: Path) -> None:
 def _tidy(sums: dict[str, Tensor], sizes: dict[str, int], tokens: int) -> dict[str, Tensor]:
     """Sums as [units, width] by `statistic/dim/layer`; layers in one tensor; kv_heads added.
 
-    Those of expert_mlp are [experts, units].
+    Sums of expert_mlp are [experts, units].
     """
-    found: dict[str, Tensor] = {}
+    tidy: dict[str, Tensor] = {}
     for key, value in sums.items():
         name, dim, layer = key.split("/")
         channels = value.float().cpu()
         if dim == "layers":
             empty = torch.empty(sizes["layers"], len(channels))
-            whole = found.setdefault(f"{name}/layers/all", empty)
+            whole = tidy.setdefault(f"{name}/layers/all", empty)
             whole[int(layer)] = channels / (tokens if name in MEANS else 1)
             continue
         units = sizes["experts" if dim == "expert_mlp" else dim]
-        found[key] = channels.reshape(units, -1).contiguous()
+        tidy[key] = channels.reshape(units, -1).contiguous()
         if dim == "heads":
-            found[f"{name}/kv_heads/{layer}"] = channels.reshape(sizes["kv_heads"], -1).clone()
-    return found
+            tidy[f"{name}/kv_heads/{layer}"] = channels.reshape(sizes["kv_heads"], -1).clone()
+    return tidy

@@ -43,23 +43,31 @@ class PruneStage(Stage):
         """
         open_model(model)  # what cannot be opened is refused before the slow imports
         from regrow.checkpoint import load
+        from regrow.profile_folder import Profile
         from regrow.stages.prune.dry_run import estimate
         from regrow.stages.prune.stage import prune
 
         if dry_run:
-            print_lines(estimate(load(model), pruning, text.sequence_length), out)
+            tokens = Profile(profile).info["tokens"] if profile is not None else None
+            print_lines(estimate(load(model), pruning, text.sequence_length, tokens), out)
             return
         prune(model, out, pruning, profile, text.blend() if text.data else None, machine)
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError without a profile, for no target or several, and for impossible sizes."""
         from regrow.pruning.prune import make_plan
+        from regrow.pruning.repair import reads_grams
         from regrow.search.shapes import check_keep_params
         from regrow.stages.prune.dry_run import check_one_target, config_after
 
         if not plan.profiled:
             raise UserError("put a profile stage of the same model before it")
         check_one_target(step.config)
+        if reads_grams(step.config) and not plan.left.get("gram_tokens"):
+            raise UserError(
+                f"repair by {step.config.repair_method} needs Gram matrices, and the profile "
+                "before it gathers none: raise its gram_tokens, or leave that field out"
+            )
         if _is_first(step, plan) and step.config.plan is not None:
             make_plan(plan.checkpoint, step.config, None)
         elif _is_first(step, plan):
@@ -71,7 +79,9 @@ class PruneStage(Stage):
         from regrow.stages.prune.dry_run import estimate, parameters_after
 
         if _is_first(step, plan):
-            return estimate(plan.checkpoint, step.config, plan.data.sequence_length)
+            length = plan.data.sequence_length
+            tokens = plan.calibration_sequences * length
+            return estimate(plan.checkpoint, step.config, length, tokens or None)
         after = parameters_after(plan.checkpoint, step.config, plan.parameters)
         return [f"prune: {plan.parameters:,} parameters then; to about {after:,}"]
 
@@ -89,7 +99,11 @@ class PruneStage(Stage):
         plan.fewer_tokens = plan.fewer_tokens or step.config.vocab_size is not None
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
-        """Cut, then repair: two folders of one plan, so that evaluation shows the repair's gain."""
+        """Cut, with and without repair: two folders of one plan, so that the gain is measured.
+
+        A repair that did not help was not applied: then there is only one model.
+        """
+        from regrow import stage_dir
         from regrow.plan import FILE
         from regrow.stages.prune.stage import prune
 
@@ -105,11 +119,12 @@ class PruneStage(Stage):
         plain = PruneConfig(plan=str(repaired / FILE), repair=False)
         prune(parent, run.folder(folder), plain, run.profile)
         run.add("pruned", run.folder(folder))
-        run.add("repaired", repaired)
+        if (stage_dir.read(repaired) or {}).get("repair"):
+            run.add("repaired", repaired)
 
 
 def _is_first(step: Step, plan: RecipePlan) -> bool:
-    """Whether this is the first prune of the recipe: only then the model before it is known."""
+    """Whether this is the recipe's first prune: only then the sizes of the model are known."""
     return next(each for each in plan.steps if each.name == "prune") is step
 
 

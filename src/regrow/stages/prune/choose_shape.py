@@ -1,18 +1,22 @@
 """Choice of shape: cut every candidate in memory, score it untrained, keep the best.
 
-A handful of shapes, or hundreds in rounds on more and more text, scored by KL to the dense model on
-calibration text that was not profiled; then, if asked for, successive halving with short
-distillations.
+Up to 8 shapes, or hundreds in rounds on more and more text, are scored by KL to the dense model on
+calibration text that was not profiled. Then, if asked for, the best few are distilled a little, the
+better half of them twice as long, and so on (successive halving, Jamieson and Talwalkar 2016, with
+the training length as the resource). A distillation is extended from rung to rung; a search that
+was stopped continues at its last rung.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from regrow import families
+from regrow import families, stage_dir
 from regrow.checkpoint import Checkpoint
 from regrow.config import Options
 from regrow.cost import fallbacks
@@ -23,15 +27,33 @@ from regrow.families import Family
 from regrow.profile_folder import Profile
 from regrow.pruning.choose import choose, full_sizes
 from regrow.pruning.config import PruneConfig
+from regrow.pruning.prune import prune_to_sizes
 from regrow.pruning.sorted_model import SORTED, order_by
 from regrow.runtime.progress import say
 from regrow.search.latency import Timing
-from regrow.search.score import CutScorer, Rounds, Row, rounds_for, row_of, sequences_for
+from regrow.search.score import (
+    CutScorer,
+    Rounds,
+    Row,
+    finalists_for,
+    rounds_for,
+    row_of,
+    sequences_for,
+)
 from regrow.search.shapes import Shape, named, shapes_for, to_try
 from regrow.stage_dir import digest, write_json
 
+if TYPE_CHECKING:
+    from regrow.stages.distill.config import DistillConfig
+
 SHOWN = 10
 ROUNDS = "rounds.json"
+BATCH_TOKENS = 512
+RUNGS = "rungs.json"
+FIGURE = "held-out KL"
+
+Score = Callable[[Row, int], float]
+"""(row, tokens to train on in all) → KL to the dense model on held-out text."""
 
 
 def choose_shape(
@@ -69,15 +91,15 @@ def _tried(
     data: DataConfig,
     options: Options,
 ) -> list[Row]:
-    """Rows with their scores, the best of the last round first, then those of earlier ones."""
+    """Rows with their scores, the best of the last round first, then those of earlier rounds."""
     family, parent = families.of(checkpoint), checkpoint.config
     dims = _cut_by(shapes, family, parent) if shapes else _scored(profile, config.criterion)
     order = order_by(family, parent, profile, config.criterion, dims)
     sequences = sequences_for(to_try(config, shapes))
-    trial = CutScorer(checkpoint, profile, data, options, sequences, order)
-    timing, rounds = Timing(trial, config), Rounds(trial, config)
+    scorer = CutScorer(checkpoint, profile, data, options, sequences, order)
+    timing, rounds = Timing(scorer, config), Rounds(scorer, config)
 
-    def made(shape: Shape) -> Row:
+    def row_with_plan(shape: Shape) -> Row:
         plan = choose(
             checkpoint,
             family,
@@ -96,17 +118,18 @@ def _tried(
         )
     if config.timed:
         shapes = shapes_for(checkpoint, config, timing.target())
-    left, out = [made(shape) for shape in shapes], list[Row]()
-    steps = rounds_for(len(left))
+    left, out = [row_with_plan(shape) for shape in shapes], list[Row]()
+    steps = rounds_for(len(left), finalists_for(config))
+    whole = next(number for number, (share, _) in enumerate(steps, start=1) if share == 1.0)
     for number, (share, survivors) in enumerate(steps, start=1):
-        if number == len(steps):
-            left, slow = timing.time(left, made)
+        if number == whole:  # before the repair, as it may change the shapes
+            left, slow = timing.time(left, row_with_plan)
             out = slow + out
-        left = rounds.score(left, number, len(steps), share)
+        left = rounds.score(left, number, len(steps), share, number > whole)
         left, out = left[:survivors], left[survivors:] + out
     for row in left[:SHOWN]:
-        say(f"search: {_told(row)}")
-    say(f"search: {rounds.told()}")
+        say(f"search: {_line(row)}")
+    say(f"search: {rounds.summary()}")
     return [{key: value for key, value in row.items() if key != "plan"} for row in left + out]
 
 
@@ -119,9 +142,7 @@ def _halved(
     options: Options,
     scratch: Path,
 ) -> list[Row]:
-    """`_tried`, and then short distillations of the best few; goes on where it was stopped."""
-    from regrow.stages.prune.halving import Distillations, halve
-
+    """`_tried`, and then short distillations of the best few; continues a stopped search."""
     asked = digest(
         config.model_dump(mode="json"),
         data_digest(data),
@@ -129,13 +150,13 @@ def _halved(
         digest(profile.info),
     )
     path = scratch / ROUNDS
-    found = json.loads(path.read_text()) if path.exists() else {}
-    if found.get("asked") != asked:
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    if saved.get("asked") != asked:
         shutil.rmtree(scratch, ignore_errors=True)
-        found = {"rows": _tried(checkpoint, shapes, profile, config, data, options)}
+        saved = {"asked": asked, "rows": _tried(checkpoint, shapes, profile, config, data, options)}
         scratch.mkdir(parents=True)
-        write_json(path, {"asked": asked, **found})
-    rows: list[Row] = found["rows"]
+        write_json(path, saved)
+    rows: list[Row] = saved["rows"]
     last = [row for row in rows if row["round"] == rows[0]["round"]][: config.halving_shapes]
     score = Distillations(checkpoint, profile, config, data, options, scratch)
     return halve(last, config.halving_tokens, score, score.drop) + rows[len(last) :]
@@ -149,13 +170,122 @@ def _cut_by(shapes: list[Shape], family: Family, config: dict[str, Any]) -> set[
 
 
 def _scored(profile: Profile, criterion: str) -> set[str]:
-    """The dimensions that a profile has scores of by a criterion."""
+    """The dimensions of which a profile has scores by a criterion."""
     return {dim for dim in SORTED if criterion in profile.criteria([dim])}
 
 
-def _told(row: Row) -> str:
+def _line(row: Row) -> str:
     times = ""
     if "prefill_ms" in row:
         times = f"prefill {row['prefill_ms']:.0f} ms  decode {row['decode_ms']:.1f} ms  "
     size = f"{row['keep']:6.1%} kept  {row['bytes'] / 1e6:,.1f} MB {row['format']}"
     return f"{size}  {times}KL {row['kl']:.3f} nats  {row['name']}"
+
+
+def rungs_for(count: int, tokens: int) -> list[tuple[int, int]]:
+    """(shapes, tokens each was trained on in all) of every rung, until one shape is left."""
+    rungs = []
+    while count > 1:
+        rungs.append((count, tokens))
+        count, tokens = count // 2, 2 * tokens
+    return rungs
+
+
+def tokens_for(count: int, tokens: int) -> int:
+    """Training tokens of all rungs: each continues the distillations of the one before."""
+    total, before = 0, 0
+    for shapes, length in rungs_for(count, tokens):
+        total, before = total + shapes * (length - before), length
+    return total
+
+
+def halve(
+    rows: list[Row], tokens: int, score: Score, drop: Callable[[Row], None] | None = None
+) -> list[Row]:
+    """The rows, the best first: the winner, then by the last rung that they reached and its KL.
+
+    Each row gets `distilled`: KL by tokens. A KL that is no number loses. `drop` is called for each
+    row that is eliminated.
+    """
+    left, out = list(rows), list[Row]()
+    for count, length in rungs_for(len(rows), tokens):
+        for row in left:
+            row["distilled"] = {**row.get("distilled", {}), str(length): score(row, length)}
+            say(f"search: {length:,} tokens  KL {row['distilled'][str(length)]:.3f}  {row['name']}")
+        left = sorted(left, key=lambda row: _order(row["distilled"][str(length)]))
+        left, lost = left[: count // 2], left[count // 2 :]
+        out = lost + out
+        if drop is not None:
+            for row in lost:
+                drop(row)
+    return left + out
+
+
+class Distillations:
+    """Scores shapes by short distillations, in folders of their own below `folder`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        profile: Profile,
+        config: PruneConfig,
+        data: DataConfig,
+        options: Options,
+        folder: Path,
+    ) -> None:
+        self.checkpoint, self.profile, self.config = checkpoint, profile, config
+        self.data, self.options, self.folder = data, options, folder
+
+    def __call__(self, row: Row, tokens: int) -> float:
+        """Validation KL of a shape: cut, repaired, and distilled on `tokens` in all."""
+        from regrow.stages.distill.stage import distill
+
+        known, key = self._known(), _key(row)
+        if str(tokens) in known.get(key, {}):
+            return float(known[key][str(tokens)])
+        sizes = self.config.with_sizes(row["sizes"])
+        cut = prune_to_sizes(self.checkpoint, self.folder / key, sizes, self.profile)
+        trained = distill(
+            cut,
+            self.checkpoint,
+            self.data,
+            self.folder / f"{key}-distilled",
+            self._config(tokens),
+            self.options,
+        )
+        manifest = stage_dir.read(trained)
+        assert manifest is not None
+        figures = {figure["name"]: figure["value"] for figure in manifest["figures"]}
+        value = float(figures[FIGURE])
+        known.setdefault(key, {})[str(tokens)] = value
+        write_json(self.folder / RUNGS, known)
+        return value
+
+    def _config(self, tokens: int) -> DistillConfig:
+        """A distillation that is evaluated at its start and after each length of the first rung."""
+        from regrow.stages.distill.config import DistillConfig
+
+        length = self.data.sequence_length
+        batch = math.ceil(BATCH_TOKENS / length) * length
+        every = max(batch, self.config.halving_tokens)
+        return DistillConfig(tokens=max(tokens, batch), batch_tokens=batch, eval_tokens=every)
+
+    def _known(self) -> dict[str, dict[str, float]]:
+        path = self.folder / RUNGS
+        if not path.exists():
+            return {}
+        known: dict[str, dict[str, float]] = json.loads(path.read_text())
+        return known
+
+    def drop(self, row: Row) -> None:
+        """Remove the folders of an eliminated shape; its figures stay."""
+        for name in (_key(row), f"{_key(row)}-distilled"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+def _key(row: Row) -> str:
+    return "-".join(f"{dim}{size}" for dim, size in sorted(row["sizes"].items()))
+
+
+def _order(value: float) -> float:
+    return value if math.isfinite(value) else math.inf

@@ -1,4 +1,4 @@
-"""What `--dry-run` prints for a prune, and the sizes that a recipe will have after it."""
+"""The lines of `--dry-run` for a prune, and the sizes that a recipe will have after it."""
 
 from __future__ import annotations
 
@@ -20,24 +20,34 @@ from regrow.errors import UserError
 from regrow.families import Family
 from regrow.pruning.choose import full_sizes
 from regrow.pruning.config import PruneConfig
-from regrow.pruning.prune import REPAIR, make_plan
+from regrow.pruning.prune import make_plan
+from regrow.pruning.repair import REPAIR
 from regrow.runtime.progress import clock
-from regrow.search.score import SCORER_REPAIR_TOKENS, passes_for, sequences_for
-from regrow.search.shapes import HANDFUL, Shape, check_keep_params, to_try
-from regrow.stages.prune.choose_shape import SHOWN
-from regrow.stages.prune.halving import rungs_for, tokens_for
+from regrow.search.score import SCORER_REPAIR_TOKENS, finalists_for, passes_for, sequences_for
+from regrow.search.shapes import Shape, check_keep_params, to_try
+from regrow.stages.prune.choose_shape import SHOWN, rungs_for, tokens_for
+
+PASSES = 3  # of the text of a sequential repair: dense, cut, and about one for the solutions
 
 
 def check_one_target(config: PruneConfig) -> None:
     """Raise UserError unless exactly one of a target to search for, sizes and plan is given."""
-    given = (config.searches, bool(config.sizes()), config.plan is not None)
-    if sum(given) != 1:
-        what = "nothing to prune to" if not any(given) else "more than one target"
-        raise UserError(f"{what}: give keep_params, or sizes such as num_layers, or a plan")
+    targets = (config.searches, bool(config.sizes()), config.plan is not None)
+    if sum(targets) != 1:
+        problem = "nothing to prune to" if not any(targets) else "more than one target"
+        raise UserError(f"{problem}: give keep_params, or sizes such as num_layers, or a plan")
 
 
-def estimate(checkpoint: Checkpoint, config: PruneConfig, sequence_length: int = 512) -> list[str]:
-    """Sizes of the shape asked for, or of each candidate, and the time to choose among them."""
+def estimate(
+    checkpoint: Checkpoint,
+    config: PruneConfig,
+    sequence_length: int = 512,
+    profile_tokens: int | None = None,
+) -> list[str]:
+    """Sizes of the shape or of each candidate, and the time to choose among them and to repair.
+
+    `profile_tokens` is the text of the profile, which limits a repair; None: not known.
+    """
     family = families.of(checkpoint)
     before = family.count(checkpoint.config)
     check_one_target(config)
@@ -62,7 +72,7 @@ def estimate(checkpoint: Checkpoint, config: PruneConfig, sequence_length: int =
         lines.append(f"  … and {len(shapes) - SHOWN} more")
     model = (family, checkpoint.config, config.format)
     lines += [f"  {line}" for line in fallbacks(*model, shapes[0].sizes)]
-    lines += _repair_lines(checkpoint, config)
+    lines += _repair_lines(checkpoint, config, profile_tokens)
     return [*lines, *_search_lines(checkpoint, config, to_try(config, shapes), sequence_length)]
 
 
@@ -91,31 +101,35 @@ def config_after(
     return {**now, **sizes, "head_dim": before["head_dim"]}
 
 
-def _repair_lines(checkpoint: Checkpoint, config: PruneConfig) -> list[str]:
+def _repair_lines(
+    checkpoint: Checkpoint, config: PruneConfig, profile_tokens: int | None
+) -> list[str]:
     if not config.repair:
         return []
     method = plugins.load(REPAIR, config.repair_method)
     sizes = families.of(checkpoint).sizes(checkpoint.config)
-    disk = method.work_bytes(sizes, config.repair_tokens) / 1e9
     if method.GRAMS:
         return [f"  repair: {config.repair_method}, on the profile's Gram matrices"]
-    seconds = forward_seconds(checkpoint, 4 * config.repair_tokens)
+    tokens = min(config.repair_tokens, profile_tokens or config.repair_tokens)
+    disk = method.work_bytes(sizes, tokens) / 1e9
+    seconds = forward_seconds(checkpoint, PASSES * tokens)
+    limit = "" if profile_tokens else "up to "
     return [
-        f"  repair: {config.repair_method}, on up to {config.repair_tokens:,} tokens of the "
-        f"profile's text: time about {clock(seconds)}, disk {disk:.2f} GB meanwhile"
+        f"  repair: {config.repair_method}, on {limit}{tokens:,} tokens of the profile's text: "
+        f"time about {clock(seconds)}, disk {disk:.2f} GB meanwhile"
     ]
 
 
 def _counted(checkpoint: Checkpoint, config: PruneConfig, shape: Shape) -> str:
-    """Bytes in the format asked for, and in memory, where they were asked about."""
+    """Bytes in the format and in memory, where the config names them."""
     model = (families.of(checkpoint), checkpoint.config, config.format)
-    found = ""
+    text = ""
     if config.format != "bf16" or config.max_bytes is not None:
-        found += f"{file_bytes(*model, shape.sizes) / 1e6:,.1f} MB in {config.format}  "
+        text += f"{file_bytes(*model, shape.sizes) / 1e6:,.1f} MB in {config.format}  "
     if config.max_ram is not None:
         ram = ram_bytes(*model, config.context_length, shape.sizes)
-        found += f"{ram / 1e6:,.1f} MB of RAM at {config.context_length} tokens  "
-    return found
+        text += f"{ram / 1e6:,.1f} MB of RAM at {config.context_length} tokens  "
+    return text
 
 
 def _timed_line(config: PruneConfig, before: int) -> str:
@@ -128,11 +142,12 @@ def _timed_line(config: PruneConfig, before: int) -> str:
 def _search_lines(
     checkpoint: Checkpoint, config: PruneConfig, shapes: int, sequence_length: int
 ) -> list[str]:
-    """What the choice costs, untrained and in short distillations."""
+    """The cost of the choice, untrained and in short distillations."""
     count = config.num_candidates if config.timed else shapes
-    tokens, passes = sequences_for(count) * sequence_length, passes_for(count)
+    finalists = min(finalists_for(config), count)
+    tokens, passes = sequences_for(count) * sequence_length, passes_for(count, finalists)
     total = parameters(checkpoint)
-    repaired = 4 * SCORER_REPAIR_TOKENS * min(count, HANDFUL) if config.repair and count else 0
+    repaired = PASSES * SCORER_REPAIR_TOKENS * finalists
     choose = clock(seconds_for(tokens * passes + repaired, FORWARD * total))
     cost = f" (at most {passes:.1f} dense evaluations of {tokens:,} tokens)" if passes else ""
     lines = [f"  time about {choose} to choose{cost}, and that of copying the files"]

@@ -31,8 +31,8 @@ def prune(
     """Prune to a target (the shape is searched for), to sizes, or by a plan.
 
     Targets are keep_params and the limits max_bytes, max_ram, max_prefill_ms and max_decode_ms;
-    together they all hold. Raises UserError for an impossible target and for one without `data` to
-    choose on.
+    several must all be met. Raises UserError for an impossible target, and for a search without
+    `data`.
     """
     out = Path(out)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
@@ -42,23 +42,23 @@ def prune(
         raise UserError(
             f"{named(config)} needs a profile: make one with regrow profile, give --profile"
         )
-    found = profile if isinstance(profile, Profile) else Profile(profile)
+    measured = profile if isinstance(profile, Profile) else Profile(profile)
     shapes = check_keep_params(checkpoint, config)
     if config.repair:
-        repair_method(config, found)
+        repair_method(config, measured)
     asked = digest(config.model_dump(mode="json"), None if data is None else data_digest(data))
     scratch = out.parent / f".{out.name}.search"
-    table = _earlier_choice(out, asked, checkpoint, found, config)
+    table = _earlier_choice(out, asked, checkpoint, measured, config)
     if table is None:
         if to_try(config, shapes) and data is None:
             raise UserError(
                 f"{named(config)} needs data to choose a shape on: give --data, or sizes"
             )
-        given = (checkpoint, shapes, found, config, data, options or Options(), scratch)
+        given = (checkpoint, shapes, measured, config, data, options or Options(), scratch)
         table = choose_shape(*given)
     chosen = next(row for row in table if row["chosen"])
     sizes = config.with_sizes(chosen["sizes"])
-    prune_to_sizes(checkpoint, out, sizes, found, {"candidates": table}, asked, options)
+    prune_to_sizes(checkpoint, out, sizes, measured, {"candidates": table}, asked, options)
     shutil.rmtree(scratch, ignore_errors=True)
     return out
 
@@ -66,11 +66,11 @@ def prune(
 def _earlier_choice(
     out: Path, asked: str, checkpoint: Checkpoint, profile: Profile, config: PruneConfig
 ) -> list[dict[str, Any]] | None:
-    """The table of an earlier run of this very search, so that a resumed job need not repeat it."""
-    found, path = read(out), out / "candidates.json"
-    if found is None or not path.exists():
+    """The table of an earlier run of the same search, which a resumed job need not repeat."""
+    manifest, path = read(out), out / "candidates.json"
+    if manifest is None or not path.exists():
         return None
-    inputs = found.get("inputs", {})
+    inputs = manifest.get("inputs", {})
     known = {"search": asked, "model": checkpoint.fingerprint, "profile": digest(profile.info)}
     if any(inputs.get(name) != value for name, value in known.items()):
         return None

@@ -5,16 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import Field
 from tyro.conf import OmitArgPrefixes
 
-from regrow.config import Options
+from regrow.config import Config, Options
 from regrow.data.config import DataConfig
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import Model, Text, open_model, print_lines
-from regrow.stages.rotate.config import RotateConfig
 
 if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint
+
+
+class RotateConfig(Config):
+    """The text whose principal directions become the channels."""
+
+    samples: int = Field(default=96, ge=1)
+    """Calibration sequences to run through the model."""
 
 
 class RotateStage(Stage):

@@ -1,13 +1,13 @@
-"""Another orthonormal basis for the residual stream of a model that computes the same.
+"""Another orthonormal basis for the residual stream; the model's output stays the same.
 
 RMSNorm without its gain g divides by a length, which no rotation changes (SliceGPT; Ashkboos et
 al., 2024, arXiv:2401.15024). With x = Q x' and the gains moved into what reads the norms' outputs,
 
     embedding  E' = E Q         reader  W' = W diag(g) Q         writer  W' = Qᵀ W,  b' = Qᵀ b
 
-and all gains 1. SliceGPT turns each layer's stream by itself, which takes matrices between layers
-that no stock checkpoint has; here one Q serves the whole model. The output head reads the last norm
-and the embedding none, so that the two can no longer be tied.
+and all gains 1. SliceGPT rotates each layer's stream by its own Q, which needs matrices between
+layers that no stock checkpoint has; here one Q is used for the whole model. The output head takes
+the gain of the last norm and the embedding takes none, so that the two can no longer be tied.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Read = Callable[[str], Tensor]
 
 
 def check(family: Family) -> None:
-    """Raise UserError for a family whose residual stream cannot be turned."""
+    """Raise UserError for a family whose residual stream cannot be rotated."""
     if family.post_norm:
         raise UserError(
-            f"{family.model_type} has norms between its blocks and the residual stream, whose "
-            "gains belong to single channels: it cannot be rotated; cut hidden without"
+            f"{family.model_type} has norms after its attention and MLP, whose gains belong to "
+            "single channels: it cannot be rotated; cut hidden without a rotation"
         )
 
 
@@ -39,11 +39,11 @@ def principal(moment_HH: Tensor) -> Tensor:
 
 
 def rotated_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotated model's config.json: its head is a tensor of its own."""
+    """The rotated model's config.json: it has an untied lm_head."""
     return {**config, "tie_word_embeddings": False}
 
 
-def turned(
+def rotated_tensors(
     names: list[str], read: Read, family: Family, config: dict[str, Any], basis_HH: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the rotated model, in the order of `names`, each in its dtype."""
@@ -51,26 +51,26 @@ def turned(
     for name in names:
         if name == family.head and tied:
             continue
-        yield name, _turned(name, read(name), read, family, basis_HH)
+        yield name, _rotated(name, read(name), read, family, basis_HH)
         if name == family.embedding and tied:
-            yield family.head, _turned(family.head, read(name), read, family, basis_HH)
+            yield family.head, _rotated(family.head, read(name), read, family, basis_HH)
 
 
 def layout(
     names: list[str], meta: Read, family: Family, config: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """What `turned` will give, each tensor on the meta device."""
+    """The tensors of `rotated_tensors`, on the meta device."""
     tied = not family.exists(family.tensors[family.head], config)
-    found = {}
+    tensors = {}
     for name in names:
         if name != family.head or not tied:
-            found[name] = meta(name)
+            tensors[name] = meta(name)
         if name == family.embedding and tied:
-            found[family.head] = meta(name)
-    return found
+            tensors[family.head] = meta(name)
+    return tensors
 
 
-def _turned(name: str, tensor: Tensor, read: Read, family: Family, basis_HH: Tensor) -> Tensor:
+def _rotated(name: str, tensor: Tensor, read: Read, family: Family, basis_HH: Tensor) -> Tensor:
     place = family.find(name)
     assert place is not None, name
     row = family.tensors[place.template]

@@ -20,11 +20,10 @@ from regrow.layerwise import LayerByLayer, Spill
 from regrow.runtime.precision import widen
 from regrow.runtime.progress import progress, say
 from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
-from regrow.stages.rotate import basis
-from regrow.stages.rotate.config import RotateConfig
+from regrow.stages.rotate import RotateConfig, basis
 
 SHOWN = (0.9, 0.99)
-"""Shares of the mean square of which the stage says how many channels hold them."""
+"""Shares of the mean square; the stage reports how many channels have them."""
 
 
 def rotate(
@@ -36,9 +35,9 @@ def rotate(
 ) -> Path:
     """Write the same model with the principal directions of its residual stream as channels.
 
-    The first channels then hold most of what the stream holds, so that a cut of hidden loses less.
-    It computes the same up to rounding, with an output head of its own. Profile and cut the result.
-    Raises UserError for a family that cannot be rotated, or too little text.
+    Most of the stream's mean square then lies in its first channels, so that a cut of hidden loses
+    less. The output is the same up to rounding; lm_head is no longer tied. Raises UserError for a
+    family that cannot be rotated, or too little text.
     """
     out, config, options = Path(out), config or RotateConfig(), options or Options()
     options.torch_device()
@@ -60,7 +59,9 @@ def rotate(
         moment_HH = second_moment(checkpoint, sequences, options, Spill(folder / "spill"))
         shutil.rmtree(folder / "spill", ignore_errors=True)
         basis_HH = basis.principal(moment_HH)
-        tensors = basis.turned(names, checkpoint.tensor, family, checkpoint.config, basis_HH)
+        tensors = basis.rotated_tensors(
+            names, checkpoint.tensor, family, checkpoint.config, basis_HH
+        )
         new_config = basis.rotated_config(checkpoint.config)
         checkpoints.write(folder, new_config, layout, tensors, like=checkpoint)
         stage.figures += _figures(moment_HH)
@@ -74,7 +75,7 @@ def rotate(
 def second_moment(
     checkpoint: Checkpoint, sequences: Sequences, options: Options, spill: Spill
 ) -> Tensor:
-    """Mean of x̂ x̂ᵀ [H, H] in float64, where x̂ = x / sqrt(mean(x²)) is what a norm hands on.
+    """Mean of x̂ x̂ᵀ [H, H] in float64, where x̂ = x / sqrt(mean(x²)) is a norm's output.
 
     Over the real tokens and all norms on the residual stream, one layer of the model resident.
     """
@@ -99,7 +100,7 @@ def second_moment(
 
 
 class _Moment:
-    """The running sum over what the watched modules get."""
+    """The running sum over the inputs of the watched modules."""
 
     def __init__(self, hidden: int, device: torch.device) -> None:
         self.sum_HH = torch.zeros(hidden, hidden, dtype=torch.float64, device=device)

@@ -1,7 +1,8 @@
-"""Angular distance over a block of layers (Gromov et al., 2024, arXiv:2403.17887, eq. 7).
+"""Angular distance over consecutive layers (Gromov et al., 2024, arXiv:2403.17887, eq. 7).
 
-Layers that go together are best judged together: the block of n layers whose input and output
-point the same way is dropped, n being how many go.
+Layers that are dropped together are best scored together: of all runs of n consecutive layers, the
+one whose input and output point most nearly the same way is dropped. The paper measures the
+distance at the last token of each sequence; here it is the mean over all tokens.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ NEEDS = frozenset({"angular_distance"})
 
 
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
-    """Row n − 1, for n layers gone: the least distance of a block of n that the layer is in [L, L].
+    """Row n − 1, for n dropped layers: the least distance of a run of n that has the layer [L, L].
 
     d(l, n) = mean_tokens arccos(cos(x^l, x^(l+n))) / π, x^l the input of layer l. The n layers with
-    the lowest score of row n − 1 are therefore the block of the least distance.
+    the lowest score of row n − 1 are therefore the run of the least distance.
     """
     distance_LL = stats["angular_distance"]  # [last, first]
     layers = len(distance_LL)

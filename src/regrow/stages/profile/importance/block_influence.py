@@ -12,5 +12,6 @@ NEEDS = frozenset({"input_output_distance"})
 
 
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
-    """1 − mean_tokens cos(layer input, layer output): how much the layer turns the residual."""
+    """1 − mean_tokens cos(layer input, layer output): how much the layer changes the
+    direction of the residual stream."""
     return stats["input_output_distance"].squeeze(-1)

@@ -15,7 +15,7 @@ def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) 
     """Σ_channels Var_tokens(x) · ‖w‖², w the weights that read the channel.
 
     A channel that hardly varies could be replaced by its mean, which a bias can carry. Families
-    without biases lose the mean as well: there this criterion promises more than it keeps.
+    without biases lose the mean as well, so that this criterion underestimates the loss there.
     """
     tokens = stats["tokens"]
     variance = stats["square_sum"] / tokens - (stats["sum"] / tokens).square()

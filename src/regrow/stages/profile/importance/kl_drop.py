@@ -1,4 +1,4 @@
-"""Greedy removal of layers by KL to the whole model: what depth costs is measured, not inferred."""
+"""Greedy removal of layers by the KL to the whole model, measured for every layer."""
 
 from __future__ import annotations
 

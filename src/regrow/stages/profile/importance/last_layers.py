@@ -1,7 +1,7 @@
-"""The deepest layers go first: the plainest rule for depth, which needs no text.
+"""The deepest layers are dropped first: the simplest rule for depth, which needs no text.
 
-Gromov et al. (2024, arXiv:2403.17887, §4.4) find it near their best once healed, if the very last
-layer stays; here that one goes too.
+Gromov et al. (2024, arXiv:2403.17887, §4.4) find it close to their best after training, if the very
+last layer is kept; here that layer is dropped too.
 """
 
 from __future__ import annotations
@@ -16,5 +16,5 @@ NEEDS: frozenset[str] = frozenset()
 
 
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
-    """Layers behind the layer: L − 1 − l for layer l of L."""
+    """Number of layers after the layer: L − 1 − l for layer l of L."""
     return torch.arange(int(stats["count"]), dtype=torch.float32).flip(0)

@@ -12,7 +12,7 @@ NEEDS: frozenset[str] = frozenset()
 
 
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
-    """sqrt(Σ w²) over every weight that carries the unit, readers and writers alike."""
+    """sqrt(Σ w²) over every weight of the unit, in all tensors that read or write it."""
     total: Tensor | None = None
     for weight in weights.carrying():
         squares = weight.float().square().sum(-1)

@@ -12,5 +12,5 @@ NEEDS: frozenset[str] = frozenset()
 
 
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
-    """Σ |w| over every weight that carries the unit, readers and writers alike."""
+    """Σ |w| over every weight of the unit, in all tensors that read or write it."""
     return torch.stack([weight.float().abs().sum(-1) for weight in weights.carrying()]).sum(0)

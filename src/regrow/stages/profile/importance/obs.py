@@ -1,8 +1,8 @@
 """Optimal Brain Surgeon for whole units, on the Gram matrix (Hassibi and Stork, 1993; ZipLM).
 
 With G = Σ x xᵀ of a reader's inputs and W its weights, removing the channels S and re-solving the
-rest costs tr(W_S (G⁻¹_SS)⁻¹ W_Sᵀ) of the output's squared error. Units go greedily, the cheapest
-first, a few at a time; after each, W and G⁻¹ are those of what is left (Kurtic et al., 2023,
+rest adds tr(W_S (G⁻¹_SS)⁻¹ W_Sᵀ) to the output's squared error. Units are removed greedily, a few
+of the cheapest at a time; then W and G⁻¹ are updated for the rest (Kurtic et al., 2023,
 arXiv:2302.04089).
 """
 
@@ -20,7 +20,7 @@ DAMPING = 1e-2  # of G's mean diagonal
 
 
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
-    """Place of each unit in the order of removal, 0 for the first to go."""
+    """Place of each unit in the order of removal, 0 for the first."""
     readers = torch.cat([weight.double() for weight in weights.reading()], dim=-1)
     return removal_order(stats["gram"].double(), readers, STEPS)
 
@@ -50,13 +50,13 @@ def removal_order(gram_dd: Tensor, readers: Tensor, steps: int) -> Tensor:
 def _cost(inverse: Tensor, left: Tensor, width: int) -> Tensor:
     """tr(W_S (G⁻¹_SS)⁻¹ W_Sᵀ) of each unit's channels S."""
     units = len(left) // width
-    blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    diagonal = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     weights = left.view(units, width, -1)
-    return (torch.linalg.solve(blocks, weights) * weights).sum((1, 2))
+    return (torch.linalg.solve(diagonal, weights) * weights).sum((1, 2))
 
 
 def _without(inverse: Tensor, left: Tensor, chosen: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """G⁻¹ and W of the channels that stay, re-solved for those of `chosen` that go."""
+    """G⁻¹ and W of the other channels, re-solved without those of the `chosen` units."""
     gone = (chosen[:, None] * width + torch.arange(width)).flatten()
     stays = torch.ones(len(left), dtype=torch.bool)
     stays[gone] = False

@@ -1,4 +1,4 @@
-"""A random order: the floor every criterion has to beat."""
+"""A random order: the baseline for every criterion."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ NEEDS = frozenset({"square_sum"})
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
     """sqrt(Σ_channels Σ_tokens x² · ‖w‖²), w the weights that read the channel.
 
-    What the reader's output loses with the unit, if its channels were uncorrelated.
+    The norm of the change in the reader's output without the unit, for uncorrelated channels.
     """
     norms = sum(weight.float().square().sum(-1) for weight in weights.reading())
     return (stats["square_sum"] * norms).sum(-1).sqrt()
