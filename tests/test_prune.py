@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.plan import Plan, compose
 from regrow.pruning.config import PruneConfig
+from regrow.stage import RecipePlan, parse_step
 from regrow.stage_dir import read
 from regrow.stages.profile import ProfileConfig
 from regrow.stages.profile.stage import profile
+from regrow.stages.prune.dry_run import estimate
 from regrow.stages.prune.stage import prune
 
 SIZES = PruneConfig(intermediate_size=40, num_layers=3, multiple_of=8)
@@ -247,3 +250,23 @@ def test_no_sibling_of_other_sizes_or_family(place: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="made for a llama model, not for a qwen3"):
         prune(other, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_dry_run_counts_the_text_that_a_repair_will_read(place: Path) -> None:
+    """The profile has 768 tokens; with a smaller repair_tokens that number is the limit."""
+    checkpoint = Checkpoint(place / "model")
+
+    def tokens_of(config: PruneConfig, profile_tokens: int | None) -> str:
+        lines = "\n".join(estimate(checkpoint, config, 32, profile_tokens))
+        found = re.search(r"repair: sequential, on ((?:up to )?[\d,]+) tokens", lines)
+        assert found is not None, lines
+        return found[1]
+
+    assert tokens_of(SIZES, 768) == "768"
+    assert tokens_of(SIZES, None) == "up to 131,072"
+    assert tokens_of(SIZES.model_copy(update={"repair_tokens": 100}), 768) == "100"
+    step = parse_step({"prune": SIZES.model_dump(exclude_unset=True)}, 0)
+    data = data_of(place / "text.jsonl")
+    plan = RecipePlan(str(place / "model"), checkpoint, data, OPTIONS, [step])
+    plan.calibration_sequences = 24
+    assert "on 768 tokens" in "\n".join(step.stage.dry_run(step, plan))
