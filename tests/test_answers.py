@@ -22,7 +22,7 @@ from regrow.stages.distill import setup
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import distill
 from regrow.stages.distill.text import loss_weights_of, training_text
-from regrow.stages.generate.config import GenerateConfig
+from regrow.stages.generate import GenerateConfig
 from regrow.stages.generate.stage import generate
 
 ANSWER = GenerateConfig(max_new_tokens=16, keep_unfinished=True)

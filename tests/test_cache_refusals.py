@@ -19,7 +19,7 @@ from tiny_tokenizer import tiny_tokenizer
 from regrow.checkpoint import Checkpoint
 from regrow.data import DataConfig
 from regrow.errors import UserError
-from regrow.stages.cache.config import CacheConfig
+from regrow.stages.cache import CacheConfig
 from regrow.stages.cache.stage import cache
 from regrow.stages.distill.stage import distill
 

@@ -15,7 +15,7 @@ from tiny_training import tiny_sequences
 from regrow.checkpoint import load
 from regrow.data.sequences import IGNORED, Sequences, build_sequences
 from regrow.errors import UserError
-from regrow.stages.cache.config import CacheConfig
+from regrow.stages.cache import CacheConfig
 from regrow.stages.cache.stage import header_of
 from regrow.training.cache.folder import Cache, missing_sequences, sequence_keys
 from regrow.training.cache.store import Store, write_shard

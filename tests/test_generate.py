@@ -21,8 +21,8 @@ from regrow.data.prompts import read_prompt
 from regrow.data.sequences import build_sequences
 from regrow.errors import UserError
 from regrow.stage_dir import read as read_manifest
+from regrow.stages.generate import GenerateConfig
 from regrow.stages.generate.batch_generator import BatchGenerator, draw_ids
-from regrow.stages.generate.config import GenerateConfig
 from regrow.stages.generate.stage import generate
 
 NEW = 12

@@ -10,7 +10,7 @@ from tiny_distillation import CONFIG, OPTIONS, data
 from torch import Tensor
 
 from regrow.checkpoint import Checkpoint
-from regrow.stages.cache.config import CacheConfig
+from regrow.stages.cache import CacheConfig
 from regrow.stages.cache.stage import cache
 from regrow.training.head import Head
 

@@ -9,7 +9,7 @@ from regrow.plan import Plan as Plan
 from regrow.pruning.config import PruneConfig as PruneConfig
 from regrow.recipe.recipe import Recipe as Recipe
 from regrow.recipe.recipe import run as run
-from regrow.stages.cache.config import CacheConfig as CacheConfig
+from regrow.stages.cache import CacheConfig as CacheConfig
 from regrow.stages.cache.stage import cache as cache
 from regrow.stages.compare.stage import compare as compare
 from regrow.stages.distill.config import DistillConfig as DistillConfig
@@ -18,7 +18,7 @@ from regrow.stages.evaluate.config import EvaluateConfig as EvaluateConfig
 from regrow.stages.evaluate.stage import evaluate as evaluate
 from regrow.stages.export import ExportConfig as ExportConfig
 from regrow.stages.export.stage import export as export
-from regrow.stages.generate.config import GenerateConfig as GenerateConfig
+from regrow.stages.generate import GenerateConfig as GenerateConfig
 from regrow.stages.generate.stage import generate as generate
 from regrow.stages.profile import ProfileConfig as ProfileConfig
 from regrow.stages.profile.stage import profile as profile

@@ -18,7 +18,7 @@ from regrow.errors import UserError
 from regrow.runtime import distributed
 from regrow.runtime.progress import Progress, progress, say
 from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
-from regrow.stages.cache.config import CacheConfig
+from regrow.stages.cache import CacheConfig
 from regrow.training.cache.folder import (
     HEADER,
     SPLITS,

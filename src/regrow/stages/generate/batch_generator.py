@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from regrow.runtime.precision import widest
-from regrow.stages.generate.config import GenerateConfig
+from regrow.stages.generate import GenerateConfig
 
 
 class Sampler(LogitsProcessor):

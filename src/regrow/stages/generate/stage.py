@@ -23,8 +23,8 @@ from regrow.errors import UserError
 from regrow.runtime import distributed
 from regrow.runtime.progress import Progress, progress, say
 from regrow.stage_dir import Figure, StageDir, digest, refuse_input, require_space
+from regrow.stages.generate import GenerateConfig
 from regrow.stages.generate.batch_generator import BatchGenerator
-from regrow.stages.generate.config import GenerateConfig
 from regrow.training.cache.folder import tokenizer_fingerprint
 
 Row = dict[str, Any]
