@@ -101,7 +101,7 @@ def test_order(later: dict[str, Any], place: Path, tmp_path: Path) -> None:
         run(recipe, tmp_path / "run")
     message = str(caught.value)
     assert message.startswith(f"stages.1.{name}: comes after stages.0.quantize")
-    assert message.endswith("to insist, set stages.0.quantize.dequantize: true")
+    assert message.endswith("or set stages.0.quantize.dequantize: true")
     assert not (tmp_path / "run").exists()
     insisted = {"quantize": {**QUANTIZE["quantize"], "dequantize": True}}
     check(recipe_of(place, insisted, later), Options())
