@@ -34,6 +34,7 @@ from regrow import (
     prune,
 )
 from regrow.profile_folder import Profile
+from regrow.stages.evaluate.eval_model import EvalModel
 from regrow.stages.evaluate.folder_model import FolderEvalModel
 from regrow.stages.evaluate.metrics import speed
 
@@ -146,11 +147,15 @@ def _distilled(
 
 def _speeds(models: dict[str, Path], turns: int) -> dict[str, dict[str, float]]:
     """Prefill and decode of each × dense: medians of the ratios within each turn."""
-    subjects = {
-        label: FolderEvalModel(label, load(str(path)), [], torch.bfloat16, torch.device("cpu"), 1)
-        for label, path in models.items()
-    }
-    found = speed.measure_all(subjects, EvaluateConfig(repeats=turns), None)
+    options = Options(device="cpu", batch_size=1)
+    timed: dict[str, EvalModel] = {}
+    for label, path in models.items():
+        checkpoint = load(str(path))
+        tokenizer = checkpoint.tokenizer()
+        timed[label] = FolderEvalModel(
+            *(label, checkpoint, tokenizer, [], torch.bfloat16, options, {})
+        )
+    found = speed.measure_all(timed, EvaluateConfig(repeats=turns), None)
     values = {label: {f.name: f.value for f in m.figures} for label, m in found.items()}
     return {
         label: {kind: each.get(f"{kind}_speedup", 1.0) for kind in ("prefill", "decode")}

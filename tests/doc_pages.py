@@ -70,7 +70,9 @@ def _package(path: Path) -> tuple[str, Path]:
 def _forget(name: str, folders: list[Path]) -> None:
     """Undo the import of a module whose file lies in one of `folders`."""
     module = sys.modules[name]
-    if any(Path(module.__file__ or "").is_relative_to(folder) for folder in folders):
+    if any(
+        Path(getattr(module, "__file__", None) or "").is_relative_to(folder) for folder in folders
+    ):
         del sys.modules[name]
         parent, _, child = name.rpartition(".")
         above: ModuleType | None = sys.modules.get(parent)

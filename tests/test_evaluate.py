@@ -235,7 +235,7 @@ def test_another_tokenizer_has_no_kl(place: Path, tmp_path: Path) -> None:
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     config_path.write_text(json.dumps(tokens))
     config = EvaluateConfig(texts={"raw": f"{place}/raw.txt"}, window=32, **QUICK)
-    with pytest.raises(UserError, match="no KL between other and teacher: token 20") as caught:
+    with pytest.raises(UserError, match="cannot compare other with teacher: token 20") as caught:
         evaluate({"other": place / "copy"}, tmp_path / "out", against=teacher, config=config)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()

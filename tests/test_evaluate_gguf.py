@@ -18,6 +18,7 @@ from tiny_tokenizer import SENTENCES
 
 from regrow.checkpoint import Checkpoint
 from regrow.cli.main import main
+from regrow.config import Options
 from regrow.llama_cpp import GgufModel
 from regrow.stages.evaluate import tokenizer_match
 from regrow.stages.evaluate.config import EvaluateConfig
@@ -126,9 +127,9 @@ def test_scores_on_the_way(place: Path) -> None:
 
     checkpoint = Checkpoint(place / "student")
     file = GgufFile(place / "f32.gguf")
-    file.parent = checkpoint
-    theirs = model_of(FolderEvalModel("s", checkpoint, [], torch.float32, torch.device("cpu"), 2))
-    ours = model_of(GgufEvalModel("f", file, []))
+    tokenizer, options = checkpoint.tokenizer(), Options(device="cpu", batch_size=2)
+    theirs = model_of(FolderEvalModel("s", checkpoint, tokenizer, [], torch.float32, options, {}))
+    ours = model_of(GgufEvalModel("f", file, tokenizer, [], {}))
 
     def asked(kind: Any, *arguments: Any) -> list[Instance]:
         return [
@@ -210,10 +211,10 @@ def test_goes_on_where_it_stopped(
     config = config_of(place, metrics=("perplexity", "kl", "generations"), tasks=())
     plain = generations.measure
 
-    def fails(subject: Any, context: Any) -> Any:
-        if subject.label == "f32":
+    def fails(model: Any, context: Any) -> Any:
+        if model.label == "f32":
             raise KeyboardInterrupt
-        return plain(subject, context)
+        return plain(model, context)
 
     monkeypatch.setattr(generations, "measure", fails)
     models = {"f32": place / "f32.gguf"}
@@ -293,5 +294,5 @@ def test_a_folder_of_other_tokens_is_no_parent(place: Path, tmp_path: Path) -> N
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     (teacher / "tokenizer.json").write_text(json.dumps(tokens))
     file = GgufFile(place / "q8.gguf")
-    assert file.has_tokens_of(Checkpoint(place / "student"))
-    assert not file.has_tokens_of(Checkpoint(teacher))
+    assert file.has_tokens_of(Checkpoint(place / "student").tokenizer())
+    assert not file.has_tokens_of(Checkpoint(teacher).tokenizer())

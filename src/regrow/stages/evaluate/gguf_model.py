@@ -1,9 +1,11 @@
-"""A GGUF file under measurement, run by llama.cpp: logits come token by token and are not kept."""
+"""A GGUF file under measurement, run by llama.cpp.
+
+Shapes: T tokens, N scored tokens, V vocabulary. Logits of all tokens are never held at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -18,19 +20,18 @@ from regrow.checkpoint import Checkpoint, identity, load
 from regrow.errors import UserError
 from regrow.llama_cpp import GgufModel, require, threads
 from regrow.runtime.greedy import until
-from regrow.runtime.progress import Progress, progress
-from regrow.stages.evaluate.eval_model import EvalModel, TeacherOutputs, now
+from regrow.runtime.progress import Progress
+from regrow.stages.evaluate.eval_model import EvalModel, now
 from regrow.stages.evaluate.texts import IGNORED, Text
-from regrow.training.loss_weights import LossWeights
 
 ENDING = ".gguf"
 
 
 class GgufFile:
-    """A GGUF file that llama.cpp will measure.
+    """A GGUF file that llama.cpp will run, opened for its sizes and tokens only.
 
-    Raises UserError, in one line, when llama.cpp is not installed or cannot load the file: it is
-    cut off, or no GGUF.
+    Raises UserError, in one line, when llama.cpp is not installed or cannot load the file, because
+    it is cut off or is not GGUF.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -44,8 +45,6 @@ class GgufFile:
                 "vocab_size": opened.vocab_size,
                 "max_position_embeddings": opened.positions,
             }
-        self.parent: Checkpoint | None = None
-        """A folder with the same tokens, whose tokenizer is taken."""
 
     @property
     def bytes(self) -> int:
@@ -57,19 +56,17 @@ class GgufFile:
         """SHA-256 of all bytes of the file."""
         return identity.of_file(self.folder).sha256
 
-    def has_tokens_of(self, checkpoint: Checkpoint) -> bool:
-        """Whether each token of a folder's tokenizer stands under its id in the file."""
-        vocabulary = checkpoint.tokenizer().get_vocab()
+    def has_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether each token of a folder's tokenizer has the same id in the file."""
         known = len(self.tokens)
+        vocabulary = tokenizer.get_vocab()
         return all(i < known and self.tokens[i] == token for token, i in vocabulary.items())
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The parent's tokenizer, else what transformers reads from the file.
+        """The tokenizer that transformers reads from the file.
 
         Raises UserError when it cannot.
         """
-        if self.parent is not None:
-            return self.parent.tokenizer()
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 str(self.folder.parent), gguf_file=self.folder.name, local_files_only=True
@@ -77,70 +74,49 @@ class GgufFile:
         except (ValueError, OSError, KeyError, NotImplementedError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"transformers cannot read the tokenizer in {self.folder} ({reason}): name the "
-                "folder that it was made of among the models, too"
+                f"transformers cannot read the tokenizer in {self.folder} ({reason}): add the "
+                "folder that the file was made from to the models"
             ) from None
         return tokenizer
 
 
 def open_model(source: str | Path) -> Checkpoint | GgufFile:
-    """A file NAME.gguf as llama.cpp will run it, anything else as transformers will.
+    """Open a file NAME.gguf for llama.cpp, and anything else for transformers.
 
-    Raises UserError for what is neither.
+    Raises UserError for a source that is neither.
     """
     if str(source).endswith(ENDING) and not Path(source).expanduser().is_dir():
         return GgufFile(source)
     return load(source, quantized=True)
 
 
-def find_parents(models: Mapping[str, Checkpoint | GgufFile], teacher: str | None) -> None:
-    """Give each GGUF file the first folder, the teacher's before others, that has its tokens."""
-    labels = sorted(models, key=lambda label: label != teacher)
-    folders = [model for label in labels if isinstance(model := models[label], Checkpoint)]
-    for model in models.values():
-        if isinstance(model, GgufFile):
-            named = (folder for folder in folders if folder.has_tokenizer)
-            model.parent = next((each for each in named if model.has_tokens_of(each)), None)
-
-
 ROWS = 256
 """Positions whose logits are held at once."""
 
 
-@dataclass
-class Sums:
-    """Per window of a text the sum of each loss over its scored tokens, and their number."""
-
-    counts: list[int] = field(default_factory=list)
-    of: dict[str, list[float]] = field(default_factory=dict)
-
-
 class GgufEvalModel(EvalModel):
-    """A GGUF file with its texts. Both losses of a text are summed in one pass over it."""
+    """A GGUF file with its texts; `texts` are in the tokens of `tokenizer`."""
 
     batch_size = 1
     device = torch.device("cpu")
-    engine = "llama.cpp"
-    next_tokens = "random"
+    engine, next_tokens = "llama.cpp", "random"
 
-    def __init__(
-        self, label: str, file: GgufFile, texts: list[Text], teacher: TeacherOutputs | None = None
-    ) -> None:
-        self.label, self.file, self.texts, self.teacher = label, file, texts, teacher
-        self.source, self.arithmetic = file.folder, f"llama.cpp, {threads()} threads"
-        self._sums: dict[str, Sums] = {}
+    def __init__(self, label: str, file: GgufFile, *arguments: Any, **more: Any) -> None:
+        super().__init__(label, *arguments, **more)
+        self.file, self.source = file, file.folder
+        self.arithmetic = f"llama.cpp, {threads()} threads"
 
     @cached_property
     def model(self) -> GgufModel:
-        """The file opened, when it is first needed."""
+        """The file, opened when it is first needed."""
         return GgufModel(self.file.folder)
 
     def load(self) -> None:
-        """Have it in memory."""
+        """Open it, unless it is open."""
         _ = self.model
 
     def unload(self) -> None:
-        """Release its memory; it is opened again when it is needed."""
+        """Free its memory; it is opened again when it is needed."""
         if (model := self.__dict__.pop("model", None)) is not None:
             model.close()
 
@@ -151,48 +127,19 @@ class GgufEvalModel(EvalModel):
 
     @property
     def bytes_to_load(self) -> float:
-        """The file's."""
+        """Bytes of the file."""
         return self.file.bytes
 
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """That of the folder that the file was made of, else the file's own."""
-        return self.file.tokenizer()
-
-    def sums(
-        self, text: Text, loss: str, teacher: TeacherOutputs | None
-    ) -> tuple[list[float], list[int]]:
-        """Softmax in float32 of llama.cpp's logits, sums in float64; from one pass for all."""
-        assert teacher is None or teacher is self.teacher
-        if text.name not in self._sums:
-            self._sums[text.name] = self._run(text)
-        found = self._sums[text.name]
-        return found.of[loss], found.counts
-
-    @torch.no_grad()
-    def _run(self, text: Text) -> Sums:
-        names = ["cross_entropy"] if self.teacher is None else ["cross_entropy", "forward_kl"]
-        found = Sums(of={name: [] for name in names})
-        sequences = text.sequences
-        total = int(sequences.real.sum())
-        with progress(f"evaluate {self.label} on {text.name}", total) as counter:
-            for number in range(len(sequences)):
-                begun = dict.fromkeys(names, 0.0)
-                count = 0
-                for logits_NV, targets_N in self._scored(sequences[number], counter):
-                    values = self._values(text, number, count, logits_NV, targets_N)
-                    for name in names:
-                        begun[name] += float(values[name].sum(dtype=torch.float64))
-                    count += len(targets_N)
-                found.counts.append(count)
-                for name in names:
-                    found.of[name].append(begun[name])
-        return found
+    def logits(self, text: Text, counter: Progress) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """llama.cpp's logits in float32; each document of a sequence is read by itself."""
+        for number in range(len(text.sequences)):
+            for logits_NV, targets_N in self._scored(text.sequences[number], counter):
+                yield number, logits_NV, targets_N
 
     def _scored(
         self, sequence: dict[str, Tensor], counter: Progress
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits [N, V] before scored tokens of a block, and those [N]; documents by themselves."""
+        """Logits [N, V] before the scored tokens of a sequence, and those tokens [N]."""
         length = int(sequence["real"].sum())
         starts = torch.nonzero(sequence["position_ids"][:length] == 0).flatten().tolist()
         for begin, end in pairwise([*starts, length]):
@@ -207,23 +154,8 @@ class GgufEvalModel(EvalModel):
                     yield logits_TV[: len(targets)][scored], targets[scored]
                 counter.advance(last - first)
 
-    def _values(
-        self, text: Text, window: int, done: int, logits_NV: Tensor, targets_N: Tensor
-    ) -> dict[str, Tensor]:
-        """Each loss [N] of scored tokens that come after `done` others in a window."""
-        found = {"cross_entropy": _loss("cross_entropy", logits_NV, logits_NV, targets_N)}
-        if self.teacher is not None:
-            head = self.teacher.head
-            states_NH = self.teacher.windows[text.name][window].states_NH[done:][: len(targets_N)]
-            shared = min(logits_NV.shape[1], len(head.weight_VH))
-            weight_VH = head.weight_VH[:shared]
-            teacher_NV = head.logits(states_NH.to(weight_VH.device), weight_VH).cpu()
-            ours_NV = logits_NV[:, :shared]
-            found["forward_kl"] = _loss("forward_kl", ours_NV, teacher_NV, targets_N)
-        return found
-
     def continuation(self, ids: list[int], new_tokens: int) -> list[int]:
-        """With llama.cpp's cache; the file and the tokenizer say what ends it."""
+        """With llama.cpp's cache, up to an end token of the file or the tokenizer."""
         return until(self.model.continuation(ids), new_tokens, self.ends)
 
     @cached_property
@@ -233,7 +165,7 @@ class GgufEvalModel(EvalModel):
         return self.model.ends() | ({eos} if isinstance(eos, int) else set())
 
     def times(self, batch: int, prompt: int, new: int) -> list[float]:
-        """Random tokens throughout, as llama-bench times them: none has to be chosen first."""
+        """Random tokens throughout, as llama-bench times them, so that none has to be chosen."""
         generator = torch.Generator().manual_seed(0)
         shape = (batch, prompt + new)
         ids_BT = torch.randint(self.model.vocab_size, shape, generator=generator)
@@ -248,11 +180,5 @@ class GgufEvalModel(EvalModel):
         return seconds
 
     def flops(self, tokens: int, past: int = 0) -> int | None:
-        """Not known of a file."""
+        """None: the operations of a file are not known."""
         return None
-
-
-def _loss(name: str, ours_NV: Tensor, theirs_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """A loss [N] as distillation has it; what it overwrites are copies."""
-    ((_, _, loss, _),) = LossWeights({name: 1.0}).terms()
-    return loss(ours_NV.float().clone(), theirs_NV.float().clone(), targets_N, 1.0)[0]

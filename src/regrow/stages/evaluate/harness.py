@@ -1,4 +1,4 @@
-"""Tasks through lm_eval: its requests, answered by a loaded model or by llama.cpp."""
+"""Runs lm_eval's tasks on a loaded model of transformers, or on llama.cpp."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from regrow.stages.evaluate.gguf_model import GgufEvalModel
 from regrow.stages.evaluate.task_rows import Rows, manager
 
 SEED = 1234
-"""lm_eval's own, by which worked examples are drawn."""
+"""lm_eval's own seed, by which worked examples are drawn."""
 KINDS: dict[str, dict[str, Any]] = {
     "choices": {
         "output_type": "multiple_choice",
@@ -76,16 +76,16 @@ KINDS: dict[str, dict[str, Any]] = {
         ],
     },
 }
-"""lm_eval's task config by the kind of rows."""
+"""lm_eval's task config, by the kind of rows."""
 
 
 class RowsTask(ConfigurableTask):
-    """A task of lm_eval whose rows are at hand; if no others are, they serve as worked examples."""
+    """A task of lm_eval with given rows; without `rows.shots`, worked examples are other rows."""
 
     def __init__(self, rows: Rows) -> None:
-        self.given = {"test": _dataset(rows.rows)}
+        self.splits = {"test": _dataset(rows.rows)}
         if rows.shots:
-            self.given["train"] = _dataset(rows.shots)
+            self.splits["train"] = _dataset(rows.shots)
         overrides = dict(rows.source.task.config) if rows.source.task is not None else {}
         shots = {"fewshot_split": "train" if rows.shots else "test"}
         config = {"num_fewshot": 0, **KINDS[rows.kind], **overrides}
@@ -93,25 +93,25 @@ class RowsTask(ConfigurableTask):
         super().__init__(config={**config, **name, **(shots if config["num_fewshot"] else {})})
 
     def download(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to fetch."""
-        self.dataset = self.given
+        """Take the rows as they are; lm_eval would fetch them."""
+        self.dataset = self.splits
 
 
 class Model(HFLM):
-    """lm_eval's class for transformers models around a loaded one, with our progress."""
+    """lm_eval's class for models of transformers, around a loaded one, with a progress line."""
 
-    def __init__(self, subject: FolderEvalModel) -> None:
+    def __init__(self, model: FolderEvalModel) -> None:
         super().__init__(
-            pretrained=subject.model,
-            tokenizer=copy.deepcopy(subject.checkpoint.tokenizer()),  # lm_eval may add a pad token
-            batch_size=subject.batch_size,
+            pretrained=model.model,
+            tokenizer=copy.deepcopy(model.tokenizer),  # lm_eval may add a pad token
+            batch_size=model.batch_size,
         )
-        self.label = self.title = f"evaluate {subject.label}"
+        self.label = self.title = f"evaluate {model.label}"
         self.remark = ""
         self.counter: Progress
 
     def get_model_info(self) -> dict[str, Any]:
-        """Nothing: lm_eval would ask the hub."""
+        """Nothing, since lm_eval would ask the hub."""
         return {}
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> Any:
@@ -125,9 +125,9 @@ class Model(HFLM):
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
         # lm_eval asks once about continuations that differ in their last token alone.
-        asked = {(*context, *continuation[:-1]) for _, context, continuation in requests}
+        distinct = {(*context, *continuation[:-1]) for _, context, continuation in requests}
         kwargs["disable_tqdm"] = True
-        with progress(self.title, len(asked), "requests") as self.counter:
+        with progress(self.title, len(distinct), "requests") as self.counter:
             return super()._loglikelihood_tokens(requests, **kwargs)
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -136,30 +136,30 @@ class Model(HFLM):
         return logits
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        found: torch.Tensor = super()._model_generate(context, *args, **kwargs)
+        tokens: torch.Tensor = super()._model_generate(context, *args, **kwargs)
         self.counter.advance(len(context))
-        return found
+        return tokens
 
 
-def model_of(subject: EvalModel) -> Model | GgufLM:
-    """lm_eval's model around a subject."""
-    if isinstance(subject, GgufEvalModel):
-        return GgufLM(subject)
-    assert isinstance(subject, FolderEvalModel)
-    return Model(subject)
+def model_of(model: EvalModel) -> Model | GgufLM:
+    """A model in the form that lm_eval calls."""
+    if isinstance(model, GgufEvalModel):
+        return GgufLM(model)
+    assert isinstance(model, FolderEvalModel)
+    return Model(model)
 
 
 def run(model: Model | GgufLM, rows: Rows, limit: int | None) -> dict[str, Any]:
     """lm_eval's results of the first `limit` rows: `results`, `samples`, `n-shot` and so on.
 
-    Standard errors are left out. Raises UserError for what lm_eval refuses: a task whose data
-    cannot be had, a model of too few positions.
+    Without standard errors. Raises UserError where lm_eval refuses: the data of a task cannot be
+    fetched, or the model has too few positions.
     """
     model.title = f"{model.label} on {rows.source.name}"
     try:
-        with few_words(rows.source.name):
+        with quiet_log(rows.source.name):
             loaded = _load(rows)
-            found = evaluator.evaluate(
+            results = evaluator.evaluate(
                 lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True
             )
     except (OSError, ValueError, ImportError, AssertionError) as error:
@@ -167,12 +167,12 @@ def run(model: Model | GgufLM, rows: Rows, limit: int | None) -> dict[str, Any]:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"task {rows.source.name} cannot be run by lm_eval: {reason}") from error
-    assert found is not None
-    return dict(found)
+    assert results is not None
+    return dict(results)
 
 
 def _load(rows: Rows) -> Any:
-    """The task as lm_eval's simple_evaluate makes it ready: worked examples as the task says."""
+    """The task, prepared as in lm_eval's simple_evaluate, with its own worked examples."""
     if rows.kind:
         loaded = TaskManager(include_defaults=False).load([RowsTask(rows)])
     else:
@@ -185,35 +185,36 @@ def _load(rows: Rows) -> Any:
 
 
 @contextmanager
-def few_words(name: str | None) -> Iterator[None]:
-    """lm_eval's log held back; of its warnings on a task the first is told, and how many more."""
-    logger, kept = logging.getLogger("lm_eval"), _CapturedLog()
+def quiet_log(task: str | None) -> Iterator[None]:
+    """Hold lm_eval's log back, and print only the first warning on a task and their number."""
+    logger, captured = logging.getLogger("lm_eval"), _CapturedLog()
     before = logger.level, logger.propagate
     logger.setLevel(logging.WARNING)
     logger.propagate = False
-    logger.addHandler(kept)
+    logger.addHandler(captured)
     try:
         yield
     finally:
-        logger.removeHandler(kept)
+        logger.removeHandler(captured)
         logger.setLevel(before[0])
         logger.propagate = before[1]
-    if kept.told and name is not None:
-        more = f" (and {len(kept.told) - 1} more such lines)" if len(kept.told) > 1 else ""
-        say(f"lm_eval on {name}: {' '.join(kept.told[0].split())}{more}")
+    if captured.lines and task is not None:
+        count = len(captured.lines)
+        more = f" (and {count - 1} more such lines)" if count > 1 else ""
+        say(f"lm_eval on {task}: {' '.join(captured.lines[0].split())}{more}")
 
 
 class _CapturedLog(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[str] = []
+        self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.told.append(record.getMessage())
+        self.lines.append(record.getMessage())
 
 
 def _dataset(rows: list[dict[str, Any]]) -> Dataset:
-    """As lm_eval wants them; a continuation follows its context after a space."""
+    """Rows as lm_eval expects them; a continuation follows its context after a space."""
     return Dataset.from_list(
         [
             {**row, "target": f" {row['continuation']}"} if "continuation" in row else row
@@ -223,22 +224,22 @@ def _dataset(rows: list[dict[str, Any]]) -> Dataset:
 
 
 MAX_GEN_TOKS = 256
-"""lm_eval's own, of a task that names no number."""
+"""lm_eval's own limit of new tokens, for a task that names none."""
 
 
 class GgufLM(TemplateLM):
-    """lm_eval's class for a model around llama.cpp, with the tokens that transformers gives."""
+    """lm_eval's interface to llama.cpp, with tokens by a tokenizer of transformers."""
 
-    def __init__(self, subject: GgufEvalModel) -> None:
+    def __init__(self, model: GgufEvalModel) -> None:
         super().__init__()
-        self.subject, self.tokenizer = subject, subject.tokenizer
-        self.label = self.title = f"evaluate {subject.label}"
-        self.max_length = int(subject.file.config["max_position_embeddings"])
+        self.gguf, self.tokenizer = model, model.tokenizer
+        self.label = self.title = f"evaluate {model.label}"
+        self.max_length = int(model.file.config["max_position_embeddings"])
         self._encoded: dict[str, bool] = {}
 
     @property
     def remark(self) -> str:
-        """How many of the strings that it was asked about llama.cpp splits into other tokens."""
+        """How many of the strings so far llama.cpp splits into other tokens."""
         apart = sum(not same for same in self._encoded.values())
         if not apart:
             return "tokens by transformers and llama.cpp alike"
@@ -251,7 +252,7 @@ class GgufLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands for an empty context: the first token of a text, if there is one."""
+        """The token in place of an empty context: BOS, or EOS where there is none."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
@@ -261,7 +262,7 @@ class GgufLM(TemplateLM):
         """Token ids as lm_eval's class for transformers has them."""
         bare: list[int] = self.tokenizer.encode(string, add_special_tokens=False)
         if string not in self._encoded:
-            self._encoded[string] = bare == self.subject.model.tokenize(string, special=True)
+            self._encoded[string] = bare == self.gguf.model.tokenize(string, special=True)
         begun = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
         if add_special_tokens is False or (add_special_tokens is None and begun):
             return bare
@@ -290,7 +291,7 @@ class GgufLM(TemplateLM):
         read = (context + continuation)[-(self.max_length + 1) :][:-1]
         count = len(continuation)
         assert 0 < count <= len(read), "a continuation is not longer than the model's context"
-        logits_NV = torch.from_numpy(self.subject.model.logits(read, len(read) - count))
+        logits_NV = torch.from_numpy(self.gguf.model.logits(read, len(read) - count))
         targets_N = torch.tensor(continuation)
         chosen_N = logits_NV.log_softmax(-1).gather(1, targets_N[:, None])
         return float(chosen_N.sum()), bool((logits_NV.argmax(-1) == targets_N).all())
@@ -331,8 +332,8 @@ class GgufLM(TemplateLM):
         ids = self.tok_encode(context)[-(self.max_length - most) :]
         new: list[int] = []
         text = ""
-        for token in islice(self.subject.model.continuation(ids), most):
-            if token in self.subject.ends:
+        for token in islice(self.gguf.model.continuation(ids), most):
+            if token in self.gguf.ends:
                 break
             new.append(token)
             text = str(self.tokenizer.decode(new, skip_special_tokens=True))

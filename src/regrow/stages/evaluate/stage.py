@@ -1,16 +1,23 @@
-"""The evaluate stage: models in, one JSON file that sets them side by side out."""
+"""The evaluate stage: models in, one JSON file with their figures side by side out."""
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from regrow import plugins
 from regrow.checkpoint import Checkpoint, load
 from regrow.config import Options
 from regrow.data import DataConfig
@@ -18,22 +25,37 @@ from regrow.data.files import sha256_of
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.runtime.progress import say
-from regrow.stage_dir import StageDir, digest, write_json
-from regrow.stages.evaluate.config import EvaluateConfig
-from regrow.stages.evaluate.eval_model import MetricResult
-from regrow.stages.evaluate.gguf_model import GgufFile, find_parents, open_model
-from regrow.stages.evaluate.measuring import EvaluationSetup, measure_all
+from regrow.stage_dir import Figure, StageDir, digest, write_json
+from regrow.stages.evaluate.config import METRICS, EvaluateConfig
+from regrow.stages.evaluate.eval_model import (
+    Context,
+    EvalModel,
+    MetricResult,
+    ResultCache,
+    TeacherOutputs,
+    fit_together,
+    mean_per_token,
+)
+from regrow.stages.evaluate.folder_model import FolderEvalModel
+from regrow.stages.evaluate.gguf_model import GgufEvalModel, GgufFile, open_model
 from regrow.stages.evaluate.table import show
-from regrow.stages.evaluate.task_rows import find, read
-from regrow.stages.evaluate.texts import text_files
-from regrow.stages.evaluate.tokenizer_match import Models, teacher_ids_of, texts_of
+from regrow.stages.evaluate.task_rows import Rows, find, read
+from regrow.stages.evaluate.texts import Text, text_files
+from regrow.stages.evaluate.tokenizer_match import (
+    Models,
+    open_tokenizers,
+    teacher_ids_of,
+    texts_of,
+)
 
 EVALUATION = "evaluation.json"
 ITEMS = "items.json"
 """The score of every item of every task, by model and figure."""
 PARTS = "parts"
-"""What is found, metric by metric, until all is."""
+"""Folder of the results of single metrics, until all are there."""
 TEACHER = "teacher"
+FIRST = ("memory",)
+"""Metrics that must see a model being loaded."""
 
 
 def evaluate(
@@ -44,48 +66,40 @@ def evaluate(
     config: EvaluateConfig | None = None,
     options: Options | None = None,
 ) -> Path:
-    """Measure models, one loaded at a time; write `evaluation.json`, print a table, return `out`.
+    """Measure models, write `evaluation.json`, print a table, and return `out`.
 
-    `models` maps labels to folders, and to files NAME.gguf, which llama.cpp runs; `against` is the
-    teacher that KL is measured from, by transformers, listed first if it is not among them. An
-    interrupted evaluation goes on with the metric, and the task, where it stopped. Raises UserError
-    for what cannot be loaded, for no text, for an unknown task or a row that is none, and for KL
-    between models of different tokenizers.
+    `models` maps labels to folders, and to files NAME.gguf, which llama.cpp runs. `against` is the
+    teacher, by transformers: KL and ratios compare with it, and it is listed first if it is not
+    among the models. An interrupted evaluation continues at the metric, and the task, where it
+    stopped. Raises UserError for a model that cannot be loaded, a metric that has nothing to
+    measure, an unknown task, a bad row, and a teacher that has other tokens than a model.
     """
     config, options = config or EvaluateConfig(), options or Options()
+    options.torch_device()
+    check_metrics(config, data, against is not None)
     checkpoints, teacher = load_models(models, against)
+    check_window(checkpoints, config)
     sources = find(config)
+    say(f"evaluate: {', '.join(config.metrics)} of {', '.join(checkpoints)}")
     inputs = _inputs(checkpoints, teacher, data, config)
     inputs |= {f"task {source.name}": source.digest for source in sources}
     stage = StageDir(Path(out), "evaluate", config, inputs, resumable=True)
     if stage.complete:
         say(f"evaluate: {out} is complete and unchanged")
     else:
-        device = options.torch_device()
         tasks = [read(source) for source in sources]
-        find_parents(checkpoints, teacher)
-        _check_window(checkpoints, config)
-        texts = texts_of(checkpoints, data, config, teacher or next(iter(checkpoints)))
-        ids: dict[str, Tensor | None] = {}
-        if teacher is not None and "kl" in config.metrics:
-            ids = teacher_ids_of(checkpoints, teacher, texts)
+        setup = _prepare(checkpoints, teacher, data, config, options, tasks)
         with stage as folder:
-            parts = folder / PARTS
-            found = measure_all(
-                EvaluationSetup(
-                    *(checkpoints, teacher, texts, ids, tasks),
-                    *(config, device, options.batch_size, parts),
-                )
-            )
-            write_json(folder / EVALUATION, _evaluation(found, teacher))
+            results = measure_all(setup, folder / PARTS)
+            write_json(folder / EVALUATION, _evaluation(results, teacher, config))
             if tasks:
-                items = {label: measured.items for label, measured in found.items()}
+                items = {label: result.items for label, result in results.items()}
                 (folder / ITEMS).write_text(json.dumps(items) + "\n")
-            shutil.rmtree(parts, ignore_errors=True)
+            shutil.rmtree(folder / PARTS, ignore_errors=True)
             stage.figures += [
                 figure.model_copy(update={"name": f"{label}/{figure.name}"})
                 for label in checkpoints
-                for figure in found[label].figures
+                for figure in results[label].figures
             ]
     show(json.loads((Path(out) / EVALUATION).read_text()))
     return Path(out)
@@ -116,22 +130,31 @@ def load_models(
     return {TEACHER: teacher, **checkpoints}, TEACHER
 
 
-def _inputs(
-    checkpoints: Models, teacher: str | None, data: DataConfig | None, config: EvaluateConfig
-) -> dict[str, str]:
-    inputs = {f"model {label}": model.fingerprint for label, model in checkpoints.items()}
-    # Labels and their order are part of the result.
-    inputs["labels"] = json.dumps([*checkpoints, teacher])
-    if data is not None:
-        inputs["data"] = data_digest(data)
-    for name, source in config.texts.items():
-        inputs[f"text {name}"] = digest([sha256_of(path) for path in text_files(source)])
-    return inputs
+def check_metrics(config: EvaluateConfig, data: DataConfig | None, has_teacher: bool) -> None:
+    """Raise UserError for a metric that was chosen by name, but has nothing to measure.
+
+    Where all metrics are chosen, as by default, those that cannot be measured are left out.
+    """
+    if set(config.metrics) == set(plugins.names(METRICS)):
+        return
+    for name in config.metrics:
+        metric, missing = plugins.load(METRICS, name), ""
+        if reads_teacher(metric) and not has_teacher:
+            missing = "a teacher to compare with: give --against MODEL"
+        elif hasattr(metric, "per_token") and data is None and not config.texts:
+            missing = "text: give --data or --texts"
+        elif name == "tasks" and not config.tasks:
+            missing = "tasks: give --tasks"
+        elif name == "generations" and not config.prompts:
+            missing = "prompts: give --prompts"
+        if missing:
+            raise UserError(f"metric {name} needs {missing}, or leave {name} out of metrics")
 
 
-def _check_window(checkpoints: Models, config: EvaluateConfig) -> None:
-    for label, checkpoint in checkpoints.items():
-        limit = checkpoint.config.get("max_position_embeddings")
+def check_window(models: Models, config: EvaluateConfig) -> None:
+    """Raise UserError for windows that are longer than a model can read."""
+    for label, model in models.items():
+        limit = model.config.get("max_position_embeddings")
         if config.texts and limit is not None and config.window > limit:
             raise UserError(
                 f"window {config.window} is longer than {label} was made for ({limit} positions): "
@@ -139,29 +162,237 @@ def _check_window(checkpoints: Models, config: EvaluateConfig) -> None:
             )
 
 
-def _evaluation(found: dict[str, MetricResult], teacher: str | None) -> dict[str, Any]:
+def _inputs(
+    models: Models, teacher: str | None, data: DataConfig | None, config: EvaluateConfig
+) -> dict[str, str]:
+    inputs = {f"model {label}": model.fingerprint for label, model in models.items()}
+    # Labels and their order are part of the result.
+    inputs["labels"] = json.dumps([*models, teacher])
+    if data is not None:
+        inputs["data"] = data_digest(data)
+    for name, source in config.texts.items():
+        inputs[f"text {name}"] = digest([sha256_of(path) for path in text_files(source)])
+    return inputs
+
+
+@dataclass(frozen=True)
+class EvaluationSetup:
+    """The models, texts and tasks of an evaluation, opened and checked."""
+
+    checkpoints: Models
+    tokenizers: dict[str, PreTrainedTokenizerBase]
+    teacher: str | None
+    texts: dict[str, list[Text]]
+    teacher_ids: dict[str, Tensor | None]
+    """Per model the teacher's ids of its tokens; empty when no metric reads the teacher."""
+    tasks: list[Rows]
+    config: EvaluateConfig
+    options: Options
+    metrics: dict[str, ModuleType]
+
+    def compared(self, caches: dict[str, ResultCache]) -> list[str]:
+        """The models that some metric has still to compare with the teacher."""
+        names = [name for name in self.metrics if reads_teacher(self.metrics[name])]
+        return [
+            label
+            for label in self.teacher_ids
+            if label != self.teacher and not all(map(caches[label].has, names))
+        ]
+
+    def model(self, label: str, cache: ResultCache, keep_states: bool) -> EvalModel:
+        """A model to measure; it is loaded when it is first needed."""
+        checkpoint = self.checkpoints[label]
+        reads: Any = {
+            name: metric
+            for name, metric in self.metrics.items()
+            if hasattr(metric, "per_token") and not cache.has(name)
+        }
+        tokenizer, texts = self.tokenizers[label], self.texts[label]
+        if isinstance(checkpoint, GgufFile):
+            return GgufEvalModel(label, checkpoint, tokenizer, texts, reads)
+        dtype: torch.dtype = getattr(torch, self.config.dtype)
+        return FolderEvalModel(
+            *(label, checkpoint, tokenizer, texts, dtype, self.options, reads, keep_states)
+        )
+
+
+def _prepare(
+    checkpoints: Models,
+    teacher: str | None,
+    data: DataConfig | None,
+    config: EvaluateConfig,
+    options: Options,
+    tasks: list[Rows],
+) -> EvaluationSetup:
+    """Tokenizers and texts of all models; raises UserError where they do not compare."""
+    metrics = {name: load_metric(name) for name in config.metrics}
+    say("evaluate: reading the tokenizers and the texts")
+    tokenizers = open_tokenizers(checkpoints, teacher)
+    first = teacher or next(iter(checkpoints))
+    texts = texts_of(checkpoints, tokenizers, data, config, first)
+    ids: dict[str, Tensor | None] = {}
+    comparing = [name for name in metrics if reads_teacher(metrics[name])]
+    if teacher is not None and comparing:
+        ids = teacher_ids_of(checkpoints, tokenizers, teacher, texts, comparing)
+    return EvaluationSetup(
+        *(checkpoints, tokenizers, teacher, texts, ids, tasks, config, options, metrics)
+    )
+
+
+def load_metric(name: str) -> ModuleType:
+    """A metric's file; raises UserError for one that measures nothing."""
+    metric = plugins.load(METRICS, name)
+    wanted = [["measure"], ["measure_all"]]
+    if hasattr(metric, "per_token"):
+        wanted = [["READS_TEACHER", "measure"], ["READS_TEACHER", "UNIT", "CONVENTION"]]
+    if not any(all(hasattr(metric, each) for each in names) for names in wanted):
+        needs = ", or ".join(" and ".join(f"`{each}`" for each in names) for names in wanted)
+        raise UserError(f"metric {name}: {metric.__file__} needs {needs} (docs/add-a-metric.md)")
+    return metric
+
+
+def reads_teacher(metric: ModuleType) -> bool:
+    """Whether a metric compares a model's logits with the teacher's."""
+    return bool(getattr(metric, "READS_TEACHER", False))
+
+
+def measure_all(setup: EvaluationSetup, folder: Path) -> dict[str, MetricResult]:
+    """The results of every model, in their order, stored metric by metric in `folder`.
+
+    Metrics that must see all models at the same time, such as speed, come last.
+    """
+    results = {label: MetricResult() for label in setup.checkpoints}
+    caches = {label: ResultCache(folder, n) for n, label in enumerate(setup.checkpoints)}
+    models = _one_by_one(setup, caches, results)
+    for name, metric in setup.metrics.items():
+        if not hasattr(metric, "measure_all"):
+            continue
+        measured: dict[str, MetricResult] = {}
+
+        def compute(
+            label: str, metric: ModuleType = metric, measured: dict[str, MetricResult] = measured
+        ) -> MetricResult:
+            if not measured:
+                measured.update(metric.measure_all(models, setup.config, setup.teacher))
+            return measured[label]
+
+        for label in setup.checkpoints:
+            results[label].extend(caches[label].get(name, partial(compute, label)))
+    return results
+
+
+def _one_by_one(
+    setup: EvaluationSetup, caches: dict[str, ResultCache], results: dict[str, MetricResult]
+) -> dict[str, EvalModel]:
+    """Measure one model after the other, the teacher first, since others are compared with it.
+
+    Models stay loaded where a later metric sees all of them, and all fit in memory.
+    """
+    names = [name for name in setup.metrics if not hasattr(setup.metrics[name], "measure_all")]
+    names.sort(key=lambda name: name not in FIRST)
+    compared = setup.compared(caches)
+    models = {
+        label: setup.model(label, caches[label], label == setup.teacher and compared != [])
+        for label in setup.checkpoints
+    }
+    stay = len(names) < len(setup.metrics) and fit_together(list(models.values()))
+    teachers: dict[str, TeacherOutputs] = {}
+    labels = sorted(models, key=lambda label: label != setup.teacher)
+    for number, label in enumerate(labels, start=1):
+        model, cache = models[label], caches[label]
+        model.teacher = teachers.get(label)
+        of_teacher = None if setup.teacher in (None, label) else results[str(setup.teacher)]
+        context = Context(setup.config, model.teacher, of_teacher, setup.tasks, cache)
+        for name in names:
+            if reads_teacher(setup.metrics[name]) and setup.teacher in (None, label):
+                continue
+            compute = _announced(
+                f"evaluate {label} ({number} of {len(labels)}): {name}",
+                partial(_measure, name, setup.metrics[name], model, context),
+            )
+            results[label].extend(cache.get(name, compute))
+        if label == setup.teacher and compared:
+            assert isinstance(model, FolderEvalModel), "a teacher is a folder"
+            teachers = _teachers(model, setup, compared)
+        if not stay:
+            model.unload()
+            gc.collect()
+    return models
+
+
+def _announced(text: str, compute: Callable[[], MetricResult]) -> Callable[[], MetricResult]:
+    def announced() -> MetricResult:
+        say(text)
+        return compute()
+
+    return announced
+
+
+def _measure(name: str, metric: ModuleType, model: EvalModel, context: Context) -> MetricResult:
+    """A metric's own `measure` or, of one that has none, the mean of `per_token` on every text."""
+    if hasattr(metric, "measure"):
+        result: MetricResult = metric.measure(model, context)
+        return result
+    convention, teacher = metric.CONVENTION, context.teacher
+    if metric.READS_TEACHER:
+        assert teacher is not None, f"{name} has nothing to compare with"
+        convention = convention.replace("{teacher}", teacher.label)
+        if teacher.restricted:
+            convention += f" (in the model's own tokens, {teacher.label} renormalised over them)"
+    figures = []
+    for text in model.texts:
+        mean, stderr, tokens = mean_per_token(model, text, name)
+        figures.append(
+            Figure(
+                name=f"{name}/{text.name}",
+                value=mean,
+                unit=metric.UNIT,
+                n=tokens,
+                stderr=stderr,
+                convention=f"{convention}; {text.convention}; {model.arithmetic}",
+            )
+        )
+    return MetricResult(figures)
+
+
+def _teachers(
+    model: FolderEvalModel, setup: EvaluationSetup, labels: list[str]
+) -> dict[str, TeacherOutputs]:
+    """The teacher's outputs for every other model; models with the same texts share them."""
+    outputs: dict[int, TeacherOutputs] = {}
+    for label in labels:
+        texts = setup.texts[label]
+        if id(texts) not in outputs:
+            outputs[id(texts)] = model.as_teacher(texts, setup.teacher_ids[label])
+    return {label: outputs[id(setup.texts[label])] for label in labels}
+
+
+def _evaluation(
+    results: dict[str, MetricResult], teacher: str | None, config: EvaluateConfig
+) -> dict[str, Any]:
     figures = {
-        label: [f.model_dump(mode="json", exclude_none=True) for f in measured.figures]
-        for label, measured in found.items()
+        label: [figure.model_dump(mode="json", exclude_none=True) for figure in result.figures]
+        for label, result in results.items()
     }
     return {
-        "labels": list(found),
+        "labels": list(results),
         "teacher": teacher,
+        "metrics": list(config.metrics),
         "figures": figures,
-        "generations": {label: measured.generations for label, measured in found.items()},
+        "generations": {label: result.generations for label, result in results.items()},
         "conventions": conventions(figures),
     }
 
 
 def conventions(figures: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
-    """Per figure's name the first parts, up to a semicolon, of its convention that all share."""
-    of: dict[str, list[str]] = {}
-    for some in figures.values():
-        for figure in some:
-            of.setdefault(figure["name"], []).append(figure["convention"])
-    return {name: _shared(given) for name, given in of.items()}
+    """By figure name, the leading parts of its convention (up to a `; `) that all models share."""
+    by_name: dict[str, list[str]] = {}
+    for rows in figures.values():
+        for figure in rows:
+            by_name.setdefault(figure["name"], []).append(figure["convention"])
+    return {name: _shared(texts) for name, texts in by_name.items()}
 
 
-def _shared(given: list[str]) -> str:
-    parts = zip(*(convention.split("; ") for convention in given), strict=False)
+def _shared(texts: list[str]) -> str:
+    parts = zip(*(text.split("; ") for text in texts), strict=False)
     return "; ".join(same[0] for same in takewhile(lambda some: len(set(some)) == 1, parts))

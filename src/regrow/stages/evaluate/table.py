@@ -1,4 +1,4 @@
-"""The tables of an evaluation on the terminal."""
+"""Tables of an evaluation for the terminal."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ ORDER = (
     "perplexity_per_reference_token",
     "bits_per_byte",
     "kl",
+    "agreement",
 )
 SPEED = (
     "prefill",
@@ -38,6 +39,7 @@ TITLES = {
     "perplexity_per_reference_token": "ppl/ref token",
     "bits_per_byte": "bits/byte",
     "kl": "KL",
+    "agreement": "top-1 agreement",
     "bytes": "MB",
     "bits_per_weight": "bits/weight",
     "prefill": "prefill tok/s",
@@ -60,46 +62,49 @@ def show(evaluation: dict[str, Any]) -> None:
     width = None if sys.stdout.isatty() else 160
     console = Console(file=sys.stdout, width=width)
     names = column_names(evaluation)
-    parts = {"evaluation": [name for name in names if _kind(name) in ORDER]}
+    quality = {*ORDER, *evaluation.get("metrics", ())}
+    parts = {"evaluation": [name for name in names if _kind(name) in quality]}
     for name in names:
         if _kind(name) in SPEED:
             setting = name.partition("/")[2]
             parts.setdefault(f"speed {setting}".rstrip(), []).append(name)
-    for heading, some in parts.items():
-        if some:
-            console.print(table(evaluation, heading, some))
-    known = {name for some in parts.values() for name in some}
+    for heading, columns in parts.items():
+        if columns:
+            console.print(table(evaluation, heading, columns))
+    known = {name for columns in parts.values() for name in columns}
     if tasks := [name for name in names if name not in known]:
         console.print(task_table(evaluation, tasks))
 
 
 def table(evaluation: dict[str, Any], heading: str, columns: list[str]) -> Table:
-    """Rows are models, columns figures."""
-    found = Table(title=heading, title_justify="left")
-    found.add_column("model", no_wrap=True)
+    """A row per model, a column per figure."""
+    result = Table(title=heading, title_justify="left")
+    result.add_column("model", no_wrap=True)
     for name in columns:
         kind, _, _ = name.partition("/")
         heading = TITLES[kind] if kind in SPEED else title(name)
-        found.add_column(heading, justify="right", no_wrap=True)
+        result.add_column(heading, justify="right", no_wrap=True)
     for label in evaluation["labels"]:
         values = {f["name"]: f["value"] for f in evaluation["figures"][label]}
         cells = [cell(name, values[name]) if name in values else "–" for name in columns]
-        found.add_row(_plain(label), *cells)
-    return found
+        result.add_row(_plain(label), *cells)
+    return result
 
 
 def task_table(evaluation: dict[str, Any], names: list[str]) -> Table:
-    """Rows are scores of tasks, columns models: the score, its standard error, the share kept."""
-    found = Table(title="tasks (± standard error; share of the teacher kept)", title_justify="left")
-    found.add_column("score", no_wrap=True)
+    """A row per score, a column per model: score, standard error, share of the teacher's."""
+    result = Table(
+        title="tasks (± standard error; share of the teacher kept)", title_justify="left"
+    )
+    result.add_column("score", no_wrap=True)
     for label in evaluation["labels"]:
-        found.add_column(_plain(label), justify="right", no_wrap=True)
-    figures = {label: {f["name"]: f for f in some} for label, some in evaluation["figures"].items()}
+        result.add_column(_plain(label), justify="right", no_wrap=True)
+    figures = {label: {f["name"]: f for f in rows} for label, rows in evaluation["figures"].items()}
     for name in names:
         if not _kind(name).endswith(KEPT):
             cells = [_score(figures[label], name) for label in evaluation["labels"]]
-            found.add_row(title(name), *cells)
-    return found
+            result.add_row(title(name), *cells)
+    return result
 
 
 def _score(figures: dict[str, dict[str, Any]], name: str) -> str:
@@ -118,11 +123,11 @@ def _with_error(name: str, figure: dict[str, Any]) -> str:
 
 def column_names(evaluation: dict[str, Any]) -> list[str]:
     """Names of all figures of an evaluation, those of ORDER first, then those of SPEED."""
-    names = dict.fromkeys(f["name"] for some in evaluation["figures"].values() for f in some)
+    names = dict.fromkeys(f["name"] for rows in evaluation["figures"].values() for f in rows)
 
     def place(name: str) -> int:
-        every, kind = ORDER + SPEED, _kind(name)
-        return every.index(kind) if kind in every else len(every)
+        order, kind = ORDER + SPEED, _kind(name)
+        return order.index(kind) if kind in order else len(order)
 
     return sorted(names, key=place)
 
@@ -134,11 +139,11 @@ def title(name: str) -> str:
 
 
 def cell(name: str, value: float) -> str:
-    """A figure as shown in a table."""
+    """A figure in the form of a table's cell."""
     kind = _kind(name)
     if kind == "parameters":
         return f"{value:,.0f}"
-    if kind.endswith((KEPT, "_of_flops")):
+    if kind == "agreement" or kind.endswith((KEPT, "_of_flops")):
         return f"{value:.1%}"
     if kind.startswith(("acc", "exact_match")):
         return f"{value:.4f}"
@@ -146,6 +151,8 @@ def cell(name: str, value: float) -> str:
         return f"{value / 1e6:,.1f}"
     if kind in ("kl", "bits_per_byte"):
         return f"{value:.4f}"
+    if value >= 1e9:
+        return f"{value:.3g}"
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
@@ -154,5 +161,5 @@ def _kind(name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text in which rich finds no markup."""
+    """Text with rich's markup escaped."""
     return text.replace("[", r"\[")

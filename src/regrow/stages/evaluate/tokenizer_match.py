@@ -1,4 +1,4 @@
-"""Texts in every model's tokens, and what their tokens are to the teacher."""
+"""Each model's tokenizer, the texts in its tokens, and the teacher's ids of these tokens."""
 
 from __future__ import annotations
 
@@ -24,19 +24,46 @@ from regrow.training.shared_tokens import ids_in
 Models: TypeAlias = dict[str, Checkpoint | GgufFile]
 
 
+def open_tokenizers(models: Models, teacher: str | None) -> dict[str, PreTrainedTokenizerBase]:
+    """Each model's tokenizer; folders with the same tokenizer files share one object.
+
+    A GGUF file takes that of the first folder, the teacher before others, whose tokens have the
+    same ids in the file; without one, the file's own. Raises UserError for a missing tokenizer.
+    """
+    labels = sorted(models, key=lambda label: label != teacher)
+    tokenizers = {
+        label: model.tokenizer()
+        for label in labels
+        if isinstance(model := models[label], Checkpoint)
+    }
+    folders = list({id(each): each for each in tokenizers.values()}.values())
+    for label, model in models.items():
+        if isinstance(model, GgufFile):
+            same = (each for each in folders if model.has_tokens_of(each))
+            tokenizers[label] = next(same, None) or model.tokenizer()
+    return tokenizers
+
+
 def texts_of(
-    checkpoints: Models, data: DataConfig | None, config: EvaluateConfig, first: str
+    models: Models,
+    tokenizers: dict[str, PreTrainedTokenizerBase],
+    data: DataConfig | None,
+    config: EvaluateConfig,
+    first: str,
 ) -> dict[str, list[Text]]:
     """The texts by model's label, tokenized once per distinct tokenizer.
 
     The first tokens of a further text are those of the model `first`; a model with another
-    tokenizer gets the same string in its own tokens, and no model a figure per token.
+    tokenizer gets the same string in its own tokens, and no model gets a figure per token.
     """
-    tokenizers = {label: checkpoint.tokenizer() for label, checkpoint in checkpoints.items()}
-    keys = {label: fingerprint(tokenizer) for label, tokenizer in tokenizers.items()}
+    rules = {id(each): each for each in tokenizers.values()}
+    keys = {label: str(id(each)) for label, each in tokenizers.items()}
+    if len(rules) > 1:  # other files, perhaps the same rules
+        of = {key: fingerprint(each) for key, each in rules.items()}
+        keys = {label: of[id(each)] for label, each in tokenizers.items()}
     built = {keys[first]: build_texts(data, tokenizers[first], config)}
     if len(set(keys.values())) == 1:
-        return _split_alike({label: built[key] for label, key in keys.items()}, checkpoints)
+        return _split_alike({label: built[key] for label, key in keys.items()}, models, tokenizers)
     openings = openings_of(tokenizers[first], config)
     for label, key in keys.items():
         if key not in built:
@@ -47,33 +74,36 @@ def texts_of(
     )
     references = {text.name: _reference(first, text) for text in built[keys[first]]}
     built = {
-        key: [_told_apart(text, references[text.name]) for text in texts]
+        key: [_per_byte_only(text, references[text.name]) for text in texts]
         for key, texts in built.items()
     }
-    return _split_alike({label: built[key] for label, key in keys.items()}, checkpoints)
+    return _split_alike({label: built[key] for label, key in keys.items()}, models, tokenizers)
 
 
-def _split_alike(texts: dict[str, list[Text]], models: Models) -> dict[str, list[Text]]:
-    """The texts by label; of a GGUF file those alone that llama.cpp splits into these tokens."""
-    found = dict(texts)
+def _split_alike(
+    texts: dict[str, list[Text]], models: Models, tokenizers: dict[str, PreTrainedTokenizerBase]
+) -> dict[str, list[Text]]:
+    """The texts by label; a GGUF file gets those that llama.cpp splits into the same tokens."""
+    alike = dict(texts)
     for label, model in models.items():
         for text in texts[label]:
             used, rows = text.sequences.input_ids.unique().tolist(), embedding_rows(model)
-            check_ids(used, model.tokenizer(), rows, model.folder)
+            check_ids(used, tokenizers[label], rows, model.folder)
         if isinstance(model, GgufFile):
-            apart = _split_apart(texts[label], model)
-            found[label] = [text for text in texts[label] if text.name not in apart]
+            apart = _split_apart(texts[label], model, tokenizers[label])
+            alike[label] = [text for text in texts[label] if text.name not in apart]
             for name in apart:
                 say(
                     f"evaluate: llama.cpp splits the text {name!r} into other tokens than the "
                     f"tokenizer of {label} does: no figures of it"
                 )
-    return found
+    return alike
 
 
-def _split_apart(texts: list[Text], file: GgufFile) -> list[str]:
-    """Names of the texts that llama.cpp splits otherwise."""
-    tokenizer = file.tokenizer()
+def _split_apart(
+    texts: list[Text], file: GgufFile, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Names of the texts that llama.cpp splits into other tokens than `tokenizer` does."""
     apart = []
     with GgufModel(file.folder, only_look=True) as opened:
         for text in texts:
@@ -86,7 +116,8 @@ def _split_apart(texts: list[Text], file: GgufFile) -> list[str]:
     return apart
 
 
-def _told_apart(text: Text, reference: Reference | None) -> Text:
+def _per_byte_only(text: Text, reference: Reference | None) -> Text:
+    """A text whose figures per token do not compare between the models."""
     if text.name == HELDOUT:
         own = "in the model's own tokens: not the same text for one of other tokens"
         return replace(text, convention=f"{text.convention}; {own}", per_token=False)
@@ -100,7 +131,7 @@ def _reference(label: str, text: Text) -> Reference | None:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256, as hex, of what decides how text becomes tokens and how chats are rendered."""
+    """SHA-256, as hex, of the rules that split text into tokens and render chats."""
     rules = sorted(tokenizer.get_vocab().items())
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     parts = [backend.get(key) for key in ("normalizer", "pre_tokenizer", "model", "post_processor")]
@@ -108,48 +139,53 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def teacher_ids_of(
-    checkpoints: Models, teacher: str, texts: dict[str, list[Text]]
+    models: Models,
+    tokenizers: dict[str, PreTrainedTokenizerBase],
+    teacher: str,
+    texts: dict[str, list[Text]],
+    metrics: list[str],
 ) -> dict[str, Tensor | None]:
     """Per model the teacher's ids of its tokens; None where ids and texts are the teacher's own.
 
     A model may have more ids than the teacher (padding of the vocabulary, added tokens), or some of
-    its tokens under other ids. Raises UserError for one that is neither.
+    its tokens under other ids. Raises UserError, which names the `metrics` to leave out, for a
+    model whose tokens cannot be compared.
     """
-    found: dict[str, Tensor | None] = {}
-    checkpoint = checkpoints[teacher]
-    theirs, size = checkpoint.tokenizer(), int(checkpoint.config["vocab_size"])
-    for label, checkpoint in checkpoints.items():
-        other = checkpoint.tokenizer()
+    ids: dict[str, Tensor | None] = {}
+    theirs, size = tokenizers[teacher], int(models[teacher].config["vocab_size"])
+    for label, other in tokenizers.items():
+        ids[label] = None
+        if other is theirs:
+            continue
         reason = _difference(other, theirs, texts[label], texts[teacher])
-        found[label] = None if reason is None else ids_in(other, theirs, size)
-        if reason is not None and found[label] is None:
-            raise UserError(f"no KL between {label} and {teacher}: {reason}")
-    return found
+        if reason is not None:
+            ids[label] = ids_in(other, theirs, size)
+        if reason is not None and ids[label] is None:
+            raise UserError(
+                f"{' and '.join(metrics)} cannot compare {label} with {teacher}: {reason}; leave "
+                f"{', '.join(metrics)} out of metrics, or compare with a model of the same tokens"
+            )
+    return ids
 
 
 def _difference(
     other: PreTrainedTokenizerBase,
     teacher: PreTrainedTokenizerBase,
-    mine: list[Text],
-    theirs: list[Text],
+    texts: list[Text],
+    teacher_texts: list[Text],
 ) -> str | None:
-    """Why the ids of one mean nothing to the other; None when they mean the same."""
-    token_of, other_of = _tokens_by_id(teacher), _tokens_by_id(other)
-    odd = sorted(i for i in token_of.keys() & other_of.keys() if token_of[i] != other_of[i])
-    if odd:
-        at = odd[0]
-        return (
-            f"token {at} is {other_of[at]!r} in one and {token_of[at]!r} in the other; leave `kl` "
-            "out of metrics, or compare with a model of the same tokens"
-        )
-    reference_of = {text.name: text for text in theirs}
-    for one in mine:
-        reference = reference_of[one.name]
-        if one is not reference and one.sequences.fingerprint != reference.sequences.fingerprint:
-            return (
-                f"their tokenizers split the text {one.name!r} differently; leave `kl` out of "
-                "metrics"
-            )
+    """Why the ids of one do not stand for the same tokens in the other; None when they do."""
+    teacher_tokens, tokens = _tokens_by_id(teacher), _tokens_by_id(other)
+    both = teacher_tokens.keys() & tokens.keys()
+    if different := sorted(i for i in both if teacher_tokens[i] != tokens[i]):
+        i = different[0]
+        return f"token {i} is {tokens[i]!r} in one and {teacher_tokens[i]!r} in the other"
+    of_teacher = {text.name: text for text in teacher_texts}
+    for text in texts:
+        reference = of_teacher[text.name]
+        same = text is reference or text.sequences.fingerprint == reference.sequences.fingerprint
+        if not same:
+            return f"their tokenizers split the text {text.name!r} differently"
     return None
 
 

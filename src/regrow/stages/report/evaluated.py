@@ -104,7 +104,7 @@ class Evaluated:
             key = "data" if text == "heldout" else f"text {text}"
             if read := run.measured.get(key, run.measured.get(f"task {text}", "")):
                 add("text", run, read)
-            if kind == "kl" or kind.endswith("_kept"):
+            if kind in ("kl", "agreement") or kind.endswith("_kept"):
                 add("teacher", run, run.measured.get(f"model {run.teacher}", ""))
         return ", ".join(what for what, by_run in seen.items() if _differ(list(by_run.values())))
 

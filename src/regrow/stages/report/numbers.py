@@ -9,6 +9,7 @@ NAMES = {
     "perplexity_per_reference_token": "perplexity per token of the reference",
     "bits_per_byte": "bits per byte",
     "kl": "KL to teacher",
+    "agreement": "top-1 agreement with teacher",
     "prefill": "prefill tokens/s",
     "prefill_speedup": "prefill ×",
     "prefill_of_flops": "prefill × ÷ ratio of FLOPs",
@@ -58,7 +59,7 @@ def figure(name: str, value: float) -> str:
         return millions(value)
     if kind in ("bytes", "peak_memory"):
         return megabytes(value)
-    if kind.endswith(("_kept", "_of_flops")):
+    if kind == "agreement" or kind.endswith(("_kept", "_of_flops")):
         return f"{value:.1%}"
     if kind.endswith("_speedup"):
         return f"{value:.2f}×"

@@ -1,8 +1,7 @@
-"""Metrics, one file each, named by the file.
+"""Metrics, one file each, named by the file (docs/add-a-metric.md).
 
-A metric is `measure(subject, context) -> Measured`: figures of one loaded model, and generations
-if it makes any. `subject.windows(text)` are the model's final hidden states on a text, computed
-once for all metrics; `context.teacher` is None when there is nothing to compare with. A figure is
-named `what`, `what/text` or `what/task`. What is to be measured of all models at once has
-`measure_all(subjects, config, teacher) -> {label: Measured}` instead.
+A metric reads logits, and has `per_token`, `READS_TEACHER` and, unless it has `measure` as well,
+`UNIT` and `CONVENTION`; evaluate then writes a figure `NAME/TEXT` with the mean over each text. Or
+it has `measure(model, context) -> MetricResult`, which is called once per model; or
+`measure_all(models, config, teacher) -> {label: MetricResult}`, which gets all models at once.
 """

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from regrow.stage_dir import Figure
-from regrow.stages.evaluate.eval_model import Context, EvalModel, MetricResult, mean_loss
+from torch import Tensor
+
+READS_TEACHER = True
+UNIT = "nats"
+CONVENTION = "KL({teacher} || model) per scored token over all token ids that both have"
 
 
-def measure(subject: EvalModel, context: Context) -> MetricResult:
-    """Mean Σ_v p (log p − log q) in nats per scored token; p the teacher's, q this model's."""
-    teacher = context.teacher
-    if teacher is None:
-        return MetricResult()
-    figures = []
-    for text in subject.texts:
-        mean, stderr, tokens = mean_loss(subject, text, "forward_kl", teacher)
-        how = f"KL({teacher.label} || model) per scored token over all token ids that both have"
-        if teacher.restricted:
-            how += f" (in the model's own tokens, {teacher.label} renormalised over them)"
-        figures.append(
-            Figure(
-                name=f"kl/{text.name}",
-                value=mean,
-                unit="nats",
-                n=tokens,
-                stderr=stderr,
-                convention=f"{how}; {text.convention}; {subject.arithmetic}",
-            )
-        )
-    return MetricResult(figures)
+def per_token(logits_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Σ_v p_v (log p_v − log q_v) in nats; p the teacher's softmax, q the model's."""
+    log_p_NV, log_q_NV = teacher_NV.log_softmax(-1), logits_NV.log_softmax(-1)
+    return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)

@@ -1,4 +1,4 @@
-"""Load time, and the peak of memory from before loading to the end of one long answer."""
+"""Load time, and the peak of memory while loading, reading a prompt and generating."""
 
 from __future__ import annotations
 
@@ -16,51 +16,51 @@ NEW = 4
 """Tokens generated after the prompt."""
 
 
-def measure(subject: EvalModel, context: Context) -> MetricResult:
-    """Seconds to load, and bytes at the peak of loading, reading a prompt and a few tokens more.
+def measure(model: EvalModel, context: Context) -> MetricResult:
+    """Seconds to load, and bytes at the peak of loading, reading a prompt and generating.
 
-    On a CPU the high water of the resident set above what the process held before, where the
-    system tells it (Linux); on a GPU what torch allocated there at most.
+    On a CPU it is the largest resident set minus that before loading (on Linux only), on a GPU the
+    most that torch allocated.
     """
-    subject.unload()
+    model.unload()
     batch, prompt = max(context.config.batch_sizes), max(context.config.prefill_tokens)
-    before = _begin(subject.device)
-    start = now(subject.device)
-    subject.load()
-    seconds = now(subject.device) - start
-    subject.times(batch, prompt, NEW - 1)
+    before = _begin(model.device)
+    start = now(model.device)
+    model.load()
+    seconds = now(model.device) - start
+    model.times(batch, prompt, NEW - 1)
     figures = [
         Figure(
             name="load_time",
             value=seconds,
             unit="s",
             n=1,
-            convention=f"{subject.engine}, files as warm as they are, {subject.where}",
+            convention=f"{model.engine}, files as warm in the cache as they were, {model.where}",
         )
     ]
     if before is not None:
-        how = "allocated by torch" if subject.device.type == "cuda" else "resident in memory"
+        kind = "allocated by torch" if model.device.type == "cuda" else "resident in memory"
         figures.append(
             Figure(
                 name="peak_memory",
-                value=_peak(subject.device) - before,
+                value=_peak(model.device) - before,
                 unit="bytes",
                 n=1,
-                convention=f"most bytes {how} above what was there before, while loading, reading "
-                f"{batch} x {prompt} tokens and generating {NEW}; {subject.where}",
+                convention=f"most bytes {kind} above those before loading, while loading, reading "
+                f"{batch} x {prompt} tokens and generating {NEW}; {model.where}",
             )
         )
     return MetricResult(figures)
 
 
 def _begin(device: torch.device) -> int | None:
-    """Start a new high-water mark; bytes in use now, or None where that cannot be told."""
+    """Reset the peak; bytes in use now, or None where the system does not say."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return int(torch.cuda.memory_allocated(device))
     gc.collect()
     try:
-        # What was freed but kept for later would hide part of what the model takes.
+        # Freed memory that the allocator keeps would hide a part of the model's.
         ctypes.CDLL(None).malloc_trim(0)
         RESET.write_text("5")  # VmHWM becomes VmRSS
         return _status("VmRSS")

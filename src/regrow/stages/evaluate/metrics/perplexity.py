@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
 from regrow.stage_dir import Figure
-from regrow.stages.evaluate.eval_model import Context, EvalModel, MetricResult, mean_loss
+from regrow.stages.evaluate.eval_model import Context, EvalModel, MetricResult, mean_per_token
 from regrow.stages.evaluate.texts import Text
 
+READS_TEACHER = False
 LARGEST = 700.0
-"""Nats whose exponential a float can still hold."""
+"""The most nats whose exponential a float can hold."""
 CLUSTERS = "standard error by windows"
 
 
-def measure(subject: EvalModel, context: Context) -> MetricResult:
+def per_token(logits_NV: Tensor, teacher_NV: None, targets_N: Tensor) -> Tensor:
+    """−log q(token) in nats, q the softmax of the logits."""
+    return cross_entropy(logits_NV, targets_N, reduction="none")
+
+
+def measure(model: EvalModel, context: Context) -> MetricResult:
     """exp(mean −log q(token)); the standard error is that of the mean times the perplexity.
 
     Where the text's bytes are known, also Σ −log2 q(token) ÷ bytes; and, where tokenizers differ,
@@ -21,10 +30,10 @@ def measure(subject: EvalModel, context: Context) -> MetricResult:
     which is that model's own perplexity.
     """
     figures = []
-    for text in subject.texts:
-        mean, stderr, tokens = mean_loss(subject, text, "cross_entropy")
+    for text in model.texts:
+        mean, stderr, tokens = mean_per_token(model, text, "perplexity")
         value = math.exp(min(mean, LARGEST))
-        convention = f"{text.convention}; {subject.arithmetic}, {CLUSTERS}"
+        convention = f"{text.convention}; {model.arithmetic}, {CLUSTERS}"
         figure = Figure(
             name=f"perplexity/{text.name}",
             value=value,
@@ -53,9 +62,9 @@ def _per_byte(text: Text, nats: float, stderr: float, convention: str) -> list[F
     ]
     if (reference := text.reference) is not None:
         value = math.exp(min(nats * reference.bytes_per_token, LARGEST))
-        how = (
+        convention = (
             f"exp(nats per byte · {reference.bytes_per_token:.4f} bytes per token of "
-            f"{reference.label}): compares with the perplexity of {reference.label}"
+            f"{reference.label}): compares with the perplexity of {reference.label}; {convention}"
         )
         figures.append(
             Figure(
@@ -63,7 +72,7 @@ def _per_byte(text: Text, nats: float, stderr: float, convention: str) -> list[F
                 value=value,
                 n=text.num_bytes,
                 stderr=value * stderr * reference.bytes_per_token,
-                convention=f"{how}; {convention}",
+                convention=convention,
             )
         )
     return figures

@@ -9,42 +9,42 @@ from regrow.stages.evaluate.folder_model import FolderEvalModel
 from regrow.stages.evaluate.gguf_model import GgufEvalModel, GgufFile
 
 
-def measure(subject: EvalModel, context: Context) -> MetricResult:
-    """Parameters, tied ones counted once, and the bytes of the tensors in the safetensors files.
+def measure(model: EvalModel, context: Context) -> MetricResult:
+    """Parameters, tied ones counted once, and bytes of the tensors in the safetensors files.
 
-    Of a GGUF file those of the whole; of what is quantized also bits per weight.
+    A GGUF file has the bytes of the whole file. Quantized models have bits per weight as well.
     """
-    if isinstance(subject, GgufEvalModel):
-        return _of_file(subject.file)
-    assert isinstance(subject, FolderEvalModel)
-    checkpoint = subject.checkpoint
+    if isinstance(model, GgufEvalModel):
+        return _of_file(model.file)
+    assert isinstance(model, FolderEvalModel)
+    checkpoint = model.checkpoint
     if checkpoint.quantized:  # scales and zero points are no parameters
         parameters = families.of(checkpoint).count(checkpoint.config)
     else:
-        parameters = sum(p.numel() for p in subject.model.parameters())
+        parameters = sum(p.numel() for p in model.model.parameters())
     stored = sum(checkpoint.bytes(name) for name in checkpoint.names())
     dtypes = ", ".join(sorted({checkpoint.dtype(name) for name in checkpoint.names()}))
-    how = f"tensors in the safetensors files; as {dtypes}"
-    found = _figures(parameters, stored, "tied weights counted once", how)
+    convention = f"tensors in the safetensors files; as {dtypes}"
+    figures = _figures(parameters, stored, "tied weights counted once", convention)
     if checkpoint.quantized:
-        found.append(_bits(stored, parameters))
-    return MetricResult(found)
+        figures.append(_bits(stored, parameters))
+    return MetricResult(figures)
 
 
 def _of_file(file: GgufFile) -> MetricResult:
-    found = _figures(
+    figures = _figures(
         file.parameters,
         file.bytes,
         "weights of all tensors in the file",
         f"the whole GGUF file, its tokenizer included; {file.kind}",
     )
-    return MetricResult([*found, _bits(file.tensor_bytes, file.parameters)])
+    return MetricResult([*figures, _bits(file.tensor_bytes, file.parameters)])
 
 
-def _figures(parameters: int, stored: int, counted: str, how: str) -> list[Figure]:
+def _figures(parameters: int, stored: int, counted: str, convention: str) -> list[Figure]:
     return [
         Figure(name="parameters", value=parameters, convention=counted),
-        Figure(name="bytes", value=stored, unit="bytes", convention=how),
+        Figure(name="bytes", value=stored, unit="bytes", convention=convention),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Speed: reading prompts and generating with the KV cache, all models in turn."""
+"""Speed of reading prompts and of generating with the KV cache; all models take turns."""
 
 from __future__ import annotations
 
@@ -7,21 +7,16 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy
-import psutil
-import torch
 
 from regrow.runtime.progress import progress
 from regrow.stage_dir import Figure
 from regrow.stages.evaluate.config import EvaluateConfig
-from regrow.stages.evaluate.eval_model import EvalModel, MetricResult
-
-SHARE = 0.5
-"""Of the free memory that models may take which are timed in turn."""
+from regrow.stages.evaluate.eval_model import EvalModel, MetricResult, fit_together
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How many prompts of how many tokens at once, and how many tokens after them."""
+    """A batch of prompts, their length in tokens, and the new tokens after each."""
 
     batch: int
     prompt: int
@@ -40,84 +35,72 @@ class Run:
 
     @property
     def per_token(self) -> float:
-        """Mean seconds of the further ones."""
+        """Mean seconds of the further tokens."""
         return sum(self.others) / len(self.others)
 
 
 def measure_all(
-    subjects: dict[str, EvalModel], config: EvaluateConfig, teacher: str | None
+    models: dict[str, EvalModel], config: EvaluateConfig, teacher: str | None
 ) -> dict[str, MetricResult]:
     """Rates, time to the first token and per further one, at every batch size and length.
 
     Models stay loaded and take turns, so that a busy machine slows all alike; where they do not fit
-    in memory together, one is timed after the other. Speed-ups are to the teacher or the first
-    model, of those that the same program runs.
+    in memory together, one is timed after the other. Speed-ups compare with the teacher, or with
+    the first model, among those that the same program runs.
     """
     settings = [
         Setting(batch, prompt, config.decode_tokens)
         for batch in config.batch_sizes
         for prompt in config.prefill_tokens
     ]
-    in_turn = len(subjects) > 1 and _fit(list(subjects.values()))
+    in_turn = len(models) > 1 and fit_together(list(models.values()))
     runs: dict[str, dict[Setting, list[Run]]] = {
-        label: {setting: [] for setting in settings} for label in subjects
+        label: {setting: [] for setting in settings} for label in models
     }
-    turns = [(n, label) for n in range(config.repeats + 1) for label in subjects]
+    turns = [(n, label) for n in range(config.repeats + 1) for label in models]
     if not in_turn:
-        turns.sort(key=lambda turn: list(subjects).index(turn[1]))
+        turns.sort(key=lambda turn: list(models).index(turn[1]))
     with progress("evaluate: speed", len(turns) * len(settings), "runs") as counter:
         for number, label in turns:
             for setting in settings:
-                runs[label][setting].append(_run(subjects[label], setting))
+                runs[label][setting].append(_run(models[label], setting))
                 counter.advance(1)
             if not in_turn and number == config.repeats:
-                subjects[label].unload()
-    how = "models in turn" if in_turn else "one model after the other"
-    found = {
-        label: MetricResult(
-            _figures(subjects[label], runs[label], how if len(subjects) > 1 else "")
-        )
-        for label in subjects
+                models[label].unload()
+    order = "models in turn" if in_turn else "one model after the other"
+    results = {
+        label: MetricResult(_figures(model, runs[label], order if len(models) > 1 else ""))
+        for label, model in models.items()
     }
-    for label in subjects:
-        base = _base(subjects, label, teacher)
+    for label in models:
+        base = _base(models, label, teacher)
         if label != base:
-            found[label].figures.extend(
-                _speed_ups(subjects[label], subjects[base], runs[label], runs[base])
+            results[label].figures.extend(
+                _speed_ups(models[label], models[base], runs[label], runs[base])
             )
-    return found
+    return results
 
 
-def _base(subjects: dict[str, EvalModel], label: str, teacher: str | None) -> str:
+def _base(models: dict[str, EvalModel], label: str, teacher: str | None) -> str:
     """The model that another's speed is compared with: the first run by the same program."""
-    order = subjects if teacher is None else [teacher, *subjects]
-    return next(other for other in order if subjects[other].engine == subjects[label].engine)
+    order = models if teacher is None else [teacher, *models]
+    return next(other for other in order if models[other].engine == models[label].engine)
 
 
-def _fit(subjects: list[EvalModel]) -> bool:
-    """Whether all models are expected to fit in the memory of their device together."""
-    device = subjects[0].device
-    wanted = sum(subject.bytes_to_load for subject in subjects)
-    free = psutil.virtual_memory().available
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    return bool(wanted < SHARE * free)
-
-
-def _run(subject: EvalModel, setting: Setting) -> Run:
+def _run(model: EvalModel, setting: Setting) -> Run:
     """One timed run."""
-    seconds = subject.times(setting.batch, setting.prompt, setting.new)
+    seconds = model.times(setting.batch, setting.prompt, setting.new)
     return Run(seconds[0], seconds[1:])
 
 
-def _figures(subject: EvalModel, runs: dict[Setting, list[Run]], how: str) -> list[Figure]:
+def _figures(model: EvalModel, runs: dict[Setting, list[Run]], order: str) -> list[Figure]:
     figures = []
     for number, (setting, every) in enumerate(runs.items()):
         timed = every[1:]
         tail = "" if number == 0 else f"/{setting}"
-        turns = f"{len(timed)} runs after a warm-up" + (f", {how}" if how else "")
+        turns = f"{len(timed)} runs after a warm-up" + (f", {order}" if order else "")
         prompt = f"a prompt of {setting.prompt} random tokens, batch {setting.batch}"
-        after = f"{setting.new} {subject.next_tokens} tokens after {prompt}, with KV cache"
+        after = f"{setting.new} {model.next_tokens} tokens after {prompt}, with KV cache"
         first = [1000 * run.first for run in timed]
         others = [1000 * seconds for run in timed for seconds in run.others]
         read = [setting.batch * setting.prompt / run.first for run in timed]
@@ -132,7 +115,7 @@ def _figures(subject: EvalModel, runs: dict[Setting, list[Run]], how: str) -> li
         ):
             statistic = "median" if choose is median else "95th percentile"
             spread = f"runs from {min(values):,.1f} to {max(values):,.1f}"
-            convention = f"{what}, {subject.where}, {statistic} of {turns}; {spread}"
+            convention = f"{what}, {model.where}, {statistic} of {turns}; {spread}"
             figures.append(_figure(name + tail, values, choose, unit, convention))
     return figures
 
@@ -152,35 +135,37 @@ def _p95(values: list[float]) -> float:
 
 
 def _speed_ups(
-    mine: EvalModel,
+    model: EvalModel,
     base: EvalModel,
     runs: dict[Setting, list[Run]],
-    theirs: dict[Setting, list[Run]],
+    base_runs: dict[Setting, list[Run]],
 ) -> list[Figure]:
-    """Speed ÷ the base's, medians of the turns, and that as a share of the ratio of operations."""
-    found = []
+    """Speed ÷ that of `base`, the median over turns; and this ÷ the ratio of operations."""
+    figures = []
     for number, setting in enumerate(runs):
         tail = "" if number == 0 else f"/{setting}"
-        pairs = list(zip(runs[setting], theirs[setting], strict=True))[1:]
+        pairs = list(zip(runs[setting], base_runs[setting], strict=True))[1:]
         ratios = {
             "prefill": [b.first / a.first for a, b in pairs],
             "decode": [b.per_token / a.per_token for a, b in pairs],
         }
-        operations = _flop_ratios(mine, base, setting)
+        operations = _flop_ratios(model, base, setting)
         for kind, values in ratios.items():
             ratio = median(values)
             spread = f"turns from {min(values):.3f} to {max(values):.3f}"
-            how = f"speed of {kind} ÷ that of {base.label}, median of {len(values)} turns"
-            where = f"batch {setting.batch}, {setting.prompt} tokens, {mine.where}"
-            found.append(
-                _figure(f"{kind}_speedup{tail}", values, median, "", f"{how}, {where}; {spread}")
+            definition = f"speed of {kind} ÷ that of {base.label}, median of {len(values)} turns"
+            where = f"batch {setting.batch}, {setting.prompt} tokens, {model.where}"
+            figures.append(
+                _figure(
+                    f"{kind}_speedup{tail}", values, median, "", f"{definition}, {where}; {spread}"
+                )
             )
             if operations is not None:
                 share = (
                     f"speed-up of {kind} ÷ ratio of operations (projections, attention, head) of "
                     f"{base.label} to this one's, {where}; {ratio:.3f} ÷ {operations[kind]:.3f}"
                 )
-                found.append(
+                figures.append(
                     Figure(
                         name=f"{kind}_of_flops{tail}",
                         value=ratio / operations[kind],
@@ -188,15 +173,15 @@ def _speed_ups(
                         convention=share,
                     )
                 )
-    return found
+    return figures
 
 
-def _flop_ratios(mine: EvalModel, base: EvalModel, setting: Setting) -> dict[str, float] | None:
-    """Operations of the base ÷ this model's; None where a family is not known."""
+def _flop_ratios(model: EvalModel, base: EvalModel, setting: Setting) -> dict[str, float] | None:
+    """Operations of `base` ÷ those of the model; None where a family is not known."""
     counts = []
-    for subject in (base, mine):
-        read = subject.flops(setting.prompt)
-        written = subject.flops(1, past=setting.prompt + setting.new // 2)
+    for each in (base, model):
+        read = each.flops(setting.prompt)
+        written = each.flops(1, past=setting.prompt + setting.new // 2)
         if read is None or written is None:
             return None
         counts.append((read, written))
