@@ -139,8 +139,9 @@ def profiled(folder: Path, checkpoint: Checkpoint, text: Path) -> Profile:
 def one_shot(
     checkpoint: Checkpoint, found: Profile, plan: Plan, ridges: tuple[float, ...] = RIDGES
 ) -> OneShot:
-    job = RepairSetup(checkpoint, families.of(checkpoint), found, plan, Path(), OPTIONS)
-    return by_gram.repair(job, ridges)
+    work = found.folder / "work"
+    setup = RepairSetup(checkpoint, families.of(checkpoint), found, plan, work, OPTIONS)
+    return by_gram.repair(setup, ridges)
 
 
 class Inputs:
