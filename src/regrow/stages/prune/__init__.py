@@ -45,12 +45,13 @@ class PruneStage(Stage):
         from regrow.checkpoint import load
         from regrow.profile_folder import Profile
         from regrow.stages.prune.dry_run import estimate
-        from regrow.stages.prune.stage import prune
 
         if dry_run:
             tokens = Profile(profile).info["tokens"] if profile is not None else None
             print_lines(estimate(load(model), pruning, text.sequence_length, tokens), out)
             return
+        from regrow.stages.prune.stage import prune
+
         prune(model, out, pruning, profile, text.blend() if text.data else None, machine)
 
     def check(self, step: Step, plan: RecipePlan) -> None:
