@@ -160,7 +160,7 @@ def test_refused_before_any_slow_work(
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "fresh from a config.json" in refused("config.json")
+    assert "the student is a config.json" in refused("config.json")
     said = refused("pruned", lora_targets=["q_prj"])
     assert said.startswith("lora_targets 'q_prj' is not a linear projection")
     assert "did you mean 'q_proj'" in said

@@ -87,7 +87,7 @@ def test_a_student_of_fewer_tokens(distil: Distil, tmp_path: Path) -> None:
     student = Path(shutil.copytree(distil.place / "pruned", tmp_path / "student"))
     tiny_tokenizer(vocab_size=300).save_pretrained(str(student))
     said = distil("hidden", student=student)
-    assert said.startswith("a cache is of the teacher's own tokens, and the student has fewer")
+    assert said.startswith("a cache is over the teacher's tokens, and the student has fewer")
 
 
 def test_sequences_that_are_not_there(distil: Distil) -> None:
@@ -164,7 +164,7 @@ RECIPES: dict[str, tuple[list[Any], str]] = {
     ),
     "vocabulary": (
         [PROFILE, CACHE, {"prune": {"vocab_size": 288}}, DISTILL],
-        "stages.3.distill: a cache is of the teacher's own tokens",
+        "stages.3.distill: a cache is over the teacher's tokens",
     ),
     "no such cache": (
         [{"distill": {**DISTILL["distill"], "cache": "nowhere"}}],
