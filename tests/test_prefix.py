@@ -100,7 +100,7 @@ def test_a_student_cut_later_keeps_its_first_blocks(
     config = CONFIG.model_copy(update=changes)
     given = (student, teacher.folder, data(tmp_path), tmp_path / "out")
     out = distill(*given, config, OPTIONS)
-    assert "distill: the first 2 layers are the teacher's and run once for both" in ran
+    assert "distill: the first 2 layers are the teacher's and run once for both models" in ran
     before, after = Checkpoint(student), Checkpoint(out)
     for name in before.names():
         fixed = ".2." not in name and "model.norm" not in name
