@@ -129,7 +129,7 @@ def test_done_once(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str
 
 def test_gemma_is_refused(tmp_path: Path, text: Path) -> None:
     checkpoint = write_model(tmp_path / "model", "gemma3_text")
-    with pytest.raises(UserError, match=r"gemma3_text has norms between .* cannot be rotated"):
+    with pytest.raises(UserError, match=r"gemma3_text has norms after .* cannot be rotated"):
         rotate(checkpoint, data_of(text), tmp_path / "out", None, OPTIONS)
     data = data_of(text).model_dump(mode="json")
     recipe = Recipe.model_validate(
