@@ -258,8 +258,8 @@ def test_a_student_takes_back_what_it_was_saved_as(name: str, tmp_path: Path) ->
     assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
     student.load_state_dict(before)
     plain = saved.model(torch.float32)
-    plain.register_load_state_dict_post_hook(student_module._all_taken)
-    with pytest.raises(AssertionError, match="not taken from a checkpoint"):
+    plain.register_load_state_dict_post_hook(student_module._require_all_used)
+    with pytest.raises(AssertionError, match="unused tensors of a checkpoint"):
         plain.load_state_dict(load_file(saved.folder / "model.safetensors"), strict=False)
 
 
