@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     share = ["--keep-params", 0.8, "--multiple-of", 4]
     call("prune", model, "--profile", profile, *data, *share, "--out", place / "searched")
     budget = ["--tokens", 1280, "--batch-tokens", 128, "--eval-tokens", 256]
-    budget += ["--heldout-sequences", 4, "--learning-rate", 1e-3]
+    budget += ["--heldout-sequences", 16, "--learning-rate", 3e-4]
     call("distill", student, "--teacher", model, *data, *budget, "--out", taught)
     models = [f"pruned={student}", f"distilled={taught}"]
     call("evaluate", *models, "--against", model, *data, *QUICK, "--out", place / "evaluation")

@@ -60,9 +60,12 @@ def texts(data: DataConfig, split: Split, limit: int | None = None) -> list[str]
 def test_splits_share_no_document_and_lose_none(tmp_path: Path) -> None:
     data = config(write(tmp_path / "a.jsonl", "a", 400, 1))
     written = [row["text"] for row in jsonl.read(tmp_path / "a.jsonl")]
-    calibration, heldout = texts(data, "calibration"), texts(data, "heldout")
-    train = texts(data, "train", len(written) - len(calibration) - len(heldout))
-    assert Counter(calibration + heldout + train) == Counter(written)
+    splits: tuple[Split, ...] = ("calibration", "heldout", "validation")
+    calibration, heldout, validation = (texts(data, split) for split in splits)
+    kept = [*calibration, *heldout, *validation]
+    train = texts(data, "train", len(written) - len(kept))
+    assert Counter(kept + train) == Counter(written)
+    assert 10 <= len(validation) <= 35
     assert 10 <= len(heldout) <= 35
     assert 40 <= len(calibration) <= 80
 

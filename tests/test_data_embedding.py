@@ -81,6 +81,12 @@ def test_padding_stays_below_the_embedding(model: Path, tmp_path: Path) -> None:
     tokenizer.save_pretrained(str(tmp_path / "tokenizer"))
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "One, two, three, four."}\n')
-    data = data_of(text, heldout_fraction=0.001, calibration_fraction=0.998, sequence_length=64)
+    data = data_of(
+        text,
+        heldout_fraction=0.001,
+        validation_fraction=0.0005,
+        calibration_fraction=0.998,
+        sequence_length=64,
+    )
     padded = build_sequences(data, tokenizer, "calibration", 1, Checkpoint(model))
     assert padded.input_ids[~padded.real].unique().tolist() == [tokenizer.eos_token_id]

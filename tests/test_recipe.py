@@ -194,7 +194,7 @@ def test_more_tokens_extend(place: Path, tmp_path: Path, finished: Path, said: S
     first = rows(out / "metrics.jsonl")
     run(recipe_of(place, PROFILE, PRUNE, changed(DISTILL, tokens=2048), EVALUATE), out)
     lines = said()
-    assert "distill: extends 1,280 tokens" in lines
+    assert "distill: extends a run of 1,280 tokens" in lines
     assert "distill: continues from checkpoint-10" in lines
     assert rows(out / "metrics.jsonl")[: len(first)] == first
     check_journal(out / "metrics.jsonl", steps=16, every=2)

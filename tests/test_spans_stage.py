@@ -58,9 +58,9 @@ def trained(place: Path) -> Path:
 
 
 def span_kl(folder: Path, place: Path) -> float:
-    """The held-out figure in float32, by the loss itself (held to a slow one in test_spans)."""
+    """The validation figure in float32, by the loss itself (held to a slow one in test_spans)."""
     student, teacher = Checkpoint(folder), Checkpoint(place / "teacher")
-    sequences = build_sequences(data_of(place / "text.jsonl"), student.tokenizer(), "heldout", 4)
+    sequences = build_sequences(data_of(place / "text.jsonl"), student.tokenizer(), "validation", 4)
     batch = next(sequences.batches(4))
     size = len(teacher.tokenizer())
     aligner = Aligner(student.tokenizer(), teacher.tokenizer())

@@ -201,12 +201,12 @@ def test_the_teacher_of_fewer_tokens_in_float64(place: Path) -> None:
 
 def test_distill_a_model_with_fewer_tokens(place: Path) -> None:
     config = DistillConfig(
-        tokens=1024, batch_tokens=128, eval_tokens=512, heldout_sequences=4, learning_rate=3e-3
+        tokens=2560, batch_tokens=128, eval_tokens=640, heldout_sequences=16, learning_rate=1e-3
     )
     data = data_of(place / "text.jsonl")
     out = distill(place / "cut", place / "model", data, place / "distilled", config, OPTIONS)
-    sequences = build_sequences(data, Checkpoint(out).tokenizer(), "heldout", 4)
-    batch = next(sequences.batches(4))
+    sequences = build_sequences(data, Checkpoint(out).tokenizer(), "validation", 16)
+    batch = next(sequences.batches(16))
     found = json.loads((out / "manifest.json").read_text())["figures"]
     values = {figure["name"]: figure["value"] for figure in found}
     assert values["held-out KL"] < 0.9 * values["held-out KL before"]
