@@ -1,0 +1,287 @@
+"""The reconstruct stage: a cut model, its teacher and text in, a model nearer to the teacher out.
+
+Layer after layer, the weights of a layer are trained on the cut model's own inputs, so that its
+output comes near the teacher's residual stream at that depth. One layer of each model is in memory;
+neither the output head nor other layers are run in a step. With ĥ⁺ the layer's output and h⁺ the
+teacher's stream on the channels that the cut kept, the loss is the mean over tokens of
+
+    |ĥ⁺ − h⁺|² / |h⁺|²
+
+A trained layer is kept if its error on text that it was not trained on is lower. The whole model is
+checked several times on the way, by its KL to the teacher on that text: layers that lowered their
+own errors and yet made the model worse go back to their old weights.
+
+Shapes: B sequences, T tokens, H kept channels of the residual stream.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from regrow import families
+from regrow.checkpoint import Checkpoint, load
+from regrow.checkpoint import checkpoint as checkpoints
+from regrow.config import Options
+from regrow.data.config import DataConfig
+from regrow.data.sequences import Sequences, build_sequences
+from regrow.data.sources import data_digest
+from regrow.errors import UserError
+from regrow.layerwise import LayerByLayer
+from regrow.plan import FILES, Plan
+from regrow.runtime.progress import progress, say
+from regrow.stage_dir import Figure, StageDir, refuse_input, require_space, write_json
+from regrow.stages.reconstruct import ReconstructConfig
+from regrow.stages.reconstruct.streams import Streams
+from regrow.stages.reconstruct.train_layer import relative_error, train_layer
+from regrow.training.shared_tokens import teacher_ids
+from regrow.training.teacher import Teacher, mean_loss, scored
+
+STATE = "reconstruction.json"
+LAYERS = "layers"
+
+
+def reconstruct(
+    student: str | Path | Checkpoint,
+    teacher: str | Path | Checkpoint,
+    data: DataConfig,
+    out: str | Path,
+    config: ReconstructConfig | None = None,
+    options: Options | None = None,
+) -> Path:
+    """Train `student`, which was cut from `teacher`, layer after layer; write the better model.
+
+    An interrupted run continues with the layer that it was at. Raises UserError for a student that
+    was not cut from this teacher, and for too little text.
+    """
+    out, config, options = Path(out), config or ReconstructConfig(), options or Options()
+    cut = student if isinstance(student, Checkpoint) else load(student)
+    dense = teacher if isinstance(teacher, Checkpoint) else load(teacher)
+    refuse_input(out, cut.folder, dense.folder)
+    plan = plan_between(cut, dense)
+    inputs = {"student": cut.fingerprint, "teacher": dense.fingerprint, "data": data_digest(data)}
+    stage = StageDir(out, "reconstruct", config, inputs, resumable=True)
+    if stage.complete:
+        say(f"reconstruct: {out} is complete and unchanged")
+        return out
+    text = _text(data, cut, config)
+    require_space(out, 2 * sum(map(cut.bytes, cut.names())))
+    with stage as folder:
+        work = Reconstruction(cut, dense, plan, text, config, options, folder)
+        work.run()
+        layout = {name: cut.meta(name) for name in cut.names()}
+        tensors = ((name, work.current(name)) for name in layout)
+        checkpoints.write(folder, cut.config, layout, tensors, like=cut)
+        for name in FILES:
+            if (cut.folder / name).exists():
+                shutil.copyfile(cut.folder / name, folder / name)
+        stage.figures += work.figures()
+        stage.extra["layers"] = work.rows
+        shutil.rmtree(folder / LAYERS, ignore_errors=True)
+        shutil.rmtree(folder / "streams", ignore_errors=True)
+        (folder / STATE).unlink(missing_ok=True)
+    return out
+
+
+def plan_between(student: Checkpoint, teacher: Checkpoint) -> Plan:
+    """The plan by which `student` was cut from `teacher`; raises UserError when there is none."""
+    for name in FILES:
+        if (student.folder / name).exists():
+            plan = Plan.read(student.folder / name)
+            if plan.fingerprint == teacher.fingerprint:
+                return plan
+    raise UserError(
+        f"{student.folder} was not cut from {teacher.folder}, as far as its plan.json says: give "
+        "the model that it was cut from as the teacher, or use regrow distill"
+    )
+
+
+def _text(data: DataConfig, student: Checkpoint, config: ReconstructConfig) -> list[Sequences]:
+    """Sequences to train on, and others to accept layers by."""
+    count = -(-config.tokens // data.sequence_length)
+    tokenizer = student.tokenizer()
+    wanted = {"train": count, "calibration": config.validation_sequences}
+    return [build_sequences(data, tokenizer, split, n) for split, n in wanted.items()]  # type: ignore[arg-type]
+
+
+class Reconstruction:
+    """Both models, one layer of each in memory, and the layers that were trained so far."""
+
+    def __init__(
+        self,
+        student: Checkpoint,
+        teacher: Checkpoint,
+        plan: Plan,
+        text: list[Sequences],
+        config: ReconstructConfig,
+        options: Options,
+        folder: Path,
+    ) -> None:
+        self.student, self.plan, self.config, self.folder = student, plan, config, folder
+        self.family, self.device = families.of(student), options.torch_device()
+        self.ids_V = teacher_ids(student, teacher)
+        self.rows: list[dict[str, Any]] = []
+        """Per layer: its error before and after, and whether it was kept."""
+        self.kl: list[float] = []
+        """KL of the model to the teacher, before and at each check that it passed."""
+        self._new: dict[str, Path] = {}
+        """The file that has the new tensor of a name."""
+        train, validation = text
+        size = max(1, config.batch_tokens // train.input_ids.shape[1])
+        self.train = list(train.batches(size))
+        self.validation = list(validation.batches(1))
+        dtype = student.compute_dtype()
+        self._dense = LayerByLayer.of(teacher, families.of(teacher), self.device, dtype=dtype)
+        self._cut = LayerByLayer.of(
+            student, self.family, self.device, read=self.current, dtype=dtype
+        )
+        self._teacher = LayerByLayer.of(teacher, families.of(teacher), self.device, dtype=dtype)
+
+    def current(self, name: str) -> Tensor:
+        """A tensor of the student as it is now."""
+        old = self.student.tensor(name)
+        if name not in self._new:
+            return old
+        return load_file(self._new[name])[name].to(old.dtype)
+
+    def run(self) -> None:
+        """Train every layer, from the first to the last; go on where an earlier run stopped."""
+        kept = self.plan.kept_layers()
+        ends = [*kept[1:], self.plan.before["layers"]]
+        layers = len(kept)
+        checks = {round((n + 1) * layers / self.config.checks) for n in range(self.config.checks)}
+        done = self._resume()
+        self._measure_teacher()
+        streams = Streams(self.folder / "streams", self._batches(), self._dense, self._cut)
+        if not self.kl:
+            self.kl.append(self._kl())
+        tokens = sum(int(batch["real"].sum()) for batch in self.train)
+        with progress("reconstruct", layers * tokens * self.config.passes) as counter:
+            counter.resume_at(done * tokens * self.config.passes)
+            start = max([0, *(check for check in checks if check <= done)])
+            for layer in range(layers):
+                streams.advance_dense(
+                    range(ends[layer - 1] if layer else 0, ends[layer]), self.ids_V
+                )
+                if layer >= done:
+                    self._train(layer, streams, counter)
+                if layer == start:
+                    streams.remember()
+                streams.advance_cut(layer)
+                if layer + 1 in checks and layer >= done:
+                    self._check(start, layer + 1, streams)
+                start = layer + 1 if layer + 1 in checks else start
+                self._save_state(layer + 1)
+
+    def _batches(self) -> list[dict[str, Tensor]]:
+        return [*self.train, *self.validation]
+
+    def _train(self, layer: int, streams: Streams, counter: Any) -> None:
+        """Train one layer, and keep its new weights if its error on other text is lower."""
+        unseen = range(len(self.train), len(self.train) + len(self.validation))
+        target = self._target(streams)
+        with self._cut.resident(layer) as module:
+            before = relative_error(self._cut, streams, unseen, target)
+            state = train_layer(
+                self._cut,
+                module,
+                self.family,
+                streams,
+                len(self.train),
+                target,
+                self.config,
+                counter,
+                seed=self.config.seed + layer,
+            )
+            after = relative_error(self._cut, streams, unseen, target)
+        better = after < before
+        self.rows.append({"layer": layer, "before": before, "after": after, "kept": better})
+        if better:
+            prefix = f"model.layers.{layer}."
+            named = {prefix + name: value for name, value in state.items()}
+            path = self.folder / LAYERS / f"{layer}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            tensors = families.as_on_disk(self.family, named)
+            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, path)
+            self._new |= dict.fromkeys(tensors, path)
+
+    def _target(self, streams: Streams) -> Any:
+        hidden = self.plan.hidden
+        kept = None if hidden is None else torch.tensor(hidden)
+
+        def target(number: int) -> Tensor:
+            stream_BTH = streams.dense(number)
+            return stream_BTH if kept is None else stream_BTH[..., kept]
+
+        return target
+
+    def _check(self, start: int, end: int, streams: Streams) -> None:
+        """Keep the layers from `start` to `end` only if the model is no worse with them."""
+        kl = self._kl()
+        if kl <= self.kl[-1]:
+            self.kl.append(kl)
+            say(f"reconstruct: {end} layers done, KL to the teacher {kl:.4f} nats")
+            return
+        say(
+            f"reconstruct: layers {start} to {end - 1} keep their old weights: with the new ones "
+            f"the model's KL to the teacher is {kl:.4f} instead of {self.kl[-1]:.4f} nats"
+        )
+        for name in [name for name, path in self._new.items() if start <= int(path.stem) < end]:
+            del self._new[name]
+        for row in self.rows[start:end]:
+            row["kept"] = False
+        streams.restore()
+        for layer in range(start, end):
+            streams.advance_cut(layer)
+
+    @torch.no_grad()
+    def _measure_teacher(self) -> None:
+        """The teacher's final states on the validation text, and its head."""
+        teacher = Teacher(self._teacher.streamed(), self.ids_V)
+        self._head = teacher.head
+        self._reference = [teacher.hidden(batch).final[scored(batch)] for batch in self.validation]
+
+    @torch.no_grad()
+    def _kl(self) -> float:
+        """KL(teacher ‖ student) in nats per scored token of the validation text."""
+        shell = LayerByLayer.of(
+            self.student, self.family, self.device, read=self.current, dtype=self._cut.dtype
+        )
+        model = shell.streamed()
+        return mean_loss(model, self.validation, self._reference, self._head, "forward_kl")
+
+    def _save_state(self, done: int) -> None:
+        kept = sorted({int(path.stem) for path in self._new.values()})
+        state = {"done": done, "rows": self.rows, "kl": self.kl, "kept": kept}
+        write_json(self.folder / STATE, state)
+
+    def _resume(self) -> int:
+        """Read what an earlier, interrupted run left; returns how many layers are done."""
+        path = self.folder / STATE
+        if not path.exists():
+            return 0
+        state = json.loads(path.read_text())
+        self.rows, self.kl = state["rows"], state["kl"]
+        for layer in state["kept"]:
+            file = self.folder / LAYERS / f"{layer}.safetensors"
+            self._new |= dict.fromkeys(load_file(file), file)
+        return int(state["done"])
+
+    def figures(self) -> list[Figure]:
+        """Errors of the layers and KL of the model, before and after."""
+        convention = (
+            f"{len(self.validation)} calibration sequences that no layer was trained on, "
+            f"{self._cut.dtype}".replace("torch.", "")
+        )
+        kept = sum(row["kept"] for row in self.rows)
+        return [
+            Figure(name="KL before", value=self.kl[0], unit="nats", convention=convention),
+            Figure(name="KL after", value=self.kl[-1], unit="nats", convention=convention),
+            Figure(name="layers with new weights", value=kept, n=len(self.rows)),
+        ]

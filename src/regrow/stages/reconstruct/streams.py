@@ -1,0 +1,93 @@
+"""The residual streams of two models over the same text, taken from layer to layer.
+
+Shapes: B sequences, T tokens, H hidden channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from regrow.layerwise import LayerByLayer, Spill
+
+SHARE_OF_RAM = 0.3
+"""Share of the free memory that streams may take; larger ones go to disk."""
+
+
+class Streams:
+    """Per batch, the teacher's and the student's hidden states after the layers run so far."""
+
+    def __init__(
+        self,
+        folder: Path,
+        batches: list[dict[str, Tensor]],
+        dense: LayerByLayer,
+        cut: LayerByLayer,
+    ) -> None:
+        self.batches, self._models = batches, {"dense": dense, "cut": cut}
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        width = sum(m.model.config.hidden_size * n for m, n in ((dense, 1), (cut, 2)))
+        free = psutil.virtual_memory().available
+        self._spills = tokens * width * cut.dtype.itemsize > SHARE_OF_RAM * free
+        self._kept: dict[str, dict[int, Tensor] | Spill] = {
+            name: Spill(folder / name) if self._spills else {} for name in ("dense", "cut", "start")
+        }
+        self._begun = {"dense": False, "cut": False, "start": False}
+
+    def dense(self, number: int) -> Tensor:
+        """The teacher's stream [B, T, H] of a batch."""
+        return self._get("dense", number)
+
+    def cut_input(self, number: int) -> Tensor | None:
+        """The student's stream [B, T, H] of a batch; None before the first layer."""
+        return self._get("cut", number) if self._begun["cut"] else None
+
+    @torch.no_grad()
+    def advance_dense(self, layers: Iterable[int], ids_V: Tensor | None) -> None:
+        """Take the teacher's stream through these layers; `ids_V` are its ids of the tokens."""
+        for layer in layers:
+            self._advance("dense", layer, ids_V)
+
+    @torch.no_grad()
+    def advance_cut(self, layer: int) -> None:
+        """Take the student's stream through a layer, with the weights that it has now."""
+        self._advance("cut", layer, None)
+
+    def remember(self) -> None:
+        """Keep the student's stream as it is, for `restore`."""
+        self._begun["start"] = self._begun["cut"]
+        if self._begun["cut"]:
+            for number in range(len(self.batches)):
+                self._put("start", number, self._get("cut", number))
+
+    def restore(self) -> None:
+        """Go back to the stream that `remember` kept."""
+        self._begun["cut"] = self._begun["start"]
+        if self._begun["start"]:
+            for number in range(len(self.batches)):
+                self._put("cut", number, self._get("start", number))
+
+    def _advance(self, name: str, layer: int, ids_V: Tensor | None) -> None:
+        model = self._models[name]
+        with model.resident(layer):
+            for number, batch in enumerate(self.batches):
+                if ids_V is not None:
+                    batch = {**batch, "input_ids": ids_V[batch["input_ids"]]}
+                hidden = self._get(name, number) if self._begun[name] else None
+                self._put(name, number, model.step(batch, hidden))
+        self._begun[name] = True
+
+    def _put(self, name: str, number: int, tensor: Tensor) -> None:
+        kept = self._kept[name]
+        if isinstance(kept, Spill):
+            kept.put(number, tensor)
+        else:
+            kept[number] = tensor
+
+    def _get(self, name: str, number: int) -> Tensor:
+        kept = self._kept[name]
+        return kept.get(number) if isinstance(kept, Spill) else kept[number]
