@@ -37,7 +37,7 @@ class ReconstructConfig(Config):
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     """Share of a layer's steps in which the learning rate rises; then it falls linearly to zero."""
     validation_sequences: int = Field(default=8, ge=1)
-    """Sequences of calibration text by which a layer, and the model, is accepted."""
+    """Sequences of the validation split by which a layer, and the model, is accepted."""
     checks: int = Field(default=4, ge=1)
     """How often the whole model is checked on the way. The layers since the last check keep their
     old weights where they made the model worse."""
@@ -52,7 +52,7 @@ class ReconstructStage(Stage):
     takes_teacher = True
     changes_weights = True
     needs_plain_weights = True
-    reads = ("train", "calibration")
+    reads = ("train", "validation")
 
     def command(  # type: ignore[override]
         self,

@@ -29,7 +29,7 @@ from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.config import Options
-from regrow.data.config import DataConfig
+from regrow.data.config import DataConfig, Split
 from regrow.data.sequences import Sequences, build_sequences
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
@@ -104,10 +104,10 @@ def plan_between(student: Checkpoint, teacher: Checkpoint) -> Plan:
 
 def _text(data: DataConfig, student: Checkpoint, config: ReconstructConfig) -> list[Sequences]:
     """Sequences to train on, and others to accept layers by."""
-    count = -(-config.tokens // data.sequence_length)
     tokenizer = student.tokenizer()
-    wanted = {"train": count, "calibration": config.validation_sequences}
-    return [build_sequences(data, tokenizer, split, n) for split, n in wanted.items()]  # type: ignore[arg-type]
+    count = -(-config.tokens // data.sequence_length)
+    wanted: dict[Split, int] = {"train": count, "validation": config.validation_sequences}
+    return [build_sequences(data, tokenizer, split, n, student) for split, n in wanted.items()]
 
 
 class Reconstruction:
@@ -276,7 +276,7 @@ class Reconstruction:
     def figures(self) -> list[Figure]:
         """Errors of the layers and KL of the model, before and after."""
         convention = (
-            f"{len(self.validation)} calibration sequences that no layer was trained on, "
+            f"{len(self.validation)} validation sequences that no layer was trained on, "
             f"{self._cut.dtype}".replace("torch.", "")
         )
         kept = sum(row["kept"] for row in self.rows)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from regrow.families import Family
 from regrow.layerwise import LayerByLayer
+from regrow.runtime.precision import widen
 from regrow.runtime.progress import Progress
 from regrow.stages.reconstruct.streams import Streams
 
@@ -79,8 +80,8 @@ def batch_error(model: LayerByLayer, streams: Streams, number: int, target: Targ
     with torch.autocast(model.device.type, torch.bfloat16, model.dtype == torch.bfloat16):
         output_BTH = model.step(batch, streams.cut_input(number))
     real = batch["real"].to(output_BTH.device)
-    goal_NH = target(number).to(output_BTH.device)[real].float()
-    error_N = (output_BTH[real].float() - goal_NH).square().sum(-1)
+    goal_NH = widen(target(number).to(output_BTH.device)[real])
+    error_N = (widen(output_BTH[real]) - goal_NH).square().sum(-1)
     return (error_N / goal_NH.square().sum(-1).clamp_min(1e-6)).mean()
 
 
