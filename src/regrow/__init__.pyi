@@ -25,6 +25,8 @@ from regrow.stages.profile.stage import profile as profile
 from regrow.stages.prune.stage import prune as prune
 from regrow.stages.quantize import QuantizeConfig as QuantizeConfig
 from regrow.stages.quantize.stage import quantize as quantize
+from regrow.stages.reconstruct import ReconstructConfig as ReconstructConfig
+from regrow.stages.reconstruct.stage import reconstruct as reconstruct
 from regrow.stages.report import ReportConfig as ReportConfig
 from regrow.stages.report.stage import report as report
 from regrow.stages.rotate import RotateConfig as RotateConfig

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 STAGES = "regrow.stages"
 """The folder of the stages, for `plugins`."""
 IN_ORDER = (
-    *("profile", "rotate", "compare", "prune", "generate", "cache", "distill"),
+    *("profile", "rotate", "compare", "prune", "reconstruct", "generate", "cache", "distill"),
     *("quantize", "evaluate", "export", "report"),
 )
 """The order in which `regrow --help` lists the stages; others follow by name."""
