@@ -176,7 +176,7 @@ def test_a_killed_run_goes_on(text: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_another_teacher_is_refused(text: Path, tmp_path: Path) -> None:
     teacher = write_trained(tmp_path / "teacher", text)
-    other = write_trained(tmp_path / "other", text, num_hidden_layers=3)
+    other = write_trained(tmp_path / "other", text, num_hidden_layers=4)
     student = cut_of(teacher, tmp_path, mlp=32)
     with pytest.raises(UserError, match="was not cut from"):
         reconstruct(student, other, data_of(text), tmp_path / "out", CONFIG, OPTIONS)
