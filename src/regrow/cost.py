@@ -1,9 +1,9 @@
-"""What a model costs: parameters, operations and seconds, bytes on disk and in memory.
+"""Estimates a model's cost: parameters, operations and seconds, bytes on disk and in memory.
 
-An operation is a multiplication or an addition. A forward pass takes 2 for each parameter that a
-token runs through, a backward pass 2 for the gradients of the activations and 2 for those of the
-weights (Kaplan et al., 2020, arXiv:2001.08361, section 2.1). Times are those of matrix products at
-the rate measured on this machine, and so the least that is possible.
+An operation is a multiplication or an addition. For each parameter that a token uses, a forward
+pass takes 2 operations, and a backward pass takes 2 for the gradients of the activations and 2 for
+those of the weights (Kaplan et al., 2020, arXiv:2001.08361, section 2.1). Times assume matrix
+products at the rate measured on this machine; they are lower bounds.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ FORWARD = 2
 BACKWARD = {"none": 4, "frozen": 2, "lora": 2, "qlora": 2}
 """Operations of a backward pass, by adapter: frozen weights need no gradient of their own."""
 TRAINING_BYTES = {"none": 16.0, "lora": 2.0, "qlora": 0.6}
-"""Bytes for each parameter that is trained, by adapter: float32 weight, gradient and the two
-moments of Adam; a frozen weight in 16 or about 4 bits."""
+"""Bytes for each parameter of the student, by adapter. Without an adapter: float32 weight, gradient
+and the two moments of Adam. With one: a frozen weight in 16 or about 4 bits."""
 CACHE_BYTES = 2
-"""Bytes of a cached key or value: 16 bits, as llama.cpp and bf16 models keep them."""
+"""Bytes of a cached key or value: 16 bits, as in llama.cpp and bf16 models."""
 PROMPT_TOKENS = 512
-"""Tokens of a prompt that are computed at once, as llama.cpp's n_ubatch."""
+"""Number of prompt tokens computed at once, equal to llama.cpp's default n_ubatch."""
 
 
 def parameters(checkpoint: Checkpoint) -> int:
-    """Parameters, tied weights counted once."""
+    """Number of parameters; tied weights are counted once."""
     return families.of(checkpoint).count(checkpoint.config)
 
 
 def active(checkpoint: Checkpoint) -> int:
-    """Parameters that one token runs through: of the experts only those its router chooses."""
+    """Number of parameters that one token uses, with only the experts to which it is routed."""
     return families.of(checkpoint).active(checkpoint.config)
 
 
 @cache
 def matmul_rate() -> float:
-    """Operations per second of a bf16 matrix product of a usual size here; measured once."""
+    """Operations per second of a bf16 matrix product on this machine; measured once."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a = torch.randn(1024, 1024, dtype=torch.bfloat16, device=device)
     _ = (a @ a)[0, 0].item()
@@ -57,7 +57,7 @@ def matmul_rate() -> float:
 
 
 def seconds_for(tokens: float, operations: float) -> float:
-    """Seconds for `tokens` tokens of so many operations each, at the rate of this machine."""
+    """Seconds for `tokens` tokens with `operations` operations each, at this machine's rate."""
     return tokens * operations / matmul_rate()
 
 
@@ -67,19 +67,19 @@ def forward_seconds(checkpoint: Checkpoint, tokens: float) -> float:
 
 
 def training_operations(student: int, teacher: int = 0, adapter: str = "none") -> int:
-    """Operations for each token of a distillation, by parameters of student and teacher."""
+    """Operations per token of a distillation, from the parameters of student and teacher."""
     return FORWARD * teacher + (FORWARD + BACKWARD[adapter]) * student
 
 
 def training_bytes(parameters: int, adapter: str = "none") -> float:
-    """Bytes of weights, gradients and optimizer of a student that is trained."""
+    """Bytes of the weights, gradients and optimizer state of a student in training."""
     return TRAINING_BYTES[adapter] * parameters
 
 
 def stored(
     family: Family, config: dict[str, Any], format: str, sizes: dict[str, int] | None = None
 ) -> Iterator[StoredTensor]:
-    """How each tensor of a model is stored in a format; `sizes` override those of the config."""
+    """The storage of each tensor of a model in a format; `sizes` override those of the config."""
     wanted_by = formats.find(format)
     full = {**family.sizes(config), **(sizes or {})}
     for template, row in family.tensors.items():
@@ -93,7 +93,7 @@ def stored(
 
 
 def role_of(family: Family, template: str, config: dict[str, Any]) -> str:
-    """What a tensor is to a storage format: see `StorageFormat.type_of`."""
+    """The role of a tensor in a storage format: see `StorageFormat.type_of`."""
     axes = family.tensors[template].axes
     if len(axes) == 1 or axes[0] == "experts":
         return "other"
@@ -115,7 +115,7 @@ def _types(
     sizes: dict[str, int],
     count: int,
 ) -> dict[str, int]:
-    """Number of tensors of each type among the `count` of one row of a family's table."""
+    """Number of tensors of each type among the `count` tensors of one row of a family's table."""
     by_layer = format.layers_by_type(role_of(family, template, config), sizes)
     (first, _), *others = by_layer.items()
     found = {kind: layers * count // max(1, sizes["layers"]) for kind, layers in others}
@@ -125,7 +125,7 @@ def _types(
 def file_bytes(
     family: Family, config: dict[str, Any], format: str, sizes: dict[str, int] | None = None
 ) -> int:
-    """Bytes of all tensors in a format, tied ones once; without the file's header and tokenizer."""
+    """Bytes of all tensors in a format, tied ones counted once, without header and tokenizer."""
     return sum(tensor.bytes for tensor in stored(family, config, format, sizes))
 
 
@@ -138,10 +138,10 @@ def ram_bytes(
 ) -> int:
     """Bytes to generate at `context_length` tokens, batch 1: weights + KV cache + activations.
 
-    KV cache: 2 · layers · kv_heads · head_dim · context · 2 bytes. Activations: float32 of one
-    layer for 512 tokens (residual and its norm, queries, keys, values, gate and up, those of all
-    experts that a token is routed to), the attention scores of 512 × context in one head's turn,
-    and one row of logits.
+    KV cache: 2 · layers · kv_heads · head_dim · context · 2 bytes. Activations, in float32: those
+    of one layer for 512 tokens (residual stream and its norm, queries, keys, values, gate and up of
+    all experts to which a token is routed), the attention scores [512, context] of one head, and
+    one row of logits.
     """
     full = {**family.sizes(config), **(sizes or {})}
     cache = 2 * full["layers"] * full["kv_heads"] * full["head_dim"] * context_length * CACHE_BYTES
@@ -155,11 +155,11 @@ def ram_bytes(
 
 
 def forward_flops(family: Family, config: dict[str, Any], tokens: int, past: int = 0) -> int:
-    """Operations to read `tokens` after `past` cached ones, batch 1, with the last one's logits.
+    """Operations to compute `tokens` after `past` cached ones, batch 1, with the last one's logits.
 
-    2 · weights · tokens, of all weights that a token runs through but embedding and head; 4 ·
-    layers · heads · head_dim · Σ_t (past + t) for scores and sums of full attention; 2 · vocab ·
-    hidden for the head.
+    The sum of 2 · weights · tokens, for all weights that a token uses except embedding and head;
+    4 · layers · heads · head_dim · Σ_t (past + t), for scores and weighted sums of full attention;
+    and 2 · vocab · hidden, for the head.
     """
     full = family.sizes(config)
     table = full["vocab"] * full["hidden"]
@@ -173,6 +173,6 @@ def forward_flops(family: Family, config: dict[str, Any], tokens: int, past: int
 def fallbacks(
     family: Family, config: dict[str, Any], format: str, sizes: dict[str, int] | None = None
 ) -> list[str]:
-    """A line for each type that rows do not fit: which tensors, their type, and what it costs."""
+    """A line for each type that rows do not fit: the tensors, the type they get, and the cost."""
     lines = formats.fallback_lines(stored(family, config, format, sizes))
     return [f"{format}: {line}" for line in lines]

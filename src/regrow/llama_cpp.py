@@ -1,7 +1,7 @@
-"""Real llama.cpp, by the cyllama wheel: open a GGUF file, its tokens, its logits, K-quants.
+"""Wraps llama.cpp, through the cyllama wheel: opens GGUF files, tokenizes, computes, quantizes.
 
-cyllama has no call for the logits of all positions at once, and its `get_logits_ith` asks the model
-for a `n_vocab` that its own class lacks; what is needed of it stands here and nowhere else.
+cyllama has no call for the logits of all positions at once, and its `get_logits_ith` reads an
+attribute `n_vocab` that its own model class lacks. All uses of cyllama are in this module.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 BATCH = 512
-"""Tokens computed at once, as llama.cpp's own n_ubatch."""
+"""Number of tokens computed at once, equal to llama.cpp's default n_ubatch."""
 ERROR = 4
-"""llama.cpp's log level of an error."""
+"""llama.cpp's log level for errors."""
 _said: list[str] = []
 
 
 def installed() -> bool:
-    """Whether llama.cpp is there, from the extra `llama`."""
+    """Whether llama.cpp is installed, which is the extra `llama`."""
     return find_spec("cyllama") is not None
 
 
@@ -38,7 +38,7 @@ def require(what: str) -> None:
 
 
 def threads() -> int:
-    """Threads to compute with: OMP_NUM_THREADS, else the cores that this process may use."""
+    """Number of threads: OMP_NUM_THREADS, or else the number of cores this process may use."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -48,8 +48,8 @@ def threads() -> int:
 class GgufModel:
     """A GGUF file opened by llama.cpp on the CPU; a context manager.
 
-    `context` tokens are made room for; there is more room when more is asked. With `only_look`
-    weights stay in the file, and no room is made yet.
+    Memory is reserved for `context` tokens, and later for more tokens when a call needs them. With
+    `only_look` the weights are not read from the file, and no memory is reserved yet.
     Raises UserError, in one line, for a file that llama.cpp cannot load.
     """
 
@@ -67,7 +67,7 @@ class GgufModel:
             raise UserError(f"no such GGUF file: {path}")
         parameters = self._api.LlamaModelParams()
         parameters.n_gpu_layers = 0
-        parameters.use_extra_bufts = not only_look  # repacked weights would be read now
+        parameters.use_extra_bufts = not only_look  # repacking would read all weights now
         self._model = self._loaded(parameters)
         self._vocab = self._model.get_vocab()
         self._batch = self._api.LlamaBatch(n_tokens=BATCH, embd=0, n_seq_max=1)
@@ -79,7 +79,7 @@ class GgufModel:
 
     def _loaded(self, parameters: Any) -> Any:
         class Model(self._api.LlamaModel):  # type: ignore[misc,name-defined]
-            """With the size of its vocabulary, which LlamaContext asks it for."""
+            """Adds the vocabulary size, which LlamaContext reads from its model."""
 
             @property
             def n_vocab(self) -> int:
@@ -93,7 +93,7 @@ class GgufModel:
             raise UserError(f"{self.path}: llama.cpp cannot load it: {reason}") from None
 
     def _reserve(self, tokens: int, sequences: int = 1) -> None:
-        """Make room for so many tokens of so many sequences; what was held may be forgotten."""
+        """Reserve memory for `tokens` tokens of each sequence; this may clear the KV cache."""
         if tokens <= self._room[0] and sequences == self._room[1]:
             return
         if self._context is not None:
@@ -113,7 +113,7 @@ class GgufModel:
 
     @property
     def num_parameters(self) -> int:
-        """Weights of all tensors in the file."""
+        """Number of weights of all tensors in the file."""
         return int(self._model.n_params)
 
     @property
@@ -123,7 +123,7 @@ class GgufModel:
 
     @property
     def positions(self) -> int:
-        """Tokens of context that the model was made for."""
+        """Context length in tokens for which the model was trained."""
         return int(self._model.n_ctx_train)
 
     @property
@@ -132,7 +132,7 @@ class GgufModel:
         return str(self._model.desc)
 
     def tokens(self) -> list[str]:
-        """Each token's string, as the file has it."""
+        """The string of each token, as stored in the file."""
         return [self._vocab.get_text(token) for token in range(self.vocab_size)]
 
     def ends(self) -> set[int]:
@@ -140,9 +140,9 @@ class GgufModel:
         return {token for token in range(self.vocab_size) if self._vocab.is_eog(token)}
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of a text, without special tokens added, special ones in it as plain text.
+        """Token ids of a text, without adding special tokens.
 
-        With `special` the latter are the tokens they name.
+        The text of a special token is plain text; with `special` it becomes that special token.
         """
         found: list[int] = self._vocab.tokenize(text, False, special)
         return found
@@ -150,7 +150,7 @@ class GgufModel:
     def logits(self, tokens: list[int], start: int = 0) -> np.ndarray:
         """Logits [T − start, V] in float32 of the next token after each of `tokens[start:]`.
 
-        What they have in common with the tokens of the last call is not computed again.
+        The common prefix with the tokens of the last call is not computed again.
         """
         import numpy as np
 
@@ -161,7 +161,7 @@ class GgufModel:
             if ours != theirs:
                 break
             same += 1
-        self._held = []  # if it fails on the way
+        self._held = []  # stays empty if decoding fails
         if same == 0 or not self._context.memory_seq_rm(0, same, -1):
             self._context.kv_cache_clear()
             same = 0
@@ -179,7 +179,7 @@ class GgufModel:
         return out
 
     def continuation(self, tokens: list[int]) -> Iterator[int]:
-        """The most likely token id after `tokens`, then the one after that, without end."""
+        """Yield the greedy continuation of `tokens`, one token id at a time, without end."""
         tokens = list(tokens)
         while True:
             if len(tokens) > self._room[0]:
@@ -188,15 +188,15 @@ class GgufModel:
             yield tokens[-1]
 
     def greedy(self, tokens: list[int], count: int) -> list[int]:
-        """The `count` most likely token ids after `tokens`, each after the ones before it."""
+        """The first `count` token ids of the greedy continuation of `tokens`."""
         self._reserve(len(tokens) + count)
         return list(islice(self.continuation(tokens), count))
 
     def feed(self, rows: list[list[int]], past: int, room: int) -> None:
-        """Read B sequences of equally many tokens, after `past` of each that were fed before.
+        """Compute B sequences of equal length, after `past` earlier tokens of each sequence.
 
-        `room` is the length that they will reach. Logits after the last token of each are computed
-        and not fetched: for timing.
+        `room` is the final length of the sequences. The logits after the last token of each
+        sequence are computed but not fetched; this method serves to measure time.
         """
         self._reserve(room, len(rows))
         self._held = []
@@ -233,9 +233,9 @@ class GgufModel:
 
 
 def quantize(source: Path, target: Path, file_type: int, num_threads: int | None = None) -> None:
-    """Quantize a GGUF file of F32 or F16 tensors to a llama_ftype, by llama.cpp's own quantizer.
+    """Quantize a GGUF file of F32, F16 or BF16 tensors to a llama_ftype, by llama.cpp's quantizer.
 
-    Raises UserError when it fails, with what llama.cpp said.
+    Raises UserError with llama.cpp's error message when it fails.
     """
     require("quantizing to K-quants")
     api = _api()
@@ -251,7 +251,7 @@ def quantize(source: Path, target: Path, file_type: int, num_threads: int | None
 
 
 def _api() -> Any:
-    """cyllama's module, its log kept from the terminal; the errors in it are remembered."""
+    """cyllama's module; its log is not printed, and the errors in it are collected."""
     from cyllama.llama import llama_cpp
 
     def keep(level: int, text: str) -> None:

@@ -1,1 +1,1 @@
-"""Named schemes of quantized weights and the grids they put weights on."""
+"""Storage formats of weights, named quantization schemes, and the grids of quantized values."""

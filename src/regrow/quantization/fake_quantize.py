@@ -1,4 +1,4 @@
-"""Training for a grid: every linear layer computes with its weight as it will be rounded."""
+"""Quantization-aware training: every linear layer computes with its rounded weight."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from regrow.quantization.formats import Scheme
 from regrow.quantization.grid import Grid, fake_quantize, fit
 
 STORED = torch.bfloat16
-"""What the scales of a quantized folder are stored in."""
+"""The dtype in which a quantized folder stores its scales."""
 
 
 def bind_rounding(student: PreTrainedModel, scheme: Scheme) -> Callable[[], None]:
-    """Make the student's linear layers, but not its head, compute with rounded weights.
+    """Make the student's linear layers, except its head, compute with rounded weights.
 
-    Each has the grid that its weight lies on, else the one of least squares for it, and keeps it.
-    The weights themselves, their names and what is saved stay. Gradients pass straight through
-    (Jacob et al., 2018, arXiv:1712.05877). A layer whose width does not fit gets the scheme's
-    fallback. What is returned ends it, with the weights rounded as they were computed with.
+    Each group of weights uses the grid on which it already lies, or else the grid with the least
+    squared error; the grids stay fixed. The parameters themselves are not rounded, and their names
+    and the saved tensors do not change. Gradients pass straight through the rounding (Jacob et al.,
+    2018, arXiv:1712.05877). A layer whose width does not fit gets the scheme's fallback. The
+    returned function restores the layers and rounds their weights to the grids.
     """
     head = student.get_output_embeddings()
     linear = [m for m in student.modules() if isinstance(m, nn.Linear) and m is not head]
@@ -45,7 +46,7 @@ def bind_rounding(student: PreTrainedModel, scheme: Scheme) -> Callable[[], None
 
 @torch.no_grad()
 def grid_of(weight_RC: Tensor, scheme: Scheme) -> Grid:
-    """The grid to train a weight for."""
+    """The grid for training a weight."""
     columns = weight_RC.shape[1]
     every = torch.ones(columns, device=weight_RC.device)
     return fit(weight_RC, scheme.fitting(columns), STORED, every)

@@ -1,7 +1,7 @@
-"""The one table of storage formats: how each stores a tensor, and which programs open it.
+"""The table of all storage formats: how each stores a tensor, and which programs open it.
 
-- `TYPES`: how one tensor is stored, and how many bytes it takes. A type packs a block of values of
-  one row; a tensor whose rows are not a multiple of the block gets the type's fallback.
+- `TYPES`: how one tensor is stored, and how many bytes it takes. A type packs the values of a row
+  in blocks; a tensor whose row length is not a multiple of the block size gets the type's fallback.
 - `SCHEMES`: the types that `regrow quantize` writes as compressed-tensors.
 - `FORMATS`: which type each tensor of a model gets: in a Hugging Face folder (lower-case names) and
   in a GGUF file (llama.cpp's names).
@@ -20,7 +20,7 @@ from typing import Literal
 from regrow.errors import unknown
 
 Sizes = Mapping[str, int]
-"""Sizes of a model by dimension: layers, heads, kv_heads, experts, … (see `families`)."""
+"""Sizes of a model by name of the dimension: layers, heads, kv_heads, experts, … (`families`)."""
 SCALE_BITS = 16
 
 
@@ -30,13 +30,13 @@ class TensorType:
 
     name: str
     block: int
-    """Values of a row that are packed together."""
+    """Number of values of a row that are packed together."""
     bits: int
-    """Bits of a block, with its scales and zero point."""
+    """Bits of a block, including its scales and zero point."""
     fallback: str = ""
-    """Type of a tensor whose rows are not a multiple of `block`."""
+    """Type for a tensor whose row length is not a multiple of `block`."""
     row_bits: int = 0
-    """Bits of each row's own scale."""
+    """Bits of the scale of each row, for types with one scale per row."""
 
     def bytes(self, rows: int, columns: int) -> int:
         """Bytes of a tensor of this shape; `columns` must be a multiple of `block`."""
@@ -52,24 +52,24 @@ class Scheme:
     bits: int
     kind: Literal["int", "float"] = "int"
     group: int | None = None
-    """Columns of a row that share a scale; None: the whole row."""
+    """Number of columns of a row that share a scale; None if the whole row shares one."""
     symmetric: bool = True
-    """Whether zero is in the middle of the grid; otherwise each group has a zero point."""
+    """Whether the grid is centred on zero; otherwise each group has a zero point."""
     dynamic: bool = False
     """Whether the layer's inputs are quantized too, with a scale for each token."""
     fallback: str = ""
-    """Scheme of a layer whose number of columns is not a multiple of `group`."""
+    """Scheme for a layer whose number of columns is not a multiple of `group`."""
     vllm_on_cpu: bool = False
     """Whether vLLM 0.32 opens it on a CPU (transformers opens every scheme)."""
 
     @property
     def needs_text(self) -> bool:
-        """Whether calibration on text gains anything: plain rounding to 8 bits loses little."""
+        """Whether calibration on text is useful: plain rounding to 8 bits already loses little."""
         return self.bits < 8
 
     @property
     def type(self) -> TensorType:
-        """The scheme as a type of `TYPES`."""
+        """The scheme as a tensor type for `TYPES`."""
         if self.group is None:
             return TensorType(self.name, 1, self.bits, row_bits=SCALE_BITS)
         zero_point = 0 if self.symmetric else self.bits
@@ -77,17 +77,17 @@ class Scheme:
         return TensorType(self.name, self.group, bits, self.fallback)
 
     def groups(self, columns: int) -> int:
-        """Scales of a row; `columns` must be a multiple of the group."""
+        """Number of scales of a row; `columns` must be a multiple of `group`."""
         assert self.group is None or columns % self.group == 0, (columns, self.group)
         return 1 if self.group is None else columns // self.group
 
     def fitting(self, columns: int) -> Scheme:
-        """This scheme, or the fallback for rows of `columns` weights."""
+        """This scheme, or its fallback if it does not fit rows of `columns` weights."""
         return SCHEMES[fitting(self.name, columns)]
 
 
 def _int4(group: int, fallback: str) -> list[Scheme]:
-    """The schemes of a group size, without and with zero points; a fallback has them alike."""
+    """The schemes of a group size, without and with zero points; so are their int4 fallbacks."""
     name = f"int4-g{group}"
     with_zeros = fallback + ASYMMETRIC if fallback.startswith("int4") else fallback
     return [
@@ -139,38 +139,38 @@ TYPES = {
 
 
 def fitting(wanted: str, columns: int) -> str:
-    """The type that rows of `columns` values get when `wanted` is asked for."""
+    """The type `wanted`, or its first fallback that can pack rows of `columns` values."""
     while columns % TYPES[wanted].block:
         wanted = TYPES[wanted].fallback
     return wanted
 
 
 Rule = tuple[str, str, Callable[[int, Sizes], bool]]
-"""Last part of a linear layer's name, the type of its weight, in which layers (layer, sizes)."""
+"""Last part of a linear layer's name, type of its weight, whether it applies to (layer, sizes)."""
 
 
 @dataclass(frozen=True)
 class StorageFormat:
-    """Which type each tensor of a model gets."""
+    """A rule for the type of each tensor of a model."""
 
     name: str
     linear: str
-    """Of the linear layers' weights, unless a rule says otherwise."""
+    """Type of the linear layers' weights to which no rule applies."""
     embedding: str
     head: str
-    """Of the head, and of an embedding that is also the head."""
+    """Type of the head, and of an embedding that is also the head."""
     other: str
-    """Of norms and biases, and of the routers of a mixture of experts."""
+    """Type of norms, biases, and the routers of a mixture of experts."""
     rules: tuple[Rule, ...] = ()
-    """Exceptions among the linear layers; the first that fits decides."""
+    """Exceptions among the linear layers; the first rule that applies decides."""
     by_llama_cpp: bool = False
-    """Whether llama.cpp's quantizer writes it: a mix of K-quants."""
+    """Whether llama.cpp's quantizer writes the format, which is then a mix of K-quants."""
 
     def type_of(self, role: str, layer: int, sizes: Sizes) -> str:
-        """The type wanted for a tensor, whether or not its rows fit.
+        """The type that the format wants for a tensor, whether or not its rows fit the type.
 
-        `role` is head, embedding, other, or the last part of a linear layer's name; down_proj
-        stands for the last projection of every MLP and expert, v_proj also for a fused qkv_proj.
+        `role` is head, embedding, other, or the last part of a linear layer's name. down_proj means
+        the last projection of every MLP and expert; v_proj also means a fused qkv_proj.
         """
         if role in ("head", "embedding", "other"):
             return str(getattr(self, role))
@@ -181,7 +181,7 @@ class StorageFormat:
         return self._raised(role, kind, sizes) if self.by_llama_cpp else kind
 
     def _raised(self, role: str, kind: str, sizes: Sizes) -> str:
-        """llama.cpp's type for attention in models of 8 experts and of 70 B parameters."""
+        """llama.cpp's type of attention weights in models with 8 experts or 70 B parameters."""
         if sizes.get("experts") == 8:
             if role in ("v_proj", "k_proj"):
                 return "Q8_0"
@@ -191,7 +191,7 @@ class StorageFormat:
         return "Q5_K" if of_70b and role == "v_proj" and kind in ("Q3_K", "Q4_K") else kind
 
     def layers_by_type(self, role: str, sizes: Sizes) -> dict[str, int]:
-        """Number of layers in which a linear layer gets each type."""
+        """Number of layers for each type of the linear layer `role`."""
         if not any(module == role for module, _, _ in self.rules):
             return {self.type_of(role, 0, sizes): sizes["layers"]}
         kinds = [self.type_of(role, layer, sizes) for layer in range(sizes["layers"])]
@@ -199,7 +199,7 @@ class StorageFormat:
 
 
 EIGHT_EXPERTS_Q5_K = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M")
-"""Mixes in which o_proj of a model of 8 experts gets Q5_K."""
+"""Mixes in which o_proj of a model with 8 experts gets Q5_K."""
 
 
 def _everywhere(layer: int, sizes: Sizes) -> bool:
@@ -215,7 +215,7 @@ def _first_share(parts: int) -> Callable[[int, Sizes], bool]:
 
 
 def _more_bits(layer: int, sizes: Sizes) -> bool:
-    """The first and the last eighth of the layers, and every third between them."""
+    """The first and the last eighth of the layers, and every third layer between them."""
     layers = sizes["layers"]
     eighth = layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
@@ -296,9 +296,9 @@ FORMATS = FOLDER_FORMATS | GGUF_FORMATS
 
 
 def find(name: str) -> StorageFormat:
-    """The format of that name, in any case; raises UserError when there is none.
+    """The format of that name, in upper or lower case; raises UserError when there is none.
 
-    The names f32, f16 and bf16 are those of folders, F32, F16 and BF16 those of GGUF files.
+    The names f32, f16 and bf16 mean folders; F32, F16 and BF16 mean GGUF files.
     """
     for known in (SHORT.get(name, name), name.lower(), name.upper()):
         if known in FORMATS:
@@ -315,7 +315,7 @@ def find_scheme(name: str) -> Scheme:
 
 
 def find_gguf(name: str) -> StorageFormat:
-    """The GGUF format of that name, in any case; raises UserError when there is none."""
+    """The GGUF format of that name, upper or lower case; raises UserError when there is none."""
     if name.upper() not in GGUF_FORMATS:
         raise unknown("type", name, GGUF_FORMATS)
     return GGUF_FORMATS[name.upper()]
@@ -323,31 +323,31 @@ def find_gguf(name: str) -> StorageFormat:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor, or several of one shape, as they are stored."""
+    """The storage of one tensor, or of several tensors of one shape."""
 
     name: str
     shape: tuple[int, ...]
-    """As in torch: the last axis is a row."""
+    """In torch's order: the last axis runs along a row."""
     wanted: str
-    """Type that the format has for it."""
+    """Type that the format wants for the tensor."""
     type: str
-    """Type that it has."""
+    """Type that the tensor gets: `wanted` or a fallback."""
     count: int = 1
 
     @property
     def weights(self) -> int:
-        """Values of all of them."""
+        """Number of values of all tensors."""
         return self.count * math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all tensors."""
         rows = math.prod(self.shape[:-1])
         return self.count * TYPES[self.type].bytes(rows, self.shape[-1])
 
 
 def fallback_lines(tensors: Iterable[StoredTensor]) -> list[str]:
-    """A line for each type that rows did not fit: which tensors, their type, and what it costs."""
+    """A line for each type that rows did not fit: the tensors, the type they get, and the cost."""
     groups: dict[tuple[str, str, int], list[StoredTensor]] = {}
     for tensor in tensors:
         if tensor.wanted != tensor.type:

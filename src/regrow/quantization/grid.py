@@ -1,8 +1,10 @@
-"""Grids: which values a weight may take.  Shapes: R rows, C columns, G groups of columns per row.
+"""Grids: the values that a quantized weight may take.
 
-A grid has the values (q − z) · s with q integer in [−2^(b−1), 2^(b−1) − 1], or q in float8 e4m3;
-s and z as they will be stored. Scales follow compressed-tensors: s = max|w| ÷ (2^b − 1)/2, and
-(max − min) ÷ (2^b − 1) with a zero point.
+A grid has the values (q − z) · s, where q is an integer in [−2^(b−1), 2^(b−1) − 1] or a float8 e4m3
+value. s and z have the precision in which they will be stored. Scales follow compressed-tensors:
+s = max|w| ÷ (2^b − 1)/2, and s = (max − min) ÷ (2^b − 1) with a zero point.
+
+Shapes: R rows, C columns, G groups of columns per row.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from regrow.quantization.formats import Scheme
 
 E4M3 = torch.float8_e4m3fn
 SHRINKS = tuple(1 - 0.025 * n for n in range(15))
-"""Shares of the full range that are tried for a scale."""
+"""Shares of the full range to try as the range of a scale."""
 
 
 @dataclass(frozen=True)
@@ -26,31 +28,31 @@ class Grid:
 
     scheme: Scheme
     scale_RG: Tensor
-    """In the dtype it is stored in."""
+    """The scales, in the dtype in which they are stored."""
     zero_RG: Tensor | None = None
-    """int8, of an asymmetric scheme."""
+    """The zero points of an asymmetric scheme, in int8."""
 
     def columns(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero of each of `count` columns, float32 [R, C]."""
+        """Scale and zero point of each of `count` columns, float32 [R, C]."""
         each = count // self.scale_RG.shape[1]
         scale_RC = self.scale_RG.float().repeat_interleave(each, 1)
         zero = self.zero_RG
         return scale_RC, None if zero is None else zero.float().repeat_interleave(each, 1)
 
     def nearest(self, weight_RC: Tensor) -> Tensor:
-        """The nearest values of the grid, float32 [R, C]."""
+        """The weight rounded to the nearest values of the grid, float32 [R, C]."""
         weight_RC = weight_RC.float()
         return nearest(weight_RC, self.scheme, *self.columns(weight_RC.shape[1]))
 
 
 def _nearest(grouped: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """Of weights [R, G, columns of a group], by scales and zeros [R, G]."""
+    """Round weights [R, G, columns of a group] to grids with scales and zero points [R, G]."""
     wide = None if zero is None else zero.float()[..., None]
     return nearest(grouped, scheme, scale.float()[..., None], wide)
 
 
 def nearest(weight: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """The nearest values of a grid, float32; scale and zero are broadcast to the weight."""
+    """Round a weight to the nearest values of a grid, float32; scale and zero are broadcast."""
     q = weight / scale
     if scheme.kind == "float":
         limit = torch.finfo(E4M3).max
@@ -64,11 +66,11 @@ def nearest(weight: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor | None) 
 def fit(
     weight_RC: Tensor, scheme: Scheme, dtype: torch.dtype, importance_C: Tensor | None = None
 ) -> Grid:
-    """The grid of a weight, with scales stored in `dtype`.
+    """Fit a grid to a weight, with scales stored in `dtype`.
 
-    A group whose weights already lie on a grid of the scheme keeps that one. Others get one over
-    their full range; or, given the importance of each column, over a range shrunk by up to a third,
-    to where Σ_c importance_c (w_c − q_c)² is least.
+    A group whose weights already lie on a grid of the scheme keeps that grid. The grid of any other
+    group covers the group's full range. With `importance_C`, it covers a range that is smaller by
+    up to 35 % and that minimizes Σ_c importance_c (w_c − q_c)².
     """
     grouped = weight_RC.float().unflatten(1, (scheme.groups(weight_RC.shape[1]), -1))
     low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
@@ -107,14 +109,15 @@ def _least_squares(
 def _grid_under(
     grouped: Tensor, low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether the weights of a group, and 0, lie on a grid of the scheme; its scale and zero.
+    """Whether a group's weights, with 0, lie on a grid of the scheme; that grid's scale and zero.
 
-    Its step is their smallest distance, or a half or a third of that, and then the one of least
-    squares. A twentieth of a step off is on the grid: so far do weights in 16 bits lie.
+    The candidates for the step are the smallest distance between two weights, its half and its
+    third, each refined by least squares. Weights may be off the grid by up to a twentieth of a
+    step, because their own 16-bit rounding moves them.
     """
     bottom, top = _range(scheme)
     gaps = torch.cat([grouped, torch.zeros_like(grouped[..., :1])], -1).sort(-1).values.diff()
-    least = (high - low) / (2 * (top - bottom))  # of a step that can reach from end to end
+    least = (high - low) / (2 * (top - bottom))  # half the step whose grid covers the range
     gap = gaps.where(gaps > least[..., None], torch.inf).amin(-1)
     lies = torch.zeros_like(low, dtype=torch.bool)
     found, zeros = torch.ones_like(low, dtype=dtype), torch.zeros_like(low)
@@ -152,7 +155,7 @@ def _range(scheme: Scheme) -> tuple[float, float]:
 
 
 class _Straight(torch.autograd.Function):
-    """Nearest value of the grid; the gradient passes as if nothing had been rounded."""
+    """Rounds to the nearest value of the grid; the gradient passes through unchanged."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, grid: Grid) -> Tensor:

@@ -1,4 +1,4 @@
-"""Export: a GGUF file for llama.cpp and Ollama, proven by llama.cpp."""
+"""Export: writes a GGUF file for llama.cpp and Ollama, and verifies it with llama.cpp."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ from regrow.stages._flags import Model, OptionalText, print_lines
 
 
 class ExportConfig(Config):
-    """The file's type, and how it is proven."""
+    """The type of the GGUF file and the settings of its verification."""
 
     type: str = "Q8_0"
-    """How weights are stored: F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, or a mix of K-quants
-    (Q6_K, Q5_K_M, Q5_K_S, Q4_K_M, Q4_K_S, Q3_K_L, Q3_K_M, Q3_K_S, Q2_K), for which llama.cpp is
-    needed."""
+    """Type of the weights: F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, or a mix of K-quants
+    (Q6_K, Q5_K_M, Q5_K_S, Q4_K_M, Q4_K_S, Q3_K_L, Q3_K_M, Q3_K_S, Q2_K), which needs llama.cpp."""
     name: str | None = Field(default=None, min_length=1, pattern=r"^[^/\\]+$")
-    """Name of the model, and of the file; by default that of the run or the folder."""
+    """Name of the model and of the file; by default the name of the run or the folder."""
     pre: str | None = None
-    """llama.cpp's name for how the tokenizer splits text, where it is not recognised."""
+    """llama.cpp's name of the tokenizer's pre-tokenizer, for a tokenizer that is not recognised."""
     verify: Literal["auto", "always", "never"] = "auto"
-    """Whether llama.cpp opens the file and is compared with transformers: auto does where it is
-    installed."""
+    """Whether to open the file with llama.cpp and compare it with transformers: auto does so if
+    llama.cpp is installed."""
     verify_tokens: int = Field(default=512, ge=1)
-    """Positions to compare on, at most: of held-out text of the data, else of a built-in text."""
+    """Most positions to compare: of held-out text of the data, or else of a built-in text."""
     prompt: str = Field(default="The capital of France is", min_length=1)
-    """What both continue greedily."""
+    """Prompt that llama.cpp and transformers both continue greedily."""
     new_tokens: int = Field(default=24, ge=1)
-    """Tokens of that continuation."""
+    """Number of tokens of that greedy continuation."""
 
     @field_validator("type")
     @classmethod
@@ -42,7 +41,7 @@ class ExportConfig(Config):
 
 
 class ExportStage(Stage):
-    """Takes the current model, before it was quantized; leaves a GGUF file."""
+    """Reads the current model, as it was before quantization, and writes a GGUF file."""
 
     config = ExportConfig
 
@@ -54,12 +53,12 @@ class ExportStage(Stage):
         file: OmitArgPrefixes[ExportConfig] = ExportConfig(),
         dry_run: bool = False,
     ) -> None:
-        """Write a GGUF file for llama.cpp and Ollama, and prove it by llama.cpp.
+        """Write a GGUF file for llama.cpp and Ollama, and verify it with llama.cpp.
 
         Args:
             model: Hugging Face folder, hub id, GGUF file, or package:NAME.
             out: Folder to write to, or the file's name, NAME.gguf.
-            file: The file's type, and how it is proven.
+            file: The type of the GGUF file and the settings of its verification.
             dry_run: Check everything and print what would be done.
         """
         from regrow.checkpoint import load
@@ -74,13 +73,13 @@ class ExportStage(Stage):
         print(export(model, out, file, data))
 
     def check(self, step: Step, plan: RecipePlan) -> None:
-        """Raise UserError for a type or an architecture that llama.cpp cannot hold."""
+        """Raise UserError for a type or an architecture that llama.cpp does not support."""
         from regrow.stages.export.stage import check
 
         check(plan.checkpoint, step.config)
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
-        """Export the current model, as it was before it was quantized."""
+        """Export the current model, as it was before quantization."""
         from regrow.stages.export.stage import export
 
         export(run.plain, run.folder(folder), step.config, run.data)

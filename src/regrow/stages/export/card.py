@@ -1,6 +1,6 @@
-"""The model card, README.md: lineage, licences, data, recipe, figures, how to run the model.
+"""Writes the model card, README.md: lineage, licences, data, recipe, figures and usage.
 
-Lineage and licences are told as far as files say so: nothing is guessed.
+The card states lineage and licences only as far as files document them; it guesses nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FIRST_WORDS = {
     "llama 3.3 community license": "llama3.3",
     "gemma terms of use": "gemma",
 }
-"""What a licence file begins with, and the hub's name for it."""
+"""The hub's name of a licence by the first words of its text."""
 TERMS = {
     "apache-2.0": "allows modified models and their redistribution, with notice of the changes",
     "mit": "allows modified models and their redistribution, with the copyright notice",
@@ -43,15 +43,15 @@ TERMS = {
     "cc-by-nc-sa-4.0": "allows adaptations for non-commercial use only, under the same licence",
     "cc-by-nd-4.0": "does not allow sharing adaptations",
 }
-"""Whether models made from one of that licence may be shared, where its text is plain about it."""
+"""Whether a licence allows sharing modified models, for licences whose text is clear about it."""
 
 TEXTS = {"/data/enwik8.gz": "GFDL (English Wikipedia of 2006)"}
-"""Licences of texts that the project itself uses, by the end of their name in a package."""
+"""Licences of texts that the project itself uses, by the end of the source's name."""
 
 
 @dataclass(frozen=True)
 class Licence:
-    """A licence by the hub's name for it, and where that stands; None when nothing says it."""
+    """A licence: the hub's name for it, None if unknown, and the place where it is documented."""
 
     id: str | None = None
     where: str = ""
@@ -61,7 +61,7 @@ class Licence:
 
     @property
     def terms(self) -> str:
-        """Whether it allows a model made from this one; unknown is said to be unknown."""
+        """A sentence on whether the licence allows derived models, or that this is unknown."""
         if self.id is None:
             return "unknown: ask whoever published the parent before you share this model"
         return TERMS.get(self.id, "read its text: regrow does not know its terms")
@@ -69,25 +69,25 @@ class Licence:
 
 @dataclass(frozen=True)
 class Lineage:
-    """A model's parent, the text and the stages that it was made with."""
+    """A model's parent, and the texts and stages that produced the model."""
 
     name: str
     parent: str
     licence: Licence
     sources: list[dict[str, Any]] = field(default_factory=list)
-    """The recipe's sources of text."""
+    """Text sources of the recipe."""
     recipe: str = ""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Manifests by the stage's folder, in order."""
+    """Manifests by the name of the stage's folder, in order."""
     made: bool = True
-    """Whether regrow made the model, rather than found it."""
+    """Whether regrow produced the model; False for a model from elsewhere."""
 
 
 def lineage_of(folder: Path, given: str | None = None) -> Lineage:
-    """What is known of the model in `folder`, which was named `given`.
+    """The known lineage of the model in `folder`, which the user named `given`.
 
-    A folder that stands in a run has its recipe and its stages; one that a single stage wrote, its
-    manifest; any other is its own parent.
+    For a folder in a run, the lineage comes from the run's recipe and stages. For the output of a
+    single stage, it comes from that stage's manifest. Any other model is its own parent.
     """
     run = _run_of(folder)
     if run is not None:
@@ -106,7 +106,7 @@ def lineage_of(folder: Path, given: str | None = None) -> Lineage:
 
 
 def licence_of(model: str, folder: Path | None = None) -> Licence:
-    """The licence that a model's own files name: its card, its GGUF keys, its licence file."""
+    """The licence that a model's own files name: its GGUF keys, its card or its licence file."""
     path = gguf_of(model)
     if path is not None:
         return _of_gguf(path)
@@ -161,7 +161,7 @@ def _sources(data: Any) -> list[dict[str, Any]]:
 
 
 def _stages(run: Path, model: Path) -> dict[str, dict[str, Any]]:
-    """Manifests of the stages that led to `model`, and of evaluations, which measure it later."""
+    """Manifests of the stages that produced `model`, and of evaluations, also of later ones."""
     found = {}
     for path in sorted(run.glob("stages/*")):
         made = stage_dir.read(path)
@@ -172,7 +172,7 @@ def _stages(run: Path, model: Path) -> dict[str, dict[str, Any]]:
 
 
 def short_name(model: str) -> str:
-    """A model's name without the path that it lies under, which is nobody else's business."""
+    """A model's name without its path, which is private to the user's machine."""
     if model.startswith(PACKAGE):
         return model.removeprefix(PACKAGE)
     path = Path(model).expanduser()
@@ -182,25 +182,25 @@ def short_name(model: str) -> str:
 
 
 def text_licence(source: str) -> str | None:
-    """The licence of a source of text, where the project knows it."""
+    """The licence of a text source, or None when the project does not know it."""
     if not source.startswith(PACKAGE):
         return None
     return next((licence for end, licence in TEXTS.items() if source.endswith(end)), None)
 
 
 def parent_name(model: str) -> str:
-    """A parent as a reader can find it: a hub id or package as it stands, else the name alone."""
+    """A parent's public name: a hub id or a package unchanged, for a local path only the name."""
     public = model.startswith(PACKAGE) or not Path(model).expanduser().exists()
     return model if public else short_name(model)
 
 
 NOT_COMPARED = ("speed", "seconds", "tokens/s")
 MADE = ("profile", "prune", "distill", "quantize")
-"""Stages that a model is made with."""
+"""Stages that take part in producing a model."""
 
 
 def write_card(folder: Path, made: Path) -> None:
-    """The card README.md of a published model `folder`, which the stage in `made` wrote."""
+    """Write README.md for the published model in `folder`, which the stage in `made` produced."""
     lineage = lineage_of(made)
     family = families.get(Checkpoint(folder, quantized=True).config["model_type"])
     (folder / CARD).write_text(text(lineage.name, lineage, family), encoding="utf-8")
@@ -213,7 +213,7 @@ def text(
     exported: dict[str, Any] | None = None,
     file: str | None = None,
 ) -> str:
-    """The card of a model; with `file`, of a GGUF file that `exported` is the manifest of."""
+    """The card of a model, or of the GGUF file `file`, whose export has the manifest `exported`."""
     parts = [
         _front(lineage, file),
         f"# {name}\n",
@@ -228,7 +228,7 @@ def text(
 
 
 def _front(lineage: Lineage, file: str | None) -> str:
-    """What the hub reads; a licence only where one is known."""
+    """The YAML metadata for the hub; it names a licence only if one is known."""
     fields: dict[str, Any] = {}
     if lineage.licence.id is not None:
         fields["license"] = lineage.licence.id
@@ -269,7 +269,7 @@ def _licence(lineage: Lineage) -> str:
 
 
 def _data(lineage: Lineage) -> str:
-    """The text that the model was made with, each source with its licence where it is known."""
+    """The section on the training text: each source with its licence, if known."""
     if not lineage.sources:
         return "" if not lineage.made else "## Data\n\nNot recorded with this model.\n"
     lines = ["## Data\n"]

@@ -1,8 +1,8 @@
-"""Ollama's Modelfile, with the chat template in Ollama's language.
+"""Writes Ollama's Modelfile, with the chat template translated to Ollama's language.
 
-Ollama's templates are of another language (Go's). Most chat templates put fixed text around each
-message. These pieces are found by rendering the tokenizer's own template on made-up messages, and
-kept only if they give the same text on other conversations.
+Ollama's templates are Go templates, not Jinja. Most chat templates only put fixed text around each
+message. This module extracts these pieces of text by rendering the tokenizer's own template on
+artificial messages, and keeps them only if they produce the same text on other conversations.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class TemplatePieces:
     """The fixed text around the messages of a conversation."""
 
     default: str
-    """What stands at the beginning when there is no system message."""
+    """Text at the beginning of a conversation without a system message."""
     system: tuple[str, str] | None
     user: tuple[str, str]
-    """Around a user's message; the second goes up to where the answer begins."""
+    """Text before and after a user's message; the second part ends where the answer begins."""
     answer: str
-    """After an answer."""
+    """Text after an answer."""
 
     def render(self, messages: list[Message]) -> str:
-        """A conversation that ends with a user's message, as the pieces say."""
+        """Render a conversation that ends with a user's message."""
         text = "" if messages[0]["role"] == "system" else self.default
         for message in messages:
             before, after = self._around(message["role"])
@@ -45,7 +45,7 @@ class TemplatePieces:
         return {"system": self.system or ("", ""), "user": self.user}.get(role, ("", self.answer))
 
     def go(self) -> str:
-        """The same as a template of Ollama's."""
+        """The pieces as a Go template for Ollama."""
         first = ""
         if self.default:
             first = '{{ if ne (index .Messages 0).Role "system" }}' + self.default + "{{ end }}"
@@ -58,8 +58,9 @@ class TemplatePieces:
 
 
 def pieces_of(tokenizer: Any) -> TemplatePieces | None:
-    """The pieces of a tokenizer's chat template; None for none, or one that does more than that.
+    """The pieces of a tokenizer's chat template.
 
+    Returns None when there is no template or when it does more than put fixed text around messages.
     A leading BOS is left out: llama.cpp adds it where the tokenizer does.
     """
     if not tokenizer.chat_template:
@@ -73,7 +74,7 @@ def pieces_of(tokenizer: Any) -> TemplatePieces | None:
                 return None
     except (TemplateError, ValueError, TypeError, KeyError):
         return None
-    bad = ("{{", '"""')  # would end what they stand in
+    bad = ("{{", '"""')  # would end the template or the string that contains it
     return None if any(mark in text for text in _texts(found) for mark in bad) else found
 
 
@@ -97,7 +98,7 @@ def _pieces(tokenizer: Any) -> TemplatePieces | None:
 
 
 def _opening(tokenizer: Any, start: str, later: str) -> tuple[str, tuple[str, str] | None]:
-    """What stands before a user's message wherever it is, and around a system message if any."""
+    """The text before every user's message, and the text around a system message, if supported."""
     opening = _after_end(_common_end(start, later), tokenizer.eos_token)
     try:
         text = _render(tokenizer, [_said("system", SYSTEM), _said("user", USER)])
@@ -112,7 +113,7 @@ def _opening(tokenizer: Any, start: str, later: str) -> tuple[str, tuple[str, st
 
 
 def _after_end(text: str, mark: str | None) -> str:
-    """What follows the mark that ends a message, and its line: the rest is that message's."""
+    """The text after the token that ends a message, and after the line break that follows it."""
     if not mark or mark not in text:
         return text
     return text.rpartition(mark)[2].removeprefix("\n")
@@ -151,12 +152,12 @@ def _texts(found: TemplatePieces) -> list[str]:
 
 
 MOST_CONTEXT = 8192
-"""Ollama reserves memory for the whole context: a longer one is left for the user to ask for."""
+"""Largest default context: Ollama reserves memory for all of it; the user can set a longer one."""
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
 def text(source: ExportSource, file: str) -> str:
-    """The Modelfile for a GGUF file that lies beside it."""
+    """The Modelfile for the GGUF file `file` in the same folder."""
     checkpoint = source.checkpoint
     parts = [f"FROM ./{file}"]
     own: Any = checkpoint.tokenizer()

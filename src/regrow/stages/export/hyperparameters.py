@@ -1,6 +1,7 @@
-"""A model's sizes, constants and rotary positions as keys of a GGUF file.
+"""Writes a model's sizes, constants and rotary parameters as keys of a GGUF file.
 
-What llama.cpp would compute otherwise than transformers is refused here, before any slow work.
+A model that llama.cpp would compute differently from transformers is refused here, before any slow
+work.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 ACTIVATION = {"gemma3": "gelu_pytorch_tanh"}
-"""Activation function by architecture; the others compute silu."""
+"""Activation function of each architecture; all others compute silu."""
 NO_BIAS = ("qwen3", "qwen3moe", "gemma3")
 """Architectures without a bias in the attention's output projection."""
 ROPE_TYPES = {
@@ -25,17 +26,17 @@ ROPE_TYPES = {
     "phi3": ("default", "longrope"),
     "gemma3": ("default", "linear"),
 }
-"""Rotary scaling by architecture; the others compute default, linear and yarn."""
+"""Types of rotary scaling for each architecture; all others support default, linear and yarn."""
 BETAS = {"beta_fast": 32, "beta_slow": 1}
-"""Where YaRN's ramp ends and begins, in rotations over the original context."""
+"""Rotations over the original context at which YaRN's ramp ends and begins."""
 QUANTIZATION_VERSION = 2
 """Version of GGML's block formats."""
 DEFAULT_PERIOD = 6
-"""Period of full attention that llama.cpp assumes for Gemma 3 when the file gives none."""
+"""Period of full-attention layers that llama.cpp assumes for Gemma 3 when the file has no key."""
 
 
 def check(checkpoint: Checkpoint, family: Family, config: Any) -> None:
-    """Raise UserError, with the reason, when llama.cpp cannot compute what this model computes."""
+    """Raise UserError, with the reason, when llama.cpp would compute another result."""
     if family.gguf is None:
         raise UserError(
             f"llama.cpp has no architecture for {family.model_type} models: they cannot be exported"
@@ -116,9 +117,10 @@ def _check_gemma3(family: Family, raw: dict[str, Any], config: Any) -> None:
 
 
 def sliding_period(config: Any) -> int:
-    """n, where every nth layer of a Gemma 3 has full attention and the others a sliding window.
+    """The period n of a Gemma 3: every nth layer has full attention, the others a sliding window.
 
-    llama.cpp derives the kinds of all layers from n. Raises UserError when no n gives these layers.
+    llama.cpp derives the attention of all layers from n. Raises UserError when no n describes these
+    layers.
     """
     kinds = [kind == "full_attention" for kind in config.layer_types]
     for period in range(1, len(kinds) + 2):
@@ -132,9 +134,9 @@ def sliding_period(config: Any) -> int:
 
 
 def context(config: Any, architecture: str) -> tuple[int, str]:
-    """Positions up to which llama.cpp computes the same as transformers; a reason if not all.
+    """Number of positions for which llama.cpp and transformers agree, and the reason if not all.
 
-    llama.cpp has sliding windows for Gemma 3 only. Within one window they make no difference.
+    llama.cpp supports sliding windows for Gemma 3 only. Within one window they make no difference.
     """
     most = int(config.max_position_embeddings)
     window = config.to_dict().get("sliding_window")
@@ -176,7 +178,7 @@ def write(writer: Any, checkpoint: Checkpoint, family: Family, config: Any) -> N
 
 
 def write_general(writer: Any, name: str, file_type: int, licence: str | None) -> None:
-    """Add the keys that describe the file: its name, type and, where it is known, licence."""
+    """Add the keys that describe the file: its name, its type and, if known, its licence."""
     writer.add_type("model")
     writer.add_name(name)
     if licence is not None:
@@ -186,7 +188,7 @@ def write_general(writer: Any, name: str, file_type: int, licence: str | None) -
 
 
 def rope_parameters(config: Any) -> dict[str, Any]:
-    """Rotary parameters of a transformers config; of the full-attention layers if there are two."""
+    """Rotary parameters of a transformers config; if there are two sets, full attention's."""
     parameters: dict[str, Any] = config.rope_parameters
     return parameters.get("full_attention", parameters)
 
@@ -214,7 +216,7 @@ def _write_rope(writer: Any, config: Any, head_dim: int) -> None:
 
 
 def _write_yarn(writer: Any, parameters: dict[str, Any]) -> None:
-    """Write the factor of queries and keys where it is not YaRN's usual 1 + 0.1 ln(factor)."""
+    """Write the factor of queries and keys if it differs from YaRN's default 1 + 0.1 ln(factor)."""
     usual = 1 + 0.1 * math.log(parameters["factor"])
     mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
     wanted = parameters.get("attention_factor")
@@ -240,7 +242,7 @@ def _longrope_attention(config: Any) -> float:
 
 
 def rope_tensors(config: Any, head_dim: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and float32 values [head_dim / 2] of the divisors of the rotary frequencies."""
+    """Tensors of divisors of the rotary frequencies: name, and values [head_dim / 2] in float32."""
     import numpy as np
 
     parameters = rope_parameters(config)
@@ -256,9 +258,9 @@ def rope_tensors(config: Any, head_dim: int) -> Iterator[tuple[str, np.ndarray]]
 def llama3_divisors(parameters: dict[str, Any], head_dim: int) -> np.ndarray:
     """Llama 3.1's divisors [head_dim / 2] of the rotary frequencies, in float32.
 
-    1 for waves much shorter than the original context, `factor` for much longer ones; between
-    high_freq_factor and low_freq_factor waves per context the frequency f becomes
-    s·f + (1 − s)·f/factor, where s grows from 0 to 1.
+    The divisor is 1 for wavelengths much shorter than the original context and `factor` for much
+    longer ones. Between low_freq_factor and high_freq_factor waves per context, the frequency f
+    becomes s·f + (1 − s)·f/factor, where s grows from 0 to 1.
     """
     import numpy as np
 

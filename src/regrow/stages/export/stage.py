@@ -1,6 +1,6 @@
-"""The export stage: a Hugging Face folder in, a GGUF file with Modelfile and model card out.
+"""The export stage: converts a Hugging Face folder to a GGUF file, Modelfile and model card.
 
-The output is a stage's folder, or a .gguf file of any name among other files.
+The output is the folder of a stage, or a .gguf file of any name in a folder with other files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from regrow.stages.export.card import CARD, lineage_of
 from regrow.stages.export.chat import MODELFILE
 
 LONGEST = 512
-"""Tokens of a window that is compared."""
+"""Most tokens of a window for the comparison."""
 
 
 def export(
@@ -48,10 +48,11 @@ def export(
     config: ExportConfig | None = None,
     data: DataConfig | None = None,
 ) -> Path:
-    """Write a GGUF file, prove it by llama.cpp, and return its path.
+    """Write a GGUF file, verify it with llama.cpp, and return its path.
 
-    `out` is a folder or the file's name, NAME.gguf. Raises UserError for what llama.cpp cannot
-    hold, for a missing extra, and for a file whose distributions are not the checkpoint's.
+    `out` is a folder or the file's name, NAME.gguf. Raises UserError for a model that llama.cpp
+    does not support, for a missing extra, and when the file's next-token distributions differ too
+    much from the checkpoint's.
     """
     config, out = config or ExportConfig(), Path(out)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
@@ -88,9 +89,10 @@ def export(
 def check(
     checkpoint: Checkpoint, config: ExportConfig, given: str | None = None
 ) -> tensors.ExportSource:
-    """All that can be known to fail before the slow work, raised as UserError; what is to do.
+    """Check everything that can be checked before the slow work, and return the export's source.
 
-    `given` is how the model was named, from which its name and licence are told.
+    `given` is the model as the user named it; its name and licence are derived from it. Raises
+    UserError.
     """
     from transformers import AutoConfig
 
@@ -129,7 +131,7 @@ def _text(
     config: ExportConfig,
     data: DataConfig | None,
 ) -> tuple[list[list[int]], tuple[str, str]]:
-    """Windows of token ids to compare on, and a text whose tokens are, with the windows' name."""
+    """Windows of token ids for the comparison, and a text with a description of the windows."""
     most = min(LONGEST, hyperparameters.context(source.config, str(source.family.gguf))[0])
     tokenizer: Any = checkpoint.tokenizer()
     if data is None:
@@ -151,9 +153,9 @@ def _text(
 
 
 def _check_rows(stored: list[StoredTensor], format: StorageFormat) -> None:
-    """Raise UserError when more than half of the weights lie in rows that the type cannot pack.
+    """Raise UserError when more than half of the weights are in rows that the type cannot pack.
 
-    A K-quant falls back to a type with blocks of 32 first, which fits most rows.
+    K-quants first fall back to a type with blocks of 32, which fits most rows.
     """
     block = min(TYPES[format.linear].block, 32)
     matrices = [tensor for tensor in stored if len(tensor.shape) > 1]
@@ -209,10 +211,10 @@ def describe(checkpoint: Checkpoint, config: ExportConfig, given: str | None) ->
 
 
 class FileStageDir(StageDir):
-    """A stage whose output is NAME.gguf, and NAME.* beside it, in a folder with other files.
+    """A stage that writes NAME.gguf, and NAME.* beside it, into a folder with other files.
 
-    The large file is put in place last, each file by a rename. After a kill there are the old
-    files or the new ones, and a hidden folder that the next run clears.
+    Each file is put in place by a rename, the large file last. After a kill, the folder contains
+    the old files or the new ones, and a hidden folder that the next run removes.
     """
 
     def __init__(self, file: Path, name: str, config: Config, inputs: dict[str, str]) -> None:
@@ -232,7 +234,7 @@ class FileStageDir(StageDir):
 
     @property
     def complete(self) -> bool:
-        """Whether the file is there, made by this config of these inputs."""
+        """Whether the file exists and was produced by this config from these inputs."""
         found = self._found()
         return self.file.exists() and found is not None and found.get("digest") == self.digest
 
@@ -247,7 +249,7 @@ class FileStageDir(StageDir):
 def stage_at(
     out: Path, name: str, config: Config, inputs: dict[str, str], default: str
 ) -> tuple[StageDir, str]:
-    """The stage that writes to `out`, a folder or NAME.gguf, and the name of the GGUF file."""
+    """The stage directory for `out` (a folder or NAME.gguf), and the name of the GGUF file."""
     if out.suffix == ".gguf":
         return FileStageDir(out, name, config, inputs), out.name
     return StageDir(out, name, config, inputs), default

@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file, made one by one from those of a Hugging Face folder, and the file."""
+"""Converts the tensors of a Hugging Face folder one by one and writes them to a GGUF file."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ if TYPE_CHECKING:
     import torch
 
 INTERLEAVED = ("llama",)
-"""Architectures for which llama.cpp rotates neighbouring rows of a head together; transformers, and
-llama.cpp for the others, a row of the first half with one of the second."""
+"""Architectures for which llama.cpp rotates each pair of neighbouring rows of a head. For all other
+architectures llama.cpp pairs a row of the first half with one of the second, as transformers does
+for every architecture."""
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor of the file, and what it is made of."""
+    """A tensor of the GGUF file and the checkpoint's tensors that it is built from."""
 
     name: str
-    """Its name in the file."""
+    """Name in the GGUF file."""
     shape: tuple[int, ...]
-    """As in torch: rows before columns; the experts' first."""
+    """In torch's order: rows before columns; stacked experts have a leading axis for the expert."""
     template: str
-    """Row of the family's table."""
+    """Key of the tensor in the family's table."""
     layer: int
-    """0 for a tensor outside the layers."""
+    """Index of the layer; 0 for a tensor outside the layers."""
     parts: tuple[str, ...]
-    """Names on disk: one, or each expert's."""
+    """Names in the checkpoint: one name, or the name of each expert's tensor."""
 
 
 def entries(checkpoint: Checkpoint, family: Family) -> list[GgufTensor]:
-    """Every tensor of the file made from the checkpoint's, layer after layer."""
+    """All tensors of the file that come from the checkpoint, in the order of the layers."""
     from gguf import get_tensor_name_map
 
     config = checkpoint.config
@@ -67,7 +68,7 @@ def entries(checkpoint: Checkpoint, family: Family) -> list[GgufTensor]:
 
 
 def read(checkpoint: Checkpoint, family: Family, entry: GgufTensor) -> np.ndarray:
-    """The entry's values [as its shape] in float32, in llama.cpp's order of rows."""
+    """The values of an entry in float32 [entry.shape], with rows in llama.cpp's order."""
     import torch
 
     parts = [checkpoint.tensor(name).float() for name in entry.parts]
@@ -81,7 +82,7 @@ def _changed(
 ) -> torch.Tensor:
     name = entry.template.rsplit(".", 1)[0]
     if name.endswith("norm") and family.norm_offset:
-        whole = whole + family.norm_offset  # llama.cpp multiplies by what is stored
+        whole = whole + family.norm_offset  # llama.cpp adds no offset
     if name.endswith("q_norm") and family.model_type == "gemma3_text":
         return whole * _query_factor(family, config)
     if family.gguf in INTERLEAVED and name.endswith(("q_proj", "k_proj")):
@@ -92,18 +93,20 @@ def _changed(
 
 
 def interleaved(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows [heads × head_dim, …] with each head's two halves taken in turns: 0, h/2, 1, h/2 + 1, …
+    """Rows [heads × head_dim, …] with each head's two halves interleaved: 0, h/2, 1, h/2 + 1, …
 
-    transformers rotates row i with row i + h/2, llama.cpp's `llama` row 2i with row 2i + 1.
+    transformers rotates row i together with row i + h/2. llama.cpp's `llama` architecture rotates
+    row 2i together with row 2i + 1.
     """
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
 def _query_factor(family: Family, config: dict[str, Any]) -> float:
-    """What makes llama.cpp's scale of Gemma 3's queries the config's query_pre_attn_scalar^-1/2.
+    """Factor that turns llama.cpp's query scale for Gemma 3 into query_pre_attn_scalar^-1/2.
 
-    llama.cpp takes 1/√head_dim and, for a model of 62 layers (the 27B), 1/√(hidden/heads).
+    llama.cpp scales the queries by 1/√head_dim, and by 1/√(hidden/heads) in a model of 62 layers
+    (the 27B).
     """
     sizes = family.sizes(config)
     theirs = sizes["head_dim"]
@@ -120,13 +123,13 @@ def _architecture(family: Family) -> Any:
 
 
 INTERMEDIATE = {"float16": "F16", "bfloat16": "BF16"}
-"""GGUF type by the dtype of a checkpoint's matrices; every other dtype, or a mix, needs F32."""
+"""GGUF type for each dtype of a checkpoint's matrices; other dtypes and mixed dtypes need F32."""
 NEEDED = 1.1
-"""Disk to ask for, as a share of the tensors' bytes: the vocabulary takes some, too."""
+"""Required disk space ÷ bytes of the tensors; the excess leaves room for the vocabulary."""
 
 
 class ExportSource:
-    """A checkpoint with all that its file says of it."""
+    """A checkpoint together with all metadata that its GGUF file contains."""
 
     def __init__(
         self,
@@ -142,10 +145,10 @@ class ExportSource:
         self.entries = entries(checkpoint, family)
         head_dim = family.sizes(checkpoint.config)["head_dim"]
         self.extra = dict(hyperparameters.rope_tensors(config, head_dim))
-        """Tensors of the file that none of the checkpoint stands for."""
+        """Tensors of the file that have no counterpart in the checkpoint, by name."""
 
     def lossless_type(self) -> str:
-        """The smallest type that holds every matrix as it is: what llama.cpp's quantizer reads."""
+        """The smallest lossless type for all matrices; llama.cpp's quantizer reads such a file."""
         shapes, dtype = self.checkpoint.shapes, self.checkpoint.dtype
         dtypes = {dtype(name) for name in shapes if len(shapes[name]) > 1}
         return INTERMEDIATE.get(dtypes.pop(), "F32") if len(dtypes) == 1 else "F32"
@@ -164,9 +167,10 @@ class ExportSource:
 
 
 def write(path: Path, source: ExportSource, format: StorageFormat) -> list[StoredTensor]:
-    """Write the file and return its tensors; K-quants are made from a file of plain floats.
+    """Write the GGUF file and return its tensors.
 
-    Raises UserError when the disk has no space for it or a value does not fit the type.
+    For K-quants, a temporary file of plain floats is written first, and llama.cpp quantizes it.
+    Raises UserError when the disk has too little space or a value does not fit the type.
     """
     stored = source.stored(format)
     if not format.by_llama_cpp:
@@ -221,7 +225,7 @@ def _write(path: Path, source: ExportSource, type_name: str, stored: list[Stored
         tokenizer.write(writer, source.checkpoint, source.vocabulary)
         for tensor in stored:
             kind = GGMLQuantizationType[tensor.type]
-            float32 = np.dtype(np.float32)  # no bytes: the shape is that of the values
+            float32 = np.dtype(np.float32)  # not a byte dtype: the shape counts values
             writer.add_tensor_info(tensor.name, tensor.shape, float32, tensor.bytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -239,7 +243,7 @@ def _write(path: Path, source: ExportSource, type_name: str, stored: list[Stored
 
 
 def _packed(values: np.ndarray, tensor: StoredTensor) -> np.ndarray:
-    """The tensor's bytes in its type; raises UserError for values that F16 cannot hold."""
+    """The values packed in the tensor's type; raises UserError for values beyond F16's range."""
     import numpy as np
     from gguf import GGMLQuantizationType, quants
 

@@ -1,9 +1,9 @@
-r"""A tokenizer as the keys of a GGUF file: tokens, their kinds, merges or scores, special ids.
+r"""Writes a tokenizer as GGUF keys: tokens, their kinds, merges or scores, special ids.
 
-llama.cpp knows each way to split text before the merges by a name, the key tokenizer.ggml.pre, and
-has its regular expressions in code. Here a byte-level BPE tokenizer is recognised by what it does:
-the steps of its pre-tokenizer, and whether a word that is a token as a whole is taken without
-merging.
+llama.cpp identifies each pre-tokenizer (the splitting of text before the merges) by a name, stored
+under the key tokenizer.ggml.pre; the regular expressions themselves are in llama.cpp's code. This
+module recognises a byte-level BPE tokenizer by the steps of its pre-tokenizer and by its
+`ignore_merges`: whether a word that is itself a token is used without merging.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SLASH_TAIL = _TAIL.replace(r"[\r\n]*", r"[\r\n/]*", 1)
 Step = tuple[Any, ...]
 BYTES: Step = ("bytes",)
 WORDS_AND_BYTES: Step = ("words and bytes",)
-"""GPT-2's own expression is part of the byte-level step, if that is told to use it."""
+"""A byte-level step with `use_regex`: it also splits text by GPT-2's regular expression."""
 
 KNOWN: dict[str, tuple[tuple[Step, ...], bool]] = {
     "gpt-2": ((WORDS_AND_BYTES,), False),
@@ -51,11 +51,11 @@ KNOWN: dict[str, tuple[tuple[Step, ...], bool]] = {
         False,
     ),
 }
-"""Steps of the pre-tokenizer, and `ignore_merges`, by llama.cpp's name."""
+"""The pre-tokenizer's steps and `ignore_merges` for each of llama.cpp's names."""
 
 
 def identify(rules: dict[str, Any]) -> str | None:
-    """llama.cpp's name for the way of a tokenizer.json's rules; None when it is none of those."""
+    """llama.cpp's name of the pre-tokenizer in a tokenizer.json; None when it is not in KNOWN."""
     steps = _steps(rules.get("pre_tokenizer"))
     whole = bool(rules["model"].get("ignore_merges"))
     for name, known in KNOWN.items():
@@ -65,7 +65,7 @@ def identify(rules: dict[str, Any]) -> str | None:
 
 
 def name_of(rules: dict[str, Any], given: str | None) -> str:
-    """The name given, else the one recognised; raises UserError when neither is there."""
+    """`given`, or else the recognised name; raises UserError when there is neither."""
     found = given or identify(rules)
     if found is None:
         steps = " + ".join(str(step[0]) for step in _steps(rules.get("pre_tokenizer"))) or "none"
@@ -78,7 +78,7 @@ def name_of(rules: dict[str, Any], given: str | None) -> str:
 
 
 def _steps(rule: dict[str, Any] | None) -> tuple[Step, ...]:
-    """A pre-tokenizer as plain steps; what is not known keeps its type, and so matches nothing."""
+    """A pre-tokenizer as a flat list of steps; an unknown step keeps its type and never matches."""
     if rule is None:
         return ()
     kind = rule["type"]
@@ -95,15 +95,15 @@ def _steps(rule: dict[str, Any] | None) -> tuple[Step, ...]:
 
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unk", "pad": "pad"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""Kinds of tokens, as llama.cpp numbers them."""
+"""llama.cpp's numbers for the kinds of tokens."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What llama.cpp must know to split text as the tokenizer does."""
+    """The data that llama.cpp needs to tokenize text as the original tokenizer does."""
 
     model: str
-    """gpt2 for byte-level BPE, llama for BPE over characters with bytes for the rest, t5 for
+    """gpt2 for byte-level BPE, llama for BPE over characters with byte fallback, t5 for
     Unigram."""
     tokens: list[str]
     kinds: list[int]
@@ -111,13 +111,13 @@ class Vocabulary:
     merges: list[str] | None = None
     scores: list[float] | None = None
     space_prefix: bool = False
-    """Whether a space is put before the text."""
+    """Whether a space is added before the text."""
 
 
 def vocabulary(checkpoint: Checkpoint, vocab_size: int, given_pre: str | None) -> Vocabulary:
     """The checkpoint's tokenizer for an embedding of `vocab_size` rows.
 
-    Raises UserError for one that llama.cpp has no way to split text as, or with more ids than rows.
+    Raises UserError for a tokenizer that llama.cpp cannot reproduce or that has more ids than rows.
     """
     tokenizer = checkpoint.tokenizer()
     if not tokenizer.is_fast:
@@ -168,7 +168,7 @@ def write(writer: Any, checkpoint: Checkpoint, found: Vocabulary) -> None:
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The tokenizer's chat template; of several the default."""
+    """The tokenizer's chat template; the default one when there are several."""
     found: Any = tokenizer.chat_template
     if isinstance(found, dict):
         found = found.get("default") or next(iter(found.values()), None)
@@ -176,7 +176,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def end_ids(checkpoint: Checkpoint) -> list[int]:
-    """Ids that end an answer: the tokenizer's eos, then those of the generation config."""
+    """Ids that end an answer: the tokenizer's EOS, then the EOS ids of the generation config."""
     path = checkpoint.folder / "generation_config.json"
     found = [checkpoint.tokenizer().eos_token_id, checkpoint.config.get("eos_token_id")]
     if path.exists():
@@ -202,7 +202,7 @@ def _kind(rules: dict[str, Any]) -> str:
 
 
 def _tokens(rules: dict[str, Any], size: int, kind: str) -> tuple[list[str], list[int]]:
-    """Text and kind of every id; ids of the embedding that the tokenizer lacks are unused."""
+    """Text and kind of every id; embedding rows that the tokenizer does not use get kind UNUSED."""
     listed = rules["model"]["vocab"]
     if isinstance(listed, dict):
         of_id = {number: token for token, number in listed.items()}
@@ -232,9 +232,10 @@ def _tokens(rules: dict[str, Any], size: int, kind: str) -> tuple[list[str], lis
 
 
 def _bpe_scores(rules: dict[str, Any], tokens: list[str]) -> list[float]:
-    """Scores by which llama.cpp merges as the list of merges says: the earliest gives the highest.
+    """Token scores with which llama.cpp applies the merges in the order of the list of merges.
 
-    A token that no merge makes has the lowest.
+    The token of the first merge has the highest score; a token that no merge produces has the
+    lowest.
     """
     merges = rules["model"]["merges"]
     rank: dict[str, int] = {}
@@ -250,6 +251,6 @@ def _unigram_scores(rules: dict[str, Any], tokens: list[str]) -> list[float]:
 
 
 def _puts_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text's first token begins with a space that the text does not have."""
+    """Whether the tokenizer adds a space before the first token of a text."""
     first = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens
     return bool(first) and first[0].startswith("▁")

@@ -1,4 +1,4 @@
-"""Proof of an export: llama.cpp and transformers side by side on the same tokens."""
+"""Verifies an export: compares llama.cpp with transformers on the same tokens."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MOST = {"F32": 0.01, "F16": 0.01, "BF16": 0.02, "Q8_0": 0.2}
-"""Mean KL in nats above which something must be wrong with the file, not with its precision."""
+"""Limit of the mean KL in nats by type; a larger KL means a faulty file, not lost precision."""
 ROWS = 64
-"""Positions whose distributions are compared at once."""
+"""Number of positions whose distributions are compared at once."""
 SAMPLE = """\
 The lighthouse keeper wrote one line each evening: the wind, the tide, and the number of ships that
 had passed. In 1907 there were 412 of them; by the spring of 1911, fewer than 30. "Nobody comes this
@@ -43,29 +43,29 @@ is divisible by none of them: it is a prime itself or has a prime factor that wa
 Water boils at 100 °C at sea level, but at about 93 °C in Denver, which lies 1,609 metres higher.
 Größe, naïve, 東京 and Москва are words, too.
 """
-"""What is compared on when no text is given."""
+"""Text for the comparison when the user gives none."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """How llama.cpp's answers differ from transformers'."""
+    """Measured differences between the outputs of llama.cpp and transformers."""
 
     positions: int
     kl: float
-    """Mean over the positions of KL(transformers ‖ llama.cpp) of the next token, in nats."""
+    """KL(transformers ‖ llama.cpp) of the next token in nats, mean over the positions."""
     worst: float
-    """The largest of them."""
+    """The largest KL of a single position."""
     same_top: float
-    """Share of the positions with the same most likely token."""
+    """Share of positions where both have the same most likely token."""
     greedy_equal: int
-    """Tokens of the greedy continuation that are equal before the first that differs."""
+    """Number of equal tokens of the greedy continuation before the first difference."""
     greedy_tokens: int
     first_difference: str | None
-    """Where the two tokenizers part on the text; None when they do not."""
+    """First difference between the two tokenizations of the text; None when they are equal."""
     text: str
 
     def figures(self) -> list[Figure]:
-        """As they go into the manifest."""
+        """The figures for the manifest."""
         how = f"llama.cpp on the file against transformers in float32 on the folder; {self.text}"
         n = self.positions
         return [
@@ -79,7 +79,7 @@ class Proof:
         ]
 
     def lines(self) -> list[str]:
-        """For the terminal."""
+        """The lines to print in the terminal."""
         whole = self.greedy_equal == self.greedy_tokens
         greedy = "equal" if whole else f"parts after {self.greedy_equal} tokens"
         lines = [
@@ -100,10 +100,10 @@ def prove(
     prompt: str,
     new_tokens: int,
 ) -> Proof:
-    """Compare the file with the checkpoint it was made of on windows of token ids.
+    """Compare the GGUF file with the checkpoint that it was made from, on windows of token ids.
 
-    `text` is a plain text, whose tokens are compared too, and what to call the windows. Raises
-    UserError when llama.cpp cannot open the file.
+    `text` is a pair: a plain text, on which the two tokenizers are compared, and a description of
+    the windows. Raises UserError when llama.cpp cannot open the file.
     """
     tokenizer = checkpoint.tokenizer()
     ids = tokenizer(prompt)["input_ids"]
@@ -135,7 +135,7 @@ def prove(
 
 
 def check(proof: Proof, type_name: str, path: Path) -> None:
-    """Raise UserError when the file cannot be right: an error of the export, not of the type."""
+    """Raise UserError when the KL is too large for the type, which means an error of the export."""
     most = MOST.get(type_name)
     if most is not None and not proof.kl <= most:
         raise UserError(
@@ -148,7 +148,7 @@ def check(proof: Proof, type_name: str, path: Path) -> None:
 def compare(ours: torch.Tensor, theirs: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(ours ‖ theirs) of the next token [T] in nats, and whether the top tokens agree [T].
 
-    From logits [T, V], in float64.
+    Both arguments are logits [T, V]; the KL is computed in float64.
     """
     import torch
 
@@ -183,7 +183,7 @@ def _greedy(model: PreTrainedModel, ids: list[int], count: int) -> list[int]:
 
 
 def _dtype(checkpoint: Checkpoint, path: Path) -> torch.dtype:
-    """float32 if the memory holds the model in it beside the file, else as it is stored."""
+    """float32 if memory suffices for a float32 model and the file, otherwise the stored dtype."""
     import torch
 
     stored = sum(map(checkpoint.bytes, checkpoint.names()))

@@ -1,4 +1,4 @@
-"""Quantize: store a model's weights in 8 or 4 bits, as compressed-tensors."""
+"""Quantize: stores a model's weights in 8 or 4 bits, in the compressed-tensors format."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ METHODS = "regrow.stages.quantize.methods"
 
 
 class QuantizeConfig(Config):
-    """Scheme, method, and the modules that are not quantized."""
+    """The scheme, the method, and the modules that are not quantized."""
 
     scheme: str = "int4"
-    """int8 (weights only), int8-dynamic and fp8 (inputs too, with a scale per token), int4-g32,
-    int4-g64 (= int4) or int4-g128 (32, 64 or 128 weights share a scale), int4-…-asym (with zero
-    points). A layer whose number of columns is not a multiple of the group size gets a smaller
-    group, or int8 if none fits."""
+    """Scheme of the weights: int8 (weights only), int8-dynamic and fp8 (also the inputs, with a
+    scale per token), int4-g32, int4-g64 (= int4) or int4-g128 (32, 64 or 128 weights share a
+    scale), int4-…-asym (with zero points). A layer whose number of columns is not a multiple of the
+    group size gets a smaller group, or int8 if none fits."""
     method: str | None = None
-    """How weights are rounded: a name in quantize/methods. By default rtn (round to nearest, needs
-    no text) for layers in 8 bits, and gptq, which calibrates on text, for layers in 4 bits."""
+    """Rounding method: a name in quantize/methods. By default rtn (round to nearest, needs no text)
+    for layers in 8 bits, and gptq, which calibrates on text, for layers in 4 bits."""
     keep: tuple[str, ...] = ("lm_head", "embed_tokens")
-    """Modules left in 16 bits: regular expressions, searched in their names."""
+    """Modules that stay in 16 bits: regular expressions, searched in the modules' names."""
     rules: dict[str, str] = Field(default_factory=dict)
     """Scheme by regular expression, searched in the modules' names; the first match applies."""
     samples: int = Field(default=64, ge=8)
-    """Sequences of calibration text; every eighth is used only to measure perplexity and KL."""
+    """Sequences of calibration text; every eighth only serves to measure perplexity and KL."""
     damping: float = Field(default=0.01, gt=0)
-    """For gptq: the share of its mean diagonal that is added to the second-moment matrix."""
+    """For gptq: this share of the second-moment matrix's mean diagonal is added to its diagonal."""
     dequantize: bool = False
-    """Write the rounded weights as a plain checkpoint of the old size. Only for stages that must
-    come after this one."""
+    """Write the rounded weights as a plain checkpoint of the original size. Use this only if other
+    stages must follow."""
 
     @field_validator("scheme")
     @classmethod
@@ -84,7 +84,7 @@ def _check(pattern: str) -> None:
 
 
 class QuantizeStage(Stage):
-    """Takes the current model; leaves it in fewer bits. Export takes the model before it."""
+    """Stores the current model in fewer bits. A later export reads the model before this stage."""
 
     config = QuantizeConfig
     changes_weights = True
@@ -124,12 +124,12 @@ class QuantizeStage(Stage):
         check(plan.checkpoint, step.config, plan.data)
 
     def leave(self, step: Step, plan: RecipePlan) -> None:
-        """Note that the weights are final, unless they are written as a plain checkpoint."""
+        """Record in the plan that the weights are final, unless `dequantize` is set."""
         if not step.config.dequantize:
             plan.quantized = step.location
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
-        """Quantize the current model; a later export reads the model before it."""
+        """Quantize the current model; a later export reads the unquantized model."""
         from regrow.stages.quantize.stage import quantize
 
         plain = run.current
@@ -139,7 +139,7 @@ class QuantizeStage(Stage):
 
 
 def estimate(checkpoint: Checkpoint, data: DataConfig | None, config: QuantizeConfig) -> list[str]:
-    """Layers and bytes by scheme and method, and the time of the passes over the text."""
+    """Layers and bytes for each scheme and method, and the time of the passes over the text."""
     from regrow.cost import forward_seconds
     from regrow.runtime.progress import clock
     from regrow.stages.quantize.choose import WEIGHT, fallbacks

@@ -1,4 +1,4 @@
-"""Which module gets which scheme, from a config's rules and the shapes of a checkpoint."""
+"""Chooses the scheme of each module from a config's rules and the shapes of a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WEIGHT = ".weight"
 
 
 def choose(checkpoint: Checkpoint, family: Family, config: QuantizeConfig) -> dict[str, Scheme]:
-    """Scheme of each module that is quantized, in the order of the checkpoint.
+    """The scheme of each module that will be quantized, in the order of the checkpoint.
 
     Raises UserError for a pattern that matches nothing, for a quantized embedding, when nothing is
     left to quantize, and for a combination that transformers cannot open.
@@ -67,7 +67,7 @@ def fallbacks(
 
 
 def _same_for_experts(chosen: dict[str, Scheme], checkpoint: Checkpoint, family: Family) -> None:
-    """Give all experts one scheme that fits all of their widths: readers stack experts."""
+    """Assign one scheme that fits all widths to all experts, because readers stack experts."""
     experts = _experts(chosen, family)
     asked = {chosen[module].name for module in experts}
     for module in experts:

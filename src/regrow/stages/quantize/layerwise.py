@@ -1,6 +1,6 @@
-"""Rounding layer after layer, each calibrated on its inputs from the layers rounded before it.
+"""Rounds a model layer by layer; each is calibrated on inputs from the rounded layers before it.
 
-N tokens, C columns (the inputs of a linear layer).
+Shapes: N tokens, C columns (the inputs of a linear layer).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from regrow.stages.quantize.choose import WEIGHT
 
 Batches = list[dict[str, Tensor]]
 Round = Callable[[Tensor, Scheme, Tensor | None], tuple[Tensor, Grid]]
-"""Takes a weight, its scheme and its inputs' second moment; gives the rounded weight and grid."""
+"""Takes a weight, its scheme and its inputs' second moment; returns the rounded weight and grid."""
 
 
 @dataclass(frozen=True)
 class LayerPass:
-    """A model that is rounded layer by layer, with one layer in memory at a time."""
+    """Rounds a model layer by layer, with one layer in memory at a time."""
 
     checkpoint: Checkpoint
     family: Family
@@ -40,7 +40,7 @@ class LayerPass:
     """Calibration text."""
     round: Round
     put: Callable[[str, Tensor, Grid], None]
-    """Called with each module's name, rounded weight and grid."""
+    """Callback that receives each module's name, rounded weight and grid."""
     device: torch.device
     streams: Spill
 
@@ -83,7 +83,7 @@ class LayerPass:
         return weight
 
     def _pass_on(self, shell: LayerByLayer, layer: int) -> None:
-        """Compute the hidden states after the rounded layer."""
+        """Compute the hidden states after the rounded layer, the inputs of the next one."""
         with shell.resident(layer):
             for n, inputs in enumerate(self.batches):
                 self.streams.put(n, shell.step(inputs, self.streams.get(n) if layer else None))
@@ -116,7 +116,7 @@ class SecondMoments:
         self.sums[module] = self.sums[module] + total if module in self.sums else total
 
     def of(self, module: str) -> Tensor | None:
-        """The second moment [C, C] of a module's input; None when it was not watched."""
+        """The second moment [C, C] of a module's input; None when it was not recorded."""
         if module not in self.shares:
             return None
         return self.sums[self.shares[module]] / self.tokens
@@ -124,7 +124,7 @@ class SecondMoments:
 
 @contextmanager
 def second_moments(model: nn.Module, modules: list[str]) -> Iterator[SecondMoments]:
-    """Sum the second moments of the inputs of those `modules` that are linear in memory."""
+    """Sum the second moments of the inputs of those `modules` that are nn.Linear in the model."""
     moments = SecondMoments()
     linear = {name: module for name, module in model.named_modules() if name in modules}
 

@@ -1,4 +1,4 @@
-"""Bytes of a quantized model, and its perplexity and KL to the unquantized one."""
+"""Measures a quantized model: its bytes, its perplexity and its KL to the unquantized model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Batches = list[dict[str, Tensor]]
 def sizes(
     before: Checkpoint, after: Checkpoint, family: Family, chosen: dict[str, Scheme]
 ) -> list[Figure]:
-    """Bytes, bits per weight, and ratios to the model before and to the model first pruned."""
+    """Bytes, bits per weight, and ratios to the model before quantization and before pruning."""
     old, new = (sum(map(c.bytes, c.names())) for c in (before, after))
     shapes = [(before.shapes[module + WEIGHT], scheme) for module, scheme in chosen.items()]
     weights = sum(rows * columns for (rows, columns), _ in shapes)
@@ -49,7 +49,7 @@ def sizes(
 
 
 def _ancestor_parameters(checkpoint: Checkpoint, family: Family) -> int | None:
-    """Parameters of the model before its first pruning, from the plan in its folder."""
+    """Parameters of the model before its first pruning, read from the plan in its folder."""
     for name in FILES:
         if (checkpoint.folder / name).exists():
             plan = Plan.read(checkpoint.folder / name)
@@ -61,10 +61,10 @@ def _ancestor_parameters(checkpoint: Checkpoint, family: Family) -> int | None:
 def quality(
     before: Checkpoint, after: Checkpoint, batches: Batches, device: torch.device
 ) -> list[Figure]:
-    """Perplexity of both models and KL between them; the stock reader opens one after the other.
+    """Perplexity of both models and the KL between them; transformers opens one after the other.
 
-    Logits have the precision of float32 products: rounded to bfloat16, they would add about 1e-4 to
-    a KL that is often smaller.
+    The logits are computed in float32: logits rounded to bfloat16 would add about 1e-4 to a KL that
+    is often smaller.
     """
     dtype = before.compute_dtype()
     model = before.model(dtype, device)

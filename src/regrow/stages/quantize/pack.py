@@ -1,4 +1,4 @@
-"""Rounded weights as compressed-tensors stores them, and their entry in config.json.
+"""Packs rounded weights as compressed-tensors stores them, and builds their config.json entry.
 
 Shapes: R rows, C columns, G groups of columns per row.
 """
@@ -29,7 +29,7 @@ def check_extra() -> None:
 
 
 def packed(weight_RC: Tensor, grid: Grid) -> dict[str, Tensor]:
-    """The tensors to store for a rounded weight, by the last part of their names."""
+    """The tensors to store for a rounded weight; the keys are the last part of their names."""
     from compressed_tensors.compressors import BaseCompressor
 
     scheme = grid.scheme
@@ -67,7 +67,7 @@ def format_of(scheme: Scheme) -> str:
 
 
 def quantization_config(chosen: dict[str, Scheme], kept: Iterable[str]) -> dict[str, Any]:
-    """`quantization_config` of config.json; `kept` are the linear modules not quantized."""
+    """`quantization_config` of config.json; `kept` are the linear modules that stay unquantized."""
     from compressed_tensors.quantization import QuantizationConfig
 
     names = sorted({scheme.name for scheme in chosen.values()})
@@ -108,7 +108,7 @@ def _scheme(scheme: Scheme, targets: list[str]) -> Any:
 
 
 def _targets(chosen: dict[str, Scheme], name: str) -> list[str]:
-    """The modules of a scheme: one pattern if it is the same in all layers, else their names."""
+    """The modules of a scheme: a pattern where all layers have the same one, otherwise names."""
     kinds: dict[str, list[str]] = {}
     for module in chosen:
         kinds.setdefault(re.sub(r"\.\d+\.", ".#.", module), []).append(module)

@@ -1,4 +1,4 @@
-"""The quantize stage: a model folder in, a folder in compressed-tensors out."""
+"""The quantize stage: reads a model folder and writes a compressed-tensors folder."""
 
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ def quantize(
     data: DataConfig | None = None,
     options: Options | None = None,
 ) -> Path:
-    """Write `model` with its linear layers in few bits, as compressed-tensors; return the folder.
+    """Write `model` with quantized linear layers, as compressed-tensors, and return the folder.
 
-    Methods that calibrate, and the perplexity and KL that are printed, read the calibration split
-    of `data`. Tensors that are not quantized become bfloat16 (float16 in a float16 model). Raises
-    UserError for unknown schemes and patterns, and for a method that needs text when there is none.
+    Methods that calibrate read the calibration split of `data`; the printed perplexity and KL are
+    measured on it, too. Tensors that are not quantized become bfloat16 (float16 in a float16
+    model). Raises UserError for unknown schemes and patterns, and for a method that needs text
+    when there is none.
     """
     out, config, options = Path(out), config or QuantizeConfig(), options or Options()
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
@@ -77,7 +78,7 @@ def quantize(
 
 
 def check(checkpoint: Checkpoint, config: QuantizeConfig, data: DataConfig | None) -> QuantizeSetup:
-    """The schemes and methods of all layers; raises UserError before any slow work."""
+    """Choose the schemes and methods of all layers; raises UserError before any slow work."""
     pack.check_extra()
     family = families.of(checkpoint)
     setup = QuantizeSetup(checkpoint, family, config, choose(checkpoint, family, config))
@@ -91,7 +92,7 @@ def check(checkpoint: Checkpoint, config: QuantizeConfig, data: DataConfig | Non
 
 
 def method_of(config: QuantizeConfig, scheme: Scheme) -> str:
-    """The method of the config, else gptq for a scheme that gains from text, and rtn for others."""
+    """The config's method; by default gptq for a scheme that benefits from text, otherwise rtn."""
     return config.method or ("gptq" if scheme.needs_text else "rtn")
 
 
@@ -102,7 +103,7 @@ def method_module(config: QuantizeConfig, scheme: Scheme) -> Any:
 
 @dataclass(frozen=True)
 class QuantizeSetup:
-    """A model that is to be quantized, and the scheme of each module."""
+    """A model to quantize, and the scheme of each module."""
 
     checkpoint: Checkpoint
     family: Family
@@ -111,13 +112,13 @@ class QuantizeSetup:
 
     @property
     def schemes(self) -> list[Scheme]:
-        """All schemes that occur, by name."""
+        """All schemes in use, sorted by name."""
         by_name = {scheme.name: scheme for scheme in self.chosen.values()}
         return [by_name[name] for name in sorted(by_name)]
 
     @property
     def calibrates(self) -> bool:
-        """Whether any layer is rounded by a method that reads text."""
+        """Whether any layer uses a method that reads text."""
         return any(method_module(self.config, scheme).NEEDS_GRAM for scheme in self.schemes)
 
     @property
@@ -128,7 +129,7 @@ class QuantizeSetup:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of scales, and of config.json."""
+        """The dtype of the scales, and the dtype that config.json names."""
         if self.config.dequantize:
             return self.main_dtype
         return torch.float16 if self.main_dtype == torch.float16 else torch.bfloat16
@@ -136,14 +137,14 @@ class QuantizeSetup:
     def kept_dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor that is not quantized.
 
-        It is that of the scales, but for tensors that the checkpoint holds in more bits than most
-        others, such as norms in float32: they keep their dtype.
+        It is the dtype of the scales. Tensors that the checkpoint stores in more bits than most
+        others, such as norms in float32, keep their dtype.
         """
         own: torch.dtype = getattr(torch, self.checkpoint.dtype(name))
         return own if own.itemsize > self.main_dtype.itemsize else self.dtype
 
     def notes(self) -> list[str]:
-        """A line for each scheme that a common reader does not open."""
+        """A line for each scheme that vLLM does not support on a CPU."""
         if self.config.dequantize:
             return []
         return [
@@ -154,7 +155,7 @@ class QuantizeSetup:
         ]
 
     def write(self, folder: Path, batches: list[dict[str, Tensor]], device: torch.device) -> None:
-        """Round all weights and write the folder; calibrated weights wait on disk meanwhile."""
+        """Round all weights and write the folder; calibrated weights are first stored on disk."""
         with tempfile.TemporaryDirectory(prefix="work-", dir=folder) as place:
             waiting = Spill(Path(place) / "weights")
 
@@ -181,14 +182,14 @@ class QuantizeSetup:
     def round(
         self, weight: Tensor, scheme: Scheme, gram_CC: Tensor | None = None
     ) -> tuple[Tensor, Grid]:
-        """A weight rounded by its scheme's method, and its grid."""
+        """Round a weight by its scheme's method; returns the rounded weight and its grid."""
         dtype = torch.float16 if self.main_dtype == torch.float16 else torch.bfloat16
         method, damping = method_module(self.config, scheme), self.config.damping
         rounded: tuple[Tensor, Grid] = method.quantize(weight, scheme, dtype, gram_CC, damping)
         return rounded
 
     def stored(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
-        """The tensors to write for a rounded weight, by the last part of their names."""
+        """The tensors to write for a rounded weight; the keys are the last part of their names."""
         if self.config.dequantize:
             return {"weight": weight.to(self.dtype)}
         return pack.packed(weight, grid)
@@ -207,7 +208,7 @@ class QuantizeSetup:
                 yield f"{module}.{end}", torch.empty(size, dtype=dtype, device="meta")
 
     def tensors(self, waiting: Spill, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of the layout, one after the other."""
+        """The names and values of the layout's tensors, one after the other."""
         rounded: dict[str, Tensor] = {}
         for name, like in self.layout():
             module = name.rpartition(".")[0]
@@ -225,7 +226,7 @@ class QuantizeSetup:
                 yield name, rounded[name]
 
     def new_config(self) -> dict[str, Any]:
-        """config.json of the folder."""
+        """The content of the folder's config.json."""
         config = {k: v for k, v in self.checkpoint.config.items() if k != "torch_dtype"}
         config["dtype"] = str(self.dtype).removeprefix("torch.")
         if self.config.dequantize:
@@ -239,7 +240,7 @@ class QuantizeSetup:
 
 
 def _other_grid(checkpoint: Checkpoint, config: QuantizeConfig) -> list[str]:
-    """A line when the weights were trained for the grid of another scheme."""
+    """A warning line if the weights were trained for the grid of another scheme."""
     manifest = stage_dir.read(checkpoint.folder) or {}
     trained = manifest.get("config", {}).get("fake_quantize")
     if trained in (None, config.scheme):
@@ -253,7 +254,7 @@ def _other_grid(checkpoint: Checkpoint, config: QuantizeConfig) -> list[str]:
 def _text(
     job: QuantizeSetup, data: DataConfig | None, options: Options
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """Batches to calibrate on, and batches to measure on."""
+    """Batches for calibration, and batches for the measurement."""
     if data is None:
         return [], []
     tokenizer = job.checkpoint.tokenizer()

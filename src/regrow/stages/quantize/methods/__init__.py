@@ -1,5 +1,5 @@
 """Methods of rounding weights, one file each.
 
-`NEEDS_GRAM` is whether the method reads the second moment of a layer's inputs. `quantize(weight,
-scheme, dtype, gram, damping)` returns the rounded weight in float32 and its grid.
+`NEEDS_GRAM` says whether the method reads the second moment of a layer's inputs.
+`quantize(weight, scheme, dtype, gram, damping)` returns the rounded weight in float32 and its grid.
 """

@@ -1,10 +1,10 @@
-"""GPTQ: round column after column, and let the columns that follow compensate for the error.
+"""GPTQ: rounds column after column, and lets the later columns compensate for the error.
 
-Frantar et al., 2022, arXiv:2210.17323: with H the second moment of the layer's inputs (damped) and
-U the upper Cholesky factor of H⁻¹, rounding column i leaves the error e = (w_i − q_i) / U_ii, and
-w_j −= e U_ij for all later columns j. Columns come in the order of falling H_ii. Each group's scale
-is fixed before, where Σ_c H_cc (w_c − q_c)² is least. A row for which plain rounding has the
-smaller error (w − q) H (w − q)ᵀ keeps that.
+Frantar et al., 2022, arXiv:2210.17323. H is the damped second moment of the layer's inputs, and U
+is the upper Cholesky factor of H⁻¹. Rounding column i leaves the error e = (w_i − q_i) / U_ii, and
+w_j −= e U_ij for all later columns j. Columns are rounded in the order of falling H_ii. The scale
+of each group is fixed beforehand to minimize Σ_c H_cc (w_c − q_c)². A row for which plain rounding
+has the smaller error (w − q) H (w − q)ᵀ is rounded plainly.
 
 Shapes: R rows, C columns.
 """
@@ -21,7 +21,7 @@ from regrow.quantization.grid import Grid, fit, nearest
 
 NEEDS_GRAM = True
 BLOCK = 128
-"""Columns after which the later ones are updated, all at once."""
+"""Number of columns to round before all later columns are updated at once."""
 
 
 def quantize(
@@ -31,9 +31,9 @@ def quantize(
     gram_CC: Tensor | None = None,
     damping: float = 0.01,
 ) -> tuple[Tensor, Grid]:
-    """Values on a grid, float32 [R, C], and the grid; never worse than rounding to nearest.
+    """The rounded weight, float32 [R, C], and its grid; never worse than rounding to nearest.
 
-    Without `gram` (experts, a head) it is rounding to nearest.
+    Without `gram_CC` (experts, the head) the weight is rounded to nearest.
     """
     weight_RC = weight_RC.float()
     plain = fit(weight_RC, scheme, dtype)
@@ -60,7 +60,7 @@ def error(weight_RC: Tensor, rounded_RC: Tensor, gram_CC: Tensor) -> Tensor:
 
 
 def compensate(weight_RC: Tensor, grid: Grid, gram_CC: Tensor, damping: float) -> Tensor:
-    """The weight rounded to its grid column after column, each error spread over the rest."""
+    """The weight rounded column after column; the later columns compensate for each error."""
     order = gram_CC.diagonal().argsort(descending=True, stable=True)
     factor_CC = _factor(gram_CC[order][:, order], damping)
     w_RC = weight_RC[:, order].clone()
@@ -81,7 +81,7 @@ def compensate(weight_RC: Tensor, grid: Grid, gram_CC: Tensor, damping: float) -
 
 
 def _factor(gram_CC: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped matrix; more damping where it fails."""
+    """Upper Cholesky factor of the inverse of the damped matrix; damping increases on failure."""
     eye = torch.eye(len(gram_CC), dtype=gram_CC.dtype, device=gram_CC.device)
     ridge = gram_CC.diagonal().mean().clamp_min(torch.finfo(gram_CC.dtype).tiny)
     for _ in range(8):

@@ -1,4 +1,4 @@
-"""Round to nearest over each group's full range: the baseline, which needs no text."""
+"""Rounds to nearest over the full range of each group: the baseline, which needs no text."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def quantize(
     gram_CC: Tensor | None = None,
     damping: float = 0.0,
 ) -> tuple[Tensor, Grid]:
-    """The nearest values of the grid, float32 [R, C], and the grid."""
+    """The weight rounded to the nearest values of its grid, float32 [R, C], and the grid."""
     grid = fit(weight_RC, scheme, dtype)
     return grid.nearest(weight_RC), grid
