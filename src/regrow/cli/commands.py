@@ -1,4 +1,4 @@
-"""The commands that are no stages: run a recipe, look at a model, watch a run."""
+"""The commands that are not stages: run, inspect, watch."""
 
 from __future__ import annotations
 

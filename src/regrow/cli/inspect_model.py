@@ -29,7 +29,7 @@ FLAGS = {
 def describe_model(source: str) -> None:
     """Print family, axes with legal widths, and candidate sizes at a few targets.
 
-    Raises UserError for a model that cannot be opened or is of no known family.
+    Raises UserError for a model that cannot be opened or whose family is unknown.
     """
     checkpoint = load(source)
     family = families.of(checkpoint)
@@ -64,7 +64,7 @@ def _axes(checkpoint: Checkpoint, family: Family) -> Table:
 
 
 def _legal(checkpoint: Checkpoint, family: Family, dim: str) -> str:
-    """Widths this axis may have when it alone is cut, as a range or a list."""
+    """Legal widths of an axis if only this axis is pruned, as a range or a list."""
     full = family.sizes(checkpoint.config)
     legal = []
     for width in range(1, full[dim] + 1):

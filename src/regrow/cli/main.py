@@ -1,4 +1,4 @@
-"""The command line: parse, call, print."""
+"""The command line: parses arguments, runs commands, prints errors."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ WEIGHTS = ConstructorRegistry()
 
 @WEIGHTS.primitive_rule
 def _weights(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, float]] | None:
-    """Weights by name as `--flag NAME WEIGHT NAME WEIGHT`, which replace the default.
+    """Parse weights by name from `--flag NAME WEIGHT NAME WEIGHT`; they replace the default.
 
-    tyro would make a flag of each name in the default, and allow no others.
+    By default, tyro would make one flag for each name in the default and allow no other names.
     """
     if info.type != dict[str, float]:
         return None
@@ -53,7 +53,7 @@ def _pairs(parts: list[str]) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns 0 when it is done, and 2 for bad input, after one line of error."""
+    """Run one command; return 0 on success, and 2 with a one-line error for bad input."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments in (["--version"], ["-V"]):
         print(f"regrow {regrow.__version__}")
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _refuse(str(error))
     except (PermissionError, NotADirectoryError) as error:
         return _refuse(f"{error.filename}: {error.strerror}; give a place that can be written to")
-    except BrokenPipeError:  # the reader, such as head, has closed the pipe
+    except BrokenPipeError:  # the reader of the pipe, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def entry() -> None:
-    """The console script."""
+    """Entry point of the console script."""
     sys.exit(main())
 
 
@@ -95,7 +95,7 @@ def commands() -> dict[str, Callable[..., None]]:
 
 
 def _command(name: str) -> Callable[..., None]:
-    """One command, without importing the others; raises UserError when there is none."""
+    """Find one command without importing the others; raises UserError if it does not exist."""
     if name in stage.names():
         return stage.find(name).command
     known = commands()
@@ -107,7 +107,7 @@ def _command(name: str) -> Callable[..., None]:
 
 
 def _run(arguments: list[str]) -> None:
-    """Run a command; in process 0 alone where a job has several that cannot share its work."""
+    """Run a command; a command that is not distributed runs only in process 0 of a job."""
     chosen = _parse(arguments)
     if distributed.world_size() == 1 or _is_shared(arguments[0]):
         chosen()
@@ -121,9 +121,10 @@ def _is_shared(command: str) -> bool:
 
 
 def _parse(arguments: list[str]) -> Callable[[], None]:
-    """The command of the arguments, ready to run.
+    """Parse the arguments into a call of the command.
 
-    Raises UserError for a value that a config refuses, SystemExit(2) with tyro's advice for flags.
+    Raises UserError for a value that a config rejects, and SystemExit(2), with tyro's message, for
+    invalid flags.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         return _help
@@ -147,7 +148,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
 
 
 def _help() -> None:
-    """Print what regrow is and a line for each command."""
+    """Print the usage, the description of regrow, and one line for each command."""
     table = Table(box=None, show_header=False, padding=(0, 2))
     for name, command in commands().items():
         table.add_row(f"[bold]{name}[/bold]", (command.__doc__ or "").strip().splitlines()[0])
@@ -158,7 +159,7 @@ def _help() -> None:
 
 
 def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """`command` with its flags and help, returning the call instead of making it."""
+    """Wrap `command` with the same flags and help, but return the call instead of running it."""
 
     @functools.wraps(command)
     def call(*args: Any, **kwargs: Any) -> Callable[[], None]:
@@ -168,7 +169,7 @@ def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
 
 
 def _validation_error(error: BaseException | None) -> ValidationError | None:
-    """The config's refusal that made tyro stop, if it was one."""
+    """Return the validation error of a config that made tyro exit, if there is one."""
     while error is not None and not isinstance(error, ValidationError):
         error = error.__context__
     return error
@@ -181,20 +182,20 @@ def _refuse(message: str) -> int:
 
 
 def _leave_to_main() -> None:
-    """Give process 0 of a job time to print the same error: torchrun then ends the others."""
+    """Wait for process 0 to print the same error; torchrun then stops the other processes."""
     if not distributed.is_main():
         time.sleep(distributed.GRACE)
 
 
 def _quiet() -> None:
-    """Switch off other libraries' progress bars and advice."""
+    """Disable progress bars and hints of other libraries."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("COMPRESSED_TENSORS_LOG_DISABLED", "1")
-    # transformers' Trainer imports torchao where it is installed; torchao warns of CUDA kernels on
-    # machines without a GPU, and of types that torch will replace.
+    # transformers' Trainer imports torchao if it is installed. torchao warns about CUDA kernels on
+    # machines without a GPU, and about types that torch will replace.
     logging.getLogger("torchao").addFilter(_is_news)
     logging.getLogger("torch.utils._pytree").addFilter(_is_news)
 

@@ -1,6 +1,6 @@
-"""`regrow watch`: show the progress of a run from another terminal.
+"""`regrow watch`: show the progress of a run in another terminal.
 
-The progress is read from the files of the run: recipe, manifests, partial folders and metrics.
+The progress comes from the files of the run: recipe, manifests, partial folders and metrics.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from regrow.stage import Step
 from regrow.stages.report.run_folder import METRICS, rows
 
 Progress = Literal["done", "running", "waiting", "earlier"]
-"""`earlier`: done by an earlier run in this folder, and not yet checked by this one."""
+"""`earlier`: completed by an earlier run in this folder, and not yet checked by this run."""
 
 RECENT = 50
-"""Number of logged steps for the rate."""
+"""Number of logged steps for the token rate."""
 SETTLED = 60.0
-"""Seconds without a write after which a report older than its recipe counts as this run's."""
+"""After this many seconds without a write, a report older than its recipe counts as current."""
 MAKES_MODEL = ("rotate", "prune", "distill", "quantize")
 
 
 @dataclass(frozen=True)
 class StageState:
-    """One stage; `seconds` are its duration, or the time since it began if it is running."""
+    """State of one stage; `seconds` is its duration, or the time since its start if it runs."""
 
     name: str
     progress: Progress
@@ -47,7 +47,7 @@ class StageState:
 
 @dataclass(frozen=True)
 class Training:
-    """The state of the running distillation, or of the last one."""
+    """State of the running distillation or, if none is running, of the last one."""
 
     stage: str
     tokens: int
@@ -55,16 +55,16 @@ class Training:
     rate: float | None
     """Tokens per second over the last steps; None before the second step."""
     eta: float | None
-    """Seconds left; None when the rate is not known, 0 at the end."""
+    """Seconds left; None if the rate is unknown, 0 at the end."""
     losses: dict[str, float] = field(default_factory=dict)
-    """The last logged values, by name."""
+    """Last logged values by name."""
     heldout: list[float] = field(default_factory=list)
-    """All values of the held-out KL so far."""
+    """All held-out KL values so far."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """The state of a run."""
+    """State of a run."""
 
     folder: Path
     model: str
@@ -76,9 +76,9 @@ class RunState:
 
 
 def read(folder: Path, now: float | None = None) -> RunState:
-    """The state of the run in `folder` at time `now` (seconds since the epoch; default: now).
+    """Read the state of the run in `folder` at time `now` (seconds since the epoch; default: now).
 
-    Raises UserError when the folder holds no run.
+    Raises UserError if the folder has no run.
     """
     now = time.time() if now is None else now
     if not (folder / RECIPE).is_file():
@@ -111,14 +111,14 @@ def read(folder: Path, now: float | None = None) -> RunState:
 
 
 def _folders(name: str, step: Step) -> list[str]:
-    """Folders that a stage writes: two for a prune with repair, the one without repair last."""
+    """Folders of a stage; a prune with repair writes two, the one without repair last."""
     if step.name == "report":
         return []
     return [f"{name}-repaired", name] if step.name == "prune" and step.config.repair else [name]
 
 
 def _done(folder: Path, name: str, step: Step, quiet: float) -> tuple[float, float] | None:
-    """Duration of a stage in seconds, and when it was complete; None when it is not complete."""
+    """Duration in seconds and completion time of a stage; None if it is not complete."""
     if step.name == "report":
         page, recipe = folder / "report.html", folder / RECIPE
         if not page.exists():
@@ -150,7 +150,7 @@ def _published(folder: Path, steps: list[tuple[str, Step]]) -> bool:
 
 
 def _last_write(folder: Path) -> float:
-    """Time of the last change of a file of the run, also in folders that are being written."""
+    """Time of the last change of the run's files, including partial folders."""
     places = [folder, *folder.glob("*"), *folder.glob("stages/*"), *folder.glob("stages/.*/*")]
     return max(_changed(place) for place in places)
 
@@ -158,14 +158,14 @@ def _last_write(folder: Path) -> float:
 def _changed(place: Path) -> float:
     try:
         return place.stat().st_mtime
-    except FileNotFoundError:  # a partial folder that was renamed meanwhile
+    except FileNotFoundError:  # a partial folder was renamed in the meantime
         return 0.0
 
 
 def _training(
     folder: Path, steps: dict[str, Step], stages: list[StageState], now: float
 ) -> Training | None:
-    """State of the running distillation, or of the last one; None when there is none."""
+    """State of the running distillation or, if none is running, of the last one, if any."""
     path = folder / METRICS
     logged = [row for row in rows(path) if row.get("stage") in steps and "tokens" in row]
     named = dict.fromkeys(row["stage"] for row in logged)
@@ -190,7 +190,7 @@ def _training(
 
 
 def _rate(mine: list[dict[str, Any]]) -> float | None:
-    """Tokens/s over the last steps of the last process; each process counts seconds from 0."""
+    """Tokens/s over the last steps of the last process, as each process counts seconds from 0."""
     last = [row for row in mine if "loss" in row][-RECENT:]
     restarts = [n for n in range(1, len(last)) if last[n]["seconds"] < last[n - 1]["seconds"]]
     same = last[restarts[-1] if restarts else 0 :]
@@ -217,11 +217,11 @@ LOOK = {
 BLOCKS = "▁▂▃▄▅▆▇█"
 POINTS = 40
 QUIET = 60.0
-"""Seconds without a write after which the frame says so."""
+"""After this many seconds without a write, the frame shows a remark."""
 
 
 def frame(state: RunState) -> RenderableType:
-    """A picture of the stages and the distillation."""
+    """Render the stages and the distillation."""
     title = Text(f"{plain(str(state.folder))}  ({plain(state.model)})", style="bold")
     parts: list[RenderableType] = [title, _stages(state.stages)]
     if state.training is not None:
@@ -234,12 +234,12 @@ def frame(state: RunState) -> RenderableType:
 
 
 def plain(text: str) -> str:
-    """Text without characters that control a terminal."""
+    """Replace control characters, which could affect the terminal."""
     return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
 def sparkline(values: list[float], points: int = POINTS) -> str:
-    """Values as a row of bars, low to high; at most `points` of them, the last one included."""
+    """Show values as a row of bars; at most `points` of them, including the last one."""
     values = [value for value in values if math.isfinite(value)]
     step = max(1, math.ceil(len(values) / points))
     shown = values[::-1][::step][::-1]
@@ -277,14 +277,14 @@ def _training_lines(training: Training) -> list[RenderableType]:
 
 
 WIDTH = 100
-"""Columns where there is no terminal."""
+"""Number of columns if stdout is not a terminal."""
 
 
 def watch(folder: str | Path, once: bool = False, every: float = 2.0) -> None:
-    """Show a run on stdout, anew each `every` seconds, until it is complete.
+    """Show a run on stdout, refreshed every `every` seconds, until it is complete.
 
-    One frame alone when `once`, and where stdout is no terminal. Raises UserError for a folder that
-    is no run.
+    Shows only one frame if `once` is set or stdout is not a terminal. Raises UserError if the
+    folder is not a run.
     """
     folder = Path(folder)
     state = read(folder)

@@ -1,4 +1,4 @@
-"""Before a recipe runs: check whether its stages can succeed, and describe them (--dry-run)."""
+"""Check before a run whether the stages of a recipe can succeed; describe them (--dry-run)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_steps(model: str, data: DataConfig, steps: list[Step], options: Option
 
 
 def describe(model: str, data: DataConfig, steps: list[Step], options: Options) -> list[str]:
-    """What each stage will do: sizes, memory and time; targets stand for sizes not yet known."""
+    """Describe each stage: sizes, memory and time; targets replace sizes that are not yet known."""
     plan = open_plan(model, data, steps, options)
     lines: list[str] = []
     for step in steps:
@@ -45,7 +45,7 @@ def describe(model: str, data: DataConfig, steps: list[Step], options: Options) 
 
 
 def open_plan(model: str, data: DataConfig, steps: list[Step], options: Options) -> RecipePlan:
-    """The plan before the first stage; raises UserError for a model of no known family."""
+    """Create the plan before the first stage; raises UserError for a model of an unknown family."""
     checkpoint = load(model)
     families.of(checkpoint)
     plan = RecipePlan(model, checkpoint, data, options, steps)
@@ -54,7 +54,7 @@ def open_plan(model: str, data: DataConfig, steps: list[Step], options: Options)
 
 
 def leave(step: Step, plan: RecipePlan) -> None:
-    """Note the result of a stage; a new model has no profile and no answers yet."""
+    """Record the result of a stage; a changed model has no profile and no answers yet."""
     if step.stage.changes_weights:
         plan.profiled = False
         plan.answers.discard("")
@@ -70,7 +70,7 @@ def _in_place(step: Step) -> Iterator[None]:
 
 
 def _check_order(step: Step, plan: RecipePlan) -> None:
-    """Raise UserError for a stage after quantized weights that are final."""
+    """Raise UserError for a stage that needs plain weights after a final quantization."""
     if plan.quantized and step.stage.needs_plain_weights:
         raise UserError(
             f"comes after {plan.quantized}, whose quantized weights are final: put quantize last "
@@ -80,7 +80,7 @@ def _check_order(step: Step, plan: RecipePlan) -> None:
 
 
 def _check_teacher(step: Step, plan: RecipePlan) -> None:
-    """Raise UserError for a teacher of an unknown family, or of a tokenizer that does not match."""
+    """Raise UserError for a teacher of an unknown family, or with an unsuitable tokenizer."""
     if step.teacher is None:
         return
     teacher = load(step.teacher)
@@ -90,7 +90,7 @@ def _check_teacher(step: Step, plan: RecipePlan) -> None:
 
 
 def _check_text(plan: RecipePlan) -> None:
-    """Raise UserError when a split has no sequence, or too few to choose among shapes."""
+    """Raise UserError if a split has no sequence, or too few sequences to choose a shape."""
     tokenizer = plan.checkpoint.tokenizer()
     for split in sorted({split for step in plan.steps for split in step.stage.reads}):
         build_sequences(plan.data, tokenizer, split, 1, plan.checkpoint)

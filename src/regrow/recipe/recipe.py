@@ -27,24 +27,24 @@ HEAVY = ("trainer", "grams", "train", "heldout")
 
 
 class Recipe(Config):
-    """What a job does; the same recipe gives the same result."""
+    """Definition of a job; the same recipe gives the same result."""
 
     model: str
     """Hugging Face folder, hub id, GGUF file, or package:NAME."""
     data: DataConfig
-    """The text, in splits for calibration, training and held-out measuring."""
+    """The text, in splits for calibration, training and held-out evaluation."""
     stages: list[dict[str, Any] | str] = Field(min_length=1)
-    """The stages in order, each a name or {name: {its fields}}; repeats are allowed."""
+    """The stages in order, each a name or {name: {its fields}}; a stage may occur several times."""
 
     def steps(self) -> list[Step]:
-        """The stages with their configs checked; raises UserError for what is unknown."""
+        """The stages with validated configs; raises UserError for unknown stages and fields."""
         return [parse_step(entry, number) for number, entry in enumerate(self.stages)]
 
 
 def read(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe from YAML; `overrides` are key=value, as stages.1.prune.keep_params=0.7.
 
-    Raises UserError for a missing or broken file and for unknown keys, with the nearest valid one.
+    Raises UserError for a missing or broken file, and for unknown keys, with the nearest valid key.
     """
     path = Path(path)
     try:
@@ -71,9 +71,9 @@ def run(
 ) -> Path:
     """Run a recipe into `out`: stages/NN-name/, metrics.jsonl, model/ and report.html.
 
-    The same call again skips the stages that are complete and unchanged, and continues where it
-    stopped. In a job of several processes (torchrun), the stages that share their work (generate,
-    cache, distill) run in all of them; the others run in process 0, and the rest wait. Raises
+    If a run is repeated, complete and unchanged stages are skipped, and it continues where it
+    stopped. In a job of several processes (torchrun), the distributed stages (generate, cache,
+    distill) run in all processes; the other stages run in process 0 while the rest wait. Raises
     UserError, before any slow work, for a recipe that cannot succeed.
     """
     recipe = recipe if isinstance(recipe, Recipe) else read(recipe)
@@ -93,26 +93,26 @@ def run(
 
 
 def _run_stage(step: Step, job: RecipeRun, folder: str) -> dict[str, Any]:
-    """Run one stage; returns the fields of `job`, which the other processes take over."""
+    """Run one stage; return the fields of `job`, which update `job` in the other processes."""
     step.stage.run(step, job, folder)
     return vars(job)
 
 
 def check(recipe: Recipe, options: Options) -> None:
-    """Raise UserError, before any slow work, for what in a recipe cannot succeed."""
+    """Raise UserError, before any slow work, if the recipe cannot succeed."""
     from regrow.recipe.check import check_steps
 
     check_steps(recipe.model, recipe.data, recipe.steps(), options)
 
 
 def _finished(recipe: Recipe, out: Path) -> bool:
-    """Whether this job was done and its intermediate weights dropped: nothing to look up."""
+    """Whether the job is complete and its intermediate weights were deleted."""
     found = stage_dir.read(out)
     return found is not None and found.get("digest") == _digest(recipe)
 
 
 def _digest(recipe: Recipe) -> str:
-    """Of the recipe and all that it reads."""
+    """Hash of the recipe and all its inputs."""
     return stage_dir.digest(
         recipe.model_dump(mode="json"),
         _fingerprints(recipe),
@@ -122,13 +122,13 @@ def _digest(recipe: Recipe) -> str:
 
 
 def _fingerprints(recipe: Recipe) -> list[str]:
-    """Of the model and all teachers; raises UserError for one with a NaN among its weights."""
+    """Fingerprints of the model and all teachers; raises UserError if weights contain NaN."""
     models = {recipe.model, *(step.teacher for step in recipe.steps() if step.teacher)}
     return [load(model).fingerprint for model in sorted(models)]
 
 
 def _begin(recipe: Recipe, out: Path, options: Options) -> bool:
-    """Check the recipe and write it into the run folder; returns False when nothing is to do."""
+    """Check the recipe and write it to the run folder; return False if the job is complete."""
     if not (out / RECIPE).exists():
         stage_dir.refuse_foreign(out, "run")
     say(f"run: opening {recipe.model} and checking {len(recipe.stages)} stages")
@@ -136,7 +136,7 @@ def _begin(recipe: Recipe, out: Path, options: Options) -> bool:
     if _finished(recipe, out):
         say(f"run: {out} is complete and unchanged")
         return False
-    _fingerprints(recipe)  # reads all bytes of the models, and refuses broken ones
+    _fingerprints(recipe)  # reads all bytes of the models and rejects broken ones
     (out / "stages").mkdir(parents=True, exist_ok=True)
     (out / stage_dir.NAME).unlink(missing_ok=True)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
@@ -145,7 +145,7 @@ def _begin(recipe: Recipe, out: Path, options: Options) -> bool:
 
 
 def _finish(recipe: Recipe, job: RecipeRun, keep_stages: KeepStages) -> None:
-    """Put the final model at model/, and drop intermediate weights if asked to."""
+    """Copy the final model to model/, and delete intermediate weights if requested."""
     out = job.out
     if isinstance(job.current, Path):
         from regrow.stages.export.card import write_card
@@ -163,7 +163,7 @@ def _finish(recipe: Recipe, job: RecipeRun, keep_stages: KeepStages) -> None:
 
 
 def _publish(folder: Path, out: Path) -> None:
-    """A copy of a stage's model folder, by hard links where the disk can, put in place at once."""
+    """Copy a stage's model folder, with hard links if possible; the result appears at once."""
     out = stage_dir.output_folder(out)
     partial = out.parent / f".{out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -173,7 +173,7 @@ def _publish(folder: Path, out: Path) -> None:
 
 
 def _drop_weights(folder: Path) -> None:
-    """What is large goes; the stage then counts as not done: the next one could not read it."""
+    """Delete large files; the stage then counts as incomplete, as later stages need these files."""
     heavy = [*folder.glob("model*.safetensors*"), *(folder / name for name in HEAVY)]
     there = [path for path in heavy if path.exists()]
     if there:
@@ -183,10 +183,10 @@ def _drop_weights(folder: Path) -> None:
 
 
 def override(fields: dict[str, Any], given: str) -> None:
-    """Set, in place, one dotted key of nested dicts and lists: `stages.prune.keep_params=0.7`.
+    """Set one dotted key of nested dicts and lists in place: `stages.prune.keep_params=0.7`.
 
-    List positions are numbers; a stage may be named instead, for the first of that name. Raises
-    UserError for what is no key=value and for a place that is not there.
+    A list position is a number, or a stage name, which selects the first stage of that name. Raises
+    UserError if `given` is not key=value or the key's place does not exist.
     """
     key, equals, value = given.partition("=")
     if not equals or not key:
@@ -229,7 +229,7 @@ def _is_stage(entry: Any, name: str) -> bool:
 
 
 def _entered_stage(stages: list[Any], number: int, part: str) -> Any:
-    """The entry at `number`, or the fields of the stage `part` there; a bare name gets fields."""
+    """Return the entry at `number`, or the fields of its stage `part`; a bare name gets fields."""
     if isinstance(stages[number], str):
         stages[number] = {stages[number]: {}}
     entry = stages[number]

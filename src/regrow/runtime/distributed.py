@@ -1,4 +1,4 @@
-"""Jobs of several processes, as torchrun or accelerate start them."""
+"""Jobs of several processes, started by torchrun or accelerate."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 LONGEST_WAIT = timedelta(days=7)
-"""How long a process waits for work that another one does alone."""
+"""Timeout for processes that wait while another one works alone."""
 GRACE = 5.0
-"""Seconds that a process leaves to process 0, which prints the error, before it ends too."""
+"""Seconds that other processes wait before they exit, so that process 0 can print the error."""
 
 
 def world_size() -> int:
@@ -25,12 +25,12 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """The index of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Whether this is process 0, which writes files and prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -43,7 +43,7 @@ def join(cpu: bool) -> None:
 
 
 def wait() -> None:
-    """Wait until every process has come to this call; a job of one process goes on at once."""
+    """Wait until every process has reached this call; does nothing in a job of one process."""
     if world_size() > 1:
         import torch.distributed as dist
 
@@ -53,7 +53,7 @@ def wait() -> None:
 
 @functools.cache
 def _patient_group() -> Any:
-    """A process group that waits for a long stage; NCCL and gloo give up after minutes."""
+    """A process group with a long timeout, because NCCL and gloo time out after minutes."""
     import torch.distributed as dist
 
     return dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
@@ -72,7 +72,7 @@ def alone() -> Iterator[None]:
 
 
 def _forget_processes() -> None:
-    """Let accelerate read the environment anew: it remembers how many processes there are."""
+    """Make accelerate read the environment again, because it caches the number of processes."""
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState
 
@@ -80,9 +80,9 @@ def _forget_processes() -> None:
 
 
 def on_main(work: Callable[[], T], cpu: bool) -> T:
-    """What `work()` returns in process 0, in every process; the others wait for it.
+    """Run `work()` in process 0 and return its result in every process; the others wait.
 
-    An error in process 0 ends all of them, and process 0 alone prints it.
+    An error in process 0 ends all processes; only process 0 prints it.
     """
     if world_size() == 1:
         return work()

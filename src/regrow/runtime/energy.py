@@ -1,6 +1,6 @@
-"""Energy of a stage, by the counters of the machine: RAPL of CPUs, NVML of GPUs.
+"""Energy of a stage, from hardware counters: RAPL for CPUs, NVML for GPUs.
 
-Nothing is measured where no counter can be read. On most systems only root can read RAPL.
+Nothing is measured if no counter is readable. On most systems, only root can read RAPL.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 POWERCAP = Path("/sys/class/powercap")
 NVML = "libnvidia-ml.so.1"
 EVERY = 60.0
-"""Seconds between two readings: at full power a counter overflows after some minutes."""
+"""Seconds between two readings; at full power, a counter overflows after some minutes."""
 
 
 @dataclass(frozen=True)
 class Counter:
-    """A counter of joules, read by `read`; it overflows at `size` joules, or never (0)."""
+    """An energy counter in joules; it overflows at `size` joules, or never if `size` is 0."""
 
     name: str
     read: Callable[[], float]
@@ -39,14 +39,14 @@ class Meter:
         self.thread = threading.Thread(target=self._look, daemon=True)
 
     def start(self) -> None:
-        """Find the counters and start the thread that reads them, if there are any."""
+        """Find the counters and, if there are any, start the thread that reads them."""
         self.counters = [*_rapl(), *_nvml()]
         self.last = [counter.read() for counter in self.counters]
         if self.counters:
             self.thread.start()
 
     def stop(self) -> dict[str, Any]:
-        """`{"energy": {joules, meters}}` for a manifest; empty without counters."""
+        """Return `{"energy": {joules, meters}}` for a manifest, or an empty dict if unmeasured."""
         self.stopped.set()
         if not self.counters:
             return {}
@@ -69,7 +69,7 @@ class Meter:
 
 
 def _rapl() -> list[Counter]:
-    """Packages and memory: the other zones are parts of a package, or include all packages."""
+    """Counters of packages and memory; other zones are parts of a package or contain them all."""
     counters = []
     for zone in sorted(POWERCAP.glob("intel-rapl:*")):
         try:

@@ -11,13 +11,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 
 def prefill(model: PreTrainedModel, ids_1T: Tensor) -> tuple[int, DynamicCache]:
-    """The most likely token after the prompt [1, T], and the KV cache of the prompt."""
+    """Return the most likely token after the prompt [1, T], and the KV cache of the prompt."""
     cache = DynamicCache(config=model.config)
     return _next(model, ids_1T, cache), cache
 
 
 def decode(model: PreTrainedModel, token: int, cache: DynamicCache) -> Iterator[int]:
-    """The tokens after `token`, without end; they are added to the cache."""
+    """Yield the tokens after `token` without end; each input token is added to the cache."""
     while True:
         token = _next(model, torch.tensor([[token]], device=model.device), cache)
         yield token
@@ -25,7 +25,7 @@ def decode(model: PreTrainedModel, token: int, cache: DynamicCache) -> Iterator[
 
 @torch.no_grad()
 def step(model: PreTrainedModel, ids_BT: Tensor, cache: DynamicCache) -> Tensor:
-    """The most likely token [B, 1] after each row of `ids_BT`, which is added to the cache."""
+    """Return the most likely token [B, 1] after each row of `ids_BT`; the cache gets the rows."""
     output = model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
     likeliest: Tensor = output.logits[:, -1].argmax(-1, keepdim=True)
     return likeliest
@@ -38,11 +38,11 @@ def _next(model: PreTrainedModel, ids_1T: Tensor, cache: DynamicCache) -> int:
 def continuation(
     model: PreTrainedModel, ids: list[int], new_tokens: int, ends: set[int]
 ) -> list[int]:
-    """At most `new_tokens` greedy tokens after `ids`, before the first token of `ends`."""
+    """Return at most `new_tokens` greedy tokens after `ids`, before the first token of `ends`."""
     token, cache = prefill(model, torch.tensor([ids], device=model.device))
     return until(chain([token], decode(model, token, cache)), new_tokens, ends)
 
 
 def until(tokens: Iterable[int], limit: int, ends: set[int]) -> list[int]:
-    """The first `limit` tokens, before the first token of `ends`."""
+    """Return at most `limit` tokens, before the first token of `ends`."""
     return list(takewhile(lambda token: token not in ends, islice(tokens, limit)))

@@ -1,4 +1,4 @@
-"""The dtypes of sums: float32 at least, and the widest one of a device."""
+"""Data types for sums: at least float32, and the widest floating-point type of a device."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def float32_at_least(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for sums of values in `dtype`: float32, or float64 where `dtype` is that."""
+    """Data type for sums of values in `dtype`: float64 for float64, otherwise float32."""
     return torch.promote_types(torch.float32, dtype)
 
 
 def widen(x: Tensor) -> Tensor:
-    """The tensor in float32 at least."""
+    """Convert a tensor to at least float32."""
     return x.to(float32_at_least(x.dtype))
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """float64, or float32 on a device that has none (mps)."""
+    """float64, or float32 on a device without float64 (mps)."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -1,4 +1,4 @@
-"""Progress of long work: one live line with rate and ETA on a terminal, else a line every 10 s."""
+"""Progress lines with rate and ETA: a live line on a terminal, otherwise a line every 10 s."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIRST = 1.0
 class Progress:
     """Counts units (tokens, documents, …) and prints the progress to stderr.
 
-    `total` is how many there will be, 0 when that is not known.
+    `total` is the expected number of units, or 0 if it is unknown.
     """
 
     def __init__(self, title: str, total: int, unit: str, every: float | None = None) -> None:
@@ -29,11 +29,11 @@ class Progress:
         self.shown = False
 
     def resume_at(self, done: int) -> None:
-        """Start at `done` units of an earlier process, which do not count for the rate."""
+        """Start at `done` units from an earlier process; these are excluded from the rate."""
         self.done = self.first_done = done
 
     def advance(self, units: int, note: str = "") -> None:
-        """Count `units` more; when a line is due, print share, rate, ETA and `note`."""
+        """Count `units` more; if a line is due, print share, rate, ETA and `note`."""
         self.done += units
         now = time.monotonic()
         if now - self.last >= self.every:
@@ -41,11 +41,11 @@ class Progress:
             self._print(self.line(now, note), end="\r" if self.live else "\n")
 
     def seconds(self) -> float:
-        """Seconds since this process began to count."""
+        """Seconds since the start of counting in this process."""
         return time.monotonic() - self.start
 
     def line(self, now: float, note: str = "") -> str:
-        """The line to print at monotonic time `now` in seconds."""
+        """Format the progress line at monotonic time `now` in seconds."""
         rate = (self.done - self.first_done) / max(now - self.start, 1e-9)
         pace = f"  {self._pace(rate)}" if rate > 0 else ""
         if self.total <= 0:
@@ -64,7 +64,7 @@ class Progress:
         self._print(f"{text}  {note}".rstrip(), end="\n")
 
     def _pace(self, rate: float) -> str:
-        """Units per second or, below one, seconds per unit."""
+        """Format the rate as units per second or, if it is below one, seconds per unit."""
         return f"{rate:,.0f} {self.unit}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):,.0f} s each"
 
     def _print(self, text: str, end: str) -> None:
@@ -75,20 +75,20 @@ class Progress:
 
 @contextmanager
 def progress(title: str, total: int, unit: str = "tokens") -> Iterator[Progress]:
-    """A Progress that prints its last line when the work ends without an error."""
+    """Yield a Progress that prints its last line if the work ends without an error."""
     counter = Progress(title, total, unit)
     yield counter
     counter.finish()
 
 
 def say(text: str) -> None:
-    """Print one message on stderr; stdout is for results."""
+    """Print a message to stderr; stdout is reserved for results."""
     if distributed.is_main():
         print(text, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
+    """Format seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

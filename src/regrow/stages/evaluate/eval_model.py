@@ -1,4 +1,4 @@
-"""A model under measurement, what is kept of the teacher, and what a metric returns.
+"""A model under evaluation, the stored outputs of the teacher, and the result of a metric.
 
 Shapes: N scored tokens, H hidden, V vocabulary.
 """
@@ -29,17 +29,17 @@ from regrow.stages.evaluate.texts import Text
 from regrow.training.head import Head
 
 MEMORY_SHARE = 0.5
-"""Share of the free memory that models may take which are loaded at the same time."""
+"""Models stay loaded together if they need at most this share of the free memory."""
 
 
 @dataclass(frozen=True)
 class MetricResult:
-    """The figures of one metric on one model, and what belongs to them."""
+    """Figures, generations and per-item scores of one metric on one model."""
 
     figures: list[Figure] = field(default_factory=list)
     generations: list[dict[str, str]] = field(default_factory=list)
     items: dict[str, list[float]] = field(default_factory=dict)
-    """By a figure's name the scores of single items, in the order of the rows."""
+    """Scores of the single items by figure name, in the order of the rows."""
 
     def extend(self, other: MetricResult) -> None:
         """Add the results of another metric."""
@@ -49,13 +49,13 @@ class MetricResult:
 
 
 class ResultCache:
-    """Results of one model's metrics in a folder, so that an interrupted evaluation continues."""
+    """Results of one model's metrics, stored in a folder to resume an interrupted evaluation."""
 
     def __init__(self, folder: Path | None = None, model: int = 0) -> None:
         self.folder, self.model = folder, model
 
     def get(self, name: str, compute: Callable[[], MetricResult]) -> MetricResult:
-        """The stored result of `name`; without one, `compute()`, which is then stored."""
+        """Return the stored result of `name`, or call `compute()` and store its result."""
         if self.folder is None:
             return compute()
         path = self._path(self.folder, name)
@@ -79,19 +79,19 @@ class ResultCache:
 
 
 class LogitMetric(Protocol):
-    """A metric's file that reads logits: see docs/add-a-metric.md."""
+    """A metric file that reads logits; see docs/add-a-metric.md."""
 
     READS_TEACHER: bool
-    """Whether it compares with the teacher's logits; it has no figures of the teacher then."""
+    """Whether it compares with the teacher's logits; the teacher itself then gets no figures."""
 
     @staticmethod
     def per_token(logits_NV: Tensor, teacher_NV: Tensor | None, targets_N: Tensor) -> Tensor:
-        """One value [N] per scored token; the logits must not be changed."""
+        """Return one value [N] per scored token; must not change the logits."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Final hidden states [N, H] of a window's scored positions, and the tokens to predict [N]."""
+    """Final hidden states [N, H] at the scored positions of a window, and the target tokens [N]."""
 
     states_NH: Tensor
     targets_N: Tensor
@@ -99,18 +99,18 @@ class Window:
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """What is kept of the teacher once it is unloaded: its head and its states on each text."""
+    """Outputs that stay available after the teacher is unloaded: its head and its hidden states."""
 
     label: str
     head: Head
     vocab_size: int
-    """Leading ids of its head that are tokens; those beyond are padding of the embedding."""
+    """Number of token ids; the head's rows after these are padding of the embedding."""
     windows: dict[str, list[Window]]
     restricted: bool = False
-    """Whether it read a model's own tokens, with the head's rows of those alone."""
+    """Whether it was run on the other model's tokens, with only their rows in its head."""
 
     def logits(self, text: str, window: int, part: slice, device: torch.device) -> Tensor:
-        """Its logits [N, vocab_size] at the scored positions `part` of a window, on `device`."""
+        """Return logits [N, vocab_size] on `device`, at the scored positions `part` of a window."""
         weight_VH = self.head.weight_VH
         states_NH = self.windows[text][window].states_NH[part].to(weight_VH.device)
         logits_NV = self.head.logits(states_NH, weight_VH, exact=True)
@@ -119,28 +119,28 @@ class TeacherOutputs:
 
 @dataclass
 class TextSums:
-    """Per window of a text the number of scored tokens and, by metric, the sum of its values."""
+    """Number of scored tokens in each window of a text, and each metric's sum per window."""
 
     counts: list[int]
     sums: dict[str, list[float]]
 
 
 class EvalModel(ABC):
-    """A model with its texts, as metrics see it: a folder by transformers, or a file by llama.cpp.
+    """A model and its texts: a folder run by transformers, or a GGUF file run by llama.cpp.
 
-    It is loaded when it is first needed.
+    The model is loaded on first use.
     """
 
     device: torch.device
     batch_size: int
     source: Path
-    """Folder or file."""
+    """Model folder or GGUF file."""
     arithmetic: str
-    """The data type it computes in, or the program that runs it."""
+    """Data type of the computation, or the program that runs the model."""
     engine: ClassVar[str]
-    """The program that runs it; speeds compare only within one program."""
+    """The program that runs the model; speeds are only comparable within one program."""
     next_tokens: ClassVar[str]
-    """The tokens whose generation is timed: `greedy` or `random` ones."""
+    """Which tokens the timed decoding reads: `greedy` or `random`."""
 
     def __init__(
         self,
@@ -151,57 +151,58 @@ class EvalModel(ABC):
     ) -> None:
         self.label, self.tokenizer, self.texts = label, tokenizer, texts
         self.logit_metrics = logit_metrics
-        """The metrics that one pass over a text computes, by name."""
+        """The metrics that are computed in one pass over a text, by name."""
         self.teacher: TeacherOutputs | None = None
-        """What they compare with. Without it, those that read the teacher are left out."""
+        """Outputs of the teacher; without them, metrics that read the teacher are skipped."""
         self._sums: dict[str, TextSums] = {}
 
     @property
     def loaded(self) -> bool:
-        """Whether it is in memory."""
+        """Whether the model is in memory."""
         return "model" in vars(self)
 
     @property
     @abstractmethod
     def where(self) -> str:
-        """What it runs on, and with how many threads."""
+        """Device or program, and the number of threads."""
 
     @property
     @abstractmethod
     def bytes_to_load(self) -> float:
-        """Approximate bytes of memory that it takes when loaded."""
+        """Approximate memory of the loaded model, in bytes."""
 
     @abstractmethod
     def load(self) -> None:
-        """Load it, unless it is loaded."""
+        """Load the model if it is not loaded yet."""
 
     @abstractmethod
     def unload(self) -> None:
-        """Free its memory; it is loaded again when it is needed."""
+        """Free the memory of the model; it is loaded again on the next use."""
 
     @abstractmethod
     def logits(self, text: Text, counter: Progress) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Window by window, the logits [N, V] at some scored positions and their targets [N].
+        """Yield (window number, logits [N, V], targets [N]), window by window.
 
-        In float32 at least, a chunk at a time: (number of the window, logits, targets).
+        Only scored positions are included. A window may come in several chunks, and the logits are
+        at least float32.
         """
 
     @abstractmethod
     def continuation(self, ids: list[int], new_tokens: int) -> list[int]:
-        """At most `new_tokens` greedy tokens after `ids`, without the one that ends them."""
+        """Return at most `new_tokens` greedy tokens after `ids`, without the end token."""
 
     @abstractmethod
     def times(self, batch: int, prompt: int, new: int) -> list[float]:
-        """Seconds to read a batch of prompts of random tokens, then for each of `new` more."""
+        """Return seconds: of a prefill of random prompts, then of each of `new` decoding steps."""
 
     @abstractmethod
     def flops(self, tokens: int, past: int = 0) -> int | None:
-        """Operations to read `tokens` after `past` cached ones; None where that is not known."""
+        """FLOPs to read `tokens` tokens after `past` cached ones; None if unknown."""
 
     def sums(self, text: Text, metric: str) -> tuple[list[float], list[int]]:
-        """Per window the sum of a metric's values over its scored tokens, and their number.
+        """Return a metric's sum of values per window, and the number of scored tokens per window.
 
-        The first call for a text makes one pass over it, for all metrics that read logits.
+        The first call for a text computes all metrics that read logits in one pass over the text.
         """
         if text.name not in self._sums:
             self._sums[text.name] = self._read(text)
@@ -238,7 +239,7 @@ def _values(
     teacher_NV: Tensor | None,
     targets_N: Tensor,
 ) -> Tensor:
-    """A metric's values [N]; one that reads the teacher gets only the ids that both have."""
+    """Return a metric's values [N]; a metric that reads the teacher gets only the shared ids."""
     if metric.READS_TEACHER:
         assert teacher_NV is not None
         shared = min(logits_NV.shape[1], teacher_NV.shape[1])
@@ -254,24 +255,24 @@ def _values(
 
 @dataclass(frozen=True)
 class Context:
-    """What a metric may need beside the model. For the teacher itself, both results are None."""
+    """Inputs of a metric besides the model; for the teacher, both teacher fields are None."""
 
     config: EvaluateConfig
     teacher: TeacherOutputs | None = None
-    """The teacher's states on the texts."""
+    """The teacher's head and its hidden states on the texts."""
     teacher_result: MetricResult | None = None
-    """All that was measured of the teacher."""
+    """All results of the teacher."""
     tasks: list[Rows] = field(default_factory=list)
     """The tasks to score."""
     cache: ResultCache = field(default_factory=ResultCache)
-    """What an interrupted evaluation has stored already."""
+    """Results that an interrupted evaluation has already stored."""
 
 
 def mean_per_token(model: EvalModel, text: Text, metric: str) -> tuple[float, float, int]:
-    """Mean of a metric's values over the scored tokens, its standard error, and their number.
+    """Return a metric's mean over the scored tokens, its standard error, and the token count.
 
-    The tokens of a window are not independent, so the standard error is that of a ratio over
-    windows. Raises UserError for a mean that is not finite.
+    The tokens of a window are not independent, so the standard error is that of a ratio estimator
+    over windows. Raises UserError if a value is not finite.
     """
     sums, counts = model.sums(text, metric)
     if not all(map(math.isfinite, sums)):
@@ -283,7 +284,7 @@ def mean_per_token(model: EvalModel, text: Text, metric: str) -> tuple[float, fl
 
 
 def ratio(sums: list[float], counts: Sequence[float]) -> tuple[float, float]:
-    """Σ sums ÷ Σ counts and its standard error over the clusters (0 for a single one).
+    """Return Σ sums ÷ Σ counts and its standard error over the clusters (0 for a single cluster).
 
     se² = k/(k−1) · Σ (s_i − m n_i)² ÷ (Σ n_i)²: linearised ratio estimator (Cochran, 1977, §6.4).
     """
@@ -296,7 +297,7 @@ def ratio(sums: list[float], counts: Sequence[float]) -> tuple[float, float]:
 
 
 def fit_together(models: Sequence[EvalModel]) -> bool:
-    """Whether all models are expected to fit in the memory of their device together."""
+    """Whether all models together are expected to fit in the memory of their device."""
     device = models[0].device
     needed = sum(model.bytes_to_load for model in models)
     free = psutil.virtual_memory().available
@@ -307,7 +308,7 @@ def fit_together(models: Sequence[EvalModel]) -> bool:
 
 
 def now(device: torch.device) -> float:
-    """Seconds on the clock once the device has finished its work."""
+    """Wait until the device has finished its work, then return the clock in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

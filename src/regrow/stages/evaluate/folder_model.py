@@ -1,7 +1,7 @@
-"""A Hugging Face folder under measurement, run by transformers.
+"""A Hugging Face model folder under evaluation, run by transformers.
 
-Shapes: B sequences of a batch, T tokens, N scored tokens, H hidden, V vocabulary. Logits of all
-tokens are never held at once.
+Shapes: B sequences of a batch, T tokens, N scored tokens, H hidden, V vocabulary. Logits are
+computed in chunks, never for all tokens at once.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from regrow.training.shared_tokens import rows_of, token_ids
 
 
 class FolderEvalModel(EvalModel):
-    """A model on its device, with its texts.
+    """A model on its device, and its texts.
 
-    `keep_states` keeps the final hidden states of its texts in host memory, for `as_teacher`.
+    `keep_states` keeps the final hidden states of the texts in host memory, for `as_teacher`.
     """
 
     engine, next_tokens = "transformers", "greedy"
@@ -65,18 +65,18 @@ class FolderEvalModel(EvalModel):
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model, loaded when it is first needed; raises UserError for one we cannot measure."""
+        """The model, loaded on first use; raises UserError if it cannot be evaluated."""
         model = self.checkpoint.model(self.dtype, self.device)
         packed = any(text.sequences.num_documents > len(text.sequences) for text in self.texts)
         check_model(model, packed)
         return model
 
     def load(self) -> None:
-        """Load it on its device, unless it is loaded."""
+        """Load the model on its device if it is not loaded yet."""
         _ = self.model
 
     def unload(self) -> None:
-        """Free its memory; it is loaded again when it is needed."""
+        """Free the memory of the model; it is loaded again on the next use."""
         self.__dict__.pop("model", None)
         self.__dict__.pop("head", None)
 
@@ -95,12 +95,12 @@ class FolderEvalModel(EvalModel):
 
     @cached_property
     def head(self) -> Head:
-        """The output projection, detached."""
+        """The output projection, detached from autograd."""
         head = head_of(self.model)
         return replace(head, weight_VH=head.weight_VH.detach())
 
     def logits(self, text: Text, counter: Progress) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """From final hidden states, a chunk at a time: products exact to float32 in any dtype."""
+        """Logits from final hidden states, in chunks; exact to float32 in any compute dtype."""
         size = max(16, CHUNK_ELEMENTS // self.head.rows)
         kept = []
         for number, window in enumerate(self._windows(text, counter)):
@@ -116,7 +116,7 @@ class FolderEvalModel(EvalModel):
             self._kept[text.name] = kept
 
     def _windows(self, text: Text, counter: Progress) -> Iterator[Window]:
-        """Each window's final hidden states at its scored positions, in host memory."""
+        """Yield each window's final hidden states at the scored positions, in host memory."""
         for batch in text.sequences.batches(self.batch_size):
             states_BTH = self.model.base_model(
                 input_ids=batch["input_ids"].to(self.device),
@@ -134,10 +134,10 @@ class FolderEvalModel(EvalModel):
 
     @torch.no_grad()
     def as_teacher(self, texts: list[Text], ids_V: Tensor | None) -> TeacherOutputs:
-        """What is kept of it for a model with `texts`.
+        """Return the outputs of this model as the teacher of a model with `texts`.
 
-        With `ids_V`, its ids of that model's tokens, it reads that model's tokens instead of its
-        own, and its head has only the rows of those.
+        `ids_V` maps the token ids of that model to ids of this one. If given, this model reads
+        `texts` instead of its own texts, and its head has only the rows `ids_V`.
         """
         weight_VH, vocab_size = self.head.weight_VH, token_ids(self.tokenizer)
         if ids_V is None:
@@ -156,7 +156,7 @@ class FolderEvalModel(EvalModel):
             return list(self._windows(text, counter))
 
     def continuation(self, ids: list[int], new_tokens: int) -> list[int]:
-        """With the KV cache, up to an end token of the generation config or the tokenizer."""
+        """Uses the KV cache; stops at an end token of the generation config or the tokenizer."""
         return continuation(self.model, ids, new_tokens, self._end_ids())
 
     def _end_ids(self) -> set[int]:
@@ -166,7 +166,7 @@ class FolderEvalModel(EvalModel):
         return {i for i in (*ids, self.tokenizer.eos_token_id) if isinstance(i, int)}
 
     def times(self, batch: int, prompt: int, new: int) -> list[float]:
-        """Prompts of random tokens, the same for every model of a vocabulary, then greedy ones."""
+        """Prompts are random, and equal for models of one vocabulary size; decoding is greedy."""
         model = self.model
         vocabulary = model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
@@ -180,7 +180,7 @@ class FolderEvalModel(EvalModel):
         return seconds
 
     def flops(self, tokens: int, past: int = 0) -> int | None:
-        """By the family's table; None for a family that has none."""
+        """Computed from the family's table; None for a model of no known family."""
         try:
             family = families.of(self.checkpoint)
         except UserError:

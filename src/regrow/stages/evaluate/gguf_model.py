@@ -1,6 +1,7 @@
-"""A GGUF file under measurement, run by llama.cpp.
+"""A GGUF file under evaluation, run by llama.cpp.
 
-Shapes: T tokens, N scored tokens, V vocabulary. Logits of all tokens are never held at once.
+Shapes: T tokens, N scored tokens, V vocabulary. Logits are computed in chunks, never for all tokens
+at once.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ ENDING = ".gguf"
 
 
 class GgufFile:
-    """A GGUF file that llama.cpp will run, opened for its sizes and tokens only.
+    """A GGUF file for llama.cpp; the constructor reads only its sizes and tokens.
 
-    Raises UserError, in one line, when llama.cpp is not installed or cannot load the file, because
-    it is cut off or is not GGUF.
+    Raises UserError, in one line, if llama.cpp is not installed or cannot load the file because it
+    is truncated or not GGUF.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -48,7 +49,7 @@ class GgufFile:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the file."""
+        """Size of the file in bytes."""
         return self.folder.stat().st_size
 
     @property
@@ -57,15 +58,15 @@ class GgufFile:
         return identity.of_file(self.folder).sha256
 
     def has_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether each token of a folder's tokenizer has the same id in the file."""
+        """Whether each token of a folder's tokenizer has the same id in this file."""
         known = len(self.tokens)
         vocabulary = tokenizer.get_vocab()
         return all(i < known and self.tokens[i] == token for token, i in vocabulary.items())
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that transformers reads from the file.
+        """The tokenizer in the file, as read by transformers.
 
-        Raises UserError when it cannot.
+        Raises UserError if transformers cannot read it.
         """
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -81,9 +82,9 @@ class GgufFile:
 
 
 def open_model(source: str | Path) -> Checkpoint | GgufFile:
-    """Open a file NAME.gguf for llama.cpp, and anything else for transformers.
+    """Open NAME.gguf for llama.cpp, and any other source for transformers.
 
-    Raises UserError for a source that is neither.
+    Raises UserError if the source is neither.
     """
     if str(source).endswith(ENDING) and not Path(source).expanduser().is_dir():
         return GgufFile(source)
@@ -91,11 +92,11 @@ def open_model(source: str | Path) -> Checkpoint | GgufFile:
 
 
 ROWS = 256
-"""Positions whose logits are held at once."""
+"""Maximum number of positions whose logits are in memory at once."""
 
 
 class GgufEvalModel(EvalModel):
-    """A GGUF file with its texts; `texts` are in the tokens of `tokenizer`."""
+    """A GGUF file and its texts; `texts` are tokenized by `tokenizer`."""
 
     batch_size = 1
     device = torch.device("cpu")
@@ -108,30 +109,30 @@ class GgufEvalModel(EvalModel):
 
     @cached_property
     def model(self) -> GgufModel:
-        """The file, opened when it is first needed."""
+        """The model, opened on first use."""
         return GgufModel(self.file.folder)
 
     def load(self) -> None:
-        """Open it, unless it is open."""
+        """Open the file if it is not open yet."""
         _ = self.model
 
     def unload(self) -> None:
-        """Free its memory; it is opened again when it is needed."""
+        """Free the memory of the model; it is opened again on the next use."""
         if (model := self.__dict__.pop("model", None)) is not None:
             model.close()
 
     @property
     def where(self) -> str:
-        """The program and its threads."""
+        """llama.cpp and its number of threads."""
         return self.arithmetic
 
     @property
     def bytes_to_load(self) -> float:
-        """Bytes of the file."""
+        """Size of the file in bytes."""
         return self.file.bytes
 
     def logits(self, text: Text, counter: Progress) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """llama.cpp's logits in float32; each document of a sequence is read by itself."""
+        """Logits of llama.cpp in float32; each document of a sequence is read separately."""
         for number in range(len(text.sequences)):
             for logits_NV, targets_N in self._scored(text.sequences[number], counter):
                 yield number, logits_NV, targets_N
@@ -139,7 +140,7 @@ class GgufEvalModel(EvalModel):
     def _scored(
         self, sequence: dict[str, Tensor], counter: Progress
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits [N, V] before the scored tokens of a sequence, and those tokens [N]."""
+        """Yield logits [N, V] that predict the scored tokens of a sequence, and the tokens [N]."""
         length = int(sequence["real"].sum())
         starts = torch.nonzero(sequence["position_ids"][:length] == 0).flatten().tolist()
         for begin, end in pairwise([*starts, length]):
@@ -155,7 +156,7 @@ class GgufEvalModel(EvalModel):
                 counter.advance(last - first)
 
     def continuation(self, ids: list[int], new_tokens: int) -> list[int]:
-        """With llama.cpp's cache, up to an end token of the file or the tokenizer."""
+        """Uses llama.cpp's KV cache; stops at an end token of the file or the tokenizer."""
         return until(self.model.continuation(ids), new_tokens, self.ends)
 
     @cached_property
@@ -165,7 +166,7 @@ class GgufEvalModel(EvalModel):
         return self.model.ends() | ({eos} if isinstance(eos, int) else set())
 
     def times(self, batch: int, prompt: int, new: int) -> list[float]:
-        """Random tokens throughout, as llama-bench times them, so that none has to be chosen."""
+        """All tokens are random, as in llama-bench, so no time is spent on choosing tokens."""
         generator = torch.Generator().manual_seed(0)
         shape = (batch, prompt + new)
         ids_BT = torch.randint(self.model.vocab_size, shape, generator=generator)
@@ -180,5 +181,5 @@ class GgufEvalModel(EvalModel):
         return seconds
 
     def flops(self, tokens: int, past: int = 0) -> int | None:
-        """None: the operations of a file are not known."""
+        """Always None: the FLOPs of a GGUF model are unknown."""
         return None

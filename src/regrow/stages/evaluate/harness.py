@@ -1,4 +1,4 @@
-"""Runs lm_eval's tasks on a loaded model of transformers, or on llama.cpp."""
+"""Runs lm_eval tasks on a loaded transformers model, or on llama.cpp."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from regrow.stages.evaluate.gguf_model import GgufEvalModel
 from regrow.stages.evaluate.task_rows import Rows, manager
 
 SEED = 1234
-"""lm_eval's own seed, by which worked examples are drawn."""
+"""Default seed of lm_eval; it selects the few-shot examples."""
 KINDS: dict[str, dict[str, Any]] = {
     "choices": {
         "output_type": "multiple_choice",
@@ -76,11 +76,11 @@ KINDS: dict[str, dict[str, Any]] = {
         ],
     },
 }
-"""lm_eval's task config, by the kind of rows."""
+"""Task config for lm_eval, by kind of rows."""
 
 
 class RowsTask(ConfigurableTask):
-    """A task of lm_eval with given rows; without `rows.shots`, worked examples are other rows."""
+    """An lm_eval task with given rows; without `rows.shots`, few-shot examples are other rows."""
 
     def __init__(self, rows: Rows) -> None:
         self.splits = {"test": _dataset(rows.rows)}
@@ -93,12 +93,12 @@ class RowsTask(ConfigurableTask):
         super().__init__(config={**config, **name, **(shots if config["num_fewshot"] else {})})
 
     def download(self, *args: Any, **kwargs: Any) -> None:
-        """Take the rows as they are; lm_eval would fetch them."""
+        """Use the given rows, where lm_eval would download them."""
         self.dataset = self.splits
 
 
 class Model(HFLM):
-    """lm_eval's class for models of transformers, around a loaded one, with a progress line."""
+    """lm_eval's class for transformers models, with a loaded model and a progress line."""
 
     def __init__(self, model: FolderEvalModel) -> None:
         super().__init__(
@@ -111,20 +111,20 @@ class Model(HFLM):
         self.counter: Progress
 
     def get_model_info(self) -> dict[str, Any]:
-        """Nothing, since lm_eval would ask the hub."""
+        """Return an empty dict, because lm_eval would query the hub."""
         return {}
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> Any:
-        """Log-likelihood of each continuation, and whether it is the greedy one."""
+        """Log-likelihood of each continuation, and whether greedy decoding would generate it."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> Any:
-        """Greedy text after each context, up to a stop string."""
+        """Greedy generation after each context, up to a stop string."""
         with progress(self.title, len(requests), "requests") as self.counter:
             return super().generate_until(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
-        # lm_eval asks once about continuations that differ in their last token alone.
+        # lm_eval sends one request for all continuations that differ only in their last token.
         distinct = {(*context, *continuation[:-1]) for _, context, continuation in requests}
         kwargs["disable_tqdm"] = True
         with progress(self.title, len(distinct), "requests") as self.counter:
@@ -142,7 +142,7 @@ class Model(HFLM):
 
 
 def model_of(model: EvalModel) -> Model | GgufLM:
-    """A model in the form that lm_eval calls."""
+    """Wrap a model in the lm_eval interface."""
     if isinstance(model, GgufEvalModel):
         return GgufLM(model)
     assert isinstance(model, FolderEvalModel)
@@ -150,10 +150,10 @@ def model_of(model: EvalModel) -> Model | GgufLM:
 
 
 def run(model: Model | GgufLM, rows: Rows, limit: int | None) -> dict[str, Any]:
-    """lm_eval's results of the first `limit` rows: `results`, `samples`, `n-shot` and so on.
+    """Return lm_eval's results on the first `limit` rows: `results`, `samples`, `n-shot` and so on.
 
-    Without standard errors. Raises UserError where lm_eval refuses: the data of a task cannot be
-    fetched, or the model has too few positions.
+    The results have no standard errors. Raises UserError if lm_eval cannot run the task: its data
+    cannot be downloaded, or the model has too few positions.
     """
     model.title = f"{model.label} on {rows.source.name}"
     try:
@@ -172,7 +172,7 @@ def run(model: Model | GgufLM, rows: Rows, limit: int | None) -> dict[str, Any]:
 
 
 def _load(rows: Rows) -> Any:
-    """The task, prepared as in lm_eval's simple_evaluate, with its own worked examples."""
+    """Load the task as lm_eval's simple_evaluate does, with the task's own few-shot setting."""
     if rows.kind:
         loaded = TaskManager(include_defaults=False).load([RowsTask(rows)])
     else:
@@ -186,7 +186,7 @@ def _load(rows: Rows) -> Any:
 
 @contextmanager
 def quiet_log(task: str | None) -> Iterator[None]:
-    """Hold lm_eval's log back, and print only the first warning on a task and their number."""
+    """Suppress lm_eval's log; print only the first warning on a task and the number of warnings."""
     logger, captured = logging.getLogger("lm_eval"), _CapturedLog()
     before = logger.level, logger.propagate
     logger.setLevel(logging.WARNING)
@@ -214,7 +214,7 @@ class _CapturedLog(logging.Handler):
 
 
 def _dataset(rows: list[dict[str, Any]]) -> Dataset:
-    """Rows as lm_eval expects them; a continuation follows its context after a space."""
+    """Rows in the format of lm_eval; a space separates a context and its continuation."""
     return Dataset.from_list(
         [
             {**row, "target": f" {row['continuation']}"} if "continuation" in row else row
@@ -224,11 +224,11 @@ def _dataset(rows: list[dict[str, Any]]) -> Dataset:
 
 
 MAX_GEN_TOKS = 256
-"""lm_eval's own limit of new tokens, for a task that names none."""
+"""Default of lm_eval for the maximum number of new tokens, for a task without its own."""
 
 
 class GgufLM(TemplateLM):
-    """lm_eval's interface to llama.cpp, with tokens by a tokenizer of transformers."""
+    """lm_eval's interface to llama.cpp; a transformers tokenizer does the tokenization."""
 
     def __init__(self, model: GgufEvalModel) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ class GgufLM(TemplateLM):
 
     @property
     def remark(self) -> str:
-        """How many of the strings so far llama.cpp splits into other tokens."""
+        """States how many of the strings so far llama.cpp tokenizes differently."""
         apart = sum(not same for same in self._encoded.values())
         if not apart:
             return "tokens by transformers and llama.cpp alike"
@@ -247,19 +247,19 @@ class GgufLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """The end-of-text token."""
         return int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
-        """The token in place of an empty context: BOS, or EOS where there is none."""
+        """The token that replaces an empty context: BOS, or EOS if there is no BOS."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids as lm_eval's class for transformers has them."""
+        """Token ids, with the same rules for special tokens as lm_eval's class for transformers."""
         bare: list[int] = self.tokenizer.encode(string, add_special_tokens=False)
         if string not in self._encoded:
             self._encoded[string] = bare == self.gguf.model.tokenize(string, special=True)
@@ -270,14 +270,14 @@ class GgufLM(TemplateLM):
         return found
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> Any:
-        """Log-likelihood of each continuation, and whether it is the greedy one."""
+        """Log-likelihood of each continuation, and whether greedy decoding would generate it."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
         self, requests: Iterable[Any], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         asked = [(context, continuation) for _, context, continuation in requests]
-        # Neighbours have the most in common, which llama.cpp then keeps.
+        # Sorted neighbours share long prefixes, which llama.cpp keeps in its KV cache.
         order = sorted(range(len(asked)), key=lambda i: asked[i][0] + asked[i][1])
         found: dict[int, tuple[float, bool]] = {}
         with progress(self.title, len(asked), "requests") as counter:
@@ -287,7 +287,7 @@ class GgufLM(TemplateLM):
         return [found[i] for i in range(len(asked))]
 
     def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        """Of one continuation; what is too long loses the beginning of its context."""
+        """Score one continuation; a context that is too long is truncated on the left."""
         read = (context + continuation)[-(self.max_length + 1) :][:-1]
         count = len(continuation)
         assert 0 < count <= len(read), "a continuation is not longer than the model's context"
@@ -299,7 +299,7 @@ class GgufLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[float]:
-        """Log-likelihood of each whole text, in windows of the model's context."""
+        """Log-likelihood of each whole text, in windows of the model's context length."""
         found = []
         for (string,) in (request.args for request in requests):
             windows = get_rolling_token_windows(
@@ -313,7 +313,7 @@ class GgufLM(TemplateLM):
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Greedy text after each context, up to a stop string."""
+        """Greedy generation after each context, up to a stop string."""
         found = []
         with progress(self.title, len(requests), "requests") as counter:
             for context, options in (request.args for request in requests):

@@ -1,4 +1,4 @@
-"""The evaluate stage: models in, one JSON file with their figures side by side out."""
+"""The evaluate stage: measures models and writes their figures side by side to one JSON file."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ from regrow.stages.evaluate.tokenizer_match import (
 
 EVALUATION = "evaluation.json"
 ITEMS = "items.json"
-"""The score of every item of every task, by model and figure."""
+"""Scores of all items of all tasks, by model and figure."""
 PARTS = "parts"
-"""Folder of the results of single metrics, until all are there."""
+"""Folder for the results of single metrics until the evaluation is complete."""
 TEACHER = "teacher"
 FIRST = ("memory",)
-"""Metrics that must see a model being loaded."""
+"""Metrics that measure the loading of a model, so they run first."""
 
 
 def evaluate(
@@ -68,11 +68,11 @@ def evaluate(
 ) -> Path:
     """Measure models, write `evaluation.json`, print a table, and return `out`.
 
-    `models` maps labels to folders, and to files NAME.gguf, which llama.cpp runs. `against` is the
-    teacher, by transformers: KL and ratios compare with it, and it is listed first if it is not
-    among the models. An interrupted evaluation continues at the metric, and the task, where it
-    stopped. Raises UserError for a model that cannot be loaded, a metric that has nothing to
-    measure, an unknown task, a bad row, and a teacher that has other tokens than a model.
+    `models` maps labels to model folders or to files NAME.gguf, which llama.cpp runs. `against` is
+    the teacher for KL and ratios, run by transformers. It is listed first if it is not among the
+    models. An interrupted evaluation continues at the metric or task where it stopped. Raises
+    UserError for a model that cannot be loaded, a metric without any input, an unknown task, an
+    invalid row, and a teacher whose tokens do not match a model's.
     """
     config, options = config or EvaluateConfig(), options or Options()
     options.torch_device()
@@ -109,7 +109,10 @@ def load_models(
     models: Mapping[str, str | Path | Checkpoint | GgufFile],
     against: str | Path | Checkpoint | None,
 ) -> tuple[Models, str | None]:
-    """Opened checkpoints by label, the teacher's first if it is not among them, and its label."""
+    """Open the checkpoints; return them by label, and the label of the teacher.
+
+    A teacher that is not among the models comes first.
+    """
     if not models and against is None:
         raise UserError("nothing to evaluate: name at least one model")
     checkpoints = {
@@ -131,9 +134,9 @@ def load_models(
 
 
 def check_metrics(config: EvaluateConfig, data: DataConfig | None, has_teacher: bool) -> None:
-    """Raise UserError for a metric that was chosen by name, but has nothing to measure.
+    """Raise UserError for a metric that was selected by name but has no input.
 
-    Where all metrics are chosen, as by default, those that cannot be measured are left out.
+    If all metrics are selected, as by default, those without input are skipped.
     """
     if set(config.metrics) == set(plugins.names(METRICS)):
         return
@@ -152,7 +155,7 @@ def check_metrics(config: EvaluateConfig, data: DataConfig | None, has_teacher: 
 
 
 def check_window(models: Models, config: EvaluateConfig) -> None:
-    """Raise UserError for windows that are longer than a model can read."""
+    """Raise UserError if the windows are longer than a model's maximum number of positions."""
     for label, model in models.items():
         limit = model.config.get("max_position_embeddings")
         if config.texts and limit is not None and config.window > limit:
@@ -166,7 +169,7 @@ def _inputs(
     models: Models, teacher: str | None, data: DataConfig | None, config: EvaluateConfig
 ) -> dict[str, str]:
     inputs = {f"model {label}": model.fingerprint for label, model in models.items()}
-    # Labels and their order are part of the result.
+    # Labels and their order change the output, so they are inputs.
     inputs["labels"] = json.dumps([*models, teacher])
     if data is not None:
         inputs["data"] = data_digest(data)
@@ -177,21 +180,21 @@ def _inputs(
 
 @dataclass(frozen=True)
 class EvaluationSetup:
-    """The models, texts and tasks of an evaluation, opened and checked."""
+    """The opened and checked models, texts and tasks of an evaluation."""
 
     checkpoints: Models
     tokenizers: dict[str, PreTrainedTokenizerBase]
     teacher: str | None
     texts: dict[str, list[Text]]
     teacher_ids: dict[str, Tensor | None]
-    """Per model the teacher's ids of its tokens; empty when no metric reads the teacher."""
+    """For each model, the teacher's ids of its tokens; empty if no metric reads the teacher."""
     tasks: list[Rows]
     config: EvaluateConfig
     options: Options
     metrics: dict[str, ModuleType]
 
     def compared(self, caches: dict[str, ResultCache]) -> list[str]:
-        """The models that some metric has still to compare with the teacher."""
+        """Labels of the models with a pending comparison to the teacher."""
         names = [name for name in self.metrics if reads_teacher(self.metrics[name])]
         return [
             label
@@ -200,7 +203,7 @@ class EvaluationSetup:
         ]
 
     def model(self, label: str, cache: ResultCache, keep_states: bool) -> EvalModel:
-        """A model to measure; it is loaded when it is first needed."""
+        """Return a model to measure; it is loaded on first use."""
         checkpoint = self.checkpoints[label]
         reads: Any = {
             name: metric
@@ -224,7 +227,7 @@ def _prepare(
     options: Options,
     tasks: list[Rows],
 ) -> EvaluationSetup:
-    """Tokenizers and texts of all models; raises UserError where they do not compare."""
+    """Open tokenizers and texts of all models; raises UserError if they cannot be compared."""
     metrics = {name: load_metric(name) for name in config.metrics}
     say("evaluate: reading the tokenizers and the texts")
     tokenizers = open_tokenizers(checkpoints, teacher)
@@ -240,7 +243,7 @@ def _prepare(
 
 
 def load_metric(name: str) -> ModuleType:
-    """A metric's file; raises UserError for one that measures nothing."""
+    """Import a metric's file; raises UserError if it defines no measurement."""
     metric = plugins.load(METRICS, name)
     wanted = [["measure"], ["measure_all"]]
     if hasattr(metric, "per_token"):
@@ -257,9 +260,9 @@ def reads_teacher(metric: ModuleType) -> bool:
 
 
 def measure_all(setup: EvaluationSetup, folder: Path) -> dict[str, MetricResult]:
-    """The results of every model, in their order, stored metric by metric in `folder`.
+    """Return the results of all models by label, stored per metric in `folder`.
 
-    Metrics that must see all models at the same time, such as speed, come last.
+    Metrics that need all models at the same time, such as speed, run last.
     """
     results = {label: MetricResult() for label in setup.checkpoints}
     caches = {label: ResultCache(folder, n) for n, label in enumerate(setup.checkpoints)}
@@ -284,9 +287,9 @@ def measure_all(setup: EvaluationSetup, folder: Path) -> dict[str, MetricResult]
 def _one_by_one(
     setup: EvaluationSetup, caches: dict[str, ResultCache], results: dict[str, MetricResult]
 ) -> dict[str, EvalModel]:
-    """Measure one model after the other, the teacher first, since others are compared with it.
+    """Measure the models one after the other, the teacher first because others need its outputs.
 
-    Models stay loaded where a later metric sees all of them, and all fit in memory.
+    Models stay loaded if a later metric needs all models and they fit in memory together.
     """
     names = [name for name in setup.metrics if not hasattr(setup.metrics[name], "measure_all")]
     names.sort(key=lambda name: name not in FIRST)
@@ -329,7 +332,7 @@ def _announced(text: str, compute: Callable[[], MetricResult]) -> Callable[[], M
 
 
 def _measure(name: str, metric: ModuleType, model: EvalModel, context: Context) -> MetricResult:
-    """A metric's own `measure` or, of one that has none, the mean of `per_token` on every text."""
+    """Call the metric's `measure` or, if it has none, average `per_token` over every text."""
     if hasattr(metric, "measure"):
         result: MetricResult = metric.measure(model, context)
         return result
@@ -358,7 +361,7 @@ def _measure(name: str, metric: ModuleType, model: EvalModel, context: Context) 
 def _teachers(
     model: FolderEvalModel, setup: EvaluationSetup, labels: list[str]
 ) -> dict[str, TeacherOutputs]:
-    """The teacher's outputs for every other model; models with the same texts share them."""
+    """Compute the teacher's outputs for each model; models with the same texts share them."""
     outputs: dict[int, TeacherOutputs] = {}
     for label in labels:
         texts = setup.texts[label]
@@ -385,7 +388,7 @@ def _evaluation(
 
 
 def conventions(figures: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
-    """By figure name, the leading parts of its convention (up to a `; `) that all models share."""
+    """For each figure name, the leading parts of the convention, split at `; `, that all share."""
     by_name: dict[str, list[str]] = {}
     for rows in figures.values():
         for figure in rows:

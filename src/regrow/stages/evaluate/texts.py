@@ -1,4 +1,4 @@
-"""The text that models are scored on: held-out sequences of the data, and windows of more texts."""
+"""Texts to score: held-out sequences of `data`, and windows of further texts."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ IGNORED = -100
 ROW_SEPARATOR = "\n\n"
 CHARACTERS_PER_TOKEN = 8
 MARGIN = 64
-"""Tokens at the end of a cut text that may come out otherwise when more follows."""
+"""Extra tokens to read, because the last tokens of a truncated text may change with more text."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text in one tokenizer's tokens; `labels` of its blocks say what is scored."""
+    """A text tokenized by one tokenizer; the `labels` of its sequences mark the scored tokens."""
 
     name: str
     sequences: Sequences
     convention: str
     num_bytes: int | None = None
-    """UTF-8 bytes of the scored tokens; None when they cannot be told."""
+    """UTF-8 bytes of the scored tokens; None if unknown."""
     per_token: bool = True
-    """Whether figures per token compare, as all models have the same tokens."""
+    """Whether figures per token are comparable, which requires equal tokens in all models."""
     reference: Reference | None = None
-    """Where another model's tokens say where the text ends, what they are like."""
+    """The reference model's tokens, set if the tokenizers of the models differ."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The tokens of the model that the others are compared with, on the same text."""
+    """Tokens of the reference model on the same text."""
 
     label: str
     bytes_per_token: float
-    """UTF-8 bytes of its scored tokens ÷ their number."""
+    """UTF-8 bytes of the scored tokens ÷ number of scored tokens."""
 
 
 def build_texts(
@@ -58,10 +58,10 @@ def build_texts(
     config: EvaluateConfig,
     openings: dict[str, str] | None = None,
 ) -> list[Text]:
-    """The held-out blocks of `data`, if any, then each further text of the config.
+    """Build the held-out sequences of `data`, if any, then each further text of the config.
 
-    A further text has `config.text_tokens` tokens, or is the string that `openings` has for it.
-    Raises UserError for a text that is missing, of an unknown kind or too short.
+    A further text has `config.text_tokens` tokens, or is the string in `openings`. Raises UserError
+    for a text that is missing, too short, or of an unknown file type.
     """
     texts, prefix = [], prefix_ids(tokenizer)
     if config.texts and config.window < len(prefix) + 2:
@@ -98,7 +98,7 @@ def build_texts(
 
 
 def openings_of(tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> dict[str, str]:
-    """The string that each further text's first tokens stand for, by its name."""
+    """For each further text, the string of its first `text_tokens` tokens, by name."""
     return {
         name: opening(text_files(source), tokenizer, config.text_tokens)[0]
         for name, source in config.texts.items()
@@ -106,7 +106,7 @@ def openings_of(tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> d
 
 
 def _begun(tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> str:
-    """What each document and window begins with, for conventions."""
+    """Describe the first tokens of each document and window, for conventions."""
     tokens = " ".join(tokenizer.convert_ids_to_tokens(prefix))
     return f"each begins with {tokens}, which is not scored" if prefix else "no BOS"
 
@@ -116,8 +116,8 @@ def scored_bytes(
 ) -> int | None:
     """UTF-8 bytes of the scored tokens of `text` in windows; None for a slow tokenizer.
 
-    The first `prefix` tokens of each window are not of the text. A character's bytes count for the
-    first of the tokens that it is split into.
+    The first `prefix` tokens of each window are not part of the text. If a character is split into
+    several tokens, its bytes count for the first of them.
     """
     if not tokenizer.is_fast:
         return None
@@ -141,7 +141,7 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def in_other_ids(text: Text, ids_V: Tensor) -> Text:
-    """A text with its input ids replaced by another model's for the same tokens."""
+    """Replace a text's input ids by another model's ids of the same tokens."""
     sequences = text.sequences
     other = Sequences(
         ids_V[sequences.input_ids], sequences.position_ids, sequences.labels, sequences.real
@@ -150,10 +150,10 @@ def in_other_ids(text: Text, ids_V: Tensor) -> Text:
 
 
 def windows(ids: list[int], window: int, prefix: Sequence[int] = ()) -> Sequences:
-    """`ids` cut into sequences of `window` tokens, each beginning with the `prefix` (BOS).
+    """Cut `ids` into sequences of `window` tokens, each starting with `prefix` (BOS).
 
-    The prefix is not scored, nor is a window's first token of the text. The rest that fills no
-    window is padded on the right, where causal attention does not see it.
+    The prefix and the first text token of each window are not scored. The last window is padded on
+    the right, where causal attention ignores the padding.
     """
     size = window - len(prefix)
     count = -(-len(ids) // size)
@@ -171,18 +171,18 @@ def windows(ids: list[int], window: int, prefix: Sequence[int] = ()) -> Sequence
 
 
 def text_files(source: str) -> list[Path]:
-    """The local files of a text; raises UserError when there are none."""
+    """Local files of a text; raises UserError if there are none."""
     return resolve(SourceConfig(source=source))
 
 
 def opening(
     paths: list[Path], tokenizer: PreTrainedTokenizerBase, wanted: int
 ) -> tuple[str, list[int]]:
-    """The beginning of the text in `paths`, and its first `wanted` tokens (fewer if it ends).
+    """Return the beginning of the text in `paths`, and its first `wanted` tokens.
 
-    Without special tokens. The text ends where the last token does; a character that it ends
-    inside of is whole. Reads no further than it needs: a text cut well behind the last wanted token
-    has the same ones.
+    There are fewer tokens if the text is shorter, and no special tokens. The returned text ends
+    with the last token; a character that this token splits is included completely. The files are
+    read only as far as necessary: tokens far from the cut do not depend on the text after it.
     """
     characters = CHARACTERS_PER_TOKEN * (wanted + MARGIN)
     while True:
@@ -201,7 +201,7 @@ def opening(
 
 
 def _beginning(paths: list[Path], characters: int) -> str:
-    """The first `characters` of the files: raw text as it stands, rows joined by blank lines."""
+    """Read the first `characters` of the files: raw text unchanged, rows joined by blank lines."""
     parts: list[str] = []
     size = 0
     for part in chain.from_iterable(_parts(path, characters) for path in paths):

@@ -1,4 +1,4 @@
-"""Each model's tokenizer, the texts in its tokens, and the teacher's ids of these tokens."""
+"""Tokenizers of the models, the texts in their tokens, and the teacher's ids of these tokens."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ Models: TypeAlias = dict[str, Checkpoint | GgufFile]
 
 
 def open_tokenizers(models: Models, teacher: str | None) -> dict[str, PreTrainedTokenizerBase]:
-    """Each model's tokenizer; folders with the same tokenizer files share one object.
+    """Open each model's tokenizer; folders with the same tokenizer files share one object.
 
-    A GGUF file takes that of the first folder, the teacher before others, whose tokens have the
-    same ids in the file; without one, the file's own. Raises UserError for a missing tokenizer.
+    A GGUF file uses the tokenizer of the first folder whose tokens have the same ids in the file;
+    the teacher is tried first. If there is none, it uses the tokenizer in the file. Raises
+    UserError for a missing tokenizer.
     """
     labels = sorted(models, key=lambda label: label != teacher)
     tokenizers = {
@@ -51,14 +52,14 @@ def texts_of(
     config: EvaluateConfig,
     first: str,
 ) -> dict[str, list[Text]]:
-    """The texts by model's label, tokenized once per distinct tokenizer.
+    """Return the texts by model label, tokenized once per distinct tokenizer.
 
-    The first tokens of a further text are those of the model `first`; a model with another
-    tokenizer gets the same string in its own tokens, and no model gets a figure per token.
+    The length of a further text is counted in tokens of the model `first`. A model with another
+    tokenizer gets the same string in its own tokens, and then no model gets a figure per token.
     """
     rules = {id(each): each for each in tokenizers.values()}
     keys = {label: str(id(each)) for label, each in tokenizers.items()}
-    if len(rules) > 1:  # other files, perhaps the same rules
+    if len(rules) > 1:  # files differ, but the rules may be equal
         of = {key: fingerprint(each) for key, each in rules.items()}
         keys = {label: of[id(each)] for label, each in tokenizers.items()}
     built = {keys[first]: build_texts(data, tokenizers[first], config)}
@@ -83,7 +84,7 @@ def texts_of(
 def _split_alike(
     texts: dict[str, list[Text]], models: Models, tokenizers: dict[str, PreTrainedTokenizerBase]
 ) -> dict[str, list[Text]]:
-    """The texts by label; a GGUF file gets those that llama.cpp splits into the same tokens."""
+    """Return the texts by label; for GGUF files, only those that llama.cpp tokenizes equally."""
     alike = dict(texts)
     for label, model in models.items():
         for text in texts[label]:
@@ -103,7 +104,7 @@ def _split_alike(
 def _split_apart(
     texts: list[Text], file: GgufFile, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Names of the texts that llama.cpp splits into other tokens than `tokenizer` does."""
+    """Names of the texts that llama.cpp tokenizes differently from `tokenizer`."""
     apart = []
     with GgufModel(file.folder, only_look=True) as opened:
         for text in texts:
@@ -117,7 +118,7 @@ def _split_apart(
 
 
 def _per_byte_only(text: Text, reference: Reference | None) -> Text:
-    """A text whose figures per token do not compare between the models."""
+    """Mark a text as not comparable per token between the models."""
     if text.name == HELDOUT:
         own = "in the model's own tokens: not the same text for one of other tokens"
         return replace(text, convention=f"{text.convention}; {own}", per_token=False)
@@ -131,7 +132,7 @@ def _reference(label: str, text: Text) -> Reference | None:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256, as hex, of the rules that split text into tokens and render chats."""
+    """SHA-256, as hex, of the rules for tokenization and for chat templates."""
     rules = sorted(tokenizer.get_vocab().items())
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     parts = [backend.get(key) for key in ("normalizer", "pre_tokenizer", "model", "post_processor")]
@@ -145,11 +146,11 @@ def teacher_ids_of(
     texts: dict[str, list[Text]],
     metrics: list[str],
 ) -> dict[str, Tensor | None]:
-    """Per model the teacher's ids of its tokens; None where ids and texts are the teacher's own.
+    """For each model, the teacher's ids of its tokens; None if ids and texts equal the teacher's.
 
-    A model may have more ids than the teacher (padding of the vocabulary, added tokens), or some of
-    its tokens under other ids. Raises UserError, which names the `metrics` to leave out, for a
-    model whose tokens cannot be compared.
+    A model may have more ids than the teacher (vocabulary padding, added tokens), or other ids for
+    some tokens. Raises UserError, which names the `metrics` to leave out, for a model whose tokens
+    cannot be compared.
     """
     ids: dict[str, Tensor | None] = {}
     theirs, size = tokenizers[teacher], int(models[teacher].config["vocab_size"])
@@ -174,7 +175,7 @@ def _difference(
     texts: list[Text],
     teacher_texts: list[Text],
 ) -> str | None:
-    """Why the ids of one do not stand for the same tokens in the other; None when they do."""
+    """Reason why the ids of two models mean different tokens; None if they mean the same."""
     teacher_tokens, tokens = _tokens_by_id(teacher), _tokens_by_id(other)
     both = teacher_tokens.keys() & tokens.keys()
     if different := sorted(i for i in both if teacher_tokens[i] != tokens[i]):

@@ -1,4 +1,4 @@
-"""Report: one HTML page of a run, or of several compared."""
+"""Report: one HTML page about a run, or about several runs side by side."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from regrow.stage import RecipePlan, RecipeRun, Stage, Step
 
 
 class ReportConfig(Config):
-    """The heading of the page, and further evaluations to show; the rest follows from the run."""
+    """Heading of the page, and further evaluations to show; the run supplies the other content."""
 
     title: str = "A smaller model, and what it cost"
     """Heading of the page."""
     compare: tuple[str, ...] = ()
-    """Folders of other evaluations or runs, whose models are shown beside this run's; NAME=FOLDER
-    names one."""
+    """Folders of other evaluations or runs to show next to this run; NAME=FOLDER sets the name of
+    one."""
 
 
 class ReportStage(Stage):
-    """Takes all that the stages before it have written; leaves report.html in the run's folder."""
+    """Reads the output of all earlier stages; writes report.html in the run's folder."""
 
     config = ReportConfig
 
@@ -51,7 +51,7 @@ class ReportStage(Stage):
         print(report(runs, out, page))
 
     def check(self, step: Step, plan: RecipePlan) -> None:
-        """Raise UserError for a page that would be empty, or has folders that are not there."""
+        """Raise UserError if the page would be empty or a folder in `compare` does not exist."""
         from regrow.stages.report.stage import check
 
         check(step.config)
@@ -59,7 +59,7 @@ class ReportStage(Stage):
             raise UserError("nothing to report on: put it after the stages that it shows")
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
-        """Report on the whole run."""
+        """Write the report of the whole run."""
         from regrow.stages.report.stage import report
 
         report(run.out, run.out / "report.html", step.config)

@@ -1,6 +1,6 @@
-"""Plotly figures as plain dicts in one look, and the Pareto front.
+"""Plotly figures as dicts in one style, and the Pareto front.
 
-Names beside points are placed so that they neither hide each other nor are cut off.
+Labels next to points are placed so that they do not overlap and are not cut off.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Trace = dict[str, Any]
 def figure(
     data: list[Trace], x: dict[str, Any], y: dict[str, Any], **layout: Any
 ) -> dict[str, Any]:
-    """A figure with the page's look; `x` and `y` are axis settings."""
+    """A figure in the style of the page; `x` and `y` are axis settings."""
     axis = {"gridcolor": LINE, "linecolor": LINE, "zeroline": False, "automargin": True}
     named = sum(1 for trace in data if trace.get("showlegend", True) and "name" in trace)
     return {
@@ -53,7 +53,7 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 def line(
     name: str, x: list[Any], y: list[float], number: int = 0, errors: list[float] | None = None
 ) -> Trace:
-    """A line with markers in the look of series `number`."""
+    """A line with markers in the style of series `number`."""
     colour = SHADES[number % len(SHADES)]
     trace: Trace = {
         "type": "scatter",
@@ -70,7 +70,7 @@ def line(
 
 
 def bars(x: list[Any], y: list[float], colours: list[str]) -> Trace:
-    """Bars, each in its own colour."""
+    """Bars with one colour each."""
     return {
         "type": "bar",
         "x": x,
@@ -82,7 +82,7 @@ def bars(x: list[Any], y: list[float], colours: list[str]) -> Trace:
 
 
 def heat(x: list[Any], y: list[Any], z: Sequence[Sequence[float | None]], **more: Any) -> Trace:
-    """A heat map, rows `y` by columns `x`; None stays blank."""
+    """A heat map with rows `y` and columns `x`; cells with None stay blank."""
     return {
         "type": "heatmap",
         "x": x,
@@ -98,19 +98,19 @@ def heat(x: list[Any], y: list[Any], z: Sequence[Sequence[float | None]], **more
 
 
 def label(text: str) -> str:
-    """Text as plotly shows it letter by letter: it takes some tags and entities for markup."""
+    """Escape a text, because plotly interprets some tags and entities as markup."""
     return html.escape(text)
 
 
 def clip(text: str, most: int = 26) -> str:
-    """At most so many letters of a text, for a name beside a point."""
+    """Shorten a text to at most `most` characters, for a label next to a point."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 SIZES = ((275, 195), (430, 240), (850, 250))
-"""Pixels of a chart's inside: on a phone, as one of two in a line, and as the only one."""
+"""Width and height of the plot area in pixels: on a phone, at half width, at full width."""
 LETTER, LINE_HEIGHT, GAP = 7.0, 15, 9
-"""Pixels of a letter, of a line, and from a point to its name."""
+"""Pixels: width of a letter, height of a line, distance from a point to its label."""
 
 ROUNDS = 4
 
@@ -119,7 +119,7 @@ Box = tuple[float, float, float, float]
 
 
 def front(points: list[Point]) -> list[Point]:
-    """The points of which no other is at most as large in both, by x: the Pareto front."""
+    """The Pareto front, sorted by x: points that no other point matches or beats in both values."""
     found: list[Point] = []
     for x, y in sorted(points):
         if not found or y < found[-1][1]:
@@ -128,11 +128,11 @@ def front(points: list[Point]) -> list[Point]:
 
 
 def places(points: list[Point], names: list[str]) -> list[str]:
-    """Where each name goes beside its point, in plotly's words: `top center`, `middle right`, …
+    """Choose where each label is placed next to its point, as plotly's `textposition`.
 
-    Points are in shares of the chart's width and height, from bottom left. In some rounds each
-    takes the place that covers least of points and other names, and hangs out least, summed over
-    the sizes that a chart may have.
+    Points are in shares of the chart's width and height, from the bottom left. In each of several
+    rounds, every label moves to the position that overlaps other points and labels least and
+    extends beyond the chart least, summed over the chart sizes in SIZES.
     """
     pixels = [[(x * width, (1 - y) * height) for x, y in points] for width, height in SIZES]
     marks = [[(x - GAP, y - GAP, x + GAP, y + GAP) for x, y in some] for some in pixels]
@@ -171,7 +171,7 @@ def _box(point: Point, name: str, place: str) -> Box:
 
 
 def _cost(box: Box, taken: list[Box], size: Point) -> float:
-    """Area that is covered already, and area outside the chart, which is worse."""
+    """Overlap with the boxes in `taken`, plus the area outside the chart with a larger weight."""
     whole = (box[2] - box[0]) * (box[3] - box[1])
     outside = whole - _shared(box, (0, 0, *size))
     return 4 * outside + sum(_shared(box, other) for other in taken)

@@ -1,4 +1,4 @@
-"""Evaluations of one or several runs as one: models by label, figures by name."""
+"""Combines the evaluations of one or several runs: models by label, figures by name."""
 
 from __future__ import annotations
 
@@ -16,66 +16,66 @@ Figure = dict[str, Any]
 
 @dataclass(frozen=True)
 class Evaluated:
-    """`labels` in order, those of several runs as `run · model`."""
+    """Evaluated models in order; with several runs, a label is `run · model`."""
 
     labels: list[str] = field(default_factory=list)
     figures: dict[str, dict[str, Figure]] = field(default_factory=dict)
-    """By label and name."""
+    """Figures by label and name."""
     generations: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-    """By label."""
+    """Generations by label."""
     references: dict[str, str] = field(default_factory=dict)
-    """By label the model that ratios are taken to: its evaluation's teacher or first model."""
+    """Baseline model of the ratios by label: the teacher or first model of its evaluation."""
     runs: dict[str, Run] = field(default_factory=dict)
-    """By label."""
+    """Runs by label."""
 
     @property
     def reference(self) -> str:
-        """The model that ratios of the first run are taken to."""
+        """The baseline model of the ratios in the first run."""
         return self.references[self.labels[0]]
 
     @property
     def results(self) -> list[str]:
-        """The last model of each run: what the run was for."""
+        """The last model of each run, which is its result."""
         return list({id(run): label for label, run in self.runs.items()}.values())
 
     @property
     def drawn(self) -> list[str]:
-        """Models for plots with a colour each: all, of several runs the teachers and results."""
+        """Models to plot: all models of one run, or the teachers and results of several runs."""
         if len(self.results) == 1:
             return self.labels
         kept = {*self.references.values(), *self.results}
         return [label for label in self.labels if label in kept]
 
     def short(self, label: str) -> str:
-        """A label without its run."""
+        """A label without the name of its run."""
         return label.removeprefix(self.runs[label].at(""))
 
     @cached_property
     def names(self) -> list[str]:
-        """Names of all figures, in the order to show them."""
+        """Names of all figures in display order."""
         return in_order([name for some in self.figures.values() for name in some])
 
     def texts(self, kind: str) -> list[str]:
-        """Names of the figures of a kind that is measured per text."""
+        """Names of the figures of a kind, one per text."""
         return [name for name in self.names if name.startswith(f"{kind}/")]
 
     def figure(self, label: str, name: str) -> Figure | None:
-        """One figure of one model, if it was measured."""
+        """One figure of one model; None if it was not measured."""
         return self.figures[label].get(name)
 
     def value(self, label: str, name: str) -> float | None:
-        """Its value; None for what is no number, such as the perplexity of a ruin."""
+        """Value of a figure; None if it was not measured or is not finite."""
         found = self.figure(label, name)
         value = None if found is None else float(found["value"])
         return value if value is not None and math.isfinite(value) else None
 
     def stderr(self, label: str, name: str) -> float:
-        """Its standard error, 0 when there is none."""
+        """Standard error of a figure; 0 if there is none."""
         error = float((self.figure(label, name) or {}).get("stderr", 0.0))
         return error if math.isfinite(error) else 0.0
 
     def ratio(self, label: str, name: str) -> float | None:
-        """Its value over that of the reference; None for the reference itself."""
+        """Value of a figure ÷ that of the baseline model; None for the baseline itself."""
         reference = self.references[label]
         mine, theirs = self.value(label, name), self.value(reference, name)
         if label == reference or mine is None or not theirs:
@@ -83,13 +83,13 @@ class Evaluated:
         return mine / theirs
 
     def convention(self, name: str) -> str:
-        """The first parts, up to a semicolon, of its convention that all models share."""
+        """The leading parts of a figure's convention, split at semicolons, that all share."""
         rows = [row for label in self.labels if (row := self.figure(label, name)) is not None]
         parts = zip(*(row.get("convention", "").split("; ") for row in rows), strict=False)
         return "; ".join(same[0] for same in takewhile(lambda some: len(set(some)) == 1, parts))
 
     def unlike(self, name: str) -> str:
-        """What differs between runs in how a figure was measured: text, teacher, convention."""
+        """Names of the differences between runs in a figure's text, teacher and convention."""
         kind, _, text = name.partition("/")
         seen: dict[str, dict[int, set[str]]] = {"text": {}, "teacher": {}, "convention": {}}
 
@@ -114,7 +114,7 @@ def _differ(some: list[set[str]]) -> bool:
 
 
 def of(runs: list[Run]) -> Evaluated | None:
-    """The evaluations of runs, if there is one with at least one model."""
+    """Combine the evaluations of the runs; None if no run has an evaluated model."""
     found = Evaluated()
     for run in runs:
         raw = run.evaluation

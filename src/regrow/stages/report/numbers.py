@@ -1,4 +1,4 @@
-"""Numbers and names as a reader likes them."""
+"""Formats numbers and names for readers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ORDER = tuple(NAMES)
 QUALITY = ORDER[: ORDER.index("prefill")]
 """Kinds of figures of size and quality."""
 SPEED = ORDER[len(QUALITY) :]
-"""Kinds of figures of speed and memory; what is in neither is a task's."""
+"""Kinds of figures of speed and memory; a figure of any other kind belongs to a task."""
 
 TIMES = ("ttft", "ttft_p95", "time_per_output_token", "time_per_output_token_p95")
 
@@ -41,19 +41,19 @@ def millions(value: float) -> str:
 
 
 def megabytes(value: float) -> str:
-    """Bytes as MB or GB (powers of 1,000)."""
+    """Format bytes as MB or GB (powers of 1,000)."""
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
 
 
 def plain(value: float) -> str:
-    """Four significant digits at most, thousands apart."""
+    """Format a number with at most four significant digits and thousands separators."""
     if value == 0 or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
 
 
 def figure(name: str, value: float) -> str:
-    """The value of a figure by its name (`what` or `what/text`)."""
+    """Format the value of a figure by its name (`kind` or `kind/text`)."""
     kind = name.partition("/")[0]
     if kind == "parameters":
         return millions(value)
@@ -77,13 +77,13 @@ def figure(name: str, value: float) -> str:
 
 
 def title(name: str) -> str:
-    """A figure's title for people: `perplexity, heldout`."""
+    """A figure's readable title: `perplexity, heldout`."""
     kind, _, text = name.partition("/")
     return f"{NAMES.get(kind, kind)}, {text}" if text else NAMES.get(kind, kind)
 
 
 def in_order(names: list[str]) -> list[str]:
-    """Figures' names, those of ORDER first, without repeats."""
+    """Sort figure names, those in ORDER first, and drop duplicates."""
     unique = list(dict.fromkeys(names))
     kinds = [name.partition("/")[0] for name in unique]
     place = {
@@ -93,7 +93,7 @@ def in_order(names: list[str]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 42 s, 3 min 5 s or 1 h 20 min."""
+    """Format seconds as 42 s, 3 min 5 s or 1 h 20 min."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,8 +1,8 @@
-"""Sections to HTML: everything escaped, plotly embedded, nothing fetched.
+"""Renders sections to HTML; all text is escaped, plotly is embedded, nothing is downloaded.
 
-A section is plain data. Two walls stand against text that tries to be markup: the template escapes
-all of it, and the page's content security policy runs exactly the scripts below, by their hashes,
-and loads nothing.
+A section is plain data. Two measures protect against text that contains markup: the template
+escapes all text, and the page's content security policy allows only the scripts below, by hash, and
+blocks all downloads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a head; `marked` are the numbers of the rows to stand out."""
+    """Rows of cells under a header; `marked` has the indices of highlighted rows."""
 
     kind: ClassVar[str] = "table"
     head: list[str]
@@ -43,7 +43,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A plotly figure {data, layout} with what it shows in words; two halves share a line."""
+    """A plotly figure {data, layout} and its caption; two charts of half width share a line."""
 
     kind: ClassVar[str] = "chart"
     figure: dict[str, Any]
@@ -54,7 +54,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Answers:
-    """One prompt and what each model wrote: (label, text)."""
+    """One prompt and the answers of the models: (label, text)."""
 
     kind: ClassVar[str] = "answers"
     prompt: str
@@ -63,7 +63,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Details:
-    """Text that is folded away under a summary."""
+    """Text that is collapsed under a summary."""
 
     kind: ClassVar[str] = "details"
     summary: str
@@ -75,7 +75,7 @@ Block = Table | Chart | Answers | Details
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence on how to read it, and blocks."""
+    """A heading, a sentence on how to read the section, and its parts."""
 
     key: str
     title: str
@@ -84,7 +84,7 @@ class Section:
 
 
 def text(value: str) -> Cell:
-    """A cell of words."""
+    """A cell with text."""
     return Cell(value, number=False)
 
 
@@ -101,7 +101,7 @@ addEventListener("afterprint", () => all(false));
 
 
 def render(title: str, headline: str, sections: list[Section]) -> str:
-    """The whole page."""
+    """Render the whole page."""
     scripts = [plotly_js(), DRAW] if any(_charts(section) for section in sections) else []
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["embedded"] = embedded
@@ -119,7 +119,7 @@ def render(title: str, headline: str, sections: list[Section]) -> str:
 
 
 def embedded(value: Any) -> Markup:
-    """JSON that is safe inside a script element, whatever the strings in it hold."""
+    """JSON that is safe inside a script element, for any strings in it."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -127,7 +127,7 @@ def embedded(value: Any) -> Markup:
 
 
 def policy(scripts: list[str]) -> str:
-    """A content security policy that lets exactly these inline scripts run and loads nothing."""
+    """Content security policy that allows only these inline scripts and blocks all downloads."""
     hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
     allowed = " ".join(f"'sha256-{value}'" for value in hashes) or "'none'"
     return (
@@ -137,7 +137,7 @@ def policy(scripts: list[str]) -> str:
 
 
 def plotly_js() -> str:
-    """The plotly.js that comes with the plotly package."""
+    """The plotly.js source from the plotly package."""
     from plotly.offline import get_plotlyjs
 
     script = str(get_plotlyjs())

@@ -1,4 +1,4 @@
-"""What a run left on disk, as far as it is there; nothing of it is required."""
+"""Reads the files of a run folder; every file is optional."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RECIPE = "recipe.yaml"
 
 @dataclass(frozen=True)
 class Cut:
-    """One pruning: its plan, the candidates it was chosen from, the profile it was chosen by."""
+    """One pruning: its plan, the candidates, and the profile with the scores of the units."""
 
     name: str
     plan: Plan
@@ -33,35 +33,35 @@ class Cut:
 
 @dataclass(frozen=True)
 class Run:
-    """The pieces of a run folder, in the order of its stages."""
+    """Contents of a run folder, in the order of its stages."""
 
     folder: Path
     name: str = ""
-    """What its models are called after; empty for a page of one run."""
+    """Name of the run, which prefixes its models; empty for a page about one run."""
     recipe: str = ""
     metrics: list[dict[str, Any]] = field(default_factory=list)
     manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluation: dict[str, Any] | None = None
     measured: dict[str, str] = field(default_factory=dict)
-    """Fingerprints of what was evaluated, by `model LABEL`, `data`, `text NAME`, `task NAME`."""
+    """Hashes of the evaluated inputs, by `model LABEL`, `data`, `text NAME`, `task NAME`."""
     cuts: list[Cut] = field(default_factory=list)
     profiles: dict[str, Profile] = field(default_factory=dict)
 
     def at(self, what: str) -> str:
-        """`what`, after the run's name where there are several runs."""
+        """Prefix `what` with the run's name if there are several runs."""
         return f"{self.name} · {what}" if self.name else what
 
     @property
     def teacher(self) -> str:
-        """The label of the teacher in its evaluation."""
+        """Label of the teacher in the evaluation."""
         return str((self.evaluation or {}).get("teacher") or "")
 
 
 def gather(folders: list[Path], compare: Sequence[str]) -> list[Run]:
-    """The runs of a page, and of each FOLDER or NAME=FOLDER to compare with the evaluation alone.
+    """Read the runs of a page, and the evaluation of each FOLDER or NAME=FOLDER in `compare`.
 
-    Several runs get names, from their folders. Raises UserError as `read`, and for a folder to
-    compare with that has no evaluation.
+    If there are several runs, their names come from their folders. Raises the UserErrors of `read`,
+    and UserError for a folder in `compare` without an evaluation.
     """
     beside = {folder: given for given, folder in map(split, compare)}
     names = {**_names([*folders, *beside]), **{f: name for f, name in beside.items() if name}}
@@ -81,13 +81,13 @@ def gather(folders: list[Path], compare: Sequence[str]) -> list[Run]:
 
 
 def split(given: str) -> tuple[str, Path]:
-    """NAME and FOLDER of `NAME=FOLDER`; an empty name when only the folder is given."""
+    """Split `NAME=FOLDER` into name and folder; the name is empty if only a folder is given."""
     name, equals, folder = given.partition("=")
     return (name, Path(folder)) if equals else ("", Path(given))
 
 
 def _names(folders: list[Path]) -> dict[Path, str]:
-    """As few last parts of each path as tell them apart."""
+    """The shortest path endings that distinguish the folders."""
     parts = {folder: folder.resolve().parts for folder in folders}
     if len(set(parts.values())) < len(folders):
         raise UserError("a run is given twice: name each once")
@@ -99,7 +99,7 @@ def _names(folders: list[Path]) -> dict[Path, str]:
 
 
 def read(folder: Path) -> Run:
-    """Gather what there is; raises UserError when it is no run, or a file of it is broken."""
+    """Read a run folder; raises UserError if it is not a run or a file is broken."""
     recipe = _text(folder / RECIPE)
     named = _named_by(recipe)
     stages = _stage_folders(folder, named)
@@ -126,14 +126,14 @@ def read(folder: Path) -> Run:
 
 
 def has_scores(profile: Profile) -> bool:
-    """Whether its scores are still there: a run may have dropped what is heavy."""
+    """Whether the score file still exists; a run may have deleted its large files."""
     return (profile.folder / SCORES).exists()
 
 
 def _stage_folders(folder: Path, named: set[str] | None) -> list[Path]:
-    """stages/NN-name/ in order, or the folder itself if it is a single stage's.
+    """Folders stages/NN-name/ in order, or the folder itself if it belongs to a single stage.
 
-    Folders that the recipe does not name are of an earlier one, with other stages in their place.
+    Folders that the recipe does not name are skipped; they come from an earlier recipe.
     """
     inside = sorted(path for path in folder.glob("stages/*") if path.is_dir())
     found = [
@@ -146,7 +146,7 @@ def _stage_folders(folder: Path, named: set[str] | None) -> list[Path]:
 
 
 def _named_by(recipe: str) -> set[str] | None:
-    """NN-name of each stage of a recipe; None for no recipe."""
+    """NN-name of each stage of a recipe; None if there is no recipe."""
     if not recipe:
         return None
     stages = yaml.safe_load(recipe)["stages"]
@@ -155,13 +155,13 @@ def _named_by(recipe: str) -> set[str] | None:
 
 
 def _cuts(stages: list[Path], profiles: dict[str, Profile]) -> list[Cut]:
-    """Prunings; a plan applied twice (once plain, once with repair) counts once."""
+    """Find the prunings; a plan that was applied twice (with and without repair) counts once."""
     found: dict[str, Cut] = {}
     profile: Profile | None = None
     for path in stages:
         profile = profiles.get(path.name, profile)
         made = stage_dir.read(path)
-        # A distilled model carries its plan too.
+        # A distilled model also contains its plan.
         if made is None or made["stage"] != "prune" or not (path / FILE).exists():
             continue
         plan = Plan.read(path / FILE)
@@ -177,7 +177,7 @@ def _cuts(stages: list[Path], profiles: dict[str, Profile]) -> list[Cut]:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """JSON lines; a last line that a kill cut short is left out."""
+    """Read JSON lines; an incomplete last line of an interrupted run is skipped."""
     lines = [line for line in _text(path).splitlines() if line.strip()]
     if lines and not lines[-1].endswith("}"):
         lines.pop()

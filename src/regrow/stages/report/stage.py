@@ -1,4 +1,4 @@
-"""The report stage: run folders in, one HTML page out that needs nothing but a browser."""
+"""The report stage: turns run folders into one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SECTIONS = (
     provenance.conventions,
     provenance.section,
 )
-"""In the order of the page."""
+"""Sections in the order of the page."""
 COMPARED = (
     result.section,
     tradeoff.section,
@@ -54,7 +54,7 @@ COMPARED = (
     provenance.conventions,
     provenance.section,
 )
-"""The same for several runs."""
+"""Sections of a page about several runs."""
 
 
 def report(
@@ -62,11 +62,11 @@ def report(
     out: str | Path | None = None,
     config: ReportConfig | None = None,
 ) -> Path:
-    """Write the page of a run, or of several compared, to `out` and return its path.
+    """Write the page about a run, or about several runs, to `out` and return its path.
 
-    `out` is RUN/report.html by default, and needed for several. Sections whose input is not there
-    are left out. Raises UserError for a folder that holds no run or, in `config.compare`, no
-    evaluation, and when plotly is not installed.
+    `out` defaults to RUN/report.html and is required for several runs. Sections without input are
+    skipped. Raises UserError for a folder without a run, for a folder in `config.compare` without
+    an evaluation, and if plotly is not installed.
     """
     config = config or ReportConfig()
     folders = [Path(run)] if isinstance(run, str | Path) else [Path(one) for one in run]
@@ -85,7 +85,7 @@ def report(
 
 
 def target_of(folders: list[Path], out: str | Path | None) -> Path:
-    """The file to write; raises UserError for several runs without one, and for no file."""
+    """The file to write; raises UserError for no run, and for several runs without `out`."""
     if not folders:
         raise UserError("nothing to report on: name at least one run")
     if out is None and len(folders) > 1:
@@ -95,7 +95,7 @@ def target_of(folders: list[Path], out: str | Path | None) -> Path:
 
 
 def check(config: ReportConfig) -> None:
-    """Raise UserError when plotly is not installed, or a folder to compare with is not there."""
+    """Raise UserError if plotly is not installed or a folder in `compare` does not exist."""
     if find_spec("plotly") is None:
         raise UserError("the report needs plotly: pip install 'regrow[report]'")
     for _, folder in map(run_folder.split, config.compare):

@@ -1,4 +1,4 @@
-"""Top-1 agreement: how often the model's most likely token is the teacher's."""
+"""Top-1 agreement: share of tokens with the same most likely token in model and teacher."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ CONVENTION = "share of scored tokens at which the model's most likely token is t
 
 
 def per_token(logits_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """1 where both have the same most likely token, else 0."""
+    """Return 1 where model and teacher have the same most likely token, else 0."""
     return logits_NV.argmax(-1) == teacher_NV.argmax(-1)

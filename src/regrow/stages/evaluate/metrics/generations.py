@@ -1,4 +1,4 @@
-"""Greedy answers to a few prompts, for reading."""
+"""Greedy answers to a few prompts, for manual inspection."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from regrow.stages.evaluate.eval_model import Context, EvalModel, MetricResult
 
 
 def measure(model: EvalModel, context: Context) -> MetricResult:
-    """The answer to each prompt, which is a user's turn where there is a chat template."""
+    """Generate an answer to each prompt, which is a user turn if there is a chat template."""
     config = context.config
     generations = []
     for prompt in config.prompts:
@@ -22,7 +22,7 @@ def measure(model: EvalModel, context: Context) -> MetricResult:
 
 
 def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The prompt's tokens, in the chat template where there is one."""
+    """Tokens of the prompt, formatted with the chat template if there is one."""
     if tokenizer.chat_template:
         return chat_prompt_ids([{"role": "user", "content": prompt}], tokenizer)
     return list(tokenizer(prompt)["input_ids"])

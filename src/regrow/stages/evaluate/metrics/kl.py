@@ -1,4 +1,4 @@
-"""KL divergence from the teacher, exact over the whole vocabulary, on every text."""
+"""KL divergence from the teacher over the whole vocabulary, on every text."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ CONVENTION = "KL({teacher} || model) per scored token over all token ids that bo
 
 
 def per_token(logits_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Σ_v p_v (log p_v − log q_v) in nats; p the teacher's softmax, q the model's."""
+    """Σ_v p_v (log p_v − log q_v) in nats; p is the teacher's softmax, q the model's."""
     log_p_NV, log_q_NV = teacher_NV.log_softmax(-1), logits_NV.log_softmax(-1)
     return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)

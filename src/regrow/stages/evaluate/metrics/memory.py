@@ -1,4 +1,4 @@
-"""Load time, and the peak of memory while loading, reading a prompt and generating."""
+"""Load time, and peak memory of loading, prefill and decoding."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from regrow.stages.evaluate.eval_model import Context, EvalModel, MetricResult, 
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 NEW = 4
-"""Tokens generated after the prompt."""
+"""Number of tokens to generate after the prompt."""
 
 
 def measure(model: EvalModel, context: Context) -> MetricResult:
-    """Seconds to load, and bytes at the peak of loading, reading a prompt and generating.
+    """Measure the load time in seconds, and the peak memory of loading, prefill and decoding.
 
-    On a CPU it is the largest resident set minus that before loading (on Linux only), on a GPU the
-    most that torch allocated.
+    On a CPU, the peak is the largest resident set minus the resident set before loading (on Linux
+    only). On a GPU, it is the largest amount that torch allocated, minus that before loading.
     """
     model.unload()
     batch, prompt = max(context.config.batch_sizes), max(context.config.prefill_tokens)
@@ -54,17 +54,17 @@ def measure(model: EvalModel, context: Context) -> MetricResult:
 
 
 def _begin(device: torch.device) -> int | None:
-    """Reset the peak; bytes in use now, or None where the system does not say."""
+    """Reset the peak and return the bytes in use; None if the system cannot report them."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return int(torch.cuda.memory_allocated(device))
     gc.collect()
     try:
-        # Freed memory that the allocator keeps would hide a part of the model's.
+        # The allocator keeps freed memory; reusing it would hide a part of the model's memory.
         ctypes.CDLL(None).malloc_trim(0)
-        RESET.write_text("5")  # VmHWM becomes VmRSS
+        RESET.write_text("5")  # resets VmHWM to VmRSS
         return _status("VmRSS")
-    except (OSError, AttributeError):  # another system, or C library
+    except (OSError, AttributeError):  # another operating system or C library
         return None
 
 

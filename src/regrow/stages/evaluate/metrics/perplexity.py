@@ -1,4 +1,4 @@
-"""Perplexity on every text, per token and, for models of different tokenizers, per byte."""
+"""Perplexity on every text, per token and, if the tokenizers differ, per byte."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from regrow.stages.evaluate.texts import Text
 
 READS_TEACHER = False
 LARGEST = 700.0
-"""The most nats whose exponential a float can hold."""
+"""Largest number of nats whose exponential fits in a float."""
 CLUSTERS = "standard error by windows"
 
 
 def per_token(logits_NV: Tensor, teacher_NV: None, targets_N: Tensor) -> Tensor:
-    """−log q(token) in nats, q the softmax of the logits."""
+    """−log q(token) in nats; q is the softmax of the logits."""
     return cross_entropy(logits_NV, targets_N, reduction="none")
 
 
 def measure(model: EvalModel, context: Context) -> MetricResult:
-    """exp(mean −log q(token)); the standard error is that of the mean times the perplexity.
+    """exp(mean −log q(token)); its standard error is the mean's times the perplexity.
 
-    Where the text's bytes are known, also Σ −log2 q(token) ÷ bytes; and, where tokenizers differ,
-    in place of the perplexity exp(Σ −log q(token) ÷ bytes · bytes per token of the first model),
-    which is that model's own perplexity.
+    If the text's bytes are known, also bits per byte: Σ −log2 q(token) ÷ bytes. If the tokenizers
+    differ, the perplexity is replaced by exp(Σ −log q(token) ÷ bytes · bytes per token of the
+    reference model). For the reference model, this equals its perplexity.
     """
     figures = []
     for text in model.texts:

@@ -1,4 +1,4 @@
-"""Size: parameters, and bytes of the weights."""
+"""Size: number of parameters, and bytes of the weights."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from regrow.stages.evaluate.gguf_model import GgufEvalModel, GgufFile
 
 
 def measure(model: EvalModel, context: Context) -> MetricResult:
-    """Parameters, tied ones counted once, and bytes of the tensors in the safetensors files.
+    """Count the parameters, tied ones once, and the bytes of the tensors in the safetensors files.
 
-    A GGUF file has the bytes of the whole file. Quantized models have bits per weight as well.
+    For a GGUF file, the bytes are those of the whole file. Quantized models also get bits per
+    weight.
     """
     if isinstance(model, GgufEvalModel):
         return _of_file(model.file)
     assert isinstance(model, FolderEvalModel)
     checkpoint = model.checkpoint
-    if checkpoint.quantized:  # scales and zero points are no parameters
+    if checkpoint.quantized:  # scales and zero points are not parameters
         parameters = families.of(checkpoint).count(checkpoint.config)
     else:
         parameters = sum(p.numel() for p in model.model.parameters())

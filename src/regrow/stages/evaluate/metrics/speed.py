@@ -1,4 +1,4 @@
-"""Speed of reading prompts and of generating with the KV cache; all models take turns."""
+"""Speed of prefill and of decoding with the KV cache; the models take turns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from regrow.stages.evaluate.eval_model import EvalModel, MetricResult, fit_toget
 
 @dataclass(frozen=True)
 class Setting:
-    """A batch of prompts, their length in tokens, and the new tokens after each."""
+    """A batch size, a prompt length in tokens, and the number of new tokens after each prompt."""
 
     batch: int
     prompt: int
@@ -28,7 +28,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds to the first token, and for each further one."""
+    """Seconds to the first token, and seconds of each further token."""
 
     first: float
     others: list[float]
@@ -42,11 +42,12 @@ class Run:
 def measure_all(
     models: dict[str, EvalModel], config: EvaluateConfig, teacher: str | None
 ) -> dict[str, MetricResult]:
-    """Rates, time to the first token and per further one, at every batch size and length.
+    """Measure tokens/s, time to first token and time per output token in every setting.
 
-    Models stay loaded and take turns, so that a busy machine slows all alike; where they do not fit
-    in memory together, one is timed after the other. Speed-ups compare with the teacher, or with
-    the first model, among those that the same program runs.
+    A setting is a batch size with a prompt length. Models stay loaded and take turns, so that other
+    load on the machine slows all of them equally. If they do not fit in memory together, they are
+    timed one after the other. Speed-ups are relative to the teacher, or to the first model, among
+    the models that the same program runs.
     """
     settings = [
         Setting(batch, prompt, config.decode_tokens)
@@ -82,7 +83,7 @@ def measure_all(
 
 
 def _base(models: dict[str, EvalModel], label: str, teacher: str | None) -> str:
-    """The model that another's speed is compared with: the first run by the same program."""
+    """The baseline of a model's speed-up: the first model that the same program runs."""
     order = models if teacher is None else [teacher, *models]
     return next(other for other in order if models[other].engine == models[label].engine)
 
@@ -140,7 +141,7 @@ def _speed_ups(
     runs: dict[Setting, list[Run]],
     base_runs: dict[Setting, list[Run]],
 ) -> list[Figure]:
-    """Speed ÷ that of `base`, the median over turns; and this ÷ the ratio of operations."""
+    """Speed ÷ the speed of `base`, as the median over turns; also divided by the FLOP ratio."""
     figures = []
     for number, setting in enumerate(runs):
         tail = "" if number == 0 else f"/{setting}"
@@ -177,7 +178,7 @@ def _speed_ups(
 
 
 def _flop_ratios(model: EvalModel, base: EvalModel, setting: Setting) -> dict[str, float] | None:
-    """Operations of `base` ÷ those of the model; None where a family is not known."""
+    """FLOPs of `base` ÷ FLOPs of the model; None if a family is unknown."""
     counts = []
     for each in (base, model):
         read = each.flops(setting.prompt)

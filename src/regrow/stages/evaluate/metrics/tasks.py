@@ -1,4 +1,4 @@
-"""Benchmarks scored by lm_eval, and each score as a share of the teacher's."""
+"""Benchmark scores by lm_eval, and each score as a share of the teacher's score."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from regrow.stages.evaluate.harness import GgufLM, Model
 
 OURS = ("perplexity", "bits_per_byte")
-"""Figures of texts; a task's figure of that name gets the prefix `task_`."""
+"""Names of figures on texts; a task's figure with the same name gets the prefix `task_`."""
 
 
 def measure(model: EvalModel, context: Context) -> MetricResult:
-    """Figures `metric/task` of every task, with standard errors; `metric_kept/task` of students."""
+    """Score every task: figures `metric/task` and, for students, `metric_kept/task`."""
     result = MetricResult()
     if not context.tasks:
         return result
@@ -36,7 +36,7 @@ def measure(model: EvalModel, context: Context) -> MetricResult:
 
 
 class _Harness:
-    """A model, and the same in the form that lm_eval calls, made when a task needs it."""
+    """A model, and its lm_eval interface, which is created for the first task."""
 
     def __init__(self, model: EvalModel) -> None:
         self.model = model
@@ -73,7 +73,7 @@ def _task(harness: _Harness, rows: Rows, context: Context) -> MetricResult:
         if scores is not None:
             result.items[name] = scores
             stderr = ratio(scores, [1] * len(scores))[1]
-            # Of exp(−mean log-likelihood) by the delta method.
+            # Standard error of exp(−mean log-likelihood) by the delta method.
             stderr *= value if metric == "perplexity" else 1.0
             figure = figure.model_copy(update={"stderr": stderr, "n": len(scores)})
         result.figures.append(figure)
@@ -81,7 +81,7 @@ def _task(harness: _Harness, rows: Rows, context: Context) -> MetricResult:
 
 
 def _values(scored: dict[str, Any]) -> Iterator[tuple[str, str, str, float]]:
-    """(task or group, metric, filter, value) of every score of lm_eval."""
+    """Yield (task or group, metric, filter, value) for every score of lm_eval."""
     for task, results in scored["results"].items():
         for key, value in results.items():
             metric, comma, filtering = key.partition(",")
@@ -90,13 +90,13 @@ def _values(scored: dict[str, Any]) -> Iterator[tuple[str, str, str, float]]:
 
 
 def figure_name(task: str, metric: str, filtering: str) -> str:
-    """`acc/arc_easy`, `exact_match,strict-match/gsm8k`, `task_perplexity/lambada_openai`."""
+    """A name such as `acc/arc_easy` or `exact_match,strict-match/gsm8k`."""
     metric = f"task_{metric}" if metric in OURS else metric
     return f"{metric}/{task}" if filtering == "none" else f"{metric},{filtering}/{task}"
 
 
 def _items(scored: dict[str, Any], task: str, metric: str, filtering: str) -> list[float] | None:
-    """Scores of the items; None where lm_eval has no number for each."""
+    """Scores of the single items; None if lm_eval has no number for each item."""
     samples = sorted(
         (s for s in scored["samples"].get(task, ()) if s["filter"] == filtering),
         key=lambda sample: sample["doc_id"],
@@ -129,7 +129,7 @@ def _figure_convention(
 
 
 def kept_shares(result: MetricResult, of_teacher: MetricResult) -> list[Figure]:
-    """Score ÷ the teacher's on the same items, with the standard error of a ratio of paired scores.
+    """Score ÷ the teacher's score on the same items; standard error of a paired ratio.
 
     se² = n/(n−1) · Σ (a_i − r b_i)² ÷ (Σ b_i)² (Cochran, 1977, §6.4).
     """

@@ -1,1 +1,1 @@
-"""Sections of the page, one file each: `section(run) -> Section | None`, None without its input."""
+"""Sections of the page, one file each: `section(runs)` returns a Section, or None without input."""

@@ -1,4 +1,4 @@
-"""The shapes that were tried before one was cut."""
+"""Section on the candidate shapes of each pruning."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ NOTE = (
     "on to the next round, which reads more text. Where the last few were distilled for a while, "
     "their KL on held-out text after so many tokens decides."
 )
-SHOWN = 20  # rows of the table, the last round's first; the others are folded away
-LABELLED = 12  # points that still have room for a name
+SHOWN = 20  # rows of the table, the last round first; the other rows are collapsed
+LABELLED = 12  # charts with more points have no labels
 GREY = "#8a95a3"
 
 Row = dict[str, Any]
 
 
 def section(runs: list[Run]) -> Section | None:
-    """Per pruning a table of the candidates, and KL over what they cost, with the Pareto front."""
+    """For each pruning, a table of the candidates, and KL against their costs with Pareto front."""
     blocks: list[Block] = []
     for cut in (cut for run in runs for cut in run.cuts):
         if cut.candidates:
@@ -74,7 +74,7 @@ def _tables(cut: Cut) -> list[Block]:
 
 
 def _rank(row: Row) -> tuple[bool, int, int, float]:
-    """The chosen one, then by how far a shape came, then by its KL there."""
+    """Sort key: the chosen shape, then longer distillation, later rounds, and lower KL."""
     score = row.get("distilled", {})
     kl = score[max(score, key=int)] if score else row["kl"]
     last = math.inf if kl is None or not math.isfinite(kl) else kl
@@ -102,11 +102,11 @@ COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
     ("decode", _milliseconds("decode_ms")),
     ("KL, nats", lambda row: _kl(row["kl"])),
 ]
-"""Head and cell of each column; one without any cell is left out."""
+"""Header and cell of each column; a column without any value is dropped."""
 
 
 def sizes(after: dict[str, int], before: dict[str, int]) -> str:
-    """What changes: `mlp 1536 → 1184, layers 30 → 28`."""
+    """Format the changed sizes: `mlp 1536 → 1184, layers 30 → 28`."""
     return ", ".join(f"{dim} {before.get(dim, '?')} → {size}" for dim, size in after.items())
 
 
@@ -116,17 +116,17 @@ AXES: list[tuple[str, str, Callable[[Row], float]]] = [
     ("prefill_ms", "prefill of the prompt, ms", lambda row: row["prefill_ms"]),
     ("decode_ms", "decode, ms per token", lambda row: row["decode_ms"]),
 ]
-"""Key of a row, title and value of each axis that the KL is drawn over."""
+"""Row key, title and value of each cost to plot the KL against."""
 
 
 def _charts(rows: list[Row]) -> list[Block]:
-    """KL over each cost that at least two shapes have; bytes only in a quantized format."""
+    """KL against each cost with at least two shapes; bytes only in a quantized format."""
     found: list[Block] = []
     for key, title, value in AXES:
         some = [row for row in rows if key in row and row["kl"] is not None]
         some = [row for row in some if math.isfinite(row["kl"])]
         if key == "bytes" and all(row["format"] == "bf16" for row in some):
-            continue  # parameters times two
+            continue  # bytes are twice the number of parameters
         if len(some) > 1:
             found.append(_scatter(some, title, value))
     return found
@@ -150,7 +150,7 @@ def _scatter(rows: list[Row], title: str, value: Callable[[Row], float]) -> Char
         for name, colour, size, some in kinds
         if some
     ]
-    # Only the KL of one round can be compared; repair comes in the last one.
+    # KL is only comparable within one round; repair is only done in the last round.
     best = front([(value(row), row["kl"]) for row in rows if row.get("round", 1) == last])
     traces.insert(0, _line(best))
     x, y = charts.axis(title), charts.axis("KL, nats per token", rangemode="tozero")
@@ -194,7 +194,7 @@ def _points(
 
 
 def _beside(rows: list[Row], value: Callable[[Row], float]) -> dict[str, str]:
-    """Where each shape's name goes beside its point; the KL's axis begins at 0."""
+    """Position of each shape's label next to its point; the axis of the KL starts at 0."""
     least, most = min(map(value, rows)), max(map(value, rows))
     room = 0.07 * (most - least or 1.0)
     top = 1.07 * max(row["kl"] for row in rows) or 1.0

@@ -1,4 +1,4 @@
-"""What a run cost, and how quickly its models run."""
+"""Sections on the cost of a run and on the speed of its models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from regrow.stages.report.run_folder import Run
 from regrow.stages.report.sections.training import seconds_of
 
 TOKENS = {"profile": "calibration tokens", "distill": "training tokens", "cache": "tokens"}
-"""By stage the figure of its manifest that says how many tokens it read."""
+"""Figure in the manifest with the number of tokens, by stage."""
 NOTE = (
     "FLOPs by the usual rule, N parameters and T tokens: 2·N·T for reading (profile, cache, the "
     "teacher), 6·N·T for training all of a student, 4·N·T for adapters beside frozen weights; a "
@@ -26,7 +26,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Spent:
-    """What one stage took; None is not known."""
+    """Cost of one stage; None means unknown."""
 
     stage: str
     seconds: float
@@ -36,7 +36,7 @@ class Spent:
 
 
 def section(runs: list[Run]) -> Section | None:
-    """A row per stage and a sum per run."""
+    """A table with a row per stage and a sum per run."""
     rows, marked = [], []
     spent = [(run, each) for run in runs if run.manifests for each in [spent_by(run)]]
     energy = any(one.joules is not None for _, each in spent for one in each)
@@ -51,7 +51,7 @@ def section(runs: list[Run]) -> Section | None:
 
 
 def spent_by(run: Run) -> list[Spent]:
-    """Per stage of a run its time, tokens, FLOPs and energy."""
+    """Time, tokens, FLOPs and energy of each stage of a run."""
     found = []
     sizes = Sizes(run)
     for name, made in run.manifests.items():
@@ -68,12 +68,12 @@ def spent_by(run: Run) -> list[Spent]:
 
 
 class Sizes:
-    """Parameters of a run's models, by fingerprint, from its evaluation and its prunings."""
+    """Parameters of a run's models by fingerprint, from its evaluation and its prunings."""
 
     def __init__(self, run: Run) -> None:
         self.known: dict[str, float] = {}
         self.after: dict[str, float] = {}
-        """By a stage's name the parameters of the model that it wrote or was given."""
+        """Parameters of the model after each stage, by stage name."""
         for label, some in ((run.evaluation or {}).get("figures") or {}).items():
             fingerprint = run.measured.get(f"model {label}")
             count = next((f["value"] for f in some if f["name"] == "parameters"), None)
@@ -89,7 +89,7 @@ class Sizes:
                 self.after[name] = now
 
     def flops_per_token(self, name: str, made: dict[str, Any]) -> float | None:
-        """By NOTE; None where a size is not known."""
+        """FLOPs per token by the rule in NOTE; None if a model size is unknown."""
         inputs, config = made.get("inputs", {}), made.get("config", {})
         if made["stage"] in ("profile", "cache"):
             size = self.known.get(inputs.get("model", inputs.get("teacher", "")))
@@ -111,7 +111,7 @@ def _figure(made: dict[str, Any], name: str) -> float | None:
 
 
 def _sum(each: list[Spent]) -> Spent:
-    """Of what is known."""
+    """Sum the known costs of the stages."""
 
     def total(values: list[float | None]) -> float | None:
         known = [value for value in values if value is not None]
@@ -143,7 +143,7 @@ def _row(name: str, one: Spent, energy: bool) -> list[Cell]:
 
 
 def flops(value: float) -> str:
-    """Operations as 1.2 TFLOP, or in powers of ten from 1,000 EFLOP on."""
+    """Format operations such as 1.2 T; the units are M, G, T, P and E."""
     for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
         if value >= size:
             return f"{plain(value / size)} {unit}"
@@ -151,7 +151,7 @@ def flops(value: float) -> str:
 
 
 def watt_hours(joules: float) -> str:
-    """Energy as 12.3 Wh or 1.23 kWh."""
+    """Format energy as 12.3 Wh or 1.23 kWh."""
     hours = joules / 3600
     return f"{hours / 1000:.3g} kWh" if hours >= 1000 else f"{hours:.3g} Wh"
 
@@ -173,7 +173,7 @@ SPEED_NOTE = (
 
 
 def speed(runs: list[Run]) -> Section | None:
-    """A table per batch size and prompt length; nothing when the first table has all there is."""
+    """A table per batch size and prompt length; None if the result table has all its figures."""
     found = of(runs)
     if found is None:
         return None
@@ -201,7 +201,7 @@ def _speed_table(found: Evaluated, setting: str, names: list[str]) -> Table:
 
 
 def _called(found: Evaluated, setting: str) -> str:
-    """`1 x 512`; the first setting's name is in its convention alone."""
+    """Name of a setting, such as `1 x 512`; for the first setting, parsed from a convention."""
     if setting:
         return setting
     rows = [row for label in found.labels if (row := found.figure(label, "prefill")) is not None]

@@ -1,4 +1,4 @@
-"""How important the units are, layer by layer."""
+"""Section on the importance of units, layer by layer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from regrow.stages.report.run_folder import Cut, Run
 
 QUANTILES = 50
 MANY = 96
-"""More units than this in a layer are shown by quantiles."""
+"""Layers with more units than this are shown by quantiles."""
 FEW = 20
-"""Up to so many units each has its tick."""
+"""Axes with at most this many units have a tick for each unit."""
 POINTS = 400
 NAMES = {
     "mlp": "MLP channels",
@@ -30,7 +30,7 @@ NOTE = "What the profile measured on calibration text: a higher score is more wo
 
 
 def section(runs: list[Run]) -> Section | None:
-    """Block influence as bars, units as heat maps, hidden channels as a curve; per profile."""
+    """For each profile: block influence as bars, units as heat maps, hidden channels as a curve."""
     blocks: list[Block] = []
     profiles = [(name, found, run.cuts) for run in runs for name, found in run.profiles.items()]
     for name, profile, cuts in profiles:
@@ -40,7 +40,7 @@ def section(runs: list[Run]) -> Section | None:
 
 
 def criteria(profile: Profile) -> dict[str, str]:
-    """Per dimension the first criterion of the profile that scored it."""
+    """For each dimension, the first criterion of the profile that scored it."""
     with safe_open(profile.folder / SCORES, framework="pt") as file:
         keys = [key.split("/") for key in file.keys()]  # noqa: SIM118  (no dict: cannot be iterated)
     order = profile.info["criteria"]
@@ -102,7 +102,7 @@ def _heat(dim: str, scores: dict[str, Tensor], how: str) -> Chart:
     if by_rank:
         rows = [row.quantile(at) for row in rows]
     z_LU = torch.stack(rows)
-    # Scores span decades and their unit means nothing: show them against the middle of the model.
+    # Scores span decades and have no natural unit, so they are divided by the model's median.
     z_LU = (z_LU / z_LU.median().clamp_min(1e-30)).clamp_min(1e-6).log10()
     x = [round(100 * q) for q in at.tolist()] if by_rank else list(range(units))
     heat = charts.heat(x, [int(layer) for layer in layers], [rounded(row) for row in z_LU])
@@ -124,5 +124,5 @@ def _scale(values: Tensor) -> dict[str, Any]:
 
 
 def rounded(values: Tensor) -> list[float]:
-    """Floats with four significant digits, to keep the page small; all finite."""
+    """Round to four significant digits to keep the page small; NaN and infinity become 0."""
     return [float(f"{v:.4g}") if math.isfinite(v) else 0.0 for v in values.tolist()]

@@ -1,4 +1,4 @@
-"""Which units were kept, layer by layer; of several runs, the sizes before and after each cut."""
+"""Section on the kept units, layer by layer; for several runs, the sizes around each pruning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOTE = (
 
 
 def section(runs: list[Run]) -> Section | None:
-    """Per pruning a table of sizes, and a map of kept units for each pruned dimension."""
+    """For each pruning, a table of sizes, and a map of kept units for each pruned dimension."""
     blocks: list[Block] = []
     for cut in (cut for run in runs for cut in run.cuts):
         blocks.append(_sizes(cut))
@@ -51,9 +51,9 @@ def _sizes(cut: Cut) -> Table:
 
 
 def shares(plan: Plan, dim: str, bins: int = BINS) -> list[list[float | None]]:
-    """Kept share [layers, bins] of neighbouring units by their ids; None in removed layers.
+    """Share [layers, bins] of kept units, in bins of neighbouring unit ids.
 
-    And in layers that have none.
+    The share is None in removed layers and in layers without such units.
     """
     units = plan.before[dim]
     bins = min(bins, units)
@@ -91,7 +91,7 @@ def _map(plan: Plan, dim: str) -> Chart:
 
 
 def _mass(cut: Cut) -> Chart | None:
-    """Share of a layer's summed score that its kept units hold: where the cut hurt most."""
+    """Share of each layer's total score in its kept units; low where pruning removed the most."""
     if cut.profile is None:
         return None
     plan, scored, traces = cut.plan, criteria(cut.profile), []
@@ -114,7 +114,7 @@ def _mass(cut: Cut) -> Chart | None:
 
 
 def sizes(runs: list[Run]) -> Section | None:
-    """Sizes before and after each pruning; the maps of kept units are on the runs' own pages."""
+    """Sizes before and after each pruning; maps of the kept units are on each run's own page."""
     cuts = [(run.at(cut.name), cut.plan) for run in runs for cut in run.cuts]
     dims = list(dict.fromkeys(dim for _, plan in cuts for dim in plan.before))
     rows = [[text(name), *(_change(plan, dim) for dim in dims)] for name, plan in cuts]

@@ -1,4 +1,4 @@
-"""What ran, on what, with which versions, and how each figure was measured."""
+"""Sections on the stages, inputs and versions of a run, and on the conventions of its figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FIRST = ("stage", "config", "inputs", "figures", "versions", "machine", "seconds
 
 
 def section(runs: list[Run]) -> Section | None:
-    """A table of the stages, then everything their manifests say, folded away."""
+    """A table of the stages, and the collapsed contents of their manifests."""
     blocks: list[Block] = []
     made = {run.at(name): found for run in runs for name, found in run.manifests.items()}
     if made:
@@ -43,7 +43,7 @@ def _figure(row: dict[str, Any]) -> str:
 
 
 def _versions(manifests: dict[str, dict[str, Any]]) -> str:
-    """Versions and machine of the last stage, and the sum of all stages' time."""
+    """Total time of all stages, and the versions and machine of the last stage."""
     if not manifests:
         return ""
     last = list(manifests.values())[-1]
@@ -54,13 +54,13 @@ def _versions(manifests: dict[str, dict[str, Any]]) -> str:
 
 
 def _readable(made: dict[str, Any]) -> str:
-    """The manifest as JSON, the parts that matter first."""
+    """The manifest as JSON, with the keys in FIRST first."""
     keys = [key for key in FIRST if key in made] + [key for key in made if key not in FIRST]
     return json.dumps({key: made[key] for key in keys}, indent=2, ensure_ascii=False)
 
 
 def conventions(runs: list[Run]) -> Section | None:
-    """Per figure its convention, the number of items, and what differs between models."""
+    """For each figure: its convention, the number of items, and differences between models."""
     found = of(runs)
     if found is None:
         return None
@@ -76,7 +76,7 @@ def conventions(runs: list[Run]) -> Section | None:
 
 
 def _own(found: Evaluated, name: str, shared: str) -> list[str]:
-    """`model: the part of its convention that is not shared`."""
+    """For each model, `model: ` and the part of its convention that is not shared."""
     rows = [(label, found.figure(label, name)) for label in found.labels]
     return [
         f"{label}: {rest}"

@@ -1,4 +1,4 @@
-"""The result in one sentence and one table, and what was written in other formats."""
+"""Sections with the result as a sentence and a table, and the models in other formats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SPEED = ("prefill", "decode")
 
 
 def section(runs: list[Run]) -> Section | None:
-    """One row per model, one column per figure, with the ratio to the teacher."""
+    """A table with a row per model and a column per figure, with ratios to the teacher."""
     found = of(runs)
     if found is None:
         return None
@@ -37,7 +37,7 @@ def _note(found: Evaluated, names: list[str]) -> str:
 
 
 def headline(runs: list[Run]) -> str:
-    """What came out, in a sentence; of several runs what each kept, and at which perplexity."""
+    """The result in one sentence; for several runs, the share of parameters and the perplexity."""
     if len(runs) == 1 or not runs[0].name:
         return _of_one(runs[0])
     found = of(runs)
@@ -113,7 +113,7 @@ STORED_NOTE = "As each stage measured it; the KL is to the model before, on its 
 
 
 def stored(runs: list[Run]) -> Section | None:
-    """A row per quantize and export stage: size, bits per weight, and every other figure."""
+    """A row per quantize and export stage: size, bits per weight, and all other figures."""
     rows = []
     for run in runs:
         for name, made in run.manifests.items():

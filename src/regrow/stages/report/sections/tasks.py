@@ -1,4 +1,4 @@
-"""Benchmarks: each model's scores, the share of its teacher's that it keeps, and its own words."""
+"""Sections on benchmark scores, shares of the teacher's score, and generated answers."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from regrow.stages.report.page import Answers, Block, Cell, Chart, Details, Sect
 from regrow.stages.report.run_folder import Run
 
 KEPT = "_kept"
-"""Ending of the kind of a figure that is a share of the teacher's score."""
+"""Suffix of the kind of a figure that is a share of the teacher's score."""
 CHOSEN = ("acc_norm", "acc", "exact_match")
-"""Of several scores of a task the one that is drawn: the first of these that there is."""
+"""If a task has several scores, the first of these is plotted."""
 NOTE = (
     "Scores as lm_eval gives them; error bars and ± are standard errors. The share is of the "
     "teacher's score on the same items."
 )
 BAR, AROUND = 17, 110
-"""Pixels of a bar with its gap, and of what is around them."""
+"""Pixels: height of a bar with its gap, and height of everything around the bars."""
 
 
 def section(runs: list[Run]) -> Section | None:
-    """Bars of scores and of shares kept, and a table of all scores."""
+    """Bar charts of scores and of kept shares, and a table of all scores."""
     found = of(runs)
     names = [] if found is None else _all(found)
     if found is None or not names:
@@ -41,7 +41,7 @@ def section(runs: list[Run]) -> Section | None:
 
 
 def scored(found: Evaluated) -> list[str]:
-    """The score of each task that is drawn."""
+    """The score of each task to plot."""
     by_task: dict[str, list[str]] = {}
     names = _all(found)
     for name in names:
@@ -55,7 +55,7 @@ def scored(found: Evaluated) -> list[str]:
 
 
 def mean_scores(found: Evaluated, names: list[str]) -> dict[str, float]:
-    """Per model that has them all the mean of its scores."""
+    """Mean score of each model that has all scores in `names`."""
     rows = {label: [found.value(label, name) for name in names] for label in found.labels}
     whole = {label: [v for v in row if v is not None] for label, row in rows.items()}
     return {label: sum(row) / len(row) for label, row in whole.items() if len(row) == len(names)}
@@ -66,7 +66,7 @@ def _kind(name: str) -> str:
 
 
 def _all(found: Evaluated) -> list[str]:
-    """Every score of a task, without the shares kept."""
+    """All task scores, without the kept shares."""
     known = (*QUALITY, *SPEED)
     return [n for n in found.names if _kind(n) not in known and not _kind(n).endswith(KEPT)]
 
@@ -77,7 +77,7 @@ def _kept(name: str) -> str:
 
 
 def _part(name: str, names: list[str]) -> bool:
-    """Whether another task's name begins this one's: mmlu and mmlu_anatomy."""
+    """Whether the task is part of another one, as mmlu_anatomy is part of mmlu."""
     task = name.partition("/")[2]
     return any(task.startswith(f"{other.partition('/')[2]}_") for other in names)
 
@@ -89,7 +89,7 @@ def _note(found: Evaluated, names: list[str]) -> str:
 
 
 def _bars(found: Evaluated, names: list[str], what: str, caption: str) -> Chart:
-    """Horizontal, so that names have room on a phone; one colour per model."""
+    """Horizontal bars, so that names fit on a phone; one colour per model."""
     tasks = [charts.label(name.partition("/")[2]) for name in names]
     traces = []
     for number, label in enumerate(found.drawn):
@@ -166,7 +166,7 @@ def _lines(found: Evaluated, names: list[str]) -> str:
 
 
 def generations(runs: list[Run]) -> Section | None:
-    """Per prompt the answer of every model."""
+    """A part per prompt with the answers of all models."""
     found = of(runs)
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""What quality costs: each model's quality over its size and speed, and from step to step."""
+"""Sections on quality against size and speed, and on quality step by step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOTE = (
     "Figures of models evaluated apart compare as far as they were measured alike."
 )
 COSTS = {"bytes": 1e6, "prefill": 1.0, "decode": 1.0}
-"""Figures that quality is drawn over, and what they are divided by."""
+"""Figures on the cost axis, and the divisor of each."""
 AXES = {
     "bytes": "size of the weights, MB",
     "prefill": "reading prompts, tokens/s",
@@ -26,13 +26,13 @@ AXES = {
 }
 MARGIN = 0.14
 WIDE = 8
-"""From so many times between least and most on, an axis is logarithmic."""
+"""An axis is logarithmic if its largest value is more than this many times its smallest."""
 LABELLED = 12
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One thing a model is judged by, of all models that have it."""
+    """Values of one quantity to compare, for all models that have it."""
 
     title: str
     values: dict[str, float]
@@ -40,24 +40,24 @@ class Axis:
 
     @property
     def log(self) -> bool:
-        """Whether to draw it on a logarithmic scale."""
+        """Whether the axis is logarithmic."""
         some = list(self.values.values())
         return min(some) > 0 and max(some) > WIDE * min(some)
 
     def position(self, label: str) -> float:
-        """Where a model stands, as plotly counts: log10 on a logarithmic axis."""
+        """Position of a model in plotly's axis units: log10 on a logarithmic axis."""
         value = self.values[label]
         return math.log10(value) if self.log else value
 
     def range(self) -> tuple[float, float]:
-        """What the axis shows."""
+        """Limits of the axis."""
         some = [self.position(label) for label in self.values]
         room = MARGIN * ((max(some) - min(some)) or abs(max(some)) or 1.0)
         return min(some) - room, max(some) + room
 
 
 def section(runs: list[Run]) -> Section | None:
-    """Per quality (perplexity, tasks) a plot over size and over each speed."""
+    """For each quality (perplexity, tasks), a plot against size and against each speed."""
     found = of(runs)
     if found is None:
         return None
@@ -78,9 +78,9 @@ def _values(found: Evaluated, name: str) -> dict[str, float]:
 
 
 def _qualities(found: Evaluated) -> list[Axis]:
-    """Perplexity or, where tokens differ, bits per byte, and the mean of tasks.
+    """Perplexity or, if the tokenizers differ, bits per byte; and the mean score of the tasks.
 
-    Of several texts the first, and each that has models which those before it have not.
+    Of several texts, the first is used, and each further text that adds models.
     """
     axes: list[Axis] = []
     drawn: set[str] = set()
@@ -132,9 +132,9 @@ def _chart(found: Evaluated, labels: list[str], cost: Axis, quality: Axis) -> Ch
 
 
 def merged(found: Evaluated, labels: list[str], cost: Axis, quality: Axis) -> dict[str, str]:
-    """Names of the models to draw, by label; of those on one point the first has all names.
+    """Return the names to plot by model label; models at the same point share one entry.
 
-    The run is left out: its colour tells it.
+    The run's name is left out, because the colour shows the run.
     """
     points: dict[tuple[float, float], list[str]] = {}
     for label in labels:
@@ -170,7 +170,7 @@ def _points(
 
 
 def _front(cost: Axis, quality: Axis) -> charts.Trace:
-    """A step line: for a limit on the cost, the best quality within it."""
+    """A step line of the Pareto front: the best quality within a limit on the cost."""
     x_sign, y_sign = -1 if cost.more_is_better else 1, -1 if quality.more_is_better else 1
     points = [(x_sign * cost.values[k], y_sign * quality.values[k]) for k in cost.values]
     best = front(points)
@@ -187,7 +187,7 @@ def _front(cost: Axis, quality: Axis) -> charts.Trace:
 
 
 def step_by_step(runs: list[Run]) -> Section | None:
-    """Perplexity and KL over the models of the first run, a line per text."""
+    """Perplexity and KL over the models of the first run, with a line per text."""
     found = of(runs[:1])
     if found is None or len(found.labels) < 2:
         return None
@@ -214,7 +214,7 @@ def _lines(found: Evaluated, kind: str, title: str) -> Block | None:
         traces.append(charts.line(name.partition("/")[2], labels, values, number, errors))
     if not traces:
         return None
-    # A collapse right after the cut would flatten everything else on a linear axis.
+    # A large value right after pruning would flatten all others on a linear axis.
     spread = [value for trace in traces for value in trace["y"] if value > 0]
     wide = kind == "perplexity" and max(spread) > 8 * min(spread)
     scale = {"type": "log", "dtick": "D2"} if wide else {"rangemode": "tozero"}

@@ -1,6 +1,6 @@
-"""Distillation over tokens: training and held-out losses, and every single loss by its name.
+"""Section on distillation: training and held-out losses over tokens, and each loss by name.
 
-Of several runs all curves are in the same plots.
+The curves of several runs are in the same plots.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from regrow.stages.report.run_folder import Run
 
 POINTS = 800
 SMOOTHING = 0.1
-"""Weight of a new step in the running mean."""
+"""Weight of a new value in the running mean."""
 WIDE = 20
-"""From so many times between least and most on, an axis is logarithmic."""
+"""An axis is logarithmic if its largest value is more than this many times its smallest."""
 SMALL = 0.01
-"""Below it plotly would write 200μ."""
+"""Below this value, plotly would use SI prefixes, such as 200μ."""
 LEGEND = 16
-"""Pixels of a line of a legend, which on a phone has a line for each curve."""
+"""Pixels per legend line; on a phone, each curve has its own line."""
 NO_LOSS = ("stage", "step", "tokens", "seconds", "epoch", "loss", "learning_rate", "grad_norm")
 HELDOUT = "heldout_"
 KL = "heldout_kl"
@@ -34,37 +34,37 @@ Pairs = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Curves:
-    """One distillation: `what` it is called, and its rows of metrics.jsonl."""
+    """One distillation: its name `what`, and its rows of metrics.jsonl."""
 
     what: str
     rows: list[dict[str, Any]]
 
     def pairs(self, name: str) -> Pairs:
-        """(tokens, value) of the rows that have it; what is no number is left out."""
+        """Return (tokens, value) of the rows with this value, except values that are not finite."""
         rows = [row for row in self.rows if name in row and "tokens" in row]
         found = [(row["tokens"], float(row[name])) for row in rows]
         return [(tokens, float(f"{v:.5g}")) for tokens, v in found if math.isfinite(v)]
 
     @property
     def parts(self) -> list[str]:
-        """Names of the losses and feature losses that are logged beside the loss they make up."""
+        """Names of the losses and feature losses that are logged next to the total loss."""
         names = dict.fromkeys(name for row in self.rows for name in row)
         parts = [n for n in names if n not in NO_LOSS and not n.startswith(HELDOUT)]
         return parts if len(parts) > 1 or self.pairs("loss") != self.pairs("".join(parts)) else []
 
     @property
     def heldout_parts(self) -> list[str]:
-        """Names of what is measured on held-out text beside the KL."""
+        """Names of the held-out measurements other than the KL."""
         names = dict.fromkeys(name for row in self.rows for name in row)
         return [name for name in names if name.startswith(HELDOUT) and name != KL]
 
 
 def section(runs: list[Run]) -> Section | None:
-    """Loss and held-out KL; then single losses and feature losses, and the learning rate."""
+    """Loss and held-out KL; single losses and feature losses; gradient norm and learning rate."""
     curves = [one for run in runs for one in _curves(run)]
     groups = [[one] for one in curves]
     if len({id(run) for run in runs if run.metrics}) > 1:
-        groups = [curves]  # runs are compared: one plot for all
+        groups = [curves]  # several runs are compared in one plot
     blocks = [chart for group in groups for chart in _charts(group) if chart is not None]
     return Section("training", "Distillation", NOTE, blocks) if blocks else None
 
@@ -84,7 +84,7 @@ def _charts(group: list[Curves]) -> list[Block | None]:
 
 
 def _main(group: list[Curves]) -> Chart | None:
-    """The loss, faint, with its running mean, and the held-out KL."""
+    """The loss in a faint colour, its running mean, and the held-out KL."""
     traces: list[charts.Trace] = []
     for number, one in enumerate(group):
         shade = 2 * number if len(group) > 1 else 0
@@ -108,11 +108,11 @@ def _told(one: Curves) -> str:
 
 
 def seconds_of(rows: list[dict[str, Any]]) -> float:
-    """Seconds of training over all processes that took part; each counts from its own start."""
+    """Training seconds over all processes that took part; each process counts from 0."""
     total = last = 0.0
     for row in rows:
         now = float(row.get("seconds", 0.0))
-        if now < last:  # another process went on
+        if now < last:  # another process continued the training
             total += last
         last = now
     return total + last
@@ -179,7 +179,7 @@ def _chart(
 
 
 def _mean(pairs: Pairs) -> tuple[list[float], list[float]]:
-    """Exponential mean, started at the first value; thinned to POINTS."""
+    """Exponential moving average from the first value, thinned to about POINTS points."""
     found = []
     mean = pairs[0][1]
     for tokens, value in pairs:
