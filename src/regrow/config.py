@@ -1,7 +1,7 @@
 """The base class of all configs, and the options that never change a result.
 
-A config is frozen and strict, and the docstrings of its fields are their help. `Options` say where
-and in which portions a job computes; they are no part of configs, manifests and hashes.
+A config is frozen and strict, and the docstrings of its fields are their help texts. `Options` set
+the device, the batch size and the use of memory; they are not part of configs, manifests or hashes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Config(BaseModel):
-    """A frozen set of fields. An unknown key is an error; a field's docstring is its help."""
+    """A frozen set of fields. An unknown key is an error; a field's docstring is its help text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -42,7 +42,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def parse(kind: type[ConfigT], fields: Any, where: str) -> ConfigT:
-    """Validate `fields` as a `kind`; raises UserError with the place of the error and a remedy."""
+    """Validate `fields` as a `kind`; raises UserError with its location and a remedy."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -72,7 +72,7 @@ def _short(value: Any) -> str:
 
 
 def _fields_at(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """Field names of the config at `path`, through lists and unions."""
+    """Field names of the config at `path`, which may lead through lists and unions."""
     for part in path:
         if isinstance(part, str) and part in kind.model_fields:
             inner = _config_inside(kind.model_fields[part].annotation)
@@ -97,28 +97,28 @@ class Options(Config):
     device: str = "auto"
     """Device to compute on: auto (a GPU when there is one), cpu, cuda, cuda:1, mps."""
     batch_size: int = 4
-    """Sequences computed at once on a device; lower it when memory runs out."""
+    """Sequences per batch on a device; lower it when memory runs out."""
 
     order: Literal["auto", "resident", "layer"] = "auto"
-    """How a profile runs: with the whole model in memory (resident), layer by layer with hidden
-    states on disk (layer: for models larger than the device), or whichever fits (auto)."""
+    """Execution order of a profile: the whole model in memory (resident), one layer at a time with
+    hidden states on disk (layer: for models larger than the device), or whichever fits (auto)."""
 
     sharding: Literal["none", "fsdp"] = "none"
-    """How a distillation uses several GPUs: each one holds everything (none), or its share of
-    student, optimizer and teacher (fsdp: FSDP2, for models larger than a GPU)."""
+    """Use of several GPUs in a distillation: each GPU has a full copy of student, optimizer and
+    teacher (none), or a shard of them (fsdp: FSDP2, for models larger than a GPU)."""
     deepspeed: str | None = None
     """Distill under DeepSpeed with this config file (JSON, ZeRO stage 0 to 2)."""
     offload_teacher: bool = False
-    """Distill with one layer of the teacher in memory at a time, read from its file when it runs:
-    less memory, more time; for teachers larger than a device."""
+    """Distill with one layer of the teacher in memory at a time, loaded from its file when it runs.
+    This needs less memory and more time, and is for teachers larger than a device."""
     torch_compile: bool = False
-    """Compile the layers of a distillation's models: quicker steps in less memory, after a minute
-    or two of compiling."""
+    """Compile the layers of a distillation's models: faster steps with less memory, after a minute
+    or two of compilation."""
     gradient_checkpointing: bool = False
-    """Distill with activations computed again in the backward pass: less memory, more time."""
+    """Distill with activations recomputed in the backward pass: less memory, more time."""
 
     def torch_device(self) -> torch.device:
-        """The device to use; raises UserError when this machine has none of that name."""
+        """The device to use; raises UserError when this machine has no such device."""
         import torch
 
         if self.device == "auto":

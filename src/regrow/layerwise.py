@@ -1,7 +1,8 @@
-"""Run a model with one decoder layer at a time on the device, and hidden states on disk.
+"""Run a model with one decoder layer at a time on the device, and the hidden states on disk.
 
-The forward pass of the model itself runs each time, with placeholders for the other layers, so that
-masks and position embeddings are those of the family. B sequences, T tokens, H hidden channels.
+For each layer the model's own forward pass runs, with placeholders for the other layers, so that
+masks and position embeddings are computed by the family's own code. B sequences, T tokens, H hidden
+channels.
 """
 
 from __future__ import annotations
@@ -36,25 +37,25 @@ class SkippedLayer(nn.Module):
         return getattr(self.__dict__["stood_for"], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The same hidden states."""
+        """Return the hidden states unchanged."""
         return hidden_states
 
 
 class Spill:
-    """Tensors on disk, by key; the folder is made by the first `put`."""
+    """Tensors on disk, by key; the first `put` creates the folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def put(self, key: str | int, tensor: Tensor) -> None:
-        """Write a tensor to disk, in place of an earlier one with this key."""
+        """Write a tensor to disk; it replaces an earlier tensor with this key."""
         self.folder.mkdir(parents=True, exist_ok=True)
         new = self.folder / "new"
         save_file({"tensor": tensor.detach().cpu().contiguous()}, new)
-        new.replace(self._path(key))  # an earlier tensor of this key may still be mapped
+        new.replace(self._path(key))  # an earlier tensor with this key may still be mapped
 
     def get(self, key: str | int) -> Tensor:
-        """The tensor of `key`, mapped from disk."""
+        """The tensor with this key, memory-mapped from disk."""
         return load_file(self._path(key))["tensor"]
 
     def __contains__(self, key: str | int) -> bool:
@@ -65,9 +66,9 @@ class Spill:
 
 
 class LayerByLayer:
-    """A model of `config` that reads each layer with `read` when the layer is needed.
+    """A model with this `config`, which loads each layer with `read` when it is needed.
 
-    Embedding and norms outside the layers are shared with `like`, if there is one.
+    The embedding and the norms outside the layers are shared with `like`, if it is given.
     """
 
     def __init__(
@@ -111,19 +112,19 @@ class LayerByLayer:
         read: Callable[[str], Tensor] | None = None,
         dtype: torch.dtype | None = None,
     ) -> LayerByLayer:
-        """The model of a checkpoint; `read` gives other tensors, `dtype` another compute dtype."""
+        """The model of a checkpoint; `read` can replace its tensors, `dtype` its compute dtype."""
         config = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
         read, dtype = read or checkpoint.tensor, dtype or checkpoint.compute_dtype()
         return cls(family, config, checkpoint.names(), read, dtype, device)
 
     @contextmanager
     def resident(self, layer: int) -> Iterator[nn.Module]:
-        """Hold the weights of one layer on the device; the other layers are placeholders."""
+        """Keep the weights of one layer on the device; the other layers are placeholders."""
         own = self.layers[layer]
         stack = [SkippedLayer(other) for other in self.layers]
         self.model.base_model.layers = nn.ModuleList([*stack[:layer], own, *stack[layer + 1 :]])
         self._fill(layer)
-        # Registered before all other hooks, which then see the hidden states from disk.
+        # Registered before all other hooks, so that those see the hidden states from disk.
         handles = [own.register_forward_pre_hook(self._give), own.register_forward_hook(self._take)]
         yield own
         for handle in handles:
@@ -149,12 +150,12 @@ class LayerByLayer:
         layer.to("meta")
 
     def _fill(self, layer: int) -> None:
-        """Read a layer's weights to the device."""
+        """Load a layer's weights onto the device."""
         for name, value in in_memory(self.family, self._config, layer, self._read):
             self._set(name, value, True)
 
     def step(self, inputs: dict[str, Tensor], hidden_BTH: Tensor | None) -> Tensor:
-        """Output [B, T, H] of the resident layer for `hidden_BTH`, or else for the embedding."""
+        """Output [B, T, H] of the layer in memory; without `hidden_BTH`, for the embedding."""
         self._input = None if hidden_BTH is None else hidden_BTH.to(self.device)
         moved = {key: inputs[key].to(self.device) for key in ("input_ids", "position_ids")}
         self.model.base_model(**moved, use_cache=False)
@@ -168,7 +169,7 @@ class LayerByLayer:
         self._output = output
 
     def _read(self, name: str) -> Tensor:
-        # A copy: the tensor itself keeps its whole file mapped, and a layer may lie in many files.
+        # Copy: a mapped tensor keeps its whole file mapped, and a layer may be in several files.
         return self.read(name).to(self.device, self.dtype, copy=True)
 
     def _set(self, name: str, value: Tensor, as_parameter: bool) -> None:

@@ -1,4 +1,4 @@
-"""A plan lists the units of a model that a cut keeps; the student's folder has it as plan.json."""
+"""A plan lists the units that a cut keeps; it is stored as plan.json in the student's folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint
 
 FILE = "plan.json"
-"""The plan of the cut that made a model, beside its weights."""
+"""The file, next to a model's weights, with the plan of the cut that produced the model."""
 FROM_FIRST = "plan-from-first.json"
-"""After several rounds, all cuts as one plan with the ids of the first parent."""
+"""After several rounds: all cuts merged into one plan with the ids of the first parent."""
 FILES = (FROM_FIRST, FILE)
-"""The plans that are copied with the weights, the one with the longest history first."""
+"""The plan files that are copied with the weights, the one with the longest history first."""
 
 PER_LAYER = ("mlp", "heads", "kv_heads", "experts")
 PER_EXPERT = "expert_mlp"
@@ -27,23 +27,23 @@ WHOLE = ("layers", "hidden", "vocab")
 
 
 class Plan(Config):
-    """Ids of the kept units of each dimension in the parent model; None keeps all.
+    """The ids, in the parent model, of the kept units of each dimension; None keeps all.
 
-    Ids ascend. mlp, heads, kv_heads and experts have an entry for every kept layer that has such
-    units, under the layer's id in the parent; expert_mlp has one for every kept expert, by layer
-    and expert. Every kept KV head keeps the same number of its query heads.
+    Ids are ascending. mlp, heads, kv_heads and experts have an entry for every kept layer with such
+    units, by the layer's id in the parent. expert_mlp has an entry for every kept expert, by layer
+    and expert. All kept KV heads keep the same number of query heads.
     """
 
     format: int = 1
-    """Version of this file's layout."""
+    """Version of the file format."""
     model_type: str
     """Family of the model, as in its config.json."""
     fingerprint: str
     """Fingerprint of the checkpoint that the ids belong to."""
     before: dict[str, int]
-    """Units per dimension in that checkpoint."""
+    """Number of units per dimension in that checkpoint."""
     after: dict[str, int]
-    """Units per dimension after the cut."""
+    """Number of units per dimension after the cut."""
     layers: list[int] | None = None
     """Kept layers."""
     hidden: list[int] | None = None
@@ -63,11 +63,11 @@ class Plan(Config):
     criterion: str | None = None
     """The criterion that chose the units, for information."""
     seed: int | None = None
-    """Seed of that choice, for information."""
+    """The seed of that choice, for information."""
     parents: tuple[str, ...] = ()
     """Fingerprints of the intermediate models of a composed plan."""
     siblings: tuple[str, ...] = ()
-    """Fingerprints of the models that the plan was made for, after it was applied to a sibling."""
+    """Fingerprints of the models the plan was made for, if it was applied to a sibling."""
 
     def kept_layers(self) -> list[int]:
         """Ids in the parent of the kept layers, ascending."""
@@ -76,7 +76,7 @@ class Plan(Config):
     def kept(
         self, dim: str, layer: int | None = None, expert: int | None = None
     ) -> list[int] | None:
-        """Ids in the parent of the kept units of `dim`, for one layer and expert where it has them.
+        """Ids in the parent of the kept units of `dim`, in one layer and expert if it has them.
 
         None means all. Without `heads`, the query heads of all kept KV heads are kept.
         """
@@ -119,7 +119,7 @@ class Plan(Config):
     ) -> None:
         """Raise UserError when the plan contradicts itself or a parent of these `sizes`.
 
-        `layers_of` gives the layers that have units of a dimension, where not all layers do.
+        `layers_of` lists the layers that have units of a dimension, if not all layers do.
         """
         if self.format != 1:
             raise UserError(f"plan: format {self.format} is not known; this version reads format 1")
@@ -219,7 +219,7 @@ class Plan(Config):
             )
 
     def for_sibling(self, checkpoint: Checkpoint) -> Plan:
-        """The same plan for another checkpoint; `check` must be called with that one's sizes."""
+        """The same plan for another checkpoint; call `check` with the sizes of that checkpoint."""
         if checkpoint.fingerprint == self.fingerprint:
             return self
         siblings = (*self.siblings, self.fingerprint)
@@ -227,7 +227,7 @@ class Plan(Config):
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """The plan in a JSON file; raises UserError for a missing, broken or unknown one."""
+        """The plan in a JSON file; raises UserError if it is missing, broken or unknown."""
         try:
             fields = json.loads(path.read_text())
         except FileNotFoundError:
@@ -245,7 +245,7 @@ class Plan(Config):
 def compose(earlier: Plan, later: Plan) -> Plan:
     """Merge two consecutive plans into one with the ids of the parent of `earlier`.
 
-    Raises UserError when `later` is for a model of another shape than `earlier` leaves.
+    Raises UserError when `later` does not fit the shape of the model after `earlier`.
     """
     if later.before != earlier.after or later.model_type != earlier.model_type:
         raise UserError(
@@ -259,7 +259,7 @@ def compose(earlier: Plan, later: Plan) -> Plan:
         pairs = {old: (earlier.kept(dim, old), later.kept(dim, new)) for old, new in layers}
         merged = {old: _through(*pair) for old, pair in pairs.items()}
         chosen = {old: ids for old, ids in merged.items() if ids is not None}
-        # A dimension that was cut in dropped layers only is still a cut dimension.
+        # A dimension that was cut only in layers dropped later still counts as cut.
         cut = later.after.get(dim) != earlier.before.get(dim)
         return chosen or ({} if cut else None)
 

@@ -1,4 +1,4 @@
-"""Plug-ins: the files of a folder, each under its file name."""
+"""Plug-ins: each Python file in a folder is a plug-in, named by its file name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from regrow.errors import unknown
 
 
 def names(package: str) -> list[str]:
-    """The plug-ins of a dotted `package`, sorted; files that begin with `_` are none."""
+    """Sorted names of the plug-ins in a dotted `package`, without files that begin with `_`."""
     module = importlib.import_module(package)
     files = (entry.name for entry in pkgutil.iter_modules(module.__path__))
     return sorted(name for name in files if not name.startswith("_"))

@@ -30,7 +30,7 @@ INFO = "profile.json"
 class Gram:
     """Σ_t w_t x_t x_tᵀ over the inputs x_t [d] of a projection, on two disjoint sets of sequences.
 
-    `fit` and `validate` are float32 [d, d]; profile.json says which token weights w_t were used.
+    `fit` and `validate` are float32 [d, d]; profile.json records the token weights w_t.
     """
 
     fit: Tensor
@@ -38,7 +38,7 @@ class Gram:
 
 
 def scores_for(scores: Tensor, gone: int) -> Tensor:
-    """Scores [n] for dropping `gone` units: of a matrix [n, n], the row of that number."""
+    """Scores [n] for dropping `gone` units; for a matrix [n, n], its row for that number."""
     return scores if scores.dim() == 1 else scores[max(gone, 1) - 1]
 
 
@@ -48,7 +48,7 @@ def gram_path(folder: Path, dim: str, layer: int) -> Path:
 
 
 class Profile:
-    """A profile folder, whose files are read on demand; UserError when there is no profile."""
+    """A profile folder, read on demand; raises UserError when the folder has no profile."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -63,7 +63,7 @@ class Profile:
         return str(self.info["fingerprint"])
 
     def check_fingerprint(self, checkpoint: Checkpoint) -> None:
-        """Raise UserError when the profile is of another checkpoint."""
+        """Raise UserError when another checkpoint was profiled."""
         if self.fingerprint != checkpoint.fingerprint:
             raise UserError(
                 f"{self.folder} is the profile of another model ({self.fingerprint[:12]}, this one "
@@ -71,10 +71,10 @@ class Profile:
             )
 
     def scores(self, criterion: str, dim: str) -> dict[str, Tensor]:
-        """Score of each unit [n] by layer (`all` for hidden and layers); the highest are kept.
+        """Scores [n] of the units by layer (`all` for hidden and layers); the highest are kept.
 
-        Layers may have a row of scores for each number of layers to drop [n, n]: see `scores_for`.
-        Raises UserError when the profile has no such scores.
+        For layers the scores may be [n, n], a row for each number of dropped layers: see
+        `scores_for`. Raises UserError when the profile has no such scores.
         """
         from safetensors.torch import load_file
 
@@ -91,7 +91,7 @@ class Profile:
         return chosen
 
     def criteria(self, dims: Iterable[str]) -> list[str]:
-        """Names of the criteria that score all of `dims`."""
+        """Names of the criteria with scores for all of `dims`."""
         from safetensors import safe_open
 
         with safe_open(self.folder / SCORES, framework="pt") as file:
@@ -111,7 +111,7 @@ class Profile:
         return dim in self.info["grams"]
 
     def gram(self, dim: str, layer: int) -> Gram:
-        """The Gram matrices of the projection that reads `dim` in `layer`, mapped from disk."""
+        """The Gram matrices of the projection that reads `dim` in `layer`, memory-mapped."""
         from safetensors.torch import load_file
 
         return Gram(**load_file(gram_path(self.folder, dim, layer)))

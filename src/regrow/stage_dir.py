@@ -1,9 +1,9 @@
 """The output folder of a stage and its manifest.json.
 
-A stage writes into a hidden folder beside its output folder and renames it when the stage is
-complete. A kill at any moment therefore leaves either the old folder or the new one. The manifest
-records the config, the inputs and the figures, and a digest of config and inputs: a stage that is
-run again with the same digest is skipped.
+A stage writes into a hidden folder next to its output folder, and renames it when the stage is
+complete. If the process is killed, either the old folder or the new one remains. The manifest
+records the config, the inputs, the figures, and a digest of config and inputs. A stage that is run
+again with the same digest is skipped.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", 
 
 
 class Figure(Config):
-    """One measured number, with the unit and the convention that a comparison needs."""
+    """One measured number, with the unit and the convention that are needed for comparisons."""
 
     name: str
     """Name of the quantity, for instance perplexity."""
     value: float
     """The number."""
     unit: str = ""
-    """Unit, for instance nats, bytes, tokens/s."""
+    """The unit, for instance nats, bytes, tokens/s."""
     n: int | None = None
     """Number of items (tokens, runs, …) that were measured."""
     stderr: float | None = None
     """Standard error of the mean, in the same unit."""
     convention: str = ""
-    """How it was measured: the corpus, the windows, the scored tokens."""
+    """The method of measurement: corpus, windows, scored tokens."""
 
 
 def digest(*parts: Any) -> str:
@@ -86,20 +86,20 @@ def versions() -> dict[str, str]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, by a rename: a reader never sees half of the file."""
+    """Write `value` as indented JSON, with a rename, so that readers never see a partial file."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     partial.replace(path)
 
 
 class StageDir:
-    """The output folder of one stage, written beside its place and renamed when complete.
+    """The output folder of one stage, written to a hidden folder and renamed when complete.
 
-    `with StageDir(...) as folder:` gives the folder to write into. Test `.complete` first: a
-    finished stage with the same digest need not run. With `resumable`, an interrupted folder of the
-    same `resume_digest` (by default the digest) is kept, and the stage goes on in it. Where `out`
-    is a link to a folder, that folder is replaced and the link stays. Raises UserError when `out`
-    is no folder, or holds something else than a result of this stage.
+    `with StageDir(...) as folder:` provides the folder to write into. Test `.complete` first: a
+    finished stage with the same digest need not run again. With `resumable`, an interrupted folder
+    with the same `resume_digest` (by default the digest) is kept, and the stage continues in it. If
+    `out` is a link to a folder, that folder is replaced and the link is kept. Raises UserError when
+    `out` is not a folder, or contains anything other than a result of this stage.
     """
 
     def __init__(
@@ -204,9 +204,10 @@ def refuse_input(out: Path, *folders: Path) -> None:
 
 
 def refuse_foreign(out: Path, stage: str | None = None) -> None:
-    """Raise UserError when `out` is no folder, or holds files that no stage (or not `stage`) wrote.
+    """Raise UserError if `out` is not a folder, or has files that were not written by `stage`.
 
-    A link to a folder counts as that folder. Devices, sockets and named pipes are never opened.
+    Without `stage`, files of any stage are accepted. A link to a folder counts as that folder.
+    Devices, sockets and named pipes are never opened.
     """
     for place in (out, *out.parents):
         if place.is_dir():
@@ -225,7 +226,7 @@ def refuse_foreign(out: Path, stage: str | None = None) -> None:
 
 
 def _kind(path: Path) -> str:
-    """The kind of something that is no folder, in words."""
+    """The kind of a path that is not a folder, as text for messages."""
     if not path.exists():
         return "a link to a place that does not exist"
     if path.is_file():
@@ -236,7 +237,7 @@ def _kind(path: Path) -> str:
 
 
 def output_folder(out: Path) -> Path:
-    """The folder that a result is renamed to: `out`, or the folder that a link there leads to.
+    """The folder that a result is renamed to: `out`, or its target if `out` is a link.
 
     Raises UserError for a folder that cannot be renamed.
     """
@@ -247,7 +248,7 @@ def output_folder(out: Path) -> Path:
 
 
 def output_file(path: Path) -> Path:
-    """The file that a result is renamed to: `path`, or the file that a link there leads to.
+    """The file that a result is renamed to: `path`, or its target if `path` is a link.
 
     Raises UserError for a folder, a device, a socket or a named pipe.
     """
@@ -260,7 +261,7 @@ def output_file(path: Path) -> Path:
 
 
 def replace_folder(new: Path, out: Path) -> None:
-    """Put the folder `new` in the place of `out` by renames; the old folder is deleted last."""
+    """Replace the folder `out` by `new`, with renames; the old folder is deleted last."""
     old = out.parent / f".{out.name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
@@ -270,7 +271,7 @@ def replace_folder(new: Path, out: Path) -> None:
 
 
 def link(source: str, target: str) -> None:
-    """Make a hard link, or a copy where the disk has none: for files that are never changed."""
+    """Make a hard link, or a copy if links are not supported; the file must never change later."""
     try:
         os.link(source, target)
     except OSError:
@@ -278,9 +279,9 @@ def link(source: str, target: str) -> None:
 
 
 def recover(out: Path) -> None:
-    """Finish a `replace_folder` that was killed between its two renames, with no folder at `out`.
+    """Finish a `replace_folder` that was killed between its two renames and left no `out`.
 
-    The new folder is taken where it is complete, else the old one is put back.
+    The new folder is used if it is complete; otherwise the old folder is restored.
     """
     old, new = out.parent / f".{out.name}.old", out.parent / f".{out.name}.partial"
     if old.exists() and not out.exists():
@@ -301,7 +302,7 @@ def require_space(folder: Path, bytes_needed: int) -> None:
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Whether `error` means a full disk or quota; some libraries say so in their own exceptions."""
+    """Whether `error` means a full disk or quota, including the exceptions of other libraries."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return error is not None and "No space left on device" in str(error)

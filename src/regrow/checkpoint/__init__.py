@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: opened, read tensor by tensor, and written."""
+"""Hugging Face checkpoints: open them, read them tensor by tensor, and write them."""
 
 from regrow.checkpoint.checkpoint import Checkpoint, load, save
 

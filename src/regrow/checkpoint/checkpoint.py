@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint: opened as a folder, read tensor by tensor, written as a folder."""
+"""A Hugging Face checkpoint: open a folder, read it tensor by tensor, write a folder."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ OF_TOKENIZERS = (
     "additional_chat_templates/*",
 )
 CARRIED = (*OF_TOKENIZERS, "generation_config.json", "LICENSE*", "NOTICE*")
-"""Files that are copied from a checkpoint to those that are made of it."""
+"""Files that are copied from a checkpoint to the checkpoints derived from it."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-"""A folder with one of these has a tokenizer."""
+"""A folder with one of these files has a tokenizer."""
 
 
 class Checkpoint:
@@ -54,10 +54,10 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | Path, quantized: bool = False) -> None:
-        """Open a folder; `quantized` also accepts one in compressed-tensors."""
+        """Open a folder; `quantized` also accepts the compressed-tensors format."""
         self.folder = Path(folder)
         self.config = read_config(self.folder)
-        # The stock class reads the model, so the folders that we write must not ask for other code.
+        # Written folders must not ask for remote code: a class of transformers reads the model.
         self.has_remote_code = self.config.pop("auto_map", None) is not None
         stock = accept_config(self.config, self.folder, quantized)
         check_generation_config(self.folder)
@@ -70,7 +70,7 @@ class Checkpoint:
             self._check_tied()
 
     def _check_tied(self) -> None:
-        """Use a head that is stored without the embedding as the embedding, as transformers does.
+        """If only the head is stored, use it as the embedding too, as transformers does.
 
         Raises UserError when head and embedding are both stored and differ.
         """
@@ -92,7 +92,7 @@ class Checkpoint:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor, without reading it."""
+        """Shape of each tensor; no tensor is read."""
         return {name: tuple(self._headers[name]["shape"]) for name in self._shard_of}
 
     def dtype(self, name: str) -> str:
@@ -116,19 +116,19 @@ class Checkpoint:
         return max(totals.values())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor; its shard stays mapped until a tensor of another shard is read."""
+        """Read one tensor; its shard stays memory-mapped until another shard is read."""
         from safetensors import safe_open
 
         shard = self._shard_of[name]
         if self._open is None or self._open[0] != shard:
-            self._open = None  # first, so that never two shards are mapped
+            self._open = None  # close the old shard first, so that two are never mapped
             self._open = (shard, safe_open(self.folder / shard, framework="pt"))
         tensor: torch.Tensor = self._open[1].get_tensor(self._stored_as.get(name, name))
         return tensor
 
     @cached_property
     def main_dtype(self) -> str:
-        """The floating-point dtype of most weights, by bytes; others, such as norms, may differ."""
+        """The floating-point dtype with the most bytes; some tensors, such as norms, may differ."""
         totals = dict.fromkeys(DTYPES.values(), 0)
         for name in self.names():
             if (dtype := self.dtype(name)) in totals:
@@ -136,7 +136,7 @@ class Checkpoint:
         return max(totals, key=lambda dtype: totals[dtype])
 
     def compute_dtype(self) -> torch.dtype:
-        """The dtype to compute in: bfloat16 for half-precision checkpoints, else as stored."""
+        """The dtype to compute in: bfloat16 for half precision, otherwise the stored dtype."""
         import torch
 
         half = self.main_dtype == "float16"
@@ -189,7 +189,7 @@ class Checkpoint:
         return _tokenizers[key]
 
     def _tokenizer_key(self) -> str:
-        """A digest of all files and fields that decide what the tokenizer is."""
+        """A digest of all files and config fields that define the tokenizer."""
         patterns = (*OF_TOKENIZERS, "*.model", "*.tiktoken")
         paths = sorted({path for pattern in patterns for path in self.folder.glob(pattern)})
         digests = {
@@ -208,7 +208,7 @@ class Checkpoint:
             raise UserError(
                 f"{self.folder} is quantized: pip install 'regrow[quantize]' to open it"
             )
-        # compressed-tensors draws progress bars that cannot be switched off.
+        # compressed-tensors prints progress bars that cannot be switched off.
         with redirect_stderr(io.StringIO()) if self.quantized else nullcontext():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(self.folder),
@@ -219,14 +219,14 @@ class Checkpoint:
                 **experts_option(dtype),
             )
             if self.quantized and not self.config["quantization_config"].get("dequantize"):
-                # Now, not at the first forward pass: the weights of the head are read without one.
+                # Do not wait for the first forward pass: the head's weights are read before it.
                 model.hf_quantizer.compressor.decompress_model(model)
         loaded: PreTrainedModel = model.to(device).eval()
         return loaded
 
 
 _tokenizers: dict[str, PreTrainedTokenizerBase] = {}
-"""The tokenizers that this process has read, by a digest of their files."""
+"""The tokenizers that this process has loaded, by a digest of their files."""
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -251,7 +251,7 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def experts_option(dtype: torch.dtype) -> dict[str, str]:
-    """The argument with which a stock class computes experts in `dtype`: not grouped in float64."""
+    """Loading arguments for experts in `dtype`: transformers cannot compute groups in float64."""
     import torch
 
     return {"experts_implementation": "eager"} if dtype == torch.float64 else {}
@@ -260,9 +260,9 @@ def experts_option(dtype: torch.dtype) -> dict[str, str]:
 def load(source: str | Path, quantized: bool = False) -> Checkpoint:
     """Open a Hugging Face folder, a hub id, a GGUF file or `package:NAME` (a GGUF in a package).
 
-    `quantized` also accepts a folder in compressed-tensors, to measure it. While the files of a
-    folder are unchanged, the same object is returned. Raises UserError, in one line, for what is
-    missing, broken or of a kind that is not supported.
+    `quantized` also accepts a folder in the compressed-tensors format, for evaluation. As long as
+    the files of a folder do not change, the same object is returned. Raises UserError, in one line,
+    for a model that is missing, broken or not supported.
     """
     from regrow.checkpoint.resolve import resolve_model
 
@@ -285,14 +285,14 @@ def load(source: str | Path, quantized: bool = False) -> Checkpoint:
 
 KEPT_OPEN = 8
 _opened: dict[tuple[str, Path], tuple[dict[str, identity.Stamp], Checkpoint]] = {}
-"""The checkpoints that this process opened last, each with the state of its files."""
+"""The checkpoints that this process opened most recently, each with the state of its files."""
 
 
 def save(model: PreTrainedModel, out: str | Path, like: Checkpoint) -> Path:
     """Write a model in memory as a Hugging Face folder, with the tokenizer files of `like`.
 
     Tied weights are written once. The folder appears only when it is complete. Raises UserError
-    when `out` is no folder, or is not empty.
+    when `out` is not a folder, or is not empty.
     """
     stage_dir.refuse_foreign(Path(out))
     out = stage_dir.output_folder(Path(out))
@@ -307,7 +307,7 @@ def save(model: PreTrainedModel, out: str | Path, like: Checkpoint) -> Path:
 
 
 def write_model(model: PreTrainedModel, folder: Path, like: Checkpoint) -> None:
-    """`save` without the rename, for a stage that writes into its own hidden folder."""
+    """Like `save`, but without the rename, for a stage that writes into its own hidden folder."""
     folder.mkdir(parents=True, exist_ok=True)
     stage_dir.require_space(folder, sum(p.numel() * p.element_size() for p in model.parameters()))
     model.config.__dict__.pop("auto_map", None)
@@ -323,11 +323,12 @@ def write(
     like: Checkpoint | None = None,
     max_shard_bytes: int | None = None,
 ) -> None:
-    """Write a Hugging Face folder from a stream of tensors, holding one at a time.
+    """Write a Hugging Face folder from a stream of tensors, with one tensor in memory at a time.
 
-    `layout` has the names of the stream in order, each with a tensor of that shape and dtype, which
-    may be on the meta device. Shards have at most `max_shard_bytes` (default: the largest shard of
-    `like`, else 5 GB). Tokenizer, chat template and generation config are copied from `like`.
+    `layout` maps the names of the stream, in order, to tensors of the same shape and dtype, which
+    may be on the meta device. A shard has at most `max_shard_bytes` (by default the size of the
+    largest shard of `like`, or 5 GB). Tokenizer, chat template and generation config are copied
+    from `like`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     limit = max_shard_bytes or (like.shard_bytes() if like else 5_000_000_000)
@@ -338,7 +339,7 @@ def write(
 
 
 def carry(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat templates, generation config and licences that `folder` lacks."""
+    """Copy tokenizer, chat templates, generation config and licences, unless `folder` has them."""
     for pattern in CARRIED:
         for path in source.glob(pattern):
             target = folder / path.relative_to(source)

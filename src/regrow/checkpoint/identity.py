@@ -1,9 +1,9 @@
 """The identity of a weight file: the SHA-256 of all its bytes.
 
-A digest is remembered while the file keeps its size, its inode and the times of its last change:
-in the process, and for large files in the cache folder, too. The system sets the time of the last
-change of an inode (ctime) itself, so a file that is changed in place is read again even when its
-size and its modification time are put back.
+A digest is cached as long as the file's size, inode and change times stay the same: in the process,
+and for large files also in the cache folder. The operating system itself sets the time of the last
+change of an inode (ctime), so a file that is changed in place is read again even if its size and
+modification time are restored.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from regrow.config import cache_folder
 from regrow.runtime.progress import Progress
 
 MEMORY = "hashes.json"
-"""The file in the cache folder that remembers the digests of large files."""
+"""The file in the cache folder with the digests of large files."""
 LARGE = 32 << 20
-"""Bytes of a file from which its digest is remembered on disk, not only in the process."""
+"""Size in bytes from which a file's digest is also cached on disk."""
 SETTLED = 0.1
-"""Seconds since a file's last change after which its times tell a further change apart."""
+"""Seconds after a file's last change from which a further change gives it other times."""
 CHUNK = 1 << 20
 NOT_FINITE = {
     "F64": ("u8", 0xFFE0 << 48),
@@ -34,21 +34,21 @@ NOT_FINITE = {
     "F16": ("u2", 0xF800),
     "BF16": ("u2", 0xFF00),
 }
-"""Per dtype its bits as a numpy integer, and the exponent of all ones that marks infinity and NaN,
-after a shift to the left by one that drops the sign."""
+"""For each dtype, the numpy integer of its width, and the exponent of all ones that marks infinity
+and NaN, shifted left by one bit to drop the sign."""
 
 Stamp = tuple[int, int, int, int]
 
 
 class Identity(NamedTuple):
-    """The SHA-256 of a file's bytes, and the first tensor with NaN or infinity in it, or ""."""
+    """The SHA-256 of a file's bytes, and the first tensor with NaN or infinity, or "" if none."""
 
     sha256: str
     not_finite: str = ""
 
 
 class Part(NamedTuple):
-    """A run of bytes of a file: a tensor with its name and stored dtype, or other bytes."""
+    """A range of bytes in a file: a tensor with its name and stored dtype, or other bytes."""
 
     size: int
     name: str = ""
@@ -59,7 +59,7 @@ _known: dict[str, tuple[Stamp, Identity]] = {}
 
 
 def of_weights(path: Path) -> Identity:
-    """The identity of a safetensors file, whose values are checked in the same pass.
+    """The identity of a safetensors file; the same pass checks its values.
 
     Raises UserError for a truncated or broken file.
     """
@@ -78,7 +78,7 @@ def stamp(path: Path) -> Stamp:
 
 
 def is_settled(changed: Stamp) -> bool:
-    """Whether the last change is old enough for the next one to have other times."""
+    """Whether the last change is old enough that the next change will have other times."""
     return time.time_ns() - max(changed[2:]) > SETTLED * 1e9
 
 
@@ -128,7 +128,7 @@ def _read(path: Path, parts: Iterator[Part]) -> Identity:
 
 
 def _fill(file: Any, chunk: memoryview) -> None:
-    """Read `chunk` full: an unbuffered read may end early."""
+    """Read until `chunk` is full, because an unbuffered read may return fewer bytes."""
     filled = 0
     while filled < len(chunk):
         count = file.readinto(chunk[filled:])
@@ -138,7 +138,7 @@ def _fill(file: Any, chunk: memoryview) -> None:
 
 
 def _is_finite(chunk: memoryview, dtype: str) -> bool:
-    """Whether all values are finite; true for dtypes other than those of plain weights."""
+    """Whether all values are finite; always true for dtypes of packed weights."""
     import numpy
 
     if dtype not in NOT_FINITE:
@@ -149,7 +149,7 @@ def _is_finite(chunk: memoryview, dtype: str) -> bool:
 
 
 def _entries() -> dict[str, Any]:
-    """What the cache folder remembers; nothing where it is missing or broken."""
+    """The digests in the cache folder; empty if the file is missing or broken."""
     try:
         entries = json.loads((cache_folder() / MEMORY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -166,11 +166,11 @@ def _load(key: str) -> dict[str, tuple[Stamp, Identity]]:
 
 
 def _store(key: str, changed: Stamp, identity: Identity) -> None:
-    """Add an entry and drop those of files that are gone; a lost entry costs one more reading."""
+    """Add an entry and drop those of deleted files; a lost entry only costs one more read."""
     path = cache_folder() / MEMORY
     partial = path.with_name(f"{MEMORY}.{os.getpid()}")
     entries = {name: entry for name, entry in _entries().items() if Path(name).exists()}
-    with suppress(OSError):  # a cache folder that cannot be written to
+    with suppress(OSError):  # the cache folder may not be writable
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps({**entries, key: [changed, identity]}), encoding="utf-8")
         partial.replace(path)

@@ -1,4 +1,4 @@
-"""A model's config.json: read, checked by transformers' classes, refused where not supported."""
+"""A model's config.json: read it, check it with transformers, and refuse unsupported models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; raises UserError when it is broken."""
+    """The content of a JSON file; raises UserError when it is not valid JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -62,9 +62,9 @@ def accept_config(
 ) -> PretrainedConfig | None:
     """The config as transformers reads it; None for a model_type that transformers does not know.
 
-    The model is made once without memory for its weights, since some errors show only then.
+    The model is built once without memory for its weights, because some errors only occur then.
     Raises UserError for a config that transformers refuses, and for kinds of models that are not
-    supported; `quantized` lets compressed-tensors pass.
+    supported; `quantized` accepts compressed-tensors.
     """
     _refuse_quantized(config, place, quantized)
     parts = [key for key in ("vision_config", "audio_config", "text_config") if config.get(key)]
@@ -86,7 +86,7 @@ def accept_config(
 
 
 def is_tied(config: dict[str, Any], stock: PretrainedConfig | None) -> bool:
-    """Whether the output head is the embedding, by the config or by the default of its class."""
+    """Whether the output head is tied to the embedding, by the config or its class's default."""
     return bool(config.get("tie_word_embeddings") if stock is None else stock.tie_word_embeddings)
 
 
@@ -138,7 +138,7 @@ def _stock_config(config: dict[str, Any], place: Path) -> PretrainedConfig | Non
 
 @lru_cache(maxsize=64)
 def _make(fields: str) -> PretrainedConfig:
-    """The stock config of a config.json, after a model was made of a copy of it."""
+    """The transformers config for a config.json, after a model was built from a copy of it."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 

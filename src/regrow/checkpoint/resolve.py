@@ -1,4 +1,4 @@
-"""Resolve a model's name: a folder, a hub id, a GGUF file, or one in an installed package."""
+"""Resolve a model's name: a folder, a hub id, a GGUF file, or a GGUF in an installed package."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _dequantize(path: Path, folder: Path) -> None:
     source = {"gguf_file": path.name, "local_files_only": True}
     with redirect_stderr(
         io.StringIO()
-    ):  # progress bars and hints of transformers that cannot be switched off
+    ):  # hides progress bars and hints that transformers always prints
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(path.parent), dtype=torch.float32, **source
@@ -84,7 +84,7 @@ def _dequantize(path: Path, folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **source)
         except (ValueError, OSError, KeyError, IndexError, NotImplementedError) as error:
             raise UserError(f"{path} cannot be read as GGUF: {_first_line(error)}") from None
-        # The weights are plain now: without these fields save_pretrained writes no quantizer.
+        # The weights are dequantized: drop the fields that make save_pretrained write a quantizer.
         model.hf_quantizer = None
         for marker in ("quantization_config", "_model_name_or_path"):
             model.config.__dict__.pop(marker, None)

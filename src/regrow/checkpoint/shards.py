@@ -1,8 +1,9 @@
-"""The safetensors files of a folder: their headers are read and checked, tensors written in turn.
+"""The safetensors files of a folder: read and check the headers, write tensors one by one.
 
-A file has 8 bytes with the length of the header, a header {name: {dtype, shape, data_offsets}} in
-JSON, and the bytes of the tensors without gaps. The safetensors package needs all tensors of a file
-in memory to write it; here a model larger than memory is written tensor by tensor.
+A file consists of 8 bytes with the length of the header, a JSON header
+{name: {dtype, shape, data_offsets}}, and the bytes of the tensors without gaps. The safetensors
+package needs all tensors of a file in memory to write it. This module writes tensor by tensor, so a
+model may be larger than memory.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8}
 BITS |= {"I64": 64, "I32": 32, "I8": 8, "U8": 8}
-"""Bits of the dtypes whose sizes are checked; Checkpoint.dtype refuses all others."""
+"""Bits per value of the dtypes whose sizes are checked; Checkpoint.dtype refuses all others."""
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""The dtypes that weights may have, as torch spells them."""
+"""The dtypes that weights may have, with torch's names."""
 PACKED = {"I64": "int64", "I32": "int32", "I8": "int8", "F8_E4M3": "float8_e4m3fn"}
-"""Further dtypes, of packed quantized weights."""
+"""Additional dtypes for packed quantized weights."""
 STORED = {torch_name: stored for stored, torch_name in {**DTYPES, **PACKED}.items()}
 ALIGNMENT = 8
 
@@ -63,10 +64,11 @@ def write_shards(
     tensors: Iterable[tuple[str, torch.Tensor]],
     max_bytes: int,
 ) -> None:
-    """Write a stream of tensors into files of at most `max_bytes`, with one tensor in memory.
+    """Write a stream of tensors to files of at most `max_bytes`, with one tensor in memory.
 
-    `layout` has the names of the stream in order, each with a tensor of that shape and dtype, which
-    may be on the meta device. A larger tensor gets a file for itself. Several files get an index.
+    `layout` maps the names of the stream, in order, to tensors of the same shape and dtype, which
+    may be on the meta device. A tensor larger than `max_bytes` gets its own file. If there are
+    several files, an index is written.
     """
     shards = _split(layout, max_bytes)
     stream = iter(tensors)
@@ -83,9 +85,10 @@ def write_shards(
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The files that hold the weights, as transformers chooses them.
+    """The weight files, chosen by the same rules as in transformers.
 
-    A single file comes before an index. Raises UserError for missing, broken or pickled ones.
+    A single file takes precedence over an index. Raises UserError for missing, broken or pickled
+    files.
     """
     if (folder / SINGLE).exists():
         return [SINGLE]
@@ -108,7 +111,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def read_header(path: Path) -> Header:
-    """The JSON header of a safetensors file; UserError when it does not fit itself or the file."""
+    """The JSON header of a safetensors file; raises UserError when the file is broken."""
     broken = UserError(f"{path} is truncated or no safetensors file: fetch or write it again")
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -127,7 +130,7 @@ def read_header(path: Path) -> Header:
 
 
 def _end_of_data(header: Header) -> int:
-    """Bytes of all tensors; ValueError for gaps, and for sizes that do not fit the shapes."""
+    """Bytes of all tensors; raises ValueError for gaps and for sizes that do not fit the shapes."""
     end = 0
     for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
         begin, stop = entry["data_offsets"]
@@ -139,7 +142,7 @@ def _end_of_data(header: Header) -> int:
 
 
 def _split(layout: Mapping[str, torch.Tensor], max_bytes: int) -> list[list[str]]:
-    """The names of each file."""
+    """The tensor names for each file."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in layout.items():
@@ -170,7 +173,7 @@ def _write_shard(
 
 
 def _header(layout: dict[str, torch.Tensor]) -> Header:
-    """Header entries; the widest dtypes come first, which aligns every tensor to its dtype."""
+    """Header entries, the widest dtypes first, so that every tensor is aligned to its dtype."""
     header: Header = {}
     end = 0
     for name, tensor in sorted(layout.items(), key=lambda item: -item[1].element_size()):

@@ -27,9 +27,9 @@ __all__ = [
 
 
 def get(model_type: str) -> Family:
-    """The table of the family `model_type`, the key of that name in a model's config.json.
+    """The table of a family; `model_type` is the value of that key in a model's config.json.
 
-    Raises UserError for a family that has no file here, with the names of all that have one.
+    Raises UserError, with the names of all families, for a family that has no file here.
     """
     known = plugins.names(__name__)
     if model_type not in known:
@@ -42,10 +42,10 @@ def get(model_type: str) -> Family:
 
 
 def of(checkpoint: Checkpoint) -> Family:
-    """The family of an opened checkpoint, whose config and tensors are checked against the table.
+    """The family of a checkpoint; its config and tensors are checked against the family's table.
 
-    Raises UserError for an unknown family, for tensors that do not fit it, and for a factor that
-    the table does not know.
+    Raises UserError for an unknown family, for tensors that do not fit it, and for a multiplier in
+    the config that the table cannot express.
     """
     model_type = checkpoint.config["model_type"]
     known = plugins.names(__name__)
@@ -57,13 +57,13 @@ def of(checkpoint: Checkpoint) -> Family:
         )
     family = get(checkpoint.config["model_type"])
     _check_multipliers(family, checkpoint)
-    if not checkpoint.quantized:  # whose tensors are packed, under other names
+    if not checkpoint.quantized:  # quantized tensors are packed and have other names
         family.check_tensors(checkpoint.config, checkpoint.shapes)
     return family
 
 
 def _check_multipliers(family: Family, checkpoint: Checkpoint) -> None:
-    """Refuse a factor in the forward pass that a table cannot express and repair would ignore."""
+    """Refuse a multiplier in the forward pass, which tables cannot express and repair ignores."""
     for key, value in checkpoint.config.items():
         plain = value is None or value == 1 or key in family.defaults
         if key.endswith(("_multiplier", "_multipliers")) and not plain:

@@ -1,4 +1,4 @@
-"""Rows that many families share, in the layout of Llama: attention, MLP, experts, and the rest.
+"""Table rows that many families share, in Llama's layout: attention, MLP, experts, norms, head.
 
 FAMILY = Family(model_type="mistral", **decoder(attention(), mlp()), defaults={...})
 """
@@ -10,9 +10,9 @@ from typing import Any
 from regrow.families._table import LayerKind, Tensor
 
 Rows = dict[str, Tensor]
-"""Rows of a layer, by their names in it: `mlp.down_proj.weight`."""
+"""Rows of a layer, by their names inside the layer: `mlp.down_proj.weight`."""
 Bias = bool | str
-"""Whether projections have a bias, or the config key that says so."""
+"""Whether projections have a bias, or the config key that decides it."""
 
 LAYER = "model.layers.{layer}."
 
@@ -20,7 +20,7 @@ LAYER = "model.layers.{layer}."
 def attention(
     qkv_bias: Bias = False, out_bias: Bias = False, qk_norm: bool = False, fused: bool = False
 ) -> Rows:
-    """The attention of a layer; `qk_norm`: norms over each head, `fused`: q, k, v in one tensor."""
+    """Rows of attention; `qk_norm`: norms over each head, `fused`: q, k, v in one tensor."""
     if fused:
         rows = _projection("qkv_proj", (("heads", "kv_heads", "kv_heads"), "hidden"), qkv_bias)
     else:
@@ -34,7 +34,7 @@ def attention(
 
 
 def mlp(bias: Bias = False, fused: bool = False, layers: LayerKind | None = None) -> Rows:
-    """The gated MLP of a layer; `fused`: gate and up in one tensor."""
+    """Rows of a gated MLP; `fused`: gate and up in one tensor."""
     if fused:
         rows = _projection("gate_up_proj", (("mlp", "mlp"), "hidden"), bias, layers)
     else:
@@ -51,7 +51,7 @@ def experts(
     down: str = "down_proj",
     layers: LayerKind | None = None,
 ) -> Rows:
-    """A router and its experts, by the names that their projections have on disk."""
+    """Rows of a router and its experts; the arguments are the names of the projections on disk."""
     inside = f"{module}.experts.{{expert}}."
     return {
         f"{module}.gate.weight": Tensor(("experts", "hidden"), layers=layers),
@@ -64,8 +64,8 @@ def experts(
 def decoder(attention: Rows, mlp: Rows, post_norms: bool = False) -> dict[str, Any]:
     """The fields tensors, observe, residual and post_norm of a family with these layers.
 
-    With `post_norms` attention and MLP each have a norm after them too, before the residual stream
-    (Gemma).
+    With `post_norms`, attention and MLP also have a norm after them, before the sum with the
+    residual stream (Gemma).
     """
     before_mlp = "pre_feedforward_layernorm" if post_norms else "post_attention_layernorm"
     norm = Tensor(("hidden",), norm=True)

@@ -1,7 +1,7 @@
-"""Parameters in the memory of transformers, and the tensors on disk that they are made of.
+"""Mapping between the parameters of a model in memory and the tensors on disk.
 
-Only experts differ: on disk each has its own tensors; in memory the tensors of all experts are
-stacked, and projections of the same input are concatenated.
+Only experts differ: on disk each expert has its own tensors; in memory the tensors of all experts
+are stacked, and projections with the same input are concatenated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def as_on_disk(family: Family, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's parameters under their names on disk; parts of a joined parameter are views."""
+    """A model's parameters by their names on disk; parts of a joined parameter are views."""
     tensors = {}
     for name, tensor in named.items():
         number = re.search(r"(?<=\.layers\.)\d+", name)
@@ -37,7 +37,7 @@ def as_on_disk(family: Family, named: Mapping[str, Tensor]) -> dict[str, Tensor]
 def in_memory(
     family: Family, config: dict[str, Any], layer: int, read: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each parameter of a layer in memory; `read` gives a tensor on disk."""
+    """Name and value of each in-memory parameter of a layer; `read` loads a tensor from disk."""
     import torch
 
     joined = {row for rows in family.memory.values() for row in rows}
@@ -59,10 +59,10 @@ def in_memory(
 
 
 def accept_disk_names(family: Family, model: PreTrainedModel) -> None:
-    """Let `model.load_state_dict` also take tensors under their names on disk.
+    """Let `model.load_state_dict` also accept tensors by their names on disk.
 
-    transformers' Trainer loads its checkpoints this way. It silently drops tensors that have
-    another name in memory, so the experts would keep their old weights.
+    The Trainer of transformers loads its checkpoints this way. It silently ignores tensors that
+    have another name in memory, so the experts would keep their old weights.
     """
     config = model.config.to_dict()
 

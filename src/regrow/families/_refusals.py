@@ -13,7 +13,7 @@ Sizes = dict[str, int]
 def check_sizes(family: Family, config: dict[str, Any], sizes: Sizes, multiple_of: int = 1) -> None:
     """Raise UserError when a model of this config cannot be cut to `sizes`, in units.
 
-    The rows of every changed dimension must be a multiple of `multiple_of`, for the target format.
+    The rows of every changed dimension must be a multiple of `multiple_of` (for quantization).
     """
     before = family.sizes(config)
     after = {**before, **sizes}
@@ -45,7 +45,7 @@ def can_have(family: Family, config: dict[str, Any], sizes: Sizes, multiple_of: 
 
 
 def _check_has(family: Family, dim: str, size: int, config: dict[str, Any]) -> None:
-    """Refuse to cut what no layer has: the MLP of a model whose MLPs are all in experts."""
+    """Refuse to cut a dimension that no layer has, such as the MLP when all layers have experts."""
     before = family.sizes(config).get(dim)
     if dim not in NAMED or dim in ("layers", "hidden", "vocab") or size == before:
         return
@@ -92,7 +92,7 @@ def _heads_problem(
 ) -> str | None:
     """Why a model cannot have these heads with this hidden size; None when it can.
 
-    transformers may refuse to load a model even where its head_dim is explicit.
+    transformers may refuse to load a model even if its head_dim is explicit.
     """
     heads, hidden = after["heads"], after["hidden"]
     if problem := _group_problem(before, after):
@@ -120,7 +120,7 @@ def _heads_problem(
 def _heads_error(
     family: Family, config: dict[str, Any], multiple_of: int, before: Sizes, after: Sizes
 ) -> UserError:
-    """The error for these heads, which names the size that was changed and advises legal ones."""
+    """The error for these heads; it names the size that was changed and suggests legal sizes."""
 
     def legal(dim: str, per_unit: int = 0) -> list[int]:
         sizes = [
@@ -137,7 +137,7 @@ def _heads_error(
         advice = f"leave it at {before['hidden']}, or change the heads with it"
         return UserError(f"hidden_size {hidden} with {heads} heads: {problem}; {advice}")
     options = legal("heads")
-    if heads == group * kv_heads != before["heads"]:  # as many as a cut of KV heads alone leaves
+    if heads == group * kv_heads != before["heads"]:  # as many as a cut of only KV heads leaves
         advice = _advice(legal("kv_heads", group), before["kv_heads"])
         if options:
             advice += f", or give num_attention_heads {' or '.join(map(str, options))} with it"

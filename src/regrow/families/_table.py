@@ -1,4 +1,4 @@
-"""The table of a family: its rows, and the shapes, counts and legal sizes that follow from them.
+"""The table of a family: its rows, and functions for shapes, counts and legal sizes.
 
 A row gives the name of a tensor and the named dimensions of its axes. The dimensions of a decoder,
 counted in units:
@@ -34,9 +34,9 @@ CONFIG_KEYS = {
     "vocab": "vocab_size",
 }
 NAMED = {**CONFIG_KEYS, "experts": "num_experts", "expert_mlp": "moe_intermediate_size"}
-"""Name of each dimension's size for users."""
+"""The name of each dimension's size in options and messages."""
 GROUPED = 8
-"""transformers multiplies all experts at once, for which rows must be a multiple of 16 bytes: 8
+"""transformers multiplies all experts at once, so their rows must be a multiple of 16 bytes: 8
 values in half precision."""
 PER_LAYER: dict[str, Literal["each", "ids", "count"]] = {
     "layer_types": "each",
@@ -47,22 +47,22 @@ PER_LAYER: dict[str, Literal["each", "ids", "count"]] = {
 
 
 LayerKind = Literal["sparse", "dense"]
-"""Layers with experts, and layers with an ordinary MLP between them."""
+"""A layer with experts (sparse) or with an ordinary MLP (dense)."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One row of a table: the dimension behind each axis of a tensor."""
+    """One row of a table: the dimension of each axis of a tensor."""
 
     axes: tuple[str | tuple[str, ...], ...]
-    """Per axis its dimension, or the dimensions of its fused parts in order."""
+    """For each axis its dimension, or the dimensions of its fused parts in order."""
     when: str | None = None
-    """Config key that must be true for the tensor to exist; "!key" for one that must be false."""
+    """The tensor exists only if this config key is true, or false for "!key"."""
     norm: bool = False
-    """Whether it is the weight of an RMSNorm over `hidden`, which averages over fewer channels
-    after a cut and takes the factor sqrt(old / new)."""
+    """Whether it is the weight of an RMSNorm over `hidden`. After a cut the norm averages over
+    fewer channels, so its weight is multiplied by sqrt(old / new)."""
     layers: LayerKind | None = None
-    """The kind of layer that has the tensor, where some have experts and some an ordinary MLP."""
+    """The kind of layer that has the tensor, in models with both kinds; None means every layer."""
 
     def has(self, dim: str) -> bool:
         """Whether the dimension is an axis of the tensor, or part of one."""
@@ -70,7 +70,7 @@ class Tensor:
 
 
 class TensorRef(NamedTuple):
-    """A tensor: its row of the table, and the layer and the expert in its name."""
+    """One tensor: its row in the table, and the layer and expert numbers in its name."""
 
     template: str
     layer: int | None = None
@@ -101,59 +101,59 @@ def unit_rows(dim: str, sizes: dict[str, int]) -> int:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: its tensors by their names on disk, and where their dimensions are read."""
+    """A model family: its tensors, by name on disk, and the modules that use their dimensions."""
 
     model_type: str
-    """`model_type` in config.json, and the name of the file."""
+    """`model_type` in config.json, and the name of the family's Python file."""
     tensors: dict[str, Tensor]
-    """Every tensor a checkpoint can hold, by its name with {layer} for the layer's number and
-    {expert} for the expert's."""
+    """Every tensor that a checkpoint can have, by its name with {layer} for the layer's number and
+    {expert} for the expert's number."""
     observe: dict[str, tuple[str, ...]]
-    """Per dimension the modules to observe: their input for mlp and heads, their output for hidden;
-    for experts the module that receives tokens, chosen experts and the router's weights."""
+    """For each dimension, the modules to observe: their input for mlp and heads, their output for
+    hidden; for experts the module that receives tokens, chosen experts and router weights."""
     residual: dict[str, str]
     """For mlp (or experts) and heads, the module whose input is the stream that they add to."""
     post_norm: dict[str, str] = field(default_factory=dict, kw_only=True)
-    """Per dimension the norm between the last projection and the stream, if any."""
+    """For each dimension, the norm between the last projection and the stream, if there is one."""
     defaults: dict[str, Any]
-    """The values of transformers for keys that config.json may lack (None: derived)."""
+    """Defaults of transformers for keys that config.json may omit (None: derived from others)."""
     norm_offset: float = 0.0
     """The number that the model adds to a stored norm weight (Gemma: 1)."""
     scaled_embedding: bool = False
     """Whether the model multiplies its embedding by sqrt(hidden_size) (Gemma)."""
     config_keys: dict[str, str] = field(default_factory=lambda: dict(CONFIG_KEYS))
-    """Config key behind each dimension."""
+    """The config key of each dimension."""
     per_layer_config: Mapping[str, Literal["each", "ids", "count"]] = field(
         default_factory=lambda: dict(PER_LAYER)
     )
-    """Config keys that follow the kept layers: a list with an entry for each, a list of layer ids,
-    or a count of the first layers."""
+    """Config keys that a cut of layers changes: a list with an entry for each layer, a list of
+    layer ids, or a count of the first layers."""
     sliding_period: tuple[str, int] | None = None
-    """Config key and default of the period n where every nth layer has full attention, the others
-    a sliding window, when the config lists no layer_types."""
+    """Config key and default of the period n: every nth layer has full attention, the others have a
+    sliding window. It is used when the config has no layer_types."""
     heads_divide_hidden: bool = False
-    """Whether transformers refuses a hidden_size that is no multiple of the number of heads."""
+    """Whether transformers refuses a hidden_size that is not a multiple of the number of heads."""
     rope_factors_follow_hidden: bool = False
     """Whether transformers checks the length of long-RoPE factors against hidden_size / heads."""
     memory: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Parameters that differ in memory: by their name in memory the templates of their parts, which
-    are concatenated; the parts of all experts are stacked."""
+    """Parameters that transformers stores differently in memory: for each name in memory, the
+    templates of the parts on disk. The parts are concatenated, and those of all experts stacked."""
     dense_layers: tuple[str, str] | None = None
-    """Config keys, in a mixture of experts, of the ids of layers without experts, and of the period
-    n where only every nth layer has them."""
+    """Two config keys of a mixture of experts: the ids of layers without experts, and the period n
+    if only every nth layer has experts."""
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Other names under which a config.json may have a key."""
+    """Other names that a config.json may use for a key."""
     gguf: str | None = None
-    """llama.cpp's architecture for it, the GGUF key general.architecture; None when it has none."""
+    """llama.cpp's name for the family (GGUF key general.architecture); None if not supported."""
     embedding: str = "model.embed_tokens.weight"
     """Name of the token embedding [vocab, hidden]."""
     final_norm: str = "model.norm.weight"
-    """Name of the norm before the head."""
+    """Name of the norm before the output head."""
     head: str = "lm_head.weight"
-    """Name of the head [vocab, hidden]; absent when tied to the embedding."""
+    """Name of the output head [vocab, hidden]; absent when tied to the embedding."""
 
     def value(self, config: dict[str, Any], key: str) -> Any:
-        """`config[key]`, or the default of transformers where config.json lacks it.
+        """`config[key]`, or the default of transformers if config.json has no such key.
 
         Raises UserError when there is no default.
         """
@@ -165,9 +165,9 @@ class Family:
         return self.defaults[key]
 
     def sizes(self, config: dict[str, Any]) -> dict[str, int]:
-        """Units per dimension, and head_dim in rows, as transformers reads them from a config.
+        """Number of units per dimension, and head_dim, as transformers reads them from a config.
 
-        Raises UserError when config.json lacks a size.
+        Raises UserError when a size is missing in config.json.
         """
         raw = {dim: self.value(config, key) for dim, key in self.config_keys.items()}
         if raw["kv_heads"] is None:
@@ -176,7 +176,7 @@ class Family:
         return {dim: int(size) for dim, size in raw.items()}
 
     def exists(self, row: Tensor, config: dict[str, Any]) -> bool:
-        """Whether a checkpoint with this config holds the row's tensor."""
+        """Whether a checkpoint with this config has the tensor of this row."""
         if row.when is None:
             return True
         wanted = not row.when.startswith("!")
@@ -191,7 +191,7 @@ class Family:
         return sorted(layers)
 
     def _layers(self, kind: LayerKind | None, config: dict[str, Any]) -> list[int]:
-        """Ids of the layers of a kind, None for all."""
+        """Ids of the layers of one kind; None means all layers."""
         every = range(int(self.value(config, self.config_keys["layers"])))
         if kind is None or self.dense_layers is None:
             return list(every)
@@ -206,7 +206,7 @@ class Family:
         layers: Iterable[int] | None = None,
         experts: Iterable[int] | None = None,
     ) -> Iterator[TensorRef]:
-        """Every tensor of a row of the table, in these layers and experts or in all."""
+        """Every tensor of a table row, in the given layers and experts (by default in all)."""
         row = self.tensors[template]
         if not self.exists(row, config):
             return
@@ -234,15 +234,15 @@ class Family:
         }
 
     def count(self, config: dict[str, Any], sizes: dict[str, int] | None = None) -> int:
-        """Parameters of a model, tied weights once; `sizes` override those of the config.
+        """Number of parameters, tied weights counted once; `sizes` override those of the config.
 
-        With fewer layers, and only some of them with experts, those count as often as before.
+        When layers are cut and only some have experts, their share is assumed to stay the same.
         """
         full = {**self.sizes(config), **(sizes or {})}
         return self._count(config, full, full.get("experts", 0))
 
     def copies(self, template: str, config: dict[str, Any], sizes: dict[str, int]) -> int:
-        """Tensors of a row of the table in a model of these sizes, all of them given."""
+        """Number of tensors of a table row in a model of these sizes; `sizes` must be complete."""
         if "{layer}" not in template:
             return 1
         having = len(self._layers(self.tensors[template].layers, config))
@@ -251,7 +251,7 @@ class Family:
         return layers * (sizes["experts"] if "{expert}" in template else 1)
 
     def active(self, config: dict[str, Any]) -> int:
-        """Parameters that one token runs through: of the experts only those its router chooses."""
+        """Number of parameters that one token uses; only chosen experts are counted."""
         full = self.sizes(config)
         run = int(self.value(config, "num_experts_per_tok")) if "experts" in full else 0
         return self._count(config, full, run)
@@ -260,7 +260,7 @@ class Family:
         before = int(self.value(config, self.config_keys["layers"]))
         kinds: tuple[LayerKind | None, ...] = (None, "sparse", "dense")
         having = {kind: len(self._layers(kind, config)) for kind in kinds}
-        total = 0  # times the layers there were
+        total = 0  # multiplied by the number of layers before the cut
         for template, row in self.tensors.items():
             if self.exists(row, config):
                 each = math.prod([rows(axis, full) for axis in row.axes])
@@ -270,7 +270,7 @@ class Family:
         return (total + before // 2) // before
 
     def find(self, name: str) -> TensorRef | None:
-        """The row, layer and expert of a tensor's name; None where no row has such a name."""
+        """The row, layer and expert of a tensor's name; None if no row has such a name."""
         for template, pattern in self._patterns.items():
             if match := pattern.fullmatch(name):
                 ids = {key: int(value) for key, value in match.groupdict().items()}
@@ -304,9 +304,9 @@ class Family:
         ]
 
     def norm_before(self, template: str) -> str | None:
-        """Template of the norm whose output a projection of this row reads; None for another row.
+        """Template of the norm whose output a row's projection reads; None if it reads no norm.
 
-        Such a projection has hidden as its second axis: in attention, MLP, router, expert, or head.
+        Such projections (in attention, MLP, router, expert, head) have hidden as second axis.
         """
         row = self.tensors[template]
         if len(row.axes) != 2 or row.axes[1] != "hidden" or template == self.embedding:
@@ -317,9 +317,9 @@ class Family:
         return self.residual[part] + ".weight"
 
     def step(self, dim: str, config: dict[str, Any], multiple_of: int = 1, **sizes: int) -> int:
-        """Units of which `dim` must be a multiple, so that its rows are one of `multiple_of`.
+        """The number of units of `dim` must be a multiple of this, so its rows fit `multiple_of`.
 
-        `sizes` override those of the config (of another dimension, for a joint cut).
+        `sizes` override those of the config, for a joint cut with another dimension.
         """
         full = {**self.sizes(config), **sizes}
         if "experts" in full and dim in ("hidden", "expert_mlp"):

@@ -1,4 +1,4 @@
-"""Llama 1 to 3, SmolLM2, and the many models that call themselves llama."""
+"""Llama 1 to 3, SmolLM2, and all other models whose model_type is llama."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistral 7B and its kin: Llama's layout, no biases, one window for all layers."""
+"""Mistral 7B and similar models: Llama's layout, no biases, one sliding window for all layers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Mixtral: Mistral's attention, and in every layer experts that a router chooses among.
+"""Mixtral: Mistral's attention, and a router with experts in every layer.
 
-On disk each expert has its tensors, w1 the gate, w3 the up and w2 the down projection; transformers
-stacks them in memory.
+On disk each expert has its own tensors: w1 is the gate, w3 the up and w2 the down projection.
+transformers stacks them in memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Qwen 3: no fixed biases, RMSNorm on each query and key head.
 
-q_norm and k_norm share rms_norm_eps with the norms over hidden: a cut of hidden changes it for them
-too, which is harmless while eps is far below the mean square of a head.
+q_norm and k_norm use the same rms_norm_eps as the norms over hidden. A cut of hidden changes it for
+them too, which is harmless as long as eps is far below the mean square of a head.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Qwen 3 mixtures of experts: Qwen 3's attention; experts in all layers or in some.
 
-On disk each expert has its tensors; transformers stacks them in memory. q_norm and k_norm share
-rms_norm_eps with the norms over hidden: a cut of hidden changes it for them too, which is harmless
-while eps is far below the mean square of a head.
+On disk each expert has its own tensors; transformers stacks them in memory. q_norm and k_norm use
+the same rms_norm_eps as the norms over hidden. A cut of hidden changes it for them too, which is
+harmless as long as eps is far below the mean square of a head.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Cutting a model: which units stay, the cut from disk to disk, and the repair of what is left."""
+"""Prune a model: choose the units to keep, cut from disk to disk, and repair the cut model."""

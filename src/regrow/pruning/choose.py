@@ -1,4 +1,4 @@
-"""Choose which units are kept: the best-scored ones, by layer, in their old order."""
+"""Choose the units to keep: in each layer those with the highest scores, in their old order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Sizes = dict[str, int]
 
 
 def full_sizes(family: Family, before: Sizes, sizes: Sizes) -> Sizes:
-    """All dimensions after a cut to `sizes`; with KV heads alone their query heads are cut too."""
+    """All sizes after a cut to `sizes`; a cut of only KV heads also cuts their query heads."""
     after = {**before, **sizes}
     if "kv_heads" in sizes and "heads" not in sizes:
         after["heads"] = before["heads"] // before["kv_heads"] * sizes["kv_heads"]
@@ -33,11 +33,11 @@ def choose(
     multiple_of: int = 1,
     expert_criterion: str | None = None,
 ) -> Plan:
-    """A plan that keeps the `sizes` best-scored units of each dimension.
+    """A plan that keeps the highest-scoring units of each dimension, as many as `sizes` says.
 
-    Query heads are ranked inside their KV head, and channels of an expert inside the expert;
-    experts by `expert_criterion`, if it is given. Raises UserError for a shape that the model
-    cannot have, or a criterion without scores.
+    Query heads are ranked inside their KV head, and channels of an expert inside the expert.
+    Experts are ranked by `expert_criterion`, by default `criterion`. Raises UserError for a shape
+    that the model cannot have, and for a criterion without scores.
     """
     before = family.sizes(checkpoint.config)
     after = full_sizes(family, before, sizes)
@@ -75,13 +75,13 @@ def choose(
 
 
 def best(scores_n: Tensor, count: int) -> list[int]:
-    """Ids of the `count` highest scores, ascending; of equal scores the lower id is kept."""
+    """Ids of the `count` highest scores, ascending; among equal scores the lower id is kept."""
     order = scores_n.argsort(descending=True, stable=True)
     return sorted(order[:count].tolist())
 
 
 def best_heads(scores_n: Tensor, kv_heads: list[int], group: int, keep: int) -> list[int]:
-    """The `keep` best query heads of each of `kv_heads`, each of which reads `group` of them."""
+    """The `keep` best query heads of each KV head, which is shared by `group` query heads."""
     kept = []
     for kv in kv_heads:
         kept += [kv * group + head for head in best(scores_n[kv * group : (kv + 1) * group], keep)]
@@ -100,7 +100,7 @@ def _per_layer(
 
 
 def _layers(profile: Profile, criterion: str, before: Sizes, after: Sizes) -> list[int]:
-    """The kept layers, all of them where none is cut."""
+    """The kept layers; all layers when depth is not cut."""
     if after["layers"] == before["layers"]:
         return list(range(before["layers"]))
     depth = profile.scores(criterion, "layers")["all"]

@@ -19,14 +19,14 @@ SIZES = {
     "experts": "num_experts",
     "expert_mlp": "moe_intermediate_size",
 }
-"""Field of each dimension."""
+"""The config field of each dimension."""
 TARGETS = ("keep_params", "max_bytes", "max_ram", "max_prefill_ms", "max_decode_ms")
-"""Fields that leave the shape open."""
+"""The fields that set a target and leave the shape to a search."""
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 def bytes_of(text: str) -> int:
-    """Bytes of `90MB`, `1.5GiB` or `90000000`; raises ValueError for anything else."""
+    """The number of bytes in `90MB`, `1.5GiB` or `90000000`; raises ValueError for other text."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([kmg]i?)?b?\s*", str(text).lower())
     if match is None or float(match[1]) <= 0:
         raise ValueError("give a size such as 90MB, 1.5GiB or 90000000")
@@ -34,7 +34,7 @@ def bytes_of(text: str) -> int:
 
 
 def _size(value: object) -> object:
-    """A size as text, checked; YAML gives plain numbers as such."""
+    """Check a size and return it as text; YAML may parse it as a number."""
     if value is None:
         return None
     bytes_of(str(value))
@@ -45,51 +45,51 @@ Size = Annotated[str, BeforeValidator(_size)]
 
 
 class PruneConfig(Config):
-    """A target for which a shape is searched (several targets must all be met), or explicit sizes,
-    or a plan from a file."""
+    """A target for a shape search (several targets must all be met), or explicit sizes, or a plan
+    from a file."""
 
     keep_params: float | None = Field(default=None, gt=0, lt=1)
-    """Share of the parameters to keep (tied weights once); the shape is chosen among candidates."""
+    """Share of the parameters to keep, tied weights counted once; a search chooses the shape."""
     max_bytes: Size | None = None
     """Upper limit on the bytes of the model's tensors in `format`, such as 90MB or 1.5GiB."""
     max_ram: Size | None = None
     """Upper limit on the bytes of weights in `format`, KV cache and activations at `context_length`
     tokens."""
     max_prefill_ms: float | None = Field(default=None, gt=0)
-    """Upper limit on the milliseconds to read a prompt of `prompt_tokens`, on this machine."""
+    """Upper limit on the milliseconds to process a prompt of `prompt_tokens`, on this machine."""
     max_decode_ms: float | None = Field(default=None, gt=0)
     """Upper limit on the milliseconds per generated token after that prompt, on this machine."""
     format: str = "bf16"
-    """Format that bytes are counted in: bf16, int8, int4-g128, q8_0, q4_0, q4_k_m, …."""
+    """Weight format for counting bytes: bf16, int8, int4-g128, q8_0, q4_0, q4_k_m, …."""
     context_length: int = Field(default=2048, ge=1)
-    """Tokens in the KV cache for max_ram."""
+    """Number of tokens in the KV cache for max_ram."""
     prompt_tokens: int = Field(default=512, ge=1)
-    """Tokens of the prompt for latencies."""
+    """Number of prompt tokens for latency measurements."""
     num_candidates: int = Field(default=8, ge=1)
     """Shapes to try for a target: up to 8 from a fixed list, more from a grid of all dimensions."""
     halving_tokens: int = Field(default=0, ge=0)
-    """Distil the best few shapes on so many tokens, the better half on twice as many, and so on; 0
-    chooses without training."""
+    """Distil the best few shapes on this many tokens, the better half on twice as many, and so on;
+    0 chooses without training."""
     halving_shapes: int = Field(default=4, ge=2)
-    """Shapes in the first round of distillations."""
+    """Number of shapes in the first round of distillations."""
     num_layers: int | None = None
-    """Layers to keep."""
+    """Number of layers to keep."""
     hidden_size: int | None = None
-    """Channels of the residual stream to keep."""
+    """Number of channels of the residual stream to keep."""
     intermediate_size: int | None = None
-    """MLP channels to keep in every layer."""
+    """Number of MLP channels to keep in every layer."""
     num_attention_heads: int | None = None
-    """Query heads to keep in every layer, the same number for each key/value head."""
+    """Number of query heads to keep in every layer, equally many for each key/value head."""
     num_key_value_heads: int | None = None
-    """Key/value heads to keep in every layer."""
+    """Number of key/value heads to keep in every layer."""
     vocab_size: int | None = None
-    """Tokens to keep, by their count in the calibration text; the tokenizer is cut too."""
+    """Number of tokens to keep, by counts in the calibration text; the tokenizer is cut too."""
     num_experts: int | None = None
-    """Experts to keep in every layer that has experts."""
+    """Number of experts to keep in every layer that has experts."""
     moe_intermediate_size: int | None = None
-    """Channels to keep inside every expert."""
+    """Number of channels to keep inside every expert."""
     plan: str | None = None
-    """A plan.json to apply instead of choosing."""
+    """Path of a plan.json to apply, instead of choosing units by importance."""
     allow_sibling: bool = False
     """Apply a plan that was made for a sibling: another checkpoint of the same family and sizes,
     such as this model before or after fine-tuning."""
@@ -98,19 +98,19 @@ class PruneConfig(Config):
     criterion: str = "activation_l2"
     """Importance criterion for widths, one of the profile's criteria."""
     expert_criterion: str | None = None
-    """Importance criterion for experts; None: the one for widths."""
+    """Importance criterion for experts; None uses the criterion for widths."""
     layer_criterion: str = "block_influence"
     """Importance criterion for whole layers."""
     repair: bool = True
-    """Re-solve, without training, the layers that read a pruned dimension. The result is kept where
-    the whole model comes nearer to the dense one on validation text."""
+    """Re-solve the projections that read a pruned dimension, without training. The result is kept
+    only if it brings the whole model closer to the dense model on validation text."""
     repair_method: str = "sequential"
-    """sequential: layer after layer, on the profile's text as it runs through the cut model; gram:
-    all at once, on the profile's Gram matrices."""
+    """sequential: one layer after another, by running the profile's text through the cut model;
+    gram: all layers at once, from the profile's Gram matrices."""
     repair_tokens: int = Field(default=131072, ge=1)
-    """Upper limit on the tokens of the profile's text for a sequential repair."""
+    """Maximum number of tokens of the profile's text for a sequential repair."""
     repair_upstream: float = Field(default=1.0, ge=0, le=1)
-    """Share of the error of earlier layers that a sequential repair compensates in each layer."""
+    """Share of the error of earlier layers that a sequential repair corrects in each layer."""
 
     @field_validator("allow_sibling")
     @classmethod
@@ -121,12 +121,12 @@ class PruneConfig(Config):
 
     @property
     def timed(self) -> bool:
-        """Whether a latency is asked for."""
+        """Whether the config limits a latency."""
         return self.max_prefill_ms is not None or self.max_decode_ms is not None
 
     @property
     def searches(self) -> bool:
-        """Whether the shape is left open."""
+        """Whether the config sets a target, so that the shape must be searched for."""
         return any(getattr(self, name) is not None for name in TARGETS)
 
     def sizes(self) -> dict[str, int]:

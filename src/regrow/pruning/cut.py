@@ -1,8 +1,8 @@
-"""Cut a model to a plan: select each tensor's axes by the names of their dimensions.
+"""Cut a model to a plan: select the kept units along the named axes of each tensor.
 
-Where the units that go are zero, the cut model computes the same as before. For hidden that takes
-more than selection. RMSNorm (Zhang and Sennrich 2019), y = w·x / sqrt(Σx²/d + eps), over the kept
-channels divides by d_new instead of d_old, so y stays the same when
+If the dropped units are zero, the cut model computes the same output as before. For hidden,
+selection alone is not enough. RMSNorm (Zhang and Sennrich 2019), y = w·x / sqrt(Σx²/d + eps), then
+divides by d_new instead of d_old, so y stays the same only with
 
     w' = w · sqrt(d_old / d_new)        eps' = eps · d_old / d_new
 """
@@ -30,7 +30,7 @@ from regrow.pruning.tokenizer import cut_ids, ids_named, read_rules, write_token
 from regrow.runtime.precision import widen
 
 Replace = Callable[[str, Tensor], Tensor]
-"""(name in the parent, cut tensor) → the tensor to put in its place, of its shape and dtype."""
+"""(name in the parent, cut tensor) → a replacement of the same shape and dtype."""
 
 
 def check(plan: Plan, family: Family, config: dict[str, Any]) -> None:
@@ -59,8 +59,8 @@ def cut(
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the cut model, one by one, under their new names; `config` is the parent's.
 
-    `replace` may put other values in place of a cut tensor (repair). Raises UserError for a plan
-    or a tensor that does not fit the family.
+    `replace` may substitute other values for a cut tensor (repair). Raises UserError for a plan or
+    a tensor that does not fit the family.
     """
     check(plan, family, config)
     for name, tensor in tensors:
@@ -82,10 +82,10 @@ def cut_tensor(
     config: dict[str, Any],
     select: Callable[[Tensor, int, Tensor], Tensor] = torch.index_select,
 ) -> tuple[str, Tensor] | None:
-    """One tensor's new name and kept part; None when it goes with its layer or expert, or is tied.
+    """A tensor's new name and kept part; None if its layer or expert is dropped, or if it is tied.
 
-    `select` takes (tensor, axis, index). A tensor of which everything is kept is returned as it is,
-    not copied. Raises UserError for a name that the family's table lacks.
+    `select` takes (tensor, axis, index). A tensor that is kept completely is returned without
+    a copy. Raises UserError for a name that the family's table lacks.
     """
     renamed = new_name(name, plan, family, config)
     if renamed is None:
@@ -99,7 +99,7 @@ def cut_tensor(
 
 
 def cut_config(config: dict[str, Any], plan: Plan, family: Family) -> dict[str, Any]:
-    """The cut model's config.json: new widths, explicit head_dim, entries of kept layers only."""
+    """The cut model's config.json: new widths, explicit head_dim, and only the kept layers."""
     new = copy.deepcopy(config)
     for dim, key in family.config_keys.items():
         known = [name for name in (key, family.aliases.get(key, key)) if name in config]
@@ -131,7 +131,7 @@ def cut_folder(
     plan.check_fingerprint(checkpoint)
     check(plan, family, config)
     if plan.vocab is not None and checkpoint.has_tokenizer:
-        read_rules(checkpoint)  # refuses one that cannot be cut, before the slow work
+        read_rules(checkpoint)  # raises, before the slow work, if it cannot be cut
     family.check_tensors(config, checkpoint.shapes)
     names = [n for n in checkpoint.names() if new_name(n, plan, family, config) is not None]
     layout = dict(cut(((name, checkpoint.meta(name)) for name in names), plan, family, config))
@@ -147,7 +147,7 @@ def cut_model(
     replace: Replace | None = None,
     family: Family | None = None,
 ) -> PreTrainedModel:
-    """A cut copy of a model in memory, on its device, in eval mode; shares no weights with it.
+    """A cut copy of a model in memory, on the same device, in eval mode, with its own weights.
 
     `family` defaults to the model's own. Raises UserError when the plan does not fit.
     """
@@ -185,9 +185,9 @@ def cut_layers(
     replace: Replace | None = None,
     like: LayerByLayer | None = None,
 ) -> LayerByLayer:
-    """The cut model, of which one layer at a time is in memory.
+    """The cut model, with one layer at a time in memory.
 
-    `like` is the dense model, whose embedding is shared where the plan leaves it as it is.
+    `like` is the dense model; its embedding is shared if the plan does not change it.
     """
     config = checkpoint.config
     parents: dict[str, str] = {}
@@ -220,7 +220,7 @@ def _find(name: str, family: Family) -> TensorRef:
 
 
 def new_name(name: str, plan: Plan, family: Family, config: dict[str, Any]) -> str | None:
-    """What a tensor is called after the cut; None when its layer is dropped or it is a tied head.
+    """A tensor's name after the cut; None if its layer is dropped or if it is a tied head.
 
     Raises UserError for a name that the family's table lacks.
     """
@@ -241,7 +241,7 @@ def new_name(name: str, plan: Plan, family: Family, config: dict[str, Any]) -> s
 
 
 def _index(dims: tuple[str, ...], place: TensorRef, plan: Plan) -> Tensor | None:
-    """Rows kept of an axis made of these dimensions in a row; None for all."""
+    """The kept rows of an axis that concatenates these dimensions; None if all are kept."""
     kept = [plan.kept(dim, place.layer, place.expert) for dim in dims]
     if all(ids is None for ids in kept):
         return None
@@ -257,11 +257,11 @@ def _index(dims: tuple[str, ...], place: TensorRef, plan: Plan) -> Tensor | None
 def _rescaled(
     template: str, tensor: Tensor, plan: Plan, family: Family, config: dict[str, Any]
 ) -> Tensor:
-    """The tensor times the factor of the module's docstring, where it has one.
+    """The tensor times its factor from the module's docstring, if it has one.
 
-    Gemma multiplies its embedding by sqrt(hidden_size). So the embedding takes the same factor as
-    the norms, and the residual stream equals the dense model's kept channels. A tied head then
-    multiplies the logits by that factor, and the final norm takes none.
+    Gemma multiplies its embedding by sqrt(hidden_size). The embedding is therefore scaled by the
+    same factor as the norms, so that the residual stream equals the kept channels of the dense
+    model. A tied head then multiplies the logits by that factor, so the final norm is not scaled.
     """
     row = family.tensors[template]
     scaled_head = family.scaled_embedding and bool(family.value(config, "tie_word_embeddings"))
@@ -290,7 +290,7 @@ def _follow_layers(new: dict[str, Any], layers: list[int], count: int, family: F
             new.pop(key, None)
             new.pop(f"_{key}", None)
     if family.dense_layers is not None:
-        # Every nth layer has experts: not of the layers that are left, so that they are listed.
+        # Every nth layer of the parent has experts. After the cut the rule fails: list the ids.
         ids, period = family.dense_layers
         sparse = family.layers_of("experts", {**new, family.config_keys["layers"]: count})
         new.update({ids: [n for n in range(count) if n not in sparse], period: 1})
@@ -307,7 +307,7 @@ def _follow_layers(new: dict[str, Any], layers: list[int], count: int, family: F
 
 
 def _refuse_untied(state: dict[str, Tensor], family: Family, config: dict[str, Any]) -> None:
-    """Refuse a config that ties a head with its own values, which would be lost silently."""
+    """Refuse a tied config whose head has values of its own, which would be lost silently."""
     tied = not family.exists(family.tensors[family.head], config)
     if not tied or family.head not in state:
         return

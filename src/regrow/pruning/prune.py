@@ -1,4 +1,4 @@
-"""The prune stage: a checkpoint and its profile in, a smaller checkpoint out."""
+"""The prune stage: it reads a checkpoint and its profile and writes a smaller checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from regrow.pruning.vocabulary import check_vocab_size
 from regrow.runtime.progress import say
 from regrow.stage_dir import Figure, StageDir, digest, refuse_input, require_space, write_json
 
-DEEP = 0.6  # share of the parameters below which one round is too much (Minitron: a third a round)
+DEEP = 0.6  # below this share of the parameters, one round cuts too much (Minitron: 1/3 a round)
 RUN_BYTES = 500_000_000
 
 
@@ -41,11 +41,11 @@ def prune_to_sizes(
 ) -> Path:
     """Cut a checkpoint, tensor by tensor from disk to disk, to explicit sizes or a given plan.
 
-    A repair is applied only where it brings the cut model nearer to the dense one on text that it
-    was not fitted on. `extra` (the table of a shape search) is written beside the plan, `search` is
-    a digest of the search. A model that is itself the result of a cut gets a second plan, in the
-    ids of the first model. Raises UserError for an impossible shape, a profile or plan of another
-    model, or a missing input.
+    A repair is applied only if it brings the cut model closer to the dense model on text that was
+    not used to fit it. `extra` (the table of a shape search) is written next to the plan; `search`
+    is a digest of the search. If the model is itself the result of a cut, a second plan with the
+    ids of the first model is written. Raises UserError for an impossible shape, a profile or plan
+    of another model, or a missing input.
     """
     out = Path(out)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
@@ -55,7 +55,7 @@ def prune_to_sizes(
     plan = make_plan(checkpoint, config, measured)
     narrower = any(plan.after[dim] != plan.before[dim] for dim in plan.before if dim != "vocab")
     method = repair_method(config, measured) if config.repair and narrower else None
-    if config.plan is not None:  # its digest counts, not its path; a copy is written to `out`
+    if config.plan is not None:  # its digest matters, not its path; a copy is written to `out`
         config = config.model_copy(update={"plan": plans.FILE, "allow_sibling": False})
     stage = StageDir(out, "prune", config, _inputs(checkpoint, plan, measured, search))
     if stage.complete:
@@ -91,7 +91,7 @@ def prune_to_sizes(
 def _inputs(
     checkpoint: Checkpoint, plan: Plan, profile: Profile | None, search: str | None
 ) -> dict[str, str]:
-    """Hashes of all inputs beside the config."""
+    """Hashes of all inputs other than the config."""
     hashes = {"model": checkpoint.fingerprint, "plan": plan.digest()}
     if profile is not None:
         hashes["profile"] = digest(profile.info)
@@ -110,19 +110,19 @@ def _announce(before: int, after: int, plan: Plan) -> None:
 
 
 def _from_first(checkpoint: Checkpoint, plan: Plan) -> Plan | None:
-    """All cuts since the first model as one plan; None when this is the first."""
+    """All cuts since the first model, merged into one plan; None when this is the first cut."""
     for name in plans.FILES:
         path = checkpoint.folder / name
         if path.exists():
             earlier = Plan.read(path)
-            # A plan for this very model, put here to be applied, is not its history.
+            # A plan for this model itself, stored here to be applied, is not part of its history.
             to_apply = (checkpoint.fingerprint, *plan.siblings)
             return None if earlier.fingerprint in to_apply else compose(earlier, plan)
     return None
 
 
 def make_plan(checkpoint: Checkpoint, config: PruneConfig, profile: Profile | None) -> Plan:
-    """The plan of a `config`: read from its file, or chosen by the profile's scores."""
+    """The plan for a `config`: read from its file, or chosen by the profile's scores."""
     family = families.of(checkpoint)
     sizes = config.sizes()
     if config.plan is not None:
@@ -162,9 +162,9 @@ def repair_by(
     work: Path,
     options: Options,
 ) -> Repaired | None:
-    """The new weights for a plan, whether they help or not; None where no repair is asked for.
+    """The repaired weights for a plan, not yet validated; None if the config wants no repair.
 
-    `work` is a folder for temporary files. Raises UserError as `repair_method` does.
+    `work` is a folder for temporary files. Raises the UserErrors of `repair_method`.
     """
     if not config.repair:
         return None
@@ -176,7 +176,7 @@ def repair_by(
 
 @dataclass(frozen=True)
 class RepairTrial:
-    """A repair, if one was tried, and KL(dense ‖ cut) on validation text without and with it."""
+    """A repair, if one was tried, and KL(dense ‖ cut) on validation text, without and with it."""
 
     repaired: Repaired | None = None
     kl_without: float = 0.0
@@ -185,7 +185,7 @@ class RepairTrial:
 
     @property
     def accepted(self) -> Repaired | None:
-        """The repair, where the model is better with it; a KL that is no number is not better."""
+        """The repair if it lowers the KL, otherwise None; a NaN does not count as lower."""
         return self.repaired if self.kl_with < self.kl_without else None
 
 
@@ -197,7 +197,7 @@ def try_repair(
     work: Path,
     options: Options,
 ) -> RepairTrial:
-    """Repair as `repair_by` does, and measure the whole model with and without it."""
+    """Repair with `repair_by`, and measure the whole model with and without the repair."""
     from regrow.pruning.repair._validate import validation_kl
 
     repaired = repair_by(checkpoint, profile, plan, config, work, options)
@@ -235,7 +235,7 @@ def _setup(
 
 
 def repair_method(config: PruneConfig, profile: Profile | None) -> ModuleType:
-    """The method's module; raises UserError for an unknown one and for a missing input."""
+    """The module of the method; raises UserError for an unknown method or a missing input."""
     module = plugins.load(REPAIR, config.repair_method)
     if profile is None:
         raise UserError("repair needs a profile: give --profile, or prune with --no-repair")
@@ -256,7 +256,7 @@ def repair_method(config: PruneConfig, profile: Profile | None) -> ModuleType:
 
 
 def check_target(checkpoint: Checkpoint, config: PruneConfig) -> None:
-    """Raise UserError, before any slow work, for sizes this checkpoint cannot be cut to."""
+    """Raise UserError, before any slow work, for sizes that this checkpoint cannot be cut to."""
     family = families.of(checkpoint)
     before = family.sizes(checkpoint.config)
     after = full_sizes(family, before, config.sizes())
@@ -266,16 +266,16 @@ def check_target(checkpoint: Checkpoint, config: PruneConfig) -> None:
 
 
 def describe(plan: Plan) -> str:
-    """The changed sizes of a plan, in words: `mlp 1536→1184, layers 30→28`."""
+    """The changed sizes of a plan as text: `mlp 1536→1184, layers 30→28`."""
     changed = [d for d in plan.before if plan.after[d] != plan.before[d]]
     return ", ".join(f"{dim} {plan.before[dim]}→{plan.after[dim]}" for dim in changed) or "nothing"
 
 
 def prove_reload(folder: Path) -> None:
-    """Open the written folder with the stock reader; a failure is our defect, not the user's.
+    """Check that transformers can load the written folder; a failure is a bug in regrow.
 
-    A model up to 0.5 GB is loaded and run. A larger one may not fit into memory: its stock class is
-    made on the meta device, and the tensors' names and shapes are compared.
+    A model up to 0.5 GB is loaded and run. A larger model may not fit into memory, so its
+    transformers class is built on the meta device, and the names and shapes are compared.
     """
     checkpoint = Checkpoint(folder)
     family = families.of(checkpoint)

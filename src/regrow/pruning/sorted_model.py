@@ -1,9 +1,9 @@
-"""Small models as gathers from one model in memory whose units lie in order of importance.
+"""Cut models quickly out of one model in memory whose units are sorted by importance.
 
-Sorted, the best n units of a layer are its first n, so that most of a cut is a view: no copy, and
-no `from_pretrained`. The units of a layer may be permuted freely (query heads inside their KV head,
-KV heads with their query heads, hidden channels in all tensors at once): the model computes the
-same.
+After sorting, the best n units of a layer are its first n. Most of the tensors of a cut model are
+then views: no copy, and no `from_pretrained`. The units of a layer may be permuted freely (query
+heads inside their KV head, KV heads with their query heads, hidden channels in all tensors at
+once), because the model computes the same function.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SORTED = ("hidden", "mlp", "heads", "kv_heads")
 class SortedModel:
     """A model whose units were sorted, in place, into the order of `order`.
 
-    `order` is a plan that keeps everything, with the ids of a dimension in their new order; the
-    dimensions that it lacks stay as they are. Plans for `cut` have the ids of the unsorted model.
-    Mixtures of experts are not sorted, and cut more slowly.
+    `order` is a plan that keeps everything and lists the ids of a dimension in their new order.
+    Dimensions that it does not list stay unsorted. Plans for `cut` use the ids of the unsorted
+    model. Mixtures of experts are not sorted, and cutting them is slower.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family, order: Plan | None = None) -> None:
@@ -44,12 +44,13 @@ class SortedModel:
                 parameter.data = found[1]
 
     def cut(self, plan: Plan, replace: Replace | None = None, copied: bool = False) -> Any:
-        """The cut model; its weights are views of this one's where they can be, unless `copied`.
+        """The cut model; unless `copied`, its weights are views of this model's where possible.
 
-        `replace` gets each tensor in the order of the plan's ids, and its result is sorted into the
-        order of this model. The result equals that of `cut_model` up to the order of the units.
+        `replace` receives each tensor in the order of the plan's ids; the tensor that it returns is
+        then sorted into the order of this model. The result equals that of `cut_model` up to the
+        order of the units.
         """
-        if self.family.memory:  # experts are stacked in memory: no views of some of them
+        if self.family.memory:  # experts are stacked in memory, so a subset cannot be a view
             return cut_model(self.model, plan, replace, self.family)
         check(plan, self.family, self.config)
         here = self.positions(plan)
@@ -67,7 +68,7 @@ class SortedModel:
         return assemble(self.model, cut_config(self.config, plan, self.family), tensors)
 
     def positions(self, plan: Plan) -> Plan:
-        """The plan with the places of the kept units in this model, ascending, for their ids."""
+        """The same plan, with the positions of the kept units in this model (ascending) as ids."""
         if self.order is None:
             return plan
         places: dict[str, Any] = {}
@@ -80,7 +81,7 @@ class SortedModel:
         return plan.model_copy(update=places)
 
     def _places(self, dim: str, layer: int | None, ids: list[int] | None) -> list[int]:
-        """The positions of units in this model; for None those of all units, by id."""
+        """The positions of the units `ids` in this model; None means all units, in order of id."""
         assert self.order is not None
         count = self.order.before[dim]
         order = self.order.kept(dim, layer) or list(range(count))
@@ -88,7 +89,7 @@ class SortedModel:
         return [place[unit] for unit in (range(count) if ids is None else ids)]
 
     def _in_order(self, name: str, value: Tensor, plan: Plan) -> Tensor:
-        """A tensor in the order of the plan's ids, sorted into the order of this model."""
+        """Sort a tensor from the order of the plan's ids into the order of this model."""
         found = self.family.find(name)
         assert found is not None
         template, layer, _ = found
@@ -105,9 +106,9 @@ class SortedModel:
 def order_by(
     family: Family, config: dict[str, Any], profile: Profile, criterion: str, dims: set[str]
 ) -> Plan:
-    """All units of `dims`, the best-scored first; of equal scores the lower id comes first.
+    """A plan with all units of `dims`, the highest score first; ties are sorted by id.
 
-    Raises UserError for a criterion without scores of one of `dims`.
+    Raises UserError when the criterion has no scores for one of `dims`.
     """
     sizes = family.sizes(config)
     layers = range(sizes["layers"])
@@ -134,7 +135,7 @@ def order_by(
 
 
 def first_units(family: Family, config: dict[str, Any], sizes: dict[str, int]) -> Plan:
-    """A plan of these sizes that keeps the first units: for timing, not for scoring."""
+    """A plan of these sizes that keeps the first units; it is used for timing, not for scoring."""
     before = family.sizes(config)
     after = {**before, **sizes}
     layers = range(after["layers"])
@@ -187,8 +188,8 @@ def _ranked(scores_n: Tensor) -> list[int]:
 
 
 def _select(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
-    """`index_select`, as a view where the index is a run without gaps."""
+    """Like `index_select`, but a view if the index is a range without gaps."""
     first, count = int(index[0]), len(index)
-    if int(index[-1]) - first + 1 == count:  # ascending, so that no gap is left
+    if int(index[-1]) - first + 1 == count:  # the index is ascending, so it has no gap
         return tensor.narrow(axis, first, count)
     return tensor.index_select(axis, index)

@@ -1,7 +1,7 @@
-"""Cut a tokenizer to the kept token ids: the fast tokenizer's file and the files beside it.
+"""Cut a tokenizer to the kept token ids, in tokenizer.json and in the related files.
 
-New ids are 0 to n − 1 in the order of the old ones. Files with the same content in an older format
-(tokenizer.model, vocab.txt) are left out, so that none is stale.
+The new ids are 0 to n − 1, in the order of the old ids. Files with the same content in an older
+format (tokenizer.model, vocab.txt) are not written, because they would be out of date.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Rules = dict[str, Any]
 
 
 def read_rules(checkpoint: Checkpoint) -> Rules:
-    """The fast tokenizer of a checkpoint; raises UserError for a kind that cannot be cut."""
+    """The tokenizer.json of a checkpoint; raises UserError for a type that cannot be cut."""
     tokenizer = checkpoint.tokenizer()
     path = checkpoint.folder / FAST
     if path.exists():
@@ -47,7 +47,7 @@ def read_rules(checkpoint: Checkpoint) -> Rules:
 
 
 def tokens_of(rules: Rules) -> dict[str, int]:
-    """Id of every token, added ones included."""
+    """The id of every token, including added tokens."""
     model = rules["model"]
     if isinstance(model["vocab"], list):
         ids = {piece: number for number, (piece, _) in enumerate(model["vocab"])}
@@ -57,23 +57,23 @@ def tokens_of(rules: Rules) -> dict[str, int]:
 
 
 def merge_of(entry: str | list[str]) -> tuple[str, str]:
-    """The two parts of a merge in either spelling of tokenizer.json."""
+    """The two parts of a merge, in either of the notations that tokenizer.json allows."""
     left, right = entry.split(" ") if isinstance(entry, str) else entry
     return left, right
 
 
 def product(model: Rules, left: str, right: str) -> str:
-    """The token that a merge makes."""
+    """The token that a merge produces."""
     return left + right.removeprefix(model.get("continuing_subword_prefix") or "")
 
 
 def new_ids(kept: list[int]) -> dict[int, int]:
-    """Old id → new id."""
+    """Map each old id to its new id."""
     return {old: new for new, old in enumerate(kept)}
 
 
 def cut_rules(rules: Rules, kept: list[int]) -> Rules:
-    """The tokenizer.json of the tokens with the ids `kept`, under their new ids."""
+    """The content of tokenizer.json for the tokens `kept`, with their new ids."""
     new = copy.deepcopy(rules)
     ids = new_ids(kept)
     added = [token for token in new.get("added_tokens") or [] if token["id"] in ids]
@@ -114,26 +114,26 @@ def _cut_post_processor(processor: Rules, names: dict[str, int]) -> None:
 
 
 def cut_ids(fields: dict[str, Any], kept: list[int]) -> dict[str, Any]:
-    """A config with new token ids; ids of dropped tokens are left out of lists."""
+    """A config with the new token ids; ids of dropped tokens are removed from lists."""
     ids = new_ids(kept)
 
     def renumber(value: Any) -> Any:
         if isinstance(value, list):
             inner = [renumber(one) for one in value if not isinstance(one, int) or one in ids]
             return [one for one in inner if one != []]
-        # An id outside the vocabulary (−1, a placeholder) stays as it is.
+        # An id outside the vocabulary (−1, a placeholder) is not changed.
         return ids.get(value, value) if isinstance(value, int) else value
 
     return {key: renumber(value) if names_ids(key) else value for key, value in fields.items()}
 
 
 def names_ids(key: str) -> bool:
-    """Whether a config's key holds token ids."""
+    """Whether the value of a config key is a token id or a list of them."""
     return key.endswith(("_token_id", "_token_ids", "suppress_tokens", "bad_words_ids"))
 
 
 def ids_named(config: dict[str, Any]) -> set[int]:
-    """The token ids in `…_token_id` fields of a config, alone or in lists."""
+    """The token ids in the `…_token_id` fields of a config, single or in lists."""
     ids: set[int] = set()
     for key, value in config.items():
         if names_ids(key) and "token_id" in key:
@@ -143,7 +143,7 @@ def ids_named(config: dict[str, Any]) -> set[int]:
 
 
 def write_tokenizer(checkpoint: Checkpoint, kept: list[int], folder: Path) -> None:
-    """Write the cut tokenizer, and the configs that name its ids, over the copies in `folder`.
+    """Replace the tokenizer, and the configs with token ids, in `folder` by the cut versions.
 
     Raises UserError for a tokenizer that cannot be cut.
     """
@@ -166,7 +166,7 @@ def write_tokenizer(checkpoint: Checkpoint, kept: list[int], folder: Path) -> No
 
 
 def _write_older_forms(folder: Path, rules: Rules, ids: dict[int, int]) -> None:
-    """Other files that list tokens or their ids, where the dense model has them."""
+    """Write the other files that list tokens or ids, if the dense model has them."""
     path = folder / "tokenizer_config.json"
     if path.exists():
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -1,19 +1,19 @@
-"""Choose the tokens to keep: those without which the text would become longest.
+"""Choose the tokens to keep: those whose removal would lengthen the text most.
 
-Without a token, the tokenizer splits its string into other tokens, its parts. Tokens are dropped
-one by one, each time the one with the lowest
+When a token is dropped, the tokenizer splits its string into other tokens, its parts. Tokens are
+dropped one by one. Each step drops the token with the lowest
 
-    cost = count · (parts − 1),        the tokens by which the text grows
+    cost = count · (parts − 1),        the number of tokens by which the text grows
 
-and its count is added to the counts of its parts, which raises their cost. In a BPE vocabulary the
-parts are those of the merge that makes the token, and a token is kept while a kept token is made of
-it, so that kept merges reach every kept token. In a Unigram vocabulary the parts are the likeliest
-segmentation into kept pieces. Costs only grow while tokens are dropped, so that a heap can be
-updated lazily (as in Minoux, 1978). Of equal costs the higher id is dropped first: ids follow the
-order of training.
+and adds its count to the counts of its parts, which raises their cost. In a BPE vocabulary the
+parts are the two sides of the token's merge. A BPE token is kept as long as a kept token is merged
+from it, so that the kept merges can build every kept token. In a Unigram vocabulary the parts are
+the most likely segmentation into kept pieces. Costs only grow while tokens are dropped, so a heap
+can be updated lazily (as in Minoux, 1978). Among equal costs the higher id is dropped first,
+because ids follow the order of training.
 
-Never dropped: special and added tokens, ids that a config names, byte tokens, the symbol for a
-space, and other single symbols, unless all byte tokens are there as a fallback.
+Special tokens, added tokens, ids in a config, byte tokens and the symbol for a space are never
+dropped. Other single symbols are dropped only if all byte tokens exist as a fallback.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ from regrow.errors import UserError
 from regrow.pruning.tokenizer import Rules, ids_named, merge_of, product, read_rules, tokens_of
 
 BYTES = tuple(f"<0x{value:02X}>" for value in range(256))
-UNKNOWN_PENALTY = 10.0  # as in sentencepiece: below the worst piece by so much
+UNKNOWN_PENALTY = 10.0  # log-probability below the worst piece, as in sentencepiece
 
 
 class Pieces(Protocol):
-    """A kind of vocabulary: how its tokens depend on each other."""
+    """A type of vocabulary, which defines how its tokens depend on each other."""
 
     def symbols(self) -> set[str]:
         """Tokens that are needed to write any text."""
         ...
 
     def parts(self, token: str, kept: set[str]) -> list[str]:
-        """The kept tokens that the token's string is split into without it."""
+        """The kept tokens that replace the token when it is dropped."""
         ...
 
     def made_of(self, token: str) -> Iterable[str]:
-        """The tokens that may be dropped once this one is."""
+        """The tokens that this token is merged from; they may be dropped after it."""
         ...
 
     def needed(self, token: str, kept: set[str]) -> bool:
-        """Whether a kept token can only be made with this one."""
+        """Whether a kept token can only be built from this token."""
         ...
 
 
 def choose_vocab(checkpoint: Checkpoint, counts_V: Tensor, size: int) -> list[int]:
-    """Ids of the `size` tokens to keep, ascending; `counts_V` is the count of each in the text.
+    """Ids of the `size` tokens to keep, ascending; `counts_V` has each token's count in the text.
 
     Ids without a token (padding of the embedding) are dropped first. Raises UserError when more
     than `size` must be kept, or for a tokenizer that cannot be cut.
@@ -102,14 +102,14 @@ def required(checkpoint: Checkpoint, rules: Rules) -> set[int]:
 
 
 def pieces_of(rules: Rules) -> Pieces:
-    """The pieces of a BPE or Unigram vocabulary."""
+    """The `Pieces` of a BPE or Unigram vocabulary."""
     return _Unigram(rules) if rules["model"].get("type") == "Unigram" else _Bpe(rules)
 
 
 def shrink(
     pieces: Pieces, ids: dict[str, int], always: set[int], counts: list[float], size: int
 ) -> set[str]:
-    """The `size` tokens that are left, or more where more must be kept."""
+    """The `size` kept tokens, or more if more than that must be kept."""
     kept = set(ids)
     count = {token: float(counts[i]) for token, i in ids.items()}
     heap: list[tuple[float, int, str]] = []
@@ -223,7 +223,7 @@ class _Unigram:
 
 
 def stand_ins(rules: Rules) -> set[str]:
-    """Tokens that a decoder replaces by another character (▁ by a space), unlike their bytes."""
+    """Tokens that a decoder replaces by another character (▁ by a space), but not their bytes."""
     decoder = rules.get("decoder") or {}
     found = set()
     for one in [decoder, *(decoder.get("decoders") or ())]:
@@ -233,7 +233,7 @@ def stand_ins(rules: Rules) -> set[str]:
 
 
 def _all_bytes(model: Rules, vocab: Iterable[str]) -> bool:
-    """Whether every symbol can fall back to tokens of its UTF-8 bytes."""
+    """Whether every symbol can fall back to the tokens of its UTF-8 bytes."""
     return bool(model.get("byte_fallback")) and set(BYTES) <= set(vocab)
 
 

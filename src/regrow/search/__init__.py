@@ -1,1 +1,1 @@
-"""Search for a shape: candidates for a target, their scores untrained, and their latency."""
+"""Shape search: candidate shapes for a target, their scores without training, and their latency."""

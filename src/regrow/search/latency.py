@@ -1,6 +1,6 @@
-"""Latency on this machine: of models that are timed, and of shapes by costs fitted to those.
+"""Latency on this machine: measured for some models, predicted from a fit for other shapes.
 
-A search with a limit in milliseconds takes its shapes from the fit, and times its finalists.
+A search with a limit in milliseconds chooses shapes by prediction, and times its finalists.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REPEATS = 3  # runs after a warm-up
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds at batch 1: to read a prompt, and per token after it."""
+    """Milliseconds at batch size 1 to process a prompt, and per token generated after it."""
 
     prefill_ms: float
     decode_ms: float
@@ -61,7 +61,7 @@ class LatencyModel:
     """Milliseconds as a sum of non-negative costs, fitted to timed shapes by least squares.
 
     t = c₀ + layers · (c₁ + c₂ · heads + c₃ · attention parameters + c₄ · MLP parameters) + c₅ ·
-    head parameters; of relative errors, so that small shapes count as much as large ones.
+    head parameters. The errors are relative, so that small shapes count as much as large ones.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class LatencyModel:
         }
 
     def predict(self, sizes: dict[str, int]) -> Latency:
-        """The latency of a shape; sizes that are not given are the whole model's."""
+        """The latency of a shape; missing sizes are those of the whole model."""
         features = torch.tensor(self._features(sizes), dtype=torch.float64) / self._scale
         return Latency(**{key: float(features @ costs) for key, costs in self._costs.items()})
 
@@ -101,7 +101,7 @@ class LatencyModel:
 def shapes_to_time(
     family: Family, config: dict[str, Any], multiple_of: int
 ) -> list[dict[str, int]]:
-    """A dozen legal shapes that differ in every cost of the model, the whole one first."""
+    """A dozen legal shapes, the whole model first, that differ in every term of the fit."""
     full = family.sizes(config)
 
     def at(**shares: float) -> dict[str, int]:
@@ -129,7 +129,7 @@ def _non_negative(rows_ND: torch.Tensor, times_N: torch.Tensor) -> torch.Tensor:
     kept = list(range(rows_ND.shape[1]))
     ones = torch.ones(len(times_N), 1, dtype=torch.float64)
     while True:
-        # gelsd: columns may depend on each other, as when no legal shape differs in the hidden size
+        # gelsd: columns may be linearly dependent, as when all legal shapes have one hidden size
         solution = torch.linalg.lstsq(weighted[:, kept], ones, driver="gelsd").solution[:, 0]
         if len(kept) == 1 or float(solution.min()) >= 0:
             break
@@ -145,13 +145,13 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-TRIES = 4  # times that a shape which proved too slow is made smaller
+TRIES = 4  # attempts to make a shape smaller that was measured too slow
 
 Row = dict[str, Any]
 
 
 class Timing:
-    """Times cut models, and turns limits on latency into targets for shapes."""
+    """Times cut models, and converts limits on latency into targets for shapes."""
 
     def __init__(self, scorer: CutScorer, config: PruneConfig) -> None:
         self.scorer, self.config = scorer, config
@@ -160,7 +160,7 @@ class Timing:
         self.fitted: LatencyModel | None = None
 
     def target(self) -> Target:
-        """The whole target, with predicted latencies: a dozen shapes are timed for them once."""
+        """The whole target with predicted latencies; the first call times a dozen shapes."""
         if self.fitted is None:
             samples = []
             sizes = shapes_to_time(self.family, self.parent, self.config.multiple_of)
@@ -175,14 +175,14 @@ class Timing:
         return Target(self.base.keep_params, (*self.base.limits, *self._limits(self.fitted)))
 
     def measure(self, plan: Plan) -> Latency:
-        """The latency of a cut by this plan, measured on this machine."""
+        """The latency of the model cut by this plan, measured on this machine."""
         return timed(self.scorer.model(plan), self.config.prompt_tokens)
 
     def time(self, rows: list[Row], remake: Callable[[Shape], Row]) -> tuple[list[Row], list[Row]]:
-        """The rows with their latencies, and those that are too slow.
+        """The rows that are fast enough, with their latencies, and the rows that are too slow.
 
-        A row that is slower than its prediction is made smaller (`remake` makes a row of a shape)
-        and timed again, a few times. Raises UserError when none is fast enough.
+        A row that exceeds a limit is made smaller (`remake` builds a row from a shape) and timed
+        again, a few times. Raises UserError when no row is fast enough.
         """
         good, slow = list[Row](), list[Row]()
         with progress("search, timing", len(rows), "shapes") as counter:
@@ -217,7 +217,7 @@ class Timing:
         return row
 
     def _excess(self, row: Row) -> float:
-        """The largest ratio of a latency to its limit; at most 1 when all limits are met."""
+        """The largest ratio of a latency to its limit; it is at most 1 when all limits are met."""
         asked = {key: getattr(self.config, f"max_{key}") for key in ("prefill_ms", "decode_ms")}
         return max((row[key] / most for key, most in asked.items() if most is not None), default=0)
 
@@ -237,7 +237,7 @@ class Timing:
         return tuple(limits)
 
     def _tightened(self, sizes: dict[str, int], excess: float) -> Target:
-        """The target with latencies below those predicted for `sizes`, by the excess."""
+        """The target with latency limits below the predictions for `sizes`, divided by `excess`."""
         target = self.target()
         limits = tuple(
             replace(limit, most=min(limit.most, limit.value(sizes)) / excess * 0.99)

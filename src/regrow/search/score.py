@@ -1,7 +1,8 @@
-"""Cut copies of a model in memory, scored untrained on text that was not profiled.
+"""Score cut copies of a model in memory, without training, on text that was not profiled.
 
-A search scores every shape on a little text, the best on more, and the last few on all of it. Only
-those few are repaired for their last score: a repair takes several times as long as a score.
+A search scores every shape on a small part of the text, the best shapes on a larger part, and the
+last few on all of it. Only those few are repaired before their last score, because a repair takes
+several times as long as a score.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ from regrow.training.model_check import check_model
 from regrow.training.teacher import final_hidden, mean_loss, scored
 
 SCORED_SEQUENCES = 8
-SCORER_REPAIR_TOKENS = 4096  # text of a repair for ranking
-FINALISTS = 3  # shapes that are repaired for their last score
+SCORER_REPAIR_TOKENS = 4096  # tokens for the repair of a finalist
+FINALISTS = 3  # shapes that are repaired before their last score
 
 
 class CutScorer:
-    """A dense model, calibration sequences after the profiled ones, and its hidden states there.
+    """A dense model, calibration sequences after the profiled ones, and their hidden states.
 
-    With `order` (see `order_by`) the model's units are sorted, so that cutting it costs little.
+    With `order` (see `order_by`) the model's units are sorted, which makes cuts cheap.
     Raises UserError when there are too few sequences.
     """
 
@@ -81,15 +82,15 @@ class CutScorer:
         self.dense_seconds = time.perf_counter() - start
 
     def share(self, wanted: float) -> float:
-        """The share of the text that is read for a `wanted` one: whole sequences, at least one."""
+        """The `wanted` share of the text, rounded to whole sequences, at least one."""
         return self._count(wanted) / len(self.sequences)
 
     @torch.no_grad()
     def kl(self, plan: Plan, config: PruneConfig | None = None, share: float = 1.0) -> float:
         """KL(dense ‖ cut) in nats per scored token, on the first `share` of the sequences.
 
-        With a `config` the cut model is repaired as it says, on 4,096 tokens at most. Raises
-        UserError for a plan that cuts the vocabulary.
+        With a `config`, the cut model is repaired by its settings, on at most 4,096 tokens.
+        Raises UserError for a plan that cuts the vocabulary.
         """
         if plan.vocab is not None:
             raise UserError(
@@ -109,13 +110,13 @@ class CutScorer:
         return mean_loss(student, batches, reference, head, "forward_kl")
 
     def text(self, share: float = 1.0) -> list[tuple[dict[str, Tensor], Tensor]]:
-        """The first `share` of the batches, each with the dense model's states where it scores."""
+        """The first `share` of the batches, with the dense model's states at the scored tokens."""
         count = self._count(share)
         reference = [torch.cat(self.reference[some]) for some in self._portions(count)]
         return list(zip(self._batches(count), reference, strict=True))
 
     def model(self, plan: Plan) -> PreTrainedModel:
-        """The cut model with its own copy of the weights, as it would be loaded: for timing."""
+        """The cut model with its own copy of the weights, as if loaded from disk, for timing."""
         model: PreTrainedModel = self.dense.cut(plan, copied=True)
         return model
 
@@ -123,7 +124,7 @@ class CutScorer:
         return max(1, round(share * len(self.sequences)))
 
     def _portions(self, count: int) -> list[slice]:
-        """The first `count` sequences by batches."""
+        """The slices of the batches of the first `count` sequences."""
         size = self.batch_size
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -134,25 +135,25 @@ class CutScorer:
         ]
 
 
-MANY_SEQUENCES = 8 * SCORED_SEQUENCES  # of text, for more than a handful
-SECOND = 40  # shapes in the second round at most
+MANY_SEQUENCES = 8 * SCORED_SEQUENCES  # to score more than HANDFUL shapes
+SECOND = 40  # maximum number of shapes in the second round
 
 Row = dict[str, Any]
 
 
 def finalists_for(config: PruneConfig) -> int:
-    """How many shapes are repaired for their last score; 0 without repair."""
+    """The number of shapes that are repaired before their last score; 0 without repair."""
     if not config.repair:
         return 0
     return max(FINALISTS, config.halving_shapes if config.halving_tokens else 0)
 
 
 def rounds_for(count: int, finalists: int = 0) -> list[tuple[float, int]]:
-    """(share of the text, survivors) of each round; up to 8 shapes are scored on all of it at once.
+    """(share of the text, survivors) of each round; up to 8 shapes need a single round on all text.
 
-    Of 200 shapes all are scored on 1/32 of the text, 40 of them on 1/8 and 8 on all of it: 19.25
-    evaluations of a shape, none of which costs more than one of the dense model. With `finalists`
-    there is one more round, for so many shapes, which are repaired.
+    For 200 shapes, all are scored on 1/32 of the text, 40 on 1/8 and 8 on all of it: 19.25
+    evaluations, each at most as expensive as one of the dense model. With `finalists` there is one
+    more round, in which that many shapes are repaired.
     """
     rounds = [(1.0, count)]
     if count > HANDFUL:
@@ -166,12 +167,12 @@ def rounds_for(count: int, finalists: int = 0) -> list[tuple[float, int]]:
 
 
 def sequences_for(count: int) -> int:
-    """Sequences of text to score `count` shapes on."""
+    """The number of sequences on which `count` shapes are scored."""
     return SCORED_SEQUENCES if count <= HANDFUL else MANY_SEQUENCES
 
 
 def passes_for(count: int, finalists: int = 0) -> float:
-    """How often the text is read in all, in evaluations of one shape on all of it."""
+    """The total cost of a search, in evaluations of one shape on the whole text."""
     if count <= 1:
         return 0.0
     entered, passes = count, 1.0  # the dense model itself
@@ -181,7 +182,7 @@ def passes_for(count: int, finalists: int = 0) -> float:
 
 
 def row_of(shape: Shape, family: Family, config: dict[str, Any], prune: PruneConfig) -> Row:
-    """The table's row of a shape before it is scored; `kl` is None until then."""
+    """The table row of a shape before it is scored; `kl` is None."""
     return {
         "name": shape.name,
         "sizes": shape.sizes,
@@ -197,7 +198,7 @@ def row_of(shape: Shape, family: Family, config: dict[str, Any], prune: PruneCon
 
 
 class Rounds:
-    """Scores rows by their plans, and adds up the cost."""
+    """Scores rows by their plans, and sums the cost."""
 
     def __init__(self, scorer: CutScorer, config: PruneConfig) -> None:
         self.scorer, self.config = scorer, config
@@ -209,8 +210,8 @@ class Rounds:
     ) -> list[Row]:
         """The rows with their KL on a share of the text, the best first.
 
-        With `repair` the KL is that of the repaired model, where it is lower than in the round
-        before, on the same text: a repair that does not help is not applied.
+        With `repair`, the KL is that of the repaired model if it is lower than in the previous
+        round, on the same text: a repair that does not help is not applied.
         """
         before = [row["kl"] for row in rows]
         config = self.config if repair else None
@@ -227,7 +228,7 @@ class Rounds:
         return sorted(rows, key=cost_of)
 
     def summary(self) -> str:
-        """The cost in words."""
+        """The cost as a sentence."""
         clock = self.seconds / self.scorer.dense_seconds
         return (
             f"cost {self.cost:.1f} dense evaluations of {self.scorer.tokens:,} tokens (by the "
@@ -236,12 +237,12 @@ class Rounds:
 
 
 def _lower(kl: float, other: float) -> float:
-    """The lower of two KLs; one that is no number loses."""
+    """The lower of two KLs; NaN counts as the higher one."""
     return kl if kl < other or not math.isfinite(other) else other
 
 
 def rank_correlation(one: list[float], other: list[float]) -> float:
-    """Spearman's: the correlation of the ranks. 1 for fewer than two."""
+    """Spearman's rank correlation; 1 for fewer than two values."""
     if len(one) < 2:
         return 1.0
     ranks = torch.tensor([one, other]).double().argsort(dim=1).argsort(dim=1)
@@ -249,5 +250,5 @@ def rank_correlation(one: list[float], other: list[float]) -> float:
 
 
 def cost_of(row: Row) -> float:
-    """The key to sort rows by: the KL; a row whose KL is no number comes last."""
+    """The sort key of a row: its KL; a row whose KL is NaN comes last."""
     return float(row["kl"]) if math.isfinite(row["kl"]) else math.inf

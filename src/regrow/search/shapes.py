@@ -18,18 +18,18 @@ from regrow.pruning.prune import check_target
 from regrow.search.targets import TOLERANCE, Sizes, Target, refuse, smallest, target_of
 
 HANDFUL = 8
-"""Shapes that are tried in one round: up to so many from a fixed list, more from a grid."""
+"""Up to this many shapes come from a fixed list and are tried in one round; more, from a grid."""
 GRID_HIDDEN = (1.0, 0.95, 0.9, 0.85, 0.8)
 SCALES = tuple(n / 20 for n in range(19, 0, -1))
 
 
 Fixed = tuple[str, Sizes, tuple[str, ...]]
-"""A shape's name, its fixed sizes, and the dimensions to try in turn to meet the target."""
+"""A shape's name, its fixed sizes, and the free dimensions to try in turn to meet the target."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A named set of sizes (only those that change) and the parameters it leaves."""
+    """A name, the sizes that change, and the number of parameters that remain."""
 
     name: str
     sizes: Sizes
@@ -39,12 +39,13 @@ class Shape:
 def candidates(
     family: Family, config: dict[str, Any], target: float | Target, multiple_of: int
 ) -> list[Shape]:
-    """Shapes that meet `target` (a number: keep_params): MLP, depth, hidden, and mixes.
+    """Shapes that meet `target` (a number means keep_params) by cuts of MLP, depth and hidden.
 
-    Each fixes one cut (as many layers as the target allows, as much of hidden, a few layers, one
-    KV head) and meets the target with the MLP, or in a mixture of experts with their number or,
-    where that is too coarse, their width: keep_params within ± 0.01, limits with the widest that
-    keeps them. Raises UserError when no shape meets the target.
+    Each shape fixes one cut (as many layers as the target allows, as much of hidden, a few layers,
+    or one KV head) and sets a free width to meet the target: that of the MLP, or in a mixture of
+    experts the number of experts or, if that is too coarse, their width. keep_params is met within
+    ± 0.01; under limits, the widest size that meets them is used. Raises UserError when no shape
+    meets the target.
     """
     aim = target if isinstance(target, Target) else Target(keep_params=target)
     full, model = family.sizes(config), (family, config, multiple_of)
@@ -73,17 +74,18 @@ def candidates(
 
 
 def free_dims(family: Family) -> tuple[str, ...]:
-    """Dimensions that are set to meet a target: the MLP, or experts and their width."""
+    """The dimensions that are set to meet a target: the MLP, or experts and their width."""
     return ("experts", "expert_mlp") if "experts" in family.config_keys else ("mlp",)
 
 
 def grid(
     family: Family, config: dict[str, Any], target: float | Target, multiple_of: int, count: int
 ) -> list[Shape]:
-    """Up to `count` shapes: the `candidates`, and of all combinations of cuts an even sample.
+    """Up to `count` shapes: the `candidates`, and an even sample of all combinations of cuts.
 
-    Layers go down to 60 %, KV heads and query heads per KV head to a half, hidden to 80 %; the MLP,
-    or experts or their width, meets the target. Raises UserError when no shape does.
+    At least 60 % of the layers, half of the KV heads and of the query heads per KV head, and 80 %
+    of hidden are kept; the MLP, or experts or their width, is then set to meet the target. Raises
+    UserError when no shape meets it.
     """
     aim = target if isinstance(target, Target) else Target(keep_params=target)
     full = family.sizes(config)
@@ -115,14 +117,14 @@ def grid(
 def refit(
     family: Family, config: dict[str, Any], target: Target, multiple_of: int, shape: Shape
 ) -> Shape | None:
-    """`shape` with its free width set anew for `target`; None when that alone cannot meet it."""
+    """`shape` with its free width changed to meet `target`; None if that is not enough."""
     free = free_dims(family)[-1]
     fixed = {dim: size for dim, size in shape.sizes.items() if dim != free}
     return _meet(family, config, target, multiple_of, shape.name, fixed, free)
 
 
 def key_of(sizes: Sizes) -> tuple[tuple[str, int], ...]:
-    """Sizes as a key: two shapes of the same sizes are one."""
+    """The sizes as a hashable key, by which shapes of equal sizes are found."""
     return tuple(sorted(sizes.items()))
 
 
@@ -133,7 +135,7 @@ def _meeting(
     multiple_of: int,
     fixed: list[Fixed],
 ) -> list[Shape]:
-    """The shapes, each once, that meet the target with these cuts fixed."""
+    """The distinct shapes that meet the target with these fixed cuts."""
     shapes: dict[tuple[tuple[str, int], ...], Shape] = {}
     total = family.count(config)
     for name, sizes, dims in fixed:
@@ -160,7 +162,7 @@ def _meet(
     sizes: Sizes,
     free: str,
 ) -> Shape | None:
-    """The fixed `sizes` with `free` nearest to the share, or the widest within the limits."""
+    """`sizes` with the size of `free` closest to the share, or the widest within the limits."""
     full = family.sizes(config)
     if sizes.get("kv_heads") == 0:
         return None
@@ -190,8 +192,8 @@ def _nearest(
     free: str,
     widths: list[int],
 ) -> list[int]:
-    """The widths by how near they bring the parameters to the share."""
-    # Parameters are linear in the free width, so that two counts suffice.
+    """The widths, sorted by how close they bring the parameters to the share."""
+    # The number of parameters is linear in the free width, so two counts are enough.
     full = family.sizes(config)[free]
     least, most = (family.count(config, {**sizes, free: width}) for width in (0, full))
     wanted = (keep_params * family.count(config) - least) / (most - least) * full
@@ -201,7 +203,7 @@ def _nearest(
 def _least(
     family: Family, config: dict[str, Any], target: Target, multiple_of: int, dim: str
 ) -> Sizes:
-    """The smallest size of `dim` that alone stays above the target; the MLP takes the rest."""
+    """The smallest size of `dim` that alone stays above the target; the MLP is cut for the rest."""
     full = family.sizes(config)
     step = family.step(dim, config, multiple_of)
     want = (target.keep_params or 0.0) * family.count(config)
@@ -216,7 +218,7 @@ def _least(
 
 
 def _alike(family: Family, config: dict[str, Any], multiple_of: int) -> Iterator[tuple[str, Sizes]]:
-    """Equal cuts of all dimensions, growing: for limits that no single dimension can meet."""
+    """Equal cuts of all dimensions, in growing steps, for limits that no single cut can meet."""
     full = family.sizes(config)
     for scale in SCALES:
         kv_heads = max(1, round(scale * full["kv_heads"]))
@@ -232,7 +234,7 @@ def _alike(family: Family, config: dict[str, Any], multiple_of: int) -> Iterator
 def check_keep_params(checkpoint: Checkpoint, config: PruneConfig) -> list[Shape]:
     """The candidate shapes for the target of `config`; raises UserError when none meets it.
 
-    There are none yet for a latency, which must be measured first.
+    The list is empty for a latency target, because latencies must be measured first.
     """
     if not config.searches:
         check_target(checkpoint, config)
@@ -249,7 +251,7 @@ def check_keep_params(checkpoint: Checkpoint, config: PruneConfig) -> list[Shape
 
 
 def to_try(config: PruneConfig, shapes: list[Shape]) -> int:
-    """How many shapes are tried; 0 when there is no choice."""
+    """The number of shapes to try; 0 when there is nothing to choose."""
     if config.timed:
         return config.num_candidates
     return len(shapes) if len(shapes) > 1 else 0
@@ -264,5 +266,5 @@ def shapes_for(checkpoint: Checkpoint, config: PruneConfig, target: Target) -> l
 
 
 def named(config: PruneConfig) -> str:
-    """The names of the config's targets."""
+    """The names of the config's target fields."""
     return ", ".join(name for name in TARGETS if getattr(config, name) is not None)

@@ -12,23 +12,23 @@ from regrow.families import Family
 from regrow.pruning.config import PruneConfig, bytes_of
 from regrow.quantization import formats
 
-TOLERANCE = 0.01  # a candidate keeps the asked share of parameters within this
-SLACK = 0.03  # a shape further below every limit than this could have kept more
+TOLERANCE = 0.01  # allowed difference from the requested share of parameters
+SLACK = 0.03  # a shape this far below every limit could keep more
 
 Sizes = dict[str, int]
 
 
 @dataclass(frozen=True)
 class Limit:
-    """An upper limit on something that follows from a shape's sizes."""
+    """An upper limit on a quantity that is computed from a shape's sizes."""
 
     key: str
-    """The config's field, max_bytes for instance."""
+    """The name of the config field, for instance max_bytes."""
     most: float
     value: Callable[[Sizes], float]
-    """The figure of a shape, in the unit of `most`."""
+    """Computes the quantity for a shape, in the unit of `most`."""
     basis: str
-    """In which format and at which length it is counted, for messages."""
+    """The weight format and the length that it is computed for, for messages."""
 
     def show(self, value: float) -> str:
         """The value with its unit."""
@@ -37,7 +37,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Target:
-    """A share of the parameters that is met within TOLERANCE, and limits that are all kept."""
+    """A share of the parameters, met within TOLERANCE, and limits that must all be met."""
 
     keep_params: float | None = None
     limits: tuple[Limit, ...] = ()
@@ -47,11 +47,11 @@ class Target:
         return ", ".join((*share, *(f"{x.key} {x.show(x.most)}" for x in self.limits)))
 
     def within(self, sizes: Sizes) -> bool:
-        """Whether a shape keeps every limit."""
+        """Whether a shape meets every limit."""
         return all(limit.value(sizes) <= limit.most for limit in self.limits)
 
     def near(self, sizes: Sizes) -> bool:
-        """Whether a shape is so close to a limit that a larger one would hardly fit."""
+        """Whether a shape is so close to a limit that a larger shape would probably exceed it."""
         return any(limit.value(sizes) >= (1 - SLACK) * limit.most for limit in self.limits)
 
 
@@ -114,7 +114,7 @@ def refuse(family: Family, config: dict[str, Any], target: Target, multiple_of: 
 
 
 def smallest(family: Family, config: dict[str, Any], multiple_of: int) -> Sizes:
-    """The least legal size of every dimension at once, of those that can be cut at all."""
+    """The smallest legal size of every dimension that can be cut."""
     full = family.sizes(config)
     least = {"layers": 1, "kv_heads": 1, "heads": 1}
     least["heads"] = family.step("heads", config, multiple_of, **least)
@@ -125,7 +125,7 @@ def smallest(family: Family, config: dict[str, Any], multiple_of: int) -> Sizes:
     for dim in (dim for dim in dims if dim in full):
         wanted = least.get(dim) or family.step(dim, config, multiple_of, **{**full, **sizes})
         tried = {**sizes, dim: min(wanted, full[dim])}
-        if dim == "kv_heads":  # their query heads go along
+        if dim == "kv_heads":  # their query heads are cut with them
             tried["heads"] = full["heads"] // full["kv_heads"]
         tried = {dim: size for dim, size in tried.items() if size != full[dim]}
         if families.can_have(family, config, tried, multiple_of):

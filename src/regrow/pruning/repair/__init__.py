@@ -1,13 +1,13 @@
-"""Repair: new weights, without training, for the layers that read a pruned dimension.
+"""Repair: new weights, without training, for the projections that read a pruned dimension.
 
-Every file of this folder is a method:
+Each file in this folder, unless its name begins with `_`, is a repair method:
 
     GRAMS: bool     whether it reads the Gram matrices of the profile
     repair(setup: RepairSetup, ridges: tuple[float, ...] = RIDGES) -> Repaired
-    work_bytes(sizes: dict[str, int], tokens: int) -> int       bytes it writes to `setup.work`
+    work_bytes(sizes: dict[str, int], tokens: int) -> int       bytes written to `setup.work`
 
-A method minimizes the error of each layer by itself. Whether the whole model gains is measured
-afterwards (`_validate.py`); a repair that does not help is not applied.
+A method minimizes the error of each layer separately. `_validate.py` then measures whether the
+whole model improves; a repair that does not help is not applied.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from regrow.profile_folder import Profile
 from regrow.pruning.config import PruneConfig
 
 REPAIR = "regrow.pruning.repair"
-"""The folder of the methods, for `plugins`."""
+"""The package of the repair methods, for `plugins`."""
 
 Solutions = dict[str, tuple[float | None, float, float]]
-"""Per tensor: λ (None where the weights were left as they are), error before, error after."""
+"""Per tensor: λ (None if the weights were not changed), error before, error after."""
 
 
 @dataclass(frozen=True)
 class RepairSetup:
-    """The input of a method; `work` is a folder for its temporary files."""
+    """The input of a repair method; `work` is a folder for its temporary files."""
 
     checkpoint: Checkpoint
     family: Family
@@ -44,29 +44,30 @@ class RepairSetup:
     work: Path
     options: Options
     tokens: int = 0
-    """Calibration tokens that a method which runs text may use, at most."""
+    """Maximum number of calibration tokens, for methods that run text."""
     upstream: float = 1.0
-    """Share of the error of earlier layers that a layer compensates."""
+    """Share of the error of earlier layers that a layer corrects."""
 
     def with_whole_vocabulary(self) -> RepairSetup:
-        """The same without a cut of the vocabulary: the profile's text has the dense model's ids.
+        """The same setup without a cut of the vocabulary.
 
-        Layers do not depend on the vocabulary.
+        The profile's text has the dense model's token ids, and layers do not depend on the
+        vocabulary.
         """
         after = {**self.plan.after, "vocab": self.plan.before["vocab"]}
         return replace(self, plan=self.plan.model_copy(update={"vocab": None, "after": after}))
 
 
 class Repaired(Protocol):
-    """New weights by the dense model's tensor names, and the errors before and after."""
+    """New weights, by tensor name in the dense model, and the errors before and after."""
 
     solutions: Solutions
 
     def __call__(self, name: str, kept: Tensor) -> Tensor:
-        """The tensor to write for the dense model's tensor `name`, whose cut form is `kept`."""
+        """The tensor to write for the dense model's tensor `name`; `kept` is its kept part."""
         ...
 
 
 def reads_grams(config: PruneConfig) -> bool:
-    """Whether a prune reads Gram matrices; raises UserError for an unknown method of repair."""
+    """Whether a prune reads Gram matrices; raises UserError for an unknown repair method."""
     return config.repair and bool(plugins.load(REPAIR, config.repair_method).GRAMS)

@@ -1,11 +1,11 @@
-"""Ridge regression of a layer's weights, with a penalty on the change from the present weights.
+"""Ridge regression of a layer's weights, with a penalty on the change from the current weights.
 
-For inputs x and target outputs t of a layer with weights W, each token weighted by w_t²,
+For a layer with weights W, inputs x and target outputs t, each token weighted by w_t²,
 
     W' = argmin Σ_t w_t² |W' x_t − t|² + λ |W' − W|²
        = W + (T − W X)(X + λ I)^-1,        X = Σ w_t² x xᵀ,  T = Σ w_t² t xᵀ
 
-so that λ → ∞ changes nothing.
+so that the weights do not change for λ → ∞.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RIDGES = (1e-2, 1e-1, 1.0)  # λ in units of the mean of X's diagonal
 
 @dataclass(frozen=True)
 class Solution:
-    """A reader's new weights [out, kept], and its validation error as a share of the output."""
+    """A reader's new weights [out, kept], and its validation error relative to the output."""
 
     weight: Tensor
     ridge: float | None
@@ -31,7 +31,7 @@ class Solution:
 
 @dataclass
 class Moments:
-    """X [in, in], T [out, in] and Σ w_t² |t|² of the tokens added."""
+    """X [in, in], T [out, in] and Σ w_t² |t|², summed over the added tokens."""
 
     xx: Tensor
     tx: Tensor
@@ -39,11 +39,11 @@ class Moments:
 
     @classmethod
     def empty(cls, weight: Tensor) -> Moments:
-        """The moments of no tokens, for a layer with this weight [out, in], in its dtype."""
+        """Zero moments for a layer with this weight [out, in], in its dtype."""
         return cls(weight.new_zeros(weight.shape[1], weight.shape[1]), torch.zeros_like(weight))
 
     def add(self, x_Ni: Tensor, t_No: Tensor) -> None:
-        """Add tokens, already multiplied by their w_t."""
+        """Add tokens that are already multiplied by their w_t."""
         self.xx.addmm_(x_Ni.T, x_Ni)
         self.tx.addmm_(t_No.T, x_Ni)
         self.tt += float(t_No.square().sum(dtype=torch.float64))
@@ -58,9 +58,9 @@ class Moments:
 def changes(
     xx: Tensor, residual: Tensor, ridges: tuple[float, ...]
 ) -> Iterator[tuple[float, Tensor]]:
-    """Each λ and its change of the weights, residual · (X + λ I)^-1, in float64.
+    """Each λ and the change of the weights for it, residual · (X + λ I)^-1, in float64.
 
-    `xx` is X [in, in], `residual` T − W X, transposed [in, out]. `xx` may be overwritten.
+    `xx` is X [in, in]; `residual` is T − W X, transposed [in, out]. `xx` may be overwritten.
     """
     system = xx.double()
     diagonal = system.diagonal().clone()
@@ -71,9 +71,9 @@ def changes(
 
 
 def refit(weight: Tensor, fit: Moments, validate: Moments, ridges: tuple[float, ...]) -> Solution:
-    """New weights for `weight` [out, in], by the λ with the least validation error.
+    """New weights for `weight` [out, in], with the λ of lowest validation error.
 
-    Where no λ lowers the error, the weights are left as they are (ridge None). Errors are
+    If no λ lowers the error, the weights are not changed (ridge None). Errors are
     sqrt(Σ w²|y' − t|² / Σ w²|t|²) on the `validate` moments.
     """
     wide = weight.to(fit.xx.dtype)

@@ -1,7 +1,7 @@
-"""Whether a repair helps the whole model, on text that the repair was not fitted on.
+"""Measure whether a repair helps the whole model, on text that was not used to fit it.
 
-Every layer's own error can fall while the model gets worse: errors of layers interact, and a norm
-after a block (Gemma 3) amplifies them.
+The error of every single layer can fall while the model gets worse: the errors of layers interact,
+and a norm after attention or MLP (Gemma 3) amplifies them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from regrow.pruning.repair import Repaired, RepairSetup
 from regrow.training.head import head_of
 from regrow.training.teacher import mean_loss, reference_states
 
-TOKENS = 4096  # a difference in KL that matters shows on so few, as both models read the same
+TOKENS = 4096  # enough to see a relevant difference in KL, as both models read the same text
 
 
 @torch.no_grad()
 def validation_kl(
     setup: RepairSetup, repairs: Sequence[Repaired | None]
 ) -> tuple[list[float], int]:
-    """KL(dense ‖ cut) in nats per token with each repair (None: without one), and the tokens.
+    """KL(dense ‖ cut) in nats per token for each repair (None: no repair), and the token count.
 
     The text is up to 4,096 tokens of the profile's validation sequences. One layer of a model is in
     memory at a time.
@@ -45,7 +45,7 @@ def validation_kl(
 
 
 def _validation_batch(setup: RepairSetup) -> dict[str, Tensor]:
-    """One batch, so that each layer is read once; every token that follows another is scored."""
+    """One batch, so that each layer is read once; all tokens but the first of a text are scored."""
     sequences = Sequences.load(setup.profile.sequences_path())
     count = max(1, TOKENS // sequences.input_ids.shape[1])
     subsets = dict(fit_and_validate(sequences, len(sequences), len(sequences)))

@@ -1,12 +1,12 @@
-"""One-shot repair: re-solve the layers that read a pruned dimension, on Gram matrices.
+"""One-shot repair: re-solve the projections that read a pruned dimension, from Gram matrices.
 
-A reader y = W x keeps the inputs k and loses the inputs p. The best weights on k are
+A projection y = W x (a reader) keeps the inputs k and loses the inputs p. The best weights on k are
 
     W' = argmin Σ_t w_t |W' x_k − W x|² + λ |W' − W_k|²
        = W_k + W_p G_pk (G_kk + λ I)^-1,        G = Σ_t w_t x xᵀ
 
-(_ridge.py). λ is chosen for each reader by its error on the validation sequences. No text is run,
-and at most one Gram matrix is in memory.
+(_ridge.py). λ is chosen for each reader by its error on the validation sequences. No text runs
+through the model, and at most one Gram matrix is in memory.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ ROWS = 512
 
 
 def repair(setup: RepairSetup, ridges: tuple[float, ...] = RIDGES) -> OneShot:
-    """New weights; each is solved when it is first asked for, and kept in `setup.work`."""
+    """The new weights; each is solved on its first use and stored in `setup.work`."""
     return OneShot(setup, ridges)
 
 
 def solve(weight: Tensor, gram: Gram, kept: list[int], ridges: tuple[float, ...]) -> Solution:
     """Re-solve one reader `weight` [out, in] for its `kept` inputs, in float64.
 
-    Errors are sqrt(Σ w|y' − y|² / Σ w|y|²) on the validation Gram matrix. Where no λ lowers the
-    error, the weights are left as they are (ridge None).
+    Errors are sqrt(Σ w|y' − y|² / Σ w|y|²) on the validation Gram matrix. If no λ lowers the
+    error, the weights are not changed (ridge None).
     """
     k = torch.tensor(kept)
     is_kept = torch.zeros(weight.shape[1], dtype=torch.bool)
     is_kept[k] = True
     p = (~is_kept).nonzero().squeeze(-1)
-    # Float64 only for the system and its solution: errors are exact enough in the Gram's dtype.
+    # Only the system is solved in float64: the Gram's dtype is exact enough for the errors.
     wide = weight.to(torch.promote_types(weight.dtype, gram.fit.dtype))
     lost = gram.fit[k[:, None], p].double() @ wide[:, p].double().T
     total = _energy(wide, gram.validate).clamp_min(torch.finfo(torch.float64).tiny)
@@ -60,19 +60,19 @@ def solve(weight: Tensor, gram: Gram, kept: list[int], ridges: tuple[float, ...]
 
 
 def _energy(weight: Tensor, gram: Tensor) -> Tensor:
-    """Σ_t w_t |W x_t|² = tr(W G Wᵀ), a few rows of W at a time."""
+    """Σ_t w_t |W x_t|² = tr(W G Wᵀ), computed a few rows of W at a time."""
     parts = (rows.to(gram.dtype) for rows in weight.split(ROWS))
     return torch.stack([((rows @ gram) * rows).sum(dtype=torch.float64) for rows in parts]).sum()
 
 
 def work_bytes(sizes: dict[str, int], tokens: int) -> int:
-    """The solved projections, in four bytes a value."""
+    """Bytes of the solved projections, at four bytes per value."""
     reads = sizes["heads"] * sizes["head_dim"] + sizes.get("mlp", 0)
     return 4 * sizes["layers"] * sizes["hidden"] * reads
 
 
 class OneShot:
-    """Gives `cut` the re-solved weights of each reader; remembers the errors of each solution."""
+    """Provides `cut` with the re-solved weights of each reader, and records their errors."""
 
     def __init__(self, setup: RepairSetup, ridges: tuple[float, ...]) -> None:
         self.setup, self.ridges = setup, ridges
@@ -86,7 +86,7 @@ class OneShot:
         }
 
     def __call__(self, name: str, kept: Tensor) -> Tensor:
-        """The tensor to write for the dense model's tensor `name`, whose cut form is `kept`."""
+        """The tensor to write for the dense model's tensor `name`; `kept` is its kept part."""
         place = self.setup.family.find(name)
         if place is None or place.template not in self._dims or place.layer is None:
             return kept

@@ -1,18 +1,18 @@
-"""Repair layer by layer: each layer is re-solved for the input it gets in the cut model.
+"""Sequential repair: each layer is re-solved for the input that it receives in the cut model.
 
-The dense and the cut model run over the profile's text side by side, one layer of each at a time.
+The dense and the cut model process the profile's text in parallel, one layer of each at a time.
 A layer has two parts, attention and MLP, and the last projection of each (`o_proj`, `down_proj`)
 is re-solved. Let x̂ be its input and ĥ the residual stream before the part in the cut model; in the
 dense model the part takes the stream from h to h⁺. The new weights are
 
     W' = argmin Σ_t w_t |W' x̂ − (h⁺ − h) − u (h − ĥ)|² + λ |W' − W|²,   w_t = 1/|h|²
 
-With u = 1 (`RepairSetup.upstream`) the cut model's stream returns to the dense one's after every
-part, whatever was lost before. A dropped layer is compensated by the kept layer before it: its h⁺
-is the stream that reaches the next kept layer. λ is chosen by the error on the validation
-sequences. Biases are solved together with the weights where the family has them. Where a norm
-stands between projection and stream (Gemma 3), its inverse is applied to the target, with the scale
-of the dense output.
+With u = 1 (`RepairSetup.upstream`), every part tries to bring the cut model's stream back to the
+dense model's stream, including the error of earlier layers. The kept layer before a dropped layer
+replaces it: its h⁺ is the stream that enters the next kept layer. λ is chosen by the error on the
+validation sequences. If the family has biases, they are solved together with the weights. If there
+is a norm between projection and stream (Gemma 3), its inverse is applied to the target, with the
+scale of the dense output.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from regrow.runtime.precision import widen
 from regrow.runtime.progress import Progress, progress
 
 GRAMS = False
-RIDGES = (1e-1, 3e-1, 1.0, 3.0, 10.0)  # larger than gram's: errors add up from layer to layer
-PARTS = ("heads", "mlp")  # attention and MLP, by the dimension that their last projection reads
+RIDGES = (1e-1, 3e-1, 1.0, 3.0, 10.0)  # larger than for gram: errors accumulate over layers
+PARTS = ("heads", "mlp")  # attention and MLP, named by the input of the last projection
 
 
 def repair(setup: RepairSetup, ridges: tuple[float, ...] = RIDGES) -> Sequential:
-    """New weights, all solved here; they are kept in `setup.work` until they are asked for."""
+    """The new weights; all are solved in this call and stored in `setup.work`."""
     solver = Sequential(setup, ridges)
     solver.run()
     return solver
 
 
 def work_bytes(sizes: dict[str, int], tokens: int) -> int:
-    """Streams and a reader's input for the text, in two bytes; the solved projections, in four."""
+    """Bytes of streams and reader inputs (2 per value) and of solved projections (4 per value)."""
     heads, mlp = sizes["heads"] * sizes["head_dim"], sizes.get("mlp", 0)
     states = tokens * (5 * sizes["hidden"] + max(heads, mlp))
     return 2 * states + 4 * sizes["layers"] * sizes["hidden"] * (heads + mlp)
 
 
 class Sequential:
-    """The dense and the cut model side by side, one layer of each, and the solutions so far."""
+    """The dense and the cut model, one layer of each in memory, and the solutions so far."""
 
     @torch.no_grad()
     def __init__(self, setup: RepairSetup, ridges: tuple[float, ...]) -> None:
@@ -71,7 +71,7 @@ class Sequential:
         self._cut = cut_layers(setup.checkpoint, setup.plan, setup.family, device, like=self._dense)
 
     def __call__(self, name: str, kept: Tensor) -> Tensor:
-        """The tensor to write for the dense model's tensor `name`, whose cut form is `kept`."""
+        """The tensor to write for the dense model's tensor `name`; `kept` is its kept part."""
         return self._weights.get(name).to(kept.dtype) if name in self._weights else kept
 
     @torch.no_grad()
@@ -88,7 +88,7 @@ class Sequential:
                 counter.advance(tokens)
 
     def _run_dense(self, layers: Iterable[int], counter: Progress, watched: bool = False) -> None:
-        """Run the dense stream through these layers; if `watched`, keep it before each part."""
+        """Run the dense stream through these layers; if `watched`, store it before each part."""
         stream, family = self._streams["dense"], self.setup.family
         for layer in layers:
             names = [*family.residual.values(), *family.post_norm.values()] if watched else []
@@ -108,14 +108,14 @@ class Sequential:
         with self._cut.resident(new):
             for dim, template in readers.items():
                 self._solve_reader(template, dim, new, old)
-                # A layer with experts is run as a whole below, from the stream before it.
+                # A layer with experts is run as a whole below, from the stream before the layer.
                 for n in range(len(self._batches)) if "mlp" in readers else ():
                     stream.put(n, self._output(template, dim, new, n))
             for n, (_, inputs) in enumerate(self._batches) if "mlp" not in readers else ():
                 stream.put(n, self._cut.step(inputs, stream.get(n) if new else None))
 
     def _readers(self, layer: int) -> dict[str, str]:
-        """Template of the last projection of each part of a layer of the cut model, in order."""
+        """Template of the last projection of each part, in order, for a layer of the cut model."""
         return {
             dim: template
             for dim in PARTS
@@ -152,14 +152,14 @@ class Sequential:
         with _inputs(model, [reader, residual], new, reader) as seen, suppress(_ReachedError):
             if dim == "heads":
                 self._cut.step(inputs, stream.get(n) if new else None)
-            else:  # from the stream after the attention, which need not be run again
+            else:  # start from the stream after the attention, to avoid running it again
                 norm = model.get_submodule(_module(residual, new))
                 part = model.get_submodule(_module(reader, new).rpartition(".")[0])
                 part(norm(stream.get(n).to(self._cut.device)))
         return seen[reader], seen[residual]
 
     def _output(self, template: str, dim: str, new: int, n: int) -> Tensor:
-        """The stream after a part [B, T, H]: the stream before it plus its new projection."""
+        """The stream after a part [B, T, H]: the stream before it plus the new output."""
         x_BTi, stream_BTH = (
             self._reached[name].get(n).to(self._cut.device) for name in ("input", "stream")
         )
@@ -194,20 +194,20 @@ class Sequential:
             weight, bias = weight[:, :-1], weight[:, -1]
             module.bias = nn.Parameter(bias.to(module.bias.dtype), requires_grad=False)
             self._weights.put(name.removesuffix("weight") + "bias", bias)
-        # Not in place: the old tensor may be the dense model's file, mapped.
+        # Not in place: the old tensor may be memory-mapped from the dense model's file.
         module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
         self._weights.put(name, weight)
 
 
 class _ReachedError(Exception):
-    """Ends a forward pass at the module that it was run for."""
+    """Stops a forward pass once it reaches the module whose input is needed."""
 
 
 @contextmanager
 def _inputs(
     model: nn.Module, templates: Iterable[str], layer: int, stop: str | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """The inputs of modules, by template, while this is open; the pass ends before `stop`."""
+    """Record the inputs of modules, by template, in this context; the pass ends before `stop`."""
     seen: dict[str, Tensor] = {}
 
     def watch(template: str) -> Any:
@@ -234,7 +234,7 @@ def _module(template: str, layer: int) -> str:
 
 
 def _joined(module: nn.Linear) -> Tensor:
-    """The weight [out, in] in float32 or wider; a bias is a last column [out, in + 1]."""
+    """The weight [out, in] in float32 or wider; a bias is added as a last column [out, in + 1]."""
     weight = widen(module.weight)
     return weight if module.bias is None else torch.cat([weight, module.bias[:, None]], dim=1)
 

@@ -1,4 +1,4 @@
-"""Compare: the same cut by every importance criterion, each scored untrained."""
+"""Compare importance criteria: make the same cut by each, and score the result untrained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from regrow.stages._flags import Model, Text, open_model, print_lines
 
 
 class CompareStage(Stage):
-    """A command only: it prints a table to choose a criterion by."""
+    """A command (not a recipe step) that prints a table for choosing a criterion."""
 
     config = PruneConfig
     in_recipes = False
@@ -31,15 +31,15 @@ class CompareStage(Stage):
         heads: int = 0,
         dry_run: bool = False,
     ) -> None:
-        """Make the same cut by every criterion of a profile, and print what each loses untrained.
+        """Make the same cut by every criterion of a profile, and print the KL of each, untrained.
 
         Args:
             model: Hugging Face folder, hub id, GGUF file, or package:NAME.
             profile: Folder that regrow profile wrote for this model.
-            pruning: What to prune to; its criterion is the one that is re-estimated.
+            pruning: Target of the cut; its criterion is the one for `rounds`.
             machine: Device and batch size.
             out: JSON file to write the table to.
-            rounds: Also prune in this many rounds, with importance estimated anew in each.
+            rounds: Also prune in this many rounds, with importance re-estimated in each.
             heads: Also remove one query head: the least important, and this many at random.
             dry_run: Check everything and print what would be done.
         """

@@ -1,7 +1,7 @@
-"""The classic exercise: one query head removed at random against the least important one.
+"""Remove one query head: compare the least important head with random heads.
 
-To remove a head, the columns that read it in the output projection are set to zero, which changes
-the model's output as a cut would. Shapes stay, so that a single head can be removed.
+To remove a head, its columns in the output projection are set to zero, which has the same effect on
+the model's output as a cut. Shapes do not change, so a single head can be removed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BOTH = LossWeights({"forward_kl": 1.0, "cross_entropy": 1.0})
 
 
 def check_heads(profile: Profile) -> list[str]:
-    """Criteria of the profile that score query heads; raises UserError when there is none."""
+    """The profile's criteria that score query heads; raises UserError when there are none."""
     names = [name for name in profile.criteria({"heads"}) if name != "random"]
     if not names:
         raise UserError(
@@ -40,11 +40,11 @@ def check_heads(profile: Profile) -> list[str]:
 
 
 def remove_heads(scorer: CutScorer, draws: int) -> list[dict[str, Any]]:
-    """Rows of the cost of removing one head, of the whole model and of every layer.
+    """Rows with the cost of removing one head of the whole model, or one head of every layer.
 
-    Each has `removed`, `chosen` (a criterion: its least important heads; or random: the mean over
-    `draws`), and in nats per token `kl` to the whole model, `loss` above the whole model's, and for
-    random their standard deviations over the draws.
+    Each row has `removed`, and `chosen`: a criterion, for its least important heads, or random, for
+    the mean over `draws`. In nats per token it has `kl` to the whole model, `loss` minus the whole
+    model's loss, and for random their standard deviations over the draws.
     """
     names = check_heads(scorer.profile)
     scores = {name: scorer.profile.scores(name, "heads") for name in names}
@@ -70,7 +70,7 @@ def remove_heads(scorer: CutScorer, draws: int) -> list[dict[str, Any]]:
 
 
 def heads_table(rows: list[dict[str, Any]], draws: int) -> Table:
-    """The rows for the terminal."""
+    """The rows as a table for the terminal."""
     title = f"Query heads removed; random: mean ± standard deviation of {draws} draws"
     table = Table(
         "removed", "chosen", "KL, nats", "Δ loss, nats", title=title, title_justify="left"
@@ -100,7 +100,7 @@ def _row(scorer: CutScorer, choices: list[Heads], whole: float) -> dict[str, flo
 @contextmanager
 @torch.no_grad()
 def _without(scorer: CutScorer, heads: Heads) -> Iterator[None]:
-    """The scorer's dense model without these heads, inside the context."""
+    """A context in which the scorer's dense model has no such heads."""
     family = families.of(scorer.checkpoint)
     width = family.sizes(scorer.checkpoint.config)["head_dim"]
     saved = []
@@ -119,7 +119,7 @@ def _without(scorer: CutScorer, heads: Heads) -> Iterator[None]:
 
 @torch.no_grad()
 def _losses(scorer: CutScorer) -> dict[str, float]:
-    """KL to the whole model and next-token loss of the present model, per scored token."""
+    """KL to the whole model and next-token loss of the current model, per scored token."""
     head = head_of(scorer.dense.model)
     sums, tokens = dict.fromkeys(BOTH.weights, 0.0), 0
     for batch, reference_NH in scorer.text():

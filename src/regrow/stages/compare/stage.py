@@ -1,8 +1,8 @@
-"""Importance criteria side by side: the same cut by each, untrained, without and with repair.
+"""Compare importance criteria: the same cut by each, untrained, without and with repair.
 
-One row can prune in rounds: each round makes an equal part of the cut, and the next one uses a new
-profile of the smaller model. The plans of the rounds are merged, so that the result can be compared
-with any other cut.
+One row can prune in rounds: each round makes an equal part of the cut, and the next round uses a
+new profile of the smaller model. The plans of the rounds are merged, so that the result can be
+compared with any other cut.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from regrow.stages.profile.importance import reads_grams
 from regrow.stages.profile.stage import profile as measure
 
 SMOOTH = ("layers", "mlp", "kv_heads", "experts", "expert_mlp")
-"""Dimensions that can be cut in any steps; heads and hidden follow, others in the last round."""
+"""Dimensions that can be cut by any number; heads and hidden are rounded, others cut last."""
 
 
 def steps_towards(
@@ -46,7 +46,7 @@ def steps_towards(
 ) -> list[dict[str, int]]:
     """All sizes after each round, from a model of this `config` to `after` in equal parts.
 
-    Fewer than `rounds` where the model cannot have the sizes in between, or they are the same.
+    There are fewer than `rounds` if intermediate sizes are not legal or do not differ.
     """
     before = family.sizes(config)
     group = {"before": before["heads"] // before["kv_heads"]}
@@ -73,10 +73,10 @@ def choose_in_rounds(
     steps: list[dict[str, int]],
     options: Options,
 ) -> Plan:
-    """One plan of the `checkpoint` for the last of `steps`, by `config`'s criteria in each round.
+    """One plan for `checkpoint` to the last of `steps`, by `config`'s criteria in each round.
 
-    The first round uses `profile`. The others use new profiles, on as much of the same text, of the
-    smaller model, repaired as `config` says.
+    The first round uses `profile`. Each later round uses a new profile of the smaller model,
+    repaired by the settings of `config`, on the same amount of the same text.
     """
     family = families.of(checkpoint)
     criteria = (config.criterion, config.layer_criterion)
@@ -112,7 +112,7 @@ def _cut(
 
 
 def _profile_config(profile: Profile, config: PruneConfig, cut: set[str]) -> ProfileConfig:
-    """The profile of the next round: criteria for the dimensions that it cuts."""
+    """The profile config of the next round, with criteria for the dimensions that it cuts."""
     criteria = [config.layer_criterion] if "layers" in cut else []
     criteria += [config.criterion] if cut - {"layers"} else []
     if "experts" in cut and config.expert_criterion is not None:
@@ -127,14 +127,14 @@ def _profile_config(profile: Profile, config: PruneConfig, cut: set[str]) -> Pro
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """The criteria of a comparison, the sizes they cut to, and the rounds of re-estimation."""
+    """The criteria of a comparison, the sizes after the cut, and the rounds of re-estimation."""
 
     criteria: list[str]
     sizes: dict[str, int]
     after: dict[str, int]
     only_layers: bool
     steps: list[dict[str, int]]
-    """Sizes after each round of the re-estimated row; with one or none there is no such row."""
+    """Sizes after each round of the re-estimated row; with fewer than two there is no such row."""
 
 
 def compare(
@@ -147,15 +147,15 @@ def compare(
     rounds: int = 1,
     heads: int = 0,
 ) -> list[dict[str, Any]]:
-    """Cut to `config`'s sizes (keep_params: from the MLPs or experts) by each of its criteria.
+    """Cut to `config`'s sizes (keep_params: cut MLPs or experts) by each criterion of the profile.
 
-    Returns, prints and, to the JSON file `out`, writes a row for each: criterion, and KL to the
-    dense model in nats per token without and with repair, on calibration text that was not
-    profiled. Criteria for layers are compared where only layers are cut. With `rounds` > 1 there is
-    one more row: `config`'s own criterion, re-estimated in so many rounds. With `heads` > 0 there
-    is a second table: one query head removed, the least important by each criterion, and one at
-    random, so many times.
-    Raises UserError for an impossible target and a profile of another model.
+    Prints and returns a row for each criterion, and writes the rows to the JSON file `out`. A row
+    has the KL to the dense model in nats per token, without and with repair, on calibration text
+    that was not profiled. If only layers are cut, criteria for layers are compared. With `rounds` >
+    1 there is one more row: `config`'s own criterion, re-estimated in that many rounds. With
+    `heads` > 0 there is a second table, for the removal of one query head: the least important by
+    each criterion, and random heads, drawn that many times.
+    Raises UserError for an impossible target, and for a profile of another model.
     """
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     measured = profile if isinstance(profile, Profile) else Profile(profile)
@@ -191,7 +191,7 @@ def compare(
 def comparison_plan(
     checkpoint: Checkpoint, profile: Profile, config: PruneConfig, rounds: int, heads: int
 ) -> ComparisonPlan:
-    """The comparison to make; raises UserError, before any slow work, for an impossible one."""
+    """The plan of a comparison; raises UserError, before any slow work, if it is impossible."""
     profile.check_fingerprint(checkpoint)
     if rounds < 1 or heads < 0:
         raise UserError(f"rounds {rounds}, heads {heads}: give 1 or more rounds, 0 or more heads")
@@ -273,7 +273,7 @@ def estimate(
     rounds: int,
     heads: int,
 ) -> list[str]:
-    """The criteria, the cut, the text and the time of a comparison."""
+    """Describe the criteria, the cut, the text and the time of a comparison."""
     profile = Profile(folder)
     comparison = comparison_plan(checkpoint, profile, config, rounds, heads)
     family = families.of(checkpoint)

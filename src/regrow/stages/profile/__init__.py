@@ -22,30 +22,31 @@ GRAM_TOKENS = 65536
 
 
 class ProfileConfig(Config):
-    """What to measure on how much calibration text."""
+    """The importance criteria to compute, and the amount of calibration text."""
 
     criteria: tuple[str, ...] = ("activation_l2", "block_influence", "token_count")
-    """Importance criteria to score by: names of files in profile/importance."""
+    """Importance criteria to compute: names of files in profile/importance."""
     samples: int = Field(default=1024, ge=1)
-    """Calibration sequences to run through the model."""
+    """Number of calibration sequences to run through the model."""
     gram_tokens: int | None = Field(default=None, ge=0)
-    """Calibration tokens for Gram matrices, which only the criterion obs and repair by gram read.
-    None: 65,536 where a criterion or a later prune of the recipe reads them, otherwise 0."""
+    """Number of calibration tokens for Gram matrices, which only the criterion obs and the repair
+    method gram read. None: 65,536 if a criterion or a later prune of the recipe reads them,
+    otherwise 0."""
     grams: tuple[Literal["mlp", "heads"], ...] = ("mlp", "heads")
-    """Dimensions whose readers' Gram matrices are gathered: those that will be cut."""
+    """Dimensions for which Gram matrices are computed: those that will be cut."""
     token_weight: Literal["inverse_residual", "uniform"] = "inverse_residual"
-    """Weight of a token in the Gram matrices: 1/|residual| (the error that matters after the next
-    norm) or the same for all."""
+    """Weight of a token in the Gram matrices: 1/|residual|, which measures the error as it counts
+    after the next norm (inverse_residual), or the same weight for all tokens (uniform)."""
     vocab_tokens: int = Field(default=2_000_000, ge=1)
-    """Calibration tokens to count for the vocabulary (token_count), at most all of the split; they
-    are tokenized, but not run through the model."""
+    """Number of calibration tokens to count for the vocabulary (token_count), at most the whole
+    split; they are tokenized, but not run through the model."""
     removal_sequences: int = Field(default=4, ge=1)
-    """Sequences on which layers are removed in turn (kl_drop, perplexity_drop)."""
+    """Number of sequences for removing layers one by one (kl_drop, perplexity_drop)."""
     seed: int = 0
     """Seed of the random criterion."""
 
     def resolved(self, read_later: bool = False) -> ProfileConfig:
-        """The config with `gram_tokens` as a number; `read_later`: a later prune reads them."""
+        """The config with `gram_tokens` as a number; `read_later`: a later prune needs them."""
         if self.gram_tokens is not None:
             return self
         from regrow.stages.profile.importance import reads_grams
@@ -55,7 +56,7 @@ class ProfileConfig(Config):
 
 
 class ProfileStage(Stage):
-    """Takes the current model; leaves its profile, for the prunes that follow."""
+    """Measures the current model, and stores its profile for the following prunes."""
 
     config = ProfileConfig
     needs_plain_weights = True
@@ -75,7 +76,7 @@ class ProfileStage(Stage):
         Args:
             model: Hugging Face folder, hub id, GGUF file, or package:NAME.
             out: Folder to write the profile to.
-            profiling: What to measure, on how much text.
+            profiling: Criteria to compute, and amount of text.
             machine: Device and batch size.
             dry_run: Check everything and print what would be done.
         """
@@ -88,17 +89,17 @@ class ProfileStage(Stage):
         profile(checkpoint, data, out, profiling, machine)
 
     def check(self, step: Step, plan: RecipePlan) -> None:
-        """Raise UserError for an unknown criterion, or one whose statistics are not gathered."""
+        """Raise UserError for an unknown criterion, or one whose statistics are not collected."""
         from regrow.stages.profile.importance import statistics_needed
 
         statistics_needed(_resolved(step, plan.steps))
 
     def dry_run(self, step: Step, plan: RecipePlan) -> list[str]:
-        """Tokens, passes, disk and time."""
+        """The tokens, passes, disk space and time that the step needs."""
         return estimate(plan.checkpoint, plan.data, _resolved(step, plan.steps))
 
     def leave(self, step: Step, plan: RecipePlan) -> None:
-        """There is a profile of the current model, with or without Gram matrices."""
+        """Record that the current model has a profile, with or without Gram matrices."""
         plan.profiled = True
         plan.left["gram_tokens"] = _resolved(step, plan.steps).gram_tokens
         if not plan.calibration_sequences:
@@ -114,7 +115,7 @@ class ProfileStage(Stage):
 
 
 def _resolved(step: Step, steps: list[Step]) -> ProfileConfig:
-    """The step's config, with Gram matrices where a prune before the next profile reads them."""
+    """The step's config, with Gram matrices if a prune before the next profile reads them."""
     from regrow.pruning.repair import reads_grams
 
     assert isinstance(step.config, ProfileConfig)
@@ -125,7 +126,7 @@ def _resolved(step: Step, steps: list[Step]) -> ProfileConfig:
 
 
 def estimate(checkpoint: Checkpoint, data: DataConfig, config: ProfileConfig) -> list[str]:
-    """Tokens, passes, disk and time of a profile."""
+    """The tokens, passes, disk space and time that a profile needs."""
     from regrow.cost import BACKWARD, FORWARD, forward_seconds
     from regrow.runtime.progress import clock
     from regrow.stages.profile.importance import GRADIENTS, REMOVALS, statistics_needed

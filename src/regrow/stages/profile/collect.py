@@ -1,9 +1,9 @@
-"""Gather statistics with hooks while a model, or one layer of it, runs over calibration text.
+"""Collect statistics with hooks while a model, or one layer of it, processes calibration text.
 
 B sequences, T tokens, N real tokens, d channels. Padding is dropped before anything is counted.
-Sums are in float32 at least, without a wide copy of the whole batch: on a CPU a batch goes in
-portions whose wide copies stay in the cache, which halves the time of a sum of squares; on a GPU
-portions would only be more kernels to launch.
+Sums are computed in at least float32, without converting a whole batch at once: on a CPU a batch is
+split into portions whose wide copies stay in the cache, which halves the time of a sum of squares.
+On a GPU, portions would only mean more kernel launches.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from regrow.stages.profile.importance import GRADIENTS, PAIRS, REMOVALS
 from regrow.stages.profile.routed import Routed
 
 PORTION = 1 << 17  # elements whose wide copies stay in the cache: half a megabyte in float32
-ROWS = 256  # tokens held in float64 at once
+ROWS = 256  # tokens converted to float64 at once
 
 
 @dataclass
 class Batch:
-    """The running batch: its real tokens, and its subset for Gram matrices, if any."""
+    """The current batch: its real tokens, and its subset for Gram matrices, if any."""
 
     real_BT: Tensor
     gram: Subset | None = None
@@ -50,11 +50,10 @@ class _GramSums:
 
 
 class Collector:
-    """Sums per dimension and layer, over every batch that runs while the hooks are attached.
+    """Sums for each dimension and layer, over all batches that run while the hooks are attached.
 
-    `needs` maps each observed dimension to the names of the statistics to gather for it;
-    `grams` are the dimensions whose readers' Gram matrices are summed; `head_dim` is the width of
-    the units of heads.
+    `needs` maps each observed dimension to the names of the statistics to collect for it. `grams`
+    lists the dimensions whose readers' Gram matrices are summed. `head_dim` is the width of a head.
     """
 
     def __init__(
@@ -77,12 +76,12 @@ class Collector:
 
     @property
     def backward(self) -> bool:
-        """Whether a statistic takes a backward pass."""
+        """Whether a statistic needs a backward pass."""
         return any(names & GRADIENTS for names in self.needs.values())
 
     @property
     def removals(self) -> set[str]:
-        """The statistics for which layers are removed in turn."""
+        """The statistics for which layers are removed one by one."""
         return self.needs.get("layers", set()) & REMOVALS.keys()
 
     @property
@@ -170,7 +169,7 @@ class Collector:
             assert self.batch is not None
             if self.batch.gram is not None:
                 rows_Nd = self._real(inputs[0].detach()).float()
-                # The floor keeps the weight of an all-zero residual finite.
+                # The lower bound keeps the weight of an all-zero residual finite.
                 norm = torch.linalg.vector_norm(rows_Nd, dim=-1, keepdim=True)
                 self._token_weights[dim] = 1.0 / norm.clamp_min(1e-6)
 
@@ -210,7 +209,7 @@ class Collector:
         return see
 
     def _compare(self, before: Tensor, after: Tensor) -> None:
-        """Collect the residual streams; with that of the last layer, compare them in pairs."""
+        """Collect the residual streams; after the last layer, compare them in pairs."""
         if not self._streams:
             self._streams.append(self._real(before))
         self._streams.append(self._real(after))
@@ -242,7 +241,7 @@ class Collector:
     def _add_gradients(
         self, place: str, names: set[str], x_BTd: Tensor, g_BTd: Tensor, units: int
     ) -> None:
-        """Add the statistics of x and the loss's gradient by it, in the backward pass."""
+        """Add statistics of x and of the loss's gradient with respect to x (backward pass)."""
         x_Nd, g_Nd = (widen(self._real(t)) for t in (x_BTd, g_BTd.detach()))
         if "gradient_square_sum" in names:
             self._add(f"gradient_square_sum/{place}", g_Nd.square().sum(0))
@@ -280,7 +279,7 @@ def cosine_distance_sum(before_Nd: Tensor, after_Nd: Tensor) -> Tensor:
 
 
 def _portions(*tensors_Nd: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of each, a portion at a time, widened."""
+    """The same rows of each tensor, one portion at a time, in a wider dtype."""
     rows, channels = tensors_Nd[0].shape
     count = max(1, PORTION // channels) if tensors_Nd[0].device.type == "cpu" else max(1, rows)
     for parts in zip(*(x_Nd.split(count) for x_Nd in tensors_Nd), strict=True):
@@ -288,14 +287,14 @@ def _portions(*tensors_Nd: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def layer_distances(streams: Sequence[Tensor]) -> Tensor:
-    """Σ_tokens arccos(cos(x^first, x^(last+1))) / π of every run of consecutive layers [L, L].
+    """Σ_tokens arccos(cos(x^first, x^(last+1))) / π for all groups of consecutive layers [L, L].
 
     `streams` are the L + 1 residual streams [N, H]: the embedding, then each layer's output. The
-    entry [last, first] is of the layers first to last; 0 where first > last. A token whose stream
-    is all zero is at a right angle to every other.
+    entry [last, first] is for the layers first to last, and 0 if first > last. A token whose stream
+    is all zero is treated as orthogonal to every other.
     """
     layers = len(streams) - 1
-    # In float32 the angle of layers that do nothing would be rounding, up to 5e-4.
+    # In float32, layers that change nothing would have an angle up to 5e-4 from rounding.
     dtype = widest(streams[0].device)
     total = torch.zeros(layers, layers, dtype=dtype, device=streams[0].device)
     for rows in zip(*(stream.split(ROWS) for stream in streams), strict=True):

@@ -1,8 +1,8 @@
-"""Passes over calibration text: the whole model resident, or one decoder layer at a time.
+"""Passes over calibration text, with the whole model in memory or one decoder layer at a time.
 
 Both orders give the same numbers. The layer-by-layer order keeps one layer's weights on the device
-and spills the hidden states of all sequences to disk, for models larger than the device. Further
-passes remove layers in turn, and count token ids over far more text.
+and stores the hidden states of all sequences on disk, for models larger than the device. Other
+passes remove layers one by one, and count token ids in much more text.
 
 L layers, N tokens, H hidden.
 """
@@ -27,7 +27,7 @@ from regrow.training.model_check import check_model
 from regrow.training.teacher import final_hidden, mean_loss, reference_states, scored
 
 Batches = list[tuple[Batch, dict[str, Tensor]]]
-"""Per batch: its tokens and subset for the hooks; input_ids, position_ids and labels."""
+"""For each batch: its tokens and subset for the hooks; input_ids, position_ids and labels."""
 TakeGrams = Callable[[int], None]
 
 
@@ -40,7 +40,7 @@ def resident(
     dtype: torch.dtype,
     progress: Progress,
 ) -> None:
-    """Run every batch through the whole model on `device`, and backward if a statistic needs it."""
+    """Run every batch through the model on `device`, and backward if a statistic needs it."""
     model = checkpoint.model(dtype, device).requires_grad_(False)
     check_model(model)
     if collector.backward:
@@ -53,7 +53,7 @@ def resident(
 def run_through(
     model: PreTrainedModel, batches: Batches, collector: Collector, progress: Progress
 ) -> None:
-    """One pass of all batches through a resident model, with the collector's hooks on it."""
+    """One pass of all batches through a model in memory, with the collector's hooks attached."""
     handles = collector.attach(model, range(model.config.num_hidden_layers), final=True)
     for batch, inputs in batches:
         collector.start(_on(batch, model.device))
@@ -78,7 +78,7 @@ def layer_major(
     progress: Progress,
     spill: Spill,
 ) -> None:
-    """Run all batches through one decoder layer, then the next; hidden states wait on disk."""
+    """Run all batches through one decoder layer after another; hidden states are kept on disk."""
     config = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
     given = (collector.family, config, checkpoint.names(), checkpoint.tensor)
     shell = LayerByLayer(*given, dtype, device)
@@ -109,12 +109,12 @@ def _on(batch: Batch, device: torch.device) -> Batch:
     return Batch(batch.real_BT.to(device), batch.gram)
 
 
-SHARE = 3  # a third of the layers is removed; the others are ranked by their cost after that
+SHARE = 3  # a third of the layers is removed; the others are then ranked by their cost
 
 
 @torch.no_grad()
 def removal_order(model: PreTrainedModel, batches: list[dict[str, Tensor]], loss: str) -> Tensor:
-    """Place of each layer in a greedy removal [layers], 0 for the first to go."""
+    """Position of each layer in a greedy removal [layers], 0 for the first removed layer."""
     layers = list(model.get_submodule("model.layers").children())
     reference = reference_states(model, batches)
     left: list[int] = list(range(len(layers)))
@@ -138,7 +138,7 @@ def removal_order(model: PreTrainedModel, batches: list[dict[str, Tensor]], loss
 
 
 def passes_for(layers: int) -> int:
-    """Passes over the batches that a removal takes, about layers² / 3.6."""
+    """Number of passes over the batches for a greedy removal, about layers² / 3.6."""
     return sum(layers - gone for gone in range(_rounds(layers) + 1))
 
 
@@ -147,7 +147,7 @@ def _rounds(layers: int) -> int:
 
 
 def _skip(model: PreTrainedModel, layers: list[nn.Module], gone: set[int]) -> None:
-    """Replace these layers by ones that return their input."""
+    """Replace the layers in `gone` by layers that return their input."""
     stack = [SkippedLayer(layer) if n in gone else layer for n, layer in enumerate(layers)]
     model.base_model.layers = nn.ModuleList(stack)
 
@@ -155,9 +155,9 @@ def _skip(model: PreTrainedModel, layers: list[nn.Module], gone: set[int]) -> No
 def count_tokens(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, tokens: int
 ) -> Tensor:
-    """Occurrences [vocab_size, 1] of each id in about the first `tokens` of the calibration split.
+    """Counts [vocab_size, 1] of each id in about the first `tokens` of the calibration split.
 
-    The documents are those of the blend, none twice; ids beyond the vocabulary are not counted.
+    The documents are those of the blend, each at most once; ids beyond the vocabulary are ignored.
     """
     counts_V = torch.zeros(vocab_size, dtype=torch.int64)
     seen = 0

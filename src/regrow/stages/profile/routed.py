@@ -1,9 +1,10 @@
-"""Activations of the experts of one layer, for the tokens that its router sends them.
+"""Activations of the experts of one layer, for the tokens that the router sends to them.
 
-transformers stacks the experts and has no module for each, so their activations are computed again
-from the tokens and the routing. A token that is not sent to an expert counts as zero there.
+transformers stacks the experts and has no module for each of them, so their activations are
+recomputed from the tokens and the routing. A token that is not sent to an expert counts as zero for
+that expert.
 
-N tokens (B sequences of T), n of them for one expert, K experts for a token, E experts, H hidden
+N tokens (B sequences of T), n of them sent to one expert, K experts per token, E experts, H hidden
 channels, d channels inside an expert.
 """
 
@@ -24,8 +25,8 @@ FREQUENCY = frozenset({"routed_tokens"})
 
 
 class Share(NamedTuple):
-    """One expert's share of a batch: its tokens, and x, the input of its down projection times the
-    router's weight of the expert for the token."""
+    """The part of a batch that one expert processes: its tokens, and x, the input of its down
+    projection times the router's weight for the token."""
 
     expert: int
     tokens_n: Tensor
@@ -34,10 +35,10 @@ class Share(NamedTuple):
 
 
 class Routed:
-    """A batch at the module that computes all experts of a layer, by that module's inputs.
+    """A batch, given by the inputs of the module that computes all experts of a layer.
 
     `module` has gate_up_proj [E, 2d, H], down_proj [E, H, d] and act_fn; an expert's output is the
-    router's weight times down(act(gate(h)) * up(h)). Padding is sent to no expert here.
+    router's weight times down(act(gate(h)) * up(h)). Padding is sent to no expert.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Routed:
         self.chosen_NK = chosen_NK.masked_fill(~real_BT.flatten()[:, None], -1)
 
     def statistics(self, needs: Mapping[str, set[str]]) -> dict[str, Tensor]:
-        """Sums over the tokens, by `statistic/dim`: [E, 1] of experts, [E, d] of expert_mlp."""
+        """Sums over the tokens, by `statistic/dim`: [E, 1] for experts, [E, d] for expert_mlp."""
         of_experts, of_channels = (needs.get(dim, set()) for dim in ("experts", "expert_mlp"))
         sums: dict[str, list[Tensor]] = defaultdict(list)
         if "routed_tokens" in of_experts:
@@ -62,9 +63,9 @@ class Routed:
         return {name: torch.stack(values) for name, values in sums.items()}
 
     def gradients(self, needs: Mapping[str, set[str]], g_NH: Tensor) -> dict[str, Tensor]:
-        """Sums that depend on the loss's gradient by the experts' joint output, likewise.
+        """Sums that depend on the gradient of the loss by the experts' output, in the same format.
 
-        The output is linear in x, so that the gradient by x is that by the output times `down`.
+        The output is linear in x, so the gradient by x is the gradient by the output times `down`.
         """
         sums: dict[str, list[Tensor]] = defaultdict(list)
         for share in self._shares():

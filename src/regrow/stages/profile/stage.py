@@ -1,4 +1,4 @@
-"""The profile stage: text and a checkpoint in, a folder of statistics and scores out."""
+"""The profile stage: it reads text and a checkpoint, and writes statistics and scores."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from regrow.stages.profile.importance import REMOVALS, score_all, statistics_nee
 from regrow.stages.profile.passes import Batches, count_tokens, layer_major, removal_order, resident
 from regrow.training.model_check import check_model
 
-MEANS = ("input_output_distance", "angular_distance")  # over tokens; the others are sums
+MEANS = ("input_output_distance", "angular_distance")  # means over tokens; the others are sums
 
 
 def profile(
@@ -41,13 +41,13 @@ def profile(
 ) -> Profile:
     """Measure a checkpoint on the calibration split of `data`; write and return the profile.
 
-    Statistics are those that the criteria need, over `config.samples` sequences; Gram matrices, if
-    any, those of the inputs of down_proj (mlp) and o_proj (heads) over the first
-    `config.gram_tokens` tokens. Raises UserError for an unknown criterion, a checkpoint outside the
-    families, or too little text.
+    The statistics are those that the criteria need, over `config.samples` sequences. Gram matrices,
+    if needed, are computed for the inputs of down_proj (mlp) and o_proj (heads) over the first
+    `config.gram_tokens` tokens. Raises UserError for an unknown criterion, an unsupported model
+    family, or too little text.
     """
     config, options = (config or ProfileConfig()).resolved(), options or Options()
-    options.torch_device()  # refuses a missing device before the slow work
+    options.torch_device()  # raises for a missing device before the slow work
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     family = families.of(checkpoint)
     needs = statistics_needed(config)
@@ -81,7 +81,7 @@ def profile(
         save_file(scores, folder / SCORES)
         sequences.save(folder / SEQUENCES)
         about = {
-            "digest": stage.digest,  # differs for a profile of the same model on other text
+            "digest": stage.digest,  # differs between profiles of one model on different texts
             "grams": grams,
             "gram_tokens": gram_sequences * data.sequence_length,
         }
@@ -108,7 +108,7 @@ def _info(
 
 
 def estimate_bytes(checkpoint: Checkpoint, config: ProfileConfig) -> int:
-    """Bytes of the Gram matrices, which are nearly all of a profile: two float32 d² per reader."""
+    """Bytes of the Gram matrices, which dominate a profile: two float32 [d, d] per reader."""
     dims = config.grams if config.resolved().gram_tokens else ()
     return _gram_bytes(families.of(checkpoint), checkpoint.config, dims)
 
@@ -174,14 +174,14 @@ def _removals(
 
 
 def _fits(checkpoint: Checkpoint, collector: Collector, device: torch.device) -> bool:
-    """Whether weights and the Grams of all layers take less than 0.7 of the device's memory."""
+    """Whether weights and Gram matrices of all layers fit into 70 % of the device's memory."""
     grams = _gram_bytes(collector.family, checkpoint.config, collector.gram_dims)
     weights = sum(checkpoint.bytes(name) for name in checkpoint.names())
     return weights + grams < 0.7 * memory_bytes(device)
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Memory of the device in bytes: free on a GPU, available to new programs on the CPU."""
+    """Bytes of memory: free memory on a GPU, memory available to new programs on the CPU."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
@@ -190,7 +190,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def _batches(sequences: Sequences, gram_sequences: int, batch_size: int) -> Batches:
-    """Batches of one subset of the Gram matrices each, or of sequences outside both."""
+    """Batches; each has sequences of one Gram subset, or of neither."""
     if 0 < gram_sequences < VALIDATE_EVERY:
         raise UserError(
             f"{gram_sequences} sequences for the Gram matrices are too few: {VALIDATE_EVERY} or "
@@ -211,9 +211,9 @@ def _save_gram(gram: Gram, path: Path) -> None:
 
 
 def _tidy(sums: dict[str, Tensor], sizes: dict[str, int], tokens: int) -> dict[str, Tensor]:
-    """Sums as [units, width] by `statistic/dim/layer`; layers in one tensor; kv_heads added.
+    """Sums as [units, width] by `statistic/dim/layer`; layers are one tensor; kv_heads are added.
 
-    Sums of expert_mlp are [experts, units].
+    Sums for expert_mlp are [experts, units].
     """
     tidy: dict[str, Tensor] = {}
     for key, value in sums.items():

@@ -1,4 +1,4 @@
-"""Prune: cut a model to a target, to sizes or by a plan, and repair what is left."""
+"""Prune: cut a model to a target, to sizes or by a plan, and repair the cut model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from regrow.stages._flags import Model, OptionalText, open_model, print_lines
 
 
 class PruneStage(Stage):
-    """Takes the current model and its profile; leaves a smaller model, without and with repair."""
+    """Cuts the current model by its profile; writes the smaller model with and without repair."""
 
     config = PruneConfig
     changes_weights = True
@@ -37,11 +37,11 @@ class PruneStage(Stage):
             model: Hugging Face folder, hub id, GGUF file, or package:NAME.
             out: Folder to write the smaller model to.
             profile: Folder that regrow profile wrote for this model.
-            pruning: What to prune to, and how.
+            pruning: Target, criteria and repair.
             machine: Device and batch size.
             dry_run: Check everything and print what would be done.
         """
-        open_model(model)  # what cannot be opened is refused before the slow imports
+        open_model(model)  # raises for an unreadable model before the slow imports
         from regrow.checkpoint import load
         from regrow.profile_folder import Profile
         from regrow.stages.prune.dry_run import estimate
@@ -55,7 +55,7 @@ class PruneStage(Stage):
         prune(model, out, pruning, profile, text.blend() if text.data else None, machine)
 
     def check(self, step: Step, plan: RecipePlan) -> None:
-        """Raise UserError without a profile, for no target or several, and for impossible sizes."""
+        """Raise UserError for a missing profile, no target or several, or impossible sizes."""
         from regrow.pruning.prune import make_plan
         from regrow.pruning.repair import reads_grams
         from regrow.search.shapes import check_keep_params
@@ -76,7 +76,7 @@ class PruneStage(Stage):
         config_after(plan.config_now, plan.family, step.config)
 
     def dry_run(self, step: Step, plan: RecipePlan) -> list[str]:
-        """Sizes of the candidates, and the time to choose among them."""
+        """The sizes of the candidates, and the time of the search."""
         from regrow.stages.prune.dry_run import estimate, parameters_after
 
         if _is_first(step, plan):
@@ -87,7 +87,7 @@ class PruneStage(Stage):
         return [f"prune: {plan.parameters:,} parameters then; to about {after:,}"]
 
     def leave(self, step: Step, plan: RecipePlan) -> None:
-        """There are fewer parameters, and perhaps fewer tokens."""
+        """Record the smaller number of parameters, and of tokens if the vocabulary is cut."""
         from regrow.search.score import sequences_for
         from regrow.search.shapes import check_keep_params, to_try
         from regrow.stages.prune.dry_run import config_after, parameters_after
@@ -100,9 +100,9 @@ class PruneStage(Stage):
         plan.fewer_tokens = plan.fewer_tokens or step.config.vocab_size is not None
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
-        """Cut, with and without repair: two folders of one plan, so that the gain is measured.
+        """Cut with and without repair into two folders, so that the gain of repair is measured.
 
-        A repair that did not help was not applied: then there is only one model.
+        If the repair does not help, it is not applied, and there is only one folder.
         """
         from regrow import stage_dir
         from regrow.plan import FILE
@@ -125,7 +125,7 @@ class PruneStage(Stage):
 
 
 def _is_first(step: Step, plan: RecipePlan) -> bool:
-    """Whether this is the recipe's first prune: only then the sizes of the model are known."""
+    """Whether this is the recipe's first prune; only then are the model's sizes known."""
     return next(each for each in plan.steps if each.name == "prune") is step
 
 

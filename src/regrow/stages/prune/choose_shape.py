@@ -1,10 +1,11 @@
-"""Choice of shape: cut every candidate in memory, score it untrained, keep the best.
+"""Choose a shape: cut every candidate in memory, score it without training, keep the best.
 
-Up to 8 shapes, or hundreds in rounds on more and more text, are scored by KL to the dense model on
-calibration text that was not profiled. Then, if asked for, the best few are distilled a little, the
-better half of them twice as long, and so on (successive halving, Jamieson and Talwalkar 2016, with
-the training length as the resource). A distillation is extended from rung to rung; a search that
-was stopped continues at its last rung.
+Shapes are scored by their KL divergence from the dense model on calibration text that was not
+profiled: up to 8 shapes at once, or hundreds in rounds with more text in each round. Optionally the
+best few are then distilled for a short time, the better half of them twice as long, and so on
+(successive halving, Jamieson and Talwalkar 2016, with the training length as the resource). Each
+rung continues the distillations of the previous rung, and an interrupted search continues at its
+last rung.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ RUNGS = "rungs.json"
 FIGURE = "held-out KL"
 
 Score = Callable[[Row, int], float]
-"""(row, tokens to train on in all) → KL to the dense model on held-out text."""
+"""(row, total training tokens) → KL to the dense model on held-out text."""
 
 
 def choose_shape(
@@ -65,10 +66,11 @@ def choose_shape(
     options: Options,
     scratch: Path,
 ) -> list[Row]:
-    """Score the shapes, print and return the table, the best first.
+    """Score the shapes; print and return the table, the best shape first.
 
-    Rows: name, sizes, parameters, keep, bytes and ram in `format`, kl (of the last round the shape
-    was in), round, chosen; of finalists prefill_ms and decode_ms; `distilled`, KL by tokens.
+    Rows have name, sizes, parameters, keep, bytes and ram in `format`, kl (in the shape's last
+    round), round and chosen. Finalists also have prefill_ms and decode_ms; distilled shapes have
+    `distilled`, the KL by training tokens.
     """
     family = families.of(checkpoint)
     if data is None or not to_try(config, shapes):
@@ -91,7 +93,7 @@ def _tried(
     data: DataConfig,
     options: Options,
 ) -> list[Row]:
-    """Rows with their scores, the best of the last round first, then those of earlier rounds."""
+    """The scored rows: those of the last round first, the best at the top, then earlier rounds."""
     family, parent = families.of(checkpoint), checkpoint.config
     dims = _cut_by(shapes, family, parent) if shapes else _scored(profile, config.criterion)
     order = order_by(family, parent, profile, config.criterion, dims)
@@ -122,7 +124,7 @@ def _tried(
     steps = rounds_for(len(left), finalists_for(config))
     whole = next(number for number, (share, _) in enumerate(steps, start=1) if share == 1.0)
     for number, (share, survivors) in enumerate(steps, start=1):
-        if number == whole:  # before the repair, as it may change the shapes
+        if number == whole:  # before the repair, because timing may change the shapes
             left, slow = timing.time(left, row_with_plan)
             out = slow + out
         left = rounds.score(left, number, len(steps), share, number > whole)
@@ -142,7 +144,7 @@ def _halved(
     options: Options,
     scratch: Path,
 ) -> list[Row]:
-    """`_tried`, and then short distillations of the best few; continues a stopped search."""
+    """`_tried`, then short distillations of the best few; continues an interrupted search."""
     asked = digest(
         config.model_dump(mode="json"),
         data_digest(data),
@@ -163,14 +165,14 @@ def _halved(
 
 
 def _cut_by(shapes: list[Shape], family: Family, config: dict[str, Any]) -> set[str]:
-    """The dimensions that any of the shapes cuts."""
+    """The dimensions that at least one of the shapes cuts."""
     full = family.sizes(config)
     after = [full_sizes(family, full, shape.sizes) for shape in shapes]
     return {dim for dim in full if any(sizes[dim] != full[dim] for sizes in after)}
 
 
 def _scored(profile: Profile, criterion: str) -> set[str]:
-    """The dimensions of which a profile has scores by a criterion."""
+    """The dimensions for which a profile has scores by a criterion."""
     return {dim for dim in SORTED if criterion in profile.criteria([dim])}
 
 
@@ -183,7 +185,7 @@ def _line(row: Row) -> str:
 
 
 def rungs_for(count: int, tokens: int) -> list[tuple[int, int]]:
-    """(shapes, tokens each was trained on in all) of every rung, until one shape is left."""
+    """(number of shapes, total training tokens of each) for every rung, until one shape is left."""
     rungs = []
     while count > 1:
         rungs.append((count, tokens))
@@ -192,7 +194,7 @@ def rungs_for(count: int, tokens: int) -> list[tuple[int, int]]:
 
 
 def tokens_for(count: int, tokens: int) -> int:
-    """Training tokens of all rungs: each continues the distillations of the one before."""
+    """Training tokens of all rungs; each rung continues the distillations of the previous one."""
     total, before = 0, 0
     for shapes, length in rungs_for(count, tokens):
         total, before = total + shapes * (length - before), length
@@ -202,10 +204,10 @@ def tokens_for(count: int, tokens: int) -> int:
 def halve(
     rows: list[Row], tokens: int, score: Score, drop: Callable[[Row], None] | None = None
 ) -> list[Row]:
-    """The rows, the best first: the winner, then by the last rung that they reached and its KL.
+    """The rows, the winner first, the others sorted by the last rung they reached and its KL.
 
-    Each row gets `distilled`: KL by tokens. A KL that is no number loses. `drop` is called for each
-    row that is eliminated.
+    Each row gets `distilled`, the KL by training tokens. A NaN ranks last. `drop` is called for
+    each row that is eliminated.
     """
     left, out = list(rows), list[Row]()
     for count, length in rungs_for(len(rows), tokens):
@@ -222,7 +224,7 @@ def halve(
 
 
 class Distillations:
-    """Scores shapes by short distillations, in folders of their own below `folder`."""
+    """Scores shapes by short distillations; each shape has its own folder below `folder`."""
 
     def __init__(
         self,
@@ -237,7 +239,7 @@ class Distillations:
         self.data, self.options, self.folder = data, options, folder
 
     def __call__(self, row: Row, tokens: int) -> float:
-        """Validation KL of a shape: cut, repaired, and distilled on `tokens` in all."""
+        """Validation KL of a shape that is cut, repaired, and distilled on `tokens` in total."""
         from regrow.stages.distill.stage import distill
 
         known, key = self._known(), _key(row)
@@ -262,7 +264,7 @@ class Distillations:
         return value
 
     def _config(self, tokens: int) -> DistillConfig:
-        """A distillation that is evaluated at its start and after each length of the first rung."""
+        """A distillation, evaluated at its start and then once per first rung's length."""
         from regrow.stages.distill.config import DistillConfig
 
         length = self.data.sequence_length
@@ -278,7 +280,7 @@ class Distillations:
         return known
 
     def drop(self, row: Row) -> None:
-        """Remove the folders of an eliminated shape; its figures stay."""
+        """Remove the folders of an eliminated shape; its results are kept."""
         for name in (_key(row), f"{_key(row)}-distilled"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""The lines of `--dry-run` for a prune, and the sizes that a recipe will have after it."""
+"""The output of `--dry-run` for a prune, and the model sizes after the prune."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from regrow.search.score import SCORER_REPAIR_TOKENS, finalists_for, passes_for,
 from regrow.search.shapes import Shape, check_keep_params, to_try
 from regrow.stages.prune.choose_shape import SHOWN, rungs_for, tokens_for
 
-PASSES = 3  # of the text of a sequential repair: dense, cut, and about one for the solutions
+PASSES = 3  # over the text in a sequential repair: dense, cut, and about one for solving
 
 
 def check_one_target(config: PruneConfig) -> None:
-    """Raise UserError unless exactly one of a target to search for, sizes and plan is given."""
+    """Raise UserError unless the config has exactly one of: a search target, sizes, a plan."""
     targets = (config.searches, bool(config.sizes()), config.plan is not None)
     if sum(targets) != 1:
         problem = "nothing to prune to" if not any(targets) else "more than one target"
@@ -44,9 +44,9 @@ def estimate(
     sequence_length: int = 512,
     profile_tokens: int | None = None,
 ) -> list[str]:
-    """Sizes of the shape or of each candidate, and the time to choose among them and to repair.
+    """Sizes of the shape or of each candidate, and the time for the search and the repair.
 
-    `profile_tokens` is the text of the profile, which limits a repair; None: not known.
+    `profile_tokens` is the number of tokens in the profile, which limits a repair; None: unknown.
     """
     family = families.of(checkpoint)
     before = family.count(checkpoint.config)
@@ -77,7 +77,7 @@ def estimate(
 
 
 def parameters_after(checkpoint: Checkpoint, config: PruneConfig, before: int) -> int:
-    """Parameters after a cut of a model that has `before` now and came from `checkpoint`."""
+    """Parameters after a cut of a model with `before` parameters, derived from `checkpoint`."""
     if config.keep_params is not None:
         return int(before * config.keep_params)
     family = families.of(checkpoint)
@@ -91,7 +91,7 @@ def parameters_after(checkpoint: Checkpoint, config: PruneConfig, before: int) -
 def config_after(
     now: dict[str, Any] | None, family: Family, config: PruneConfig
 ) -> dict[str, Any] | None:
-    """A model's config after a cut to explicit sizes; None when they are not known yet."""
+    """A model's config after a cut to explicit sizes; None when the sizes are not known yet."""
     if now is None or not config.sizes():
         return None
     before = family.sizes(now)
@@ -121,7 +121,7 @@ def _repair_lines(
 
 
 def _counted(checkpoint: Checkpoint, config: PruneConfig, shape: Shape) -> str:
-    """Bytes in the format and in memory, where the config names them."""
+    """Bytes on disk and in memory, if the config limits them."""
     model = (families.of(checkpoint), checkpoint.config, config.format)
     text = ""
     if config.format != "bf16" or config.max_bytes is not None:
@@ -142,7 +142,7 @@ def _timed_line(config: PruneConfig, before: int) -> str:
 def _search_lines(
     checkpoint: Checkpoint, config: PruneConfig, shapes: int, sequence_length: int
 ) -> list[str]:
-    """The cost of the choice, untrained and in short distillations."""
+    """The cost of scoring the shapes without training and with short distillations."""
     count = config.num_candidates if config.timed else shapes
     finalists = min(finalists_for(config), count)
     tokens, passes = sequences_for(count) * sequence_length, passes_for(count, finalists)

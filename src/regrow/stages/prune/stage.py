@@ -1,4 +1,4 @@
-"""The prune stage: cut a checkpoint to sizes, by a plan, or to a target by choosing a shape."""
+"""The prune stage: cut a checkpoint to sizes, by a plan, or to a target by a shape search."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def prune(
     data: DataConfig | None = None,
     options: Options | None = None,
 ) -> Path:
-    """Prune to a target (the shape is searched for), to sizes, or by a plan.
+    """Prune to a target (by a shape search), to sizes, or by a plan.
 
     Targets are keep_params and the limits max_bytes, max_ram, max_prefill_ms and max_decode_ms;
     several must all be met. Raises UserError for an impossible target, and for a search without
@@ -66,7 +66,7 @@ def prune(
 def _earlier_choice(
     out: Path, asked: str, checkpoint: Checkpoint, profile: Profile, config: PruneConfig
 ) -> list[dict[str, Any]] | None:
-    """The table of an earlier run of the same search, which a resumed job need not repeat."""
+    """The table of an earlier run of the same search, so that a resumed job can skip it."""
     manifest, path = read(out), out / "candidates.json"
     if manifest is None or not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""Rotate: the same model with the principal directions of its residual stream as channels."""
+"""Rotate: make the principal directions of the residual stream the model's channels."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class RotateConfig(Config):
-    """The text whose principal directions become the channels."""
+    """The amount of text from which the principal directions are computed."""
 
     samples: int = Field(default=96, ge=1)
-    """Calibration sequences to run through the model."""
+    """Number of calibration sequences to run through the model."""
 
 
 class RotateStage(Stage):
-    """Takes the current model; leaves it rotated, as the current model."""
+    """Replaces the current model by a rotated one."""
 
     config = RotateConfig
     changes_weights = True
@@ -45,7 +45,7 @@ class RotateStage(Stage):
         Args:
             model: Hugging Face folder, hub id, GGUF file, or package:NAME.
             out: Folder to write the rotated model to.
-            rotation: How much text to measure on.
+            rotation: Amount of calibration text.
             machine: Device and batch size.
             dry_run: Check everything and print what would be done.
         """
@@ -65,7 +65,7 @@ class RotateStage(Stage):
         check(families.of(plan.checkpoint))
 
     def dry_run(self, step: Step, plan: RecipePlan) -> list[str]:
-        """Tokens, parameters and time."""
+        """The tokens, parameters and time of the step."""
         return estimate(plan.checkpoint, plan.data, step.config)
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
@@ -77,7 +77,7 @@ class RotateStage(Stage):
 
 
 def estimate(checkpoint: Checkpoint, data: DataConfig, config: RotateConfig) -> list[str]:
-    """Tokens, parameters and time of a rotation."""
+    """The tokens, parameters and time of a rotation."""
     from regrow import families
     from regrow.cost import forward_seconds
     from regrow.runtime.progress import clock

@@ -1,13 +1,14 @@
-"""Another orthonormal basis for the residual stream; the model's output stays the same.
+"""Change the orthonormal basis of the residual stream without changing the model's output.
 
 RMSNorm without its gain g divides by a length, which no rotation changes (SliceGPT; Ashkboos et
-al., 2024, arXiv:2401.15024). With x = Q x' and the gains moved into what reads the norms' outputs,
+al., 2024, arXiv:2401.15024). Let x = Q x', and multiply the gains into the readers of the norms:
 
     embedding  E' = E Q         reader  W' = W diag(g) Q         writer  W' = Qᵀ W,  b' = Qᵀ b
 
-and all gains 1. SliceGPT rotates each layer's stream by its own Q, which needs matrices between
-layers that no stock checkpoint has; here one Q is used for the whole model. The output head takes
-the gain of the last norm and the embedding takes none, so that the two can no longer be tied.
+and set all gains to 1. SliceGPT rotates each layer's stream by its own Q, which needs extra
+matrices between layers, and standard checkpoints have none. Here one Q is used for the whole model.
+The output head absorbs the gain of the last norm, but the embedding absorbs no gain, so the two can
+no longer be tied.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def check(family: Family) -> None:
 
 
 def principal(moment_HH: Tensor) -> Tensor:
-    """Eigenvectors [H, H] of a second moment as columns, the largest eigenvalue first."""
+    """The eigenvectors [H, H] of a second moment, as columns, the largest eigenvalue first."""
     return torch.linalg.eigh(moment_HH)[1].flip(-1)
 
 
@@ -59,7 +60,7 @@ def rotated_tensors(
 def layout(
     names: list[str], meta: Read, family: Family, config: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """The tensors of `rotated_tensors`, on the meta device."""
+    """The names, shapes and dtypes of `rotated_tensors`, as tensors on the meta device."""
     tied = not family.exists(family.tensors[family.head], config)
     tensors = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""The rotate stage: a checkpoint and text in, the same model on other channels out."""
+"""The rotate stage: it reads a checkpoint and text, and writes the model in a rotated basis."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
 from regrow.stages.rotate import RotateConfig, basis
 
 SHOWN = (0.9, 0.99)
-"""Shares of the mean square; the stage reports how many channels have them."""
+"""Shares of the mean square; the stage reports the number of channels that contain each share."""
 
 
 def rotate(
@@ -33,9 +33,9 @@ def rotate(
     config: RotateConfig | None = None,
     options: Options | None = None,
 ) -> Path:
-    """Write the same model with the principal directions of its residual stream as channels.
+    """Write the model with the principal directions of its residual stream as channels.
 
-    Most of the stream's mean square then lies in its first channels, so that a cut of hidden loses
+    Most of the stream's mean square is then in the first channels, so that a cut of hidden loses
     less. The output is the same up to rounding; lm_head is no longer tied. Raises UserError for a
     family that cannot be rotated, or too little text.
     """
@@ -75,9 +75,10 @@ def rotate(
 def second_moment(
     checkpoint: Checkpoint, sequences: Sequences, options: Options, spill: Spill
 ) -> Tensor:
-    """Mean of x̂ x̂ᵀ [H, H] in float64, where x̂ = x / sqrt(mean(x²)) is a norm's output.
+    """Mean of x̂ x̂ᵀ [H, H] in float64; x̂ = x / sqrt(mean(x²)) is a norm's output without gain.
 
-    Over the real tokens and all norms on the residual stream, one layer of the model resident.
+    The mean is over the real tokens and all norms on the residual stream. One layer of the model
+    is in memory at a time.
     """
     family, device = families.of(checkpoint), options.torch_device()
     shell = LayerByLayer.of(checkpoint, family, device)
@@ -100,7 +101,7 @@ def second_moment(
 
 
 class _Moment:
-    """The running sum over the inputs of the watched modules."""
+    """The running sum over the inputs of the hooked modules."""
 
     def __init__(self, hidden: int, device: torch.device) -> None:
         self.sum_HH = torch.zeros(hidden, hidden, dtype=torch.float64, device=device)

@@ -1,10 +1,11 @@
-"""Importance criteria, one file each, named by the file; and how the profile scores by them.
+"""Importance criteria, one file each, named by the file, and functions that compute scores.
 
-`DIMS` are the dimensions a criterion can score, `NEEDS` the statistics it reads, of `STATISTICS`
-(the profile gathers the union). `score(stats, weights, dim, generator)` gives one number per unit
-[n], higher = keep; or, where the choice depends on how many units are dropped, a row for each
-number [n, n], row k − 1 for k dropped units. `stats[name]` is [units, width], `stats["count"]` the
-number of units, `stats["tokens"]` that of calibration tokens; `generator` is seeded.
+`DIMS` lists the dimensions that a criterion can score. `NEEDS` lists the statistics that it reads,
+out of `STATISTICS`; the profile collects the union. `score(stats, weights, dim, generator)` returns
+one number per unit [n], where higher means keep. If the choice depends on the number of dropped
+units, it returns a matrix [n, n], whose row k − 1 has the scores for k dropped units. `stats[name]`
+is [units, width], `stats["count"]` is the number of units, and `stats["tokens"]` the number of
+calibration tokens. `generator` is seeded.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ if TYPE_CHECKING:
 Stats: TypeAlias = dict[str, Tensor]
 
 GRAMS = frozenset({"mlp", "heads", "kv_heads"})
-"""Dimensions whose readers can have Gram matrices."""
+"""Dimensions for whose readers Gram matrices can be computed."""
 READ = GRAMS | {"expert_mlp"}
-"""Dimensions that one projection reads, whose input is observed channel by channel. Channels of an
-expert are scored inside it, each times the router's weight for the token."""
+"""Dimensions that are read by one projection, whose input is observed for each channel. Channels of
+an expert are scored inside it, multiplied by the router's weight for the token."""
 WIDTHS = READ | {"hidden"}
 
 GRADIENTS = frozenset({"gradient_square_sum", "taylor_abs_sum", "taylor_square_sum"})
-"""Statistics that take a backward pass of the next-token loss."""
+"""Statistics that need a backward pass of the next-token loss."""
 REMOVALS = {"kl_removal": "forward_kl", "cross_entropy_removal": "cross_entropy"}
-"""Statistics for which layers are removed in turn, and the loss that is then measured."""
+"""Statistics for which layers are removed one by one, and the loss that is measured for each."""
 PAIRS = frozenset({"angular_distance"})
-"""Statistics of pairs of layers, which take every layer's output of a batch at once."""
+"""Statistics of pairs of layers, which need the outputs of all layers for a batch at once."""
 _SUMS = frozenset({"sum", "square_sum", "mean_abs_square_sum"})
 STATISTICS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("mlp", "heads"), _SUMS | GRADIENTS | {"gram"}),
@@ -50,14 +51,14 @@ STATISTICS: dict[str, frozenset[str]] = {
     | {"routed_tokens", "routed_norm_sum", "square_sum"},
     "vocab": frozenset({"token_count"}),
 }
-"""The statistics that can be gathered, by observed dimension; `gram` takes Gram matrices."""
+"""The statistics that can be collected, by observed dimension; `gram` needs Gram matrices."""
 
 
 class Weights(Protocol):
     """The weights of one dimension in one layer, read from the checkpoint one at a time."""
 
     def carrying(self) -> Iterator[Tensor]:
-        """Every tensor that carries the dimension, readers and writers alike: [units, rest]."""
+        """Every tensor with the dimension as an axis, readers and writers: [units, rest]."""
         ...
 
     def reading(self) -> Iterator[Tensor]:
@@ -66,7 +67,7 @@ class Weights(Protocol):
 
 
 def observed(dim: str) -> str:
-    """The dimension whose activations are observed for `dim`: for KV heads their query heads."""
+    """The dimension whose activations are observed for `dim`; for KV heads, their query heads."""
     return "heads" if dim == "kv_heads" else dim
 
 
@@ -76,10 +77,10 @@ def reads_grams(config: ProfileConfig) -> bool:
 
 
 def statistics_needed(config: ProfileConfig) -> dict[str, set[str]]:
-    """Statistics to gather per observed dimension: the union of the criteria's `NEEDS`.
+    """Statistics to collect for each observed dimension: the union of the criteria's `NEEDS`.
 
-    Raises UserError for an unknown criterion, one whose statistics are not known here, and one
-    that reads Gram matrices where `config` gathers none.
+    Raises UserError for an unknown criterion, for a criterion with unknown statistics, and for one
+    that reads Gram matrices when `config` computes none.
     """
     needs: dict[str, set[str]] = {}
     for name in config.criteria:
@@ -97,7 +98,7 @@ def statistics_needed(config: ProfileConfig) -> dict[str, set[str]]:
 
 
 def _check_known(name: str, module: ModuleType) -> None:
-    """Refuse what only the end of a long pass would show: a statistic that nothing gathers."""
+    """Refuse a statistic that is never collected, before the long pass over the text."""
     for dim in sorted(module.DIMS):
         known = STATISTICS.get(observed(dim))
         if known is None:
@@ -111,7 +112,7 @@ def _check_known(name: str, module: ModuleType) -> None:
 
 
 def dims_of(module: ModuleType, config: ProfileConfig) -> set[str]:
-    """Dimensions that a criterion scores here: on Gram matrices, those they are gathered for."""
+    """Dimensions that a criterion scores; with Gram matrices, only those with matrices."""
     if "gram" not in module.NEEDS:
         return set(module.DIMS)
     gathered = config.grams if config.resolved().gram_tokens else ()
@@ -120,9 +121,10 @@ def dims_of(module: ModuleType, config: ProfileConfig) -> set[str]:
 
 @dataclass(frozen=True)
 class DimWeights:
-    """The tensors of a checkpoint in which `dim` is an axis, in `layer` or, for "all", anywhere.
+    """The tensors of a checkpoint with `dim` as an axis, in `layer` or, for "all", in all layers.
 
-    For expert_mlp those of one `expert`; for experts also all that is in each of them.
+    For expert_mlp these are the tensors of one `expert`. For experts they also include all tensors
+    inside each expert.
     """
 
     checkpoint: Checkpoint
@@ -132,7 +134,7 @@ class DimWeights:
     expert: int | None = None
 
     def carrying(self) -> Iterator[Tensor]:
-        """Every tensor part with the dimension as an axis: [units, rest]."""
+        """Every tensor, or part of a fused tensor, with the dimension as an axis: [units, rest]."""
         sizes = self.family.sizes(self.checkpoint.config)
         for template, row in self.family.tensors.items():
             if self.dim == "experts" and "{expert}" in template:
@@ -149,7 +151,7 @@ class DimWeights:
                             yield piece.movedim(axis, 0).reshape(sizes[self.dim], -1)
 
     def reading(self) -> Iterator[Tensor]:
-        """Every projection that reads the dimension, KV heads through their heads' channels.
+        """Every projection that reads the dimension; for KV heads, their query heads' channels.
 
         Shape [units, width, out].
         """
@@ -175,7 +177,7 @@ def score_all(
     family: Family,
     grams: Callable[[str, int], Tensor],
 ) -> dict[str, Tensor]:
-    """Score of every unit, by `criterion/dim/layer`; `grams` reads a Gram matrix of the profile."""
+    """Scores of all units, by `criterion/dim/layer`; `grams` reads a Gram matrix of the profile."""
     sizes = family.sizes(checkpoint.config)
     scores: dict[str, Tensor] = {}
     for criterion in config.criteria:
@@ -205,7 +207,7 @@ def _score(
     weights: DimWeights,
     generator: torch.Generator,
 ) -> Tensor:
-    """Scores [units]; of expert_mlp [experts, units], one expert after the other."""
+    """Scores [units]; for expert_mlp [experts, units], computed one expert at a time."""
     if weights.dim != "expert_mlp":
         scores: Tensor = module.score({**stats, **more}, weights, weights.dim, generator)
         return scores

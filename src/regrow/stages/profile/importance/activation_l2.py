@@ -1,4 +1,4 @@
-"""L2 norm of a unit's activation over all calibration tokens: keeps rare large activations."""
+"""L2 norm of a unit's activation over all calibration tokens; rare large values count strongly."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ NEEDS = frozenset({"square_sum"})
 
 
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
-    """sqrt(Σ_tokens Σ_width x²), x at the input of the layer that reads the dimension.
+    """sqrt(Σ_tokens Σ_width x²), where x is the input of the projection that reads the dimension.
 
-    For experts, x is what one adds to the layer's output.
+    For an expert, x is its contribution to the layer's output.
     """
     return stats["square_sum"].sum(-1).sqrt()

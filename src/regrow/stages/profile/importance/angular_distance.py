@@ -1,8 +1,8 @@
 """Angular distance over consecutive layers (Gromov et al., 2024, arXiv:2403.17887, eq. 7).
 
-Layers that are dropped together are best scored together: of all runs of n consecutive layers, the
-one whose input and output point most nearly the same way is dropped. The paper measures the
-distance at the last token of each sequence; here it is the mean over all tokens.
+Layers that are dropped together should be scored together: of all groups of n consecutive layers,
+the one with the smallest angle between its input and its output is dropped. The paper measures the
+distance at the last token of each sequence; here it is averaged over all tokens.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ NEEDS = frozenset({"angular_distance"})
 
 
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
-    """Row n − 1, for n dropped layers: the least distance of a run of n that has the layer [L, L].
+    """Row n − 1 [L, L]: the smallest distance of n consecutive layers that include the layer.
 
-    d(l, n) = mean_tokens arccos(cos(x^l, x^(l+n))) / π, x^l the input of layer l. The n layers with
-    the lowest score of row n − 1 are therefore the run of the least distance.
+    d(l, n) = mean_tokens arccos(cos(x^l, x^(l+n))) / π, where x^l is the input of layer l. The n
+    layers with the lowest scores in row n − 1 are therefore those of the smallest distance.
     """
     distance_LL = stats["angular_distance"]  # [last, first]
     layers = len(distance_LL)

@@ -12,6 +12,6 @@ NEEDS = frozenset({"input_output_distance"})
 
 
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
-    """1 − mean_tokens cos(layer input, layer output): how much the layer changes the
-    direction of the residual stream."""
+    """1 − mean_tokens cos(layer input, layer output): the change of direction of the
+    residual stream in the layer."""
     return stats["input_output_distance"].squeeze(-1)

@@ -12,10 +12,10 @@ NEEDS = frozenset({"sum", "square_sum"})
 
 
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
-    """Σ_channels Var_tokens(x) · ‖w‖², w the weights that read the channel.
+    """Σ_channels Var_tokens(x) · ‖w‖², where w are the weights that read the channel.
 
-    A channel that hardly varies could be replaced by its mean, which a bias can carry. Families
-    without biases lose the mean as well, so that this criterion underestimates the loss there.
+    A channel that hardly varies could be replaced by its mean, which a bias can represent. Families
+    without biases also lose the mean, so this criterion underestimates the loss for them.
     """
     tokens = stats["tokens"]
     variance = stats["square_sum"] / tokens - (stats["sum"] / tokens).square()

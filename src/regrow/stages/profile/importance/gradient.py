@@ -1,4 +1,4 @@
-"""Size of the loss's gradient at a unit's activation: how sensitive the loss is to it."""
+"""Norm of the loss's gradient with respect to a unit's activation (sensitivity of the loss)."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ NEEDS = frozenset({"gradient_square_sum"})
 
 
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
-    """sqrt(Σ_tokens Σ_width g²), g = ∂(next-token loss)/∂x. Takes a backward pass."""
+    """sqrt(Σ_tokens Σ_width g²), g = ∂(next-token loss)/∂x. Needs a backward pass."""
     return stats["gradient_square_sum"].sum(-1).sqrt()

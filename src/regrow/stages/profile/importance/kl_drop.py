@@ -1,4 +1,4 @@
-"""Greedy removal of layers by the KL to the whole model, measured for every layer."""
+"""Greedy removal of layers by the KL divergence from the whole model."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ NEEDS = frozenset({"kl_removal"})
 
 
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
-    """Place in the order of removal, 0 first: by KL(whole ‖ without it)."""
+    """Position in the removal order (0 is removed first), by KL(whole ‖ without the layer)."""
     return stats["kl_removal"].squeeze(-1)

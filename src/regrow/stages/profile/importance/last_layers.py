@@ -1,7 +1,7 @@
-"""The deepest layers are dropped first: the simplest rule for depth, which needs no text.
+"""Drop the deepest layers first: the simplest rule for depth pruning, which needs no text.
 
-Gromov et al. (2024, arXiv:2403.17887, §4.4) find it close to their best after training, if the very
-last layer is kept; here that layer is dropped too.
+Gromov et al. (2024, arXiv:2403.17887, §4.4) find that it is close to their best method after
+training, if the very last layer is kept. Here the last layer is dropped too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weight magnitude: needs no text (Han et al., 2015; Li et al., 2017, for whole filters)."""
+"""Weight magnitude, which needs no text (Han et al., 2015; Li et al., 2017, for whole filters)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weight magnitude by absolute values: needs no text (Li et al., 2017, arXiv:1608.08710)."""
+"""L1 norm of the weights, which needs no text (Li et al., 2017, arXiv:1608.08710)."""
 
 from __future__ import annotations
 

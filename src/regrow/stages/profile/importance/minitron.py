@@ -14,8 +14,9 @@ NEEDS = frozenset({"mean_abs_square_sum"})
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
     """sqrt(Σ_samples Σ_width (mean_tokens |x|)²): mean over the sequence, then L2 over samples.
 
-    The mean hides activations that are large on few tokens. For a head the paper takes the L2 norm
-    over its channels at each token and then the mean; here the mean over tokens comes first, for
-    each channel. MLP channels are observed after the gate, where `down_proj` reads them.
+    The mean hides activations that are large on few tokens. For a head, the paper computes the L2
+    norm over its channels for each token and then the mean over tokens; here the mean over tokens
+    is computed first, for each channel. MLP channels are observed after the gate, where `down_proj`
+    reads them.
     """
     return stats["mean_abs_square_sum"].sum(-1).sqrt()

@@ -12,5 +12,5 @@ NEEDS = frozenset({"cross_entropy_removal"})
 
 
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
-    """Place in the order of removal, 0 first: by the perplexity without it."""
+    """Position in the removal order (0 is removed first), by the perplexity without the layer."""
     return stats["cross_entropy_removal"].squeeze(-1)

@@ -1,4 +1,4 @@
-"""A random order: the baseline for every criterion."""
+"""Random scores, as a baseline for the other criteria."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ NEEDS = frozenset({"routed_norm_sum", "routed_tokens"})
 
 
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
-    """Σ_routed tokens ‖w · y‖₂ ÷ their number; y the expert's output, w the router's weight.
+    """mean_routed-tokens ‖w · y‖₂, where y is the expert's output and w the router's weight.
 
-    An expert with few tokens that it changes much scores high; one without tokens scores zero.
+    An expert that changes few tokens by much has a high score; one without tokens has score 0.
     """
     return (stats["routed_norm_sum"] / stats["routed_tokens"].clamp_min(1)).squeeze(-1)

@@ -1,4 +1,4 @@
-"""How often the router chooses an expert; activations are not used."""
+"""Frequency with which the router chooses an expert; activations are not used."""
 
 from __future__ import annotations
 

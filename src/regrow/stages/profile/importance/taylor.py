@@ -12,11 +12,12 @@ NEEDS = frozenset({"taylor_abs_sum"})
 
 
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
-    """Σ_tokens |Σ_width x·g|, g = ∂(next-token loss)/∂x. Takes a backward pass.
+    """Σ_tokens |Σ_width x·g|, g = ∂(next-token loss)/∂x. Needs a backward pass.
 
-    The change of the loss without the unit, to first order. The paper adds x·g over all positions
-    of an example before it takes the absolute value, and normalizes by layer; here every token is
-    an example of its own, and nothing is normalized. For a layer, x is its update of the residual
-    stream, for an expert its share of the layer's output; a KV head has the sum of its query heads.
+    This is the first-order change of the loss when the unit is removed. The paper sums x·g over all
+    positions of an example before it takes the absolute value, and normalizes by layer. Here every
+    token is a separate example, and nothing is normalized. For a layer, x is its update of the
+    residual stream. For an expert, x is its contribution to the layer's output. The score of a KV
+    head is the sum over its query heads.
     """
     return stats["taylor_abs_sum"].sum(-1)

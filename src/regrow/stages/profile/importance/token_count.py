@@ -1,4 +1,4 @@
-"""How often each token of the vocabulary occurs in the calibration text."""
+"""Number of occurrences of each token of the vocabulary in the calibration text."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ NEEDS = frozenset({"token_count"})
 
 
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
-    """Occurrences of each token id, special tokens included."""
+    """Number of occurrences of each token id, including special tokens."""
     return stats["token_count"].squeeze(-1)

@@ -12,9 +12,10 @@ NEEDS = frozenset({"square_sum"})
 
 
 def score(stats: Stats, weights: Weights, dim: str, generator: torch.Generator) -> Tensor:
-    """sqrt(Σ_channels Σ_tokens x² · ‖w‖²), w the weights that read the channel.
+    """sqrt(Σ_channels Σ_tokens x² · ‖w‖²), where w are the weights that read the channel.
 
-    The norm of the change in the reader's output without the unit, for uncorrelated channels.
+    For uncorrelated channels, this is the norm of the change in the reader's output when the unit
+    is removed.
     """
     norms = sum(weight.float().square().sum(-1) for weight in weights.reading())
     return (stats["square_sum"] * norms).sum(-1).sqrt()
