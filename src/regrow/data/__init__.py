@@ -1,4 +1,4 @@
-"""Sources → documents → packed, masked token sequences, with splits that do not overlap."""
+"""Turns text sources into packed, masked token sequences, with splits that do not overlap."""
 
 from regrow.data.config import DataConfig, SourceConfig, Split
 

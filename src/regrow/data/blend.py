@@ -1,4 +1,4 @@
-"""The documents of a split: sources are blended by token share, and each is shuffled."""
+"""Reads the documents of a split: blends the sources by token share and shuffles each of them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 SHUFFLED_PASSAGES = 1_000
 SHUFFLED_CHARACTERS = 2_000_000
 READ_AHEAD = 8_000_000
-"""Characters read to fill the shuffle buffer, at most about: a small split has a smaller buffer."""
+"""Characters to read at most to fill the shuffle buffer; a small split has a smaller buffer."""
 TOKENIZED_AT_ONCE = 32
 PIECE = 8_000
-"""Characters of a section of a long document, or eight per token of a sequence if that is more."""
+"""Section length of a long document, in characters, or 8 · sequence_length if that is more."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class BuildContext:
     split: Split
     cache: Path | None = None
     model: Checkpoint | None = None
-    """The model that is to read the tokens: ids beyond its embedding are refused."""
+    """The model that will read the tokens; a token id beyond its embedding raises UserError."""
     counter: Progress | None = None
-    """Where reading is reported, row by row."""
+    """The progress display, which is updated at every row."""
 
 
 def blend(context: BuildContext) -> Iterator[Document]:
-    """Documents of all sources; each time from the source furthest below its share so far."""
+    """Yield documents of all sources; the next one is from the source furthest below its share."""
     weights = {number: source.weight for number, source in enumerate(context.data.sources)}
     streams = {number: _documents(number, context) for number in weights}
     tokens = dict.fromkeys(weights, 0)
@@ -66,7 +66,10 @@ def blend(context: BuildContext) -> Iterator[Document]:
 
 
 def shuffled(passages: Iterable[Passage], random: Random, characters: int) -> Iterator[Passage]:
-    """The passages in random order, of which 1,000 or `characters` are held in memory at most."""
+    """Yield the passages in random order.
+
+    The buffer has at most 1,000 passages, and at most `characters` characters of text.
+    """
     held: list[Passage] = []
     size = 0
     for passage in passages:
@@ -80,16 +83,16 @@ def shuffled(passages: Iterable[Passage], random: Random, characters: int) -> It
 
 
 def _swap_out(held: list[Passage], random: Random) -> Passage:
-    """Move one at random to the end, where it is cheap to take off."""
+    """Swap a random passage with the last one, which can be removed cheaply, and return it."""
     chosen = random.randrange(len(held))
     held[chosen], held[-1] = held[-1], held[chosen]
     return held[-1]
 
 
 def _documents(number: int, context: BuildContext) -> Iterator[Document]:
-    """One source's documents; for train, epoch after epoch, each in another order.
+    """Yield one source's documents; the train split repeats, with a new order in each epoch.
 
-    A source in which nothing is scored is read once.
+    A source without any scored token is read only once.
     """
     data, source = context.data, context.data.sources[number]
     epoch = 0
@@ -111,7 +114,7 @@ def _documents(number: int, context: BuildContext) -> Iterator[Document]:
 
 
 def _passages(number: int, context: BuildContext) -> Iterator[Passage]:
-    """One source's passages of the split, in the order of its rows."""
+    """Yield one source's passages of the split, in the order of its rows."""
     size = max(PIECE, 8 * context.data.sequence_length)
     for count, (where, row) in enumerate(rows(context.data.sources[number], context.cache), 1):
         if context.counter is not None:
@@ -140,7 +143,7 @@ class Configured(Protocol):
 
 
 def embedding_rows(model: Configured) -> int:
-    """How many token ids a model can read."""
+    """The number of token ids that a model can read."""
     return int(model.config["vocab_size"])
 
 

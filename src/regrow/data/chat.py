@@ -1,4 +1,4 @@
-"""Renders conversations by a tokenizer's chat template and marks the assistant's tokens."""
+"""Renders conversations with a tokenizer's chat template and marks the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Messages = list[dict[str, Any]]
 def render(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str = ""
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of the rendered conversation, and for each whether it is the assistant's.
+    """The token ids of the rendered conversation, and for each whether the assistant produced it.
 
-    A template with {% generation %} marks the assistant's tokens itself. Otherwise a turn runs from
-    the end of the prompt for it (`add_generation_prompt`) to the end of the conversation rendered
-    up to and with that turn, without white space after the turn's end mark.
-    Raises UserError, naming the row by `where`, without a chat template, or for turns that the
-    template does not take.
+    A template with {% generation %} marks the assistant's tokens itself. Otherwise a turn begins
+    after its generation prompt (`add_generation_prompt`). It ends where the conversation rendered
+    up to and including that turn ends, without white space after the turn's end mark.
+    Raises UserError, which names the row by `where`, if there is no chat template or if the
+    template does not accept the turns.
     """
     _require_template(tokenizer, where)
     if GENERATION.search(tokenizer.get_chat_template()):
@@ -46,7 +46,7 @@ def render(
 
 
 def prompt_text(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str = "") -> str:
-    """The conversation rendered up to the assistant's answer; raises UserError like `render`."""
+    """Render the conversation up to the assistant's answer; raises UserError like `render`."""
     _require_template(tokenizer, where)
     return _text(messages, tokenizer, where, prompt=True)
 
@@ -66,7 +66,7 @@ def _error(where: str, text: str) -> UserError:
 
 @contextmanager
 def _refusals(messages: Messages, where: str) -> Iterator[None]:
-    """Turns what a template raises into a UserError; templates raise Python's own errors, too."""
+    """Convert a template's errors, which include Python's built-in errors, into a UserError."""
     try:
         yield
     except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
@@ -97,7 +97,7 @@ def _text(
 def _spans(
     messages: Messages, text: str, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> list[tuple[int, int]]:
-    """Start and end character of each assistant turn in the rendered `text`."""
+    """The start and end of each assistant turn in the rendered `text`, as character offsets."""
     spans = []
     for at, turn in enumerate(messages):
         if turn["role"] != "assistant":
@@ -120,7 +120,10 @@ def _end_of_content(
     tokenizer: PreTrainedTokenizerBase,
     where: str,
 ) -> int:
-    """End of a turn that is rendered differently when more follows (dropped thoughts)."""
+    """The end of a turn whose rendering depends on later turns, such as when thoughts are dropped.
+
+    Returns a character offset in `text`.
+    """
     content = (turn["content"] or "").rpartition("</think>")[2].strip()
     at = text.find(content, start)
     if at < 0 or not content:

@@ -1,4 +1,4 @@
-"""The config of text: its sources, their shares, the splits, and the length of sequences."""
+"""The config of the text: its sources, their shares, the splits, and the sequence length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Split = Literal["train", "calibration", "validation", "heldout"]
 
 
 class SourceConfig(Config):
-    """One source of text and its share of the blend; a plain string stands for its `source`."""
+    """A text source and its share of the blend; a plain string is read as `source`."""
 
     source: str = Field(min_length=1)
     """A file or folder (.txt, .jsonl, .parquet, each also .gz), `package:NAME==VERSION/path` for a
@@ -23,12 +23,12 @@ class SourceConfig(Config):
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Share of the blend's tokens, relative to the other sources' weights."""
     reader: str | None = None
-    """The reader, a name in regrow/data/readers; the file's ending decides when absent."""
+    """The reader, a name in regrow/data/readers; without it, the file's ending decides."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-fA-F]{64}$")
-    """SHA-256 (hex) that the file must have, before any decompression."""
+    """The SHA-256 (hex) that the file must have, before any decompression."""
     losses: dict[str, float] | None = None
-    """Weights by name of the losses on this source's tokens, in place of the distillation's
-    `losses`."""
+    """The weight of each loss, by its name, on this source's tokens. These weights replace the
+    distillation's `losses`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -47,20 +47,20 @@ class SourceConfig(Config):
 
 
 class DataConfig(Config):
-    """Sources and how they become sequences; a string or a list of sources stands for the whole."""
+    """The text sources and how they become sequences; a string or list is read as `sources`."""
 
     sources: list[SourceConfig]
-    """The blend: each a string or {source, weight, reader, sha256, losses}."""
+    """The sources to blend; each is a string or {source, weight, reader, sha256, losses}."""
     sequence_length: int = Field(default=512, ge=8)
-    """Tokens per sequence; where the tokenizer puts BOS before a text, it is one of them."""
+    """Tokens per sequence, including BOS if the tokenizer puts it before a text."""
     heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of the documents that `evaluate` measures on; no other stage learns from them."""
     calibration_fraction: float = Field(default=0.15, gt=0, lt=1, validate_default=True)
-    """Share of the documents that importance, repair and quantization are measured on."""
+    """Share of the documents on which importance, repair and quantization are measured."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=1, validate_default=True)
-    """Share of the documents that `distill` chooses its best checkpoint on."""
+    """Share of the documents on which `distill` chooses its best checkpoint."""
     seed: int = 0
-    """Seed of the splits and of the order."""
+    """Seed of the splits and of the document order."""
 
     @model_validator(mode="before")
     @classmethod

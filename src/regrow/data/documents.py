@@ -1,4 +1,4 @@
-"""From rows to passages of one split, and from passages to token ids with a mask of scored ones."""
+"""Turns rows into passages of a split, and passages into token ids with a mask of scored tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from regrow.errors import UserError
 
 ALLOWED = "`text`, `prompt` + `completion`, `question` + `answer`, or `messages`"
 DEEPEST = 64
-"""Levels of lists and objects inside each other that a turn may have."""
+"""The maximum nesting depth of lists and objects in a turn."""
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,22 @@ class Passage:
     """A document's text before it is tokenized."""
 
     text: str
-    """The words; for `messages` their JSON, which is the same for every tokenizer."""
+    """The text, or the JSON of `messages`, which does not depend on the tokenizer."""
     prompt: int = 0
-    """How many of the first characters are a prompt, which is not scored."""
+    """The number of leading characters that are a prompt, which is not scored."""
     ends: bool = True
-    """Whether the document ends here, and gets the end-of-sequence token."""
+    """Whether the document ends with this passage; it then gets the end-of-sequence token."""
     messages: list[dict[str, Any]] | None = None
     """The turns, for the chat template to render."""
     split_at: float | None = None
-    """A number in [0, 1) that decides its split, as `place_of` does; None: that of its own text."""
+    """A number in [0, 1) that decides the split; None: `place_of` computes it from the text."""
     where: str = field(default="", compare=False)
     """The file and row that it comes from, for error messages."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids, and for each whether it is scored."""
+    """The token ids of a document, and for each whether it is scored."""
 
     ids: list[int]
     scored: list[bool]
@@ -49,10 +49,11 @@ class Document:
 
 
 def read_row(row: dict[str, Any], where: str) -> Passage:
-    """The passage in a row, read from `messages` if there are any, else a pair, else `text`.
+    """The passage in a row: its `messages` if present, else a prompt-answer pair, else its `text`.
 
-    A `split_at` in [0, 1), which generated rows have, puts it into the split of its prompt's row.
-    Raises UserError, naming `where`, for a row without these keys or with other values than text.
+    A `split_at` in [0, 1), which generated rows have, assigns the passage to the split of the row
+    that the prompt came from. Raises UserError, which names `where`, for a row without these keys
+    or with values that are not text.
     """
     place = row.get("split_at")
     known = isinstance(place, float) and 0 <= place < 1
@@ -83,10 +84,10 @@ def place_of(text: str, seed: int) -> float:
 
 
 def split_of(text: str, data: DataConfig, place: float | None = None) -> Split:
-    """The split of the document `text`. Its content alone decides, so copies share a split.
+    """The split of the document `text`. It depends only on the text, so copies share a split.
 
-    With u = `place`, or `place_of` the text when None: held out for u < `heldout_fraction`,
-    calibration and validation for the next fractions, train for the rest.
+    u is `place`, or `place_of` the text if `place` is None. Documents with u < `heldout_fraction`
+    are held out, the next fractions are calibration and validation, and the rest is train.
     """
     u = place_of(text, data.seed) if place is None else place
     if u < data.heldout_fraction:
@@ -98,10 +99,10 @@ def split_of(text: str, data: DataConfig, place: float | None = None) -> Split:
 
 
 def pieces(passage: Passage, size: int) -> Iterator[Passage]:
-    """Plain text of more than 2 `size` characters in sections of about `size`; others unchanged.
+    """Cut plain text of more than 2 · `size` characters into sections of about `size` characters.
 
-    A whole novel as one document would fill hundreds of sequences in a row; its sections can be
-    shuffled. Only the last section ends the document.
+    Other passages are not changed. A whole novel as one document would fill hundreds of consecutive
+    sequences, but its sections can be shuffled. Only the last section ends the document.
     """
     if passage.prompt or passage.messages is not None or len(passage.text) <= 2 * size:
         yield passage
@@ -113,10 +114,10 @@ def pieces(passage: Passage, size: int) -> Iterator[Passage]:
 
 
 def tokenize(passages: Sequence[Passage], tokenizer: PreTrainedTokenizerBase) -> list[Document]:
-    """The passages' documents, in order. Plain passages are tokenized in one call, in parallel.
+    """Tokenize the passages, in order. Plain passages are tokenized in one call, in parallel.
 
     A document begins with the tokens (BOS) that the tokenizer puts before any text; these are not
-    scored. Otherwise a token is scored when it has any character after the prompt. The
+    scored. Any other token is scored if it contains a character after the prompt. The
     end-of-sequence token, which follows each passage that `ends`, is scored too. In a conversation
     only the assistant's tokens are scored.
     """
@@ -133,7 +134,7 @@ def tokenize(passages: Sequence[Passage], tokenizer: PreTrainedTokenizerBase) ->
         ids, scored = next(encoded)
         scored[: len(prefix)] = [False] * len(prefix)
         if passage.ends and eos is not None:
-            if ids[-1:] == [eos]:  # the tokenizer adds its own
+            if ids[-1:] == [eos]:  # the tokenizer has already added it
                 scored[-1] = True
             else:
                 ids, scored = [*ids, eos], [*scored, True]
@@ -142,7 +143,7 @@ def tokenize(passages: Sequence[Passage], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that the tokenizer puts before any text by itself: BOS, or none."""
+    """The tokens that the tokenizer puts before any text, such as BOS; empty if there are none."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole: list[int] = tokenizer("a")["input_ids"]
     starts = range(len(whole) - len(bare) + 1)
@@ -152,9 +153,9 @@ def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def chat_prompt_ids(
     messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str = ""
 ) -> list[int]:
-    """Token ids of a conversation up to the assistant's answer, with BOS first as in documents.
+    """The token ids of a conversation up to the assistant's answer, with BOS first as in documents.
 
-    Raises UserError, naming `where`, for turns that the chat template refuses.
+    Raises UserError, which names `where`, for turns that the chat template refuses.
     """
     text = chat.prompt_text(messages, tokenizer, where)
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -186,7 +187,10 @@ def _encode(
 def _scored_by_prefix(
     ids: list[int], passage: Passage, tokenizer: PreTrainedTokenizerBase
 ) -> list[bool]:
-    """For a tokenizer without offsets: the prompt ends where its own tokens differ from `ids`."""
+    """The mask of scored tokens if the tokenizer has no offsets.
+
+    The prompt ends at the first token where the tokens of the prompt alone differ from `ids`.
+    """
     if passage.prompt == 0:
         return [True] * len(ids)
     prompt: list[int] = tokenizer(passage.text[: passage.prompt], verbose=False)["input_ids"]
@@ -211,7 +215,7 @@ def _conversation(messages: Any, where: str) -> Passage:
 
 
 def _content(content: Any, where: str) -> str | None:
-    """The text of a turn; text parts are joined by line ends. None: the turn only calls tools."""
+    """The text of a turn, its parts joined by line ends; None if the turn only calls tools."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -232,10 +236,10 @@ def _content(content: Any, where: str) -> str | None:
 
 
 def _without_surrogates(value: Any, where: str, depth: int = 0) -> Any:
-    """The value with each half of a surrogate pair replaced by a question mark.
+    """Replace each half of a surrogate pair by a question mark.
 
-    JSON can hold such halves, and no tokenizer takes them. Raises UserError for a value that is
-    nested too deep.
+    JSON can contain such halves, but no tokenizer accepts them. Raises UserError for a value that
+    is nested too deeply.
     """
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode("utf-8")
@@ -252,7 +256,7 @@ def _without_surrogates(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def text_in(row: dict[str, Any], key: str, where: str) -> str:
-    """The text under a key; raises UserError, naming `where`, for any other value."""
+    """The text under a key; raises UserError, which names `where`, if the value is not text."""
     value = row[key]
     if not isinstance(value, str):
         raise UserError(f"{where}: `{key}` is of type {type(value).__name__}; it must be text")

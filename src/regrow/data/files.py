@@ -18,7 +18,7 @@ from regrow.runtime.progress import Progress
 
 @contextmanager
 def open_text(path: Path, errors: str = "strict") -> Iterator[TextIO]:
-    """`path` as UTF-8 text, newlines as \\n; UserError when it is not UTF-8 or broken gzip."""
+    """Open `path` as UTF-8 text with \\n newlines; raises UserError if UTF-8 or gzip is invalid."""
     with _readable(path):
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig", errors=errors) as file:
@@ -27,13 +27,14 @@ def open_text(path: Path, errors: str = "strict") -> Iterator[TextIO]:
 
 @contextmanager
 def open_seekable(path: Path) -> Iterator[IO[bytes]]:
-    """`path` as seekable bytes; a .gz is unpacked into a temporary file first."""
+    """Open `path` as seekable bytes; a .gz file is first unpacked into a temporary file."""
     with _readable(path):
         if path.suffix != ".gz":
             with path.open("rb") as plain:
                 yield plain
             return
-        # Seeking back in a gzip stream starts it over; formats with a footer do that all the time.
+        # Seeking back in a gzip stream decompresses it from the start, and formats with a footer
+        # seek back often.
         with gzip.open(path) as packed, tempfile.TemporaryFile() as unpacked:
             copyfileobj(packed, unpacked)
             unpacked.seek(0)
@@ -46,7 +47,7 @@ def plain_name(path: Path) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of the file's bytes, as hex."""
+    """The SHA-256 of the file's bytes, as hex."""
     digest = hashlib.sha256()
     counter = Progress(f"hashing {path.name}", path.stat().st_size >> 20, "MiB")
     with path.open("rb") as file:
@@ -57,7 +58,7 @@ def sha256_of(path: Path) -> str:
 
 
 def check_sha256(digest: str, expected: str | None, name: str) -> None:
-    """Raise UserError unless `digest` is the `expected` one; with None, any digest is right."""
+    """Raise UserError if `digest` is not the `expected` one; None accepts any digest."""
     if expected is not None and digest != expected.lower():
         raise UserError(
             f"{name}: its SHA-256 is {digest}, not {expected.lower()}; get the right file"

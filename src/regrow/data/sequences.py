@@ -1,4 +1,4 @@
-"""Packed sequences of exactly T tokens, from sources that are blended by token share and shuffled.
+"""Packs blended and shuffled documents into sequences of exactly T tokens.
 
 Shapes: n sequences, T = sequence length.
 """
@@ -31,26 +31,25 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label of a token that is not scored."""
 VALIDATE_EVERY = 8
-"""Where something is fitted on calibration sequences, every 8th is left out to validate it on."""
+"""A fit on calibration sequences leaves out every 8th sequence, for validation."""
 
 
 Subset = Literal["fit", "validate"]
-"""The sequences that something is fitted on, and those that it is validated on."""
+"""The role of a calibration sequence: a parameter is fitted on it, or the fit is validated."""
 
 
 def held_out(number: int) -> bool:
-    """Whether the calibration sequence of this number is one to validate a fit on."""
+    """Whether the calibration sequence with this number is used to validate a fit."""
     return number % VALIDATE_EVERY == VALIDATE_EVERY - 1
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
     """Packed sequences: input_ids, position_ids, labels int64 [n, T] and real bool [n, T].
 
-    Positions start over at 0 with each document and with each sequence. labels[t] is input_ids[t],
-    or -100 where that token is not scored; as Hugging Face models expect, labels are not shifted.
-    A document's first token in a sequence is never scored. `real` is False on padding. `source`,
-    int64 [n, T], is the number of each token's source where sources have losses of their own, else
-    None.
+    Positions start again at 0 with each document and with each sequence. labels[t] is input_ids[t],
+    or -100 if that token is not scored; as Hugging Face models expect, labels are not shifted. A
+    document's first token in a sequence is never scored. `real` is False for padding. `source`,
+    int64 [n, T], is the number of each token's source if a source has its own losses, else None.
     """
 
     def __init__(
@@ -74,24 +73,24 @@ class Sequences(Dataset[dict[str, Tensor]]):
 
     @property
     def num_documents(self) -> int:
-        """Documents as a model sees them: one that goes on in the next sequence counts again."""
+        """The number of documents; one that continues in the next sequence counts again."""
         return int(((self.position_ids == 0) & self.real).sum())
 
     @property
     def scored_tokens(self) -> int:
-        """How many labels are not -100."""
+        """The number of labels that are not -100."""
         return int((self.labels != IGNORED).sum())
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, as hex, of the tensors and their shape."""
+        """The SHA-256 of the tensors and their shape, as hex."""
         digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
         for tensor in self._tensors().values():
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """The sequences in order, `batch_size` at a time; the last batch may be smaller."""
+        """Yield the sequences in order, `batch_size` at a time; the last batch may be smaller."""
         for start in range(0, len(self), batch_size):
             rows = slice(start, start + batch_size)
             yield {name: tensor[rows] for name, tensor in self._tensors().items()}
@@ -111,7 +110,7 @@ class Sequences(Dataset[dict[str, Tensor]]):
 
     @classmethod
     def load(cls, path: Path) -> Sequences:
-        """The sequences that `save` wrote."""
+        """Read the sequences that `save` wrote."""
         tensors = load_file(path)
         return cls(**{n: t if t.dtype == torch.bool else t.long() for n, t in tensors.items()})
 
@@ -128,7 +127,7 @@ class Sequences(Dataset[dict[str, Tensor]]):
 def fit_and_validate(
     sequences: Sequences, count: int, batch_size: int
 ) -> Iterator[tuple[Subset | None, dict[str, Tensor]]]:
-    """Batches of one subset each: of the first `count` sequences, then the others (None).
+    """Yield batches of one subset each: the first `count` sequences, then the others (None).
 
     A batch has input_ids, position_ids, labels and real, all [B, T].
     """
@@ -143,14 +142,14 @@ def fit_and_validate(
 
 
 class Packer:
-    """Lays documents end to end into sequences of exactly T tokens.
+    """Concatenates documents into sequences of exactly T tokens.
 
-    A document that does not fit goes on in the next sequence. There it is a document of its own:
-    it begins with the `prefix` (the tokens, such as BOS, that the tokenizer puts before any text),
-    its positions start at 0, and its first token after the prefix is not scored, because the model
-    sees nothing of the text before it. With `scored_only`, tokens from which nothing in their
-    sequence is predicted (the beginning of a prompt that is longer than the room left, and all
-    that follows the last answer) are left out. With `tagged`, the sequences have a `source`.
+    A document that does not fit continues in the next sequence as a separate document: it begins
+    with the `prefix` (the tokens, such as BOS, that the tokenizer puts before any text), and its
+    positions start at 0. Its first token after the prefix is not scored, because the model does not
+    see the text before it. With `scored_only`, tokens after which no token of their sequence is
+    scored are left out: the beginning of a prompt that is longer than the room left, and all tokens
+    after the last answer. With `tagged`, the sequences have a `source`.
     """
 
     def __init__(
@@ -171,7 +170,7 @@ class Packer:
         self.used = 0
 
     def add(self, document: Document) -> None:
-        """Append a document, which begins with the prefix."""
+        """Append a document, whose first tokens are the prefix."""
         ids = np.array(document.ids, dtype=np.int32)
         labels = np.where(np.array(document.scored, dtype=bool), ids, IGNORED)
         self.documents += 1
@@ -183,7 +182,7 @@ class Packer:
     def _place(
         self, ids: NDArray[np.int32], labels: NDArray[np.int32], start: int, source: int
     ) -> int:
-        """Fill the sequence with the document from `start` on; returns where to go on from."""
+        """Fill the sequence with the document from `start` on; returns the start of the rest."""
         prefix = self.prefix if start else self.prefix[:0]
         room = self.sequence_length - self.used
         end = min(len(ids), start + room - len(prefix))
@@ -197,14 +196,14 @@ class Packer:
         if self.used == self.sequence_length:
             self.full.append(self.sequence)
             self.sequence, self.used = self._empty(), 0
-        # A document of which only the prefix fitted begins in the next sequence.
+        # If only the prefix of a document fitted, the document begins in the next sequence.
         return 0 if end < len(ids) and end <= len(self.prefix) else end
 
     def sequences(self, num_sequences: int) -> Sequences:
         """The first `num_sequences` full sequences, or as many as there are; n may be 0.
 
         An incomplete last sequence is dropped unless it is the only one. Then it is padded; the
-        padding is not scored and is a document of its own.
+        padding is not scored and is a separate document.
         """
         full = self.full[:num_sequences]
         real = np.ones((len(full), self.sequence_length), dtype=bool)
@@ -219,7 +218,7 @@ class Packer:
         return Sequences(ids, positions, labels, torch.from_numpy(real), *source)
 
     def _begin(self, labels: NDArray[np.int32], start: int) -> int:
-        """Where the next piece begins: at `start`, or as far on as it takes to score something."""
+        """The start of the next piece: `start`, or later so that the piece has a scored token."""
         if not self.scored_only:
             return start
         later = (labels[start + 1 :] != IGNORED).nonzero()[0]
@@ -229,7 +228,7 @@ class Packer:
         room_later = room - len(self.prefix)  # of a piece that begins within the document
         if first < start + (room_later if start else room) or room_later < 1:
             return start
-        # All that is left if it fits, else half of the room for what comes before the first.
+        # The rest of the document if it fits; else half of the room is before the first scored one.
         return max(start, min(len(labels) - room_later, first - room_later // 2))
 
     def _empty(self) -> NDArray[np.int32]:
@@ -238,7 +237,7 @@ class Packer:
 
 
 def _stacked(rows: list[NDArray[np.int32]], like: NDArray[np.bool_]) -> torch.Tensor:
-    """int64 [n, T]; held as int32 until here, which halves the memory of a large build."""
+    """Stack rows to int64 [n, T]; they are int32 until then, which halves the memory of a build."""
     tensor = torch.empty(like.shape, dtype=torch.int64)
     for at, row in enumerate(rows):
         tensor[at] = torch.from_numpy(row)
@@ -253,14 +252,14 @@ def build_sequences(
     model: Checkpoint | None = None,
     cache: Path | None = None,
 ) -> Sequences:
-    """`num_sequences` sequences of a split; the sources' shares of the tokens follow their weights.
+    """Build `num_sequences` sequences of a split; the sources' token shares follow their weights.
 
     Every sequence, and every document in it, begins with the tokens (BOS) that the tokenizer puts
-    before any text. Reads only as far as it needs. Fewer sequences are always the first of more.
-    For `train` a source that is used up starts over in another order; otherwise it is left out, and
-    a message says so when there are fewer sequences than asked for. `cache` is the folder for files
-    of `package:` sources (see sources.resolve).
-    Raises UserError when there is no token to score, and for a token id beyond the embedding of
+    before any text. Reads only as much text as needed. A smaller build has the first sequences of a
+    larger one. For `train` a source that is used up starts again in another order. In other splits
+    it is left out, and a message says so if there are fewer sequences than requested. `cache` is
+    the folder for files of `package:` sources (see sources.resolve).
+    Raises UserError if there is no token to score, and for a token id beyond the embedding of
     `model`.
     """
     assert num_sequences >= 1, num_sequences
@@ -291,7 +290,7 @@ def build_sequences(
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase, model: Checkpoint | None) -> int:
-    """The id of padding, which no model may fail to look up; padding is never scored."""
+    """The token id for padding. Every model can look it up, and it is never scored."""
     rows = embedding_rows(model) if model is not None else math.inf
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((int(i) for i in ids if i is not None and i < rows), 0)

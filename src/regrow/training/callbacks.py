@@ -1,4 +1,4 @@
-"""Progress display and metrics file of a training run; means of losses per scored token."""
+"""The progress display and metrics file of a training run, and mean losses per scored token."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from regrow.runtime.progress import Progress
 
 TOKENS = "tokens"
 COUNT_PREFIX = "tokens of "
-"""Prefix of a loss's own token count, for losses that not all tokens have."""
+"""Prefix of a loss's own token count, for a loss that only some tokens have."""
 
 
 class MetricSums:
-    """Sums by name, to be divided by `tokens` or, where a loss has it, by `tokens of NAME`."""
+    """Sums by name, for means: each is divided by `tokens of NAME` if present, else by `tokens`."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -32,7 +32,7 @@ class MetricSums:
             self.sums[name] = so_far + value.detach()
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The mean of each sum, by name; the sums start again at 0.
+        """The mean of each sum, by name; resets the sums to 0.
 
         `reduce` sums a tensor over the ranks. A name without scored tokens is left out.
         """
@@ -56,9 +56,9 @@ class MetricSums:
 CHOSEN_BY = "forward_kl"
 """The loss whose mean on the validation sequences chooses the best checkpoint."""
 SPAN_CHOSEN_BY = f"span_{CHOSEN_BY}"
-"""The loss that chooses it where the teacher has another tokenizer."""
+"""The loss that chooses the best checkpoint if the teacher has another tokenizer."""
 HELDOUT = {f"eval_{CHOSEN_BY}": "heldout_kl", f"eval_{SPAN_CHOSEN_BY}": "heldout_span_kl"}
-"""Names in metrics.jsonl; any other eval_x becomes heldout_x."""
+"""Names in metrics.jsonl by logged name; any other eval_x becomes heldout_x."""
 
 
 class ProgressCallback(TrainerCallback):
@@ -70,7 +70,7 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Start at the step that an earlier process reached."""
+        """Start the display at the last step of an earlier process."""
         self.progress.resume_at(state.global_step * self.tokens_per_step)
 
     def on_step_end(
@@ -90,7 +90,7 @@ class ProgressCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Keep the last losses, which the progress line shows."""
+        """Keep the latest losses, which the progress line shows."""
         for key, name in (
             ("loss", "loss"),
             (f"eval_{CHOSEN_BY}", "held-out KL"),
@@ -101,7 +101,7 @@ class ProgressCallback(TrainerCallback):
 
 
 class MetricsWriter(TrainerCallback):
-    """Writes metrics.jsonl of the stage and of the run: one JSON object per logged step."""
+    """Writes the metrics.jsonl of the stage and of the run: one JSON object per logged step."""
 
     def __init__(self, paths: tuple[Path, ...], stage: str, tokens_per_step: int) -> None:
         self.paths, self.stage, self.tokens_per_step = paths, stage, tokens_per_step
@@ -110,9 +110,9 @@ class MetricsWriter(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """After a kill, drop the rows of steps that will be repeated."""
+        """After a killed run, drop the rows of steps that will be repeated."""
         if state.is_world_process_zero:
-            # A run that starts anew also writes the row of step 0 again.
+            # A run that starts from the beginning also writes the row of step 0 again.
             for path in self.paths:
                 _drop_later_rows(path, self.stage, state.global_step or -1)
 
@@ -141,13 +141,13 @@ class MetricsWriter(TrainerCallback):
 
 
 def _row_name(logged: str) -> str:
-    """A held-out figure's name in metrics.jsonl."""
+    """The name in metrics.jsonl of a logged value."""
     name = logged.removeprefix("eval_")
     return logged if name == logged else HELDOUT.get(logged, f"heldout_{name}")
 
 
 def _drop_later_rows(path: Path, stage: str, step: int) -> None:
-    """Remove the stage's rows after `step`, and a line that a kill left incomplete."""
+    """Remove the stage's rows after `step`, and an incomplete last line of a killed run."""
     if not path.exists():
         return
     rows = [line for line in path.read_text().splitlines() if line.endswith("}")]

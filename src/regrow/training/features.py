@@ -1,4 +1,4 @@
-"""Feature losses: which layers, channels and heads of two models are compared, and their weights.
+"""Feature losses: pairs the layers, channels and heads of two models, and weights the losses.
 
 Shapes: B sequences, T tokens, N masked tokens, H hidden channels, A attention heads.
 """
@@ -25,7 +25,7 @@ EMBEDDINGS = "embeddings"
 MAIN = "main"
 """The name, among means of losses, of the weighted sum of the output losses."""
 DECAY = 0.98
-"""Decay of the running means per optimizer step: a memory of about 50 steps."""
+"""Decay of the running means per optimizer step; they average about 50 steps."""
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -34,7 +34,7 @@ class ModelFeatures(NamedTuple):
     """One model's states on a batch, with the final norm and head that turn a state into logits."""
 
     layers: tuple[Tensor, ...]
-    """[B, T, H] each: outputs of the embedding and of every layer, the last one normed."""
+    """[B, T, H] each: outputs of the embedding and of every layer; the last is after the norm."""
     attentions: tuple[Tensor, ...]
     """[B, A, T, T] each: every layer's attention weights by query and key, if requested."""
     norm: Callable[[Tensor], Tensor]
@@ -56,36 +56,36 @@ def final_norm(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def give_attentions(model: Any) -> None:
-    """Make the model return its attention weights: fused kernels never compute them."""
+    """Make the model return its attention weights, which fused kernels do not compute."""
     model.set_attn_implementation("eager")
 
 
 @dataclass(frozen=True)
 class LayerMapping:
-    """Pairs of layers, channels and heads to compare; learned projections without a plan."""
+    """Pairs of layers, channels and heads to compare; has learned projections without a plan."""
 
     outputs: Pairs
-    """(student layer, teacher layer) whose outputs are compared. The last layer is not among them,
+    """(student layer, teacher layer) whose outputs are compared. The last layer is left out,
     because the output losses depend on it directly."""
     layers: Pairs
     """(student layer, teacher layer) whose attention weights are compared."""
     channels: tuple[int, ...] | None = None
     """The teacher's channels that the student kept; None for all."""
     heads: dict[int, tuple[int, ...]] | None = None
-    """By student layer, the teacher's query heads that it kept, in its order; None for all."""
+    """The teacher's query heads that each student layer kept, in its order; None for all."""
     lens: Pairs = ()
     """The pairs of `outputs` that logit-lens losses read through the output heads."""
     mean_heads: bool = False
-    """Whether heads cannot be paired, so that the mean over the heads is compared."""
+    """Whether the mean over the heads is compared, because heads cannot be paired."""
     projections: dict[str, nn.Parameter] = field(default_factory=dict)
-    """[student's H, teacher's H] each, by the name of the state; not part of any module tree."""
+    """[student's H, teacher's H] each, by name of the state; they are not in any module tree."""
 
     @classmethod
     def of_plan(cls, plan: Plan) -> LayerMapping:
         """The mapping of a student that was cut by `plan`.
 
-        A student layer's output is compared with that of the teacher layer before the next kept
-        one, so that the next layer receives the same input as in the teacher.
+        A student layer's output is compared with the output of the teacher layer before the next
+        kept layer, so that the next layer receives the same input as in the teacher.
         """
         kept = plan.kept_layers()
         outputs = tuple((n, following - 1) for n, following in enumerate(kept[1:]))
@@ -105,7 +105,7 @@ class LayerMapping:
 
     @classmethod
     def by_depth(cls, student_layers: int, teacher_layers: int) -> LayerMapping:
-        """Layers at the same relative depth (TinyBERT; Jiao et al., 2020, arXiv:1909.10351)."""
+        """Pair layers of equal relative depth (TinyBERT; Jiao et al., 2020, arXiv:1909.10351)."""
         depths = (
             (n, max(1, round((n + 1) * teacher_layers / student_layers)) - 1)
             for n in range(student_layers)
@@ -115,32 +115,35 @@ class LayerMapping:
         return cls(outputs, layers, mean_heads=True)
 
     def project(self, channels: tuple[int, int], needs: frozenset[str], seed: int) -> None:
-        """Add the projections of (student's, teacher's) channels that `needs` use."""
+        """Add projections from student to teacher channels for the states in `needs`.
+
+        `channels` is (student's channels, teacher's channels).
+        """
         student, teacher = channels
         names = [EMBEDDINGS] if EMBEDDINGS in needs else []
         names += [f"layer {n}" for n, _ in self.outputs] if "outputs" in needs else []
         generator = torch.Generator().manual_seed(seed)
         for name in names:
             weight = torch.empty(student, teacher)
-            # This gain keeps the mean square of a channel.
+            # This gain preserves the mean square of a channel.
             gain = max(1.0, teacher / student) ** 0.5
             nn.init.orthogonal_(weight, gain, generator=generator)
             self.projections[name] = nn.Parameter(weight)
 
     def read_at(self, lens: Pairs) -> LayerMapping:
-        """The same mapping, with these pairs of outputs read through the output heads."""
+        """A copy of the mapping in which these pairs of outputs are read by logit-lens losses."""
         return replace(self, lens=lens)
 
     def embedded(
         self, student: ModelFeatures, teacher: ModelFeatures, mask_BT: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Both embeddings' outputs [N, H], in the same channels."""
+        """The outputs [N, H] of both embeddings, in the same channels."""
         return self._aligned(student.layers[0], teacher.layers[0], mask_BT, EMBEDDINGS)
 
     def states(
         self, student: ModelFeatures, teacher: ModelFeatures, mask_BT: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The outputs [N, H] of every pair of layers, in the same channels."""
+        """Yield the outputs [N, H] of every pair of layers, in the same channels."""
         for student_layer, teacher_layer in self.outputs:
             pair = student.layers[student_layer + 1], teacher.layers[teacher_layer + 1]
             yield self._aligned(*pair, mask_BT, f"layer {student_layer}")
@@ -148,7 +151,7 @@ class LayerMapping:
     def attended(
         self, student: ModelFeatures, teacher: ModelFeatures, mask_BT: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The attention weights [N, A, T] of every pair of layers, head by head."""
+        """Yield the attention weights [N, A, T] of every pair of layers, head by head."""
         for student_layer, teacher_layer in self.layers:
             q_BATT = student.attentions[student_layer]
             p_BATT = teacher.attentions[teacher_layer]
@@ -171,7 +174,7 @@ class LayerMapping:
 
 
 def at_depths(outputs: Pairs, num_layers: int, depths: Sequence[int | float]) -> Pairs:
-    """The pairs at these depths of the student, in ascending order, without repetition.
+    """The pairs at these depths of the student, in ascending order, without duplicates.
 
     A depth is the number of a layer, from 0, or a share of the student's `num_layers` layers
     between 0 and 1, which is rounded to a whole layer. Raises UserError for the last layer and
@@ -203,7 +206,7 @@ class FeatureLosses:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The states that the feature losses read, all together."""
+        """The union of the states that the feature losses read."""
         return needs_of(self.weights)
 
     @property
@@ -215,7 +218,7 @@ class FeatureLosses:
     def loss(
         self, student: ModelFeatures, teacher: ModelFeatures, mask_BT: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted sum over the tokens of the mask, and the unweighted sum of each loss by name."""
+        """The weighted sum over the masked tokens, and the unweighted sum of each loss by name."""
         total, parts = torch.zeros((), device=mask_BT.device), {}
         for name, weight in self.weights.items():
             module = plugins.load(FEATURE_LOSSES, name)
@@ -230,7 +233,7 @@ class FeatureLosses:
         return list(self.mapping.projections.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that a resumed run needs; empty when nothing is learned."""
+        """The state that a resumed run needs; empty if nothing is learned."""
         projections = self.mapping.projections
         state: dict[str, Any] = {name: weight.detach() for name, weight in projections.items()}
         return state if self.balancer is None else {**state, "balance": self.balancer.sums}
@@ -250,7 +253,7 @@ def needs_of(weights: dict[str, float]) -> frozenset[str]:
 
 
 class LossBalancer:
-    """The factor of a feature loss: running mean of the main loss ÷ its own running mean.
+    """Computes a factor per feature loss: running mean of the main loss ÷ that of the feature loss.
 
     Both are exponential means over optimizer steps that start at 0, so that their initial bias
     cancels. The factor is constant within a step, for all its micro-batches. In the first step the
@@ -266,6 +269,6 @@ class LossBalancer:
         return self.sums[MAIN] / mean if mean > 0 else 0.0
 
     def update(self, means: dict[str, float]) -> None:
-        """Update the running means by the means per scored token of a step: MAIN and each loss."""
+        """Update the running means with a step's means per scored token, of MAIN and each loss."""
         for name, value in means.items():
             self.sums[name] = DECAY * self.sums.get(name, 0.0) + (1 - DECAY) * value

@@ -1,6 +1,6 @@
-"""Frozen first layers of a student, which run once for both models if they are the teacher's.
+"""Freezes the first layers of a student; if they equal the teacher's, they run once for both.
 
-A student of which only later layers were cut begins with its teacher's layers. While these are
+If only later layers of a student were cut, it begins with its teacher's layers. While these are
 frozen, the student needs no gradients there, and the teacher has already computed their outputs.
 """
 
@@ -20,11 +20,11 @@ MAY_DIFFER = {
     *("tie_word_embeddings", "dtype", "use_cache", "architectures", "transformers_version"),
     *("_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id"),
 }
-"""Config keys that may differ between two models whose first layers compute the same."""
+"""Config keys that may differ between two models whose first layers are equivalent."""
 
 
 def check(model: PreTrainedModel, count: int) -> None:
-    """Raise UserError unless 0 ≤ count < number of layers; `model` may be on the meta device."""
+    """Raise UserError if not 0 ≤ count < number of layers; `model` may be on the meta device."""
     most = len(decoder_layers(model)) - 1
     if count > most:
         raise UserError(
@@ -39,7 +39,7 @@ def freeze(model: PreTrainedModel, count: int) -> None:
 
 
 def same(student: PreTrainedModel, teacher: PreTrainedModel, count: int) -> bool:
-    """Whether embedding and first `count` layers are the teacher's, in the teacher's dtype."""
+    """Whether embedding and first `count` layers equal the teacher's, in the teacher's dtype."""
     configs = [model.config.to_dict() for model in (student, teacher)]
     kinds = [(config.get("layer_types") or [])[:count] for config in configs]
     kept = [{k: v for k, v in config.items() if k not in MAY_DIFFER} for config in configs]
@@ -51,7 +51,7 @@ def same(student: PreTrainedModel, teacher: PreTrainedModel, count: int) -> bool
 
 
 class SharedPrefix:
-    """Runs the first `count` layers in the teacher only, which must run first in each step.
+    """Runs the first `count` layers only in the teacher, which must run first in each step.
 
     With `all_layers` each of the student's layers returns the teacher's output, for feature losses
     that read it. Otherwise only the output of the last shared layer is kept.
@@ -70,7 +70,7 @@ class SharedPrefix:
             student_layer.forward = partial(self._recall, n)
 
     def close(self) -> None:
-        """Let the student run its own layers again."""
+        """Remove the hooks, so that the student runs its own layers again."""
         for hook in self.hooks:
             hook.remove()
         for layer in self.layers:
@@ -82,7 +82,7 @@ class SharedPrefix:
             self.states[n] = state_BTH
 
     def _recall(self, n: int, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """The teacher's state in the student's dtype; it is removed, so that no old one is used."""
+        """The teacher's state in the student's dtype; removes it, so that it is not used twice."""
         if n not in self.wanted:
             return hidden_states
         return self.states.pop(n).to(hidden_states.device, hidden_states.dtype)

@@ -1,11 +1,11 @@
-"""The output head and the loss in chunks of scored tokens; full logits are never in memory.
+"""Computes the output head and the loss in chunks of tokens; full logits are never in memory.
 
 Shapes: N scored tokens, H hidden channels, V vocabulary entries; `student_NH` is [N, H].
 
 Gradients are computed in the forward pass. The factors of matrix products have the compute dtype;
-softmax and sums are in float32. The gradient by the logits is computed chunk by chunk. Several
-chunks are then multiplied at once, because every product for the head's weights reads and writes a
-float32 tensor [V, H].
+softmax and sums are in float32. The gradient with respect to the logits is computed chunk by chunk.
+Several chunks are then multiplied at once, because every product for the head's weights reads and
+writes a float32 tensor [V, H].
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from regrow.training.cache.sparse import Sparse
 from regrow.training.loss_weights import LossWeights
 
 CHUNK_ELEMENTS = 1 << 24
-"""Logits of one chunk: 64 MB in float32."""
+"""The number of logits in one chunk: 64 MB in float32."""
 CHUNKS_TOGETHER = 4
-"""Chunks whose gradients by the logits, in the compute dtype, are multiplied at once."""
+"""The number of chunks whose gradients are multiplied at once, in the compute dtype."""
 ADDED_ELEMENTS = 1 << 23
-"""Elements of a product that are added at once: 32 MB in float32."""
+"""The number of elements of a product that are added at once: 32 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden_NH: Tensor, weight_VH: Tensor, exact: bool = False) -> Tensor:
-        """Logits [N, V] of final hidden states, in float32 or float64.
+        """The logits [N, V] of final hidden states, in float32 or float64.
 
         `weight_VH` has the dtype of the states. Except on CUDA, logits of half-precision factors
         are rounded to half precision unless `exact`.
@@ -49,14 +49,14 @@ class Head:
         return logits_NV
 
     def through_cap(self, gradient_NV: Tensor, logits_NV: Tensor) -> Tensor:
-        """The gradient by the logits before the cap, from the gradient by the capped logits."""
+        """Backpropagate a gradient through the cap, from the capped to the uncapped logits."""
         if self.softcap is None:
             return gradient_NV
         return gradient_NV * (1 - (logits_NV / self.softcap) ** 2)
 
     @property
     def rows(self) -> int:
-        """The number of token ids that it gives logits for."""
+        """The number of token ids with a logit."""
         return len(self.weight_VH)
 
     def to(self, dtype: torch.dtype) -> Head:
@@ -73,10 +73,10 @@ class TeacherTarget(Protocol):
 
     @property
     def rows(self) -> int:
-        """The number of token ids that it gives logits for."""
+        """The number of token ids with a logit."""
 
     def to(self, dtype: torch.dtype) -> TeacherTarget:
-        """The same with weights of another dtype."""
+        """The same target with weights of another dtype."""
 
     def target(self, hidden_NH: Tensor, rows: int, loss_weights: LossWeights) -> Tensor:
         """The logits [N, rows] that a student learns from."""
@@ -85,7 +85,7 @@ class TeacherTarget(Protocol):
 def head_of(model: Any) -> Head:
     """The output head of a stock causal language model.
 
-    Raises UserError for a head with a bias or scaled logits. `model_check.check_model` finds the
+    Raises UserError for a head with a bias or scaled logits. `model_check.check_model` detects the
     other heads that this class does not reproduce.
     """
     config = model.config
@@ -114,12 +114,13 @@ def head_loss(
     sparse: Sparse | None = None,
     source_N: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum of the losses over N tokens, differentiable by `student_NH` and the head.
+    """The weighted sum of the losses over N tokens, and the unweighted sum of each loss by name.
 
-    Also returns the unweighted sum of each loss by name, in nats. Vocabularies of different sizes
-    (padding) are compared on the ids that both have. N may be 0: the sum is then a zero with a
-    graph. With `sparse` the forward KL is taken against the distributions of a cache. With
-    `source_N` each token has only the losses of its source, `loss_weights.by_source`.
+    The weighted sum is differentiable with respect to `student_NH` and the head. The unweighted
+    sums are in nats. Vocabularies of different sizes (padding) are compared on the ids that both
+    have. If N is 0, the sum is a differentiable 0. With `sparse` the forward KL is computed against
+    the distributions of a cache. With `source_N` each token has only the losses of its source,
+    `loss_weights.by_source`.
     """
     compute = torch.get_autocast_dtype(student_NH.device.type)
     if not torch.is_autocast_enabled(student_NH.device.type):
@@ -128,7 +129,7 @@ def head_loss(
     groups = (loss_weights,) if source_N is None else loss_weights.groups[1:]
     inputs = _Inputs(student, teacher, groups, compute, chunk, sparse, source_N)
     weight_VH = student.weight_VH
-    if not torch.is_grad_enabled():  # an autograd.Function is asked for gradients even then
+    if not torch.is_grad_enabled():  # an autograd.Function would compute gradients even then
         student_NH, weight_VH = student_NH.detach(), weight_VH.detach()
     total, *values = _HeadLoss.apply(student_NH, weight_VH, targets_N, teacher_NH, inputs)
     parts: dict[str, Tensor] = {}
@@ -145,10 +146,10 @@ class _Inputs:
     student: Head
     teacher: TeacherTarget | None
     groups: tuple[LossWeights, ...]
-    """One for all tokens or, with `source_N`, one for the tokens of each source."""
+    """One element for all tokens or, with `source_N`, one for the tokens of each source."""
     compute: torch.dtype
     chunk: int
-    """Tokens of a chunk."""
+    """Tokens per chunk."""
     sparse: Sparse | None
     source_N: Tensor | None
 
@@ -158,7 +159,7 @@ class _Inputs:
 
     @property
     def together(self) -> int:
-        """Tokens of the chunks that are multiplied at once."""
+        """The number of tokens in the chunks that are multiplied at once."""
         return self.chunk * CHUNKS_TOGETHER
 
 
@@ -183,7 +184,7 @@ class _HeadLoss(torch.autograd.Function):
         weights = values.new_tensor([w for group in inputs.groups for w in group.weights.values()])
         parts = [part.clone() for part in values]
         ctx.mark_non_differentiable(*parts)
-        # Not a matrix product: autocast would round the sum to half precision.
+        # A matrix product would be rounded to half precision by autocast.
         return ((values * weights).sum(), *parts)
 
     @staticmethod
@@ -230,10 +231,10 @@ class _Sums:
             else None
         )
         self.slopes: tuple[Tensor, ...] = ()
-        """Gradients by the logits that are multiplied next, as `split` returns them."""
+        """Gradients with respect to the logits, in the parts of `split`, to be multiplied next."""
 
     def add(self, part: slice, targets_N: Tensor, teacher_NH: Tensor | None) -> None:
-        """Add values and gradients of the tokens in `part`, which is one chunk or more."""
+        """Add values and gradients of the tokens in `part`, which has one or more chunks."""
         hidden_NH = self.student_NH[part].detach().to(self.inputs.compute)
         weight_VH = self.weight_VH[: self.shared]
         for begin in range(part.start, part.stop, self.inputs.chunk):
@@ -253,7 +254,7 @@ class _Sums:
             add_product(self.weight_gradient[: self.shared], slopes_VN, hidden_NH)
 
     def _keep(self, rows: slice, gradient_NV: Tensor) -> None:
-        """Store a chunk's gradient by the logits in its rows of the slopes."""
+        """Store a chunk's gradient with respect to the logits in its rows of `slopes`."""
         parts_NV = split(gradient_NV, self.inputs.compute, self.inputs.exact)
         if not self.slopes:
             size = (min(self.inputs.together, len(self.student_NH)), self.shared)
@@ -264,7 +265,10 @@ class _Sums:
     def _gradient(
         self, chunk: slice, logits_NV: Tensor, targets_N: Tensor, teacher_NH: Tensor | None
     ) -> Tensor:
-        """Gradient of the weighted sum by the student's logits; also adds each loss's value."""
+        """The weighted sum's gradient with respect to the student's logits.
+
+        Also adds the value of each loss to the sums.
+        """
         teacher_NV = logits_NV
         sparse = None if self.inputs.sparse is None else self.inputs.sparse[chunk]
         if self.teacher is not None and teacher_NH is not None:
@@ -295,7 +299,7 @@ class _Sums:
         sparse: Sparse | None,
         keep: bool = False,
     ) -> Tensor:
-        """Gradient of a group's weighted losses; overwrites the logits unless `keep`."""
+        """The gradient of a group's weighted losses; overwrites the logits unless `keep`."""
         # A loss may overwrite its inputs, so only the last one gets the original tensors.
         terms, temperature = self.terms[group], self.inputs.groups[group].temperature
         first = sum(map(len, self.terms[:group]))
@@ -316,10 +320,11 @@ class _Sums:
         return total
 
 
-# Matrix products of half-precision factors with a float32 result. CUDA has them. Elsewhere the
-# result is rounded to half precision. `exact` then adds the rounding errors of the result and of a
-# factor: they are small, so half precision holds them well (in bfloat16 with errors of 2⁻¹⁸ of the
-# result), at the cost of two products instead of one, or three where a factor is split.
+# Matrix products of half-precision factors with a float32 result. CUDA supports them. On other
+# devices the result is rounded to half precision. `exact` then adds the rounding errors of the
+# result and of a factor. They are small, so half precision represents them well: in bfloat16 with
+# an error of 2⁻¹⁸ of the result. This needs two products instead of one, or three if a factor is
+# split.
 
 
 def product(left_MK: Tensor, right_KN: Tensor, exact: bool) -> Tensor:
@@ -334,7 +339,7 @@ def product(left_MK: Tensor, right_KN: Tensor, exact: bool) -> Tensor:
 
 
 def split(factor: Tensor, dtype: torch.dtype, exact: bool) -> tuple[Tensor, ...]:
-    """A float32 factor in `dtype` and, if `exact`, its rounding error as a second part.
+    """Convert a float32 factor to `dtype`; if `exact`, its rounding error is a second part.
 
     Overwrites the factor if `exact`.
     """
@@ -347,7 +352,7 @@ def split(factor: Tensor, dtype: torch.dtype, exact: bool) -> tuple[Tensor, ...]
 def add_product(sum_MN: Tensor, parts_MK: tuple[Tensor, ...], right_KN: Tensor) -> None:
     """Add left @ right to a float32 sum, where `parts_MK` are the parts of left from `split`.
 
-    Adds some rows at a time, because the product takes memory of its own, in both dtypes.
+    Adds some rows at a time, because the product itself takes memory, in both dtypes.
     """
     rows = max(1, ADDED_ELEMENTS // max(1, sum_MN.shape[1]))
     for begin in range(0, len(sum_MN), rows):

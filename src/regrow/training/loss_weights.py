@@ -1,4 +1,4 @@
-"""Which output losses a student learns from, and how much each counts."""
+"""The output losses that a student learns from, and their weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOSSES = "regrow.training.losses"
 
 LossFunction = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 """(student's logits [N, V], teacher's logits [N, V], targets [N], temperature) → value of each
-token [N] and gradient by the student's logits [N, V]."""
+token [N] and gradient [N, V] with respect to the student's logits."""
 
 
 class Term(NamedTuple):
@@ -39,7 +39,7 @@ class LossWeights:
     weights: dict[str, float]
     temperature: float = 1.0
     beta: float = 0.5
-    """Share of the teacher in the mixture of `jsd`."""
+    """β: the share of the teacher in the mixture of `jsd`."""
     skew: float = 0.1
     """α of the skewed divergences."""
     exact: bool = False
@@ -49,7 +49,7 @@ class LossWeights:
 
     @property
     def groups(self) -> tuple[LossWeights, ...]:
-        """The weights of tokens without a known source, then those of each source's tokens."""
+        """The weights for tokens without a known source, then those for each source's tokens."""
         each = (self.weights, *self.by_source)
         return tuple(replace(self, weights=weights, by_source=()) for weights in each)
 
@@ -73,9 +73,9 @@ class LossWeights:
         return terms
 
     def validation(self, name: str) -> LossWeights:
-        """These losses as they are measured on held-out text, `name` among them and first.
+        """These losses, with `name` added as the first one, for measurements on held-out text.
 
-        The temperature is 1, and products are exact: bfloat16 would round a KL of 3e-5 to 2e-4.
+        The temperature is 1, and products are exact: in bfloat16 a KL of 3e-5 would become 2e-4.
         """
         by_source = tuple({name: 0.0, **weights} for weights in self.by_source)
         weights = {name: 0.0, **self.weights}
@@ -88,7 +88,7 @@ class LossWeights:
 
 
 def with_gradient(module: ModuleType) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A loss file's function that returns values and gradient: its own, or made by autograd."""
+    """The function that returns values and gradient: the loss file's own, or made by autograd."""
     if hasattr(module, "loss_and_gradient"):
         written: Callable[..., tuple[Tensor, Tensor]] = module.loss_and_gradient
         return written
@@ -103,7 +103,7 @@ def _differentiate(
     temperature: float,
     **options: float,
 ) -> tuple[Tensor, Tensor]:
-    """Values and gradient of a loss that is only a formula; autograd sees no more than a chunk."""
+    """The values and the gradient of a loss that is only a formula, by autograd on one chunk."""
     student_NV = student_NV.detach().requires_grad_()
     with torch.enable_grad():
         value_N: Tensor = module.loss(student_NV, teacher_NV, targets_N, temperature, **options)

@@ -1,7 +1,7 @@
-"""A check of each loaded model: our head gives its logits, and packed documents stay separate.
+"""Checks each loaded model: our head reproduces its logits, and packed documents stay separate.
 
-Many model types compute logits in a way of their own, or let packed documents attend to each other.
-Every figure of such a model would be wrong without any error, so one short forward pass finds it.
+Many model types compute logits differently, or let packed documents attend to each other. Every
+figure of such a model would be wrong without an error message. One short forward pass detects it.
 
 Shapes: B sequences, T tokens, H hidden channels, V vocabulary entries.
 """
@@ -19,18 +19,18 @@ from regrow.errors import UserError
 from regrow.training.head import head_of
 
 LENGTH = 8
-"""Tokens of each of the two documents."""
+"""The number of tokens in each of the two documents."""
 LARGEST_LOGIT = 30.0
-"""States are scaled so that the largest logit is this: a soft cap hardly changes small logits."""
+"""The largest logit after scaling the states; a soft cap would hardly change smaller logits."""
 
 
 @torch.no_grad()
 def check_model(model: PreTrainedModel, packed: bool = True) -> None:
-    """Raise UserError for a model whose logits or packed documents are not as we assume.
+    """Raise UserError for a model with unsupported logits or mixed packed documents.
 
     Two rows of two documents run in one batch, and only the first document differs between the
-    rows. With `packed`, the states of the second document must be equal in both. The logits of the
-    model must be those of `head_of` on the same states.
+    rows. With `packed`, the states of the second document must be equal in both rows. The logits of
+    the model must equal those of `head_of` on the same states.
     """
     name, head = model.config.model_type, head_of(model)
     states: list[Tensor] = []
@@ -55,7 +55,7 @@ def check_model(model: PreTrainedModel, packed: bool = True) -> None:
     tolerance = torch.finfo(states[0].dtype).eps ** 0.75
     logits_BTV = head.logits(states[1].flatten(0, 1), head.weight_VH).view_as(outputs.logits)
     if not bool(logits_BTV.isfinite().all()):
-        return  # broken weights: the loss or the figure that is not finite names them
+        return  # broken weights: a later loss or figure is not finite and raises an error
     if not _equal(outputs.logits, logits_BTV, tolerance):
         raise UserError(f"{name} transforms its logits in a way that is not supported")
     first_TH, second_TH = states[0][:, LENGTH:]
@@ -78,7 +78,7 @@ def _inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _equal(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    """Whether the mean relative distance of the last axis's vectors is within the tolerance."""
+    """Whether the mean relative distance between vectors (last axis) is within the tolerance."""
     one, other = one.double(), other.double()
     distance = (one - other).norm(dim=-1) / one.norm(dim=-1).clamp_min(1e-9)
     return float(distance.mean()) <= tolerance

@@ -1,4 +1,4 @@
-"""The loss of a distillation, computed inside the student's forward.
+"""The loss of a distillation, computed inside the student's forward method.
 
 Shapes: B sequences, T tokens, N scored tokens.
 """
@@ -35,13 +35,13 @@ def bind_loss(
 ) -> Callable[[], None]:
     """Make `student(**batch)` return the summed loss; returns a function that undoes this.
 
-    The loss is computed inside the student's forward, so that it passes through any wrapper of the
-    student (DDP, FSDP), while the student stays the stock model that Trainer saves. The outputs:
-    `loss` (sum of all weighted losses), `main` (the same without feature losses), `parts` (the
-    unweighted sum of each loss by name), `tokens` (the number of scored tokens), `counts` (by name,
-    the number of tokens of each loss that only some sources' tokens have). In eval mode all losses
-    are measured at temperature 1 and with exact products, and the forward KL is measured first even
-    where the student does not learn by it; a training step computes it only if the student does.
+    The loss is computed inside the student's forward method, so it passes through any wrapper of
+    the student (DDP, FSDP), while the student stays the stock model that Trainer saves. The outputs
+    are `loss` (the sum of all weighted losses), `main` (the same without feature losses), `parts`
+    (the unweighted sum of each loss by name), `tokens` (the number of scored tokens) and `counts`
+    (the number of tokens, by name, of each loss that only some sources have). In eval mode all
+    losses are measured at temperature 1 and with exact products. The forward KL is then measured
+    first, even if it is not a training loss; a training step computes it only if it is one.
     """
     stock = student.forward
     measured = loss_weights if teacher is None else loss_weights.validation(CHOSEN_BY)
@@ -79,7 +79,7 @@ class _Objective:
     def outputs(
         self, student: PreTrainedModel, batch: Batch, source_BT: Tensor | None
     ) -> dict[str, Any]:
-        """The outputs that `bind_loss` describes, for one batch."""
+        """The outputs that `bind_loss` defines, for one batch."""
         loss_weights = self.learned if student.training else self.measured
         teacher = self.teacher
         if isinstance(teacher, CrossTokenizerTeacher):
@@ -121,7 +121,7 @@ class _Objective:
         loss_weights: LossWeights,
         reads: dict[str, bool],
     ) -> tuple[States | None, Sparse | None]:
-        """The teacher's states if they are needed, or stored distributions instead of them."""
+        """The teacher's states if a loss needs them, or a cache's distributions instead."""
         if isinstance(teacher, CachedTeacher) and loss_weights.needs_teacher:
             sparse = teacher.sparse(batch)
             if sparse is not None:

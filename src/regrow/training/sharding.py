@@ -1,4 +1,4 @@
-"""Sharding student, optimizer and teacher over GPUs by FSDP2, or a DeepSpeed config."""
+"""Shards student, optimizer and teacher over GPUs with FSDP2 or a DeepSpeed config."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from regrow.errors import UserError
 from regrow.runtime import distributed
 
 WHOLE = "pytorch_model_fsdp.bin"
-"""The file of the gathered weights in a checkpoint of a sharded run."""
+"""The file with the gathered weights in a checkpoint of a sharded run."""
 
 
 def is_sharded(options: Options) -> bool:
@@ -27,7 +27,7 @@ def is_sharded(options: Options) -> bool:
 
 
 def require(options: Options, device: torch.device, adapter: str) -> None:
-    """Raise UserError for a sharding or a DeepSpeed config that cannot run here."""
+    """Raise UserError for a sharding or a DeepSpeed config that is not supported here."""
     if options.deepspeed is not None:
         _require_deepspeed(Path(options.deepspeed), is_sharded(options))
     if not is_sharded(options):
@@ -52,7 +52,7 @@ def training_fields(options: Options) -> dict[str, Any]:
     if is_sharded(options):
         whole = "FULL_STATE_DICT"
         fields |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": whole}}
-        # Otherwise every device keeps the gradients of all layers between the micro-batches.
+        # Otherwise every device would keep the gradients of all layers between the micro-batches.
         fields["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     return fields
 
@@ -60,7 +60,7 @@ def training_fields(options: Options) -> dict[str, Any]:
 def keep_precision(arguments: TrainingArguments) -> None:
     """Reduce gradients in float32 and do not cast outputs; accelerate would use bfloat16 for both.
 
-    The loss is an output, and would be rounded to 8 bits of precision.
+    The loss is an output, and a cast would round it to 8 bits of precision.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -71,10 +71,10 @@ def keep_precision(arguments: TrainingArguments) -> None:
 
 
 def share(model: PreTrainedModel, device: torch.device) -> None:
-    """Shard a frozen model's layers over the processes; a layer is whole only while it computes.
+    """Shard a frozen model's layers over the processes; a layer is gathered only while it runs.
 
-    Embedding, final norm and head stay whole, because they are read outside the forward pass.
-    Layers move to the device one at a time, so that it never holds the whole model.
+    Embedding, final norm and head are not sharded, because they are read outside the forward pass.
+    Layers move to the device one at a time, so the whole model is never on the device.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -92,7 +92,7 @@ def share(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def require_same(checkpoint: Path, sharded: bool) -> None:
-    """Raise UserError when a sharded run would continue an unsharded one, or the reverse."""
+    """Raise UserError if a sharded run would continue an unsharded one, or the reverse."""
     if (checkpoint / WHOLE).exists() != sharded:
         was, now = ("none", "fsdp") if sharded else ("fsdp", "none")
         raise UserError(

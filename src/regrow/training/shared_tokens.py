@@ -1,4 +1,4 @@
-"""The teacher's id of each of the student's tokens, where their vocabularies differ.
+"""Maps the student's token ids to the teacher's, if their vocabularies differ.
 
 Shapes: V token ids of the student.
 """
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 NONE = -1
-"""Stands for the id of a token that the teacher lacks."""
+"""The id used for a token that the teacher lacks."""
 
 
 def teacher_ids(student: Checkpoint, teacher: Checkpoint) -> Tensor | None:
     """The teacher's id [V] of each student id, by the token's string; None if all ids are equal.
 
-    The student may have only some of the teacher's tokens, as after a cut of the vocabulary. If the
-    two differ only in added tokens, NONE stands for those that the teacher lacks. Raises UserError
-    for other tokenizers.
+    The student may have only some of the teacher's tokens, for example after a vocabulary cut. If
+    the two differ only in added tokens, the id is NONE for tokens that the teacher lacks. Raises
+    UserError for other tokenizers.
     """
     of_student, of_teacher = student.tokenizer(), teacher.tokenizer()
     if of_student.get_vocab() == of_teacher.get_vocab():
@@ -64,7 +64,7 @@ def _ids_of(
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The number of ids that a tokenizer uses; an embedding's further rows are padding."""
+    """The number of ids that a tokenizer uses; all further rows of an embedding are padding."""
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
@@ -77,7 +77,7 @@ def ids_in(
     """
     token_of = {i: token for token, i in student.get_vocab().items()}
     id_of = teacher.get_vocab()
-    tokens = [token_of.get(i) for i in range(len(token_of))]  # a gap in the ids leaves a None
+    tokens = [token_of.get(i) for i in range(len(token_of))]  # None for a gap in the ids
     if any(token not in id_of or id_of[token] >= vocab_size for token in tokens):
         return None
     return torch.tensor([id_of[token] for token in tokens if token is not None])
@@ -86,7 +86,7 @@ def ids_in(
 def common_ids(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, vocab_size: int
 ) -> Tensor:
-    """The teacher's id [V] of each student id, NONE for tokens that the teacher lacks.
+    """The teacher's id [V] of each student id; NONE for tokens that the teacher lacks.
 
     Tokens with the same string are paired first, then unpaired tokens with the same role (end of
     sequence, …).
@@ -106,14 +106,14 @@ def common_ids(
 
 
 def same_rules(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
-    """Whether both tokenize any text alike, as long as it has no added token that differs."""
+    """Whether both tokenize text in the same way, except for added tokens that differ."""
     if not (student.is_fast and teacher.is_fast):
         return False
     return _rules(student) == _rules(teacher)
 
 
 def _rules(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The rules by which text is split, without ids and added tokens."""
+    """The rules for splitting text into tokens, without ids and added tokens."""
     tokenizer_json = json.loads(tokenizer.backend_tokenizer.to_str())
     added = {token["content"] for token in tokenizer_json["added_tokens"]}
     model = tokenizer_json["model"]
@@ -151,5 +151,5 @@ def check_text(
 
 
 def rows_of(weight_VH: Tensor, ids_V: Tensor) -> Tensor:
-    """A head's rows for these ids; a softmax over them is renormalised over the ids."""
+    """The rows of a head for these ids; their softmax is a distribution over these ids only."""
     return weight_VH.index_select(0, ids_V.to(weight_VH.device))

@@ -1,7 +1,7 @@
-"""A frozen teacher, how its weights are placed, and several teachers as one mixture.
+"""A frozen teacher, the placement of its weights, and a mixture of several teachers.
 
-A teacher is in eval mode and is not part of any module tree. It gives final hidden states and its
-output head.
+A teacher is in eval mode and is not part of any module tree. Its outputs are final hidden states
+and its output head.
 
 Shapes: B sequences, T tokens, N scored tokens, H hidden channels of all teachers together, V
 vocabulary entries, R rows (outputs) and C columns (inputs) of a weight.
@@ -33,7 +33,7 @@ from regrow.training.model_check import check_model
 from regrow.training.shared_tokens import NONE, rows_of
 
 TeacherPlacement: TypeAlias = Literal["whole", "int8", "shares", "disk"]
-"""Whole on the device, the same in 8 bits, sharded over ranks, or read from disk layer by layer."""
+"""On the device, the same in 8 bits, sharded over ranks, or read from disk layer by layer."""
 
 
 class States(NamedTuple):
@@ -51,8 +51,8 @@ class Teacher:
     """A frozen model. It is not a module, so that no trainer registers, trains or saves it.
 
     `ids_V` maps the ids of a student with another vocabulary to the teacher's ids. The teacher then
-    reads the student's ids, and its head gives logits only for tokens that both have. `size` is the
-    number of ids of its tokenizer: its head leaves out the padding of the embedding beyond.
+    reads the student's ids, and its head computes logits only for tokens that both have. `size` is
+    the number of ids of its tokenizer; its head leaves out further rows, which are padding.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Teacher:
         self.ids_V = None if ids_V is None else ids_V.to(model.device)
         self.size = size
         self.shared_S: Tensor | None = None
-        """The student's ids that the teacher has too; None for all of them."""
+        """The student's ids that the teacher also has; None for all of them."""
         if self.ids_V is not None and bool((self.ids_V == NONE).any()):
             self.shared_S = (self.ids_V != NONE).nonzero().squeeze(-1)
 
@@ -81,7 +81,7 @@ class Teacher:
 
     @cached_property
     def head(self) -> Head:
-        """The teacher's output head, over the ids that are compared."""
+        """The teacher's output head, restricted to the ids that are compared."""
         whole = head_of(self.model)
         if self.ids_V is None:
             return replace(whole, weight_VH=whole.weight_VH[: self.size])
@@ -99,9 +99,9 @@ class Teacher:
 
     @torch.no_grad()
     def mass_outside(self, sequences: Sequences, batch_size: int) -> float:
-        """Mean probability, over the scored tokens, of the ids that its head leaves out.
+        """The mean probability, over the scored tokens, of the ids that its head leaves out.
 
-        1 − Σ_shared p: the mass that renormalising over the shared tokens removes.
+        This is 1 − Σ_shared p, the mass that a softmax over only the shared tokens removes.
         """
         whole, lost, count = head_of(self.model), 0.0, 0
         for batch in sequences.batches(batch_size):
@@ -123,9 +123,9 @@ def hidden_states(
     all_layers: bool = False,
     attentions: bool = False,
 ) -> States:
-    """Final hidden states of a batch and, if requested, states and attention of all layers.
+    """The final hidden states of a batch and, if requested, states and attention of all layers.
 
-    Only a model with eager attention gives attention weights.
+    Only a model with eager attention returns attention weights.
     """
     device = model.device
     outputs = model.base_model(
@@ -158,10 +158,10 @@ def mean_loss(
     loss: str,
     exact: bool = False,
 ) -> float:
-    """Mean of a loss over the scored tokens, in nats.
+    """The mean of a loss over the scored tokens, in nats.
 
-    `reference` are the teacher's states from `reference_states`; `head` is the teacher's. `exact`
-    products take about twice the time of the head on a CPU.
+    `reference` has the teacher's states from `reference_states`; `head` is the teacher's head. On a
+    CPU, `exact` products double the time of the head.
     """
     total, tokens = 0.0, 0
     loss_weights = LossWeights({loss: 1.0}, exact=exact)
@@ -175,30 +175,31 @@ def mean_loss(
 
 
 def scored(batch: dict[str, Tensor]) -> Tensor:
-    """Mask [B, T − 1] of the predicting positions that are scored: position t by label t + 1."""
+    """The mask [B, T − 1] of scored positions; position t predicts label t + 1."""
     return batch["labels"][:, 1:] != -100
 
 
 @dataclass(frozen=True)
 class TeacherMixture:
-    """The heads of several teachers as one target; `shares` sum to 1."""
+    """Combines the heads of several teachers to one target; `shares` sum to 1."""
 
     heads: tuple[Head, ...]
     shares: tuple[float, ...]
 
     @property
     def rows(self) -> int:
-        """The number of leading ids that all of them have."""
+        """The number of leading ids that all heads have."""
         return min(head.rows for head in self.heads)
 
     def to(self, dtype: torch.dtype) -> TeacherMixture:
-        """The same with weights of another dtype."""
+        """The same mixture with weights of another dtype."""
         return TeacherMixture(tuple(head.to(dtype) for head in self.heads), self.shares)
 
     def target(self, hidden_NH: Tensor, rows: int, loss_weights: LossWeights) -> Tensor:
-        """Logits [N, V] whose softmax at temperature T is Σ wᵢ pᵢ, pᵢ being teacher i's at T.
+        """The logits [N, V] whose softmax at temperature T is Σ wᵢ pᵢ.
 
-        `hidden_NH` is the concatenation of the teachers' states. T · log Σ wᵢ pᵢ in log space.
+        wᵢ is the share of teacher i, and pᵢ its distribution at T. `hidden_NH` is the concatenation
+        of the teachers' states. The logits are T · log Σ wᵢ pᵢ, computed in log space.
         """
         widths = [head.weight_VH.shape[1] for head in self.heads]
         total_NV: Tensor | None = None
@@ -213,7 +214,7 @@ class TeacherMixture:
 
 
 class MixedTeacher:
-    """Several teachers in place of one. All of them must have all of the student's tokens."""
+    """Combines several teachers to one. Each of them must have all of the student's tokens."""
 
     def __init__(self, teachers: Sequence[Teacher], shares: Sequence[float]) -> None:
         assert all(teacher.shared_S is None for teacher in teachers), (
@@ -230,18 +231,18 @@ class MixedTeacher:
 
     @cached_property
     def head(self) -> TeacherMixture:
-        """The output heads."""
+        """The mixture of the output heads."""
         return TeacherMixture(tuple(teacher.head for teacher in self.teachers), self.shares)
 
     def compared(self, head: Head, targets_N: Tensor) -> tuple[Head, Tensor]:
-        """A student's head and targets, unchanged: all of its tokens are compared."""
+        """Return the student's head and targets unchanged: all of its tokens are compared."""
         return head, targets_N
 
 
 def place_teacher(
     checkpoint: Checkpoint, placement: TeacherPlacement, device: torch.device
 ) -> PreTrainedModel:
-    """A checkpoint's frozen model in bfloat16.
+    """Load a checkpoint as a frozen bfloat16 model.
 
     With `disk`, embedding, final norm and head stay on the device; each layer's weights are read
     from their file whenever the layer runs.
@@ -278,7 +279,7 @@ class Int8Linear(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs [..., R] of inputs [..., C], in the dtype of the inputs."""
+        """The outputs [..., R] for inputs [..., C], in the dtype of the inputs."""
         y = functional.linear(x, self.codes_RC.to(x.dtype)) * self.scale_R.to(x.dtype)
         return y if self.bias is None else y + self.bias
 
@@ -287,7 +288,7 @@ class Int8Linear(nn.Module):
 def round_linear(model: PreTrainedModel) -> None:
     """Replace every linear layer except the output head by an Int8Linear, one after the other.
 
-    Routers and stacked experts are not linear layers, so they stay as they are.
+    Routers and stacked experts are not linear layers, so they do not change.
     """
     head = model.get_output_embeddings()
     linear = [

@@ -1,7 +1,7 @@
-"""The distillation trainer: transformers' Trainer with the loss that `bind_loss` binds.
+"""The distillation trainer: transformers' Trainer with the loss of `bind_loss`.
 
-Its checkpoints also contain the state beside the student: projections of feature losses and the
-running means of the loss balancer.
+Its checkpoints also contain state that is not in the student: the projections of feature losses and
+the running means of the loss balancer.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from regrow.training.callbacks import COUNT_PREFIX, MetricSums
 from regrow.training.features import MAIN, FeatureLosses
 
 FEATURE_LOSS_STATE = "feature_losses.pt"
-"""A file beside optimizer.pt in each checkpoint; the written student does not contain it."""
+"""A file next to optimizer.pt in each checkpoint; the written student does not contain it."""
 
 
 class NotFiniteError(UserError):
-    """The loss is NaN or infinite. All ranks raise it, at the same step."""
+    """The loss is NaN or infinite. All ranks raise this error at the same step."""
 
 
 class FeatureLossTrainer(Trainer):
-    """Trainer with feature losses: projections in the optimizer, their state in checkpoints.
+    """A Trainer with feature losses, which trains their projections and saves their state.
 
     The projections' gradients are averaged over the ranks, as DDP does for the student's gradients.
     They are not clipped.
@@ -92,9 +92,9 @@ class FeatureLossTrainer(Trainer):
 
 
 class DistillTrainer(FeatureLossTrainer):
-    """Trains on the summed loss ÷ scored tokens of the step, over all micro-batches and ranks.
+    """Trains on a step's summed loss ÷ its scored tokens, over all micro-batches and ranks.
 
-    Sequences are read in their order, so that a run with a larger budget continues a shorter one.
+    Sequences are read in order, so that a run with a larger budget continues a shorter one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -114,7 +114,7 @@ class DistillTrainer(FeatureLossTrainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> LRScheduler:
-        """Trainer's schedule, except that warm-up and cosine never have the rate 0."""
+        """Create Trainer's schedule, except that warm-up and cosine never have a rate of 0."""
         optimizer, options = optimizer or self.optimizer, self.args.lr_scheduler_kwargs
         cosine = self.args.lr_scheduler_type == "cosine_with_min_lr"
         if self.lr_scheduler is not None or not cosine or optimizer is None:
@@ -134,7 +134,7 @@ class DistillTrainer(FeatureLossTrainer):
         return self.model
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load a checkpoint; Trainer does not know those that contain only adapters."""
+        """Load a checkpoint; Trainer does not support checkpoints that contain only adapters."""
         if has_adapter(self.student):
             load_adapter(self.student, Path(resume_from_checkpoint))
         else:
@@ -182,14 +182,14 @@ class DistillTrainer(FeatureLossTrainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log a row; a row of training also gets each loss and feature loss by name."""
+        """Log a row; a training row also gets each loss and feature loss by name."""
         if "loss" in logs:
             logs = {**logs, **self.logged.means(self.sum_over_ranks)}
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Mean of each loss over all ranks' validation sequences, in nats per scored token."""
+        """The mean of each loss over all ranks' validation sequences, in nats per scored token."""
         self.student.eval()
         sums = MetricSums()
         dataloader = self.get_eval_dataloader()
@@ -212,7 +212,7 @@ class DistillTrainer(FeatureLossTrainer):
 
 
 class _EvenShares(Dataset[dict[str, Tensor]]):
-    """Sequences, filled up with unscored ones so that their number is a multiple of `share`.
+    """Sequences, padded with unscored ones so that their number is a multiple of `share`.
 
     All ranks then have the same number of batches, and no sequence is counted twice.
     """
@@ -234,8 +234,8 @@ class _EvenShares(Dataset[dict[str, Tensor]]):
 def rate_factor(step: int, warmup: int, total: int, min_ratio: float) -> float:
     """The learning rate in optimizer step `step` (from 0), as a share of its peak.
 
-    Rises linearly and reaches 1 in step number `warmup` (from 1), then falls by a cosine to
-    `min_ratio`, which it would reach one step after the last one.
+    It rises linearly and reaches 1 in step number `warmup` (counted from 1). It then falls by a
+    cosine to `min_ratio`, which it would reach one step after the last step.
     """
     if step < warmup:
         return (step + 1) / warmup

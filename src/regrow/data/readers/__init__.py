@@ -1,4 +1,4 @@
-"""One file per format, with the `ENDINGS` of file names and `read(path)`, an iterator of rows."""
+"""One file per format; it defines `ENDINGS` (of file names) and `read(path)`, which yields rows."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without the keys of objects that are null, at any depth.
+    """Remove the keys of objects whose value is null, at any depth.
 
-    Tables give every row the keys of all rows, with null for those that it never had.
+    In a table every row has the keys of all rows, with null for the keys that it lacked originally.
     """
     if isinstance(value, dict):
         return {key: without_nulls(each) for key, each in value.items() if each is not None}

@@ -1,4 +1,4 @@
-"""JSON lines."""
+"""Reads JSON lines."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ ENDINGS = (".jsonl", ".ndjson")
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """One row per line. Empty lines are skipped; UserError for a line that is not a JSON object."""
+    """Yield one row per non-empty line; raises UserError for a line that is not a JSON object."""
     for _, row in placed(path):
         yield row
 
 
 def placed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of `read`, each with its place as `file:line`."""
+    """Yield the rows of `read`, each with its location as `file:line`."""
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -35,7 +35,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not JSON ({error.msg}); each line must be one object") from None
     except RecursionError:
         raise UserError(f"{where}: too many lists and objects inside each other") from None
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # such as an integer with thousands of digits
         reason = str(error).partition(";")[0]
         raise UserError(f"{where}: cannot be read ({reason}); leave that value out") from None
     if not isinstance(row, dict):

@@ -1,4 +1,4 @@
-"""MediaWiki XML dumps (enwik8 and its kin) as prose."""
+"""Reads MediaWiki XML dumps, such as enwik8, as prose."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from regrow.errors import UserError
 
 ENDINGS = (".xml", "enwik8", "enwik9")
 MIN_CHARACTERS = 300
-"""Shorter articles are stubs: mostly a definition and a list of links."""
+"""The minimum length of an article; shorter ones are mostly a definition and a list of links."""
 
 TITLE = re.compile(r"<title>(.*?)</title>")
 NAMESPACE = re.compile(r"<namespace key=[^>]*>([^<]+)</namespace>")
@@ -23,13 +23,13 @@ REDIRECT = re.compile(r"\s*#redirect", re.IGNORECASE)
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows {title, text}: articles of at least 300 characters of prose, in the dump's order.
+    """Yield rows {title, text}: articles with at least 300 characters of prose, in file order.
 
-    Redirects, pages outside the article namespace and a last page cut off in the middle are left
-    out. UserError when there is no page at all.
+    Redirects, pages outside the article namespace and an incomplete last page are skipped. Raises
+    UserError if there is no page at all.
     """
     pages = 0
-    with open_text(path, errors="replace") as file:  # a cut-off dump may end within a character
+    with open_text(path, errors="replace") as file:  # an incomplete dump may end within a character
         for title, markup in _pages(file):
             pages += 1
             text = to_prose(markup)
@@ -40,7 +40,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _pages(file: TextIO) -> Iterator[tuple[str, str]]:
-    """Title and markup of each article; by line, as enwik8 is not well-formed XML."""
+    """Yield title and markup of each article, line by line: enwik8 is not well-formed XML."""
     namespaces = {"Media", "Special", "Talk", "User", "Wikipedia", "Image", "File", "MediaWiki"}
     namespaces |= {"Template", "Help", "Category", "Portal"}
     title = ""
@@ -57,7 +57,7 @@ def _pages(file: TextIO) -> Iterator[tuple[str, str]]:
 
 
 def _body(first: str, file: TextIO) -> str | None:
-    """The page's text up to its closing tag; None when the file ends before that."""
+    """The page's text up to its closing tag; None if the file ends before the tag."""
     lines = [first]
     while "</text>" not in lines[-1]:
         line = file.readline()

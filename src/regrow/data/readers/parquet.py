@@ -1,4 +1,4 @@
-"""Parquet tables."""
+"""Reads Parquet tables."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ BATCH_ROWS = 1_024
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows in order, without keys that are null; UserError when it is no Parquet file."""
-    import pyarrow  # here: every reader is imported to compare endings, this one is slow to
+    """Yield the rows in order, without null values; raises UserError if this is no Parquet file."""
+    import pyarrow  # here, because it is slow and all readers are imported to compare endings
     from pyarrow import parquet
 
     with open_seekable(path) as file:

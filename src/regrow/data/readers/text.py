@@ -1,4 +1,4 @@
-"""Plain text."""
+"""Reads plain text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ ENDINGS = (".txt",)
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows {text}: sections of about 8,000 characters, cut at blank lines.
+    """Yield rows {text}: sections of about 8,000 characters, cut at blank lines.
 
-    Splits are made of whole documents. Were the file one document, a single .txt (the commonest
-    source there is) would fall into one split and leave the others empty.
+    Splits consist of whole documents. If the file were one document, a single .txt (the most common
+    source) would be in one split, and the other splits would be empty.
     """
     with open_text(path) as file:
         for section in sections(iter(lambda: file.read(1 << 16), "")):

@@ -19,29 +19,30 @@ if TYPE_CHECKING:
 
 
 OPTIONS_OF = {"samples": ("draws", "sampling"), "topk": ("k", "bits"), "hidden": ("dtype",)}
-"""Fields that only one format reads."""
+"""The fields that only one format reads, by format."""
 
 
 class CacheConfig(Config):
     """Size and format of a cache."""
 
     tokens: int = Field(default=1_000_000, ge=1)
-    """Tokens to train on that are cached. Raising it later adds to a finished cache. When a recipe
-    leaves it out, it is the number that the distillations of this teacher take."""
+    """Training tokens to cache. A larger number later extends a finished cache. If a recipe omits
+    it, it is the number of tokens that the distillations of this teacher use."""
     heldout_sequences: int = Field(default=16, ge=1)
-    """Held-out sequences, which are always stored exactly. When a recipe leaves it out, it is the
-    number that the distillations of this teacher take."""
+    """Held-out sequences, which are always stored exactly. If a recipe omits it, it is the number
+    that the distillations of this teacher use."""
     format: Literal["samples", "topk", "hidden"] = "samples"
-    """samples: unbiased draws of ids. topk: the likeliest ids and the mass of all others. hidden:
-    the last hidden state, which is exact and serves every loss on the output."""
+    """samples: unbiased draws of ids. topk: the most likely ids and the mass of all others. hidden:
+    the last hidden state, which is exact and supports every loss on the output."""
     k: int = Field(default=18, ge=1)
     """topk: number of ids."""
     bits: int = Field(default=8, ge=2, le=16)
-    """topk: bits of a probability."""
+    """topk: bits per probability."""
     draws: int = Field(default=40, ge=1, le=255)
     """samples: number of draws for each token."""
     sampling: Literal["systematic", "multinomial"] = "systematic"
-    """samples: evenly spaced in the cumulative distribution, or independent (more noise)."""
+    """samples: draws are evenly spaced in the cumulative distribution (systematic) or independent
+    (multinomial), which adds noise."""
     dtype: Literal["bfloat16", "int8"] = "bfloat16"
     """hidden: bfloat16 is exact, int8 takes half the space."""
     seed: int = 0
@@ -61,7 +62,7 @@ class CacheConfig(Config):
 
 
 class CacheStage(Stage):
-    """Takes a teacher; leaves a cache of its outputs, which later distillations learn from."""
+    """Caches the outputs of a teacher for later distillations."""
 
     config = CacheConfig
     takes_teacher = True
@@ -81,7 +82,7 @@ class CacheStage(Stage):
 
         Args:
             teacher: Hugging Face folder, hub id, GGUF file, or package:NAME.
-            out: Folder to write the cache to; a finished cache is added to.
+            out: Folder to write the cache to; a finished cache is extended.
             caching: How much to store, and in which format.
             machine: Device and batch size.
             dry_run: Check everything and print what would be done.
@@ -95,18 +96,18 @@ class CacheStage(Stage):
         cache(checkpoint, data, out, caching, machine)
 
     def check(self, step: Step, plan: RecipePlan) -> None:
-        """Raise UserError for a text, format or teacher that cannot be cached."""
+        """Raise UserError if the teacher, the text or the format does not allow a cache."""
         from regrow.stages.cache.stage import header_of
 
         header_of(_teacher(step, plan), plan.data, step.config)
 
     def dry_run(self, step: Step, plan: RecipePlan) -> list[str]:
-        """Tokens, disk and time."""
+        """The estimated tokens, disk space and time."""
         config = fitted(step, plan.steps, plan.model)
         return estimate(_teacher(step, plan), plan.data, config)
 
     def leave(self, step: Step, plan: RecipePlan) -> None:
-        """There is a cache of this teacher."""
+        """Record in the plan that a cache of this teacher exists."""
         plan.caches[step.teacher or plan.model] = step.config.format
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
@@ -124,10 +125,10 @@ def _teacher(step: Step, plan: RecipePlan) -> Checkpoint:
 
 
 def fitted(step: Step, steps: list[Step], model: str) -> CacheConfig:
-    """The stage's config, with open fields set to what the distillations that follow need.
+    """The stage's config, where omitted fields are set from the distillations that follow.
 
-    `tokens` and `heldout_sequences` are then those of the largest distillation after it with the
-    same teacher; `model` is the recipe's model.
+    `tokens` and `heldout_sequences` are then those of the largest later distillation with the same
+    teacher; `model` is the recipe's model.
     """
     config: CacheConfig = step.config
     needs: list[dict[str, int]] = [
@@ -144,7 +145,7 @@ def fitted(step: Step, steps: list[Step], model: str) -> CacheConfig:
 
 
 def estimate(teacher: Checkpoint, data: DataConfig, config: CacheConfig) -> list[str]:
-    """Tokens, disk and time of a cache: one pass, 2 N operations per token."""
+    """The estimated tokens, disk space and time of a cache: one pass, 2 N operations per token."""
     from regrow.cost import forward_seconds
     from regrow.runtime.progress import clock
     from regrow.stages.cache.stage import header_of

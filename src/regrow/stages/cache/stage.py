@@ -45,10 +45,10 @@ CONVENTIONS = {
 def errors(
     form: Format, hidden_NH: Tensor, head: Head, key: bytes, vocab_size: int
 ) -> dict[str, Tensor]:
-    """Figures for each token [N] of a sequence: `error` in nats, defined by CONVENTIONS.
+    """The storage error of each token [N] of a sequence: `error` in nats, defined by CONVENTIONS.
 
-    For k + 1 buckets also `tail`, the mass of the last bucket, and `tail evenly`, the KL over the
-    whole vocabulary when that mass is spread evenly over the bucket's ids.
+    A distribution of k + 1 buckets also has `tail`, the mass of the last bucket, and `tail evenly`,
+    the KL over the whole vocabulary if that mass is spread evenly over the bucket's ids.
     """
     stored = form.decode(form.encode(hidden_NH, head, key))
     parts: list[dict[str, Tensor]] = []
@@ -88,7 +88,7 @@ def _sum(p: Tensor, difference: Tensor) -> Tensor:
 
 
 SHARD_TOKENS = 1 << 15
-"""Tokens of a shard, about: a kill loses at most one shard per process."""
+"""The approximate number of tokens in a shard; a killed run loses at most one per process."""
 
 
 def cache(
@@ -98,12 +98,12 @@ def cache(
     config: CacheConfig | None = None,
     options: Options | None = None,
 ) -> Path:
-    """Run `teacher` over the sequences that a distillation on `data` takes, and store its outputs.
+    """Run `teacher` over the sequences that a distillation on `data` uses, and store its outputs.
 
-    Only scored tokens are stored. An interrupted cache goes on; a finished one of the same teacher
-    and format is added to. Several processes share the sequences and write the same files as one.
-    Raises UserError for a teacher with outputs that are not finite, for a token id beyond its
-    embedding, and for too little text or disk.
+    Only scored tokens are stored. An interrupted run continues; a finished cache of the same
+    teacher and format is extended. Several processes share the sequences and write the same files
+    as a single one. Raises UserError for a teacher with outputs that are not finite, for a token id
+    beyond its embedding, and for too little text or disk space.
     """
     out, config, options = Path(out), config or CacheConfig(), options or Options()
     device = options.torch_device()
@@ -145,7 +145,7 @@ def cache(
 
 
 def header_of(checkpoint: Checkpoint, data: DataConfig, config: CacheConfig) -> Header:
-    """The description of a cache; raises UserError for settings that are not possible."""
+    """The header of a cache; raises UserError for invalid settings."""
     family = families.of(checkpoint)
     refuse_scaled(checkpoint.config, family.model_type)
     tokenizer = checkpoint.tokenizer()
@@ -168,12 +168,12 @@ def header_of(checkpoint: Checkpoint, data: DataConfig, config: CacheConfig) -> 
 
 def _stage(out: Path, config: CacheConfig, header: Header) -> StageDir:
     inputs = {"teacher": header.teacher, "tokenizer": header.tokenizer, "data": header.data}
-    # Budget and text are not part of it, so that a larger cache extends a smaller one.
+    # The resume digest leaves out budget and text, so that a larger cache extends a smaller one.
     return StageDir(out, "cache", config, inputs, resumable=True, resume_digest=header.fingerprint)
 
 
 def _tidy(folder: Path, stage: StageDir) -> None:
-    """Link a finished cache's shards into `folder`; delete files that a kill left half written."""
+    """Link a finished cache's shards into `folder`; delete the incomplete files of a killed run."""
     extends = _extends(stage)
     for split in SPLITS:
         (folder / split).mkdir(exist_ok=True)
@@ -185,7 +185,10 @@ def _tidy(folder: Path, stage: StageDir) -> None:
 
 
 def _check_space(stage: StageDir, header: Header, sequences: dict[str, Sequences]) -> None:
-    """Require space for the sequences that neither an interrupted nor an extended cache has."""
+    """Require disk space for the sequences that are not yet stored.
+
+    A sequence may be stored by an interrupted run, or by the finished cache that this run extends.
+    """
     folders = [stage.partial, stage.out] if _extends(stage) else [stage.partial]
     needed = 0.0
     for split, form in header.formats().items():
@@ -196,7 +199,7 @@ def _check_space(stage: StageDir, header: Header, sequences: dict[str, Sequences
 
 
 def _extends(stage: StageDir) -> bool:
-    """Whether there is a finished cache of the same teacher and format."""
+    """Whether a finished cache of the same teacher and format exists."""
     manifest = stage_dir.read(stage.out)
     return manifest is not None and manifest.get("resume_digest") == stage.resume_digest
 
@@ -223,7 +226,7 @@ def _fill(
 
 
 def _shards(missing: dict[bytes, int], size: int) -> Iterator[dict[bytes, int]]:
-    """Sequences by file: those of `size` consecutive numbers, even where some exist already."""
+    """Group the missing sequences by shard; a shard is for `size` consecutive sequence numbers."""
     groups: dict[int, dict[bytes, int]] = {}
     for key, number in sorted(missing.items(), key=lambda item: item[1]):
         groups.setdefault(number // size, {})[key] = number
@@ -238,7 +241,7 @@ def _encode(
     batch_size: int,
     counter: Progress,
 ) -> Iterator[tuple[bytes, dict[str, torch.Tensor]]]:
-    """Each sequence's key, and the tensors to store."""
+    """Yield each sequence's key and the tensors to store."""
     chosen, keys = sequences.select(list(shard.values())), iter(shard)
     device = teacher.model.device
     for batch in chosen.batches(batch_size):
@@ -258,7 +261,7 @@ def _encode(
 def _finish(
     stage: StageDir, folder: Path, header: Header, checkpoint: Checkpoint, device: torch.device
 ) -> None:
-    """Measure the stored distributions, and write the header."""
+    """Measure the error of the stored distributions, and write the header."""
     stores = {split: Store(folder / split) for split in SPLITS}
     tokens, size = stores["train"].tokens(), stores["train"].bytes()
     measured = _errors(header, stores["heldout"], checkpoint, device)
@@ -284,7 +287,7 @@ def _finish(
 def _errors(
     header: Header, heldout: Store, checkpoint: Checkpoint, device: torch.device
 ) -> dict[str, float]:
-    """Means over the held-out tokens, which are stored exactly: no forward pass is needed."""
+    """The mean errors over the held-out tokens. These are stored exactly, so no model runs."""
     forms, head = header.formats(), head_from(checkpoint, device)
     sums: dict[str, float] = {}
     tokens = 0

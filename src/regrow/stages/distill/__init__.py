@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class DistillStage(Stage):
-    """Trains the current model, with the cache and the answers of earlier stages, if any."""
+    """Trains the current model; uses a cache and answers from earlier stages, if there are any."""
 
     config = DistillConfig
     takes_teacher = True
@@ -63,7 +63,7 @@ class DistillStage(Stage):
         distill(student, checkpoint, data, out, training, machine)
 
     def check(self, step: Step, plan: RecipePlan) -> None:
-        """Raise UserError for losses, budget, answers or cache that do not fit together."""
+        """Raise UserError if losses, budget, answers and cache are not compatible."""
         from regrow.stages.distill.setup import budget_of
         from regrow.stages.distill.student import Student, check_student
         from regrow.stages.distill.teacher import check_loss, open_extra_teachers, teacher_placement
@@ -84,13 +84,13 @@ class DistillStage(Stage):
             _check_cached(step, plan)
 
     def accepts_teacher(self, step: Step, plan: RecipePlan, teacher: Checkpoint) -> bool:
-        """Whether the two tokenizers may differ: for a loss across tokenizers."""
+        """Whether the teacher may have another tokenizer, which a cross-tokenizer loss allows."""
         from regrow.stages.distill.teacher import aligner_of
 
         return bool(aligner_of(step.config, plan.checkpoint, teacher, plan.options))
 
     def dry_run(self, step: Step, plan: RecipePlan) -> list[str]:
-        """Steps, memory and time."""
+        """The estimated steps, memory and time."""
         from regrow.checkpoint import load
         from regrow.cost import parameters
 
@@ -117,7 +117,7 @@ class DistillStage(Stage):
         run.add("distilled", run.folder(folder))
 
     def needs_of_cache(self, step: Step) -> dict[str, int]:
-        """Tokens and validation sequences that it will read from a cache."""
+        """The numbers of tokens and of validation sequences that this stage reads from a cache."""
         from regrow.stages.distill.setup import steps_in
 
         config = step.config
@@ -132,7 +132,7 @@ class DistillStage(Stage):
 
 
 def _check_cached(step: Step, plan: RecipePlan) -> None:
-    """Raise UserError for fields that do not work with a cache."""
+    """Raise UserError for fields that a cache does not support."""
     from regrow.stages.distill.teacher import (
         FEWER_TOKENS,
         check_extra_teachers,
@@ -162,7 +162,7 @@ def estimate(
     config: DistillConfig,
     options: Options,
 ) -> list[str]:
-    """Steps, memory and time: 2 N_teacher + 6 N_student operations per token."""
+    """The estimated steps, memory and time: 2 N_teacher + 6 N_student operations per token."""
     from regrow.cost import parameters
     from regrow.stages.distill.student import check_student
     from regrow.stages.distill.teacher import TeacherSetup
@@ -180,7 +180,7 @@ def estimate(
 def training_lines(
     student: int, teacher: int, data: DataConfig, config: DistillConfig, options: Options
 ) -> list[str]:
-    """The lines of `estimate` for parameter counts of models that need not exist yet."""
+    """The lines of `estimate`, from parameter counts; the models need not exist yet."""
     from regrow.cost import seconds_for, training_bytes, training_operations
     from regrow.runtime.progress import clock
     from regrow.stages.distill.setup import budget_of

@@ -26,13 +26,13 @@ class DistillConfig(Config):
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate of AdamW."""
     min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
-    """The end of the cosine schedule, as a share of the peak."""
+    """The final learning rate of the cosine schedule, as a share of the peak."""
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises to its peak, one step at least."""
+    """Share of the steps in which the learning rate rises to its peak; at least one step."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay."""
     beta2: float = Field(default=0.95, gt=0, lt=1)
-    """AdamW's decay of the second moment; short runs need a short memory."""
+    """AdamW's decay rate of the second moment; short runs need a lower one."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Largest gradient norm; larger gradients are scaled down to it."""
     losses: dict[str, float] = Field(default_factory=lambda: {"forward_kl": 1.0})
@@ -57,7 +57,7 @@ class DistillConfig(Config):
     lens_layers: tuple[int | float, ...] = (0.25, 0.5, 0.75)
     """Layers that the logit lens reads: shares of the student's depth, or layer numbers from 0."""
     fake_quantize: str | None = None
-    """Scheme (int8, int4, int4-g32, …) whose grid the layers' weights are rounded to in training.
+    """Scheme (int8, int4, int4-g32, …) to whose grid the layers' weights are rounded in training.
     The student is written in float32 with weights on that grid; `quantize` it with the method
     rtn."""
     balance_feature_losses: bool = False
@@ -74,13 +74,13 @@ class DistillConfig(Config):
     hardly changes the teacher's distribution."""
     extra_teachers: dict[str, float] = Field(default={})
     """More teachers (folder or hub id) with the same tokens, each with its share of the target
-    distribution; the teacher has the rest. {other: 0.3} means 0.7 p_teacher + 0.3 p_other."""
+    distribution; the first teacher's share is the rest. {other: 0.3} means
+    0.7 p_teacher + 0.3 p_other."""
     cross_tokenizer: Literal["refuse", "spans"] = "refuse"
-    """A teacher with another tokenizer is refused, or the probabilities of text spans whose
-    boundaries both tokenizers share are compared. All losses except cross_entropy then compare
-    those probabilities."""
+    """refuse: a teacher with another tokenizer raises an error. spans: all losses except
+    cross_entropy compare the probabilities of text spans whose boundaries both tokenizers share."""
     span_temperature: float = Field(default=100.0, gt=0)
-    """τ: probabilities of spans are raised to the power 1/τ, so that unlikely spans count too."""
+    """τ: probabilities of spans are raised to the power 1/τ, so that unlikely spans also count."""
     answers: str | None = None
     """A folder of `regrow generate` with the teacher's answers, which replace the text to train on;
     the held-out KL is still measured on the data. A recipe uses the last generate stage by the
@@ -104,8 +104,8 @@ class DistillConfig(Config):
     keep_adapters: bool = False
     """Also write the adapters, in `adapter/` beside the merged model, in peft's format."""
     freeze_layers: int = Field(default=0, ge=0)
-    """Freeze the embedding (and a head tied to it) and the first N layers. This is faster, most of
-    all if these layers are the teacher's (only later layers were cut): they then run once for both
+    """Freeze the embedding (and a head tied to it) and the first N layers. This is faster. If only
+    later layers were cut, the frozen layers are the teacher's, and then run once for both
     models."""
     seed: int = 0
     """Seed of dropout and of random initial weights (of a config.json, or of adapters)."""
@@ -160,7 +160,7 @@ class DistillConfig(Config):
 
 
 def known_losses(losses: dict[str, float]) -> dict[str, float]:
-    """The same weights; raises ValueError for no loss, an unknown loss, and a bad weight."""
+    """Return `losses`; raises ValueError if it is empty, or has an unknown loss or a bad weight."""
     known = plugins.names(LOSSES)
     if not losses:
         raise ValueError(f"name one at least, with its weight; there are: {', '.join(known)}")

@@ -30,7 +30,7 @@ from regrow.training.loss_weights import LossWeights
 from regrow.training.teacher import TeacherPlacement
 
 TRAINER = "trainer"
-"""The folder of the trainer's checkpoints, inside the stage's."""
+"""The folder of the trainer's checkpoints, inside the stage's folder."""
 
 
 class Budget(NamedTuple):
@@ -173,9 +173,9 @@ class DistillSetup:
         config: DistillConfig,
         options: Options,
     ) -> DistillSetup:
-        """Raises UserError where student, teachers, config and options do not fit together."""
+        """Raises UserError if student, teachers, config and options are not compatible."""
         placement = teacher_placement(config, options)
-        if placement == "disk":  # layer by layer, which needs the family's table
+        if placement == "disk":  # reading layer by layer needs the family's table
             for each in teachers.checkpoints:
                 families.of(each)
         feature_losses = feature_losses_between(student, teachers.teacher, config)
@@ -216,10 +216,10 @@ class DistillSetup:
         return trained * 3 * each + student.parameters * self.dtype.itemsize
 
     def sequences(self, data: DataConfig, text: DataConfig) -> tuple[Sequences, Sequences]:
-        """Sequences of `text` to train on, and of `data` to choose the best checkpoint by.
+        """The training sequences, from `text`, and the validation sequences, from `data`.
 
-        Those come from the validation split, which `evaluate` does not read. Raises UserError for
-        too little text, and for tokens that one of the models lacks.
+        The validation sequences choose the best checkpoint; `evaluate` does not read their split.
+        Raises UserError for too little text, and for tokens that one of the models lacks.
         """
         tokenizer = self.teachers.tokenizer()
         heldout = build_sequences(data, tokenizer, "validation", self.config.heldout_sequences)
@@ -232,11 +232,11 @@ class DistillSetup:
 def feature_losses_between(
     student: Student, teacher: Checkpoint, config: DistillConfig
 ) -> FeatureLosses | None:
-    """The feature losses of a config with their layer mapping; None without any.
+    """The feature losses of a config with their layer mapping; None if the config has none.
 
-    The mapping follows the plan by which the student was cut from the teacher. Without one, layers
-    are paired by depth, with learned projections, and a message says so. Raises UserError where a
-    feature loss has nothing to compare.
+    The mapping follows the plan by which the student was cut from the teacher. Without a plan,
+    layers are paired by depth, with learned projections, and a message says so. Raises UserError if
+    a feature loss has nothing to compare.
     """
     if not config.feature_losses:
         return None
@@ -265,7 +265,7 @@ def feature_losses_between(
 
 
 def _mapping_by_plan(student: Student, teacher: Checkpoint) -> LayerMapping | None:
-    """The mapping by the student's plan, or of the teacher to itself."""
+    """The mapping by the student's plan, or from the teacher to itself; None if neither applies."""
     for path in filter(None, map(student.file, FILES)):
         plan = Plan.read(path)
         if plan.fingerprint == teacher.fingerprint:

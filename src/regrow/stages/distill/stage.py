@@ -53,14 +53,14 @@ def distill(
 ) -> Path:
     """Train `student` towards `teacher` on the train split of `data`; write the best student.
 
-    A config.json as student stands for a model with random weights and the teacher's tokenizer. A
+    If `student` is a config.json, the model has random weights and the teacher's tokenizer. A
     student may have only some of the teacher's tokens, or differ from it in added tokens: the
     teacher's distribution is then renormalised over the tokens that both have. With
     `cross_tokenizer: spans` the two may have different tokenizers, and the probabilities of spans
     of text are compared.
 
     Computes in bfloat16 with float32 weights. Keeps the checkpoint with the lowest held-out KL.
-    Writes metrics to `metrics.jsonl` in the folder and also to `metrics`, if given. An interrupted
+    Writes metrics to `metrics.jsonl` in the folder and also to `metrics`, if set. An interrupted
     run continues from its last checkpoint; a larger `tokens` extends a finished run. Raises
     UserError for different tokenizers, too little text, and a loss that becomes NaN or infinite.
     """
@@ -91,14 +91,14 @@ def distill(
             adopt_finished(out, folder, stage, config)
         distributed.wait()
         if device.index is not None:
-            torch.cuda.set_device(device)  # the trainer takes the current one
+            torch.cuda.set_device(device)  # the trainer uses the current device
         _run(setup, stage, folder, train, heldout, device, metrics)
     return out
 
 
 def _stage(out: Path, config: DistillConfig, inputs: dict[str, str]) -> StageDir:
     # The digest for resuming leaves out the budget, so that a larger one extends the same run.
-    # Cache and answers count by their content, which is in `inputs`; their folders do not matter.
+    # `inputs` has the digests of cache and answers, so the names of their folders do not matter.
     config = config.model_copy(update={"cache": None, "answers": None, "own_answers": None})
     same_run = config.model_copy(update={"tokens": 1})
     resume = StageDir(out, "distill", same_run, inputs).digest
@@ -154,7 +154,7 @@ def _train(
     (folder / TRAINER).mkdir(exist_ok=True)
     last = last_checkpoint(folder / TRAINER)
     distributed.wait()
-    trainer.args.eval_on_start = last is None  # a continued run has that row
+    trainer.args.eval_on_start = last is None  # a continued run already has that row
     if last is not None:
         sharding.require_same(last, trainer.is_fsdp_enabled)
         say(f"distill: continues from {last.name}")
@@ -186,7 +186,7 @@ def _write(trainer: DistillTrainer, setup: DistillSetup, folder: Path) -> None:
     dtypes = student.dtypes() if setup.scheme is None else {}
     if setup.config.keep_adapters and setup.adapter is not None:
         trainer.student.save_pretrained(str(folder / ADAPTER))
-    if trainer.is_fsdp_enabled:  # the best checkpoint is a stock folder with the whole weights
+    if trainer.is_fsdp_enabled:  # the best checkpoint is a stock folder with the full weights
         assert trainer.state.best_model_checkpoint is not None
         best = Checkpoint(trainer.state.best_model_checkpoint)
         model = student.plain(best.model(torch.float32 if dtypes else dtype), dtype, dtypes)
@@ -212,7 +212,7 @@ def _figures(trainer: DistillTrainer, tokens: int) -> list[Figure]:
             f"{VALIDATION}"
         )
     first = Figure(name=f"{name} before", value=rows[0][metric], unit="nats", convention=convention)
-    # Step 0 is measured too, but has no checkpoint: the best metric is that of the kept one.
+    # Step 0 is also measured but has no checkpoint: the best metric is that of the kept checkpoint.
     assert trainer.state.best_metric is not None
     best = Figure(
         name=name,
@@ -232,7 +232,7 @@ def adopt_finished(out: Path, folder: Path, stage: StageDir, config: DistillConf
     if (folder / TRAINER).exists() or tokens > config.tokens:
         return
     say(f"distill: extends a run of {tokens:,} tokens")
-    partial = folder / f"{TRAINER}.partial"  # a kill must not leave an incomplete folder
+    partial = folder / f"{TRAINER}.partial"  # a killed run must not leave an incomplete folder
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(out / TRAINER, partial, copy_function=stage_dir.link)
     shutil.copyfile(out / METRICS, folder / METRICS)
@@ -240,7 +240,7 @@ def adopt_finished(out: Path, folder: Path, stage: StageDir, config: DistillConf
 
 
 def last_checkpoint(trainer: Path) -> Path | None:
-    """The newest complete checkpoint; removes incomplete ones, which a kill leaves.
+    """The newest complete checkpoint; removes the incomplete ones of a killed run.
 
     transformers writes trainer_state.json last.
     """

@@ -36,11 +36,11 @@ from regrow.training.shared_tokens import token_ids
 from regrow.training.teacher import Teacher, TeacherPlacement
 
 COMPILED_GRAPHS = 64
-"""An upper bound of kinds of layers × ways to run them (training, eval, a smaller last batch)."""
+"""An upper bound for kinds of layers × modes of running them (train, eval, smaller last batch)."""
 
 
 def check_compile(config: DistillConfig, options: Options) -> None:
-    """Raise UserError where torch_compile is not supported, and for a missing compiler."""
+    """Raise UserError if torch_compile is not supported, or if the compiler is missing."""
     if not options.torch_compile:
         return
     incompatible = {
@@ -64,8 +64,8 @@ def compile_layers(
 ) -> None:
     """Compile the decoder layers in place; names and weights do not change.
 
-    Leaves out the first `shared` layers, which the teacher runs for both models, and all layers of
-    a teacher whose weights are read from disk when they run.
+    Skips the student's first `shared` layers, which the teacher runs for both models, and all
+    layers of a teacher whose weights are read from disk layer by layer.
     """
     import torch._dynamo
 
@@ -101,7 +101,7 @@ class Student:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that most of the student is written in."""
+        """The dtype of most of the written weights."""
         dtype: torch.dtype = getattr(torch, self.like.main_dtype)
         return dtype
 
@@ -130,7 +130,7 @@ class Student:
     def adapter(self, config: DistillConfig, device: torch.device) -> Adapter | None:
         """The adapters of the config, if any.
 
-        Raises UserError where the student, the installed packages or the device do not allow them.
+        Raises UserError if the student, the installed packages or the device do not support them.
         """
         if config.adapter == "none":
             return None
@@ -196,7 +196,7 @@ class Student:
 def check_student(student: Student, config: DistillConfig, options: Options) -> Adapter | None:
     """The adapters of the config, if any.
 
-    Raises UserError where config and options do not fit this student or this machine.
+    Raises UserError if the config or the options do not fit this student or this machine.
     """
     device = options.torch_device()
     check_compile(config, options)
@@ -210,14 +210,14 @@ def check_student(student: Student, config: DistillConfig, options: Options) -> 
 
 
 def _require_all_used(module: Any, keys: Any) -> None:
-    """Trainer loads checkpoints to resume and at the end; each tensor of them must be used."""
+    """Check a checkpoint that Trainer loads, to resume or at the end: all its tensors are used."""
     assert not keys.unexpected_keys, f"unused tensors of a checkpoint: {keys.unexpected_keys[:3]}"
 
 
 def open_student(student: str | Path | Checkpoint, teacher: Checkpoint) -> Student:
-    """The student in a folder, hub id or GGUF file, or of a config.json (random weights).
+    """Open a student from a folder, hub id, GGUF file, or config.json (random weights).
 
-    Raises UserError if it cannot be opened, or if a config.json has a too small vocabulary.
+    Raises UserError if it cannot be opened, or if the vocabulary of a config.json is too small.
     """
     if isinstance(student, Checkpoint):
         return Student(student)
@@ -252,7 +252,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _config(path: Path, fields: dict[str, Any], teacher: Checkpoint) -> PretrainedConfig:
-    """The stock config, with the teacher's special token ids where the file has none."""
+    """The stock config; special token ids that the file lacks are the teacher's."""
     special = {key: teacher.config[key] for key in SPECIAL_IDS if key in teacher.config}
     given = {key: value for key, value in fields.items() if key != "auto_map"}
     config = accept_config({**special, **given}, path)

@@ -49,7 +49,7 @@ def teacher_of(
 ) -> Teacher | CachedTeacher:
     """The teacher in bfloat16: the whole model, or its head and a cache.
 
-    Its distribution covers the ids of its tokenizer and leaves out padding of the embedding.
+    Its distribution covers the ids of its tokenizer and leaves out the embedding's padding rows.
     """
     if cached is not None:
         head = head_from(teacher, device)
@@ -60,7 +60,7 @@ def teacher_of(
 
 
 def teacher_placement(config: DistillConfig, options: Options) -> TeacherPlacement:
-    """Where the teacher's weights are; raises UserError for contradicting options."""
+    """The placement of the teacher's weights; raises UserError for contradicting options."""
     asked: dict[str, TeacherPlacement] = {}
     if sharding.is_sharded(options):
         asked["sharding fsdp"] = "shares"
@@ -187,7 +187,7 @@ class ExtraTeacher:
 
 
 def check_extra_teachers(config: DistillConfig) -> None:
-    """Raise UserError for fields that need a single teacher."""
+    """Raise UserError for fields that require a single teacher."""
     if not config.extra_teachers:
         return
     for name in ("cache", "feature_losses"):
@@ -201,8 +201,9 @@ def check_extra_teachers(config: DistillConfig) -> None:
 def open_extra_teachers(
     config: DistillConfig, student: Checkpoint, ids_V: Tensor | None = None
 ) -> list[ExtraTeacher]:
-    """The extra teachers with their ids of the student's tokens; `ids_V` are the first teacher's.
+    """Open the extra teachers, with their ids of the student's tokens.
 
+    `ids_V` are the first teacher's ids of these tokens.
     Raises UserError for a teacher that cannot be opened, or lacks a token of the student.
     """
     check_extra_teachers(config)
@@ -234,7 +235,7 @@ class TeacherSetup:
     extra_teachers: list[ExtraTeacher] = field(default_factory=list)
     """Teachers beside the first one."""
     aligner: Aligner | None = None
-    """Compares text spans, where the teacher has another tokenizer."""
+    """Compares text spans if the teacher has another tokenizer; None otherwise."""
 
     @classmethod
     def open(
@@ -245,7 +246,7 @@ class TeacherSetup:
         options: Options,
         text: DataConfig,
     ) -> TeacherSetup:
-        """Raises UserError where teacher, student, `text` and config do not fit together."""
+        """Raises UserError if teacher, student, `text` and config are not compatible."""
         aligner = aligner_of(config, student.like, teacher, options)
         if aligner is not None and any(source.losses is not None for source in text.sources):
             raise UserError(
@@ -280,7 +281,7 @@ class TeacherSetup:
         return CHOSEN_BY if self.aligner is None else SPAN_CHOSEN_BY
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the text: the student's, or the teacher's if tokens are the same."""
+        """The tokenizer of the text: the student's, or the teacher's if the tokens are the same."""
         same = self.ids_V is None and self.aligner is None
         return (self.teacher if same else self.student.like).tokenizer()
 
@@ -314,7 +315,7 @@ class TeacherSetup:
 def aligner_of(
     config: DistillConfig, student: Checkpoint, teacher: Checkpoint, options: Options
 ) -> Aligner | None:
-    """The aligner of text spans for models with different tokenizers; None if tokens compare.
+    """The aligner of text spans; None if single tokens of the two models can be compared.
 
     Raises UserError for fields that do not work across tokenizers.
     """
@@ -326,7 +327,7 @@ def aligner_of(
 
 
 def check_cross_tokenizer(config: DistillConfig, options: Options) -> None:
-    """Raise UserError for fields that compare single tokens, or states of tokens."""
+    """Raise UserError for fields that need a comparison of single tokens, or of their states."""
     reasons = {
         "cache": "has distributions over the teacher's own tokens",
         "feature_losses": "compare states at the same tokens",

@@ -12,9 +12,9 @@ from regrow.training.loss_weights import LossWeights
 
 
 def training_text(data: DataConfig, config: DistillConfig) -> DataConfig:
-    """The text to train on: `data` or the teacher's answers, and the student's own answers.
+    """The text to train on: `data` or the teacher's answers, plus the student's answers, if any.
 
-    Raises UserError for answers together with a cache, or with losses of single sources.
+    Raises UserError for answers combined with a cache, or with a source that has its own losses.
     """
     sources = data.sources
     if config.cache is not None and (config.answers or config.own_answers):
@@ -47,7 +47,7 @@ def answer_digests(config: DistillConfig) -> dict[str, str]:
 def loss_weights_of(config: DistillConfig, data: DataConfig) -> LossWeights:
     """The weighted losses with their options; `data` is the text to train on.
 
-    Raises UserError for unknown losses, or bad weights, of a source.
+    Raises UserError if a source has an unknown loss or a bad weight.
     """
     for source in data.sources:
         try:

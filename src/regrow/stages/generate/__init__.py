@@ -1,4 +1,4 @@
-"""Generate: let a model answer prompts; the answers are text to distil on."""
+"""Generate: a model answers prompts; its answers are training text for a distillation."""
 
 from __future__ import annotations
 
@@ -19,37 +19,38 @@ if TYPE_CHECKING:
 
 
 class GenerateConfig(Config):
-    """Which prompts are answered, and how tokens are drawn."""
+    """The selection of prompts, and the sampling of tokens."""
 
     limit: int | None = Field(default=None, ge=1)
-    """Answer only the first prompts, as many as this; all when None."""
+    """The number of prompts to answer, from the first on; None answers all."""
     split: Literal["train", "calibration", "heldout", "all"] = "train"
-    """Which prompts to answer: train leaves out those whose rows are kept for measuring."""
+    """The split of the prompts; train leaves out prompts whose rows are reserved for measuring."""
     max_new_tokens: int = Field(default=256, ge=1)
-    """The most tokens that an answer may have."""
+    """The maximum number of tokens in an answer."""
     keep_unfinished: bool = False
-    """Also write answers that max_new_tokens cut off. A student learns to stop in mid-sentence."""
+    """Also write answers that max_new_tokens cut off. A student then learns to stop in
+    mid-sentence."""
     greedy: bool = False
-    """Take the likeliest token instead of drawing one."""
+    """Use the most likely token instead of drawing one."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """The logits are divided by this before a draw."""
+    """The temperature, by which the logits are divided before a draw."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Draw from the fewest likeliest tokens that together have this probability."""
+    """Draw from the smallest set of most likely tokens whose total probability reaches this."""
     seed: int = 0
-    """Seed of the draws; they do not depend on the batch that a prompt is in."""
+    """Seed of the draws; the draws for a prompt do not depend on its batch."""
 
 
 class RecipeFields(Config):
-    """Who answers which prompts: fields that only a recipe has."""
+    """The fields that only a recipe has: the answering model and the prompts."""
 
     by: Literal["student", "teacher"] = "student"
-    """Who answers: the current model (student) or the teacher."""
+    """The model that answers: the current model (student) or the teacher."""
     prompts: DataConfig | None = None
-    """Prompts to answer, in place of the recipe's data."""
+    """The prompts to answer, instead of the recipe's data."""
 
 
 class GenerateStage(Stage):
-    """Takes the current model or a teacher; leaves its answers to later distillations."""
+    """Generates answers of the current model or the teacher for later distillations."""
 
     config = GenerateConfig
     recipe_fields = RecipeFields
@@ -65,12 +66,12 @@ class GenerateStage(Stage):
         machine: OmitArgPrefixes[Options] = Options(),
         dry_run: bool = False,
     ) -> None:
-        """Let a model answer prompts; its answers are text to distil on.
+        """Let a model answer prompts; its answers are training text for a distillation.
 
         Args:
             model: Hugging Face folder, hub id, GGUF file, or package:NAME.
             out: Folder to write answers.jsonl to; the folder can be given as --data.
-            generation: Which prompts are answered, and how tokens are drawn.
+            generation: Selection of prompts, and sampling of tokens.
             machine: Device and batch size, in prompts.
             dry_run: Check everything and print what would be done.
         """
@@ -94,11 +95,11 @@ class GenerateStage(Stage):
             next(prompts(data, "all", bool(plan.checkpoint.tokenizer().chat_template)), None)
 
     def leave(self, step: Step, plan: RecipePlan) -> None:
-        """There are answers of the teacher, or of the current model."""
+        """Record in the plan that answers of the teacher, or of the current model, exist."""
         plan.answers.add((step.teacher or plan.model) if step.extra.by == "teacher" else "")
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
-        """Answer the prompts by the teacher or by the current model."""
+        """Answer the prompts with the teacher or with the current model."""
         from regrow.stages.generate.stage import generate
 
         teacher = step.teacher or run.model
@@ -111,21 +112,21 @@ class GenerateStage(Stage):
             run.own_answers = answers
 
     def inputs(self, step: Step) -> Iterable[str]:
-        """Hash of the prompts."""
+        """The hash of the prompts."""
         from regrow.data.sources import data_digest
 
         return () if step.extra.prompts is None else (data_digest(step.extra.prompts),)
 
 
 def prompts_of(step: Step, data: DataConfig) -> DataConfig:
-    """The prompts that a generate stage answers; their splits are made like the recipe's data's."""
+    """The prompts that a generate stage answers, split by the same rules as the recipe's data."""
     if step.extra.prompts is None:
         return data
     return data.model_copy(update={"sources": step.extra.prompts.sources})
 
 
 def estimate(checkpoint: Checkpoint, data: DataConfig, config: GenerateConfig) -> list[str]:
-    """The dry run: prompts, the most tokens of answers, and the time that these take at best."""
+    """The dry run: number of prompts, maximum number of answer tokens, and a minimum time."""
     from regrow.cost import forward_seconds
     from regrow.runtime.progress import clock
     from regrow.stages.generate.stage import ask

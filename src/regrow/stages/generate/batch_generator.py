@@ -1,6 +1,6 @@
-"""Answers a batch of prompts by transformers' generate.
+"""Answers a batch of prompts with transformers' generate.
 
-The tokens that are drawn do not depend on the batch: each prompt has its own random numbers.
+The drawn tokens do not depend on the batch: each prompt has its own random numbers.
 
 Shapes: B prompts, V vocabulary.
 """
@@ -26,10 +26,11 @@ from regrow.stages.generate import GenerateConfig
 
 
 class Sampler(LogitsProcessor):
-    """Draws one id per row from softmax(logits / temperature), cut to its top_p, and masks others.
+    """Draws one id per row from the top_p part of softmax(logits / temperature); masks the others.
 
-    A draw inverts the cumulative distribution at one uniform number per row and token. The cut
-    keeps the fewest ids that together reach top_p (Holtzman et al., 2020, arXiv:1904.09751).
+    A draw inverts the cumulative distribution at one uniform number per row and token. The top_p
+    part is the smallest set of most likely ids whose total probability reaches top_p (Holtzman et
+    al., 2020, arXiv:1904.09751).
     """
 
     def __init__(self, keys: Sequence[str], seed: int, temperature: float, top_p: float) -> None:
@@ -37,21 +38,21 @@ class Sampler(LogitsProcessor):
         self.temperature, self.top_p = temperature, top_p
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        """Scores [B, V] with all but the drawn ids at −∞."""
+        """Return scores [B, V] that are −∞ except at the drawn ids."""
         uniform_B = torch.tensor([draw.random() for draw in self.draws], dtype=torch.float64)
         chosen_B = draw_ids(scores.float() / self.temperature, self.top_p, uniform_B)
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen_B[:, None], 0.0)
 
 
 def draw_ids(logits_BV: Tensor, top_p: float, uniform_B: Tensor) -> Tensor:
-    """The id [B] at which the cumulative distribution passes each uniform number in [0, 1)."""
+    """The id [B] at which the cumulative distribution exceeds each uniform number in [0, 1)."""
     probability_BV = logits_BV.softmax(-1)
     order_BV = None
     if top_p < 1:
         probability_BV, order_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
         before_BV = probability_BV.cumsum(-1) - probability_BV
         probability_BV = probability_BV.masked_fill(before_BV >= top_p, 0.0)
-    # float64 where there is any: in float32 a sum over a vocabulary is off by 1e-6.
+    # float64 if the device has it: in float32 a sum over a vocabulary has an error of 1e-6.
     wide = widest(logits_BV.device)
     sum_BV = probability_BV.cumsum(-1, dtype=wide)
     at_B1 = uniform_B.to(wide).to(sum_BV.device)[:, None] * sum_BV[:, -1:]
@@ -67,14 +68,14 @@ class Answer:
 
     ids: list[int]
     finished: bool
-    """Whether the model ended it; otherwise max_new_tokens did."""
+    """Whether the model ended the answer; otherwise max_new_tokens cut it off."""
 
 
 class BatchGenerator:
     """Lets a model answer prompts in batches.
 
-    Of the generation settings in the model's folder it uses the end marks alone, and adds the
-    tokenizer's.
+    Uses only the end marks of the generation settings in the model's folder, plus the tokenizer's
+    end mark.
     """
 
     def __init__(
@@ -86,14 +87,14 @@ class BatchGenerator:
         self.pad = int(pad) if pad is not None and pad < rows else next(iter(self.ends), 0)
         model.generation_config = GenerationConfig(
             max_new_tokens=config.max_new_tokens,
-            do_sample=False,  # the sampler leaves one id to take
+            do_sample=False,  # the sampler leaves only one id
             eos_token_id=self.ends or None,
             pad_token_id=self.pad,
         )
 
     @torch.inference_mode()
     def answer(self, prompts: Sequence[list[int]], keys: Sequence[str]) -> list[Answer]:
-        """The answers to prompts of any lengths, padded on the left; `keys` seed their draws."""
+        """Answer prompts of any lengths, padded on the left; `keys` seed their draws."""
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self.pad)
         mask = torch.zeros_like(ids)
@@ -120,7 +121,7 @@ class BatchGenerator:
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end an answer: those of the model's folder and the tokenizer's own."""
+    """The ids that end an answer: those in the model's folder and the tokenizer's."""
     ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
     ends = ends if isinstance(ends, list) else [ends]
     return sorted({int(i) for i in (*ends, tokenizer.eos_token_id) if i is not None})

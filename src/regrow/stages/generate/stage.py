@@ -1,6 +1,6 @@
 """The generate stage reads a model and prompts, and writes rows of prompts with its answers.
 
-While it runs it keeps a line per answered prompt, so that a killed run can go on.
+During the run it writes a line per answered prompt, so that a killed run can continue.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ Row = dict[str, Any]
 
 
 def read(folder: Path) -> dict[str, Row]:
-    """The rows {id, answer, finished, tokens} of all processes, by prompt, without half lines."""
+    """Read the rows {id, answer, finished, tokens} of all processes; skips incomplete lines.
+
+    Returns them by the prompt's key.
+    """
     rows: dict[str, Row] = {}
     for path in sorted(folder.glob("done-*.jsonl")):
         with path.open(encoding="utf-8", errors="replace") as file:
@@ -43,7 +46,7 @@ def read(folder: Path) -> dict[str, Row]:
 
 
 def tidy(folder: Path) -> None:
-    """Write all rows to one file, so that no row is appended to a half line."""
+    """Write all rows to one file, so that no row is appended to an incomplete line."""
     rows = read(folder)
     partial = folder / "done.partial"
     partial.write_text("".join(map(line, rows.values())), encoding="utf-8")
@@ -60,7 +63,7 @@ def append(folder: Path, rows: list[Row]) -> None:
 
 
 def line(row: Row) -> str:
-    """A row as it is written."""
+    """A row as a JSON line."""
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
@@ -79,9 +82,9 @@ def generate(
 
     A plain prompt is a user's turn if the tokenizer has a chat template; otherwise it is continued.
     Every prompt begins with BOS if the tokenizer puts it before any text. Rows are in the prompts'
-    order, whatever the batches were. An interrupted run goes on; several processes share the
-    prompts. Raises UserError for missing or empty prompts, for a token id beyond the model's
-    embedding, and when no answer was finished.
+    order, for all batch sizes. An interrupted run continues; several processes share the prompts.
+    Raises UserError for missing or empty prompts, for a token id beyond the model's embedding, and
+    if no answer was finished.
     """
     out, config, options = Path(out), config or GenerateConfig(), options or Options()
     device = options.torch_device()
@@ -114,7 +117,7 @@ def generate(
 
 
 def _stage(out: Path, config: GenerateConfig, inputs: dict[str, str]) -> StageDir:
-    # These fields decide which answers are written and change none, so earlier answers still hold.
+    # These fields only select the answers to write, so earlier answers stay valid.
     same = config.model_copy(update={"limit": None, "keep_unfinished": False})
     resume = StageDir(out, "generate", same, inputs).digest
     return StageDir(out, "generate", config, inputs, resumable=True, resume_digest=resume)
@@ -123,7 +126,7 @@ def _stage(out: Path, config: GenerateConfig, inputs: dict[str, str]) -> StageDi
 def inputs_of(
     checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, data: DataConfig
 ) -> dict[str, str]:
-    """Hashes of the inputs that the answers depend on, beside the config."""
+    """Hashes of the inputs on which the answers depend, besides the config."""
     return {
         "model": checkpoint.fingerprint,
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -133,7 +136,7 @@ def inputs_of(
 
 
 def check_out(out: Path) -> None:
-    """Raise UserError for a name that looks like a file's."""
+    """Raise UserError for a name that looks like a file name."""
     if out.suffix in (".jsonl", ".json"):
         raise UserError(
             f"{out} looks like a file: give --out a folder; the rows go to {ANSWERS} in it, and "
@@ -147,9 +150,9 @@ def ask(
     checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Asked:
-    """The prompts, each once, with their ids; those that are too long are skipped with a warning.
+    """The distinct prompts with their token ids; too long ones are skipped, with a warning.
 
-    Raises UserError when there is no prompt, and for a token id beyond the model's embedding.
+    Raises UserError if there is no prompt, and for a token id beyond the model's embedding.
     """
     room = int(checkpoint.config.get("max_position_embeddings") or 1 << 30) - config.max_new_tokens
     asked: dict[str, tuple[Prompt, list[int]]] = {}

@@ -1,8 +1,9 @@
-"""A cache as a folder: `cache.json` says what it is, `train/` and `heldout/` hold the sequences.
+"""The folder of a cache: `cache.json` is the header; `train/` and `heldout/` have the sequences.
 
-A sequence is found by its key, a hash of all inputs that decide the teacher's output. Held-out
-sequences are always stored as the exact last hidden state, so that a student is measured and chosen
-by the same KL as with the live teacher, in whichever format its training sequences are stored.
+A sequence is looked up by its key, a hash of all inputs that determine the teacher's output.
+Held-out sequences are always stored as the exact last hidden state. Their KL, which chooses the
+best student, is therefore the same as with the live teacher, for every format of the training
+sequences.
 
 Shapes: B sequences, T tokens.
 """
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def sequence_keys(batch: dict[str, Tensor]) -> list[bytes]:
-    """SHA-256 of each sequence's ids, positions and scored tokens: B keys of 32 bytes."""
+    """The SHA-256 of each sequence's ids, positions and scored tokens: B keys of 32 bytes."""
     scored = batch["labels"] != IGNORED
     rows = torch.stack([batch["input_ids"], batch["position_ids"], scored.long()], dim=1)
     return [hashlib.sha256(row.tobytes()).digest() for row in rows.int().cpu().numpy()]
@@ -46,10 +47,10 @@ VERSION = 1
 
 
 class Header(Config):
-    """The description of a cache, as written to cache.json."""
+    """The header of a cache, as written to cache.json."""
 
     version: int
-    """Version of the layout; this is 1."""
+    """Version of the folder's layout, which is 1."""
     format: str
     """Format of the sequences to train on: the name of a file in training/cache/formats."""
     settings: dict[str, int | str]
@@ -59,11 +60,11 @@ class Header(Config):
     tokenizer: str
     """Fingerprint of its tokenizer."""
     vocab_size: int
-    """Number of ids in a distribution: those of the tokenizer, without padding."""
+    """Number of ids in a distribution: the tokenizer's ids, without padding."""
     hidden_size: int
     """Channels of the teacher's last hidden state."""
     sequence_length: int
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     data: str
     """Digest of the text that was cached last."""
     figures: dict[str, float] = Field(default_factory=dict)
@@ -77,22 +78,22 @@ class Header(Config):
 
     @property
     def fingerprint(self) -> str:
-        """Digest of everything that decides what is stored for a sequence."""
+        """The digest of all settings that affect the stored tensors of a sequence."""
         return stage_dir.digest(self.model_dump(exclude={"data", "figures", "sequence_length"}))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of the tokens and their ids."""
+    """The digest of the tokens and their ids."""
     return stage_dir.digest(sorted(tokenizer.get_vocab().items()))
 
 
 def shared_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Number of ids in a distribution; padding rows of the embedding are left out."""
+    """The number of ids in a distribution; padding rows of the embedding are left out."""
     return min(int(checkpoint.config["vocab_size"]), token_ids(tokenizer))
 
 
 class Cache:
-    """A finished cache; raises UserError for a folder without a cache, or with a broken one."""
+    """A finished cache; raises UserError if the folder has no cache or a broken one."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
@@ -108,11 +109,11 @@ class Cache:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of teacher, tokenizer and format; it does not depend on which sequences exist."""
+        """The digest of teacher, tokenizer and format; the stored sequences do not affect it."""
         return self.header.fingerprint
 
     def check_teacher(self, teacher: Checkpoint) -> None:
-        """Raise UserError unless the cache was made from this teacher, with this tokenizer."""
+        """Raise UserError if the cache is from another teacher or tokenizer."""
         for what, cached, given in (
             ("teacher", self.header.teacher, teacher.fingerprint),
             ("tokenizer", self.header.tokenizer, tokenizer_fingerprint(teacher.tokenizer())),
@@ -125,7 +126,7 @@ class Cache:
                 )
 
     def check_sequences(self, sequences: Sequences, split: str) -> None:
-        """Raise UserError unless all sequences with a scored token are in the cache."""
+        """Raise UserError if a sequence with a scored token is missing from the cache."""
         length = sequences.input_ids.shape[1]
         wanted = [key for key, there in _keyed(sequences) if there]
         missing = sum(key not in self.stores[split] for key in wanted)
@@ -152,7 +153,7 @@ def _keyed(sequences: Sequences) -> list[tuple[bytes, bool]]:
 
 
 def missing_sequences(sequences: Sequences, *stores: Store) -> dict[bytes, int]:
-    """The numbers of the sequences that are still to be stored, by key; copies count once."""
+    """The numbers of the sequences that are not yet stored, by key; duplicates count once."""
     keyed = [(key, n) for n, (key, there) in enumerate(_keyed(sequences)) if there]
     first = dict(reversed(keyed))
     return {key: n for key, n in first.items() if not any(key in store for store in stores)}

@@ -1,4 +1,4 @@
-"""A teacher's distribution with the probabilities of some ids only, and the loss against it.
+"""A teacher's distribution with the probabilities of only some ids, and the loss against it.
 
 Shapes: N scored tokens, K known ids, V vocabulary.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sparse:
-    """Known ids with their probabilities; all other ids are one bucket, or have none."""
+    """Known ids with their probabilities; all other ids are one bucket, or have probability 0."""
 
     vocab_size: int
     """V: number of ids in the distribution."""
@@ -40,7 +40,7 @@ class Sparse:
 
     @staticmethod
     def join(parts: list[Sparse]) -> Sparse:
-        """Concatenate; rows with fewer ids than others are filled up with zeros."""
+        """Concatenate; rows with fewer ids are padded with zeros."""
         wide = max(part.ids_NK.shape[1] for part in parts)
         fields: dict[str, Tensor | None] = {}
         for name in ("ids_NK", "probability_NK", "tail_N", "entropy_N"):
@@ -52,10 +52,11 @@ class Sparse:
         return Sparse(parts[0].vocab_size, **fields)  # type: ignore[arg-type]
 
     def loss(self, student_NV: Tensor) -> tuple[Tensor, Tensor]:
-        """KL of each token [N] in nats and its gradient [N, V] by the logits, which it overwrites.
+        """The KL of each token [N] in nats, and its gradient [N, V] with respect to the logits.
 
-        With a tail over k + 1 buckets: Σ_b p_b (log p_b − log q_b), a lower bound of the full KL.
-        Of samples an unbiased estimate: −Σ p̂ log q − entropy. Both by arXiv:2503.16870.
+        Overwrites the logits. With a tail, the KL over k + 1 buckets: Σ_b p_b (log p_b − log q_b),
+        a lower bound of the full KL. With samples, an unbiased estimate: −Σ p̂ log q − entropy. Both
+        are from arXiv:2503.16870.
         """
         known_NK = student_NV.gather(-1, self.ids_NK)
         p_NK = self.probability_NK.to(student_NV.dtype)
@@ -65,7 +66,8 @@ class Sparse:
             if self.entropy_N is not None:
                 value_N = value_N - self.entropy_N
             return value_N, log_q_NV.exp_().scatter_add_(-1, self.ids_NK, -p_NK)
-        # The softmax over the tail alone: q of a tail id is its share there times the tail's q.
+        # The softmax over the tail alone: q of a tail id is its share of the tail times q of the
+        # tail.
         student_NV.scatter_(-1, self.ids_NK, -torch.inf)
         log_tail_N = student_NV.logsumexp(-1)
         log_z_N = torch.logaddexp(log_tail_N, known_NK.logsumexp(-1))

@@ -1,9 +1,9 @@
-"""Sequences of stored tensors in safetensors shards, found by key and read from the mapped file.
+"""Stores sequences of tensors in safetensors shards; they are looked up by key and memory-mapped.
 
-A shard has `keys` uint8 [n, 32]. Each named tensor has all sequences one after the other, and
-`NAME.ends` int64 [n] says where the part of each sequence ends. A shard is named by a hash of its
-keys and appears only when it is complete, so several processes may write into one folder. Small
-integers are packed into as few bits as they need.
+A shard has `keys` uint8 [n, 32]. Each named tensor is the concatenation of all sequences, and
+`NAME.ends` int64 [n] is the end of each sequence's part. A shard's name is a hash of its keys, and
+a shard gets this name only when it is complete, so several processes may write into one folder.
+Small integers are packed into as few bits as they need.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torch import Tensor
 
 
 def bit_width(size: int) -> int:
-    """Bits of a number below `size`: ceil(log2 size), at least 1."""
+    """The bits of a number below `size`: ceil(log2 size), at least 1."""
     return max(1, (size - 1).bit_length())
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes of a packed row of `count` numbers."""
+    """The bytes of a packed row of `count` numbers."""
     return -(-count * bits // 8)
 
 
 def pack(values_NK: Tensor, bits: int) -> Tensor:
-    """Each row as one string of bits, highest first, filled up with zeros: uint8 [N, bytes]."""
+    """Pack each row into one bit string, highest bit first, padded with zeros: uint8 [N, bytes]."""
     values = values_NK.cpu().numpy()
     assert values.size == 0 or (values.min() >= 0 and values.max() < 1 << bits), bits
     shifts = np.arange(bits - 1, -1, -1)
@@ -41,7 +41,7 @@ def pack(values_NK: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
-    """The `count` numbers of each row that `pack` packed: int64 [N, K]."""
+    """Unpack the `count` numbers of each row that `pack` packed: int64 [N, K]."""
     digits = np.unpackbits(packed.numpy(), axis=1, count=count * bits)
     values = np.zeros((len(packed), count), dtype=np.int64)
     for digit in np.moveaxis(digits.reshape(len(packed), count, bits), -1, 0):
@@ -56,17 +56,17 @@ Sequence = dict[str, Tensor]
 
 
 def shard_name(keys: Iterable[bytes]) -> str:
-    """Name of the file for the sequences with these keys, in this order."""
+    """The file name of the shard with these keys, in this order."""
     return f"{hashlib.sha256(b''.join(keys)).hexdigest()[:16]}.safetensors"
 
 
 def save_file(tensors: Sequence, path: Path) -> None:
-    """Like that of safetensors, which gives others no right to read the file."""
+    """Write like safetensors' `save_file`, except that only the umask limits who can read it."""
     path.write_bytes(save(tensors))
 
 
 def write_shard(folder: Path, sequences: dict[bytes, Sequence]) -> Path:
-    """Write sequences, by key, as one file, which appears only when it is complete."""
+    """Write sequences, by key, as one file, which gets its final name when it is complete."""
     keys = torch.frombuffer(bytearray(b"".join(sequences)), dtype=torch.uint8)
     tensors = {"keys": keys.view(-1, KEY_BYTES)}
     for name in next(iter(sequences.values())):
@@ -113,11 +113,11 @@ class Store:
         return list(self._place)
 
     def tokens(self) -> int:
-        """Scored tokens of all sequences, by their tensor `tokens`."""
+        """The number of scored tokens of all sequences, from their tensor `tokens`."""
         return sum(int(self.read(key)["tokens"]) for key in self._place)
 
     def read(self, key: bytes) -> Sequence:
-        """The tensors of a sequence; raises KeyError for one that is not there."""
+        """The tensors of a sequence; raises KeyError if it is not stored."""
         path, row = self._place[key]
         file, ends = self._shard(path)
         found = {}
@@ -127,7 +127,7 @@ class Store:
         return found
 
     def bytes(self) -> int:
-        """Bytes of the files."""
+        """The bytes of the files."""
         return sum(path.stat().st_size for path in {path for path, _ in self._place.values()})
 
     def _shard(self, path: Path) -> tuple[Any, dict[str, Tensor]]:

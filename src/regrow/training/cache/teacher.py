@@ -1,4 +1,4 @@
-"""A teacher that is read from a cache: its head is loaded, its body never.
+"""A teacher whose outputs are read from a cache; only its head is loaded.
 
 Shapes: B sequences, T tokens, N scored tokens, H hidden, V vocabulary.
 """
@@ -21,13 +21,13 @@ ANY_CACHE = ("forward_kl", "cross_entropy")
 
 
 class CachedTeacher:
-    """Stands in for a Teacher; its outputs for a batch come from a cache."""
+    """Replaces a Teacher; its outputs for a batch come from a cache."""
 
     def __init__(self, cache: Cache, head: Head) -> None:
         self.cache, self.head = cache, head
 
     def sparse(self, batch: dict[str, Tensor]) -> Sparse | None:
-        """The stored distributions [N] of a batch; None when its hidden states are stored."""
+        """The stored distributions [N] of a batch; None if hidden states are stored instead."""
         split, keys = self._find(batch)
         form = self.cache.formats[split]
         if form.STATES:
@@ -38,7 +38,7 @@ class CachedTeacher:
         return Sparse.join(parts).to(batch["labels"].device)  # type: ignore[arg-type]
 
     def hidden(self, batch: dict[str, Tensor], **reads: bool) -> States:
-        """Final hidden states, as of the live teacher where a token is scored, 0 elsewhere."""
+        """The final hidden states: those of the live teacher if the token is scored, else 0."""
         assert not any(reads.values()), "a cache has no states of inner layers"
         split, keys = self._find(batch)
         mask = scored(batch)
@@ -50,7 +50,7 @@ class CachedTeacher:
         return States(final, ())
 
     def compared(self, head: Head, targets_N: Tensor) -> tuple[Head, Tensor]:
-        """A student's head and targets, unchanged: it has the same tokens as the teacher."""
+        """Return the student's head and targets unchanged; both models have the same tokens."""
         return head, targets_N
 
     def _find(self, batch: dict[str, Tensor]) -> tuple[str, list[bytes]]:
@@ -66,9 +66,9 @@ class CachedTeacher:
 
 
 def head_from(teacher: Checkpoint, device: torch.device) -> Head:
-    """A checkpoint's output head in bfloat16, without loading anything else of it.
+    """Load only the output head of a checkpoint, in bfloat16.
 
-    Raises UserError for a head that we cannot reproduce.
+    Raises UserError for a head that this code cannot reproduce.
     """
     family = families.of(teacher)
     refuse_scaled(teacher.config, family.model_type)
@@ -78,9 +78,9 @@ def head_from(teacher: Checkpoint, device: torch.device) -> Head:
 
 
 def check_use(format: str, mix: LossWeights, needs_layers: bool) -> None:
-    """Raise UserError for losses that a cache cannot serve: on features, or on all logits.
+    """Raise UserError for losses that a cache cannot support: on features, or on all logits.
 
-    `format` is that of the sequences to train on.
+    `format` is the format of the training sequences.
     """
     if needs_layers:
         raise UserError("feature losses need the live teacher: leave out the cache, or them")

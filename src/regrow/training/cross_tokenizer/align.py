@@ -1,4 +1,4 @@
-"""The same text in the tokens of two tokenizers, and the spans whose boundaries both share.
+"""Tokenizes a text with two tokenizers, and finds the text spans whose boundaries both share.
 
 Shapes: B sequences, T tokens of the student, U tokens of the teacher.
 """
@@ -28,8 +28,8 @@ SPACE = "▁"
 def token_bytes(tokenizer: PreTrainedTokenizerBase, name: str) -> list[bytes | None]:
     """The bytes of each token id; None for special tokens and for ids without a token.
 
-    Byte-level tokens are spelled in 256 characters that stand for bytes. Other tokens are text in
-    which ▁ stands for a space and <0xAB> for a byte. Raises UserError, which names the model, for
+    A byte-level vocabulary spells each byte as one of 256 characters. Other vocabularies are text
+    in which ▁ represents a space and <0xAB> a byte. Raises UserError, which names the model, for
     any other spelling.
     """
     if not tokenizer.is_fast:
@@ -70,9 +70,9 @@ def _flat(decoder: Any) -> list[dict[str, Any]]:
 
 
 def _byte_level() -> dict[str, bytes]:
-    """The byte that each character stands for in GPT-2's spelling (Radford et al., 2019).
+    """The byte that each character represents in GPT-2's spelling (Radford et al., 2019).
 
-    Printable bytes stand for themselves; the others, in order, are the characters from 256 on.
+    Printable bytes are spelled as themselves; the others, in order, as the characters from 256 on.
     """
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [value for value in range(256) if value not in plain]
@@ -84,7 +84,7 @@ ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Span(NamedTuple):
-    """A shortest common span: the range (begin, end) of its tokens in both tokenizations."""
+    """A shortest common span, as the range (begin, end) of its tokens in both tokenizations."""
 
     student: tuple[int, int]
     teacher: tuple[int, int]
@@ -92,7 +92,7 @@ class Span(NamedTuple):
 
 @dataclass
 class Tokens:
-    """The tokens of all spans in order, each with the number of its span."""
+    """The tokens of all spans, in order, each with the number of its span."""
 
     at: list[int] = field(default_factory=list)
     """The predicting position of each token, in [B · (T − 1)]."""
@@ -107,7 +107,7 @@ class Tokens:
 
 
 class Aligned(NamedTuple):
-    """A batch in the teacher's tokens, and the tokens of both models that are compared."""
+    """A batch in the teacher's tokens, and the tokens of both models to compare."""
 
     batch: dict[str, Tensor]
     """input_ids and position_ids [B, U]."""
@@ -117,7 +117,7 @@ class Aligned(NamedTuple):
 
 
 class Aligner:
-    """Tokenizes the documents of packed sequences again, for a teacher with another tokenizer.
+    """Retokenizes the documents of packed sequences for a teacher with another tokenizer.
 
     Raises UserError for tokenizers whose tokens cannot be mapped to bytes.
     """
@@ -152,14 +152,14 @@ class Aligner:
                 )
 
     def coverage(self, sequences: Sequences) -> float:
-        """Share of the scored tokens that lie in spans; raises UserError if it is 0."""
+        """The share of the scored tokens that are in spans; raises UserError if it is 0."""
         inside = sum(len(self.batch(batch).student.at) for batch in sequences.batches(16))
         if not inside:
             raise UserError("both tokenizers change all of the text: spans cannot be compared")
         return inside / sequences.scored_tokens
 
     def batch(self, batch: dict[str, Tensor]) -> Aligned:
-        """A batch of packed sequences in the teacher's tokens.
+        """Convert a batch of packed sequences to the teacher's tokens.
 
         A span counts if all of the student's tokens in it are scored, and both models have a token
         before it to predict it from. A document is left out if the teacher's tokenizer changes its
@@ -194,7 +194,7 @@ class Aligner:
         return Aligned(_padded(rows, width), student, teacher, count)
 
     def align(self, ids: list[int]) -> tuple[list[int], list[Span]] | None:
-        """A document's tokens of the teacher, and its spans; None if its bytes change."""
+        """A document's ids in the teacher's vocabulary, and its spans; None if its bytes change."""
         teacher_ids, student_ends, teacher_ends = list(self.prefix), list[int](), list[int]()
         at, begin, first = 0, 0, True
         for special, run in _runs(ids, self.student_bytes):
@@ -230,8 +230,8 @@ class Aligner:
         """Align a run of text between special tokens; None if its bytes change.
 
         Returns the byte lengths of the student's tokens, the number of bytes before the teacher's
-        tokens, the teacher's ids and their byte lengths. A sequence may begin and end inside a
-        character, whose bytes then belong to no span.
+        tokens, the teacher's ids and their byte lengths. A sequence may begin or end inside a
+        character, whose bytes are then in no span.
         """
         parts = [part for i in run if (part := self.student_bytes[i]) is not None]
         lengths, data = list(map(len, parts)), b"".join(parts)
@@ -263,7 +263,7 @@ def _specials(
     teacher: PreTrainedTokenizerBase,
     teacher_bytes: list[bytes | None],
 ) -> dict[int, int]:
-    """The teacher's id of each special token, by its string or else by its role."""
+    """The teacher's id of each special token; tokens are matched by string, else by role."""
     names = teacher.get_vocab()
     ids = {
         i: names[token]
@@ -274,7 +274,7 @@ def _specials(
         one, other = getattr(student, role), getattr(teacher, role)
         if one is not None and other is not None:
             ids.setdefault(one, other)
-    ids.pop(student.unk_token_id, None)  # its text is unknown
+    ids.pop(student.unk_token_id, None)  # the text behind an unknown token is not known
     return ids
 
 
@@ -309,7 +309,7 @@ def _ends(start: int, lengths: list[int]) -> list[int]:
 
 
 def _spans(student_ends: list[int], teacher_ends: list[int], begin: int) -> list[Span]:
-    """The spans between common token boundaries; the teacher's text begins at byte `begin`."""
+    """The spans between common token boundaries; the teacher's tokens begin at byte `begin`."""
     student = {0: 0, **{end: n for n, end in enumerate(student_ends, start=1)}}
     teacher = {begin: 0, **{end: n for n, end in enumerate(teacher_ends, start=1)}}
     common = sorted(student.keys() & teacher.keys())
@@ -317,7 +317,7 @@ def _spans(student_ends: list[int], teacher_ends: list[int], begin: int) -> list
 
 
 def _padded(rows: list[tuple[list[int], list[int]]], width: int) -> dict[str, Tensor]:
-    """Rows of the same width; padding is a document of its own."""
+    """Pad the rows to the same width; the padding is a separate document."""
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     positions = torch.zeros_like(ids)
     for row, (tokens, places) in enumerate(rows):

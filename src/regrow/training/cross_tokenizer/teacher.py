@@ -1,7 +1,8 @@
 """A teacher with another tokenizer, which reads the text of a batch in its own tokens.
 
 The loss is approximate likelihood matching (Minixhofer et al., 2025, arXiv:2503.20083). The
-log-probabilities of tokens are computed in chunks: logits [tokens, vocabulary] are never in memory.
+log-probabilities of tokens are computed in chunks: full logits [tokens, vocabulary] are never in
+memory.
 
 Shapes: B sequences, T tokens of the student, N tokens in spans, M spans, H hidden channels, V
 vocabulary entries, of which the first `size` are in use.
@@ -41,8 +42,8 @@ def log_probabilities(
 ) -> Tensor:
     """log softmax(logits)[target] [N] over the first `size` ids, in float32 or float64.
 
-    Differentiable by hidden states and head. The gradient of each token is known only after the
-    forward pass, so the backward pass computes the logits again, chunk by chunk.
+    Differentiable with respect to the hidden states and the head. The gradient of each token is
+    known only after the forward pass, so the backward pass recomputes the logits, chunk by chunk.
     """
     compute = hidden_NH.dtype
     if torch.is_autocast_enabled(hidden_NH.device.type):
@@ -89,7 +90,7 @@ class _LogProbabilities(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale_N: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient by the logits is scale · (onehot(target) − q)."""
+        """The gradient with respect to the logits is scale · (onehot(target) − q)."""
         hidden_NH, weight_VH, targets_N = ctx.saved_tensors
         inputs: _Inputs = ctx.inputs
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
@@ -119,7 +120,7 @@ class _LogProbabilities(torch.autograd.Function):
 
 
 LEAST = 1e-12
-"""Nats: the log-probability of a certain span is kept below 0, where the slope is finite."""
+"""In nats: the log-probability of a certain span is kept below 0, where the slope is finite."""
 
 
 def span_loss(
@@ -128,9 +129,10 @@ def span_loss(
     """τ · Σ_spans D((p, 1 − p) ‖ (q, 1 − q)), p and q the spans' probabilities to the power 1/τ.
 
     `student_M` and `teacher_M` are the log-probabilities of the spans, the sums over their tokens.
-    D is each loss that compares with a teacher: for forward_kl
+    D is each loss that reads the teacher's logits; for forward_kl it is
     p log(p/q) + (1 − p) log((1 − p)/(1 − q)). D is proportional to 1/τ, hence the factor τ. Returns
-    the weighted sum, differentiable by the student, and the unweighted sum of each loss by name.
+    the weighted sum, which is differentiable with respect to `student_M`, and the unweighted sum of
+    each loss by name.
     """
     log_q_M2 = _binary(student_M, temperature)
     log_p_M2 = _binary(teacher_M, temperature).detach()
@@ -147,13 +149,13 @@ def span_loss(
 
 
 def _binary(log_M: Tensor, temperature: float) -> Tensor:
-    """log p and log(1 − p) [M, 2] in float64, p the probability to the power 1/τ."""
+    """log p and log(1 − p) [M, 2] in float64, where p is the probability to the power 1/τ."""
     away_M = (-log_M.double()).clamp_min(LEAST) / temperature
     return torch.stack((-away_M, (-torch.expm1(-away_M)).log()), -1)
 
 
 IN_SPANS = "in_spans"
-"""Name of a logged value: the share of the scored tokens that lie in spans."""
+"""The name of a logged value: the share of the scored tokens that are in spans."""
 
 
 class CrossTokenizerTeacher:
@@ -165,7 +167,7 @@ class CrossTokenizerTeacher:
     def outputs(
         self, student: PreTrainedModel, batch: dict[str, Tensor], loss_weights: LossWeights
     ) -> dict[str, Any]:
-        """The outputs that `bind_loss` describes; names of losses over spans begin with `span_`."""
+        """The outputs that `bind_loss` defines; names of losses over spans begin with `span_`."""
         mask = scored(batch)
         final_BTH, head = hidden_states(student, batch).final, head_of(student)
         plain = {name: weight for name, weight, _, needs in loss_weights.terms() if not needs}
@@ -186,7 +188,7 @@ class CrossTokenizerTeacher:
     def _compare(
         self, final_BTH: Tensor, head: Head, batch: dict[str, Tensor], loss_weights: LossWeights
     ) -> tuple[Tensor, dict[str, Tensor], int]:
-        """Weighted loss over the spans, the sum of each loss, and the student's tokens in spans."""
+        """The weighted loss over spans, the sum of each loss, and the student's tokens in spans."""
         aligned, exact = self.aligner.batch(batch), loss_weights.exact
         device = self.teacher.model.device
         inputs = {name: tensor.to(device) for name, tensor in aligned.batch.items()}

@@ -1,4 +1,4 @@
-"""Measures that feature losses share: of two states, and of states read through output heads.
+"""Measures that several feature losses use: between states, and between their distributions.
 
 Shapes: N tokens, H hidden channels, D depths.
 """
@@ -17,7 +17,7 @@ def relative_error(s_NH: Tensor, t_NH: Tensor) -> Tensor:
     """Σ_tokens |s − t|² / |t|².
 
     The error is relative to each token's own teacher state, because the states of a few first
-    tokens are a thousand times larger than the others.
+    tokens are a thousand times larger than the states of the others.
     """
     return ((s_NH - t_NH).square().sum(-1) / t_NH.square().sum(-1).clamp_min(1e-12)).sum()
 
@@ -31,7 +31,7 @@ def through_heads(
 ) -> Tensor:
     """Σ_tokens mean_depths of a divergence of the states' next-token distributions, in nats.
 
-    All depths share one chunked pass, so that logits [tokens, vocabulary] are never in memory.
+    All depths share one chunked pass, so full logits [tokens, vocabulary] are never in memory.
     """
     s_NH = [student.norm(student.layers[layer + 1][mask_BT]) for layer, _ in mapping.lens]
     t_NH = [teacher.norm(teacher.layers[layer + 1][mask_BT]) for _, layer in mapping.lens]

@@ -1,4 +1,4 @@
-"""Attention weights, compared with the teacher's (MiniLM; Wang et al., 2020, arXiv:2002.10957)."""
+"""Compares attention weights with the teacher's (MiniLM; Wang et al., 2020, arXiv:2002.10957)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layer outputs, compared with the teacher's (FitNets; Romero et al., 2015, arXiv:1412.6550)."""
+"""Compares layer outputs with the teacher's (FitNets; Romero et al., 2015, arXiv:1412.6550)."""
 
 from __future__ import annotations
 

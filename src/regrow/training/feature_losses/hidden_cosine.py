@@ -1,4 +1,4 @@
-"""Directions of layer outputs, compared with the teacher's (DistilBERT; Sanh et al., 2019,
+"""Compares directions of layer outputs with the teacher's (DistilBERT; Sanh et al., 2019,
 arXiv:1910.01108)."""
 
 from __future__ import annotations

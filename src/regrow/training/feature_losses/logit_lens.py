@@ -1,4 +1,4 @@
-"""Next-token distributions read from inner layers (the logit lens; nostalgebraist, 2020)."""
+"""Compares next-token distributions of inner layers (the logit lens; nostalgebraist, 2020)."""
 
 from __future__ import annotations
 
@@ -13,5 +13,8 @@ NEEDS = frozenset({"lens"})
 def loss(
     student: ModelFeatures, teacher: ModelFeatures, mapping: LayerMapping, mask_BT: Tensor
 ) -> Tensor:
-    """Σ_tokens mean_depths KL(P ‖ Q) in nats, P and Q = softmax(head(norm(layer output)))."""
+    """Σ_tokens mean_depths KL(P ‖ Q) in nats.
+
+    P and Q are softmax(head(norm(layer output))) of the teacher and the student.
+    """
     return through_heads(student, teacher, mapping, mask_BT, "forward_kl")

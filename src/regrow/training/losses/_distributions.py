@@ -1,6 +1,7 @@
-"""Shared by the losses: P and Q, the logarithm of their ratio, their mixture, the gradient.
+"""Functions that the losses share: P and Q, the log of their ratio, their mixture, the gradient.
 
-Shapes: N tokens, V vocabulary entries. No logarithm is taken of a probability that may be 0.
+Shapes: N tokens, V vocabulary entries. No function takes the logarithm of a probability that may
+be 0.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ from torch.nn import functional
 
 
 class Pair(NamedTuple):
-    """Both distributions at one temperature."""
+    """The distributions of teacher and student at one temperature."""
 
     p_NV: Tensor
-    """The teacher's."""
+    """The teacher's probabilities."""
     q_NV: Tensor
-    """The student's."""
+    """The student's probabilities."""
     log_ratio_NV: Tensor
     """log p − log q; exactly 0 where the logits are equal."""
 
 
 def softmax(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax, the largest logit [N], and the logarithm of its probability [N].
+    """The softmax, the largest logit [N], and the logarithm of its probability [N].
 
-    Largest logit − that logarithm = log Σ exp(logits). Two such values are subtracted part by part,
-    because their sums would be rounded to the precision of float32 at the logits: 1e-5 nats at 80.
+    Largest logit − that logarithm = log Σ exp(logits). The difference of two such values is taken
+    part by part, because each sum would be rounded to the float32 precision at the logits: 1e-5
+    nats at 80.
     """
     probability_NV = logits_NV.softmax(-1)
     largest, place = logits_NV.max(-1)
@@ -37,7 +39,7 @@ def softmax(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def over_temperature(
     student_NV: Tensor, teacher_NV: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Both logits over T; the tensors themselves at T = 1."""
+    """Both logits divided by T; at T = 1, the tensors themselves."""
     if temperature == 1.0:
         return student_NV, teacher_NV
     return student_NV / temperature, teacher_NV / temperature
@@ -67,9 +69,9 @@ def to_mixture(log_ratio_NV: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 
 def by_logits(slope_NV: Tensor, q_NV: Tensor) -> Tensor:
-    """q (g − Σ q g): the gradient by the logits over T of a value whose derivative by q is g.
+    """q (g − Σ q g): the gradient with respect to logits / T of a value with derivative g by q.
 
-    Adding a constant to g changes nothing. Overwrites `slope_NV`.
+    A constant added to g has no effect. Overwrites `slope_NV`.
     """
     mean_N1 = torch.linalg.vecdot(q_NV, slope_NV)[:, None]
     return slope_NV.sub_(mean_N1).mul_(q_NV)

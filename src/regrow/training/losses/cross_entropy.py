@@ -11,7 +11,7 @@ OPTIONS = ()
 def loss_and_gradient(
     student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """−log q_target at temperature 1, whatever `temperature` says. Gradient: q − onehot(target)."""
+    """−log q_target at temperature 1; ignores `temperature`. Gradient: q − onehot(target)."""
     log_q_NV = student_NV.log_softmax(-1)
     value_N = -log_q_NV.gather(-1, targets_N[:, None]).squeeze(-1)
     gradient_NV = log_q_NV.exp_()

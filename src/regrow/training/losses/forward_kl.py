@@ -14,10 +14,11 @@ OPTIONS = ()
 def loss_and_gradient(
     student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """T² · Σ_v p_v (log p_v − log q_v), p and q the softmax of teacher and student logits over T.
+    """T² · Σ_v p_v (log p_v − log q_v), where p = softmax(t), q = softmax(s).
 
-    With p from t and q from s this is Σ p (t − s) − logsumexp(t) + logsumexp(s), which needs no
-    logarithm of a probability and is 0 for equal logits. Gradient: T (q − p).
+    t and s are the teacher's and the student's logits, divided by T. The sum is computed as
+    Σ p (t − s) − logsumexp(t) + logsumexp(s), which needs no logarithm of a probability and is 0
+    for equal logits. Gradient: T (q − p).
     """
     student_NV, teacher_NV = over_temperature(student_NV, teacher_NV, temperature)
     q_NV, largest_s, log_q = softmax(student_NV)

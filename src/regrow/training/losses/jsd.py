@@ -16,9 +16,9 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """T² · (β KL(P ‖ M) + (1 − β) KL(Q ‖ M)), M = β P + (1 − β) Q, 0 < β < 1.
 
-    P is the teacher, so small β behaves like β times the forward KL, β near 1 like 1 − β times the
-    reverse KL. Bounded by the entropy of (β, 1 − β), ln 2 at most.
-    Gradient: T (1 − β) q_v (r_v − Σ q r), r = log q − log m.
+    P is the teacher. For β near 0 the value is about β times the forward KL; for β near 1 it is
+    about 1 − β times the reverse KL. The entropy of (β, 1 − β), at most ln 2, is an upper bound of
+    the divergence. Gradient: T (1 − β) q_v (r_v − Σ q r), r = log q − log m.
     """
     p_NV, q_NV, log_ratio_NV = distributions(student_NV, teacher_NV, temperature)
     log_p_m, log_q_m = to_mixture(log_ratio_NV, beta)

@@ -14,9 +14,9 @@ OPTIONS = ("skew",)
 def loss_and_gradient(
     student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor, temperature: float, skew: float = 0.1
 ) -> tuple[Tensor, Tensor]:
-    """T² · KL(P ‖ M), M = α P + (1 − α) Q, α the `skew`, 0 < α < 1: at most −log α per token.
+    """T² · KL(P ‖ M), M = α P + (1 − α) Q, where α is `skew`, 0 < α < 1. The KL is at most −log α.
 
-    Slope by q: −(1 − α) p / m. Gradient: T q_v (g_v − Σ q g), g = −(1 − α) (p / m − 1).
+    Derivative by q: −(1 − α) p / m. Gradient: T q_v (g_v − Σ q g), g = −(1 − α) (p / m − 1).
     """
     p_NV, q_NV, log_ratio_NV = distributions(student_NV, teacher_NV, temperature)
     log_p_m, _ = to_mixture(log_ratio_NV, skew)

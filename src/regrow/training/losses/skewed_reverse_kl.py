@@ -14,9 +14,9 @@ OPTIONS = ("skew",)
 def loss_and_gradient(
     student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor, temperature: float, skew: float = 0.1
 ) -> tuple[Tensor, Tensor]:
-    """T² · KL(Q ‖ M), M = (1 − α) P + α Q, α the `skew`, 0 < α < 1: at most −log α per token.
+    """T² · KL(Q ‖ M), M = (1 − α) P + α Q, where α is `skew`, 0 < α < 1. The KL is at most −log α.
 
-    Slope by q: log(q / m) + 1 − α q / m.
+    Derivative by q: log(q / m) + 1 − α q / m.
     Gradient: T q_v (g_v − Σ q g), g = log(q / m) − α (q / m − 1).
     """
     _, q_NV, log_ratio_NV = distributions(student_NV, teacher_NV, temperature)

@@ -13,9 +13,9 @@ OPTIONS = ()
 def loss_and_gradient(
     student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """T² · ½ Σ_v |p_v − q_v|, between 0 and T²: a share of probability, not nats.
+    """T² · ½ Σ_v |p_v − q_v|, between 0 and T²; the unit is probability, not nats.
 
-    Gradient: T ½ q_v (g_v − Σ q g), g = sign(q − p), 0 where they are equal.
+    Gradient: T ½ q_v (g_v − Σ q g), g = sign(q − p), which is 0 where p = q.
     """
     student_NV, teacher_NV = over_temperature(student_NV, teacher_NV, temperature)
     q_NV, p_NV = student_NV.softmax(-1), teacher_NV.softmax(-1)

@@ -1,14 +1,14 @@
-"""Formats of a teacher's stored outputs: one file each, whose name is the format's.
+"""Formats of a teacher's stored outputs: each is one file, and its name is the format's name.
 
 A file has a frozen dataclass `Format`. Its fields are written to the header of a cache. They come
 from the stage's config; `vocab_size` and `hidden_size` come from the teacher.
 
 - `STATES`: whether `decode` returns final hidden states [N, H]; otherwise it returns a `Sparse`.
-- `check()`: raises UserError for settings that are not possible.
-- `bytes_per_token()`: an upper bound.
+- `check()`: raises UserError for invalid settings.
+- `bytes_per_token()`: an upper bound of the size.
 - `encode(hidden_NH, head, key)`: named tensors on the CPU for one sequence, whose key is `key`; the
   store concatenates those of all sequences along the first axis.
-- `decode(stored)`: the inverse, as far as the format keeps it.
+- `decode(stored)`: the inverse of `encode`, except for the information that the format discards.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Format(Protocol):
     STATES: ClassVar[bool]
 
     def check(self) -> None:
-        """Raise UserError for settings that are not possible."""
+        """Raise UserError for invalid settings."""
 
     def bytes_per_token(self) -> float:
-        """The most bytes that a scored token takes."""
+        """An upper bound of the bytes per scored token."""
 
     def encode(self, hidden_NH: Tensor, head: Head, key: bytes) -> dict[str, Tensor]:
         """The tensors to store for one sequence's scored tokens."""
@@ -43,7 +43,7 @@ class Format(Protocol):
 
 
 def make(name: str, values: dict[str, Any]) -> Format:
-    """The format `name`, with its settings taken from `values` and checked."""
+    """Create the format `name` with its settings from `values`, and check them."""
     kind = plugins.load(__name__, name).Format
     form: Format = kind(**{field.name: values[field.name] for field in fields(kind)})
     form.check()
@@ -51,7 +51,7 @@ def make(name: str, values: dict[str, Any]) -> Format:
 
 
 def log_probabilities(hidden_NH: Tensor, head: Head, vocab_size: int) -> Iterator[Tensor]:
-    """log-softmax [n, V] over the first `vocab_size` ids in float32, some tokens at a time."""
+    """Yield log-softmax [n, V] over the first `vocab_size` ids in float32, n tokens at a time."""
     weight_VH = head.weight_VH[:vocab_size].to(hidden_NH.dtype)
     for part in hidden_NH.split(max(16, CHUNK_ELEMENTS // vocab_size)):
         yield head.logits(part, weight_VH).log_softmax(-1)

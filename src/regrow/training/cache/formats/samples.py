@@ -1,9 +1,9 @@
-"""Ids drawn from the teacher's distribution: an unbiased estimate of it (arXiv:2503.16870).
+"""Stores ids drawn from the teacher's distribution, an unbiased estimate of it (arXiv:2503.16870).
 
-Of n draws, the share that fell on an id estimates its probability without bias; so is the gradient.
-`multinomial` draws are independent. `systematic` draws are evenly spaced in the cumulative
-distribution from a random start, one per token (Carpenter et al., 1999): an id gets ⌊np⌋ or ⌈np⌉ of
-them, with the same expectation and far less noise.
+An id's share of the n draws is an unbiased estimate of its probability; the gradient is also
+unbiased. `multinomial` draws are independent. `systematic` draws are evenly spaced in the
+cumulative distribution from a random start, one per token (Carpenter et al., 1999): an id gets
+⌊np⌋ or ⌈np⌉ of them, with the same expectation and far less noise.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LARGEST = 255
 
 @dataclass(frozen=True)
 class Format:
-    """Per token: its drawn ids in ceil(log2 V) bits each, their counts and number, the entropy."""
+    """Stores per token the drawn ids (ceil(log2 V) bits each), their counts, number and entropy."""
 
     STATES: ClassVar[bool] = False
     vocab_size: int
@@ -35,17 +35,17 @@ class Format:
     seed: int = 0
 
     def check(self) -> None:
-        """Raise UserError for more draws than a byte counts."""
+        """Raise UserError for more draws than a byte can count."""
         if not 1 <= self.draws <= LARGEST:
             raise UserError(f"draws {self.draws}: give 1 to {LARGEST}")
 
     def bytes_per_token(self) -> float:
-        """The bytes when each draw is another id."""
+        """The bytes per token if all draws are different ids."""
         bits = bit_width(self.vocab_size) + bit_width(self.draws)
         return packed_bytes(self.draws, bits) + 3
 
     def encode(self, hidden_NH: Tensor, head: Head, key: bytes) -> dict[str, Tensor]:
-        """`unique` [N] ids per token, `entropy` [N] in nats, and all `ids` and `counts`, packed."""
+        """Return `unique` [N] ids per token, `entropy` [N] in nats, packed `ids` and `counts`."""
         points_ND = self._points(len(hidden_NH), key).to(hidden_NH.device)
         drawn, entropy, done = [], [], 0
         for log_p_NV in log_probabilities(hidden_NH, head, self.vocab_size):
@@ -65,7 +65,7 @@ class Format:
         }
 
     def decode(self, stored: dict[str, Tensor]) -> Sparse:
-        """Shares of the draws; rows with fewer ids than others are filled up with shares of 0."""
+        """Return each id's share of the draws; shorter rows are padded with shares of 0."""
         unique_N = stored["unique"].long()
         total = int(unique_N.sum())
         ids = unpack(stored["ids"][None], total, bit_width(self.vocab_size))[0]
@@ -77,7 +77,10 @@ class Format:
         return Sparse(self.vocab_size, ids_NK, share_NK, entropy_N=stored["entropy"].float())
 
     def _points(self, tokens: int, key: bytes) -> Tensor:
-        """Points of the cumulative distribution, [tokens, draws], ascending in [0, 1)."""
+        """The points at which the cumulative distribution is inverted.
+
+        Shape [tokens, draws], ascending in [0, 1).
+        """
         seed = hashlib.sha256(f"{self.seed}/".encode() + key).digest()[:8]
         generator = torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
         fields = {"generator": generator, "dtype": torch.float64}
@@ -89,7 +92,7 @@ class Format:
 
 
 def _runs(drawn_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The distinct ids of each ascending row, the count of each, and how many ids a row has."""
+    """The distinct ids of each ascending row, the count of each, and the number of ids per row."""
     new_ND = torch.ones_like(drawn_ND, dtype=torch.bool)
     new_ND[:, 1:] = drawn_ND[:, 1:] != drawn_ND[:, :-1]
     starts = new_ND.flatten().nonzero()[:, 0]

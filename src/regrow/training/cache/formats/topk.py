@@ -1,7 +1,7 @@
-"""The k likeliest ids with their probabilities, and the mass of all others as one bucket.
+"""Stores the k most likely ids with their probabilities, and the mass of all others as one bucket.
 
-Codes are even steps in √p: an error of d√p costs 4 (d√p)² / 2 nats of KL for every p, so even steps
-cost the least. With b bits, p ∝ code², code 1 … 2^b − 1.
+Codes are even steps in √p: an error of d√p adds 4 (d√p)² / 2 nats of KL at every p, so even steps
+have the least error. With b bits, p ∝ code², code 1 … 2^b − 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from regrow.training.head import Head
 
 @dataclass(frozen=True)
 class Format:
-    """k ids of ceil(log2 V) bits, and k + 1 codes of `bits` bits, the last one the tail's."""
+    """Stores k ids of ceil(log2 V) bits and k + 1 codes of `bits` bits; the last is the tail."""
 
     STATES: ClassVar[bool] = False
     vocab_size: int
@@ -37,12 +37,12 @@ class Format:
             )
 
     def bytes_per_token(self) -> float:
-        """The bytes of both rows, each rounded up to whole bytes."""
+        """The bytes of the ids and of the codes, each rounded up to whole bytes."""
         ids = packed_bytes(self.k, bit_width(self.vocab_size))
         return ids + packed_bytes(self.k + 1, self.bits)
 
     def encode(self, hidden_NH: Tensor, head: Head, key: bytes) -> dict[str, Tensor]:
-        """`ids` and `codes`, uint8 [N, bytes]; the likeliest id comes first."""
+        """Return `ids` and `codes`, uint8 [N, bytes]; the most likely id is first."""
         ids, codes = [], []
         for log_p_NV in log_probabilities(hidden_NH, head, self.vocab_size):
             top_NK, ids_NK = log_p_NV.topk(self.k, dim=-1)
@@ -56,7 +56,7 @@ class Format:
         return {"ids": pack(torch.cat(ids), width), "codes": pack(torch.cat(codes), self.bits)}
 
     def decode(self, stored: dict[str, Tensor]) -> Sparse:
-        """The k + 1 buckets, which sum to 1."""
+        """Return the probabilities of the k + 1 buckets, which sum to 1."""
         ids_NK = unpack(stored["ids"], self.k, bit_width(self.vocab_size))
         squares = unpack(stored["codes"], self.k + 1, self.bits).float().square_()
         p = squares / squares.sum(-1, keepdim=True)
