@@ -70,9 +70,8 @@ def evaluate(
 
     `models` maps labels to model folders or to files NAME.gguf, which llama.cpp runs. `against` is
     the teacher for KL and ratios, run by transformers. It is listed first if it is not among the
-    models. An interrupted evaluation continues at the metric or task where it stopped. Raises
-    UserError for a model that cannot be loaded, a metric without any input, an unknown task, an
-    invalid row, and a teacher whose tokens do not match a model's.
+    models. An interrupted evaluation continues where it stopped. Raises UserError for a model that
+    cannot be loaded, a metric without input, an unknown task, an invalid row, and other tokens.
     """
     config, options = config or EvaluateConfig(), options or Options()
     options.torch_device()
