@@ -31,8 +31,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_fresh_student_does_not_take_over_the_teachers_plan(place: Path, tmp_path: Path) -> None:
     teacher = Checkpoint(place / "pruned")
-    assert open_student(place / "config.json", teacher).file("plan.json") is None
-    assert open_student(place / "pruned", teacher).file("plan.json") is not None
+    assert open_student(place / "config.json", teacher).cut is None
+    cut = open_student(place / "pruned", teacher).cut
+    assert cut is not None
+    assert (cut / "plan.json").exists()
 
 
 def test_a_fresh_student_generates_as_its_teacher(place: Path, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -240,6 +241,20 @@ class Plan(Config):
         """Write JSON with one line per list, and layers in the order of their numbers."""
         fields = self.model_dump(mode="json", exclude_none=True)
         path.write_text(_indented(fields) + "\n")
+
+
+def stored_plans(folder: Path) -> Iterator[Plan]:
+    """Read the plans in a model's folder, the one with the longest history first."""
+    for name in FILES:
+        if (folder / name).exists():
+            yield Plan.read(folder / name)
+
+
+def copy_plans(source: Path, target: Path) -> None:
+    """Copy the plan files of one model's folder to another."""
+    for name in FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
 
 
 def compose(earlier: Plan, later: Plan) -> Plan:

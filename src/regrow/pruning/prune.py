@@ -74,7 +74,8 @@ def prune_to_sizes(
         trial = RepairTrial()
         if method is not None and measured is not None:
             work, machine = folder / "work", options or Options()
-            trial = try_repair(checkpoint, measured, plan, config, work, machine)
+            setup = repair_setup(checkpoint, measured, plan, config, work, machine)
+            trial = try_repair(setup, config)
         cut_folder(checkpoint, plan, folder, replace=trial.accepted)
         shutil.rmtree(folder / "work", ignore_errors=True)
         plan.write(folder / plans.FILE)
@@ -111,14 +112,11 @@ def _announce(before: int, after: int, plan: Plan) -> None:
 
 def _from_first(checkpoint: Checkpoint, plan: Plan) -> Plan | None:
     """All cuts since the first model, merged into one plan; None when this is the first cut."""
-    for name in plans.FILES:
-        path = checkpoint.folder / name
-        if path.exists():
-            earlier = Plan.read(path)
-            # A plan for this model itself, stored here to be applied, is not part of its history.
-            to_apply = (checkpoint.fingerprint, *plan.siblings)
-            return None if earlier.fingerprint in to_apply else compose(earlier, plan)
-    return None
+    earlier = next(plans.stored_plans(checkpoint.folder), None)
+    # A plan for this model itself, stored here to be applied, is not part of its history.
+    if earlier is None or earlier.fingerprint in (checkpoint.fingerprint, *plan.siblings):
+        return None
+    return compose(earlier, plan)
 
 
 def make_plan(checkpoint: Checkpoint, config: PruneConfig, profile: Profile | None) -> Plan:
@@ -154,23 +152,27 @@ def make_plan(checkpoint: Checkpoint, config: PruneConfig, profile: Profile | No
     )
 
 
-def repair_by(
+def repair_setup(
     checkpoint: Checkpoint,
     profile: Profile,
     plan: Plan,
     config: PruneConfig,
     work: Path,
     options: Options,
-) -> Repaired | None:
+) -> RepairSetup:
+    """The inputs of a repair method; `work` is a folder for temporary files."""
+    family, limits = families.of(checkpoint), (config.repair_tokens, config.repair_upstream)
+    return RepairSetup(checkpoint, family, profile, plan, work, options, *limits)
+
+
+def repair_by(setup: RepairSetup, config: PruneConfig) -> Repaired | None:
     """The repaired weights for a plan, not yet validated; None if the config wants no repair.
 
-    `work` is a folder for temporary files. Raises the UserErrors of `repair_method`.
+    Raises the UserErrors of `repair_method`.
     """
     if not config.repair:
         return None
-    repaired: Repaired = repair_method(config, profile).repair(
-        _setup(checkpoint, profile, plan, config, work, options)
-    )
+    repaired: Repaired = repair_method(config, setup.profile).repair(setup)
     return repaired
 
 
@@ -189,21 +191,13 @@ class RepairTrial:
         return self.repaired if self.kl_with < self.kl_without else None
 
 
-def try_repair(
-    checkpoint: Checkpoint,
-    profile: Profile,
-    plan: Plan,
-    config: PruneConfig,
-    work: Path,
-    options: Options,
-) -> RepairTrial:
+def try_repair(setup: RepairSetup, config: PruneConfig) -> RepairTrial:
     """Repair with `repair_by`, and measure the whole model with and without the repair."""
     from regrow.pruning.repair._validate import validation_kl
 
-    repaired = repair_by(checkpoint, profile, plan, config, work, options)
+    repaired = repair_by(setup, config)
     if repaired is None:
         return RepairTrial()
-    setup = _setup(checkpoint, profile, plan, config, work, options)
     (kl_without, kl_with), tokens = validation_kl(setup, (None, repaired))
     trial = RepairTrial(repaired, kl_without, kl_with, tokens)
     kept = "" if trial.accepted is not None else "; the repair does not help and is not applied"
@@ -212,26 +206,6 @@ def try_repair(
         f"{tokens:,} validation tokens{kept}"
     )
     return trial
-
-
-def _setup(
-    checkpoint: Checkpoint,
-    profile: Profile,
-    plan: Plan,
-    config: PruneConfig,
-    work: Path,
-    options: Options,
-) -> RepairSetup:
-    return RepairSetup(
-        checkpoint,
-        families.of(checkpoint),
-        profile,
-        plan,
-        work,
-        options,
-        config.repair_tokens,
-        config.repair_upstream,
-    )
 
 
 def repair_method(config: PruneConfig, profile: Profile | None) -> ModuleType:

@@ -28,7 +28,7 @@ from regrow.families import Family
 from regrow.plan import Plan
 from regrow.profile_folder import Profile
 from regrow.pruning.config import PruneConfig
-from regrow.pruning.prune import repair_by
+from regrow.pruning.prune import repair_by, repair_setup
 from regrow.pruning.sorted_model import SortedModel
 from regrow.runtime.progress import progress, say
 from regrow.search.shapes import HANDFUL, Shape
@@ -103,7 +103,7 @@ class CutScorer:
                 tokens = min(config.repair_tokens, SCORER_REPAIR_TOKENS)
                 less = config.model_copy(update={"repair_tokens": tokens})
                 given = (self.checkpoint, self.profile, plan, less, Path(work), self.options)
-                repaired = repair_by(*given)
+                repaired = repair_by(repair_setup(*given), less)
             student = self.dense.cut(plan, repaired)
         batches, reference = zip(*self.text(share), strict=True)
         head = head_of(self.dense.model)

@@ -27,7 +27,7 @@ from regrow.profile_folder import Profile
 from regrow.pruning.choose import choose, full_sizes
 from regrow.pruning.config import PruneConfig
 from regrow.pruning.cut import cut_folder
-from regrow.pruning.prune import repair_method, try_repair
+from regrow.pruning.prune import repair_method, repair_setup, try_repair
 from regrow.runtime.progress import clock, say
 from regrow.search.score import SCORED_SEQUENCES, CutScorer
 from regrow.search.shapes import check_keep_params
@@ -106,7 +106,7 @@ def _cut(
     options: Options,
 ) -> Checkpoint:
     work = folder.parent / "repair"
-    trial = try_repair(checkpoint, profile, plan, config, work, options)
+    trial = try_repair(repair_setup(checkpoint, profile, plan, config, work, options), config)
     cut_folder(checkpoint, plan, folder, replace=trial.accepted)
     return Checkpoint(folder)
 

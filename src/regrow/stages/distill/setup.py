@@ -16,7 +16,7 @@ from regrow.config import Options
 from regrow.data import DataConfig
 from regrow.data.sequences import Sequences, build_sequences
 from regrow.errors import UserError
-from regrow.plan import FILES, Plan
+from regrow.plan import stored_plans
 from regrow.quantization.formats import Scheme, find_scheme
 from regrow.runtime import distributed
 from regrow.runtime.progress import say
@@ -266,8 +266,7 @@ def feature_losses_between(
 
 def _mapping_by_plan(student: Student, teacher: Checkpoint) -> LayerMapping | None:
     """The mapping by the student's plan, or from the teacher to itself; None if neither applies."""
-    for path in filter(None, map(student.file, FILES)):
-        plan = Plan.read(path)
+    for plan in () if student.cut is None else stored_plans(student.cut):
         if plan.fingerprint == teacher.fingerprint:
             return LayerMapping.of_plan(plan)
     if student.fingerprint == teacher.fingerprint:

@@ -22,7 +22,7 @@ from regrow.data import DataConfig
 from regrow.data.sequences import Sequences
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
-from regrow.plan import FILES
+from regrow.plan import copy_plans
 from regrow.quantization.fake_quantize import bind_rounding
 from regrow.runtime import distributed
 from regrow.runtime.progress import progress, say
@@ -194,10 +194,8 @@ def _write(trainer: DistillTrainer, setup: DistillSetup, folder: Path) -> None:
         model = student.plain(trainer.student, dtype, dtypes)
     model.config.use_cache = True
     checkpoints.write_model(model, folder, student.like)
-    for name in FILES:
-        path = student.file(name)
-        if path is not None:
-            shutil.copyfile(path, folder / name)
+    if student.cut is not None:
+        copy_plans(student.cut, folder)
 
 
 def _figures(trainer: DistillTrainer, tokens: int) -> list[Figure]:

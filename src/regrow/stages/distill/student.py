@@ -187,10 +187,10 @@ class Student:
         """The student on the meta device, which takes no memory for weights."""
         return _on_meta(self.config or AutoConfig.from_pretrained(str(self.like.folder)))
 
-    def file(self, name: str) -> Path | None:
-        """The file `name` in the student's folder, if it exists."""
-        path = self.like.folder / name
-        return path if self.config is None and path.exists() else None
+    @property
+    def cut(self) -> Path | None:
+        """The folder with the student's weights and its plans; None for a fresh student."""
+        return self.like.folder if self.config is None else None
 
 
 def check_student(student: Student, config: DistillConfig, options: Options) -> Adapter | None:

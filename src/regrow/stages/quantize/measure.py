@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regrow.checkpoint import Checkpoint
 from regrow.families import Family
-from regrow.plan import FILES, Plan
+from regrow.plan import stored_plans
 from regrow.quantization.formats import Scheme
 from regrow.stage_dir import Figure
 from regrow.stages.quantize.choose import WEIGHT
@@ -50,11 +50,8 @@ def sizes(
 
 def _ancestor_parameters(checkpoint: Checkpoint, family: Family) -> int | None:
     """Parameters of the model before its first pruning, read from the plan in its folder."""
-    for name in FILES:
-        if (checkpoint.folder / name).exists():
-            plan = Plan.read(checkpoint.folder / name)
-            return family.count(checkpoint.config, plan.before)
-    return None
+    first = next(stored_plans(checkpoint.folder), None)
+    return None if first is None else family.count(checkpoint.config, first.before)
 
 
 @torch.no_grad()

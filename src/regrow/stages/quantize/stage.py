@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from regrow import families, plugins, stage_dir
-from regrow import plan as plans
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.config import Options
@@ -23,6 +21,7 @@ from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.families import Family
 from regrow.layerwise import Spill
+from regrow.plan import copy_plans
 from regrow.quantization.formats import Scheme
 from regrow.quantization.grid import Grid
 from regrow.runtime.progress import say
@@ -175,9 +174,7 @@ class QuantizeSetup:
             layout = dict(self.layout())
             tensors = self.tensors(waiting, device)
             checkpoints.write(folder, self.new_config(), layout, tensors, self.checkpoint)
-        for name in plans.FILES:
-            if (self.checkpoint.folder / name).exists():
-                shutil.copyfile(self.checkpoint.folder / name, folder / name)
+        copy_plans(self.checkpoint.folder, folder)
 
     def round(
         self, weight: Tensor, scheme: Scheme, gram_CC: Tensor | None = None

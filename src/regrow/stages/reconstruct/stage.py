@@ -34,12 +34,12 @@ from regrow.data.sequences import Sequences, build_sequences
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.layerwise import LayerByLayer
-from regrow.plan import FILES, Plan
+from regrow.plan import Plan, copy_plans, stored_plans
 from regrow.runtime.progress import progress, say
 from regrow.stage_dir import Figure, StageDir, refuse_input, require_space, write_json
 from regrow.stages.reconstruct import ReconstructConfig
 from regrow.stages.reconstruct.streams import Streams
-from regrow.stages.reconstruct.train_layer import relative_error, train_layer
+from regrow.stages.reconstruct.train_layer import Target, relative_error, train_layer
 from regrow.training.shared_tokens import teacher_ids
 from regrow.training.teacher import Teacher, mean_loss, scored
 
@@ -78,9 +78,7 @@ def reconstruct(
         layout = {name: cut.meta(name) for name in cut.names()}
         tensors = ((name, work.current(name)) for name in layout)
         checkpoints.write(folder, cut.config, layout, tensors, like=cut)
-        for name in FILES:
-            if (cut.folder / name).exists():
-                shutil.copyfile(cut.folder / name, folder / name)
+        copy_plans(cut.folder, folder)
         stage.figures += work.figures()
         stage.extra["layers"] = work.rows
         shutil.rmtree(folder / LAYERS, ignore_errors=True)
@@ -91,11 +89,9 @@ def reconstruct(
 
 def plan_between(student: Checkpoint, teacher: Checkpoint) -> Plan:
     """The plan by which `student` was cut from `teacher`; raises UserError when there is none."""
-    for name in FILES:
-        if (student.folder / name).exists():
-            plan = Plan.read(student.folder / name)
-            if plan.fingerprint == teacher.fingerprint:
-                return plan
+    for plan in stored_plans(student.folder):
+        if plan.fingerprint == teacher.fingerprint:
+            return plan
     raise UserError(
         f"{student.folder} was not cut from {teacher.folder}, as far as its plan.json says: give "
         "the model that it was cut from as the teacher, or use regrow distill"
@@ -141,7 +137,7 @@ class Reconstruction:
         self._cut = LayerByLayer.of(
             student, self.family, self.device, read=self.current, dtype=dtype
         )
-        self._teacher = LayerByLayer.of(teacher, families.of(teacher), self.device, dtype=dtype)
+        self._measure_teacher(teacher)
 
     def current(self, name: str) -> Tensor:
         """A tensor of the student as it is now."""
@@ -157,7 +153,6 @@ class Reconstruction:
         layers = len(kept)
         checks = {round((n + 1) * layers / self.config.checks) for n in range(self.config.checks)}
         done = self._resume()
-        self._measure_teacher()
         streams = Streams(self.folder / "streams", self._batches(), self._dense, self._cut)
         if not self.kl:
             self.kl.append(self._kl())
@@ -211,7 +206,7 @@ class Reconstruction:
             save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, path)
             self._new |= dict.fromkeys(tensors, path)
 
-    def _target(self, streams: Streams) -> Any:
+    def _target(self, streams: Streams) -> Target:
         hidden = self.plan.hidden
         kept = None if hidden is None else torch.tensor(hidden)
 
@@ -241,9 +236,12 @@ class Reconstruction:
             streams.advance_cut(layer)
 
     @torch.no_grad()
-    def _measure_teacher(self) -> None:
+    def _measure_teacher(self, checkpoint: Checkpoint) -> None:
         """The teacher's final states on the validation text, and its head."""
-        teacher = Teacher(self._teacher.streamed(), self.ids_V)
+        shell = LayerByLayer.of(
+            checkpoint, families.of(checkpoint), self.device, dtype=self._cut.dtype
+        )
+        teacher = Teacher(shell.streamed(), self.ids_V)
         self._head = teacher.head
         self._reference = [teacher.hidden(batch).final[scored(batch)] for batch in self.validation]
 

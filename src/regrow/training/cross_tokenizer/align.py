@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from regrow.data.documents import prefix_ids
 from regrow.data.sequences import IGNORED, Sequences
 from regrow.errors import UserError
 
@@ -132,10 +133,7 @@ class Aligner:
         self.student_bytes = token_bytes(student, names[0])
         self.teacher_bytes = token_bytes(teacher, names[1])
         self.special = _specials(student, self.student_bytes, teacher, self.teacher_bytes)
-        bare = teacher("a", add_special_tokens=False)["input_ids"]
-        whole = teacher("a")["input_ids"]
-        before = next(n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
-        self.prefix: list[int] = whole[:before]
+        self.prefix = prefix_ids(teacher)
         """The tokens that the teacher's tokenizer puts before any text."""
         self.student_spaced = _spaced(student, self.student_bytes)
         self.teacher_spaced = _spaced(teacher, self.teacher_bytes)
