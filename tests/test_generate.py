@@ -20,10 +20,10 @@ from regrow.data.documents import read_row, split_of
 from regrow.data.prompts import read_prompt
 from regrow.data.sequences import build_sequences
 from regrow.errors import UserError
+from regrow.runtime.batch_generator import BatchGenerator, draw_ids
 from regrow.stage_dir import read as read_manifest
 from regrow.stages.generate import GenerateConfig
-from regrow.stages.generate.batch_generator import BatchGenerator, draw_ids
-from regrow.stages.generate.stage import generate
+from regrow.stages.generate.stage import generate, sampling_of
 
 NEW = 12
 ALL = GenerateConfig(split="all", max_new_tokens=NEW, keep_unfinished=True)
@@ -127,7 +127,7 @@ def test_the_sampler_divides_by_the_temperature(place: Path) -> None:
     expected, likeliest = (logits / HOT).softmax(-1).max(0)
     assert 0.1 < float(expected) < 0.9
     count = 2_000
-    answerer = BatchGenerator(model, tokenizer, config)
+    answerer = BatchGenerator(model, tokenizer, sampling_of(config))
     answers = answerer.answer([[5, 6, 7]] * count, [str(n) for n in range(count)])
     share = sum(answer.ids == [int(likeliest)] for answer in answers) / count
     assert share == pytest.approx(float(expected), abs=4 * (0.25 / count) ** 0.5)
@@ -192,7 +192,7 @@ def test_an_answer_ends_at_an_end_mark_of_the_folder_or_the_tokenizer(place: Pat
     checkpoint = Checkpoint(place / "model")
     model, tokenizer = checkpoint.model(torch.float32), checkpoint.tokenizer()
     model.generation_config.eos_token_id = [3, 9]
-    answerer = BatchGenerator(model, tokenizer, GREEDY)
+    answerer = BatchGenerator(model, tokenizer, sampling_of(GREEDY))
     assert answerer.ends == [0, 3, 9]
     assert answerer._cut([5, 6, 3, 7, 0]).ids == [5, 6]
     assert answerer._cut([5, 6, 3]).finished

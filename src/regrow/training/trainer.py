@@ -7,7 +7,9 @@ the running means of the loss balancer.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from regrow.errors import UserError
 from regrow.training.adapters import has_adapter, load_adapter
 from regrow.training.callbacks import COUNT_PREFIX, MetricSums
 from regrow.training.features import MAIN, FeatureLosses
+from regrow.training.on_policy import StudentWriter
 
 FEATURE_LOSS_STATE = "feature_losses.pt"
 """A file next to optimizer.pt in each checkpoint; the written student does not contain it."""
@@ -94,11 +97,13 @@ class FeatureLossTrainer(Trainer):
 class DistillTrainer(FeatureLossTrainer):
     """Trains on a step's summed loss ÷ its scored tokens, over all micro-batches and ranks.
 
-    Sequences are read in order, so that a run with a larger budget continues a shorter one.
+    Sequences are read in order, so that a run with a larger budget continues a shorter one. With a
+    `writer`, the student itself writes some of them.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, writer: StudentWriter | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.writer = writer
         self.logged = MetricSums()
         self.step_loss = torch.zeros(())
         self.model_accepts_loss_kwargs = True  # Trainer then counts the scored tokens
@@ -147,6 +152,28 @@ class DistillTrainer(FeatureLossTrainer):
         else:
             super()._load_best_model()
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of the next step; the student writes its rows of them now."""
+        batches = list(islice(epoch_iterator, num_batches))
+        if self.writer is not None:
+            step, every = self.state.global_step, int(self.args.save_steps)
+            if self.writer.due(step, every):
+                with self.accelerator.autocast():
+                    self.writer.write(self.writer.rows_ahead(step, every, self.rows_of))
+            batches = [self.writer.replace(batch) for batch in batches]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def rows_of(self, step: int) -> list[int]:
+        """The numbers of the sequences that this process reads in an optimizer step."""
+        args, rows = self.args, list[int]()
+        size, each = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        for micro in range(step * each, (step + 1) * each):
+            first = (micro * args.world_size + args.process_index) * size
+            rows += range(first, first + size)
+        return rows
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -185,6 +212,9 @@ class DistillTrainer(FeatureLossTrainer):
         """Log a row; a training row also gets each loss and feature loss by name."""
         if "loss" in logs:
             logs = {**logs, **self.logged.means(self.sum_over_ranks)}
+            if self.writer is not None:
+                logs["writing_seconds"] = round(self.writer.seconds, 3)
+                self.writer.seconds = 0.0
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()

@@ -64,6 +64,7 @@ class DistillStage(Stage):
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError if losses, budget, answers and cache are not compatible."""
+        from regrow.stages.distill.on_policy import check_on_policy
         from regrow.stages.distill.setup import budget_of
         from regrow.stages.distill.student import Student, check_student
         from regrow.stages.distill.teacher import check_loss, open_extra_teachers, teacher_placement
@@ -71,6 +72,7 @@ class DistillStage(Stage):
         from regrow.training.cache.folder import Cache
 
         config, options = step.config, plan.options
+        check_on_policy(config, plan.data, options)
         budget_of(config, plan.data, options)
         teacher_placement(config, options)
         check_student(Student(plan.checkpoint), config, options)
@@ -125,14 +127,18 @@ class DistillStage(Stage):
         return {"tokens": tokens, "heldout_sequences": config.heldout_sequences}
 
     def inputs(self, step: Step) -> Iterable[str]:
-        """Hashes of the extra teachers."""
+        """Hashes of the extra teachers and of the student's prompts."""
         from regrow.checkpoint import load
+        from regrow.stages.distill.text import answer_digests
 
-        return [load(name).fingerprint for name in sorted(step.config.extra_teachers)]
+        prompts = answer_digests(step.config).get("on_policy_prompts")
+        teachers = [load(name).fingerprint for name in sorted(step.config.extra_teachers)]
+        return teachers if prompts is None else [*teachers, prompts]
 
 
 def _check_cached(step: Step, plan: RecipePlan) -> None:
     """Raise UserError for fields that a cache does not support."""
+    from regrow.stages.distill.on_policy import check_on_policy
     from regrow.stages.distill.teacher import (
         FEWER_TOKENS,
         check_extra_teachers,
@@ -144,6 +150,7 @@ def _check_cached(step: Step, plan: RecipePlan) -> None:
     if plan.fewer_tokens:
         raise UserError(FEWER_TOKENS)
     cached = step.config.model_copy(update={"cache": "of the recipe"})
+    check_on_policy(cached, plan.data, plan.options)
     check_extra_teachers(cached)
     teacher_placement(cached, plan.options)
     if plan.answers & {teacher, ""}:
@@ -164,10 +171,12 @@ def estimate(
 ) -> list[str]:
     """The estimated steps, memory and time: 2 N_teacher + 6 N_student operations per token."""
     from regrow.cost import parameters
+    from regrow.stages.distill.on_policy import check_on_policy
     from regrow.stages.distill.student import check_student
     from regrow.stages.distill.teacher import TeacherSetup
     from regrow.stages.distill.text import answer_digests, loss_weights_of, training_text
 
+    check_on_policy(config, data, options)
     text = training_text(data, config)
     loss_weights_of(config, text)
     answer_digests(config)
@@ -191,8 +200,9 @@ def training_lines(
     of_teacher = {"disk": 0, "int8": teacher}.get(teacher_placement(config, options), 2 * teacher)
     size = training_bytes(student, config.adapter)
     seconds = seconds_for(config.tokens, training_operations(student, teacher, config.adapter))
+    own = f", {config.on_policy_share:.0%} written by the student" if config.on_policy_share else ""
     return [
-        f"distill: {steps} steps of {config.batch_tokens:,} tokens "
+        f"distill: {steps} steps of {config.batch_tokens:,} tokens{own} "
         f"({accumulation} micro-batches of {micro} sequences)",
         f"  memory {(size + of_teacher) / 1e9:.2f} GB for weights, gradients, optimizer "
         f"and teacher, without activations; time at best {clock(seconds)}",

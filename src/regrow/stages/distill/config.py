@@ -92,6 +92,23 @@ class DistillConfig(Config):
     """Weight of each loss, by its name, on the student's own answers."""
     own_share: float = Field(default=0.5, gt=0, lt=1)
     """Share of the student's own answers in the training tokens."""
+    on_policy_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the training tokens in which the student itself writes, during the training: it
+    continues prompts, and the teacher scores each token that it wrote. 0 trains on text alone."""
+    on_policy_losses: dict[str, float] = Field(default_factory=lambda: {"reverse_kl": 1.0})
+    """Weight of each loss, by its name, on the tokens that the student writes."""
+    on_policy_prompts: str | None = None
+    """The prompts (a file, a folder, …) that the student continues. Without them, it continues the
+    prompts of the training text, or the first on_policy_prompt_tokens of each plain passage."""
+    on_policy_prompt_tokens: int = Field(default=32, ge=1)
+    """Tokens of a plain passage that the student reads before it writes."""
+    on_policy_new_tokens: int = Field(default=96, ge=1)
+    """The maximum number of tokens that the student writes after a prompt."""
+    on_policy_temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """The temperature at which the student writes."""
+    on_policy_steps: int = Field(default=8, ge=1)
+    """Optimizer steps for which the student writes at once. 1 is strictly on-policy; larger numbers
+    write in larger batches, which is faster. It also writes anew after each checkpoint."""
     adapter: Literal["none", "lora", "qlora"] = "none"
     """none trains all weights; lora trains low-rank adapters beside frozen weights and merges them
     in the result; qlora does the same with frozen weights in 4 bits."""
@@ -110,7 +127,7 @@ class DistillConfig(Config):
     seed: int = 0
     """Seed of dropout and of random initial weights (of a config.json, or of adapters)."""
 
-    @field_validator("losses", "own_losses")
+    @field_validator("losses", "own_losses", "on_policy_losses")
     @classmethod
     def _known_losses(cls, losses: dict[str, float]) -> dict[str, float]:
         return known_losses(losses)

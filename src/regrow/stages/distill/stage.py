@@ -28,6 +28,7 @@ from regrow.runtime import distributed
 from regrow.runtime.progress import progress, say
 from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
 from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.on_policy import check_on_policy, writer_of
 from regrow.stages.distill.setup import TRAINER, DistillSetup, arguments_of
 from regrow.stages.distill.student import compile_layers, open_student
 from regrow.stages.distill.teacher import TeacherSetup, freeze, mass_lost, show_attentions
@@ -35,6 +36,7 @@ from regrow.stages.distill.text import answer_digests, loss_weights_of, training
 from regrow.training import sharding
 from regrow.training.callbacks import CHOSEN_BY, MetricsWriter, ProgressCallback
 from regrow.training.objective import bind_loss
+from regrow.training.on_policy import NumberedSequences
 from regrow.training.trainer import DistillTrainer, NotFiniteError
 
 ADAPTER = "adapter"
@@ -67,6 +69,7 @@ def distill(
     out, config, options = Path(out), config or DistillConfig(), options or Options()
     device = options.torch_device()
     teacher = teacher if isinstance(teacher, Checkpoint) else load(teacher)
+    check_on_policy(config, data, options)
     opened = open_student(student, teacher)
     text = training_text(data, config)
     loss_weights = loss_weights_of(config, text)
@@ -92,14 +95,15 @@ def distill(
         distributed.wait()
         if device.index is not None:
             torch.cuda.set_device(device)  # the trainer uses the current device
-        _run(setup, stage, folder, train, heldout, device, metrics)
+        _run(setup, stage, folder, train, heldout, device, data, metrics)
     return out
 
 
 def _stage(out: Path, config: DistillConfig, inputs: dict[str, str]) -> StageDir:
     # The digest for resuming leaves out the budget, so that a larger one extends the same run.
-    # `inputs` has the digests of cache and answers, so the names of their folders do not matter.
-    config = config.model_copy(update={"cache": None, "answers": None, "own_answers": None})
+    # `inputs` has the digests of cache, answers and prompts, so the names of these do not matter.
+    names = ("cache", "answers", "own_answers", "on_policy_prompts")
+    config = config.model_copy(update=dict.fromkeys(names))
     same_run = config.model_copy(update={"tokens": 1})
     resume = StageDir(out, "distill", same_run, inputs).digest
     return StageDir(out, "distill", config, inputs, resumable=True, resume_digest=resume)
@@ -112,6 +116,7 @@ def _run(
     train: Sequences,
     heldout: Sequences,
     device: torch.device,
+    data: DataConfig,
     metrics: Path | None,
 ) -> None:
     """Train the student, then write the best checkpoint and the figures."""
@@ -126,12 +131,14 @@ def _run(
         compile_layers(
             model, teacher_model, setup.placement, 0 if shared is None else config.freeze_layers
         )
+    writer = writer_of(setup, model, train, data)
     trainer = DistillTrainer(
         model=model,
         args=arguments_of(folder, config, setup.options, device, budget, teachers.chosen_by),
-        train_dataset=train,
+        train_dataset=train if writer is None else NumberedSequences(train),
         eval_dataset=heldout,
         feature_losses=feature_losses,
+        writer=writer,
     )
     with ExitStack() as bound:
         if shared is not None:

@@ -30,14 +30,11 @@ from regrow.training.features import FeatureLosses, give_attentions
 from regrow.training.frozen_layers import SharedPrefix
 from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import AnyTeacher
-from regrow.training.shared_tokens import NONE, check_text, teacher_ids
+from regrow.training.shared_tokens import NONE, check_text, comparable, teacher_ids
 from regrow.training.teacher import MixedTeacher, Teacher, TeacherPlacement, place_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-from regrow.training.shared_tokens import comparable
 
 
 def teacher_of(
@@ -140,6 +137,8 @@ def freeze(
     if placement != "whole" or not isinstance(teacher, Teacher) or teacher.ids_V is not None:
         return None
     if config.fake_quantize is not None:  # the teacher's layers are not rounded
+        return None
+    if config.on_policy_share:  # the student runs all of its layers when it writes
         return None
     runs = weights.needs_teacher or feature_losses is not None
     attentions = feature_losses is not None and "attentions" in feature_losses.needs

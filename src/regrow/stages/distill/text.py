@@ -35,8 +35,10 @@ def training_text(data: DataConfig, config: DistillConfig) -> DataConfig:
 
 
 def answer_digests(config: DistillConfig) -> dict[str, str]:
-    """Hashes of the answers; raises UserError for a missing folder."""
+    """Hashes of the answers and of the student's prompts; raises UserError for a missing folder."""
     folders = {"answers": config.answers, "own_answers": config.own_answers}
+    if config.on_policy_share:
+        folders["on_policy_prompts"] = config.on_policy_prompts
     return {
         name: stage_dir.digest([sha256_of(path) for path in resolve(SourceConfig(source=folder))])
         for name, folder in folders.items()
@@ -47,6 +49,7 @@ def answer_digests(config: DistillConfig) -> dict[str, str]:
 def loss_weights_of(config: DistillConfig, data: DataConfig) -> LossWeights:
     """The weighted losses with their options; `data` is the text to train on.
 
+    If the student writes text during its training, the last losses by source are for that text.
     Raises UserError if a source has an unknown loss or a bad weight.
     """
     for source in data.sources:
@@ -56,6 +59,8 @@ def loss_weights_of(config: DistillConfig, data: DataConfig) -> LossWeights:
             raise UserError(f"{source.source}: losses: {error}") from None
     by_source = tuple(source.losses or config.losses for source in data.sources)
     tagged = any(source.losses is not None for source in data.sources)
+    if config.on_policy_share:
+        by_source, tagged = (*by_source, config.on_policy_losses), True
     return LossWeights(
         config.losses,
         config.temperature,

@@ -21,10 +21,10 @@ from regrow.data.prompts import Prompt, prompts
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.runtime import distributed
+from regrow.runtime.batch_generator import BatchGenerator, Sampling
 from regrow.runtime.progress import Progress, progress, say
 from regrow.stage_dir import Figure, StageDir, digest, refuse_input, require_space
 from regrow.stages.generate import GenerateConfig
-from regrow.stages.generate.batch_generator import BatchGenerator
 from regrow.training.cache.folder import tokenizer_fingerprint
 
 Row = dict[str, Any]
@@ -108,7 +108,7 @@ def generate(
         todo = [(prompt, ids) for prompt, ids in asked if prompt.key not in known]
         if todo:
             loaded = checkpoint.model(checkpoint.compute_dtype(), device)
-            answerer = BatchGenerator(loaded, tokenizer, config)
+            answerer = BatchGenerator(loaded, tokenizer, sampling_of(config))
             _answer(folder, answerer, tokenizer, todo, len(asked), options.batch_size)
         distributed.wait()
         if distributed.is_main():
@@ -121,6 +121,13 @@ def _stage(out: Path, config: GenerateConfig, inputs: dict[str, str]) -> StageDi
     same = config.model_copy(update={"limit": None, "keep_unfinished": False})
     resume = StageDir(out, "generate", same, inputs).digest
     return StageDir(out, "generate", config, inputs, resumable=True, resume_digest=resume)
+
+
+def sampling_of(config: GenerateConfig) -> Sampling:
+    """How the tokens are chosen."""
+    return Sampling(
+        config.max_new_tokens, config.temperature, config.top_p, config.seed, config.greedy
+    )
 
 
 def inputs_of(

@@ -7,7 +7,8 @@ Shapes: B prompts, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
 
@@ -22,7 +23,24 @@ from transformers import (
 )
 
 from regrow.runtime.precision import widest
-from regrow.stages.generate import GenerateConfig
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of an answer are chosen."""
+
+    max_new_tokens: int
+    """The maximum number of tokens in an answer."""
+    temperature: float = 1.0
+    """The temperature, by which the logits are divided before a draw."""
+    top_p: float = 1.0
+    """Draw from the smallest set of most likely tokens whose total probability reaches this."""
+    seed: int = 0
+    """Seed of the draws."""
+    greedy: bool = False
+    """Use the most likely token instead of drawing one."""
+    vocab_size: int | None = None
+    """Only ids below this number are drawn; None allows all rows of the output head."""
 
 
 class Sampler(LogitsProcessor):
@@ -33,14 +51,16 @@ class Sampler(LogitsProcessor):
     al., 2020, arXiv:1904.09751).
     """
 
-    def __init__(self, keys: Sequence[str], seed: int, temperature: float, top_p: float) -> None:
-        self.draws = [Random(f"{seed}/{key}") for key in keys]
-        self.temperature, self.top_p = temperature, top_p
+    def __init__(self, keys: Sequence[str], sampling: Sampling) -> None:
+        self.draws = [Random(f"{sampling.seed}/{key}") for key in keys]
+        self.sampling = sampling
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         """Return scores [B, V] that are −∞ except at the drawn ids."""
+        sampling = self.sampling
         uniform_B = torch.tensor([draw.random() for draw in self.draws], dtype=torch.float64)
-        chosen_B = draw_ids(scores.float() / self.temperature, self.top_p, uniform_B)
+        logits_BV = scores[:, : sampling.vocab_size].float() / sampling.temperature
+        chosen_B = draw_ids(logits_BV, sampling.top_p, uniform_B)
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen_B[:, None], 0.0)
 
 
@@ -69,24 +89,27 @@ class Answer:
     ids: list[int]
     finished: bool
     """Whether the model ended the answer; otherwise max_new_tokens cut it off."""
+    end: int | None = None
+    """The end mark that the model wrote, if it did."""
 
 
 class BatchGenerator:
     """Lets a model answer prompts in batches.
 
     Uses only the end marks of the generation settings in the model's folder, plus the tokenizer's
-    end mark.
+    end mark. The model may be in training: its own forward method and its settings are put back
+    after each batch.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
     ) -> None:
-        self.model, self.config = model, config
+        self.model, self.sampling = model, sampling
         self.ends = end_ids(model, tokenizer)
         pad, rows = tokenizer.pad_token_id, model.get_input_embeddings().num_embeddings
         self.pad = int(pad) if pad is not None and pad < rows else next(iter(self.ends), 0)
-        model.generation_config = GenerationConfig(
-            max_new_tokens=config.max_new_tokens,
+        self.settings = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
             do_sample=False,  # the sampler leaves only one id
             eos_token_id=self.ends or None,
             pad_token_id=self.pad,
@@ -102,22 +125,38 @@ class BatchGenerator:
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         device = self.model.device
-        tokens = self.model.generate(  # type: ignore[operator]
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            logits_processor=self._processors(keys),
-        )
+        with stock(self.model, self.settings):
+            tokens = self.model.generate(  # type: ignore[operator]
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                logits_processor=self._processors(keys),
+            )
         return [self._cut(row) for row in tokens[:, width:].tolist()]
 
     def _processors(self, keys: Sequence[str]) -> LogitsProcessorList:
-        config = self.config
-        if config.greedy:
+        if self.sampling.greedy:
             return LogitsProcessorList()
-        return LogitsProcessorList([Sampler(keys, config.seed, config.temperature, config.top_p)])
+        return LogitsProcessorList([Sampler(keys, self.sampling)])
 
     def _cut(self, ids: list[int]) -> Answer:
         end = next((at for at, token in enumerate(ids) if token in self.ends), None)
-        return Answer(ids if end is None else ids[:end], end is not None)
+        return Answer(ids, False) if end is None else Answer(ids[:end], True, ids[end])
+
+
+@contextmanager
+def stock(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Let `model` run as its class defines it, in eval mode and with these generation settings."""
+    before, training = model.generation_config, model.training
+    forward = vars(model).pop("forward", None)
+    model.generation_config = settings
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = before
+        model.train(training)
+        if forward is not None:
+            model.forward = forward  # type: ignore[method-assign]
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
