@@ -173,5 +173,5 @@ def test_recipes_that_cannot_be(job: Path) -> None:
     ):
         recipe_of(job, {"generate": {"by": "me"}}, DISTILL).steps()
     (job / "prompts.jsonl").write_text('{"text": "Only text."}\n')
-    with pytest.raises(UserError, match="no prompt to answer"):
+    with pytest.raises(UserError, match="which are no prompt"):
         check(recipe_of(job, GENERATE, EVALUATE), OPTIONS)

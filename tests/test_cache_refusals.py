@@ -132,7 +132,7 @@ def test_no_cache(distil: Distil, tmp_path: Path) -> None:
     (copy / "cache.json").write_text('{"version": 7}')
     assert "is no cache of version 1" in distil(str(copy))
     (copy / "cache.json").write_text("{")
-    assert "is no JSON" in distil(str(copy))
+    assert "is not valid JSON" in distil(str(copy))
 
 
 def test_a_teacher_whose_states_overflow(place: Path, tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def test_save_is_all_or_nothing(
 
 
 def test_save_refuses_a_folder_in_use(folder: Path) -> None:
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="has files that are not from regrow"):
         save(tiny_model("llama"), folder, like=load(folder))
     assert load(folder).tokenizer() is not None
 

@@ -143,7 +143,7 @@ TRUNCATED = "model.safetensors is truncated or no safetensors file: fetch or wri
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no folder": (shutil.rmtree, "no such model folder"),
     "no config": (no_config, "no config.json in"),
-    "broken JSON": (broken_config, "config.json is no JSON"),
+    "broken JSON": (broken_config, "config.json is not valid JSON"),
     "no model_type": (empty_config, "config.json names no model_type"),
     "unknown family": (
         with_config(model_type="qwen9"),
@@ -188,23 +188,23 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "mamba": (with_config(mamba_d_state=16), "is a hybrid model (mamba_d_state)"),
     "no multiple": (
         with_config(num_attention_heads=5),
-        "model: transformers can make no causal language model of this config: The hidden size "
-        "(48) is not a multiple of the number of attention heads (5).",
+        "model: transformers cannot build a causal language model from this config: The hidden "
+        "size (48) is not a multiple of the number of attention heads (5).",
     ),
     "layer_types too long": (
         with_config(layer_types=["full_attention"] * 9),
         "`num_hidden_layers` (3) must be equal to the number of `layer_types` (9)",
     ),
     "a size in words": (with_config(hidden_size="48"), "Field 'hidden_size' expected int, got str"),
-    "no such activation": (with_config(hidden_act="relu9"), "of this config: KeyError 'relu9'"),
+    "no such activation": (with_config(hidden_act="relu9"), "from this config: KeyError 'relu9'"),
     "no such dtype": (with_config(dtype="float17"), "has no attribute 'float17'"),
-    "no heads": (with_config(num_attention_heads=0), "can make no causal language model of"),
+    "no heads": (with_config(num_attention_heads=0), "cannot build a causal language model from"),
     "head of its own": (a_head_of_its_own, f"{HEAD} differs from {EMBEDDING}, although config"),
     "head of another size": (a_head_of_another_size, f"{HEAD} differs from {EMBEDDING}"),
     "one tensor twice": (one_tensor_twice, f"{NORM} is in a.safetensors and in b.safetensors of"),
     "generation config cut off": (
         with_generation_config('{"temperature":'),
-        "generation_config.json is no JSON",
+        "generation_config.json is not valid JSON",
     ),
     "generation config of a list": (
         with_generation_config("[1]"),
@@ -216,7 +216,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "very deep JSON": (
         with_generation_config("[" * 100_000),
-        "generation_config.json is no JSON",
+        "generation_config.json is not valid JSON",
     ),
 }
 
@@ -234,7 +234,7 @@ def test_a_null_head_dim(model_type: str, tmp_path: Path) -> None:
     """These families need a number, or none at all."""
     write_model(tmp_path / "model", model_type)
     set_config(tmp_path / "model", head_dim=None)
-    assert "transformers can make no causal language model" in refusal(tmp_path / "model")
+    assert "transformers cannot build a causal language model" in refusal(tmp_path / "model")
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,9 @@ def test_tokenizer_refused(name: str, folder: Path) -> None:
     """None at all, or a file of it cut off."""
     text = (folder / name).read_text()
     (folder / name).write_text(text[: len(text) // 2])
-    with pytest.raises(UserError, match=rf"{name} is no JSON \(.*\): fetch or write it again"):
+    with pytest.raises(
+        UserError, match=rf"{name} is not valid JSON \(.*\): fetch or write it again"
+    ):
         load(folder).tokenizer()
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"no tokenizer in .*expected one of tokenizer\.json"):

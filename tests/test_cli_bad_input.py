@@ -163,7 +163,7 @@ TARGETS: dict[str, tuple[dict[str, Any], str]] = {
     "multiple": ({"intermediate_size": 40, "multiple_of": 32}, "must be a multiple of 32; use 32"),
     "share": ({"keep_params": 0.02}, "keep_params 0.02: no shape with widths that are multiples"),
     "multiple and share": ({"keep_params": 0.83, "multiple_of": 64}, "keep_params 0.83: no shape"),
-    "nothing": ({}, "nothing to prune to"),
+    "nothing": ({}, "no target to prune to"),
     "two targets": ({"keep_params": 0.8, "num_layers": 2}, "keep_params, or sizes"),
     "no plan": ({"plan": "nowhere.json"}, "no plan at nowhere.json"),
     "share over one": ({"keep_params": 1.5}, "less than 1 (given: 1.5)"),
@@ -186,13 +186,13 @@ def test_target(kind: str, place: Path, untouched: Path, refused: Refused) -> No
 def test_sibling_without_a_plan(place: Path, untouched: Path, refused: Refused) -> None:
     prune = ["prune", place / "model", "--profile", place / "profile", "--num-layers", 2]
     said = refused(*prune, "--out", untouched, "--allow-sibling")
-    assert "--allow-sibling: it needs a plan from a file" in said
+    assert "--allow-sibling: it only applies to a plan from a file" in said
     step = {"prune": {"num_layers": 2, "allow_sibling": True}}
     write_recipe(
         place / "recipe.yaml", recipe_fields(place / "model", place / "text.jsonl", PROFILE, step)
     )
     said = refused("run", place / "recipe.yaml", "--out", untouched)
-    assert "prune.allow_sibling: it needs a plan" in said
+    assert "prune.allow_sibling: it only applies to a plan" in said
 
 
 def test_second_target(place: Path, untouched: Path, refused: Refused) -> None:
@@ -215,7 +215,7 @@ def test_task(place: Path, untouched: Path, refused: Refused) -> None:
     """Rows are checked by the command, by its dry run, and by a recipe before its first stage."""
     (place / "mine.jsonl").write_text('{"prompt": "x"}\n')
     tasks = [str(place / "mine.jsonl")]
-    expected = "mine.jsonl:1: has prompt; a task's row needs `context` + `choices` + `gold`, or"
+    expected = "mine.jsonl:1: the row has prompt; it needs `context` + `choices` + `gold`, or"
     evaluate = command("evaluate", place, place / "model", untouched)
     assert expected in refused(*evaluate, "--tasks", *tasks, at_once=False)
     assert expected in refused(*evaluate, "--tasks", *tasks, "--dry-run")

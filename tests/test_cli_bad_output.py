@@ -42,7 +42,7 @@ def test_output_folder(
     target = out / "model" if holds == "under" else out
     said = refused(*command(name, place, place / "model", target), at_once=False)
     expected = {"a file": "is a file", "under": "is a file", "another stage": "result of export"}
-    assert expected.get(holds, "holds something else") in said
+    assert expected.get(holds, "has files that are not from regrow") in said
     assert (out if out.is_file() else out / "mine").read_text() == "mine"
     assert sorted(tmp_path.iterdir()) == [place, out]
 

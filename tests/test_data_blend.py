@@ -264,7 +264,7 @@ def test_shuffle_keeps_all_and_holds_little() -> None:
 
 def test_a_wrong_row_names_its_place(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl, row 2: has the keys txt"):
+    with pytest.raises(UserError, match=r"a\.jsonl, row 2: the row has the keys txt"):
         build_sequences(config(str(tmp_path / "a.jsonl")), TOKENIZER, "train", 1)
 
 

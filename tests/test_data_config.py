@@ -46,9 +46,12 @@ def test_list_mixes_strings_and_mappings() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ([], "data.sources: name at least one file"),
+        ([], "data.sources: the list is empty: give at least one file"),
         ({"sources": "a", "heldout_fraction": 0}, "data.heldout_fraction: Input should be greater"),
-        ({"sources": "a", "heldout_fraction": 0.9}, "data.calibration_fraction: with heldout_frac"),
+        (
+            {"sources": "a", "heldout_fraction": 0.9},
+            "data.calibration_fraction: together with heldout_frac",
+        ),
         ({"sources": "a", "sequence_length": 7}, "data.sequence_length: Input should be greater"),
         ([{"source": "a", "weight": 0}], "data.sources.0.weight: Input should be greater"),
         ([{"source": "a", "weight": float("inf")}], "data.sources.0.weight: Input should be a fin"),

@@ -155,14 +155,14 @@ def test_chat_errors() -> None:
     with pytest.raises(UserError, match=r"refuses turns by system, user.*no system"):
         document({"messages": TURNS}, tiny_tokenizer(chat_template=strict))
     shouting = PLAIN_TEMPLATE.replace("m['content']", "(m['content'] | upper if loop.last else '')")
-    with pytest.raises(UserError, match="changes what the assistant said"):
+    with pytest.raises(UserError, match="changes the text of the assistant"):
         document({"messages": TURNS}, tiny_tokenizer(chat_template=shouting))
 
 
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"body": 1, "titel": 2}, "has the keys body, titel; a row needs `text`"),
+        ({"body": 1, "titel": 2}, "the row has the keys body, titel; it needs `text`"),
         ({}, "has the keys none"),
         ({"prompt": "only"}, "has the keys prompt;"),
         ({"text": None}, "`text` is of type NoneType"),
@@ -285,7 +285,7 @@ def test_a_deep_turn_is_refused() -> None:
     deep: Any = "x"
     for _ in range(900):
         deep = [deep]
-    with pytest.raises(UserError, match=r"^here: more than 64 lists and objects"):
+    with pytest.raises(UserError, match=r"^here: lists and objects are nested more than 64 deep"):
         read_row(conversation("Who?", tools=deep), "here")
 
 
@@ -298,7 +298,7 @@ def test_a_deep_turn_is_refused() -> None:
         ("{{ messages[0].content.x.y }}", "refuses turns by user, assistant: .*no attribute"),
         (
             PLAIN_TEMPLATE.replace("m['content']", "(m['content'] | upper if loop.last else '')"),
-            "changes what the assistant said",
+            "changes the text of the assistant",
         ),
     ],
 )

@@ -131,7 +131,7 @@ def test_pip_fails_in_one_line(index: Path, tmp_path: Path) -> None:
     ],
 )
 def test_malformed_specs(spec: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not of the form package:NAME==VERSION/path/inside"):
+    with pytest.raises(UserError, match="it must have the form package:NAME==VERSION/path/inside"):
         fetch(spec, None, tmp_path)
 
 

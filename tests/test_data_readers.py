@@ -181,7 +181,7 @@ def test_json_that_python_cannot_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl:2: cannot be read \(Exceeds the limit"):
         list(jsonl.read(path))
     path.write_text('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
-    with pytest.raises(UserError, match=r"a\.jsonl:1: too many lists and objects"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: lists and objects are nested too deeply"):
         list(jsonl.read(path))
 
 

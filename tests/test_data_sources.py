@@ -46,7 +46,7 @@ def test_a_folder_gives_its_readable_files_sorted(tmp_path: Path) -> None:
     names = ["a.txt", "b/1.jsonl", "b/2.txt", "d.txt.gz"]
     assert resolve(source(tmp_path)) == [tmp_path / name for name in names]
     assert resolve(source(tmp_path, reader="jsonl")) == [tmp_path / "b/1.jsonl"]
-    with pytest.raises(UserError, match="no file with a readable ending"):
+    with pytest.raises(UserError, match="it has no file with one of the endings"):
         resolve(source(tmp_path, reader="parquet"))
     with pytest.raises(UserError, match="sha256 is for a single file"):
         resolve(source(tmp_path, sha256="0" * 64))
@@ -110,7 +110,7 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"org/set: no such local path.*Couldn't reach it\)") as got:
         list(rows(source("org/set")))
     assert "\n" not in str(got.value)
-    with pytest.raises(UserError, match="are for files"):
+    with pytest.raises(UserError, match="apply to files only"):
         list(rows(source("org/set", sha256="0" * 64)))
 
 

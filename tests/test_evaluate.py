@@ -255,7 +255,7 @@ def test_bad_input_is_told_in_one_line(place: Path, tmp_path: Path) -> None:
     run("no such file", texts={"t": f"{tmp_path}/missing.txt"}, window=32)
     run("0 tokens; at least 2", texts={"t": f"{tmp_path}/empty.txt"}, window=32)
     run("row 1: has body", texts={"t": f"{tmp_path}/odd.jsonl"}, window=32)
-    run("512 is longer than m was made for .256", texts={"t": f"{place}/raw.txt"})
+    run("512 is longer than m supports .256", texts={"t": f"{place}/raw.txt"})
     with pytest.raises(UserError, match="name at least one model"):
         evaluate({}, tmp_path / "out")
     with pytest.raises(ValueError, match="did you mean 'perplexity'"):

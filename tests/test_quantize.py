@@ -273,10 +273,10 @@ def test_the_tokenizer_and_the_plan_come_along(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no text": ({}, "gptq calibrates on text: give data, or the method rtn"),
+    "no text": ({}, "gptq calibrates on text: give data, or use the method rtn"),
     "nothing matches": ({"keep": ("lm_haed",)}, "keep: 'lm_haed' matches no module of this model"),
     "no rule": ({"rules": {"w9": "int8"}}, "rules: 'w9' matches no module"),
-    "embedding": ({"keep": ()}, "embed_tokens: no reader takes a quantized embedding"),
+    "embedding": ({"keep": ()}, "embed_tokens: no program reads a quantized embedding"),
     "all kept": ({"keep": (".",)}, "nothing is left to quantize"),
     "mixed zeros": ({"scheme": "int4-g64-asym"}, "int4-g32-asym fits all layers here"),
 }
@@ -330,7 +330,9 @@ def test_eight_bits_need_no_text(name: str, tmp_path: Path) -> None:
         same = load(plain, quantized=True).tensor(tensor)
         assert torch.equal(load(out, quantized=True).tensor(tensor), same)
     both = QuantizeConfig(rules={"down_proj": name})
-    with pytest.raises(UserError, match="gptq calibrates on text: give data, or the method rtn"):
+    with pytest.raises(
+        UserError, match="gptq calibrates on text: give data, or use the method rtn"
+    ):
         quantize(checkpoint, tmp_path / "both", both)
 
 

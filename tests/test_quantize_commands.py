@@ -68,7 +68,7 @@ def test_the_other_stages_refuse_it(place: Path, tmp_path: Path, refused: Refuse
         (["--keep", "("], "'(' is not a regular expression"),
         (["--rules", "q_proj", "int5"], "no scheme named 'int5'"),
         (["--method", "rtn", "--rules", "w9", "int8"], "rules: 'w9' matches no module"),
-        (["--method", "gptq"], "gptq calibrates on text: give data, or the method rtn"),
+        (["--method", "gptq"], "gptq calibrates on text: give data, or use the method rtn"),
         (["--samples", "3"], "--samples"),
     ],
 )

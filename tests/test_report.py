@@ -302,11 +302,11 @@ def test_what_cannot_be_reported_is_told_in_one_line(
             report(run, out)
         assert "\n" not in str(caught.value)
 
-    refused("holds no run: expected stages/", tmp_path / "nowhere")
+    refused("has no run: expected stages/", tmp_path / "nowhere")
     folder = write_run(tmp_path / "run")
     refused("is a folder: give --out the name", folder, tmp_path)
     (folder / "stages/04-evaluate/evaluation.json").write_text("{")
-    refused("evaluation.json is no JSON", folder)
+    refused("evaluation.json is not valid JSON", folder)
     assert not (folder / "report.html").exists()
     real = importlib.util.find_spec
     monkeypatch.setattr(

@@ -29,7 +29,7 @@ from regrow.stages.report.evaluated import Evaluated, of
 from regrow.stages.report.numbers import figure
 from regrow.stages.report.page import Chart, Details, Section, Table
 from regrow.stages.report.sections import cost, result, tasks, tradeoff, training
-from regrow.stages.report.sections.cost import flops, spent_by, watt_hours
+from regrow.stages.report.sections.cost import costs_of, flops, watt_hours
 from regrow.stages.report.stage import report
 
 
@@ -107,7 +107,7 @@ def test_a_row_per_run_and_model(runs: list[Path]) -> None:
     assert section.blocks[0].marked == {3, 7}
     at = head.index("perplexity, heldout")
     assert [row[at] for row in rows[-2:]] == ["47.00", "40.00"]
-    assert "Not measured alike" not in section.note
+    assert "Measured differently" not in section.note
 
 
 def test_names_are_as_short_as_tells_runs_apart(tmp_path: Path) -> None:
@@ -135,10 +135,10 @@ def test_what_is_not_alike_is_said(tmp_path: Path) -> None:
     assert evaluated(*runs).unlike("perplexity/wikitext2") == "convention"
     section = result.section(folders.gather(runs, []))
     assert section is not None
-    assert "not to be compared across runs: perplexity, heldout (another text, conv" in section.note
+    assert "do not compare across runs: perplexity, heldout (different text, conv" in section.note
     # What is alike is drawn first; with none alike it is said on the axis.
     axis = charts_of(tradeoff.section(folders.gather(runs, [])))[0].figure["layout"]["yaxis"]
-    assert axis["title"]["text"] == "perplexity, heldout (another text, convention by run)"
+    assert axis["title"]["text"] == "perplexity, heldout (different text, convention by run)"
 
 
 def test_an_evaluation_set_beside_a_run(runs: list[Path], tmp_path: Path) -> None:
@@ -175,10 +175,10 @@ def test_bad_input_is_told(
     assert "2 runs on one page: give --out the name of an HTML file" in refused(*runs)
     assert "2 runs on one page" in refused(*runs, "--dry-run")
     page = ["--out", tmp_path / "page.html"]
-    assert "empty holds no run" in refused(runs[0], tmp_path / "empty", *page)
+    assert "empty has no run" in refused(runs[0], tmp_path / "empty", *page)
     assert "given twice" in refused(runs[0], runs[0], *page)
     assert "no such folder to compare with: nowhere" in refused(runs[0], "--compare", "nowhere")
-    assert "holds no evaluation.json: run regrow evaluate" in refused(
+    assert "has no evaluation.json: run regrow evaluate" in refused(
         runs[0], "--compare", quantized, *page
     )
     assert not (tmp_path / "page.html").exists()
@@ -360,7 +360,7 @@ def test_a_part_that_is_the_whole_loss_is_not_drawn_twice(tmp_path: Path) -> Non
 def test_cost_by_hand(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     (run,) = folders.gather([folder], [])
-    spent = {one.stage: one for one in spent_by(run)}
+    spent = {one.stage: one for one in costs_of(run)}
     teacher, student = 134_515_008, 108_800_000
     assert spent["01-profile"].flops == pytest.approx(2 * teacher * 24_576)
     assert spent["03-distill"].flops == pytest.approx(409_600 * (6 * student + 2 * teacher))
@@ -379,7 +379,7 @@ def test_a_cached_teacher_and_adapters_cost_less(tmp_path: Path) -> None:
     inputs = {"student": STUDENT, "teacher": TEACHER, "cache": "c" * 64}
     write_json(path, {**made, "inputs": inputs, "config": {"adapter": "lora"}})
     (run,) = folders.gather([folder], [])
-    assert spent_by(run)[3].flops == pytest.approx(409_600 * 4 * 108_800_000)
+    assert costs_of(run)[3].flops == pytest.approx(409_600 * 4 * 108_800_000)
 
 
 def test_every_teacher_costs(tmp_path: Path) -> None:
@@ -390,10 +390,10 @@ def test_every_teacher_costs(tmp_path: Path) -> None:
     write_json(path, {**made, "inputs": inputs})
     (run,) = folders.gather([folder], [])
     expected = 409_600 * (6 * 108_800_000 + 2 * (134_515_008 + 108_800_000))
-    assert spent_by(run)[3].flops == pytest.approx(expected)
+    assert costs_of(run)[3].flops == pytest.approx(expected)
     write_json(path, {**made, "inputs": {**inputs, "teacher 2": "unknown"}})
     (run,) = folders.gather([folder], [])
-    assert spent_by(run)[3].flops is None
+    assert costs_of(run)[3].flops is None
 
 
 def test_sizes_from_the_prunings_alone(tmp_path: Path) -> None:
@@ -401,7 +401,7 @@ def test_sizes_from_the_prunings_alone(tmp_path: Path) -> None:
     shutil.rmtree(folder / "stages" / "04-evaluate")
     (run,) = folders.gather([folder], [])
     expected = 409_600 * (6 * 108_800_000 + 2 * 134_515_008)
-    assert spent_by(run)[3].flops == pytest.approx(expected)
+    assert costs_of(run)[3].flops == pytest.approx(expected)
 
 
 def test_seconds_over_processes() -> None:

@@ -92,7 +92,7 @@ def test_ids_in_configs_follow_on_disk_and_in_memory(tmp_path: Path) -> None:
         assert (found["eos_token_id"], found["pad_token_id"]) == ([2, 4], 4)
     assert model.generation_config.eos_token_id == [7, 9]
     short = random_plan(model.config.to_dict(), vocab=[0, 1, 7, 8])
-    with pytest.raises(UserError, match=r"vocab lacks token 9, which config\.json names"):
+    with pytest.raises(UserError, match=r"vocab lacks token 9, which config\.json uses"):
         check(short, families.get("llama"), model.config.to_dict())
 
 
@@ -237,7 +237,7 @@ def test_bits_per_byte_and_kl_on_equal_text(
         dtype="float32",
     )
     out = evaluate({"cut": place / "cut"}, tmp_path / "out", None, place / "model", config, OPTIONS)
-    assert "perplexities per token do not compare" in capsys.readouterr().err
+    assert "perplexities per token cannot be compared" in capsys.readouterr().err
     found = json.loads((out / EVALUATION).read_text())["figures"]
     whole = tiny_tokenizer()
     text, ids = opening([raw], whole, 150)

@@ -23,7 +23,7 @@ BATCH = 512
 """Number of tokens computed at once, equal to llama.cpp's default n_ubatch."""
 ERROR = 4
 """llama.cpp's log level for errors."""
-_said: list[str] = []
+_errors: list[str] = []
 
 
 def installed() -> bool:
@@ -31,18 +31,18 @@ def installed() -> bool:
     return find_spec("cyllama") is not None
 
 
-def require(what: str) -> None:
-    """Raise UserError when llama.cpp, which is needed for `what`, is not installed."""
+def require(task: str) -> None:
+    """Raise UserError when llama.cpp, which is needed for `task`, is not installed."""
     if not installed():
-        raise UserError(f"{what} needs llama.cpp: pip install 'regrow[llama]'")
+        raise UserError(f"{task} needs llama.cpp: pip install 'regrow[llama]'")
 
 
 def threads() -> int:
     """Number of threads: OMP_NUM_THREADS, or else the number of cores this process may use."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
+    variable = os.environ.get("OMP_NUM_THREADS", "")
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return int(given) if given.isdigit() and int(given) > 0 else cores
+    return int(variable) if variable.isdigit() and int(variable) > 0 else cores
 
 
 class GgufModel:
@@ -73,7 +73,7 @@ class GgufModel:
         self._batch = self._api.LlamaBatch(n_tokens=BATCH, embd=0, n_seq_max=1)
         self._context: Any = None
         self._room = (0, 0)
-        self._held: list[int] = []
+        self._cached_tokens: list[int] = []
         if not only_look:
             self._reserve(context)
 
@@ -85,11 +85,11 @@ class GgufModel:
             def n_vocab(self) -> int:
                 return int(self.get_vocab().n_vocab)
 
-        _said.clear()
+        _errors.clear()
         try:
             return Model(str(self.path), parameters)
         except (ValueError, RuntimeError) as error:
-            reason = _said[0] if _said else str(error).splitlines()[0]
+            reason = _errors[0] if _errors else str(error).splitlines()[0]
             raise UserError(f"{self.path}: llama.cpp cannot load it: {reason}") from None
 
     def _reserve(self, tokens: int, sequences: int = 1) -> None:
@@ -99,12 +99,15 @@ class GgufModel:
         if self._context is not None:
             self._context.close()
         tokens = -(-tokens // 256) * 256
-        wanted = self._api.LlamaContextParams()
-        wanted.n_ctx, wanted.n_seq_max = tokens * sequences, sequences
-        wanted.n_batch = wanted.n_ubatch = BATCH
-        wanted.n_threads = wanted.n_threads_batch = self.num_threads
-        self._context, self._room = self._api.LlamaContext(self._model, wanted), (tokens, sequences)
-        self._held = []
+        parameters = self._api.LlamaContextParams()
+        parameters.n_ctx, parameters.n_seq_max = tokens * sequences, sequences
+        parameters.n_batch = parameters.n_ubatch = BATCH
+        parameters.n_threads = parameters.n_threads_batch = self.num_threads
+        self._context, self._room = (
+            self._api.LlamaContext(self._model, parameters),
+            (tokens, sequences),
+        )
+        self._cached_tokens = []
 
     @property
     def vocab_size(self) -> int:
@@ -144,8 +147,8 @@ class GgufModel:
 
         The text of a special token is plain text; with `special` it becomes that special token.
         """
-        found: list[int] = self._vocab.tokenize(text, False, special)
-        return found
+        ids: list[int] = self._vocab.tokenize(text, False, special)
+        return ids
 
     def logits(self, tokens: list[int], start: int = 0) -> np.ndarray:
         """Logits [T − start, V] in float32 of the next token after each of `tokens[start:]`.
@@ -157,11 +160,11 @@ class GgufModel:
         assert 0 <= start < len(tokens), (start, len(tokens))
         self._reserve(len(tokens))
         same = 0
-        for ours, theirs in zip(tokens[:start], self._held, strict=False):
-            if ours != theirs:
+        for token, cached in zip(tokens[:start], self._cached_tokens, strict=False):
+            if token != cached:
                 break
             same += 1
-        self._held = []  # stays empty if decoding fails
+        self._cached_tokens = []  # stays empty if decoding fails
         if same == 0 or not self._context.memory_seq_rm(0, same, -1):
             self._context.kv_cache_clear()
             same = 0
@@ -175,7 +178,7 @@ class GgufModel:
             for place in range(max(begin, start), begin + len(part)):
                 row = self._context.get_logits_ith(place - begin)
                 out[place - start] = np.fromiter(row, np.float32, self.vocab_size)
-        self._held = list(tokens)
+        self._cached_tokens = list(tokens)
         return out
 
     def continuation(self, tokens: list[int]) -> Iterator[int]:
@@ -199,17 +202,17 @@ class GgufModel:
         sequence are computed but not fetched; this method serves to measure time.
         """
         self._reserve(room, len(rows))
-        self._held = []
+        self._cached_tokens = []
         if past == 0:
             self._context.kv_cache_clear()
-        fed = [
+        inputs = [
             (token, past + number, sequence, number == len(row) - 1)
             for sequence, row in enumerate(rows)
             for number, token in enumerate(row)
         ]
-        for begin in range(0, len(fed), BATCH):
+        for begin in range(0, len(inputs), BATCH):
             self._batch.clear()
-            for token, place, sequence, last in fed[begin : begin + BATCH]:
+            for token, place, sequence, last in inputs[begin : begin + BATCH]:
                 self._batch.add(token, place, [sequence], last)
             self._context.decode(self._batch)
         self._context.synchronize()
@@ -239,14 +242,14 @@ def quantize(source: Path, target: Path, file_type: int, num_threads: int | None
     """
     require("quantizing to K-quants")
     api = _api()
-    wanted = api.LlamaModelQuantizeParams()
-    wanted.ftype = file_type
-    wanted.nthread = num_threads or threads()
-    _said.clear()
+    parameters = api.LlamaModelQuantizeParams()
+    parameters.ftype = file_type
+    parameters.nthread = num_threads or threads()
+    _errors.clear()
     try:
-        api.model_quantize(str(source), str(target), wanted)
+        api.model_quantize(str(source), str(target), parameters)
     except RuntimeError as error:
-        reason = _said[0] if _said else str(error).splitlines()[0]
+        reason = _errors[0] if _errors else str(error).splitlines()[0]
         raise UserError(f"llama.cpp could not quantize to {target}: {reason}") from None
 
 
@@ -255,8 +258,8 @@ def _api() -> Any:
     from cyllama.llama import llama_cpp
 
     def keep(level: int, text: str) -> None:
-        if level == ERROR and len(_said) < 16:
-            _said.append(text.strip())
+        if level == ERROR and len(_errors) < 16:
+            _errors.append(text.strip())
 
     llama_cpp.set_log_callback(keep)
     return llama_cpp

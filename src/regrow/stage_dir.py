@@ -218,10 +218,12 @@ def refuse_foreign(out: Path, stage: str | None = None) -> None:
         return
     manifest = read(out) or {}
     if "digest" not in manifest or "stage" not in manifest:
-        raise UserError(f"{out} holds something else: give --out a folder that is new or empty")
+        raise UserError(
+            f"{out} has files that are not from regrow: give --out a folder that is new or empty"
+        )
     if stage is not None and manifest["stage"] != stage:
         raise UserError(
-            f"{out} holds the result of {manifest['stage']}: give {stage} a new or empty folder"
+            f"{out} has the result of {manifest['stage']}: give {stage} a new or empty folder"
         )
 
 

@@ -156,16 +156,16 @@ class Checkpoint:
 
         Raises UserError when a weight is NaN or infinite.
         """
-        seen = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        total = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for shard in sorted(set(self._shard_of.values())):
-            found = identity.of_weights(self.folder / shard)
-            if found.not_finite:
+            shard_identity = identity.of_weights(self.folder / shard)
+            if shard_identity.not_finite:
                 raise UserError(
-                    f"{self.folder}: {found.not_finite} has values that are NaN or infinite: fetch "
-                    "the model again, or use an earlier checkpoint of its training"
+                    f"{self.folder}: {shard_identity.not_finite} has values that are NaN or "
+                    "infinite: fetch the model again, or use an earlier checkpoint of its training"
                 )
-            seen.update(found.sha256.encode())
-        return seen.hexdigest()
+            total.update(shard_identity.sha256.encode())
+        return total.hexdigest()
 
     @property
     def has_tokenizer(self) -> bool:
@@ -232,8 +232,8 @@ _tokenizers: dict[str, PreTrainedTokenizerBase] = {}
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    there = [name for name in TOKENIZER_FILES if (folder / name).exists()]
-    if there == ["tokenizer.model"] and importlib.util.find_spec("sentencepiece") is None:
+    present = [name for name in TOKENIZER_FILES if (folder / name).exists()]
+    if present == ["tokenizer.model"] and importlib.util.find_spec("sentencepiece") is None:
         raise UserError(
             f"{folder / 'tokenizer.model'} cannot be read without tokenizer.json: put the model's "
             "tokenizer.json beside it, or pip install sentencepiece"

@@ -55,7 +55,7 @@ class Part(NamedTuple):
     dtype: str = ""
 
 
-_known: dict[str, tuple[Stamp, Identity]] = {}
+_cached: dict[str, tuple[Stamp, Identity]] = {}
 
 
 def of_weights(path: Path) -> Identity:
@@ -84,14 +84,14 @@ def is_settled(changed: Stamp) -> bool:
 
 def _remembered(path: Path, read: Callable[[], Identity]) -> Identity:
     key, before = str(path.resolve()), stamp(path)
-    if key not in _known and before[0] >= LARGE:
-        _known.update(_load(key))
-    if key in _known and _known[key][0] == before:
-        return _known[key][1]
+    if key not in _cached and before[0] >= LARGE:
+        _cached.update(_load(key))
+    if key in _cached and _cached[key][0] == before:
+        return _cached[key][1]
     settled = is_settled(before)
     identity = read()
     if settled and stamp(path) == before:
-        _known[key] = before, identity
+        _cached[key] = before, identity
         if before[0] >= LARGE:
             _store(key, before, identity)
     return identity
@@ -108,7 +108,7 @@ def _tensors(path: Path) -> Iterator[Part]:
 
 
 def _read(path: Path, parts: Iterator[Part]) -> Identity:
-    seen, not_finite = hashlib.sha256(), ""
+    digest, not_finite = hashlib.sha256(), ""
     buffer = memoryview(bytearray(CHUNK))
     size = path.stat().st_size
     progress = Progress(f"hash {path.name}", size >> 20, "MiB")
@@ -117,14 +117,14 @@ def _read(path: Path, parts: Iterator[Part]) -> Identity:
             for begin in range(0, part.size, CHUNK):
                 chunk = buffer[: min(CHUNK, part.size - begin)]
                 _fill(file, chunk)
-                seen.update(chunk)
+                digest.update(chunk)
                 if not not_finite and not _is_finite(chunk, part.dtype):
                     not_finite = part.name
                 if size >= LARGE:
                     progress.advance((file.tell() >> 20) - progress.done)
     if progress.shown:
         progress.finish()
-    return Identity(seen.hexdigest(), not_finite)
+    return Identity(digest.hexdigest(), not_finite)
 
 
 def _fill(file: Any, chunk: memoryview) -> None:

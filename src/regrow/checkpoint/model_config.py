@@ -38,7 +38,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({error}): fetch or write it again") from None
+        raise UserError(f"{path} is not valid JSON ({error}): fetch or write it again") from None
 
 
 def check_generation_config(folder: Path) -> None:
@@ -71,7 +71,7 @@ def accept_config(
     if parts:
         raise UserError(
             f"{place} is multimodal (its config has {parts[0]}): only text models are supported; "
-            "give its language model as a checkpoint of its own"
+            "give its language model as a separate checkpoint"
         )
     _refuse_layers(config, config.get("layer_types"), place)
     stock = _stock_config(config, place)
@@ -122,7 +122,9 @@ def _stock_config(config: dict[str, Any], place: Path) -> PretrainedConfig | Non
     if model_type not in CONFIG_MAPPING:
         return None
     if CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{place} is no config of a causal language model, but of {model_type}")
+        raise UserError(
+            f"{place} is a {model_type}, which is no causal language model: give one that is"
+        )
     reason: Exception
     try:
         return copy.deepcopy(_make(json.dumps(config, sort_keys=True)))
@@ -131,7 +133,7 @@ def _stock_config(config: dict[str, Any], place: Path) -> PretrainedConfig | Non
     except (StrictDataclassError, RuntimeError, ZeroDivisionError, IndexError) as error:
         reason = error
     raise UserError(
-        f"{place}: transformers can make no causal language model of this config: "
+        f"{place}: transformers cannot build a causal language model from this config: "
         f"{_last_line(reason)}"
     )
 
@@ -142,12 +144,12 @@ def _make(fields: str) -> PretrainedConfig:
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    named = json.loads(fields)
-    config: PretrainedConfig = CONFIG_MAPPING[named["model_type"]].from_dict(named)
-    plain = copy.deepcopy(config)
-    plain.__dict__.pop("quantization_config", None)
+    raw = json.loads(fields)
+    config: PretrainedConfig = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    unquantized = copy.deepcopy(config)
+    unquantized.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
-        AutoModelForCausalLM.from_config(plain)
+        AutoModelForCausalLM.from_config(unquantized)
     return config
 
 

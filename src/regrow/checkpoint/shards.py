@@ -165,8 +165,10 @@ def _write_shard(
     start = 8 + len(text)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for (name, tensor), due in zip(islice(stream, len(layout)), layout, strict=True):
-            assert name == due and tensor.shape == layout[name].shape, f"{name} is not {due}"
+        for (name, tensor), expected in zip(islice(stream, len(layout)), layout, strict=True):
+            assert name == expected and tensor.shape == layout[name].shape, (
+                f"{name} is not {expected}"
+            )
             assert tensor.dtype == layout[name].dtype, name
             file.seek(start + header[name]["data_offsets"][0])
             file.write(tensor.cpu().flatten().view(torch.uint8).numpy().data)

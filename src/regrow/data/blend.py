@@ -70,23 +70,23 @@ def shuffled(passages: Iterable[Passage], random: Random, characters: int) -> It
 
     The buffer has at most 1,000 passages, and at most `characters` characters of text.
     """
-    held: list[Passage] = []
+    buffer: list[Passage] = []
     size = 0
     for passage in passages:
-        held.append(passage)
+        buffer.append(passage)
         size += len(passage.text)
-        while len(held) > SHUFFLED_PASSAGES or size > characters:
-            size -= len(_swap_out(held, random).text)
-            yield held.pop()
-    random.shuffle(held)
-    yield from held
+        while len(buffer) > SHUFFLED_PASSAGES or size > characters:
+            size -= len(_swap_out(buffer, random).text)
+            yield buffer.pop()
+    random.shuffle(buffer)
+    yield from buffer
 
 
-def _swap_out(held: list[Passage], random: Random) -> Passage:
+def _swap_out(buffer: list[Passage], random: Random) -> Passage:
     """Swap a random passage with the last one, which can be removed cheaply, and return it."""
-    chosen = random.randrange(len(held))
-    held[chosen], held[-1] = held[-1], held[chosen]
-    return held[-1]
+    chosen = random.randrange(len(buffer))
+    buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
+    return buffer[-1]
 
 
 def _documents(number: int, context: BuildContext) -> Iterator[Document]:
@@ -98,7 +98,7 @@ def _documents(number: int, context: BuildContext) -> Iterator[Document]:
     epoch = 0
     while True:
         random = Random(f"{data.seed}/{number}/{epoch}")
-        stream = shuffled(_passages(number, context), random, _characters_held(context))
+        stream = shuffled(_passages(number, context), random, _buffer_characters(context))
         any_scored = False
         while batch := list(islice(stream, TOKENIZED_AT_ONCE)):
             for document in tokenize(batch, context.tokenizer):
@@ -116,17 +116,17 @@ def _documents(number: int, context: BuildContext) -> Iterator[Document]:
 def _passages(number: int, context: BuildContext) -> Iterator[Passage]:
     """Yield one source's passages of the split, in the order of its rows."""
     size = max(PIECE, 8 * context.data.sequence_length)
-    for count, (where, row) in enumerate(rows(context.data.sources[number], context.cache), 1):
+    for count, (location, row) in enumerate(rows(context.data.sources[number], context.cache), 1):
         if context.counter is not None:
             context.counter.advance(0, f"row {count:,} of {context.data.sources[number].source}")
-        passage = read_row(row, where)
+        passage = read_row(row, location)
         if not passage.text.strip():
             continue
         if split_of(passage.text, context.data, passage.split_at) == context.split:
             yield from pieces(passage, size)
 
 
-def _characters_held(context: BuildContext) -> int:
+def _buffer_characters(context: BuildContext) -> int:
     shares: dict[Split, float] = {
         "heldout": context.data.heldout_fraction,
         "calibration": context.data.calibration_fraction,
@@ -156,6 +156,6 @@ def check_ids(
         token = tokenizer.convert_ids_to_tokens(first)
         raise UserError(
             f"the text has token {first} ({token!r}), but the embedding of {model} has only {rows} "
-            "rows: take that token out of the text or of the chat template, or use the tokenizer "
+            "rows: remove that token from the text or the chat template, or use the tokenizer "
             "that the model was trained with"
         )

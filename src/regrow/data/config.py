@@ -32,16 +32,16 @@ class SourceConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_string(cls, given: Any) -> Any:
-        return {"source": given} if isinstance(given, str) else given
+    def _from_string(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
 
     @field_validator("reader")
     @classmethod
     def _known_reader(cls, reader: str | None) -> str | None:
-        known = plugins.names("regrow.data.readers")
-        if reader is not None and reader not in known:
+        available = plugins.names("regrow.data.readers")
+        if reader is not None and reader not in available:
             raise ValueError(
-                f"no such reader{nearest(reader, known)}; there are: {', '.join(known)}"
+                f"no such reader{nearest(reader, available)}; there are: {', '.join(available)}"
             )
         return reader
 
@@ -64,20 +64,22 @@ class DataConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_shorthand(cls, given: Any) -> Any:
-        if isinstance(given, str | list | tuple | SourceConfig):
-            given = {"sources": given}
-        elif isinstance(given, dict) and "source" in given:
-            given = {"sources": [given]}
-        if isinstance(given, dict) and isinstance(given.get("sources"), str | dict | SourceConfig):
-            given = {**given, "sources": [given["sources"]]}
-        return given
+    def _from_shorthand(cls, value: Any) -> Any:
+        if isinstance(value, str | list | tuple | SourceConfig):
+            value = {"sources": value}
+        elif isinstance(value, dict) and "source" in value:
+            value = {"sources": [value]}
+        if isinstance(value, dict) and isinstance(value.get("sources"), str | dict | SourceConfig):
+            value = {**value, "sources": [value["sources"]]}
+        return value
 
     @field_validator("sources")
     @classmethod
     def _some_source(cls, sources: list[SourceConfig]) -> list[SourceConfig]:
         if not sources:
-            raise ValueError("name at least one file, folder, package: file or hub id")
+            raise ValueError(
+                "the list is empty: give at least one file, folder, package: file or hub id"
+            )
         return sources
 
     @field_validator("calibration_fraction", "validation_fraction")
@@ -86,6 +88,6 @@ class DataConfig(Config):
         names = ("heldout_fraction", "calibration_fraction")
         others = {name: info.data[name] for name in names if name in info.data}
         if fraction + sum(others.values()) >= 1:
-            given = " and ".join(f"{name} {value}" for name, value in others.items())
-            raise ValueError(f"with {given} nothing is left to train on; lower one")
+            fractions = " and ".join(f"{name} {value}" for name, value in others.items())
+            raise ValueError(f"together with {fractions} this leaves no train text; lower one")
         return fraction

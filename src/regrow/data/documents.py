@@ -34,7 +34,7 @@ class Passage:
     """The turns, for the chat template to render."""
     split_at: float | None = None
     """A number in [0, 1) that decides the split; None: `place_of` computes it from the text."""
-    where: str = field(default="", compare=False)
+    location: str = field(default="", compare=False)
     """The file and row that it comes from, for error messages."""
 
 
@@ -48,33 +48,33 @@ class Document:
     """The number of its source."""
 
 
-def read_row(row: dict[str, Any], where: str) -> Passage:
+def read_row(row: dict[str, Any], location: str) -> Passage:
     """The passage in a row: its `messages` if present, else a prompt-answer pair, else its `text`.
 
     A `split_at` in [0, 1), which generated rows have, assigns the passage to the split of the row
-    that the prompt came from. Raises UserError, which names `where`, for a row without these keys
-    or with values that are not text.
+    that the prompt came from. Raises UserError, which names `location`, for a row without these
+    keys or with values that are not text.
     """
     place = row.get("split_at")
-    known = isinstance(place, float) and 0 <= place < 1
-    return replace(_passage(row, where), split_at=place if known else None, where=where)
+    valid = isinstance(place, float) and 0 <= place < 1
+    return replace(_passage(row, location), split_at=place if valid else None, location=location)
 
 
-def _passage(row: dict[str, Any], where: str) -> Passage:
+def _passage(row: dict[str, Any], location: str) -> Passage:
     if "messages" in row:
-        return _conversation(row["messages"], where)
+        return _conversation(row["messages"], location)
     if "prompt" in row and "completion" in row:
-        prompt, answer = text_in(row, "prompt", where), text_in(row, "completion", where)
-        apart = not prompt or prompt[-1].isspace() or answer[:1].isspace()
-        prompt += "" if apart else " "
+        prompt, answer = text_in(row, "prompt", location), text_in(row, "completion", location)
+        separated = not prompt or prompt[-1].isspace() or answer[:1].isspace()
+        prompt += "" if separated else " "
         return Passage(prompt + answer, prompt=len(prompt))
     if "question" in row and "answer" in row:
-        prompt = text_in(row, "question", where) + "\n"
-        return Passage(prompt + text_in(row, "answer", where), prompt=len(prompt))
+        prompt = text_in(row, "question", location) + "\n"
+        return Passage(prompt + text_in(row, "answer", location), prompt=len(prompt))
     if "text" in row:
-        return Passage(text_in(row, "text", where))
+        return Passage(text_in(row, "text", location))
     keys = ", ".join(sorted(map(str, row))) or "none"
-    raise UserError(f"{where}: has the keys {keys}; a row needs {ALLOWED}")
+    raise UserError(f"{location}: the row has the keys {keys}; it needs {ALLOWED}")
 
 
 def place_of(text: str, seed: int) -> float:
@@ -127,7 +127,7 @@ def tokenize(passages: Sequence[Passage], tokenizer: PreTrainedTokenizerBase) ->
     documents = []
     for passage in passages:
         if passage.messages is not None:
-            ids, scored = chat.render(passage.messages, tokenizer, passage.where)
+            ids, scored = chat.render(passage.messages, tokenizer, passage.location)
             missing = [] if ids[: len(prefix)] == prefix else prefix
             documents.append(Document(missing + ids, [False] * len(missing) + scored))
             continue
@@ -144,20 +144,22 @@ def tokenize(passages: Sequence[Passage], tokenizer: PreTrainedTokenizerBase) ->
 
 def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that the tokenizer puts before any text, such as BOS; empty if there are none."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole: list[int] = tokenizer("a")["input_ids"]
-    starts = range(len(whole) - len(bare) + 1)
-    return whole[: next((at for at in starts if whole[at : at + len(bare)] == bare), 0)]
+    ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+    ids_with_prefix: list[int] = tokenizer("a")["input_ids"]
+    starts = range(len(ids_with_prefix) - len(ids) + 1)
+    return ids_with_prefix[
+        : next((at for at in starts if ids_with_prefix[at : at + len(ids)] == ids), 0)
+    ]
 
 
 def chat_prompt_ids(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str = ""
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, location: str = ""
 ) -> list[int]:
     """The token ids of a conversation up to the assistant's answer, with BOS first as in documents.
 
-    Raises UserError, which names `where`, for turns that the chat template refuses.
+    Raises UserError, which names `location`, for turns that the chat template refuses.
     """
-    text = chat.prompt_text(messages, tokenizer, where)
+    text = chat.prompt_text(messages, tokenizer, location)
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     prefix = prefix_ids(tokenizer)
     return ids if ids[: len(prefix)] == prefix else prefix + ids
@@ -200,27 +202,30 @@ def _scored_by_prefix(
     return [at >= same for at in range(len(ids))]
 
 
-def _conversation(messages: Any, where: str) -> Passage:
-    turns = isinstance(messages, list) and all(
+def _conversation(messages: Any, location: str) -> Passage:
+    valid = isinstance(messages, list) and all(
         isinstance(turn, dict)
         and isinstance(turn.get("role"), str)
         and ("content" in turn or turn.get("tool_calls"))
         for turn in messages
     )
-    if not turns or not messages:
-        raise UserError(f"{where}: `messages` must be a list of objects with `role` and `content`")
-    known = [_without_surrogates(turn, where) for turn in messages]
-    known = [{**turn, "content": _content(turn.get("content"), where)} for turn in known]
-    return Passage(json.dumps(known, sort_keys=True, default=str), messages=known)
+    if not valid or not messages:
+        raise UserError(
+            f"{location}: `messages` must be a list of objects with `role` and `content`"
+        )
+    cleaned = [_without_surrogates(turn, location) for turn in messages]
+    cleaned = [{**turn, "content": _content(turn.get("content"), location)} for turn in cleaned]
+    return Passage(json.dumps(cleaned, sort_keys=True, default=str), messages=cleaned)
 
 
-def _content(content: Any, where: str) -> str | None:
+def _content(content: Any, location: str) -> str | None:
     """The text of a turn, its parts joined by line ends; None if the turn only calls tools."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise UserError(
-            f"{where}: the `content` of a turn is of type {type(content).__name__}; it must be text"
+            f"{location}: the `content` of a turn is of type {type(content).__name__}; it must be "
+            "text"
         )
     texts = []
     for part in content:
@@ -228,14 +233,14 @@ def _content(content: Any, where: str) -> str | None:
         if not isinstance(text, str) or (isinstance(part, dict) and part.get("type") != "text"):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise UserError(
-                f"{where}: the `content` of a turn has a part of type {kind}; only parts "
+                f"{location}: the `content` of a turn has a part of type {kind}; only parts "
                 '{"type": "text", "text": …} can be read'
             )
         texts.append(text)
     return "\n".join(texts)
 
 
-def _without_surrogates(value: Any, where: str, depth: int = 0) -> Any:
+def _without_surrogates(value: Any, location: str, depth: int = 0) -> Any:
     """Replace each half of a surrogate pair by a question mark.
 
     JSON can contain such halves, but no tokenizer accepts them. Raises UserError for a value that
@@ -246,18 +251,20 @@ def _without_surrogates(value: Any, where: str, depth: int = 0) -> Any:
     if not isinstance(value, dict | list):
         return value
     if depth > DEEPEST:
-        raise UserError(f"{where}: more than {DEEPEST} lists and objects inside each other")
+        raise UserError(
+            f"{location}: lists and objects are nested more than {DEEPEST} deep: flatten them"
+        )
     if isinstance(value, list):
-        return [_without_surrogates(each, where, depth + 1) for each in value]
+        return [_without_surrogates(item, location, depth + 1) for item in value]
     return {
-        _without_surrogates(key, where): _without_surrogates(each, where, depth + 1)
-        for key, each in value.items()
+        _without_surrogates(key, location): _without_surrogates(item, location, depth + 1)
+        for key, item in value.items()
     }
 
 
-def text_in(row: dict[str, Any], key: str, where: str) -> str:
-    """The text under a key; raises UserError, which names `where`, if the value is not text."""
+def text_in(row: dict[str, Any], key: str, location: str) -> str:
+    """The text under a key; raises UserError, which names `location`, if the value is not text."""
     value = row[key]
     if not isinstance(value, str):
-        raise UserError(f"{where}: `{key}` is of type {type(value).__name__}; it must be text")
-    return str(_without_surrogates(value, where))
+        raise UserError(f"{location}: `{key}` is of type {type(value).__name__}; it must be text")
+    return str(_without_surrogates(value, location))

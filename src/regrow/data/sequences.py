@@ -186,13 +186,13 @@ class Packer:
         prefix = self.prefix if start else self.prefix[:0]
         room = self.sequence_length - self.used
         end = min(len(ids), start + room - len(prefix))
-        here = slice(self.used, self.used + len(prefix) + end - start)
-        self.sequence[0, here] = np.concatenate([prefix, ids[start:end]])
-        self.sequence[1, here] = np.arange(here.stop - here.start)
-        self.sequence[2, here] = np.concatenate([np.full_like(prefix, IGNORED), labels[start:end]])
+        span = slice(self.used, self.used + len(prefix) + end - start)
+        self.sequence[0, span] = np.concatenate([prefix, ids[start:end]])
+        self.sequence[1, span] = np.arange(span.stop - span.start)
+        self.sequence[2, span] = np.concatenate([np.full_like(prefix, IGNORED), labels[start:end]])
         self.sequence[2, self.used + len(prefix)] = IGNORED
-        self.sequence[3:, here] = source
-        self.used = here.stop
+        self.sequence[3:, span] = source
+        self.used = span.stop
         if self.used == self.sequence_length:
             self.full.append(self.sequence)
             self.sequence, self.used = self._empty(), 0

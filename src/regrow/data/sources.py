@@ -53,7 +53,9 @@ def rows(source: SourceConfig, cache: Path | None = None) -> Iterator[tuple[str,
     """Yield each row with its location ("file, row 3"), in a fixed order; reads files lazily."""
     if _is_hub(source):
         if source.sha256 is not None or source.reader is not None:
-            raise UserError(f"{source.source}: sha256 and reader are for files, not for a hub id")
+            raise UserError(
+                f"{source.source}: sha256 and reader apply to files only, not to a hub id"
+            )
         for number, row in enumerate(read(source.source), start=1):
             yield f"{source.source}, row {number}", row
         return
@@ -81,7 +83,7 @@ def resolve(source: SourceConfig, cache: Path | None = None) -> list[Path]:
     if path.is_dir():
         if source.sha256 is not None:
             raise UserError(f"{path}: sha256 is for a single file, this is a folder; leave it out")
-        return _inside(path, source.reader)
+        return _readable_files(path, source.reader)
     if not path.exists():
         raise UserError(f"{source.source}: no such file or folder; check the path in `data`")
     if source.reader is None:
@@ -112,14 +114,18 @@ def _endings() -> dict[str, tuple[str, ...]]:
     return {name: plugins.load(READERS, name).ENDINGS for name in plugins.names(READERS)}
 
 
-def _inside(folder: Path, reader: str | None) -> list[Path]:
+def _readable_files(folder: Path, reader: str | None) -> list[Path]:
     """All readable files below the folder, sorted; names that begin with a dot are skipped."""
-    known = _endings()
-    endings = known[reader] if reader else tuple(e for several in known.values() for e in several)
+    by_reader = _endings()
+    endings = (
+        by_reader[reader]
+        if reader
+        else tuple(e for reader_endings in by_reader.values() for e in reader_endings)
+    )
     paths = [path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder)]
     readable = sorted(path for path in paths if plain_name(path).endswith(endings))
     if not readable:
-        raise UserError(f"{folder}: no file with a readable ending in it: {' '.join(endings)}")
+        raise UserError(f"{folder}: it has no file with one of the endings {' '.join(endings)}")
     return readable
 
 
@@ -132,7 +138,9 @@ def _is_hub(source: SourceConfig) -> bool:
     name = source.source
     if ID.fullmatch(name) is None or Path(name).exists():
         return False
-    endings = tuple(e for several in _endings().values() for e in several if e.startswith("."))
+    endings = tuple(
+        e for reader_endings in _endings().values() for e in reader_endings if e.startswith(".")
+    )
     return not plain_name(Path(name)).endswith(endings)
 
 

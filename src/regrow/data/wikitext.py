@@ -55,10 +55,10 @@ def to_prose(markup: str) -> str:
     return _lines(html.unescape(text))
 
 
-def _until_stable(pattern: re.Pattern[str], by: str, text: str) -> str:
+def _until_stable(pattern: re.Pattern[str], replacement: str, text: str) -> str:
     """Replace innermost matches repeatedly, for nested markup."""
     for _ in range(NESTING):
-        text, count = pattern.subn(by, text)
+        text, count = pattern.subn(replacement, text)
         if count == 0:
             break
     return text
@@ -116,8 +116,8 @@ def _lines(text: str) -> str:
             kept.pop()
         line = heading.group(2) if heading is not None else line
         if any(map(str.isalnum, line)) and not DROPPED_LINK.match(line):
-            apart = "\n\n" if heading is not None else gap
-            kept.append((apart + line, heading is not None))
+            line_gap = "\n\n" if heading is not None else gap
+            kept.append((line_gap + line, heading is not None))
             gap = "\n\n" if heading is not None else "\n"
         else:
             gap = "\n\n"

@@ -48,8 +48,8 @@ def choose(
     def having(dim: str) -> list[int]:
         return [n for n in layers if n in family.layers_of(dim, checkpoint.config)]
 
-    def best_of(dim: str, by: str = criterion) -> dict[int, list[int]] | None:
-        return _per_layer(profile, by, dim, having(dim), after[dim]) if dim in cut else None
+    def best_of(dim: str, scored_by: str = criterion) -> dict[int, list[int]] | None:
+        return _per_layer(profile, scored_by, dim, having(dim), after[dim]) if dim in cut else None
 
     kv_heads = best_of("kv_heads")
     experts = best_of("experts", expert_criterion or criterion)

@@ -116,7 +116,9 @@ class PruneConfig(Config):
     @classmethod
     def _has_plan(cls, allow_sibling: bool, info: ValidationInfo) -> bool:
         if allow_sibling and info.data.get("plan") is None:
-            raise ValueError("it needs a plan from a file: give plan, or leave it out")
+            raise ValueError(
+                "it only applies to a plan from a file: give plan, or leave allow_sibling out"
+            )
         return allow_sibling
 
     @property

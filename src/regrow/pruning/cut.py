@@ -46,7 +46,7 @@ def check(plan: Plan, family: Family, config: dict[str, Any]) -> None:
         gone = ids_named(config) & set(range(plan.before["vocab"])) - set(plan.vocab)
         if gone:
             raise UserError(
-                f"plan: vocab lacks token {min(gone)}, which config.json names: keep it"
+                f"plan: vocab lacks token {min(gone)}, which config.json uses: add it to the plan"
             )
 
 
@@ -64,9 +64,9 @@ def cut(
     """
     check(plan, family, config)
     for name, tensor in tensors:
-        found = cut_tensor(name, tensor, plan, family, config)
-        if found is not None:
-            renamed, kept = found
+        result = cut_tensor(name, tensor, plan, family, config)
+        if result is not None:
+            renamed, kept = result
             if replace is not None:
                 value = replace(name, kept)
                 assert value.shape == kept.shape and value.dtype == kept.dtype, name
@@ -102,8 +102,8 @@ def cut_config(config: dict[str, Any], plan: Plan, family: Family) -> dict[str, 
     """The cut model's config.json: new widths, explicit head_dim, and only the kept layers."""
     new = copy.deepcopy(config)
     for dim, key in family.config_keys.items():
-        known = [name for name in (key, family.aliases.get(key, key)) if name in config]
-        new.update(dict.fromkeys(known or [key], plan.after[dim]))
+        present = [name for name in (key, family.aliases.get(key, key)) if name in config]
+        new.update(dict.fromkeys(present or [key], plan.after[dim]))
     new["head_dim"] = plan.before["head_dim"]
     if plan.vocab is not None:
         new = cut_ids(new, plan.vocab)
@@ -198,9 +198,9 @@ def cut_layers(
 
     def read(name: str) -> Tensor:
         parent = parents[name]
-        found = cut_tensor(parent, checkpoint.tensor(parent), plan, family, config)
-        assert found is not None and found[0] == name
-        return found[1] if replace is None else replace(parent, found[1])
+        result = cut_tensor(parent, checkpoint.tensor(parent), plan, family, config)
+        assert result is not None and result[0] == name
+        return result[1] if replace is None else replace(parent, result[1])
 
     stock = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
     small = type(stock).from_dict(cut_config(config, plan, family))
@@ -211,12 +211,13 @@ def cut_layers(
 
 
 def _find(name: str, family: Family) -> TensorRef:
-    found = family.find(name)
-    if found is None:
+    ref = family.find(name)
+    if ref is None:
         raise UserError(
-            f"{name}: no tensor of a {family.model_type} model; read docs/add-a-family.md to add it"
+            f"{name}: no tensor of a {family.model_type} model has this name; to add it, read "
+            "docs/add-a-family.md"
         )
-    return found
+    return ref
 
 
 def new_name(name: str, plan: Plan, family: Family, config: dict[str, Any]) -> str | None:

@@ -134,8 +134,8 @@ def make_plan(checkpoint: Checkpoint, config: PruneConfig, profile: Profile | No
         return plan
     if not sizes:
         raise UserError(
-            "nothing to prune to: give keep_params (with data to choose a shape on), sizes such as "
-            "num_layers or intermediate_size, or a plan"
+            "no target to prune to: give keep_params (with data to choose a shape on), sizes such "
+            "as num_layers or intermediate_size, or a plan"
         )
     check_target(checkpoint, config)
     if profile is None:

@@ -39,9 +39,9 @@ class SortedModel:
         self.order = order = None if family.memory else order
         if order is not None:
             for name, parameter in model.named_parameters():
-                found = cut_tensor(name, parameter.data, order, family, self.config)
-                assert found is not None and found[0] == name, name
-                parameter.data = found[1]
+                result = cut_tensor(name, parameter.data, order, family, self.config)
+                assert result is not None and result[0] == name, name
+                parameter.data = result[1]
 
     def cut(self, plan: Plan, replace: Replace | None = None, copied: bool = False) -> Any:
         """The cut model; unless `copied`, its weights are views of this model's where possible.
@@ -53,13 +53,13 @@ class SortedModel:
         if self.family.memory:  # experts are stacked in memory, so a subset cannot be a view
             return cut_model(self.model, plan, replace, self.family)
         check(plan, self.family, self.config)
-        here = self.positions(plan)
+        sorted_plan = self.positions(plan)
         tensors = {}
         for name, tensor in self.model.state_dict().items():
-            found = cut_tensor(name, tensor, here, self.family, self.config, _select)
-            if found is None:
+            result = cut_tensor(name, tensor, sorted_plan, self.family, self.config, _select)
+            if result is None:
                 continue
-            new_name, kept = found
+            new_name, kept = result
             if replace is not None and (value := replace(name, kept)) is not kept:
                 kept = self._in_order(name, value, plan)
             tensors[new_name] = (
@@ -90,9 +90,9 @@ class SortedModel:
 
     def _in_order(self, name: str, value: Tensor, plan: Plan) -> Tensor:
         """Sort a tensor from the order of the plan's ids into the order of this model."""
-        found = self.family.find(name)
-        assert found is not None
-        template, layer, _ = found
+        ref = self.family.find(name)
+        assert ref is not None
+        template, layer, _ = ref
         for axis, dim in enumerate(self.family.tensors[template].axes):
             if self.order is None or not isinstance(dim, str) or dim not in SORTED:
                 continue

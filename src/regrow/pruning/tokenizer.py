@@ -94,11 +94,11 @@ def _cut_model(model: Rules, ids: dict[int, int]) -> None:
         model["vocab"] = [entry for old, entry in enumerate(model["vocab"]) if old in ids]
         return
     model["vocab"] = {token: ids[i] for token, i in model["vocab"].items() if i in ids}
-    known = model["vocab"]
+    vocab = model["vocab"]
 
     def stays(entry: str | list[str]) -> bool:
         left, right = merge_of(entry)
-        return left in known and right in known and product(model, left, right) in known
+        return left in vocab and right in vocab and product(model, left, right) in vocab
 
     model["merges"] = [entry for entry in model["merges"] if stays(entry)]
 
@@ -119,8 +119,8 @@ def cut_ids(fields: dict[str, Any], kept: list[int]) -> dict[str, Any]:
 
     def renumber(value: Any) -> Any:
         if isinstance(value, list):
-            inner = [renumber(one) for one in value if not isinstance(one, int) or one in ids]
-            return [one for one in inner if one != []]
+            inner = [renumber(item) for item in value if not isinstance(item, int) or item in ids]
+            return [item for item in inner if item != []]
         # An id outside the vocabulary (−1, a placeholder) is not changed.
         return ids.get(value, value) if isinstance(value, int) else value
 
@@ -138,7 +138,7 @@ def ids_named(config: dict[str, Any]) -> set[int]:
     for key, value in config.items():
         if names_ids(key) and "token_id" in key:
             values = value if isinstance(value, list) else [value]
-            ids.update(one for one in values if isinstance(one, int))
+            ids.update(item for item in values if isinstance(item, int))
     return ids
 
 
@@ -171,8 +171,8 @@ def _write_older_forms(folder: Path, rules: Rules, ids: dict[int, int]) -> None:
     if path.exists():
         config = json.loads(path.read_text(encoding="utf-8"))
         if decoder := config.get("added_tokens_decoder"):
-            there = {int(old): token for old, token in decoder.items() if int(old) in ids}
-            config["added_tokens_decoder"] = {str(ids[old]): t for old, t in there.items()}
+            kept_tokens = {int(old): token for old, token in decoder.items() if int(old) in ids}
+            config["added_tokens_decoder"] = {str(ids[old]): t for old, t in kept_tokens.items()}
             write_json(path, config)
     path = folder / "added_tokens.json"
     if path.exists():

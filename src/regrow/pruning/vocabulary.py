@@ -70,11 +70,11 @@ def choose_vocab(checkpoint: Checkpoint, counts_V: Tensor, size: int) -> list[in
     if room >= forced:
         return sorted([*ids.values(), *padding[:room]])
     left = shrink(pieces_of(rules), ids, always, counts_V.tolist(), size - forced)
-    least = len(left) + forced
-    if least > size:
+    minimum = len(left) + forced
+    if minimum > size:
         raise UserError(
-            f"vocab_size {size}: {least} tokens of this model are always kept (special tokens, "
-            f"ids named in its configs, the base alphabet); give {least} or more"
+            f"vocab_size {size}: {minimum} tokens of this model are always kept (special tokens, "
+            f"ids named in its configs, the base alphabet); give {minimum} or more"
         )
     return sorted([*(ids[token] for token in left), *padding[:forced]])
 
@@ -89,16 +89,16 @@ def check_vocab_size(checkpoint: Checkpoint, size: int) -> None:
 def required(checkpoint: Checkpoint, rules: Rules) -> set[int]:
     """Ids that are always kept."""
     tokens = tokens_of(rules)
-    found = {token["id"] for token in rules.get("added_tokens") or []}
-    found.update(checkpoint.tokenizer().all_special_ids)
-    found.update(tokens[symbol] for symbol in pieces_of(rules).symbols())
+    ids = {token["id"] for token in rules.get("added_tokens") or []}
+    ids.update(checkpoint.tokenizer().all_special_ids)
+    ids.update(tokens[symbol] for symbol in pieces_of(rules).symbols())
     unknown = rules["model"].get("unk_token")
     if unknown in tokens:
-        found.add(tokens[unknown])
+        ids.add(tokens[unknown])
     path = checkpoint.folder / "generation_config.json"
     generation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    found |= ids_named(checkpoint.config) | ids_named(generation)
-    return {i for i in found if 0 <= i < int(checkpoint.config["vocab_size"])}
+    ids |= ids_named(checkpoint.config) | ids_named(generation)
+    return {i for i in ids if 0 <= i < int(checkpoint.config["vocab_size"])}
 
 
 def pieces_of(rules: Rules) -> Pieces:
@@ -122,11 +122,11 @@ def shrink(
     for token in ids:
         push(token)
     while len(kept) > size and heap:
-        known, _, token = heapq.heappop(heap)
+        queued_cost, _, token = heapq.heappop(heap)
         if token not in kept or pieces.needed(token, kept):
             continue
         parts = pieces.parts(token, kept)
-        if count[token] * (len(parts) - 1) > known:
+        if count[token] * (len(parts) - 1) > queued_cost:
             push(token)
             continue
         kept.remove(token)
@@ -152,11 +152,11 @@ class _Bpe:
         self.uses: dict[str, list[str]] = {}
         for entry in model["merges"]:
             left, right = merge_of(entry)
-            made = product(model, left, right)
-            if made in self.vocab and left in self.vocab and right in self.vocab:
-                self.makers.setdefault(made, []).append((left, right))
+            merged = product(model, left, right)
+            if merged in self.vocab and left in self.vocab and right in self.vocab:
+                self.makers.setdefault(merged, []).append((left, right))
                 for part in {left, right}:
-                    self.uses.setdefault(part, []).append(made)
+                    self.uses.setdefault(part, []).append(merged)
 
     def symbols(self) -> set[str]:
         if self.all_bytes:
@@ -175,10 +175,10 @@ class _Bpe:
         return {part for merge in self.makers.get(token, ()) for part in merge}
 
     def needed(self, token: str, kept: set[str]) -> bool:
-        for made in self.uses.get(token, ()):
-            if made in kept and made not in self.added:
-                ways = [m for m in self.makers[made] if m[0] in kept and m[1] in kept]
-                if ways and all(token in way for way in ways):
+        for merged in self.uses.get(token, ()):
+            if merged in kept and merged not in self.added:
+                merges = [m for m in self.makers[merged] if m[0] in kept and m[1] in kept]
+                if merges and all(token in merge for merge in merges):
                     return True
         return False
 
@@ -202,17 +202,17 @@ class _Unigram:
         """The likeliest segmentation, by Viterbi's algorithm (Kudo, 2018)."""
         best: list[tuple[float, list[str]]] = [(0.0, [])]
         for end in range(1, len(token) + 1):
-            found = (-math.inf, [""])
+            best_ending = (-math.inf, [""])
             for start in range(end):
                 piece = token[start:end]
                 score = -math.inf
                 if piece != token and piece in kept and piece in self.scores:
-                    score, here = self.scores[piece], [piece]
+                    score, last_parts = self.scores[piece], [piece]
                 elif end - start == 1:
-                    score, here = self.unknown, _bytes_of(piece)
-                if best[start][0] + score > found[0]:
-                    found = (best[start][0] + score, best[start][1] + here)
-            best.append(found)
+                    score, last_parts = self.unknown, _bytes_of(piece)
+                if best[start][0] + score > best_ending[0]:
+                    best_ending = (best[start][0] + score, best[start][1] + last_parts)
+            best.append(best_ending)
         return best[-1][1]
 
     def made_of(self, token: str) -> tuple[str, ...]:
@@ -225,11 +225,11 @@ class _Unigram:
 def stand_ins(rules: Rules) -> set[str]:
     """Tokens that a decoder replaces by another character (▁ by a space), but not their bytes."""
     decoder = rules.get("decoder") or {}
-    found = set()
-    for one in [decoder, *(decoder.get("decoders") or ())]:
-        found.add(one.get("replacement"))
-        found.add((one.get("pattern") or {}).get("String"))
-    return {each for each in found if each}
+    tokens = set()
+    for step in [decoder, *(decoder.get("decoders") or ())]:
+        tokens.add(step.get("replacement"))
+        tokens.add((step.get("pattern") or {}).get("String"))
+    return {token for token in tokens if token}
 
 
 def _all_bytes(model: Rules, vocab: Iterable[str]) -> bool:

@@ -48,5 +48,5 @@ def bind_rounding(student: PreTrainedModel, scheme: Scheme) -> Callable[[], None
 def grid_of(weight_RC: Tensor, scheme: Scheme) -> Grid:
     """The grid for training a weight."""
     columns = weight_RC.shape[1]
-    every = torch.ones(columns, device=weight_RC.device)
-    return fit(weight_RC, scheme.fitting(columns), STORED, every)
+    equal_weights = torch.ones(columns, device=weight_RC.device)
+    return fit(weight_RC, scheme.fitting(columns), STORED, equal_weights)

@@ -138,11 +138,11 @@ TYPES = {
 }
 
 
-def fitting(wanted: str, columns: int) -> str:
-    """The type `wanted`, or its first fallback that can pack rows of `columns` values."""
-    while columns % TYPES[wanted].block:
-        wanted = TYPES[wanted].fallback
-    return wanted
+def fitting(type_name: str, columns: int) -> str:
+    """The type `type_name`, or its first fallback that can pack rows of `columns` values."""
+    while columns % TYPES[type_name].block:
+        type_name = TYPES[type_name].fallback
+    return type_name
 
 
 Rule = tuple[str, str, Callable[[int, Sizes], bool]]
@@ -300,10 +300,10 @@ def find(name: str) -> StorageFormat:
 
     The names f32, f16 and bf16 mean folders; F32, F16 and BF16 mean GGUF files.
     """
-    for known in (SHORT.get(name, name), name.lower(), name.upper()):
-        if known in FORMATS:
-            return FORMATS[known]
-    others = (known for known in GGUF_FORMATS if known.lower() not in FOLDER_FORMATS)
+    for candidate in (SHORT.get(name, name), name.lower(), name.upper()):
+        if candidate in FORMATS:
+            return FORMATS[candidate]
+    others = (candidate for candidate in GGUF_FORMATS if candidate.lower() not in FOLDER_FORMATS)
     raise unknown("format", name, [*FOLDER_FORMATS, *others])
 
 
@@ -354,13 +354,13 @@ def fallback_lines(tensors: Iterable[StoredTensor]) -> list[str]:
             key = (tensor.wanted, tensor.type, tensor.shape[-1])
             groups.setdefault(key, []).append(tensor)
     lines = []
-    for (wanted, kind, columns), some in sorted(groups.items()):
+    for (wanted, kind, columns), members in sorted(groups.items()):
         block, bits = TYPES[wanted].block, TYPES[wanted].bits
-        size = sum(tensor.bytes for tensor in some)
-        more = size - sum(tensor.weights for tensor in some) * bits / block / 8
-        names = ", ".join(dict.fromkeys(tensor.name.split(".")[-2] for tensor in some))
-        count = sum(tensor.count for tensor in some)
-        reason = f"not a multiple of {block}" if columns % block else "as other experts need it"
+        size = sum(tensor.bytes for tensor in members)
+        more = size - sum(tensor.weights for tensor in members) * bits / block / 8
+        names = ", ".join(dict.fromkeys(tensor.name.split(".")[-2] for tensor in members))
+        count = sum(tensor.count for tensor in members)
+        reason = f"not a multiple of {block}" if columns % block else "as other experts need"
         lines.append(
             f"{count} tensors ({names}) with rows of {columns}, {reason}: {kind} instead of "
             f"{wanted}, {size / 1e6:.2f} MB, {more / 1e6:.2f} MB more"

@@ -34,10 +34,10 @@ class Grid:
 
     def columns(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point of each of `count` columns, float32 [R, C]."""
-        each = count // self.scale_RG.shape[1]
-        scale_RC = self.scale_RG.float().repeat_interleave(each, 1)
+        group_size = count // self.scale_RG.shape[1]
+        scale_RC = self.scale_RG.float().repeat_interleave(group_size, 1)
         zero = self.zero_RG
-        return scale_RC, None if zero is None else zero.float().repeat_interleave(each, 1)
+        return scale_RC, None if zero is None else zero.float().repeat_interleave(group_size, 1)
 
     def nearest(self, weight_RC: Tensor) -> Tensor:
         """The weight rounded to the nearest values of the grid, float32 [R, C]."""
@@ -78,9 +78,9 @@ def fit(
     if importance_C is not None:
         scale, zero = _least_squares(grouped, low, high, scheme, dtype, importance_C)
     if scheme.kind == "int":
-        lies, own_scale, own_zero = _grid_under(grouped, low, high, scheme, dtype)
-        scale = torch.where(lies, own_scale, scale)
-        zero = None if zero is None else torch.where(lies, own_zero, zero)
+        on_grid, own_scale, own_zero = _grid_under(grouped, low, high, scheme, dtype)
+        scale = torch.where(on_grid, own_scale, scale)
+        zero = None if zero is None else torch.where(on_grid, own_zero, zero)
     return Grid(scheme, scale, zero)
 
 
@@ -117,21 +117,21 @@ def _grid_under(
     """
     bottom, top = _range(scheme)
     gaps = torch.cat([grouped, torch.zeros_like(grouped[..., :1])], -1).sort(-1).values.diff()
-    least = (high - low) / (2 * (top - bottom))  # half the step whose grid covers the range
-    gap = gaps.where(gaps > least[..., None], torch.inf).amin(-1)
-    lies = torch.zeros_like(low, dtype=torch.bool)
-    found, zeros = torch.ones_like(low, dtype=dtype), torch.zeros_like(low)
+    min_gap = (high - low) / (2 * (top - bottom))  # half the step whose grid covers the range
+    gap = gaps.where(gaps > min_gap[..., None], torch.inf).amin(-1)
+    on_grid = torch.zeros_like(low, dtype=torch.bool)
+    scales, zeros = torch.ones_like(low, dtype=dtype), torch.zeros_like(low)
     for part in (1, 2, 3):
         q = (grouped / (gap / part)[..., None]).round()
         step = ((grouped * q).sum(-1) / q.square().sum(-1)).to(dtype).float()
-        off = (grouped - q * step[..., None]).abs().amax(-1)
+        deviation = (grouped - q * step[..., None]).abs().amax(-1)
         zero = (bottom - q.amin(-1).clamp_max(0)) * (not scheme.symmetric)
-        inside = (q.amin(-1) + zero >= bottom) & (q.amax(-1) + zero <= top)
-        new = ~lies & inside & (off <= 0.05 * step)
-        found = torch.where(new, step.to(dtype), found)
+        in_range = (q.amin(-1) + zero >= bottom) & (q.amax(-1) + zero <= top)
+        new = ~on_grid & in_range & (deviation <= 0.05 * step)
+        scales = torch.where(new, step.to(dtype), scales)
         zeros = torch.where(new, zero, zeros)
-        lies |= new
-    return lies, found, zeros.to(torch.int8)
+        on_grid |= new
+    return on_grid, scales, zeros.to(torch.int8)
 
 
 def _scales(

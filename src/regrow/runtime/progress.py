@@ -19,12 +19,12 @@ class Progress:
     `total` is the expected number of units, or 0 if it is unknown.
     """
 
-    def __init__(self, title: str, total: int, unit: str, every: float | None = None) -> None:
+    def __init__(self, title: str, total: int, unit: str, interval: float | None = None) -> None:
         self.title, self.total, self.unit, self.done = title, total, unit, 0
         self.live = sys.stderr.isatty()
-        self.every = every if every is not None else (0.5 if self.live else 10.0)
+        self.interval = interval if interval is not None else (0.5 if self.live else 10.0)
         self.start = time.monotonic()
-        self.last = self.start + min(FIRST - self.every, 0.0)
+        self.last = self.start + min(FIRST - self.interval, 0.0)
         self.first_done = 0
         self.shown = False
 
@@ -36,7 +36,7 @@ class Progress:
         """Count `units` more; if a line is due, print share, rate, ETA and `note`."""
         self.done += units
         now = time.monotonic()
-        if now - self.last >= self.every:
+        if now - self.last >= self.interval:
             self.last, self.shown = now, True
             self._print(self.line(now, note), end="\r" if self.live else "\n")
 

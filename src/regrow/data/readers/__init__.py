@@ -11,5 +11,5 @@ def without_nulls(value: Any) -> Any:
     In a table every row has the keys of all rows, with null for the keys that it lacked originally.
     """
     if isinstance(value, dict):
-        return {key: without_nulls(each) for key, each in value.items() if each is not None}
-    return [without_nulls(each) for each in value] if isinstance(value, list) else value
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value

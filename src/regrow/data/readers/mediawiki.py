@@ -45,14 +45,14 @@ def _pages(file: TextIO) -> Iterator[tuple[str, str]]:
     namespaces |= {"Template", "Help", "Category", "Portal"}
     title = ""
     for line in file:
-        if (found := TITLE.search(line)) is not None:
-            title = html.unescape(found.group(1))
-        if (found := NAMESPACE.search(line)) is not None:
-            namespaces.add(html.unescape(found.group(1)))
-        if (found := TEXT.search(line)) is not None and not found.group().endswith("/>"):
-            body = _body(line[found.end() :], file)
-            outside = ":" in title and title.partition(":")[0] in namespaces
-            if body is not None and not outside and not REDIRECT.match(body):
+        if (match := TITLE.search(line)) is not None:
+            title = html.unescape(match.group(1))
+        if (match := NAMESPACE.search(line)) is not None:
+            namespaces.add(html.unescape(match.group(1)))
+        if (match := TEXT.search(line)) is not None and not match.group().endswith("/>"):
+            body = _body(line[match.end() :], file)
+            other_namespace = ":" in title and title.partition(":")[0] in namespaces
+            if body is not None and not other_namespace and not REDIRECT.match(body):
                 yield title, html.unescape(body)
 
 

@@ -33,13 +33,13 @@ def validation_kl(
     setup = setup.with_whole_vocabulary()
     batch = _validation_batch(setup)
     device = setup.options.torch_device()
-    given = (setup.checkpoint, setup.plan, setup.family, device)
+    cut_arguments = (setup.checkpoint, setup.plan, setup.family, device)
     dense = LayerByLayer.of(setup.checkpoint, setup.family, device)
     model = dense.streamed()
     reference = reference_states(model, [batch])
     values = []
     for repair in repairs:
-        student = cut_layers(*given, replace=repair, like=dense).streamed()
+        student = cut_layers(*cut_arguments, replace=repair, like=dense).streamed()
         values.append(mean_loss(student, [batch], reference, head_of(model), "forward_kl"))
     return values, len(reference[0])
 

@@ -49,8 +49,8 @@ def solve(weight: Tensor, gram: Gram, kept: list[int], ridges: tuple[float, ...]
     difference[:, p] = -wide[:, p]
     before = float((_energy(difference, gram.validate) / total).sqrt())
     best, chosen, after = None, None, before
-    for ridge, wanted in changes(gram.fit[k[:, None], k], lost, ridges):
-        change = wanted.to(wide.dtype)
+    for ridge, exact_change in changes(gram.fit[k[:, None], k], lost, ridges):
+        change = exact_change.to(wide.dtype)
         difference[:, k] = change
         error = float((_energy(difference, gram.validate) / total).sqrt())
         if error < after:

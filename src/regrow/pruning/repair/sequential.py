@@ -92,13 +92,13 @@ class Sequential:
         stream, family = self._streams["dense"], self.setup.family
         for layer in layers:
             names = [*family.residual.values(), *family.post_norm.values()] if watched else []
-            with self._dense.resident(layer), _inputs(self._dense.model, names, layer) as seen:
+            with self._dense.resident(layer), _inputs(self._dense.model, names, layer) as recorded:
                 for n, (_, inputs) in enumerate(self._batches):
                     stream.put(n, self._dense.step(inputs, stream.get(n) if layer else None))
                     for dim in PARTS if watched else ():
-                        self._before[dim].put(n, seen[family.residual[dim]])
+                        self._before[dim].put(n, recorded[family.residual[dim]])
                         if dim in family.post_norm:
-                            y_BTH = widen(seen[family.post_norm[dim]])
+                            y_BTH = widen(recorded[family.post_norm[dim]])
                             self._scale[dim].put(n, y_BTH.square().mean(-1, keepdim=True).sqrt())
                     counter.advance(int(inputs["real"].sum()))
 
@@ -149,14 +149,14 @@ class Sequential:
         """The input of the reader, and the stream that the output of its part is added to."""
         reader, residual = template.removesuffix(".weight"), self.setup.family.residual[dim]
         model, stream = self._cut.model, self._streams["cut"]
-        with _inputs(model, [reader, residual], new, reader) as seen, suppress(_ReachedError):
+        with _inputs(model, [reader, residual], new, reader) as recorded, suppress(_ReachedError):
             if dim == "heads":
                 self._cut.step(inputs, stream.get(n) if new else None)
             else:  # start from the stream after the attention, to avoid running it again
                 norm = model.get_submodule(_module(residual, new))
                 part = model.get_submodule(_module(reader, new).rpartition(".")[0])
                 part(norm(stream.get(n).to(self._cut.device)))
-        return seen[reader], seen[residual]
+        return recorded[reader], recorded[residual]
 
     def _output(self, template: str, dim: str, new: int, n: int) -> Tensor:
         """The stream after a part [B, T, H]: the stream before it plus the new output."""
@@ -208,11 +208,11 @@ def _inputs(
     model: nn.Module, templates: Iterable[str], layer: int, stop: str | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """Record the inputs of modules, by template, in this context; the pass ends before `stop`."""
-    seen: dict[str, Tensor] = {}
+    recorded: dict[str, Tensor] = {}
 
     def watch(template: str) -> Any:
         def see(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            seen[template] = inputs[0]
+            recorded[template] = inputs[0]
             if template == stop:
                 raise _ReachedError
 
@@ -223,7 +223,7 @@ def _inputs(
         for template in templates
     ]
     try:
-        yield seen
+        yield recorded
     finally:
         for handle in handles:
             handle.remove()
@@ -242,6 +242,6 @@ def _joined(module: nn.Linear) -> Tensor:
 def _batches(setup: RepairSetup) -> list[tuple[Subset | None, dict[str, Tensor]]]:
     """The profile's text up to `setup.tokens`, in batches of one subset each."""
     sequences = Sequences.load(setup.profile.sequences_path())
-    wanted = max(VALIDATE_EVERY, setup.tokens // sequences.input_ids.shape[1])
-    some = sequences.select(range(min(len(sequences), wanted)))
-    return list(fit_and_validate(some, len(some), setup.options.batch_size))
+    count = max(VALIDATE_EVERY, setup.tokens // sequences.input_ids.shape[1])
+    selected = sequences.select(range(min(len(sequences), count)))
+    return list(fit_and_validate(selected, len(selected), setup.options.batch_size))

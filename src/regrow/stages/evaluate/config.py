@@ -65,10 +65,10 @@ class EvaluateConfig(Config):
     @field_validator("metrics")
     @classmethod
     def _known_metrics(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
-        known = plugins.names(METRICS)
+        available = plugins.names(METRICS)
         for name in metrics:
-            if name not in known:
-                raise unknown("metric", name, known)
+            if name not in available:
+                raise unknown("metric", name, available)
             if metrics.count(name) > 1:
                 raise ValueError(f"metric {name!r} is given twice: give it once")
         return metrics

@@ -163,7 +163,7 @@ class EvalModel(ABC):
 
     @property
     @abstractmethod
-    def where(self) -> str:
+    def hardware(self) -> str:
         """Device or program, and the number of threads."""
 
     @property
@@ -206,8 +206,8 @@ class EvalModel(ABC):
         """
         if text.name not in self._sums:
             self._sums[text.name] = self._read(text)
-        read = self._sums[text.name]
-        return read.sums[metric], read.counts
+        text_sums = self._sums[text.name]
+        return text_sums.sums[metric], text_sums.counts
 
     @torch.no_grad()
     def _read(self, text: Text) -> TextSums:
@@ -217,19 +217,19 @@ class EvalModel(ABC):
             if self.teacher is not None or not metric.READS_TEACHER
         }
         windows, tokens = len(text.sequences), int(text.sequences.real.sum())
-        read = TextSums([0] * windows, {name: [0.0] * windows for name in metrics})
+        text_sums = TextSums([0] * windows, {name: [0.0] * windows for name in metrics})
         with progress(f"evaluate {self.label} on {text.name}", tokens) as counter:
             for window, logits_NV, targets_N in self.logits(text, counter):
-                done, teacher_NV = read.counts[window], None
+                done, teacher_NV = text_sums.counts[window], None
                 if any(metric.READS_TEACHER for metric in metrics.values()):
                     assert self.teacher is not None
                     part = slice(done, done + len(targets_N))
                     teacher_NV = self.teacher.logits(text.name, window, part, logits_NV.device)
                 for name, metric in metrics.items():
                     values_N = _values(name, metric, logits_NV, teacher_NV, targets_N)
-                    read.sums[name][window] += float(values_N.cpu().sum(dtype=torch.float64))
-                read.counts[window] += len(targets_N)
-        return read
+                    text_sums.sums[name][window] += float(values_N.cpu().sum(dtype=torch.float64))
+                text_sums.counts[window] += len(targets_N)
+        return text_sums
 
 
 def _values(
@@ -303,8 +303,8 @@ def fit_together(models: Sequence[EvalModel]) -> bool:
     free = psutil.virtual_memory().available
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-    taken = sum(model.bytes_to_load for model in models if model.loaded)
-    return bool(needed < MEMORY_SHARE * (free + taken))
+    in_use = sum(model.bytes_to_load for model in models if model.loaded)
+    return bool(needed < MEMORY_SHARE * (free + in_use))
 
 
 def now(device: torch.device) -> float:

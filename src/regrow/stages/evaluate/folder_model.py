@@ -81,7 +81,7 @@ class FolderEvalModel(EvalModel):
         self.__dict__.pop("head", None)
 
     @property
-    def where(self) -> str:
+    def hardware(self) -> str:
         """Data type, device and threads."""
         if self.device.type == "cuda":
             return f"{self.arithmetic} on {torch.cuda.get_device_name(self.device)}"

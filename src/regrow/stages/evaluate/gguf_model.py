@@ -59,9 +59,9 @@ class GgufFile:
 
     def has_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether each token of a folder's tokenizer has the same id in this file."""
-        known = len(self.tokens)
+        size = len(self.tokens)
         vocabulary = tokenizer.get_vocab()
-        return all(i < known and self.tokens[i] == token for token, i in vocabulary.items())
+        return all(i < size and self.tokens[i] == token for token, i in vocabulary.items())
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer in the file, as read by transformers.
@@ -122,7 +122,7 @@ class GgufEvalModel(EvalModel):
             model.close()
 
     @property
-    def where(self) -> str:
+    def hardware(self) -> str:
         """llama.cpp and its number of threads."""
         return self.arithmetic
 

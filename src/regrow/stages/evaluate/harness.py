@@ -240,10 +240,12 @@ class GgufLM(TemplateLM):
     @property
     def remark(self) -> str:
         """States how many of the strings so far llama.cpp tokenizes differently."""
-        apart = sum(not same for same in self._encoded.values())
-        if not apart:
+        num_different = sum(not same for same in self._encoded.values())
+        if not num_different:
             return "tokens by transformers and llama.cpp alike"
-        return f"tokens by transformers: llama.cpp's differ in {apart} of {len(self._encoded)}"
+        return (
+            f"tokens by transformers: llama.cpp's differ in {num_different} of {len(self._encoded)}"
+        )
 
     @property
     def eot_token_id(self) -> int:
@@ -260,14 +262,14 @@ class GgufLM(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         """Token ids, with the same rules for special tokens as lm_eval's class for transformers."""
-        bare: list[int] = self.tokenizer.encode(string, add_special_tokens=False)
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=False)
         if string not in self._encoded:
-            self._encoded[string] = bare == self.gguf.model.tokenize(string, special=True)
-        begun = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
-        if add_special_tokens is False or (add_special_tokens is None and begun):
-            return bare
-        found: list[int] = self.tokenizer.encode(string)
-        return found
+            self._encoded[string] = ids == self.gguf.model.tokenize(string, special=True)
+        has_bos = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+        if add_special_tokens is False or (add_special_tokens is None and has_bos):
+            return ids
+        ids_with_bos: list[int] = self.tokenizer.encode(string)
+        return ids_with_bos
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> Any:
         """Log-likelihood of each continuation, and whether greedy decoding would generate it."""
@@ -276,22 +278,22 @@ class GgufLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Iterable[Any], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        asked = [(context, continuation) for _, context, continuation in requests]
+        pairs = [(context, continuation) for _, context, continuation in requests]
         # Sorted neighbours share long prefixes, which llama.cpp keeps in its KV cache.
-        order = sorted(range(len(asked)), key=lambda i: asked[i][0] + asked[i][1])
-        found: dict[int, tuple[float, bool]] = {}
-        with progress(self.title, len(asked), "requests") as counter:
+        order = sorted(range(len(pairs)), key=lambda i: pairs[i][0] + pairs[i][1])
+        scores: dict[int, tuple[float, bool]] = {}
+        with progress(self.title, len(pairs), "requests") as counter:
             for i in order:
-                found[i] = self._score(*asked[i])
+                scores[i] = self._score(*pairs[i])
                 counter.advance(1)
-        return [found[i] for i in range(len(asked))]
+        return [scores[i] for i in range(len(pairs))]
 
     def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
         """Score one continuation; a context that is too long is truncated on the left."""
-        read = (context + continuation)[-(self.max_length + 1) :][:-1]
+        ids = (context + continuation)[-(self.max_length + 1) :][:-1]
         count = len(continuation)
-        assert 0 < count <= len(read), "a continuation is not longer than the model's context"
-        logits_NV = torch.from_numpy(self.gguf.model.logits(read, len(read) - count))
+        assert 0 < count <= len(ids), "a continuation is not longer than the model's context"
+        logits_NV = torch.from_numpy(self.gguf.model.logits(ids, len(ids) - count))
         targets_N = torch.tensor(continuation)
         chosen_N = logits_NV.log_softmax(-1).gather(1, targets_N[:, None])
         return float(chosen_N.sum()), bool((logits_NV.argmax(-1) == targets_N).all())
@@ -300,7 +302,7 @@ class GgufLM(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[float]:
         """Log-likelihood of each whole text, in windows of the model's context length."""
-        found = []
+        scores = []
         for (string,) in (request.args for request in requests):
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(string),
@@ -309,30 +311,35 @@ class GgufLM(TemplateLM):
                 context_len=1,
             )
             parts = [(None, *make_disjoint_window(window)) for window in windows]
-            found.append(sum(value for value, _ in self._loglikelihood_tokens(parts)))
-        return found
+            scores.append(sum(value for value, _ in self._loglikelihood_tokens(parts)))
+        return scores
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Greedy generation after each context, up to a stop string."""
-        found = []
+        answers = []
         with progress(self.title, len(requests), "requests") as counter:
             for context, options in (request.args for request in requests):
-                found.append(self._generate(context, options))
+                answers.append(self._generate(context, options))
                 counter.advance(1)
-        return found
+        return answers
 
     def _generate(self, context: str, options: dict[str, Any]) -> str:
-        wanted: dict[str, Any] = dict(normalize_gen_kwargs(options, MAX_GEN_TOKS))
-        if wanted.get("do_sample"):
-            raise UserError("the task samples its answers: GGUF files are measured greedily alone")
-        most = int(wanted["max_gen_toks"])
+        settings: dict[str, Any] = dict(normalize_gen_kwargs(options, MAX_GEN_TOKS))
+        if settings.get("do_sample"):
+            raise UserError(
+                "the task samples its answers, but GGUF files can only be measured greedily: leave "
+                "this task out"
+            )
+        max_new_tokens = int(settings["max_gen_toks"])
         eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
-        stops = handle_stop_sequences(wanted.get("until"), eos=eos)
-        assert most < self.max_length, f"{most} new tokens leave no room in {self.max_length}"
-        ids = self.tok_encode(context)[-(self.max_length - most) :]
+        stops = handle_stop_sequences(settings.get("until"), eos=eos)
+        assert max_new_tokens < self.max_length, (
+            f"{max_new_tokens} new tokens leave no room in {self.max_length}"
+        )
+        ids = self.tok_encode(context)[-(self.max_length - max_new_tokens) :]
         new: list[int] = []
         text = ""
-        for token in islice(self.gguf.model.continuation(ids), most):
+        for token in islice(self.gguf.model.continuation(ids), max_new_tokens):
             if token in self.gguf.ends:
                 break
             new.append(token)

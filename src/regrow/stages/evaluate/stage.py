@@ -126,8 +126,8 @@ def load_models(
             return checkpoints, label
     if TEACHER in checkpoints:
         raise UserError(
-            f"label {TEACHER!r} is for {against}, but {checkpoints[TEACHER].folder} has it: "
-            "give that model another label"
+            f"the label {TEACHER!r} is reserved for {against}, but {checkpoints[TEACHER].folder} "
+            "has it: give that model another label"
         )
     return {TEACHER: teacher, **checkpoints}, TEACHER
 
@@ -159,7 +159,7 @@ def check_window(models: Models, config: EvaluateConfig) -> None:
         limit = model.config.get("max_position_embeddings")
         if config.texts and limit is not None and config.window > limit:
             raise UserError(
-                f"window {config.window} is longer than {label} was made for ({limit} positions): "
+                f"window {config.window} is longer than {label} supports ({limit} positions): "
                 f"set it to {limit} or less"
             )
 
@@ -241,15 +241,17 @@ def _prepare(
     )
 
 
-def load_metric(name: str) -> ModuleType:
+def load_metric(metric_name: str) -> ModuleType:
     """Import a metric's file; raises UserError if it defines no measurement."""
-    metric = plugins.load(METRICS, name)
-    wanted = [["measure"], ["measure_all"]]
+    metric = plugins.load(METRICS, metric_name)
+    interfaces = [["measure"], ["measure_all"]]
     if hasattr(metric, "per_token"):
-        wanted = [["READS_TEACHER", "measure"], ["READS_TEACHER", "UNIT", "CONVENTION"]]
-    if not any(all(hasattr(metric, each) for each in names) for names in wanted):
-        needs = ", or ".join(" and ".join(f"`{each}`" for each in names) for names in wanted)
-        raise UserError(f"metric {name}: {metric.__file__} needs {needs} (docs/add-a-metric.md)")
+        interfaces = [["READS_TEACHER", "measure"], ["READS_TEACHER", "UNIT", "CONVENTION"]]
+    if not any(all(hasattr(metric, name) for name in names) for names in interfaces):
+        needs = ", or ".join(" and ".join(f"`{name}`" for name in names) for names in interfaces)
+        raise UserError(
+            f"metric {metric_name}: {metric.__file__} needs {needs} (docs/add-a-metric.md)"
+        )
     return metric
 
 
@@ -397,4 +399,4 @@ def conventions(figures: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
 
 def _shared(texts: list[str]) -> str:
     parts = zip(*(text.split("; ") for text in texts), strict=False)
-    return "; ".join(same[0] for same in takewhile(lambda some: len(set(some)) == 1, parts))
+    return "; ".join(same[0] for same in takewhile(lambda values: len(set(values)) == 1, parts))

@@ -71,8 +71,8 @@ def show(evaluation: dict[str, Any]) -> None:
     for heading, columns in parts.items():
         if columns:
             console.print(table(evaluation, heading, columns))
-    known = {name for columns in parts.values() for name in columns}
-    if tasks := [name for name in names if name not in known]:
+    shown = {name for columns in parts.values() for name in columns}
+    if tasks := [name for name in names if name not in shown]:
         console.print(task_table(evaluation, tasks))
 
 

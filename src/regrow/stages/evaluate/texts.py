@@ -71,29 +71,27 @@ def build_texts(
         )
     if data is not None:
         sequences = build_sequences(data, tokenizer, "heldout", config.heldout_sequences)
-        how = (
+        convention = (
             f"{len(sequences)} held-out sequences of {data.sequence_length} tokens of the data; "
             f"{_begun(tokenizer, prefix)}; documents do not attend to each other; prompts, padding "
             "and first tokens not scored"
         )
-        texts.append(Text(HELDOUT, sequences, how))
+        texts.append(Text(HELDOUT, sequences, convention))
     for name, source in config.texts.items():
         if openings is None:
             text, ids = opening(text_files(source), tokenizer, config.text_tokens)
         else:
             text, ids = openings[name], _encode(openings[name], tokenizer)
         if len(ids) < 2:
-            raise UserError(
-                f"text {name!r}: {source} holds {len(ids)} tokens; at least 2 are needed"
-            )
+            raise UserError(f"text {name!r}: {source} has {len(ids)} tokens; at least 2 are needed")
         sequences = windows(ids, config.window, prefix)
-        how = (
+        convention = (
             f"first {len(ids):,} tokens of {Path(source).name}{_joined(source)}, windows of "
             f"{config.window} without overlap, {_begun(tokenizer, prefix)}, the first token of the "
             "text in a window not scored"
         )
         num_bytes = scored_bytes(text, tokenizer, sequences, len(prefix))
-        texts.append(Text(name, sequences, how, num_bytes))
+        texts.append(Text(name, sequences, convention, num_bytes))
     return texts
 
 
@@ -131,8 +129,8 @@ def scored_bytes(
 
 def _offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    found: list[tuple[int, int]] = encoding["offset_mapping"]
-    return found
+    offsets: list[tuple[int, int]] = encoding["offset_mapping"]
+    return offsets
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -161,12 +159,12 @@ def windows(ids: list[int], window: int, prefix: Sequence[int] = ()) -> Sequence
     text = torch.tensor(ids + [ids[0]] * (count * size - len(ids))).view(count, size)
     labels = torch.where(real, text, IGNORED)
     labels[:, 0] = IGNORED
-    before = torch.tensor(prefix, dtype=torch.int64).repeat(count, 1)
+    prefix_BP = torch.tensor(prefix, dtype=torch.int64).repeat(count, 1)
     return Sequences(
-        torch.cat([before, text], 1),
+        torch.cat([prefix_BP, text], 1),
         torch.arange(window).repeat(count, 1),
-        torch.cat([torch.full_like(before, IGNORED), labels], 1),
-        torch.cat([torch.ones_like(before, dtype=torch.bool), real], 1),
+        torch.cat([torch.full_like(prefix_BP, IGNORED), labels], 1),
+        torch.cat([torch.ones_like(prefix_BP, dtype=torch.bool), real], 1),
     )
 
 
@@ -176,28 +174,28 @@ def text_files(source: str) -> list[Path]:
 
 
 def opening(
-    paths: list[Path], tokenizer: PreTrainedTokenizerBase, wanted: int
+    paths: list[Path], tokenizer: PreTrainedTokenizerBase, num_tokens: int
 ) -> tuple[str, list[int]]:
-    """Return the beginning of the text in `paths`, and its first `wanted` tokens.
+    """Return the beginning of the text in `paths`, and its first `num_tokens` tokens.
 
     There are fewer tokens if the text is shorter, and no special tokens. The returned text ends
     with the last token; a character that this token splits is included completely. The files are
     read only as far as necessary: tokens far from the cut do not depend on the text after it.
     """
-    characters = CHARACTERS_PER_TOKEN * (wanted + MARGIN)
+    characters = CHARACTERS_PER_TOKEN * (num_tokens + MARGIN)
     while True:
         text = _beginning(paths, characters)
         ids = _encode(text, tokenizer)
-        if len(text) < characters or len(ids) >= wanted + MARGIN:
+        if len(text) < characters or len(ids) >= num_tokens + MARGIN:
             break
         characters *= 2
-    if len(ids) <= wanted:
+    if len(ids) <= num_tokens:
         return text, ids
     if not tokenizer.is_fast:
-        decoded = tokenizer.decode(ids[:wanted])
+        decoded = tokenizer.decode(ids[:num_tokens])
         assert isinstance(decoded, str)
-        return decoded, ids[:wanted]
-    return text[: max(end for _, end in _offsets(text, tokenizer)[:wanted])], ids[:wanted]
+        return decoded, ids[:num_tokens]
+    return text[: max(end for _, end in _offsets(text, tokenizer)[:num_tokens])], ids[:num_tokens]
 
 
 def _beginning(paths: list[Path], characters: int) -> str:
@@ -223,17 +221,17 @@ def _parts(path: Path, characters: int) -> Any:
         yield _row_text(row, f"{path}, row {number}")
 
 
-def _row_text(row: dict[str, Any], where: str) -> str:
+def _row_text(row: dict[str, Any], location: str) -> str:
     if isinstance(row.get("text"), str):
         return str(row["text"])
     if isinstance(row.get("context"), str) and isinstance(row.get("continuation"), str):
         return f"{row['context']} {row['continuation']}"
     raise UserError(
-        f"{where}: has {', '.join(sorted(row))}; a text to score needs `text`, or `context` and "
+        f"{location}: has {', '.join(sorted(row))}; a text to score needs `text`, or `context` and "
         "`continuation`"
     )
 
 
 def _joined(source: str) -> str:
     raw = plain_name(Path(source)).endswith(".txt")
-    return " as it stands" if raw else " (rows joined by blank lines)"
+    return " unchanged" if raw else " (rows joined by blank lines)"

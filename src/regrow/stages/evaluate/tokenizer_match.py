@@ -37,10 +37,10 @@ def open_tokenizers(models: Models, teacher: str | None) -> dict[str, PreTrained
         for label in labels
         if isinstance(model := models[label], Checkpoint)
     }
-    folders = list({id(each): each for each in tokenizers.values()}.values())
+    folders = list({id(tokenizer): tokenizer for tokenizer in tokenizers.values()}.values())
     for label, model in models.items():
         if isinstance(model, GgufFile):
-            same = (each for each in folders if model.has_tokens_of(each))
+            same = (tokenizer for tokenizer in folders if model.has_tokens_of(tokenizer))
             tokenizers[label] = next(same, None) or model.tokenizer()
     return tokenizers
 
@@ -57,11 +57,11 @@ def texts_of(
     The length of a further text is counted in tokens of the model `first`. A model with another
     tokenizer gets the same string in its own tokens, and then no model gets a figure per token.
     """
-    rules = {id(each): each for each in tokenizers.values()}
-    keys = {label: str(id(each)) for label, each in tokenizers.items()}
+    rules = {id(tokenizer): tokenizer for tokenizer in tokenizers.values()}
+    keys = {label: str(id(tokenizer)) for label, tokenizer in tokenizers.items()}
     if len(rules) > 1:  # files differ, but the rules may be equal
-        of = {key: fingerprint(each) for key, each in rules.items()}
-        keys = {label: of[id(each)] for label, each in tokenizers.items()}
+        fingerprints = {key: fingerprint(tokenizer) for key, tokenizer in rules.items()}
+        keys = {label: fingerprints[id(tokenizer)] for label, tokenizer in tokenizers.items()}
     built = {keys[first]: build_texts(data, tokenizers[first], config)}
     if len(set(keys.values())) == 1:
         return _split_alike({label: built[key] for label, key in keys.items()}, models, tokenizers)
@@ -70,8 +70,8 @@ def texts_of(
         if key not in built:
             built[key] = build_texts(data, tokenizers[label], config, openings)
     say(
-        "evaluate: the models' tokenizers differ, so perplexities per token do not compare and are "
-        f"left out; compare bits per byte, or perplexities per token of {first}"
+        "evaluate: the models' tokenizers differ, so perplexities per token cannot be compared and "
+        f"are left out; compare bits per byte, or perplexities per token of {first}"
     )
     references = {text.name: _reference(first, text) for text in built[keys[first]]}
     built = {
@@ -91,12 +91,12 @@ def _split_alike(
             used, rows = text.sequences.input_ids.unique().tolist(), embedding_rows(model)
             check_ids(used, tokenizers[label], rows, model.folder)
         if isinstance(model, GgufFile):
-            apart = _split_apart(texts[label], model, tokenizers[label])
-            alike[label] = [text for text in texts[label] if text.name not in apart]
-            for name in apart:
+            different = _split_apart(texts[label], model, tokenizers[label])
+            alike[label] = [text for text in texts[label] if text.name not in different]
+            for name in different:
                 say(
-                    f"evaluate: llama.cpp splits the text {name!r} into other tokens than the "
-                    f"tokenizer of {label} does: no figures of it"
+                    f"evaluate: llama.cpp tokenizes the text {name!r} differently from the "
+                    f"tokenizer of {label}, so {label} gets no figures on it"
                 )
     return alike
 
@@ -105,23 +105,25 @@ def _split_apart(
     texts: list[Text], file: GgufFile, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
     """Names of the texts that llama.cpp tokenizes differently from `tokenizer`."""
-    apart = []
+    names = []
     with GgufModel(file.folder, only_look=True) as opened:
         for text in texts:
             for ids, real in zip(text.sequences.input_ids, text.sequences.real, strict=True):
                 plain = tokenizer.decode(ids[real].tolist(), skip_special_tokens=True)
                 assert isinstance(plain, str)
                 if tokenizer.encode(plain, add_special_tokens=False) != opened.tokenize(plain):
-                    apart.append(text.name)
+                    names.append(text.name)
                     break
-    return apart
+    return names
 
 
 def _per_byte_only(text: Text, reference: Reference | None) -> Text:
     """Mark a text as not comparable per token between the models."""
     if text.name == HELDOUT:
-        own = "in the model's own tokens: not the same text for one of other tokens"
-        return replace(text, convention=f"{text.convention}; {own}", per_token=False)
+        remark = (
+            "in the model's own tokens; a model with other tokens reads another part of the text"
+        )
+        return replace(text, convention=f"{text.convention}; {remark}", per_token=False)
     return replace(text, reference=reference, per_token=False)
 
 
@@ -153,14 +155,14 @@ def teacher_ids_of(
     cannot be compared.
     """
     ids: dict[str, Tensor | None] = {}
-    theirs, size = tokenizers[teacher], int(models[teacher].config["vocab_size"])
-    for label, other in tokenizers.items():
+    teacher_tokenizer, size = tokenizers[teacher], int(models[teacher].config["vocab_size"])
+    for label, tokenizer in tokenizers.items():
         ids[label] = None
-        if other is theirs:
+        if tokenizer is teacher_tokenizer:
             continue
-        reason = _difference(other, theirs, texts[label], texts[teacher])
+        reason = _difference(tokenizer, teacher_tokenizer, texts[label], texts[teacher])
         if reason is not None:
-            ids[label] = ids_in(other, theirs, size)
+            ids[label] = ids_in(tokenizer, teacher_tokenizer, size)
         if reason is not None and ids[label] is None:
             raise UserError(
                 f"{' and '.join(metrics)} cannot compare {label} with {teacher}: {reason}; leave "
@@ -170,15 +172,15 @@ def teacher_ids_of(
 
 
 def _difference(
-    other: PreTrainedTokenizerBase,
+    student: PreTrainedTokenizerBase,
     teacher: PreTrainedTokenizerBase,
     texts: list[Text],
     teacher_texts: list[Text],
 ) -> str | None:
     """Reason why the ids of two models mean different tokens; None if they mean the same."""
-    teacher_tokens, tokens = _tokens_by_id(teacher), _tokens_by_id(other)
-    both = teacher_tokens.keys() & tokens.keys()
-    if different := sorted(i for i in both if teacher_tokens[i] != tokens[i]):
+    teacher_tokens, tokens = _tokens_by_id(teacher), _tokens_by_id(student)
+    shared_ids = teacher_tokens.keys() & tokens.keys()
+    if different := sorted(i for i in shared_ids if teacher_tokens[i] != tokens[i]):
         i = different[0]
         return f"token {i} is {tokens[i]!r} in one and {teacher_tokens[i]!r} in the other"
     of_teacher = {text.name: text for text in teacher_texts}

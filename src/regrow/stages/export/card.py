@@ -54,10 +54,10 @@ class Licence:
     """A licence: the hub's name for it, None if unknown, and the place where it is documented."""
 
     id: str | None = None
-    where: str = ""
+    source: str = ""
 
     def __str__(self) -> str:
-        return "unknown" if self.id is None else f"{self.id} ({self.where})"
+        return "unknown" if self.id is None else f"{self.id} ({self.source})"
 
     @property
     def terms(self) -> str:
@@ -79,12 +79,12 @@ class Lineage:
     recipe: str = ""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Manifests by the name of the stage's folder, in order."""
-    made: bool = True
+    by_regrow: bool = True
     """Whether regrow produced the model; False for a model from elsewhere."""
 
 
-def lineage_of(folder: Path, given: str | None = None) -> Lineage:
-    """The known lineage of the model in `folder`, which the user named `given`.
+def lineage_of(folder: Path, model_name: str | None = None) -> Lineage:
+    """The known lineage of the model in `folder`, which the user named `model_name`.
 
     For a folder in a run, the lineage comes from the run's recipe and stages. For the output of a
     single stage, it comes from that stage's manifest. Any other model is its own parent.
@@ -97,12 +97,14 @@ def lineage_of(folder: Path, given: str | None = None) -> Lineage:
         name = run.resolve().name
         stages = _stages(run, folder.resolve())
         return Lineage(name, parent_name(parent), licence_of(parent), sources, recipe, stages)
-    found = stage_dir.read(folder)
-    if found is not None and "stage" in found:
+    manifest = stage_dir.read(folder)
+    if manifest is not None and "stage" in manifest:
         name = folder.resolve().name
-        return Lineage(name, "not recorded", Licence(), stages={name: found})
-    parent = given or str(folder)
-    return Lineage(short_name(parent), parent_name(parent), licence_of(parent, folder), made=False)
+        return Lineage(name, "not recorded", Licence(), stages={name: manifest})
+    parent = model_name or str(folder)
+    return Lineage(
+        short_name(parent), parent_name(parent), licence_of(parent, folder), by_regrow=False
+    )
 
 
 def licence_of(model: str, folder: Path | None = None) -> Licence:
@@ -125,26 +127,26 @@ def _of_card(folder: Path) -> Licence | None:
     named = fields.get("license") if isinstance(fields, dict) else None
     if not isinstance(named, str) or named in ("unknown", "other"):
         return None
-    return Licence(named, "said by its model card")
+    return Licence(named, "from its model card")
 
 
 def _of_file(folder: Path) -> Licence | None:
     for path in sorted(folder.glob("LICENSE*")):
-        words = " ".join(path.read_text(encoding="utf-8", errors="replace").lower().split()[:24])
-        plain = words.replace(",", "")
+        words = path.read_text(encoding="utf-8", errors="replace").lower().replace(",", "").split()
+        opening = " ".join(words[:24])
         for first, name in FIRST_WORDS.items():
-            if plain.startswith(first):
-                return Licence(name, f"its file {path.name} begins so")
+            if opening.startswith(first):
+                return Licence(name, f"recognised from its file {path.name}")
     return None
 
 
 def _of_gguf(path: Path) -> Licence:
     from gguf import GGUFReader
 
-    found = GGUFReader(path).fields.get("general.license")
-    if found is None:
+    field = GGUFReader(path).fields.get("general.license")
+    if field is None:
         return Licence()
-    return Licence(str(found.contents()).lower(), f"general.license of {path.name}")
+    return Licence(str(field.contents()).lower(), f"general.license of {path.name}")
 
 
 def _run_of(folder: Path) -> Path | None:
@@ -155,20 +157,22 @@ def _run_of(folder: Path) -> Path | None:
 
 
 def _sources(data: Any) -> list[dict[str, Any]]:
-    given = data.get("sources", []) if isinstance(data, dict) else data
-    given = given if isinstance(given, list) else [given]
-    return [{"source": each} if isinstance(each, str) else each for each in given if each]
+    sources = data.get("sources", []) if isinstance(data, dict) else data
+    sources = sources if isinstance(sources, list) else [sources]
+    return [
+        {"source": source} if isinstance(source, str) else source for source in sources if source
+    ]
 
 
 def _stages(run: Path, model: Path) -> dict[str, dict[str, Any]]:
     """Manifests of the stages that produced `model`, and of evaluations, also of later ones."""
-    found = {}
+    manifests = {}
     for path in sorted(run.glob("stages/*")):
-        made = stage_dir.read(path)
+        manifest = stage_dir.read(path)
         later = model.parent.name == "stages" and path.name > model.name
-        if made is not None and (not later or made.get("stage") == "evaluate"):
-            found[path.name] = made
-    return found
+        if manifest is not None and (not later or manifest.get("stage") == "evaluate"):
+            manifests[path.name] = manifest
+    return manifests
 
 
 def short_name(model: str) -> str:
@@ -199,9 +203,9 @@ MADE = ("profile", "prune", "distill", "quantize")
 """Stages that take part in producing a model."""
 
 
-def write_card(folder: Path, made: Path) -> None:
-    """Write README.md for the published model in `folder`, which the stage in `made` produced."""
-    lineage = lineage_of(made)
+def write_card(folder: Path, stage_folder: Path) -> None:
+    """Write README.md for the published model in `folder`; `stage_folder` is its last stage."""
+    lineage = lineage_of(stage_folder)
     family = families.get(Checkpoint(folder, quantized=True).config["model_type"])
     (folder / CARD).write_text(text(lineage.name, lineage, family), encoding="utf-8")
 
@@ -236,23 +240,24 @@ def _front(lineage: Lineage, file: str | None) -> str:
         fields["base_model"] = lineage.parent
     fields["library_name"] = "gguf" if file else "transformers"
     fields["pipeline_tag"] = "text-generation"
-    if lineage.made:
-        fields["tags"] = ["regrow", *sorted({made["stage"] for made in _made(lineage).values()})]
+    if lineage.by_regrow:
+        stages = {manifest["stage"] for manifest in _producing_stages(lineage).values()}
+        fields["tags"] = ["regrow", *sorted(stages)]
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
 
 
-def _made(lineage: Lineage) -> dict[str, dict[str, Any]]:
+def _producing_stages(lineage: Lineage) -> dict[str, dict[str, Any]]:
     return {name: m for name, m in lineage.stages.items() if m.get("stage") in MADE}
 
 
 def _lineage(lineage: Lineage, family: Family) -> str:
     lines = ["## Lineage\n", f"- parent: {lineage.parent}", f"- architecture: {family.model_type}"]
-    if not lineage.made:
+    if not lineage.by_regrow:
         return "\n".join([*lines[:1], f"- model: {lineage.parent}, not changed", lines[2]]) + "\n"
-    for name, made in _made(lineage).items():
-        inputs = made.get("inputs") or {}
+    for name, manifest in _producing_stages(lineage).items():
+        inputs = manifest.get("inputs") or {}
         of = next((value[:12] for key, value in inputs.items() if "data" not in key), "")
-        lines.append(f"- {name}: {made['stage']}" + (f" of `{of}`" if of else ""))
+        lines.append(f"- {name}: {manifest['stage']}" + (f" of `{of}`" if of else ""))
     last = [*lineage.stages.values()][-1:]
     versions = last[0].get("versions", {}) if last else {}
     if versions:
@@ -264,20 +269,20 @@ def _licence(lineage: Lineage) -> str:
     return (
         f"## Licence\n\n- of the parent: {lineage.licence}\n"
         f"- models made from it: {lineage.licence.terms}\n"
-        "- this model keeps the parent's licence, and what the text's licences ask for\n"
+        "- this model keeps the parent's licence; the licences of the texts may add conditions\n"
     )
 
 
 def _data(lineage: Lineage) -> str:
     """The section on the training text: each source with its licence, if known."""
     if not lineage.sources:
-        return "" if not lineage.made else "## Data\n\nNot recorded with this model.\n"
+        return "" if not lineage.by_regrow else "## Data\n\nNot recorded with this model.\n"
     lines = ["## Data\n"]
     for source in lineage.sources:
-        named = str(source["source"])
-        public = named.startswith("package:") or not named.startswith(("/", ".", "~"))
-        shown = named if public else named.rsplit("/", 1)[-1]
-        licence = text_licence(named) or "licence unknown to regrow, look where it comes from"
+        name = str(source["source"])
+        public = name.startswith("package:") or not name.startswith(("/", ".", "~"))
+        shown = name if public else name.rsplit("/", 1)[-1]
+        licence = text_licence(name) or "licence unknown: look it up where the text comes from"
         lines.append(f"- {shown}: {licence}")
     return "\n".join(lines) + "\n"
 
@@ -293,23 +298,22 @@ def _recipe(lineage: Lineage) -> str:
 def _figures(lineage: Lineage, exported: dict[str, Any] | None) -> str:
     rows: list[str] = []
     evaluated = [m for m in lineage.stages.values() if m.get("stage") == "evaluate"]
-    for made in [*evaluated[-1:], *([exported] if exported else [])]:
-        rows += [_row(f) for f in made.get("figures", []) if f.get("unit") not in NOT_COMPARED]
+    for manifest in [*evaluated[-1:], *([exported] if exported else [])]:
+        rows += [_row(f) for f in manifest.get("figures", []) if f.get("unit") not in NOT_COMPARED]
     if not rows:
         return "## Figures\n\nNone were measured.\n"
     head = "| figure | value | unit | n | how |\n|---|---:|---|---:|---|\n"
-    told = "".join(f"\n- {line}" for line in (exported or {}).get("fallbacks", []))
-    fell = f"\nRows that the type cannot hold:\n{told}\n" if told else ""
-    return f"## Figures\n\n{head}" + "\n".join(rows) + f"\n{fell}"
+    fallbacks = "".join(f"\n- {line}" for line in (exported or {}).get("fallbacks", []))
+    fallback_note = f"\nTensors in another type:\n{fallbacks}\n" if fallbacks else ""
+    return f"## Figures\n\n{head}" + "\n".join(rows) + f"\n{fallback_note}"
 
 
 def _row(figure: dict[str, Any]) -> str:
     value = figure["value"]
     shown = f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
-    how = str(figure.get("convention", "")).replace("|", "\\|")
-    return (
-        f"| {figure['name']} | {shown} | {figure.get('unit', '')} | {figure.get('n', '')} | {how} |"
-    )
+    convention = str(figure.get("convention", "")).replace("|", "\\|")
+    cells = (figure["name"], shown, figure.get("unit", ""), figure.get("n", ""), convention)
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _run(name: str, file: str | None) -> str:
@@ -326,5 +330,5 @@ def _run(name: str, file: str | None) -> str:
         f"    llama-cli -m {file}\n"
         f"    llama-server -m {file}\n"
         f"    ollama create {ollama} -f Modelfile && ollama run {ollama}\n\n"
-        "The Modelfile lies beside the file.\n"
+        "The Modelfile is in the same folder.\n"
     )

@@ -37,11 +37,11 @@ class TemplatePieces:
         """Render a conversation that ends with a user's message."""
         text = "" if messages[0]["role"] == "system" else self.default
         for message in messages:
-            before, after = self._around(message["role"])
+            before, after = self._text_around(message["role"])
             text += before + message["content"] + after
         return text
 
-    def _around(self, role: str) -> tuple[str, str]:
+    def _text_around(self, role: str) -> tuple[str, str]:
         return {"system": self.system or ("", ""), "user": self.user}.get(role, ("", self.answer))
 
     def go(self) -> str:
@@ -51,7 +51,7 @@ class TemplatePieces:
             first = '{{ if ne (index .Messages 0).Role "system" }}' + self.default + "{{ end }}"
         body = ""
         for number, role in enumerate(("system", "user", "assistant")):
-            before, after = self._around(role)
+            before, after = self._text_around(role)
             word = "if" if number == 0 else "else if"
             body += f'{{{{ {word} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
         return f"{first}{{{{ range .Messages }}}}{body}{{{{ end }}}}{{{{ end }}}}"
@@ -66,20 +66,20 @@ def pieces_of(tokenizer: Any) -> TemplatePieces | None:
     if not tokenizer.chat_template:
         return None
     try:
-        found = _pieces(tokenizer)
-        if found is None:
+        pieces = _pieces(tokenizer)
+        if pieces is None:
             return None
-        for messages in _conversations(found.system is not None):
-            if found.render(messages) != _render(tokenizer, messages):
+        for messages in _conversations(pieces.system is not None):
+            if pieces.render(messages) != _render(tokenizer, messages):
                 return None
     except (TemplateError, ValueError, TypeError, KeyError):
         return None
     bad = ("{{", '"""')  # would end the template or the string that contains it
-    return None if any(mark in text for text in _texts(found) for mark in bad) else found
+    return None if any(mark in text for text in _texts(pieces) for mark in bad) else pieces
 
 
 def _pieces(tokenizer: Any) -> TemplatePieces | None:
-    talk = [_said("user", USER), _said("assistant", ANSWER), _said("user", AGAIN)]
+    talk = [_message("user", USER), _message("assistant", ANSWER), _message("user", AGAIN)]
     text = _render(tokenizer, talk)
     if not all(mark in text for mark in (USER, ANSWER, AGAIN)):
         return None
@@ -101,7 +101,7 @@ def _opening(tokenizer: Any, start: str, later: str) -> tuple[str, tuple[str, st
     """The text before every user's message, and the text around a system message, if supported."""
     opening = _after_end(_common_end(start, later), tokenizer.eos_token)
     try:
-        text = _render(tokenizer, [_said("system", SYSTEM), _said("user", USER)])
+        text = _render(tokenizer, [_message("system", SYSTEM), _message("user", USER)])
     except (TemplateError, ValueError, TypeError):
         return opening, None
     if SYSTEM not in text:
@@ -119,18 +119,28 @@ def _after_end(text: str, mark: str | None) -> str:
     return text.rpartition(mark)[2].removeprefix("\n")
 
 
-def _common_end(one: str, other: str) -> str:
+def _common_end(first: str, second: str) -> str:
     size = 0
-    while size < min(len(one), len(other)) and one[-size - 1] == other[-size - 1]:
+    while size < min(len(first), len(second)) and first[-size - 1] == second[-size - 1]:
         size += 1
-    return one[len(one) - size :]
+    return first[len(first) - size :]
 
 
 def _conversations(with_system: bool) -> list[list[Message]]:
-    talk = [_said("user", "How many?"), _said("assistant", "Three."), _said("user", "Which?")]
-    every = [talk[:1], talk, [*talk, _said("assistant", "Those."), _said("user", "Why?")]]
-    system = _said("system", "Be brief.")
-    return every + ([[system, *some] for some in every] if with_system else [])
+    talk = [
+        _message("user", "How many?"),
+        _message("assistant", "Three."),
+        _message("user", "Which?"),
+    ]
+    conversations = [
+        talk[:1],
+        talk,
+        [*talk, _message("assistant", "Those."), _message("user", "Why?")],
+    ]
+    system = _message("system", "Be brief.")
+    return conversations + (
+        [[system, *messages] for messages in conversations] if with_system else []
+    )
 
 
 def _render(tokenizer: Any, messages: list[Message]) -> str:
@@ -143,12 +153,12 @@ def _adds_bos(tokenizer: Any) -> bool:
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
-def _said(role: str, content: str) -> Message:
+def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _texts(found: TemplatePieces) -> list[str]:
-    return [found.default, *(found.system or ()), *found.user, found.answer]
+def _texts(pieces: TemplatePieces) -> list[str]:
+    return [pieces.default, *(pieces.system or ()), *pieces.user, pieces.answer]
 
 
 MOST_CONTEXT = 8192
@@ -160,18 +170,18 @@ def text(source: ExportSource, file: str) -> str:
     """The Modelfile for the GGUF file `file` in the same folder."""
     checkpoint = source.checkpoint
     parts = [f"FROM ./{file}"]
-    own: Any = checkpoint.tokenizer()
-    pieces = pieces_of(own)
+    hf_tokenizer: Any = checkpoint.tokenizer()
+    pieces = pieces_of(hf_tokenizer)
     if pieces is not None:
         parts.append(f'TEMPLATE """{pieces.go()}"""')
-    elif own.chat_template:
+    elif hf_tokenizer.chat_template:
         parts.append(
-            "# The chat template does more than put text around messages, which is all that is\n"
-            "# translated here; Ollama takes the one in the GGUF file if it knows it."
+            "# The chat template does more than put fixed text around messages: not translated.\n"
+            "# Ollama uses the template in the GGUF file, if it supports that."
         )
     longest = hyperparameters.context(source.config, str(source.family.gguf))[0]
     if longest > MOST_CONTEXT:
-        parts.append(f"# The model takes {longest}; each position costs memory.")
+        parts.append(f"# The model supports {longest} positions; each one costs memory.")
     parts.append(f"PARAMETER num_ctx {min(longest, MOST_CONTEXT)}")
     tokens = source.vocabulary.tokens
     kinds = source.vocabulary.kinds
@@ -184,9 +194,11 @@ def text(source: ExportSource, file: str) -> str:
 
 def _sampling(source: ExportSource) -> list[str]:
     path = source.checkpoint.folder / "generation_config.json"
-    given = json.loads(path.read_text()) if path.exists() else {}
-    if not given.get("do_sample"):
+    generation_config = json.loads(path.read_text()) if path.exists() else {}
+    if not generation_config.get("do_sample"):
         return []
     names = {"repetition_penalty": "repeat_penalty"}
-    found = {key: given[key] for key in SAMPLING if given.get(key) is not None}
-    return [f"PARAMETER {names.get(key, key)} {value}" for key, value in found.items()]
+    parameters = {
+        key: generation_config[key] for key in SAMPLING if generation_config.get(key) is not None
+    }
+    return [f"PARAMETER {names.get(key, key)} {value}" for key, value in parameters.items()]

@@ -48,11 +48,11 @@ def check(checkpoint: Checkpoint, family: Family, config: Any) -> None:
         activation = activation or raw.get("hidden_act")
     if activation not in (None, allowed, {"silu": "swish"}.get(allowed)):
         raise UserError(
-            f"activation {activation!r}: llama.cpp's {architecture} computes {allowed} only"
+            f"activation {activation!r}: llama.cpp's {architecture} supports {allowed} only"
         )
     if architecture in NO_BIAS and raw.get("attention_bias"):
         raise UserError(
-            f"attention_bias: llama.cpp's {architecture} has none in the attention's output"
+            f"attention_bias: llama.cpp's {architecture} has no bias in the attention's output"
         )
     _check_rope(config, architecture)
     checks = {"phi3": _check_phi3, "qwen3moe": _check_qwen3moe, "gemma3": _check_gemma3}
@@ -65,24 +65,24 @@ def _check_rope(config: Any, architecture: str) -> None:
     allowed = ROPE_TYPES.get(architecture, ("default", "linear", "yarn"))
     if kind not in allowed:
         raise UserError(
-            f"rope_type {kind!r}: llama.cpp's {architecture} knows {', '.join(allowed)}; set "
-            "rope_parameters in config.json to one of them to export without it"
+            f"rope_type {kind!r}: llama.cpp's {architecture} supports {', '.join(allowed)}; set "
+            "rope_parameters in config.json to one of them to export without this scaling"
         )
     share = rope_parameters(config).get("partial_rotary_factor") or 1.0
     if share != 1.0 and architecture != "phi3":
         raise UserError(
             f"partial_rotary_factor {share}: llama.cpp's {architecture} rotates whole heads only"
         )
-    betas = [rope_parameters(config).get(key) or usual for key, usual in BETAS.items()]
+    betas = [rope_parameters(config).get(key) or default for key, default in BETAS.items()]
     if kind == "yarn" and betas != [*BETAS.values()]:
         raise UserError(
-            f"beta_fast and beta_slow {betas} of YaRN: llama.cpp computes {[*BETAS.values()]} only"
+            f"beta_fast and beta_slow {betas} of YaRN: llama.cpp supports {[*BETAS.values()]} only"
         )
     local = config.rope_parameters.get("sliding_attention")
     if local and local.get("rope_type", "default") != "default":
         raise UserError(
             f"rope_type {local['rope_type']!r} in the sliding layers: llama.cpp's {architecture} "
-            "knows default"
+            "supports default only"
         )
 
 
@@ -91,8 +91,8 @@ def _check_phi3(family: Family, raw: dict[str, Any], config: Any) -> None:
     if sizes["heads"] * sizes["head_dim"] != sizes["hidden"]:
         raise UserError(
             f"{sizes['heads']} heads of {sizes['head_dim']} with hidden_size {sizes['hidden']}: "
-            "llama.cpp's phi3 holds heads × head_dim = hidden_size only; prune both alike or "
-            "neither"
+            "llama.cpp's phi3 requires heads × head_dim = hidden_size; prune heads and hidden by "
+            "the same share, or neither"
         )
 
 
@@ -112,7 +112,7 @@ def _check_qwen3moe(family: Family, raw: dict[str, Any], config: Any) -> None:
 def _check_gemma3(family: Family, raw: dict[str, Any], config: Any) -> None:
     for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
         if raw.get(key):
-            raise UserError(f"{key} {raw[key]}: llama.cpp's gemma3 has none")
+            raise UserError(f"{key} {raw[key]}: llama.cpp's gemma3 does not support it")
     sliding_period(config)
 
 
@@ -126,10 +126,10 @@ def sliding_period(config: Any) -> int:
     for period in range(1, len(kinds) + 2):
         if kinds == [(layer + 1) % period == 0 for layer in range(len(kinds))]:
             return period
-    full = [layer for layer, whole in enumerate(kinds) if whole]
+    full = [layer for layer, is_full in enumerate(kinds) if is_full]
     raise UserError(
-        f"layers {full} of {len(kinds)} have full attention: llama.cpp derives that from a period "
-        "(every nth layer), which these layers do not have; prune layers so that it stays"
+        f"layers {full} of {len(kinds)} have full attention: llama.cpp supports only a regular "
+        "period (every nth layer); choose the layers to prune so that a period remains"
     )
 
 
@@ -138,15 +138,15 @@ def context(config: Any, architecture: str) -> tuple[int, str]:
 
     llama.cpp supports sliding windows for Gemma 3 only. Within one window they make no difference.
     """
-    most = int(config.max_position_embeddings)
+    positions = int(config.max_position_embeddings)
     window = config.to_dict().get("sliding_window")
     kinds = config.to_dict().get("layer_types")
     slides = window and (kinds is None or "sliding_attention" in kinds)
-    if architecture == "gemma3" or not slides or window >= most:
-        return most, ""
+    if architecture == "gemma3" or not slides or window >= positions:
+        return positions, ""
     return int(window), (
         f"llama.cpp's {architecture} has no sliding window: context_length is set to the window, "
-        f"{window} of {most} positions, up to which both compute the same"
+        f"{window} of {positions} positions, up to which both compute the same"
     )
 
 
@@ -217,14 +217,14 @@ def _write_rope(writer: Any, config: Any, head_dim: int) -> None:
 
 def _write_yarn(writer: Any, parameters: dict[str, Any]) -> None:
     """Write the factor of queries and keys if it differs from YaRN's default 1 + 0.1 ln(factor)."""
-    usual = 1 + 0.1 * math.log(parameters["factor"])
+    default = 1 + 0.1 * math.log(parameters["factor"])
     mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    wanted = parameters.get("attention_factor")
-    if wanted is None and mscale and all_dim:
+    factor = parameters.get("attention_factor")
+    if factor is None and mscale and all_dim:
         log = 0.1 * math.log(parameters["factor"])
-        wanted = (mscale * log + 1) / (all_dim * log + 1)
-    if wanted is not None:
-        writer.add_rope_scaling_attn_factors(wanted / usual)
+        factor = (mscale * log + 1) / (all_dim * log + 1)
+    if factor is not None:
+        writer.add_rope_scaling_attn_factors(factor / default)
 
 
 def _original_context(config: Any) -> int:

@@ -87,11 +87,11 @@ def export(
 
 
 def check(
-    checkpoint: Checkpoint, config: ExportConfig, given: str | None = None
+    checkpoint: Checkpoint, config: ExportConfig, model_name: str | None = None
 ) -> tensors.ExportSource:
     """Check everything that can be checked before the slow work, and return the export's source.
 
-    `given` is the model as the user named it; its name and licence are derived from it. Raises
+    `model_name` is the model as the user named it; its name and licence are derived from it. Raises
     UserError.
     """
     from transformers import AutoConfig
@@ -107,7 +107,7 @@ def check(
     hyperparameters.check(checkpoint, family, loaded)
     vocab_size = family.sizes(checkpoint.config)["vocab"]
     vocabulary = tokenizer.vocabulary(checkpoint, vocab_size, config.pre)
-    lineage = lineage_of(checkpoint.folder, given)
+    lineage = lineage_of(checkpoint.folder, model_name)
     name = config.name or lineage.name
     source = tensors.ExportSource(checkpoint, family, loaded, vocabulary, name, lineage)
     _check_rows(source.stored(GGUF_FORMATS[config.type]), GGUF_FORMATS[config.type])
@@ -120,7 +120,7 @@ def _verifies(config: ExportConfig) -> bool:
     if config.verify == "never":
         return False
     if not llama_cpp.installed():
-        say("export: not verified, llama.cpp is not installed: pip install 'regrow[llama]'")
+        say("export: not verified, because llama.cpp is missing: pip install 'regrow[llama]'")
         return False
     return True
 
@@ -132,15 +132,15 @@ def _text(
     data: DataConfig | None,
 ) -> tuple[list[list[int]], tuple[str, str]]:
     """Windows of token ids for the comparison, and a text with a description of the windows."""
-    most = min(LONGEST, hyperparameters.context(source.config, str(source.family.gguf))[0])
+    window_tokens = min(LONGEST, hyperparameters.context(source.config, str(source.family.gguf))[0])
     tokenizer: Any = checkpoint.tokenizer()
     if data is None:
         ids = tokenizer(verify.SAMPLE)["input_ids"]
-        return [ids[: min(most, config.verify_tokens)]], (verify.SAMPLE, "a built-in text")
-    wanted = -(-config.verify_tokens // min(most, data.sequence_length))
-    blocks = build_sequences(data, tokenizer, "heldout", wanted, checkpoint)
+        return [ids[: min(window_tokens, config.verify_tokens)]], (verify.SAMPLE, "a built-in text")
+    num_sequences = -(-config.verify_tokens // min(window_tokens, data.sequence_length))
+    blocks = build_sequences(data, tokenizer, "heldout", num_sequences, checkpoint)
     rows = zip(blocks.input_ids, blocks.real, strict=True)
-    windows = [ids[real][:most].tolist() for ids, real in rows]
+    windows = [ids[real][:window_tokens].tolist() for ids, real in rows]
     left = config.verify_tokens
     kept = []
     for window in windows:
@@ -148,7 +148,7 @@ def _text(
         left -= len(kept[-1])
         if left <= 0:
             break
-    name = f"held-out text of the data, in windows of {min(most, data.sequence_length)}"
+    name = f"held-out text of the data, in windows of {min(window_tokens, data.sequence_length)}"
     return kept, (tokenizer.decode(windows[0], skip_special_tokens=True), name)
 
 
@@ -165,9 +165,9 @@ def _check_rows(stored: list[StoredTensor], format: StorageFormat) -> None:
         columns = ", ".join(map(str, sorted({tensor.shape[-1] for tensor in misfits})))
         plain = ", ".join(f.name for f in GGUF_FORMATS.values() if TYPES[f.linear].block == 1)
         raise UserError(
-            f"type {format.name} packs {block} weights of a row, and {share:.0%} of this model's "
-            f"weights are in rows of {columns}, not a multiple of {block}: use {plain}, or prune "
-            f"to widths that are a multiple of {block}"
+            f"type {format.name} stores rows in blocks of {block} weights, but {share:.0%} of this "
+            f"model's weights are in rows of {columns}, not a multiple of {block}: use {plain}, or "
+            f"prune to widths that are a multiple of {block}"
         )
 
 
@@ -197,9 +197,9 @@ def _tell(target: Path, figures: list[Figure], extra: dict[str, Any]) -> None:
         say(f"  {line}")
 
 
-def describe(checkpoint: Checkpoint, config: ExportConfig, given: str | None) -> list[str]:
+def describe(checkpoint: Checkpoint, config: ExportConfig, model_name: str | None) -> list[str]:
     """The file that an export would write, for --dry-run; raises UserError as `check` does."""
-    source = check(checkpoint, config, given)
+    source = check(checkpoint, config, model_name)
     stored = source.stored(GGUF_FORMATS[config.type])
     size = sum(tensor.bytes for tensor in stored)
     return [
@@ -220,29 +220,29 @@ class FileStageDir(StageDir):
     def __init__(self, file: Path, name: str, config: Config, inputs: dict[str, str]) -> None:
         self.file = file = stage_dir.output_file(file)
         super().__init__(file.parent / f".{file.name}.export", name, config, inputs)
-        if file.exists() and self._found() is None:
+        if file.exists() and self._manifest_beside() is None:
             raise UserError(
-                f"{file} is there and was not written by regrow export: give --out another name"
+                f"{file} exists and was not written by regrow export: give --out another name"
             )
 
-    def _beside(self, name: str) -> Path:
+    def _sibling(self, name: str) -> Path:
         return self.file.with_name(f"{self.file.stem}.{name}")
 
-    def _found(self) -> dict[str, object] | None:
-        path = self._beside(stage_dir.NAME)
+    def _manifest_beside(self) -> dict[str, object] | None:
+        path = self._sibling(stage_dir.NAME)
         return stage_dir.read_file(path) if path.exists() else None
 
     @property
     def complete(self) -> bool:
         """Whether the file exists and was produced by this config from these inputs."""
-        found = self._found()
-        return self.file.exists() and found is not None and found.get("digest") == self.digest
+        manifest = self._manifest_beside()
+        return self.file.exists() and manifest is not None and manifest.get("digest") == self.digest
 
     def _finish(self) -> None:
         stage_dir.write_json(self.partial / stage_dir.NAME, self.manifest())
         (self.partial / stage_dir.MARK).unlink()
         for path in sorted(self.partial.iterdir(), key=lambda path: path.suffix == ".gguf"):
-            path.replace(self.file if path.suffix == ".gguf" else self._beside(path.name))
+            path.replace(self.file if path.suffix == ".gguf" else self._sibling(path.name))
         shutil.rmtree(self.partial)
 
 

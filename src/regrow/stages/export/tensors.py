@@ -56,15 +56,15 @@ def entries(checkpoint: Checkpoint, family: Family) -> list[GgufTensor]:
         for place in family.places(template, config):
             layer = -1 if place.layer is None else place.layer
             grouped.setdefault((layer, template), []).append(place.name)
-    found = []
+    tensors = []
     for (layer, template), parts in sorted(grouped.items(), key=lambda item: item[0][0]):
-        whole = template.replace("{layer}", str(layer)).replace("experts.{expert}", "experts")
-        name = names.get_name(whole, try_suffixes=(".weight", ".bias"))
-        assert name is not None, f"gguf names no {whole} of {family.gguf}"
+        hf_name = template.replace("{layer}", str(layer)).replace("experts.{expert}", "experts")
+        name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+        assert name is not None, f"gguf names no {hf_name} of {family.gguf}"
         shape = checkpoint.shapes[parts[0]]
         stacked = (len(parts), *shape) if "{expert}" in template else shape
-        found.append(GgufTensor(name, stacked, template, max(0, layer), tuple(parts)))
-    return found
+        tensors.append(GgufTensor(name, stacked, template, max(0, layer), tuple(parts)))
+    return tensors
 
 
 def read(checkpoint: Checkpoint, family: Family, entry: GgufTensor) -> np.ndarray:
@@ -72,24 +72,24 @@ def read(checkpoint: Checkpoint, family: Family, entry: GgufTensor) -> np.ndarra
     import torch
 
     parts = [checkpoint.tensor(name).float() for name in entry.parts]
-    whole = torch.stack(parts) if "{expert}" in entry.template else parts[0]
-    values: np.ndarray = _changed(whole, family, entry, checkpoint.config).contiguous().numpy()
+    tensor = torch.stack(parts) if "{expert}" in entry.template else parts[0]
+    values: np.ndarray = _changed(tensor, family, entry, checkpoint.config).contiguous().numpy()
     return values
 
 
 def _changed(
-    whole: torch.Tensor, family: Family, entry: GgufTensor, config: dict[str, Any]
+    tensor: torch.Tensor, family: Family, entry: GgufTensor, config: dict[str, Any]
 ) -> torch.Tensor:
     name = entry.template.rsplit(".", 1)[0]
     if name.endswith("norm") and family.norm_offset:
-        whole = whole + family.norm_offset  # llama.cpp adds no offset
+        tensor = tensor + family.norm_offset  # llama.cpp adds no offset
     if name.endswith("q_norm") and family.model_type == "gemma3_text":
-        return whole * _query_factor(family, config)
+        return tensor * _query_factor(family, config)
     if family.gguf in INTERLEAVED and name.endswith(("q_proj", "k_proj")):
         (dim, *_) = family.tensors[entry.template].axes
         assert isinstance(dim, str)
-        return interleaved(whole, family.sizes(config)[dim])
-    return whole
+        return interleaved(tensor, family.sizes(config)[dim])
+    return tensor
 
 
 def interleaved(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -109,11 +109,11 @@ def _query_factor(family: Family, config: dict[str, Any]) -> float:
     (the 27B).
     """
     sizes = family.sizes(config)
-    theirs = sizes["head_dim"]
+    llama_cpp_scalar = sizes["head_dim"]
     if sizes["layers"] == 62:
-        theirs = sizes["hidden"] // sizes["heads"]
-    ours = config.get("query_pre_attn_scalar", 256)
-    return float((theirs / ours) ** 0.5)
+        llama_cpp_scalar = sizes["hidden"] // sizes["heads"]
+    scalar = config.get("query_pre_attn_scalar", 256)
+    return float((llama_cpp_scalar / scalar) ** 0.5)
 
 
 def _architecture(family: Family) -> Any:
@@ -160,9 +160,9 @@ class ExportSource:
         stored = [StoredTensor(name, x.shape, "F32", "F32") for name, x in self.extra.items()]
         for entry in self.entries:
             role = role_of(self.family, entry.template, config)
-            wanted = format.type_of(role, entry.layer, sizes)
-            kind = fitting(wanted, entry.shape[-1])
-            stored.append(StoredTensor(entry.name, entry.shape, wanted, kind))
+            type_name = format.type_of(role, entry.layer, sizes)
+            kind = fitting(type_name, entry.shape[-1])
+            stored.append(StoredTensor(entry.name, entry.shape, type_name, kind))
         return stored
 
 
@@ -178,17 +178,19 @@ def write(path: Path, source: ExportSource, format: StorageFormat) -> list[Store
         _write(path, source, format.name, stored)
         return stored
     plain = find_gguf(source.lossless_type())
-    between = path.with_name(f"{path.stem}.{plain.name}.intermediate.gguf")
+    intermediate = path.with_name(f"{path.stem}.{plain.name}.intermediate.gguf")
     unquantized = source.stored(plain)
     space = sum(tensor.bytes for tensor in (*unquantized, *stored))
     require_space(path.parent, int(NEEDED * space))
     try:
-        _write(between, source, plain.name, unquantized)
-        llama_cpp.quantize(between, path, file_type(format.name))
+        _write(intermediate, source, plain.name, unquantized)
+        llama_cpp.quantize(intermediate, path, file_type(format.name))
     finally:
-        between.unlink(missing_ok=True)
-    wanted = {tensor.name: tensor.wanted for tensor in stored}
-    return [StoredTensor(name, shape, wanted[name], kind) for name, shape, kind in contents(path)]
+        intermediate.unlink(missing_ok=True)
+    wanted_types = {tensor.name: tensor.wanted for tensor in stored}
+    return [
+        StoredTensor(name, shape, wanted_types[name], kind) for name, shape, kind in contents(path)
+    ]
 
 
 def contents(path: Path) -> list[tuple[str, tuple[int, ...], str]]:

@@ -57,24 +57,24 @@ KNOWN: dict[str, tuple[tuple[Step, ...], bool]] = {
 def identify(rules: dict[str, Any]) -> str | None:
     """llama.cpp's name of the pre-tokenizer in a tokenizer.json; None when it is not in KNOWN."""
     steps = _steps(rules.get("pre_tokenizer"))
-    whole = bool(rules["model"].get("ignore_merges"))
-    for name, known in KNOWN.items():
-        if (steps, whole) == known:
+    ignore_merges = bool(rules["model"].get("ignore_merges"))
+    for name, definition in KNOWN.items():
+        if (steps, ignore_merges) == definition:
             return name
     return None
 
 
-def name_of(rules: dict[str, Any], given: str | None) -> str:
-    """`given`, or else the recognised name; raises UserError when there is neither."""
-    found = given or identify(rules)
-    if found is None:
+def name_of(rules: dict[str, Any], name: str | None) -> str:
+    """`name`, or else the recognised name; raises UserError when there is neither."""
+    name = name or identify(rules)
+    if name is None:
         steps = " + ".join(str(step[0]) for step in _steps(rules.get("pre_tokenizer"))) or "none"
         raise UserError(
-            f"how this tokenizer splits text ({steps}) is none that regrow recognises "
-            f"({', '.join(KNOWN)}): name llama.cpp's way with --pre (tokenizer.ggml.pre of a GGUF "
-            "file of the parent model says it)"
+            f"regrow does not recognise how this tokenizer splits text ({steps}); it knows "
+            f"{', '.join(KNOWN)}: give llama.cpp's name with --pre (the key tokenizer.ggml.pre in "
+            "a GGUF file of the parent model)"
         )
-    return found
+    return name
 
 
 def _steps(rule: dict[str, Any] | None) -> tuple[Step, ...]:
@@ -128,7 +128,7 @@ def vocabulary(checkpoint: Checkpoint, vocab_size: int, given_pre: str | None) -
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = _kind(rules)
     if kind == "t5" and rules["model"].get("byte_fallback"):
-        say("export: llama.cpp's Unigram spells no unknown character in bytes: it gets the <unk>")
+        say("export: llama.cpp's Unigram has no byte fallback: unknown characters become <unk>")
     tokens, kinds = _tokens(rules, vocab_size, kind)
     prefix = _puts_space(tokenizer) if kind != "gpt2" else False
     if kind == "gpt2":
@@ -138,50 +138,50 @@ def vocabulary(checkpoint: Checkpoint, vocab_size: int, given_pre: str | None) -
     return Vocabulary(kind, tokens, kinds, "default", None, scores, prefix)
 
 
-def write(writer: Any, checkpoint: Checkpoint, found: Vocabulary) -> None:
+def write(writer: Any, checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
     """Add the tokenizer's keys to a GGUFWriter: vocabulary, special ids, chat template."""
-    writer.add_tokenizer_model(found.model)
-    writer.add_tokenizer_pre(found.pre)
-    writer.add_token_list(found.tokens)
-    writer.add_token_types(found.kinds)
-    if found.scores is not None:
-        writer.add_token_scores(found.scores)
-    if found.merges is not None:
-        writer.add_token_merges(found.merges)
-    writer.add_add_space_prefix(found.space_prefix)
-    if found.model == "t5":
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.kinds)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+    if vocabulary.merges is not None:
+        writer.add_token_merges(vocabulary.merges)
+    writer.add_add_space_prefix(vocabulary.space_prefix)
+    if vocabulary.model == "t5":
         writer.add_remove_extra_whitespaces(False)
     tokenizer: Any = checkpoint.tokenizer()
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
     for name, number in ids.items():
-        if number is not None and number < len(found.tokens):
+        if number is not None and number < len(vocabulary.tokens):
             getattr(writer, f"add_{name}_token_id")(number)
     for number in end_ids(checkpoint):
         if number != ids["eos"]:
             writer.add_eot_token_id(number)
             break
-    around = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(bool(around) and around[0] == ids["bos"])
-    writer.add_add_eos_token(len(around) > 1 and around[-1] == ids["eos"])
+    encoded = tokenizer("a")["input_ids"]
+    writer.add_add_bos_token(bool(encoded) and encoded[0] == ids["bos"])
+    writer.add_add_eos_token(len(encoded) > 1 and encoded[-1] == ids["eos"])
     if template := chat_template(tokenizer):
         writer.add_chat_template(template)
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The tokenizer's chat template; the default one when there are several."""
-    found: Any = tokenizer.chat_template
-    if isinstance(found, dict):
-        found = found.get("default") or next(iter(found.values()), None)
-    return found or None
+    template: Any = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default") or next(iter(template.values()), None)
+    return template or None
 
 
 def end_ids(checkpoint: Checkpoint) -> list[int]:
     """Ids that end an answer: the tokenizer's EOS, then the EOS ids of the generation config."""
     path = checkpoint.folder / "generation_config.json"
-    found = [checkpoint.tokenizer().eos_token_id, checkpoint.config.get("eos_token_id")]
+    ids = [checkpoint.tokenizer().eos_token_id, checkpoint.config.get("eos_token_id")]
     if path.exists():
-        found.append(json.loads(path.read_text()).get("eos_token_id"))
-    flat = [n for each in found for n in (each if isinstance(each, list) else [each])]
+        ids.append(json.loads(path.read_text()).get("eos_token_id"))
+    flat = [n for value in ids for n in (value if isinstance(value, list) else [value])]
     return list(dict.fromkeys(int(n) for n in flat if n is not None))
 
 
@@ -197,7 +197,7 @@ def _kind(rules: dict[str, Any]) -> str:
         return "t5"
     raise UserError(
         f"a tokenizer of type {model['type']} that is neither byte-level nor falls back to bytes: "
-        "llama.cpp has no way to split text as it does"
+        "llama.cpp cannot reproduce it, so this model cannot be exported"
     )
 
 
@@ -224,8 +224,8 @@ def _tokens(rules: dict[str, Any], size: int, kind: str) -> tuple[list[str], lis
             kinds[number] = CONTROL if added["special"] else USER_DEFINED
     if of_id and max(of_id) >= size:
         raise UserError(
-            f"the tokenizer has ids up to {max(of_id)}, but the embedding {size} rows: this "
-            "tokenizer is of another model"
+            f"the tokenizer has ids up to {max(of_id)}, but the embedding has only {size} rows: "
+            "use the tokenizer that belongs to this model"
         )
     tokens = [of_id.get(number, f"[PAD{number}]") for number in range(size)]
     return tokens, [kinds.get(number, UNUSED) for number in range(size)]

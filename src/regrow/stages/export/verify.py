@@ -66,29 +66,35 @@ class Proof:
 
     def figures(self) -> list[Figure]:
         """The figures for the manifest."""
-        how = f"llama.cpp on the file against transformers in float32 on the folder; {self.text}"
+        convention = (
+            f"llama.cpp on the file against transformers in float32 on the folder; {self.text}"
+        )
         n = self.positions
         return [
-            Figure(name="kl", value=self.kl, unit="nats", n=n, convention=how),
-            Figure(name="kl_worst", value=self.worst, unit="nats", n=n, convention=how),
-            Figure(name="same_top_token", value=self.same_top, n=n, convention=how),
+            Figure(name="kl", value=self.kl, unit="nats", n=n, convention=convention),
+            Figure(name="kl_worst", value=self.worst, unit="nats", n=n, convention=convention),
+            Figure(name="same_top_token", value=self.same_top, n=n, convention=convention),
             Figure(
                 name="greedy_equal", value=self.greedy_equal, unit="tokens", n=self.greedy_tokens
             ),
-            Figure(name="same_tokens", value=float(self.first_difference is None), convention=how),
+            Figure(
+                name="same_tokens",
+                value=float(self.first_difference is None),
+                convention=convention,
+            ),
         ]
 
     def lines(self) -> list[str]:
         """The lines to print in the terminal."""
-        whole = self.greedy_equal == self.greedy_tokens
-        greedy = "equal" if whole else f"parts after {self.greedy_equal} tokens"
+        equal = self.greedy_equal == self.greedy_tokens
+        greedy = "equal" if equal else f"differs after {self.greedy_equal} tokens"
         lines = [
             f"verified: llama.cpp against transformers, {self.positions} positions of {self.text}: "
             f"KL {self.kl:.2e} nats (worst {self.worst:.1e}), same top token {self.same_top:.1%}, "
             f"greedy {greedy} ({self.greedy_tokens})"
         ]
         if self.first_difference is not None:
-            lines.append(f"  llama.cpp splits this text otherwise: {self.first_difference}")
+            lines.append(f"  llama.cpp tokenizes this text differently: {self.first_difference}")
         return lines
 
 
@@ -109,23 +115,23 @@ def prove(
     ids = tokenizer(prompt)["input_ids"]
     assert isinstance(ids, list)
     longest = max([len(ids) + new_tokens, *map(len, windows)])
-    with GgufModel(path, context=longest) as theirs:
+    with GgufModel(path, context=longest) as gguf:
         kls, same = [], []
         model = checkpoint.model(_dtype(checkpoint, path))
         for window in windows:
-            kl, top = compare(_logits(model, window), theirs.logits(window))
+            kl, top = compare(_logits(model, window), gguf.logits(window))
             kls.append(kl)
             same.append(top)
-        expected, found = _greedy(model, ids, new_tokens), theirs.greedy(ids, new_tokens)
-        difference = _difference(tokenizer, theirs, text[0])
-    every = [float(value) for kl in kls for value in kl]
-    pairs = list(zip(expected, found, strict=True))
+        expected, continuation = _greedy(model, ids, new_tokens), gguf.greedy(ids, new_tokens)
+        difference = _difference(tokenizer, gguf, text[0])
+    all_kls = [float(value) for kl in kls for value in kl]
+    pairs = list(zip(expected, continuation, strict=True))
     equal = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
     tops = [float(value) for top in same for value in top]
     return Proof(
-        positions=len(every),
-        kl=sum(every) / len(every),
-        worst=max(every),
+        positions=len(all_kls),
+        kl=sum(all_kls) / len(all_kls),
+        worst=max(all_kls),
         same_top=sum(tops) / len(tops),
         greedy_equal=equal,
         greedy_tokens=new_tokens,
@@ -136,26 +142,26 @@ def prove(
 
 def check(proof: Proof, type_name: str, path: Path) -> None:
     """Raise UserError when the KL is too large for the type, which means an error of the export."""
-    most = MOST.get(type_name)
-    if most is not None and not proof.kl <= most:
+    limit = MOST.get(type_name)
+    if limit is not None and not proof.kl <= limit:
         raise UserError(
             f"{path.name}: llama.cpp's next-token distributions are {proof.kl:.2g} nats from "
-            f"transformers', more than {most} for {type_name}: the file is not kept; --verify "
-            "never writes it all the same, to look into it"
+            f"transformers', more than {limit} for {type_name}, so the file was deleted: use "
+            "--verify never to keep it and inspect it"
         )
 
 
-def compare(ours: torch.Tensor, theirs: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(ours ‖ theirs) of the next token [T] in nats, and whether the top tokens agree [T].
+def compare(p_logits: torch.Tensor, q_logits: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(p ‖ q) of the next token [T] in nats, and whether the top tokens agree [T].
 
     Both arguments are logits [T, V]; the KL is computed in float64.
     """
     import torch
 
     kls, same = [], []
-    for rows in range(0, len(ours), ROWS):
-        p = ours[rows : rows + ROWS].double().log_softmax(-1)
-        q = torch.from_numpy(theirs[rows : rows + ROWS]).double().log_softmax(-1)
+    for rows in range(0, len(p_logits), ROWS):
+        p = p_logits[rows : rows + ROWS].double().log_softmax(-1)
+        q = torch.from_numpy(q_logits[rows : rows + ROWS]).double().log_softmax(-1)
         kls.append((p.exp() * (p - q)).sum(-1))
         same.append(p.argmax(-1) == q.argmax(-1))
     return torch.cat(kls), torch.cat(same)
@@ -172,14 +178,14 @@ def _logits(model: PreTrainedModel, window: list[int]) -> torch.Tensor:
 def _greedy(model: PreTrainedModel, ids: list[int], count: int) -> list[int]:
     import torch
 
-    found: list[int] = []
-    fed, cache = ids, None
+    tokens: list[int] = []
+    input_ids, cache = ids, None
     with torch.inference_mode():
         for _ in range(count):
-            out = model(torch.tensor([fed]), past_key_values=cache, use_cache=True)
-            cache, fed = out.past_key_values, [int(out.logits[0, -1].argmax())]
-            found += fed
-    return found
+            out = model(torch.tensor([input_ids]), past_key_values=cache, use_cache=True)
+            cache, input_ids = out.past_key_values, [int(out.logits[0, -1].argmax())]
+            tokens += input_ids
+    return tokens
 
 
 def _dtype(checkpoint: Checkpoint, path: Path) -> torch.dtype:
@@ -194,12 +200,12 @@ def _dtype(checkpoint: Checkpoint, path: Path) -> torch.dtype:
     return checkpoint.compute_dtype()
 
 
-def _difference(tokenizer: object, theirs: GgufModel, text: str) -> str | None:
+def _difference(tokenizer: object, gguf: GgufModel, text: str) -> str | None:
     assert callable(tokenizer)
-    ours: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    other = theirs.tokenize(text)
-    if ours == other:
+    expected: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens = gguf.tokenize(text)
+    if expected == tokens:
         return None
-    at = next((n for n, (a, b) in enumerate(zip(ours, other, strict=False)) if a != b), None)
-    at = min(len(ours), len(other)) if at is None else at
-    return f"token {at} is {other[at : at + 3]}, in transformers {ours[at : at + 3]}"
+    at = next((n for n, (a, b) in enumerate(zip(expected, tokens, strict=False)) if a != b), None)
+    at = min(len(expected), len(tokens)) if at is None else at
+    return f"token {at} is {tokens[at : at + 3]}, in transformers {expected[at : at + 3]}"

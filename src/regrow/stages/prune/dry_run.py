@@ -34,7 +34,7 @@ def check_one_target(config: PruneConfig) -> None:
     """Raise UserError unless the config has exactly one of: a search target, sizes, a plan."""
     targets = (config.searches, bool(config.sizes()), config.plan is not None)
     if sum(targets) != 1:
-        problem = "nothing to prune to" if not any(targets) else "more than one target"
+        problem = "no target to prune to" if not any(targets) else "more than one target"
         raise UserError(f"{problem}: give keep_params, or sizes such as num_layers, or a plan")
 
 

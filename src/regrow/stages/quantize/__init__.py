@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,6 @@ from pydantic import Field, field_validator
 from tyro.conf import OmitArgPrefixes
 
 from regrow import plugins
-from regrow.calibration.modules import check_pattern
 from regrow.config import Config, Options
 from regrow.data.config import DataConfig
 from regrow.errors import unknown
@@ -56,24 +56,31 @@ class QuantizeConfig(Config):
     @field_validator("method")
     @classmethod
     def _known_method(cls, method: str | None) -> str | None:
-        known = plugins.names(METHODS)
-        if method is not None and method not in known:
-            raise unknown("method", method, known)
+        available = plugins.names(METHODS)
+        if method is not None and method not in available:
+            raise unknown("method", method, available)
         return method
 
     @field_validator("keep")
     @classmethod
     def _patterns(cls, keep: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in keep:
-            check_pattern(pattern)
+            _check(pattern)
         return keep
 
     @field_validator("rules")
     @classmethod
     def _known_schemes(cls, rules: dict[str, str]) -> dict[str, str]:
         for pattern in rules:
-            check_pattern(pattern)
+            _check(pattern)
         return {pattern: formats.find_scheme(name).name for pattern, name in rules.items()}
+
+
+def _check(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
 class QuantizeStage(Stage):
@@ -133,20 +140,19 @@ class QuantizeStage(Stage):
 
 def estimate(checkpoint: Checkpoint, data: DataConfig | None, config: QuantizeConfig) -> list[str]:
     """Layers and bytes for each scheme and method, and the time of the passes over the text."""
-    from regrow.calibration.modules import WEIGHT
     from regrow.cost import forward_seconds
     from regrow.runtime.progress import clock
-    from regrow.stages.quantize.choose import fallbacks
+    from regrow.stages.quantize.choose import WEIGHT, fallbacks
     from regrow.stages.quantize.stage import check, method_of
 
     job = check(checkpoint, config, data)
     shapes = checkpoint.shapes
     lines = [f"quantize: {len(job.chosen)} layers"]
     for scheme in job.schemes:
-        some = [module for module, own in job.chosen.items() if own == scheme]
-        size = sum(scheme.type.bytes(*shapes[module + WEIGHT]) for module in some)
+        modules = [module for module, own_scheme in job.chosen.items() if own_scheme == scheme]
+        size = sum(scheme.type.bytes(*shapes[module + WEIGHT]) for module in modules)
         method = method_of(config, scheme)
-        lines.append(f"  {len(some)} layers in {scheme.name} by {method}: {size / 1e6:,.1f} MB")
+        lines.append(f"  {len(modules)} layers in {scheme.name} by {method}: {size / 1e6:,.1f} MB")
     kept = [name for name in shapes if name.removesuffix(WEIGHT) not in job.chosen]
     size = sum(math.prod(shapes[name]) * job.kept_dtype(name).itemsize for name in kept)
     lines.append(f"  {len(kept)} tensors not quantized: {size / 1e6:,.1f} MB")

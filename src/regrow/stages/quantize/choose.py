@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from regrow.calibration.modules import (
-    WEIGHT,
-    check_patterns,
-    first_match,
-    is_router,
-    linear_modules,
-)
+import re
+
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.families import Family
 from regrow.quantization import formats
 from regrow.quantization.formats import Scheme, StoredTensor, fallback_lines
 from regrow.stages.quantize import QuantizeConfig
+
+WEIGHT = ".weight"
 
 
 def choose(checkpoint: Checkpoint, family: Family, config: QuantizeConfig) -> dict[str, Scheme]:
@@ -23,17 +20,17 @@ def choose(checkpoint: Checkpoint, family: Family, config: QuantizeConfig) -> di
     Raises UserError for a pattern that matches nothing, for a quantized embedding, when nothing is
     left to quantize, and for a combination that transformers cannot open.
     """
-    modules = linear_modules(checkpoint)
+    modules = [n.removesuffix(WEIGHT) for n, s in checkpoint.shapes.items() if len(s) == 2]
     embedding, head = (name.removesuffix(WEIGHT) for name in (family.embedding, family.head))
-    check_patterns({"keep": config.keep, "rules": tuple(config.rules)}, [*modules, head])
+    _check_patterns(config, [*modules, head])
     chosen = {}
     for module in modules:
-        if first_match(config.keep, module) or is_router(family, module + WEIGHT):
+        if _first(config.keep, module) or is_router(family, module + WEIGHT):
             continue
-        rule = first_match(tuple(config.rules), module)
+        rule = _first(tuple(config.rules), module)
         scheme = formats.find_scheme(config.rules[rule] if rule else config.scheme)
         if module == embedding:
-            raise UserError(f"{module}: no reader takes a quantized embedding; add it to keep")
+            raise UserError(f"{module}: no program reads a quantized embedding; add it to keep")
         if module == head and scheme.dynamic:
             raise UserError(
                 f"{module}: {scheme.name} also quantizes inputs, which the head does not allow; "
@@ -50,29 +47,35 @@ def choose(checkpoint: Checkpoint, family: Family, config: QuantizeConfig) -> di
     return chosen
 
 
+def is_router(family: Family, name: str) -> bool:
+    """Whether a tensor is a router, which is small and sensitive to rounding."""
+    place = family.find(name)
+    return place is not None and family.tensors[place.template].axes[0] == "experts"
+
+
 def fallbacks(
     checkpoint: Checkpoint, config: QuantizeConfig, chosen: dict[str, Scheme]
 ) -> list[str]:
     """A line for each kind of layer whose width is not a multiple of its scheme's group size."""
     stored = []
     for module, scheme in chosen.items():
-        rule = first_match(tuple(config.rules), module)
-        wanted = formats.find_scheme(config.rules[rule] if rule else config.scheme)
+        rule = _first(tuple(config.rules), module)
+        configured = formats.find_scheme(config.rules[rule] if rule else config.scheme)
         name = module + WEIGHT
-        stored.append(StoredTensor(name, checkpoint.shapes[name], wanted.name, scheme.name))
+        stored.append(StoredTensor(name, checkpoint.shapes[name], configured.name, scheme.name))
     return fallback_lines(stored)
 
 
 def _same_for_experts(chosen: dict[str, Scheme], checkpoint: Checkpoint, family: Family) -> None:
     """Assign one scheme that fits all widths to all experts, because readers stack experts."""
     experts = _experts(chosen, family)
-    asked = {chosen[module].name for module in experts}
+    names = {chosen[module].name for module in experts}
     for module in experts:
         for other in experts:
             columns = checkpoint.shapes[other + WEIGHT][1]
             chosen[module] = chosen[module].fitting(columns)
     if len({chosen[module].name for module in experts}) > 1:
-        raise UserError(f"experts are stacked by readers and need one scheme: not {sorted(asked)}")
+        raise UserError(f"all experts need the same scheme, but the rules give {sorted(names)}")
 
 
 def _experts(chosen: dict[str, Scheme], family: Family) -> list[str]:
@@ -99,3 +102,18 @@ def _check_readers(chosen: dict[str, Scheme], checkpoint: Checkpoint, family: Fa
                 f"{chosen[module].name}: transformers cannot open it in a mixture of experts; take "
                 "int8, fp8 or a symmetric int4"
             )
+
+
+def _check_patterns(config: QuantizeConfig, modules: list[str]) -> None:
+    for field, patterns in {"keep": config.keep, "rules": tuple(config.rules)}.items():
+        for pattern in patterns:
+            if not any(re.search(pattern, module) for module in modules):
+                names = sorted({module.rpartition(".")[2] for module in modules})
+                raise UserError(
+                    f"{field}: {pattern!r} matches no module of this model; there are, for "
+                    f"instance, {modules[1]}, and by their last name {', '.join(names)}"
+                )
+
+
+def _first(patterns: tuple[str, ...], module: str) -> str | None:
+    return next((pattern for pattern in patterns if re.search(pattern, module)), None)

@@ -114,9 +114,9 @@ def _targets(chosen: dict[str, Scheme], name: str) -> list[str]:
         kinds.setdefault(re.sub(r"\.\d+\.", ".#.", module), []).append(module)
     targets = []
     for kind, modules in kinds.items():
-        ours = [module for module in modules if chosen[module].name == name]
-        if len(ours) == len(modules) > 1:
+        members = [module for module in modules if chosen[module].name == name]
+        if len(members) == len(modules) > 1:
             targets.append(f"re:{re.escape(kind).replace(re.escape('.#.'), r'[.][0-9]+[.]')}$")
         else:
-            targets += ours
+            targets += members
     return targets

@@ -102,9 +102,9 @@ def label(text: str) -> str:
     return html.escape(text)
 
 
-def clip(text: str, most: int = 26) -> str:
-    """Shorten a text to at most `most` characters, for a label next to a point."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+def clip(text: str, limit: int = 26) -> str:
+    """Shorten a text to at most `limit` characters, for a label next to a point."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 SIZES = ((275, 195), (430, 240), (850, 250))
@@ -120,11 +120,11 @@ Box = tuple[float, float, float, float]
 
 def front(points: list[Point]) -> list[Point]:
     """The Pareto front, sorted by x: points that no other point matches or beats in both values."""
-    found: list[Point] = []
+    points_on_front: list[Point] = []
     for x, y in sorted(points):
-        if not found or y < found[-1][1]:
-            found.append((x, y))
-    return found
+        if not points_on_front or y < points_on_front[-1][1]:
+            points_on_front.append((x, y))
+    return points_on_front
 
 
 def places(points: list[Point], names: list[str]) -> list[str]:
@@ -135,24 +135,29 @@ def places(points: list[Point], names: list[str]) -> list[str]:
     extends beyond the chart least, summed over the chart sizes in SIZES.
     """
     pixels = [[(x * width, (1 - y) * height) for x, y in points] for width, height in SIZES]
-    marks = [[(x - GAP, y - GAP, x + GAP, y + GAP) for x, y in some] for some in pixels]
-    found: list[str | None] = [None] * len(names)
+    marks = [
+        [(x - GAP, y - GAP, x + GAP, y + GAP) for x, y in points_in_pixels]
+        for points_in_pixels in pixels
+    ]
+    chosen: list[str | None] = [None] * len(names)
 
     def cost(number: int, place: str) -> float:
         total = 0.0
-        for size, some, taken in zip(SIZES, pixels, marks, strict=True):
+        for size, points_in_pixels, boxes in zip(SIZES, pixels, marks, strict=True):
             others = [
-                _box(some[other], names[other], where)
-                for other, where in enumerate(found)
-                if where is not None and other != number
+                _box(points_in_pixels[other], names[other], position)
+                for other, position in enumerate(chosen)
+                if position is not None and other != number
             ]
-            total += _cost(_box(some[number], names[number], place), taken + others, size)
+            total += _cost(
+                _box(points_in_pixels[number], names[number], place), boxes + others, size
+            )
         return total
 
     for _ in range(ROUNDS):
         for number in range(len(names)):
-            found[number] = min(_PLACES, key=lambda place: cost(number, place))
-    return [str(place) for place in found]
+            chosen[number] = min(_PLACES, key=lambda place: cost(number, place))
+    return [str(place) for place in chosen]
 
 
 _PLACES = [
@@ -170,11 +175,11 @@ def _box(point: Point, name: str, place: str) -> Box:
     return left, top, left + width, top + LINE_HEIGHT
 
 
-def _cost(box: Box, taken: list[Box], size: Point) -> float:
-    """Overlap with the boxes in `taken`, plus the area outside the chart with a larger weight."""
-    whole = (box[2] - box[0]) * (box[3] - box[1])
-    outside = whole - _shared(box, (0, 0, *size))
-    return 4 * outside + sum(_shared(box, other) for other in taken)
+def _cost(box: Box, others: list[Box], size: Point) -> float:
+    """Overlap with the boxes in `others`, plus the area outside the chart with a larger weight."""
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    outside = area - _shared(box, (0, 0, *size))
+    return 4 * outside + sum(_shared(box, other) for other in others)
 
 
 def _shared(a: Box, b: Box) -> float:

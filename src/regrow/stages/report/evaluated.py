@@ -53,7 +53,7 @@ class Evaluated:
     @cached_property
     def names(self) -> list[str]:
         """Names of all figures in display order."""
-        return in_order([name for some in self.figures.values() for name in some])
+        return in_order([name for by_name in self.figures.values() for name in by_name])
 
     def texts(self, kind: str) -> list[str]:
         """Names of the figures of a kind, one per text."""
@@ -65,8 +65,8 @@ class Evaluated:
 
     def value(self, label: str, name: str) -> float | None:
         """Value of a figure; None if it was not measured or is not finite."""
-        found = self.figure(label, name)
-        value = None if found is None else float(found["value"])
+        figure = self.figure(label, name)
+        value = None if figure is None else float(figure["value"])
         return value if value is not None and math.isfinite(value) else None
 
     def stderr(self, label: str, name: str) -> float:
@@ -77,24 +77,28 @@ class Evaluated:
     def ratio(self, label: str, name: str) -> float | None:
         """Value of a figure ÷ that of the baseline model; None for the baseline itself."""
         reference = self.references[label]
-        mine, theirs = self.value(label, name), self.value(reference, name)
-        if label == reference or mine is None or not theirs:
+        value, reference_value = self.value(label, name), self.value(reference, name)
+        if label == reference or value is None or not reference_value:
             return None
-        return mine / theirs
+        return value / reference_value
 
     def convention(self, name: str) -> str:
         """The leading parts of a figure's convention, split at semicolons, that all share."""
         rows = [row for label in self.labels if (row := self.figure(label, name)) is not None]
         parts = zip(*(row.get("convention", "").split("; ") for row in rows), strict=False)
-        return "; ".join(same[0] for same in takewhile(lambda some: len(set(some)) == 1, parts))
+        return "; ".join(same[0] for same in takewhile(lambda values: len(set(values)) == 1, parts))
 
     def unlike(self, name: str) -> str:
         """Names of the differences between runs in a figure's text, teacher and convention."""
         kind, _, text = name.partition("/")
-        seen: dict[str, dict[int, set[str]]] = {"text": {}, "teacher": {}, "convention": {}}
+        values_by_run: dict[str, dict[int, set[str]]] = {
+            "text": {},
+            "teacher": {},
+            "convention": {},
+        }
 
-        def add(what: str, run: Run, value: str) -> None:
-            seen[what].setdefault(id(run), set()).add(value)
+        def add(aspect: str, run: Run, value: str) -> None:
+            values_by_run[aspect].setdefault(id(run), set()).add(value)
 
         for label, run in self.runs.items():
             row = self.figure(label, name)
@@ -102,29 +106,31 @@ class Evaluated:
                 continue
             add("convention", run, row.get("convention", "").partition("; ")[0])
             key = "data" if text == "heldout" else f"text {text}"
-            if read := run.measured.get(key, run.measured.get(f"task {text}", "")):
-                add("text", run, read)
+            if digest := run.measured.get(key, run.measured.get(f"task {text}", "")):
+                add("text", run, digest)
             if kind in ("kl", "agreement") or kind.endswith("_kept"):
                 add("teacher", run, run.measured.get(f"model {run.teacher}", ""))
-        return ", ".join(what for what, by_run in seen.items() if _differ(list(by_run.values())))
+        return ", ".join(
+            aspect for aspect, by_run in values_by_run.items() if _differ(list(by_run.values()))
+        )
 
 
-def _differ(some: list[set[str]]) -> bool:
-    return any(one != some[0] for one in some)
+def _differ(values: list[set[str]]) -> bool:
+    return any(other != values[0] for other in values)
 
 
 def of(runs: list[Run]) -> Evaluated | None:
     """Combine the evaluations of the runs; None if no run has an evaluated model."""
-    found = Evaluated()
+    evaluated = Evaluated()
     for run in runs:
         raw = run.evaluation
         if raw is None or not raw["labels"]:
             continue
         shown = {label: run.at(label) for label in raw["labels"]}
         reference = shown[raw.get("teacher") or raw["labels"][0]]
-        for label, long in shown.items():
-            found.labels.append(long)
-            found.figures[long] = {f["name"]: f for f in raw["figures"][label]}
-            found.generations[long] = raw["generations"].get(label, [])
-            found.references[long], found.runs[long] = reference, run
-    return found if found.labels else None
+        for label, full_label in shown.items():
+            evaluated.labels.append(full_label)
+            evaluated.figures[full_label] = {f["name"]: f for f in raw["figures"][label]}
+            evaluated.generations[full_label] = raw["generations"].get(label, [])
+            evaluated.references[full_label], evaluated.runs[full_label] = reference, run
+    return evaluated if evaluated.labels else None

@@ -27,7 +27,6 @@ class Cell:
 
     text: str
     small: str = ""
-    strong: bool = False
     number: bool = True
 
 

@@ -47,9 +47,9 @@ class Run:
     cuts: list[Cut] = field(default_factory=list)
     profiles: dict[str, Profile] = field(default_factory=dict)
 
-    def at(self, what: str) -> str:
-        """Prefix `what` with the run's name if there are several runs."""
-        return f"{self.name} · {what}" if self.name else what
+    def at(self, text: str) -> str:
+        """Prefix `text` with the run's name if there are several runs."""
+        return f"{self.name} · {text}" if self.name else text
 
     @property
     def teacher(self) -> str:
@@ -63,36 +63,36 @@ def gather(folders: list[Path], compare: Sequence[str]) -> list[Run]:
     If there are several runs, their names come from their folders. Raises the UserErrors of `read`,
     and UserError for a folder in `compare` without an evaluation.
     """
-    beside = {folder: given for given, folder in map(split, compare)}
-    names = {**_names([*folders, *beside]), **{f: name for f, name in beside.items() if name}}
+    compared = {folder: name for name, folder in map(split, compare)}
+    names = {**_names([*folders, *compared]), **{f: name for f, name in compared.items() if name}}
     runs = [read(folder) for folder in folders]
     if len(runs) > 1:
         runs = [replace(run, name=names[run.folder]) for run in runs]
     others = []
-    for folder in beside:
+    for folder in compared:
         run = read(folder)
         if run.evaluation is None:
             raise UserError(
-                f"{folder} holds no {EVALUATION}: run regrow evaluate on it, and give --compare "
-                "the folder that writes"
+                f"{folder} has no {EVALUATION}: run regrow evaluate first, and give --compare its "
+                "output folder"
             )
         others.append(Run(folder, names[folder], evaluation=run.evaluation, measured=run.measured))
     return runs + others
 
 
-def split(given: str) -> tuple[str, Path]:
+def split(argument: str) -> tuple[str, Path]:
     """Split `NAME=FOLDER` into name and folder; the name is empty if only a folder is given."""
-    name, equals, folder = given.partition("=")
-    return (name, Path(folder)) if equals else ("", Path(given))
+    name, equals, folder = argument.partition("=")
+    return (name, Path(folder)) if equals else ("", Path(argument))
 
 
 def _names(folders: list[Path]) -> dict[Path, str]:
     """The shortest path endings that distinguish the folders."""
     parts = {folder: folder.resolve().parts for folder in folders}
     if len(set(parts.values())) < len(folders):
-        raise UserError("a run is given twice: name each once")
+        raise UserError("a run is given twice: give each run once")
     for count in range(1, max(map(len, parts.values())) + 1):
-        names = {folder: "/".join(some[-count:]) for folder, some in parts.items()}
+        names = {folder: "/".join(part[-count:]) for folder, part in parts.items()}
         if len(set(names.values())) == len(folders):
             return names
     raise AssertionError("paths that differ have parts that differ")
@@ -106,22 +106,22 @@ def read(folder: Path) -> Run:
     metrics = [r for r in rows(folder / METRICS) if named is None or r["stage"] in named]
     if not stages and not metrics:
         raise UserError(
-            f"{folder} holds no run: expected stages/ or {METRICS} in it; give the folder that "
+            f"{folder} has no run: expected stages/ or {METRICS} in it; give the folder that "
             "regrow run wrote"
         )
     profiles = {path.name: Profile(path) for path in stages if (path / INFO).exists()}
-    manifests = {path.name: found for path in stages if (found := stage_dir.read(path))}
+    manifests = {path.name: manifest for path in stages if (manifest := stage_dir.read(path))}
     evaluated = next((p for p in reversed(stages) if (p / EVALUATION).exists()), None)
-    read_by = {} if evaluated is None else manifests.get(evaluated.name, {}).get("inputs", {})
+    inputs = {} if evaluated is None else manifests.get(evaluated.name, {}).get("inputs", {})
     return Run(
         folder=folder,
         recipe=recipe,
         metrics=metrics or [row for path in stages for row in rows(path / METRICS)],
         manifests=manifests,
         evaluation=None if evaluated is None else _json(evaluated / EVALUATION),
-        measured=read_by,
+        measured=inputs,
         cuts=_cuts(stages, profiles),
-        profiles={name: found for name, found in profiles.items() if has_scores(found)},
+        profiles={name: manifest for name, manifest in profiles.items() if has_scores(manifest)},
     )
 
 
@@ -135,14 +135,14 @@ def _stage_folders(folder: Path, named: set[str] | None) -> list[Path]:
 
     Folders that the recipe does not name are skipped; they come from an earlier recipe.
     """
-    inside = sorted(path for path in folder.glob("stages/*") if path.is_dir())
-    found = [
+    folders = sorted(path for path in folder.glob("stages/*") if path.is_dir())
+    stages = [
         path
-        for path in inside
+        for path in folders
         if (path / stage_dir.NAME).exists()
         and (named is None or path.name.removesuffix("-repaired") in named)
     ]
-    return found or ([folder] if (folder / stage_dir.NAME).exists() else [])
+    return stages or ([folder] if (folder / stage_dir.NAME).exists() else [])
 
 
 def _named_by(recipe: str) -> set[str] | None:
@@ -156,24 +156,24 @@ def _named_by(recipe: str) -> set[str] | None:
 
 def _cuts(stages: list[Path], profiles: dict[str, Profile]) -> list[Cut]:
     """Find the prunings; a plan that was applied twice (with and without repair) counts once."""
-    found: dict[str, Cut] = {}
+    cuts: dict[str, Cut] = {}
     profile: Profile | None = None
     for path in stages:
         profile = profiles.get(path.name, profile)
-        made = stage_dir.read(path)
+        manifest = stage_dir.read(path)
         # A distilled model also contains its plan.
-        if made is None or made["stage"] != "prune" or not (path / FILE).exists():
+        if manifest is None or manifest["stage"] != "prune" or not (path / FILE).exists():
             continue
         plan = Plan.read(path / FILE)
         table = _json(path / CANDIDATES) if (path / CANDIDATES).exists() else []
-        earlier = found.get(plan.digest())
+        earlier = cuts.get(plan.digest())
         if earlier is not None:
             table = table or earlier.candidates
         name = path.name if earlier is None else earlier.name
         usable = profile is not None and has_scores(profile)
         matches = usable and profile is not None and profile.fingerprint == plan.fingerprint
-        found[plan.digest()] = Cut(name, plan, table, profile if matches else None)
-    return list(found.values())
+        cuts[plan.digest()] = Cut(name, plan, table, profile if matches else None)
+    return list(cuts.values())
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -184,14 +184,14 @@ def rows(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is no JSON lines: {error}") from None
+        raise UserError(f"{path} is not valid JSON lines: {error}; run its stage again") from None
 
 
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is no JSON: {error}; run its stage again") from None
+        raise UserError(f"{path} is not valid JSON: {error}; run its stage again") from None
 
 
 def _text(path: Path) -> str:

@@ -69,7 +69,7 @@ def report(
     an evaluation, and if plotly is not installed.
     """
     config = config or ReportConfig()
-    folders = [Path(run)] if isinstance(run, str | Path) else [Path(one) for one in run]
+    folders = [Path(run)] if isinstance(run, str | Path) else [Path(folder) for folder in run]
     target = target_of(folders, out)
     check(config)
     runs = run_folder.gather(folders, config.compare)

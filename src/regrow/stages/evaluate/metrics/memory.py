@@ -35,7 +35,7 @@ def measure(model: EvalModel, context: Context) -> MetricResult:
             value=seconds,
             unit="s",
             n=1,
-            convention=f"{model.engine}, files as warm in the cache as they were, {model.where}",
+            convention=f"{model.engine}, files as warm in the cache as they were, {model.hardware}",
         )
     ]
     if before is not None:
@@ -47,7 +47,7 @@ def measure(model: EvalModel, context: Context) -> MetricResult:
                 unit="bytes",
                 n=1,
                 convention=f"most bytes {kind} above those before loading, while loading, reading "
-                f"{batch} x {prompt} tokens and generating {NEW}; {model.where}",
+                f"{batch} x {prompt} tokens and generating {NEW}; {model.hardware}",
             )
         )
     return MetricResult(figures)

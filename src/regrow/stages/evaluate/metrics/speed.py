@@ -96,8 +96,8 @@ def _run(model: EvalModel, setting: Setting) -> Run:
 
 def _figures(model: EvalModel, runs: dict[Setting, list[Run]], order: str) -> list[Figure]:
     figures = []
-    for number, (setting, every) in enumerate(runs.items()):
-        timed = every[1:]
+    for number, (setting, all_runs) in enumerate(runs.items()):
+        timed = all_runs[1:]
         tail = "" if number == 0 else f"/{setting}"
         turns = f"{len(timed)} runs after a warm-up" + (f", {order}" if order else "")
         prompt = f"a prompt of {setting.prompt} random tokens, batch {setting.batch}"
@@ -106,7 +106,7 @@ def _figures(model: EvalModel, runs: dict[Setting, list[Run]], order: str) -> li
         others = [1000 * seconds for run in timed for seconds in run.others]
         read = [setting.batch * setting.prompt / run.first for run in timed]
         generated = [setting.batch / run.per_token for run in timed]
-        for name, values, unit, what, choose in (
+        for name, values, unit, definition, choose in (
             ("prefill", read, "tokens/s", prompt, median),
             ("decode", generated, "tokens/s", after, median),
             ("ttft", first, "ms", f"time to the first token of {prompt}", median),
@@ -116,7 +116,7 @@ def _figures(model: EvalModel, runs: dict[Setting, list[Run]], order: str) -> li
         ):
             statistic = "median" if choose is median else "95th percentile"
             spread = f"runs from {min(values):,.1f} to {max(values):,.1f}"
-            convention = f"{what}, {model.where}, {statistic} of {turns}; {spread}"
+            convention = f"{definition}, {model.hardware}, {statistic} of {turns}; {spread}"
             figures.append(_figure(name + tail, values, choose, unit, convention))
     return figures
 
@@ -155,16 +155,21 @@ def _speed_ups(
             ratio = median(values)
             spread = f"turns from {min(values):.3f} to {max(values):.3f}"
             definition = f"speed of {kind} ÷ that of {base.label}, median of {len(values)} turns"
-            where = f"batch {setting.batch}, {setting.prompt} tokens, {model.where}"
+            setting_text = f"batch {setting.batch}, {setting.prompt} tokens, {model.hardware}"
             figures.append(
                 _figure(
-                    f"{kind}_speedup{tail}", values, median, "", f"{definition}, {where}; {spread}"
+                    f"{kind}_speedup{tail}",
+                    values,
+                    median,
+                    "",
+                    f"{definition}, {setting_text}; {spread}",
                 )
             )
             if operations is not None:
                 share = (
                     f"speed-up of {kind} ÷ ratio of operations (projections, attention, head) of "
-                    f"{base.label} to this one's, {where}; {ratio:.3f} ÷ {operations[kind]:.3f}"
+                    f"{base.label} to this one's, {setting_text}; "
+                    f"{ratio:.3f} ÷ {operations[kind]:.3f}"
                 )
                 figures.append(
                     Figure(
@@ -180,12 +185,12 @@ def _speed_ups(
 def _flop_ratios(model: EvalModel, base: EvalModel, setting: Setting) -> dict[str, float] | None:
     """FLOPs of `base` ÷ FLOPs of the model; None if a family is unknown."""
     counts = []
-    for each in (base, model):
-        read = each.flops(setting.prompt)
-        written = each.flops(1, past=setting.prompt + setting.new // 2)
-        if read is None or written is None:
+    for counted in (base, model):
+        prefill_flops = counted.flops(setting.prompt)
+        decode_flops = counted.flops(1, past=setting.prompt + setting.new // 2)
+        if prefill_flops is None or decode_flops is None:
             return None
-        counts.append((read, written))
+        counts.append((prefill_flops, decode_flops))
     return {
         "prefill": counts[0][0] / counts[1][0],
         "decode": counts[0][1] / counts[1][1],

@@ -116,16 +116,16 @@ def _figure_convention(
     harness: _Harness,
     context: Context,
 ) -> str:
-    by = {
+    scoring = {
         "acc_norm": "log-likelihood of an answer ÷ its characters",
         "perplexity": "exp of the mean negative log-likelihood of the continuation",
     }.get(metric, "" if filtering == "none" else f"answers by {filtering}")
     shots = f"{scored['n-shot'].get(task, 0)} worked examples"
     if rows.source.task is not None and rows.source.task.config.get("num_fewshot"):
         shots += " of the training split" if rows.shots else " of the other rows"
-    where = f"{convention(rows, context.config.limit)}, {shots}"
+    row_text = f"{convention(rows, context.config.limit)}, {shots}"
     engine = f"lm_eval {version('lm_eval')}, no chat template, {harness.model.arithmetic}"
-    return ", ".join(part for part in (where, by, engine, harness.lm.remark) if part)
+    return ", ".join(part for part in (row_text, scoring, engine, harness.lm.remark) if part)
 
 
 def kept_shares(result: MetricResult, of_teacher: MetricResult) -> list[Figure]:

@@ -13,10 +13,10 @@ from regrow.stages.report.page import Block, Cell, Chart, Details, Section, Tabl
 from regrow.stages.report.run_folder import Cut, Run
 
 NOTE = (
-    "Each shape was cut and scored untrained, by its KL to the uncut model on calibration text "
-    "that the choice of units had not seen; the lowest was taken. Of many shapes only the best go "
-    "on to the next round, which reads more text. Where the last few were distilled for a while, "
-    "their KL on held-out text after so many tokens decides."
+    "Each shape was cut and scored without training, by its KL to the uncut model on calibration "
+    "text that was not used to choose the units. The shape with the lowest KL was taken. If there "
+    "are many shapes, only the best of a round go on to the next one, which reads more text. If "
+    "the last shapes were distilled, their KL after the given number of tokens decides."
 )
 SHOWN = 20  # rows of the table, the last round first; the other rows are collapsed
 LABELLED = 12  # charts with more points have no labels
@@ -44,9 +44,9 @@ def _tables(cut: Cut) -> list[Block]:
     head += [f"KL, {millions(n)} tokens" for n in lengths]
 
     def cells(row: Row) -> list[str]:
-        found = [show(row) for _, show in columns]
+        values = [show(row) for _, show in columns]
         distilled = row.get("distilled", {})
-        return found + [_kl(distilled.get(str(n))) for n in lengths]
+        return values + [_kl(distilled.get(str(n))) for n in lengths]
 
     rows = [
         [
@@ -121,15 +121,15 @@ AXES: list[tuple[str, str, Callable[[Row], float]]] = [
 
 def _charts(rows: list[Row]) -> list[Block]:
     """KL against each cost with at least two shapes; bytes only in a quantized format."""
-    found: list[Block] = []
+    plots: list[Block] = []
     for key, title, value in AXES:
-        some = [row for row in rows if key in row and row["kl"] is not None]
-        some = [row for row in some if math.isfinite(row["kl"])]
-        if key == "bytes" and all(row["format"] == "bf16" for row in some):
+        scored = [row for row in rows if key in row and row["kl"] is not None]
+        scored = [row for row in scored if math.isfinite(row["kl"])]
+        if key == "bytes" and all(row["format"] == "bf16" for row in scored):
             continue  # bytes are twice the number of parameters
-        if len(some) > 1:
-            found.append(_scatter(some, title, value))
-    return found
+        if len(scored) > 1:
+            plots.append(_scatter(scored, title, value))
+    return plots
 
 
 def _scatter(rows: list[Row], title: str, value: Callable[[Row], float]) -> Chart:
@@ -144,11 +144,11 @@ def _scatter(rows: list[Row], title: str, value: Callable[[Row], float]) -> Char
         ),
         ("chosen", charts.ACCENT, 14, [row for row in rows if row["chosen"]]),
     ]
-    where = _beside(rows, value) if len(rows) <= LABELLED else {}
+    positions = _label_positions(rows, value) if len(rows) <= LABELLED else {}
     traces = [
-        _points(name, colour, size, some, value, where)
-        for name, colour, size, some in kinds
-        if some
+        _points(name, colour, size, members, value, positions)
+        for name, colour, size, members in kinds
+        if members
     ]
     # KL is only comparable within one round; repair is only done in the last round.
     best = front([(value(row), row["kl"]) for row in rows if row.get("round", 1) == last])
@@ -176,16 +176,16 @@ def _points(
     size: int,
     rows: list[Row],
     value: Callable[[Row], float],
-    where: dict[str, str],
+    positions: dict[str, str],
 ) -> charts.Trace:
     return {
         "type": "scatter",
-        "mode": "markers+text" if where else "markers",
+        "mode": "markers+text" if positions else "markers",
         "name": name,
         "x": [value(row) for row in rows],
         "y": [row["kl"] for row in rows],
         "text": [charts.label(_short(row)) for row in rows],
-        "textposition": [where.get(row["name"], "top center") for row in rows],
+        "textposition": [positions.get(row["name"], "top center") for row in rows],
         "cliponaxis": False,
         "marker": {"size": size, "color": colour},
         "customdata": [[charts.label(_hover(row))] for row in rows],
@@ -193,16 +193,16 @@ def _points(
     }
 
 
-def _beside(rows: list[Row], value: Callable[[Row], float]) -> dict[str, str]:
+def _label_positions(rows: list[Row], value: Callable[[Row], float]) -> dict[str, str]:
     """Position of each shape's label next to its point; the axis of the KL starts at 0."""
-    least, most = min(map(value, rows)), max(map(value, rows))
-    room = 0.07 * (most - least or 1.0)
+    low, high = min(map(value, rows)), max(map(value, rows))
+    room = 0.07 * (high - low or 1.0)
     top = 1.07 * max(row["kl"] for row in rows) or 1.0
     points = [
-        ((value(row) - least + room) / (most - least + 2 * room), row["kl"] / top) for row in rows
+        ((value(row) - low + room) / (high - low + 2 * room), row["kl"] / top) for row in rows
     ]
-    found = places(points, [_short(row) for row in rows])
-    return {row["name"]: place for row, place in zip(rows, found, strict=True)}
+    positions = places(points, [_short(row) for row in rows])
+    return {row["name"]: place for row, place in zip(rows, positions, strict=True)}
 
 
 def _short(row: Row) -> str:

@@ -26,13 +26,13 @@ NAMES = {
     "kv_heads": "key/value heads",
     "experts": "experts",
 }
-NOTE = "What the profile measured on calibration text: a higher score is more worth keeping."
+NOTE = "Scores that the profile measured on calibration text: units with high scores are kept."
 
 
 def section(runs: list[Run]) -> Section | None:
     """For each profile: block influence as bars, units as heat maps, hidden channels as a curve."""
     blocks: list[Block] = []
-    profiles = [(name, found, run.cuts) for run in runs for name, found in run.profiles.items()]
+    profiles = [(name, profile, run.cuts) for run in runs for name, profile in run.profiles.items()]
     for name, profile, cuts in profiles:
         cut = next((c for c in cuts if c.profile and c.profile.folder == profile.folder), None)
         blocks += _charts(profile, cut, f" ({name})" if len(profiles) > 1 else "")
@@ -47,24 +47,24 @@ def criteria(profile: Profile) -> dict[str, str]:
     return {dim: criterion for criterion, dim, _ in sorted(keys, key=lambda k: -order.index(k[0]))}
 
 
-def _charts(profile: Profile, cut: Cut | None, where: str) -> list[Block]:
+def _charts(profile: Profile, cut: Cut | None, suffix: str) -> list[Block]:
     blocks: list[Block] = []
     scored = criteria(profile)
     for dim in ("layers", *NAMES, "hidden"):
         if dim not in scored:
             continue
         scores = profile.scores(scored[dim], dim)
-        how = f"{scored[dim]}{where}"
+        criterion = f"{scored[dim]}{suffix}"
         if dim == "layers":
-            blocks.append(_layers(scores["all"], cut, how))
+            blocks.append(_layers(scores["all"], cut, criterion))
         elif dim == "hidden":
-            blocks.append(_hidden(scores["all"], cut, how))
+            blocks.append(_hidden(scores["all"], cut, criterion))
         else:
-            blocks.append(_heat(dim, scores, how))
+            blocks.append(_heat(dim, scores, criterion))
     return blocks
 
 
-def _layers(score_L: Tensor, cut: Cut | None, how: str) -> Chart:
+def _layers(score_L: Tensor, cut: Cut | None, criterion: str) -> Chart:
     layers = list(range(len(score_L)))
     kept = set(cut.plan.kept_layers()) if cut is not None else set(layers)
     score_L = scores_for(score_L, len(layers) - len(kept))
@@ -73,10 +73,10 @@ def _layers(score_L: Tensor, cut: Cut | None, how: str) -> Chart:
     removed = "; layers in grey were removed" if len(kept) < len(layers) else ""
     y = charts.axis("score", **_scale(score_L))
     figure = charts.figure([bars], charts.axis("layer"), y)
-    return Chart(figure, f"Layers, by {how}{removed}", 280)
+    return Chart(figure, f"Layers, by {criterion}{removed}", 280)
 
 
-def _hidden(score_d: Tensor, cut: Cut | None, how: str) -> Chart:
+def _hidden(score_d: Tensor, cut: Cut | None, criterion: str) -> Chart:
     ranked = score_d.double().sort(descending=True).values
     at = torch.linspace(0, len(ranked) - 1, min(POINTS, len(ranked))).long()
     line = {**charts.line("hidden", (at + 1).tolist(), rounded(ranked[at])), "mode": "lines"}
@@ -90,10 +90,10 @@ def _hidden(score_d: Tensor, cut: Cut | None, how: str) -> Chart:
     y = charts.axis("score", **_scale(ranked))
     figure = charts.figure([line], charts.axis("channels, best first"), y, **more)
     ending = "; kept up to the dashed line" if more else ""
-    return Chart(figure, f"Channels of the residual stream, by {how}{ending}", 280)
+    return Chart(figure, f"Channels of the residual stream, by {criterion}{ending}", 280)
 
 
-def _heat(dim: str, scores: dict[str, Tensor], how: str) -> Chart:
+def _heat(dim: str, scores: dict[str, Tensor], criterion: str) -> Chart:
     layers = sorted(scores, key=int)
     units = len(scores[layers[0]])
     by_rank = units > MANY
@@ -113,7 +113,7 @@ def _heat(dim: str, scores: dict[str, Tensor], how: str) -> Chart:
     y = charts.axis("layer", autorange="reversed")
     height = max(220, 10 * len(layers) + 90)
     name = NAMES[dim][0].upper() + NAMES[dim][1:]
-    caption = f"{name}, by {how}: log10 of the score over the model's median"
+    caption = f"{name}, by {criterion}: log10 of the score over the model's median"
     return Chart(charts.figure([heat], x_axis, y), caption, height)
 
 

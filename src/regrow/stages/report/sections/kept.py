@@ -12,8 +12,8 @@ from regrow.stages.report.sections.importance import FEW, NAMES, criteria
 
 BINS = 96
 NOTE = (
-    "All layers keep the same number of units, each its own best ones. Dark is kept, light is cut, "
-    "blank rows are removed layers, or have none."
+    "All layers keep the same number of units, each layer its own best ones. Dark units are kept, "
+    "light units are cut. Blank rows are layers that were removed or have no such units."
 )
 
 
@@ -58,20 +58,20 @@ def shares(plan: Plan, dim: str, bins: int = BINS) -> list[list[float | None]]:
     units = plan.before[dim]
     bins = min(bins, units)
     edges = [units * b // bins for b in range(bins + 1)]
-    found: list[list[float | None]] = []
+    share_LB: list[list[float | None]] = []
     for layer in range(plan.before["layers"]):
         kept_here = plan.kept(dim, layer) if layer in plan.kept_layers() else None
         if kept_here is None:
-            found.append([None] * bins)
+            share_LB.append([None] * bins)
             continue
         kept = set(kept_here)
-        found.append(
+        share_LB.append(
             [
                 round(sum(unit in kept for unit in range(a, b)) / (b - a), 3)
                 for a, b in pairwise(edges)
             ]
         )
-    return found
+    return share_LB
 
 
 def _map(plan: Plan, dim: str) -> Chart:
@@ -109,7 +109,7 @@ def _mass(cut: Cut) -> Chart | None:
     if not traces:
         return None
     y = charts.axis("share of score kept", tickformat=".0%")
-    caption = "Share of each layer's importance that its kept units hold"
+    caption = "Share of each layer's importance score in its kept units"
     return Chart(charts.figure(traces, charts.axis("layer"), y), caption, 280)
 
 
@@ -118,7 +118,7 @@ def sizes(runs: list[Run]) -> Section | None:
     cuts = [(run.at(cut.name), cut.plan) for run in runs for cut in run.cuts]
     dims = list(dict.fromkeys(dim for _, plan in cuts for dim in plan.before))
     rows = [[text(name), *(_change(plan, dim) for dim in dims)] for name, plan in cuts]
-    note = "Sizes before and after; what kept its size is in grey."
+    note = "Sizes before and after; unchanged sizes are in grey."
     return Section("kept", "What was cut", note, [Table(["cut", *dims], rows)]) if rows else None
 
 

@@ -16,24 +16,26 @@ FIRST = ("stage", "config", "inputs", "figures", "versions", "machine", "seconds
 def section(runs: list[Run]) -> Section | None:
     """A table of the stages, and the collapsed contents of their manifests."""
     blocks: list[Block] = []
-    made = {run.at(name): found for run in runs for name, found in run.manifests.items()}
-    if made:
-        blocks.append(_table(made))
-        blocks += [Details(f"Stage {name}", _readable(found)) for name, found in made.items()]
+    manifests = {run.at(name): manifest for run in runs for name, manifest in run.manifests.items()}
+    if manifests:
+        blocks.append(_table(manifests))
+        blocks += [
+            Details(f"Stage {name}", _readable(manifest)) for name, manifest in manifests.items()
+        ]
     blocks += [Details(run.at("Recipe"), run.recipe.strip()) for run in runs if run.recipe]
-    return Section("provenance", "Manifest", _versions(made), blocks) if blocks else None
+    return Section("provenance", "Manifest", _versions(manifests), blocks) if blocks else None
 
 
 def _table(manifests: dict[str, dict[str, Any]]) -> Table:
     rows = [
         [
             text(name),
-            text(str(made.get("digest", ""))[:12]),
-            text(", ".join(_figure(row) for row in made.get("figures", [])[:3]) or "–"),
-            Cell(duration(made.get("seconds", 0.0))),
-            text(str(made.get("finished", "")).replace("T", " ")),
+            text(str(manifest.get("digest", ""))[:12]),
+            text(", ".join(_figure(row) for row in manifest.get("figures", [])[:3]) or "–"),
+            Cell(duration(manifest.get("seconds", 0.0))),
+            text(str(manifest.get("finished", "")).replace("T", " ")),
         ]
-        for name, made in manifests.items()
+        for name, manifest in manifests.items()
     ]
     return Table(["stage", "digest", "figures", "took", "finished"], rows)
 
@@ -49,35 +51,39 @@ def _versions(manifests: dict[str, dict[str, Any]]) -> str:
     last = list(manifests.values())[-1]
     versions = ", ".join(f"{name} {version}" for name, version in last.get("versions", {}).items())
     machine = " ".join(last.get("machine", {}).values())
-    total = duration(sum(made.get("seconds", 0.0) for made in manifests.values()))
+    total = duration(sum(manifest.get("seconds", 0.0) for manifest in manifests.values()))
     return f"{total} in all. Made with {versions} on {machine}."
 
 
-def _readable(made: dict[str, Any]) -> str:
+def _readable(manifest: dict[str, Any]) -> str:
     """The manifest as JSON, with the keys in FIRST first."""
-    keys = [key for key in FIRST if key in made] + [key for key in made if key not in FIRST]
-    return json.dumps({key: made[key] for key in keys}, indent=2, ensure_ascii=False)
+    keys = [key for key in FIRST if key in manifest] + [key for key in manifest if key not in FIRST]
+    return json.dumps({key: manifest[key] for key in keys}, indent=2, ensure_ascii=False)
 
 
 def conventions(runs: list[Run]) -> Section | None:
     """For each figure: its convention, the number of items, and differences between models."""
-    found = of(runs)
-    if found is None:
+    evaluated = of(runs)
+    if evaluated is None:
         return None
     rows = []
-    for name in found.names:
-        convention = found.convention(name)
-        small = " · ".join(_own(found, name, convention))
+    for name in evaluated.names:
+        convention = evaluated.convention(name)
+        differences = " · ".join(_model_parts(evaluated, name, convention))
         rows.append(
-            [text(title(name)), Cell(convention or "–", small, number=False), _count(found, name)]
+            [
+                text(title(name)),
+                Cell(convention or "–", differences, number=False),
+                _count(evaluated, name),
+            ]
         )
     table = Table(["figure", "how it was measured", "n"], rows)
     return Section("conventions", "Conventions", "", [table]) if rows else None
 
 
-def _own(found: Evaluated, name: str, shared: str) -> list[str]:
+def _model_parts(evaluated: Evaluated, name: str, shared: str) -> list[str]:
     """For each model, `model: ` and the part of its convention that is not shared."""
-    rows = [(label, found.figure(label, name)) for label in found.labels]
+    rows = [(label, evaluated.figure(label, name)) for label in evaluated.labels]
     return [
         f"{label}: {rest}"
         for label, row in rows
@@ -85,7 +91,7 @@ def _own(found: Evaluated, name: str, shared: str) -> list[str]:
     ]
 
 
-def _count(found: Evaluated, name: str) -> Cell:
-    rows = [found.figure(label, name) for label in found.labels]
+def _count(evaluated: Evaluated, name: str) -> Cell:
+    rows = [evaluated.figure(label, name) for label in evaluated.labels]
     counts = sorted({row["n"] for row in rows if row is not None and "n" in row})
     return Cell(" / ".join(f"{n:,}" for n in counts) or "–")

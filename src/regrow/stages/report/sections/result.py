@@ -14,25 +14,32 @@ SPEED = ("prefill", "decode")
 
 def section(runs: list[Run]) -> Section | None:
     """A table with a row per model and a column per figure, with ratios to the teacher."""
-    found = of(runs)
-    if found is None:
+    evaluated = of(runs)
+    if evaluated is None:
         return None
-    names = [n for n in found.names if n.partition("/")[0] in QUALITY or n in SPEED]
+    names = [n for n in evaluated.names if n.partition("/")[0] in QUALITY or n in SPEED]
     if not names:
         return None
-    rows = [[text(label), *(_cell(found, label, name) for name in names)] for label in found.labels]
-    marked = frozenset(found.labels.index(label) for label in found.results)
+    rows = [
+        [text(label), *(_cell(evaluated, label, name) for name in names)]
+        for label in evaluated.labels
+    ]
+    marked = frozenset(evaluated.labels.index(label) for label in evaluated.results)
     table = Table(["model", *map(title, names)], rows, marked)
-    return Section("result", "Size, quality and speed", _note(found, names), [table])
+    return Section("result", "Size, quality and speed", _note(evaluated, names), [table])
 
 
-def _note(found: Evaluated, names: list[str]) -> str:
-    references = set(found.references.values())
-    to = found.reference if len(references) == 1 else "the teacher of the same evaluation"
+def _note(evaluated: Evaluated, names: list[str]) -> str:
+    references = set(evaluated.references.values())
+    to = evaluated.reference if len(references) == 1 else "the teacher of the same evaluation"
     note = f"Small print: standard error, and the ratio to {to}."
-    unlike = [f"{title(name)} (another {how})" for name in names if (how := found.unlike(name))]
+    unlike = [
+        f"{title(name)} (different {aspects})"
+        for name in names
+        if (aspects := evaluated.unlike(name))
+    ]
     if unlike:
-        note += f" Not measured alike, so not to be compared across runs: {', '.join(unlike)}."
+        note += f" Measured differently, so do not compare across runs: {', '.join(unlike)}."
     return note
 
 
@@ -40,33 +47,33 @@ def headline(runs: list[Run]) -> str:
     """The result in one sentence; for several runs, the share of parameters and the perplexity."""
     if len(runs) == 1 or not runs[0].name:
         return _of_one(runs[0])
-    found = of(runs)
-    if found is None:
+    evaluated = of(runs)
+    if evaluated is None:
         return f"{len(runs)} runs, none of them evaluated"
-    return "; ".join(_short(found, label) for label in found.results)
+    return "; ".join(_short(evaluated, label) for label in evaluated.results)
 
 
-def _short(found: Evaluated, label: str) -> str:
-    size = found.ratio(label, "parameters")
+def _short(evaluated: Evaluated, label: str) -> str:
+    size = evaluated.ratio(label, "parameters")
     words = [f"{size:.1%} of the parameters"] if size is not None else []
-    name = next(iter(found.texts("perplexity")), None)
-    value = None if name is None else found.value(label, name)
+    name = next(iter(evaluated.texts("perplexity")), None)
+    value = None if name is None else evaluated.value(label, name)
     if name is not None and value is not None:
         words.append(f"perplexity ({name.partition('/')[2]}) {plain(value)}")
     return f"{label}: {', '.join(words)}" if words else label
 
 
 def _of_one(run: Run) -> str:
-    found = of([run])
-    if found is None:
+    evaluated = of([run])
+    if evaluated is None:
         return _from_plan(run)
-    (result,) = found.results
-    parts = [_size(found, result)]
-    name = next(iter(found.texts("perplexity")), None)
+    (result,) = evaluated.results
+    parts = [_size(evaluated, result)]
+    name = next(iter(evaluated.texts("perplexity")), None)
     if name is not None:
-        steps = [(label, found.value(label, name)) for label in found.labels]
+        steps = [(label, evaluated.value(label, name)) for label in evaluated.labels]
         values = [
-            plain(value) + ("" if label == found.reference else f" {label}")
+            plain(value) + ("" if label == evaluated.reference else f" {label}")
             for label, value in steps
             if value is not None
         ]
@@ -74,32 +81,32 @@ def _of_one(run: Run) -> str:
     parts += [
         f"{does} {ratio:.2f}× as fast"
         for kind, does in (("prefill", "reads prompts"), ("decode", "generates"))
-        if (ratio := found.ratio(result, kind)) is not None
+        if (ratio := evaluated.ratio(result, kind)) is not None
     ]
     return "; ".join(part for part in parts if part)
 
 
-def _size(found: Evaluated, result: str) -> str:
-    after = found.value(result, "parameters")
-    before = found.value(found.reference, "parameters")
+def _size(evaluated: Evaluated, result: str) -> str:
+    after = evaluated.value(result, "parameters")
+    before = evaluated.value(evaluated.reference, "parameters")
     if after is None or before is None:
         return ""
     return f"{millions(after)} of {millions(before)} parameters kept ({after / before:.1%})"
 
 
 def _from_plan(run: Run) -> str:
-    for name, made in reversed(run.manifests.items()):
-        for row in made["figures"]:
+    for name, manifest in reversed(run.manifests.items()):
+        for row in manifest["figures"]:
             if row["name"] == "kept share of parameters":
                 return f"{row['value']:.1%} of the parameters kept ({name}); not evaluated"
     return "Not evaluated yet"
 
 
-def _cell(found: Evaluated, label: str, name: str) -> Cell:
-    row = found.figure(label, name)
+def _cell(evaluated: Evaluated, label: str, name: str) -> Cell:
+    row = evaluated.figure(label, name)
     if row is None:
         return Cell("–")
-    ratio = found.ratio(label, name)
+    ratio = evaluated.ratio(label, name)
     small = [f"± {figure(name, row['stderr'])}"] if row.get("stderr") else []
     if ratio is not None:
         small.append(f"{ratio:.2f}×" if ratio < 100 else f"{ratio:,.0f}×")
@@ -109,24 +116,26 @@ def _cell(found: Evaluated, label: str, name: str) -> Cell:
 STORED_BY = ("quantize", "export")
 BYTES = ("bytes", "file_bytes")
 BITS = ("bits per parameter", "bits_per_weight")
-STORED_NOTE = "As each stage measured it; the KL is to the model before, on its own text."
+STORED_NOTE = (
+    "As measured by each stage; the KL is to the model before it, on the stage's own text."
+)
 
 
 def stored(runs: list[Run]) -> Section | None:
     """A row per quantize and export stage: size, bits per weight, and all other figures."""
     rows = []
     for run in runs:
-        for name, made in run.manifests.items():
-            if made["stage"] in STORED_BY:
-                rows.append([text(run.at(name)), *_stored_cells(made)])
+        for name, manifest in run.manifests.items():
+            if manifest["stage"] in STORED_BY:
+                rows.append([text(run.at(name)), *_stored_cells(manifest)])
     table = Table(["stage", "format", "size", "bits per weight", "more"], rows)
     return Section("stored", "Quantized and exported", STORED_NOTE, [table]) if rows else None
 
 
-def _stored_cells(made: dict[str, Any]) -> list[Cell]:
-    config = made.get("config", {})
+def _stored_cells(manifest: dict[str, Any]) -> list[Cell]:
+    config = manifest.get("config", {})
     kind = str(config.get("scheme", config.get("type", "")))
-    figures = {f["name"]: f for f in made.get("figures", [])}
+    figures = {f["name"]: f for f in manifest.get("figures", [])}
     size = next((figures[name]["value"] for name in BYTES if name in figures), None)
     bits = next((figures[name]["value"] for name in BITS if name in figures), None)
     rest = [f for name, f in figures.items() if name not in (*BYTES, *BITS)]

@@ -22,53 +22,57 @@ BAR, AROUND = 17, 110
 
 def section(runs: list[Run]) -> Section | None:
     """Bar charts of scores and of kept shares, and a table of all scores."""
-    found = of(runs)
-    names = [] if found is None else _all(found)
-    if found is None or not names:
+    evaluated = of(runs)
+    names = [] if evaluated is None else _task_scores(evaluated)
+    if evaluated is None or not names:
         return None
     blocks: list[Block] = []
-    drawn = scored(found)
+    drawn = scored(evaluated)
     if drawn:
-        blocks.append(_bars(found, drawn, "score", "Score by task"))
-    shares = [kept for name in drawn if (kept := _kept(name)) in found.names]
+        blocks.append(_bars(evaluated, drawn, "score", "Score by task"))
+    shares = [kept for name in drawn if (kept := _kept(name)) in evaluated.names]
     if shares:
-        blocks.append(_bars(found, shares, "share of the teacher's score", "Share kept by task"))
+        blocks.append(
+            _bars(evaluated, shares, "share of the teacher's score", "Share kept by task")
+        )
     top = [name for name in names if not _part(name, names)]
-    blocks.append(_table(found, top))
+    blocks.append(_table(evaluated, top))
     if rest := [name for name in names if name not in top]:
-        blocks.append(Details(f"parts of tasks ({len(rest)} scores)", _lines(found, rest)))
-    return Section("tasks", "Benchmarks", _note(found, names), blocks)
+        blocks.append(Details(f"parts of tasks ({len(rest)} scores)", _lines(evaluated, rest)))
+    return Section("tasks", "Benchmarks", _note(evaluated, names), blocks)
 
 
-def scored(found: Evaluated) -> list[str]:
+def scored(evaluated: Evaluated) -> list[str]:
     """The score of each task to plot."""
     by_task: dict[str, list[str]] = {}
-    names = _all(found)
+    names = _task_scores(evaluated)
     for name in names:
         if not _part(name, names):
             by_task.setdefault(name.partition("/")[2], []).append(name)
     chosen = []
-    for some in by_task.values():
-        ranked = [n for kind in CHOSEN for n in some if _kind(n).partition(",")[0] == kind]
+    for task_scores in by_task.values():
+        ranked = [n for kind in CHOSEN for n in task_scores if _kind(n).partition(",")[0] == kind]
         chosen += ranked[:1]
     return chosen
 
 
-def mean_scores(found: Evaluated, names: list[str]) -> dict[str, float]:
+def mean_scores(evaluated: Evaluated, names: list[str]) -> dict[str, float]:
     """Mean score of each model that has all scores in `names`."""
-    rows = {label: [found.value(label, name) for name in names] for label in found.labels}
-    whole = {label: [v for v in row if v is not None] for label, row in rows.items()}
-    return {label: sum(row) / len(row) for label, row in whole.items() if len(row) == len(names)}
+    rows = {label: [evaluated.value(label, name) for name in names] for label in evaluated.labels}
+    measured = {label: [v for v in row if v is not None] for label, row in rows.items()}
+    return {label: sum(row) / len(row) for label, row in measured.items() if len(row) == len(names)}
 
 
 def _kind(name: str) -> str:
     return name.partition("/")[0]
 
 
-def _all(found: Evaluated) -> list[str]:
+def _task_scores(evaluated: Evaluated) -> list[str]:
     """All task scores, without the kept shares."""
-    known = (*QUALITY, *SPEED)
-    return [n for n in found.names if _kind(n) not in known and not _kind(n).endswith(KEPT)]
+    other_kinds = (*QUALITY, *SPEED)
+    return [
+        n for n in evaluated.names if _kind(n) not in other_kinds and not _kind(n).endswith(KEPT)
+    ]
 
 
 def _kept(name: str) -> str:
@@ -82,18 +86,22 @@ def _part(name: str, names: list[str]) -> bool:
     return any(task.startswith(f"{other.partition('/')[2]}_") for other in names)
 
 
-def _note(found: Evaluated, names: list[str]) -> str:
-    unlike = [f"{title(name)} (another {how})" for name in names if (how := found.unlike(name))]
-    more = f" Not measured alike across runs: {', '.join(unlike)}." if unlike else ""
+def _note(evaluated: Evaluated, names: list[str]) -> str:
+    unlike = [
+        f"{title(name)} (different {aspects})"
+        for name in names
+        if (aspects := evaluated.unlike(name))
+    ]
+    more = f" Measured differently across runs: {', '.join(unlike)}." if unlike else ""
     return NOTE + more
 
 
-def _bars(found: Evaluated, names: list[str], what: str, caption: str) -> Chart:
+def _bars(evaluated: Evaluated, names: list[str], quantity: str, caption: str) -> Chart:
     """Horizontal bars, so that names fit on a phone; one colour per model."""
     tasks = [charts.label(name.partition("/")[2]) for name in names]
     traces = []
-    for number, label in enumerate(found.drawn):
-        values = [found.value(label, name) for name in names]
+    for number, label in enumerate(evaluated.drawn):
+        values = [evaluated.value(label, name) for name in names]
         if all(value is None for value in values):
             continue
         traces.append(
@@ -105,7 +113,7 @@ def _bars(found: Evaluated, names: list[str], what: str, caption: str) -> Chart:
                 "x": values,
                 "error_x": {
                     "type": "data",
-                    "array": [found.stderr(label, name) for name in names],
+                    "array": [evaluated.stderr(label, name) for name in names],
                     "thickness": 1.2,
                     "width": 3,
                     "color": charts.INK,
@@ -116,23 +124,26 @@ def _bars(found: Evaluated, names: list[str], what: str, caption: str) -> Chart:
         )
     share = {"tickformat": ".0%", "rangemode": "tozero"}
     more = {"barmode": "group", "bargap": 0.25, "bargroupgap": 0.08}
-    if what != "score":
-        more |= {"shapes": [_whole()]}
-    x, y = charts.axis(what, **share), {"autorange": "reversed", "type": "category"}
+    if quantity != "score":
+        more |= {"shapes": [_line_at_100_percent()]}
+    x, y = charts.axis(quantity, **share), {"autorange": "reversed", "type": "category"}
     height = AROUND + BAR * len(names) * (len(traces) + 1)
-    made = charts.figure(traces, x, y, **more)
-    return Chart(made, f"{caption}; lines at the ends are standard errors", height)
+    chart = charts.figure(traces, x, y, **more)
+    return Chart(chart, f"{caption}; lines at the ends are standard errors", height)
 
 
-def _whole() -> charts.Trace:
+def _line_at_100_percent() -> charts.Trace:
     """A dashed line at 100 %."""
     line = {"color": charts.SOFT, "width": 1.2, "dash": "dash"}
     return {"type": "line", "x0": 1, "x1": 1, "yref": "paper", "y0": 0, "y1": 1, "line": line}
 
 
-def _table(found: Evaluated, names: list[str]) -> Table:
-    rows = [[_name(name), *(_cell(found, label, name) for label in found.labels)] for name in names]
-    return Table(["task", *found.labels], rows)
+def _table(evaluated: Evaluated, names: list[str]) -> Table:
+    rows = [
+        [_name(name), *(_cell(evaluated, label, name) for label in evaluated.labels)]
+        for name in names
+    ]
+    return Table(["task", *evaluated.labels], rows)
 
 
 def _name(name: str) -> Cell:
@@ -140,11 +151,11 @@ def _name(name: str) -> Cell:
     return Cell(task, kind.replace(",", ", "), number=False) if task else Cell(kind, number=False)
 
 
-def _cell(found: Evaluated, label: str, name: str) -> Cell:
-    row = found.figure(label, name)
+def _cell(evaluated: Evaluated, label: str, name: str) -> Cell:
+    row = evaluated.figure(label, name)
     if row is None:
         return Cell("–")
-    share = found.figure(label, _kept(name))
+    share = evaluated.figure(label, _kept(name))
     small = [] if share is None else [f"{_with_error(_kept(name), share)} kept"]
     return Cell(_with_error(name, row), " · ".join(small))
 
@@ -157,22 +168,22 @@ def _with_error(name: str, row: dict[str, object]) -> str:
     return f"{figure(name, value)} ± {figure(name, error)}"
 
 
-def _lines(found: Evaluated, names: list[str]) -> str:
-    lines = [" · ".join(["score", *found.labels])]
+def _lines(evaluated: Evaluated, names: list[str]) -> str:
+    lines = [" · ".join(["score", *evaluated.labels])]
     for name in names:
-        cells = [_cell(found, label, name).text for label in found.labels]
+        cells = [_cell(evaluated, label, name).text for label in evaluated.labels]
         lines.append(" · ".join([title(name), *cells]))
     return "\n".join(lines)
 
 
 def generations(runs: list[Run]) -> Section | None:
     """A part per prompt with the answers of all models."""
-    found = of(runs)
-    if found is None:
+    evaluated = of(runs)
+    if evaluated is None:
         return None
     by_prompt: dict[str, list[tuple[str, str]]] = {}
-    for label in found.labels:
-        for row in found.generations[label]:
+    for label in evaluated.labels:
+        for row in evaluated.generations[label]:
             by_prompt.setdefault(row["prompt"], []).append((label, row["text"]))
     blocks: list[Block] = [Answers(prompt, answers) for prompt, answers in by_prompt.items()]
     note = "Greedy continuations, cut at a fixed number of tokens."

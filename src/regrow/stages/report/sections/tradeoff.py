@@ -14,8 +14,8 @@ from regrow.stages.report.run_folder import Run
 from regrow.stages.report.sections.tasks import mean_scores, scored
 
 NOTE = (
-    "Each point is a model; the dotted line joins those that no other beats in both. "
-    "Figures of models evaluated apart compare as far as they were measured alike."
+    "Each point is a model; the dotted line joins the models that no other model beats in both "
+    "values. Figures of separate evaluations compare only if they were measured in the same way."
 )
 COSTS = {"bytes": 1e6, "prefill": 1.0, "decode": 1.0}
 """Figures on the cost axis, and the divisor of each."""
@@ -41,8 +41,8 @@ class Axis:
     @property
     def log(self) -> bool:
         """Whether the axis is logarithmic."""
-        some = list(self.values.values())
-        return min(some) > 0 and max(some) > WIDE * min(some)
+        values = list(self.values.values())
+        return min(values) > 0 and max(values) > WIDE * min(values)
 
     def position(self, label: str) -> float:
         """Position of a model in plotly's axis units: log10 on a logarithmic axis."""
@@ -51,74 +51,83 @@ class Axis:
 
     def range(self) -> tuple[float, float]:
         """Limits of the axis."""
-        some = [self.position(label) for label in self.values]
-        room = MARGIN * ((max(some) - min(some)) or abs(max(some)) or 1.0)
-        return min(some) - room, max(some) + room
+        positions = [self.position(label) for label in self.values]
+        room = MARGIN * ((max(positions) - min(positions)) or abs(max(positions)) or 1.0)
+        return min(positions) - room, max(positions) + room
 
 
 def section(runs: list[Run]) -> Section | None:
     """For each quality (perplexity, tasks), a plot against size and against each speed."""
-    found = of(runs)
-    if found is None:
+    evaluated = of(runs)
+    if evaluated is None:
         return None
     blocks: list[Block] = []
-    for quality in _qualities(found):
+    for quality in _qualities(evaluated):
         for name, unit in COSTS.items():
-            values = _values(found, name)
+            values = _values(evaluated, name)
             cost = Axis(AXES[name], {k: v / unit for k, v in values.items()}, name != "bytes")
-            both = [label for label in found.labels if label in values and label in quality.values]
-            if len(both) > 1:
-                blocks.append(_chart(found, both, cost, quality))
+            measured = [
+                label for label in evaluated.labels if label in values and label in quality.values
+            ]
+            if len(measured) > 1:
+                blocks.append(_chart(evaluated, measured, cost, quality))
     return Section("tradeoff", "Quality against size and speed", NOTE, blocks) if blocks else None
 
 
-def _values(found: Evaluated, name: str) -> dict[str, float]:
-    some = {label: found.value(label, name) for label in found.labels}
-    return {label: value for label, value in some.items() if value is not None}
+def _values(evaluated: Evaluated, name: str) -> dict[str, float]:
+    values = {label: evaluated.value(label, name) for label in evaluated.labels}
+    return {label: value for label, value in values.items() if value is not None}
 
 
-def _qualities(found: Evaluated) -> list[Axis]:
+def _qualities(evaluated: Evaluated) -> list[Axis]:
     """Perplexity or, if the tokenizers differ, bits per byte; and the mean score of the tasks.
 
     Of several texts, the first is used, and each further text that adds models.
     """
     axes: list[Axis] = []
     drawn: set[str] = set()
-    names = [*found.texts("perplexity"), *found.texts("bits_per_byte")]
-    for name in sorted(names, key=lambda name: bool(found.unlike(name))):
-        values = _values(found, name)
+    names = [*evaluated.texts("perplexity"), *evaluated.texts("bits_per_byte")]
+    for name in sorted(names, key=lambda name: bool(evaluated.unlike(name))):
+        values = _values(evaluated, name)
         if len(values) > 1 and set(values) - drawn:
-            apart = found.unlike(name)
-            axes.append(Axis(title(name) + (f" (another {apart} by run)" if apart else ""), values))
+            difference = evaluated.unlike(name)
+            axes.append(
+                Axis(
+                    title(name) + (f" (different {difference} by run)" if difference else ""),
+                    values,
+                )
+            )
             drawn |= set(values)
-    tasks = scored(found)
-    if tasks and len(means := mean_scores(found, tasks)) > 1:
+    tasks = scored(evaluated)
+    if tasks and len(means := mean_scores(evaluated, tasks)) > 1:
         axes.append(Axis(f"mean score of {len(tasks)} tasks", means, more_is_better=True))
     return axes
 
 
-def _chart(found: Evaluated, labels: list[str], cost: Axis, quality: Axis) -> Chart:
+def _chart(evaluated: Evaluated, labels: list[str], cost: Axis, quality: Axis) -> Chart:
     cost = Axis(cost.title, {k: cost.values[k] for k in labels}, cost.more_is_better)
     quality = Axis(quality.title, {k: quality.values[k] for k in labels}, quality.more_is_better)
     (x0, x1), (y0, y1) = cost.range(), quality.range()
-    points = merged(found, labels, cost, quality)
+    points = merged(evaluated, labels, cost, quality)
     shares = [
-        ((cost.position(one) - x0) / (x1 - x0), (quality.position(one) - y0) / (y1 - y0))
-        for one in points
+        ((cost.position(label) - x0) / (x1 - x0), (quality.position(label) - y0) / (y1 - y0))
+        for label in points
     ]
     names = [charts.clip(name) for name in points.values()]
-    where = places(shares, names)
+    positions = places(shares, names)
     groups: dict[str, list[int]] = {}
     for number, label in enumerate(points):
-        groups.setdefault(found.runs[label].name, []).append(number)
+        groups.setdefault(evaluated.runs[label].name, []).append(number)
     traces = [_front(cost, quality)]
-    every = list(dict.fromkeys(found.runs[label].name for label in found.labels))
+    run_names = list(dict.fromkeys(evaluated.runs[label].name for label in evaluated.labels))
     for run, numbers in groups.items():
-        some, shade = [list(points)[n] for n in numbers], every.index(run)
-        trace = _points(found, some, cost, quality, charts.SHADES[shade % len(charts.SHADES)])
+        members, shade = [list(points)[n] for n in numbers], run_names.index(run)
+        trace = _points(
+            evaluated, members, cost, quality, charts.SHADES[shade % len(charts.SHADES)]
+        )
         if len(points) <= LABELLED:
             shown = [charts.label(names[n]) for n in numbers]
-            trace |= {"text": shown, "textposition": [where[n] for n in numbers]}
+            trace |= {"text": shown, "textposition": [positions[n] for n in numbers]}
             trace["mode"] = "markers+text"
         traces.append({**trace, "name": charts.label(run or "this run")})
     layout = {"showlegend": len(groups) > 1}
@@ -131,7 +140,7 @@ def _chart(found: Evaluated, labels: list[str], cost: Axis, quality: Axis) -> Ch
     return Chart(charts.figure(traces, x, y, **layout), caption, 330, half=True)
 
 
-def merged(found: Evaluated, labels: list[str], cost: Axis, quality: Axis) -> dict[str, str]:
+def merged(evaluated: Evaluated, labels: list[str], cost: Axis, quality: Axis) -> dict[str, str]:
     """Return the names to plot by model label; models at the same point share one entry.
 
     The run's name is left out, because the colour shows the run.
@@ -140,7 +149,7 @@ def merged(found: Evaluated, labels: list[str], cost: Axis, quality: Axis) -> di
     for label in labels:
         points.setdefault((cost.values[label], quality.values[label]), []).append(label)
     return {
-        same[0]: ", ".join(dict.fromkeys(found.short(label) for label in same))
+        same[0]: ", ".join(dict.fromkeys(evaluated.short(label) for label in same))
         for same in points.values()
     }
 
@@ -150,9 +159,9 @@ def _scale(axis: Axis) -> dict[str, str]:
 
 
 def _points(
-    found: Evaluated, labels: list[str], cost: Axis, quality: Axis, colour: str
+    evaluated: Evaluated, labels: list[str], cost: Axis, quality: Axis, colour: str
 ) -> charts.Trace:
-    final, first = set(found.results), {found.references[label] for label in labels}
+    final, first = set(evaluated.results), {evaluated.references[label] for label in labels}
     symbols = [
         "square" if label in first else "diamond" if label in final else "circle"
         for label in labels
@@ -188,8 +197,8 @@ def _front(cost: Axis, quality: Axis) -> charts.Trace:
 
 def step_by_step(runs: list[Run]) -> Section | None:
     """Perplexity and KL over the models of the first run, with a line per text."""
-    found = of(runs[:1])
-    if found is None or len(found.labels) < 2:
+    evaluated = of(runs[:1])
+    if evaluated is None or len(evaluated.labels) < 2:
         return None
     blocks = [
         chart
@@ -197,20 +206,22 @@ def step_by_step(runs: list[Run]) -> Section | None:
             ("perplexity", "perplexity"),
             ("kl", "KL to the teacher, nats per token"),
         )
-        if (chart := _lines(found, kind, title)) is not None
+        if (chart := _lines(evaluated, kind, title)) is not None
     ]
     if not blocks:
         return None
     return Section("quality", "Quality, step by step", "Lower is better.", blocks)
 
 
-def _lines(found: Evaluated, kind: str, title: str) -> Block | None:
+def _lines(evaluated: Evaluated, kind: str, title: str) -> Block | None:
     traces: list[charts.Trace] = []
-    for number, name in enumerate(found.texts(kind)):
-        there = [label for label in found.labels if found.value(label, name) is not None]
-        values = [value for label in there if (value := found.value(label, name)) is not None]
-        errors = [found.stderr(label, name) for label in there]
-        labels = [charts.label(label) for label in there]
+    for number, name in enumerate(evaluated.texts(kind)):
+        measured = [label for label in evaluated.labels if evaluated.value(label, name) is not None]
+        values = [
+            value for label in measured if (value := evaluated.value(label, name)) is not None
+        ]
+        errors = [evaluated.stderr(label, name) for label in measured]
+        labels = [charts.label(label) for label in measured]
         traces.append(charts.line(name.partition("/")[2], labels, values, number, errors))
     if not traces:
         return None

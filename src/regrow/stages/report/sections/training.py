@@ -34,16 +34,16 @@ Pairs = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Curves:
-    """One distillation: its name `what`, and its rows of metrics.jsonl."""
+    """One distillation: its name, and its rows of metrics.jsonl."""
 
-    what: str
+    name: str
     rows: list[dict[str, Any]]
 
     def pairs(self, name: str) -> Pairs:
         """Return (tokens, value) of the rows with this value, except values that are not finite."""
         rows = [row for row in self.rows if name in row and "tokens" in row]
-        found = [(row["tokens"], float(row[name])) for row in rows]
-        return [(tokens, float(f"{v:.5g}")) for tokens, v in found if math.isfinite(v)]
+        values = [(row["tokens"], float(row[name])) for row in rows]
+        return [(tokens, float(f"{v:.5g}")) for tokens, v in values if math.isfinite(v)]
 
     @property
     def parts(self) -> list[str]:
@@ -61,8 +61,8 @@ class Curves:
 
 def section(runs: list[Run]) -> Section | None:
     """Loss and held-out KL; single losses and feature losses; gradient norm and learning rate."""
-    curves = [one for run in runs for one in _curves(run)]
-    groups = [[one] for one in curves]
+    curves = [curve for run in runs for curve in _curves(run)]
+    groups = [[curve] for curve in curves]
     if len({id(run) for run in runs if run.metrics}) > 1:
         groups = [curves]  # several runs are compared in one plot
     blocks = [chart for group in groups for chart in _charts(group) if chart is not None]
@@ -86,25 +86,25 @@ def _charts(group: list[Curves]) -> list[Block | None]:
 def _main(group: list[Curves]) -> Chart | None:
     """The loss in a faint colour, its running mean, and the held-out KL."""
     traces: list[charts.Trace] = []
-    for number, one in enumerate(group):
+    for number, curve in enumerate(group):
         shade = 2 * number if len(group) > 1 else 0
-        at = f"{one.what}: " if len(group) > 1 else ""
-        steps, heldout = one.pairs("loss"), one.pairs(KL)
+        prefix = f"{curve.name}: " if len(group) > 1 else ""
+        steps, heldout = curve.pairs("loss"), curve.pairs(KL)
         if steps:
-            faint = charts.line(f"{at}loss", *_columns(_thin(steps)), shade + 1)
-            if not at:
+            faint = charts.line(f"{prefix}loss", *_columns(_thin(steps)), shade + 1)
+            if not prefix:
                 traces.append({**faint, "mode": "lines", "opacity": 0.35})
-            mean = charts.line(f"{at}loss, running mean", *_mean(steps), shade + 1)
+            mean = charts.line(f"{prefix}loss, running mean", *_mean(steps), shade + 1)
             traces.append({**mean, "mode": "lines"})
         if heldout:
-            traces.append(charts.line(f"{at}held-out KL", *_columns(heldout), shade))
-    caption = "; ".join(f"{one.what}: {_told(one)}" for one in group)
+            traces.append(charts.line(f"{prefix}held-out KL", *_columns(heldout), shade))
+    caption = "; ".join(f"{curve.name}: {_summary(curve)}" for curve in group)
     return _chart(traces, "nats per token", caption)
 
 
-def _told(one: Curves) -> str:
-    tokens = max(float(row.get("tokens", 0)) for row in one.rows)
-    return f"{tokens:,.0f} tokens in {duration(seconds_of(one.rows))}"
+def _summary(curve: Curves) -> str:
+    tokens = max(float(row.get("tokens", 0)) for row in curve.rows)
+    return f"{tokens:,.0f} tokens in {duration(seconds_of(curve.rows))}"
 
 
 def seconds_of(rows: list[dict[str, Any]]) -> float:
@@ -119,28 +119,28 @@ def seconds_of(rows: list[dict[str, Any]]) -> float:
 
 
 def _parts(group: list[Curves]) -> Chart | None:
-    traces = _lines(group, [one.parts for one in group], smooth=True)
+    traces = _lines(group, [curve.parts for curve in group], smooth=True)
     caption = f"Losses and feature losses by name, running means, {_names(group)}"
     return _chart(traces, "value per token", caption, half=len(group) == 1)
 
 
 def _heldout(group: list[Curves]) -> Chart | None:
-    traces = _lines(group, [one.heldout_parts for one in group], smooth=False)
+    traces = _lines(group, [curve.heldout_parts for curve in group], smooth=False)
     caption = f"Held-out text: losses and feature losses by name, {_names(group)}"
     return _chart(traces, "value per token", caption, half=len(group) == 1)
 
 
 def _lines(group: list[Curves], names: list[list[str]], smooth: bool) -> list[charts.Trace]:
     traces: list[charts.Trace] = []
-    for one, some in zip(group, names, strict=True):
-        for name in some:
-            pairs = one.pairs(name)
+    for curve, loss_names in zip(group, names, strict=True):
+        for name in loss_names:
+            pairs = curve.pairs(name)
             if not pairs:
                 continue
-            at = f"{one.what}: " if len(group) > 1 else ""
+            prefix = f"{curve.name}: " if len(group) > 1 else ""
             x, y = _mean(pairs) if smooth else _columns(pairs)
             shown = name.removeprefix(HELDOUT)
-            trace = charts.line(f"{at}{shown}", x, y, len(traces))
+            trace = charts.line(f"{prefix}{shown}", x, y, len(traces))
             traces.append({**trace, "mode": "lines"} if smooth else trace)
     return traces
 
@@ -148,17 +148,17 @@ def _lines(group: list[Curves], names: list[list[str]], smooth: bool) -> list[ch
 def _pace(group: list[Curves], name: str, title: str) -> Chart | None:
     """Gradient norm or learning rate."""
     traces = []
-    for number, one in enumerate(group):
-        if pairs := one.pairs(name):
+    for number, curve in enumerate(group):
+        if pairs := curve.pairs(name):
             columns = _mean(pairs) if name == "grad_norm" else _columns(_thin(pairs))
-            traces.append({**charts.line(one.what, *columns, number), "mode": "lines"})
+            traces.append({**charts.line(curve.name, *columns, number), "mode": "lines"})
     mean = " (running mean)" if name == "grad_norm" else ""
     caption = f"{title[0].upper()}{title[1:]}{mean}, {_names(group)}"
     return _chart(traces, title, caption, half=True)
 
 
 def _names(group: list[Curves]) -> str:
-    return ", ".join(one.what for one in group)
+    return ", ".join(curve.name for curve in group)
 
 
 def _chart(
@@ -180,12 +180,12 @@ def _chart(
 
 def _mean(pairs: Pairs) -> tuple[list[float], list[float]]:
     """Exponential moving average from the first value, thinned to about POINTS points."""
-    found = []
+    means = []
     mean = pairs[0][1]
     for tokens, value in pairs:
         mean += SMOOTHING * (value - mean)
-        found.append((tokens, float(f"{mean:.5g}")))
-    return _columns(_thin(found))
+        means.append((tokens, float(f"{mean:.5g}")))
+    return _columns(_thin(means))
 
 
 def _thin(pairs: Pairs) -> Pairs:
