@@ -10,6 +10,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
 from regrow import plugins
+from regrow.calibration import compensate
 from regrow.errors import UserError
 from regrow.quantization.formats import SCHEMES, Scheme, find_scheme
 from regrow.quantization.grid import Grid, fake_quantize, fit
@@ -156,7 +157,7 @@ def slow_nearest_column(w_R: Tensor, grid: Grid, c: int) -> Tensor:
 
 @pytest.mark.parametrize("name", ["int4-g32", "int4-g32-asym"])
 def test_gptq_is_obq_in_a_fixed_order(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptq, "BLOCK", 24)  # no divisor of 64: blocks and groups do not agree
+    monkeypatch.setattr(compensate, "BLOCK", 24)  # no divisor of 64: blocks and groups do not agree
     w, h = weight(columns=64).double(), gram(64).double()
     grid = fit(w, SCHEMES[name], BF16)
     fast = gptq.compensate(w, grid, h, 0.01)
@@ -184,10 +185,10 @@ def test_a_row_that_got_worse_is_rounded_to_nearest(
 ) -> None:
     scheme, w, h = SCHEMES[name], weight(), gram()
     good, grid = gptq.quantize(w, scheme, BF16, h)
-    compensate = gptq.compensate
+    solve = gptq.compensate
 
     def spoilt(*given: Any) -> Tensor:
-        found = compensate(*given)
+        found = solve(*given)
         found[2] = 0
         return found
 

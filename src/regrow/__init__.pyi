@@ -31,5 +31,7 @@ from regrow.stages.report import ReportConfig as ReportConfig
 from regrow.stages.report.stage import report as report
 from regrow.stages.rotate import RotateConfig as RotateConfig
 from regrow.stages.rotate.stage import rotate as rotate
+from regrow.stages.sparsify import SparsifyConfig as SparsifyConfig
+from regrow.stages.sparsify.stage import sparsify as sparsify
 
 __version__: str

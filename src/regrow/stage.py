@@ -25,7 +25,7 @@ STAGES = "regrow.stages"
 """The folder of the stages, for `plugins`."""
 IN_ORDER = (
     *("profile", "rotate", "compare", "prune", "reconstruct", "generate", "cache", "distill"),
-    *("quantize", "evaluate", "export", "report"),
+    *("sparsify", "quantize", "evaluate", "export", "report"),
 )
 """The order in which `regrow --help` lists the stages; others follow by name."""
 

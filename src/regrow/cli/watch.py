@@ -33,7 +33,7 @@ RECENT = 50
 """Number of logged steps for the token rate."""
 SETTLED = 60.0
 """After this many seconds without a write, a report older than its recipe counts as current."""
-MAKES_MODEL = ("rotate", "prune", "distill", "quantize")
+MAKES_MODEL = ("rotate", "prune", "sparsify", "distill", "quantize")
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,10 @@ class DistillStage(Stage):
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError if losses, budget, answers and cache are not compatible."""
+        from regrow.sparsity.zeros import NOTE
         from regrow.stages.distill.on_policy import check_on_policy
         from regrow.stages.distill.setup import budget_of
-        from regrow.stages.distill.student import Student, check_student
+        from regrow.stages.distill.student import Student, check_keeps_zeros, check_student
         from regrow.stages.distill.teacher import check_loss, open_extra_teachers, teacher_placement
         from regrow.stages.distill.text import answer_digests, loss_weights_of, training_text
         from regrow.training.cache.folder import Cache
@@ -76,6 +77,8 @@ class DistillStage(Stage):
         budget_of(config, plan.data, options)
         teacher_placement(config, options)
         check_student(Student(plan.checkpoint), config, options)
+        if NOTE in plan.left and config.keep_zeros:
+            check_keeps_zeros(f"the weights are sparse after {plan.left[NOTE]}", config, options)
         open_extra_teachers(config, plan.checkpoint)
         text = training_text(plan.data, config)
         loss_weights_of(config, text)
@@ -102,6 +105,13 @@ class DistillStage(Stage):
         if (step.teacher or plan.model) in plan.caches:
             config = config.model_copy(update={"cache": "cached by then"})
         return training_lines(plan.parameters, teachers, plan.data, config, plan.options)
+
+    def leave(self, step: Step, plan: RecipePlan) -> None:
+        """Note that a sparse student is dense again, where its zeros are not kept."""
+        from regrow.sparsity.zeros import NOTE
+
+        if not step.config.keep_zeros:
+            plan.left.pop(NOTE, None)
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
         """Distil with the cache and answers of earlier stages, unless the config names others."""

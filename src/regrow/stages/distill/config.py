@@ -124,6 +124,9 @@ class DistillConfig(Config):
     """Freeze the embedding (and a head tied to it) and the first N layers. This is faster. If only
     later layers were cut, the frozen layers are the teacher's, and then run once for both
     models."""
+    keep_zeros: bool = True
+    """Keep the zeros of a sparse student (one that sparsify made, or with 30 % of zeros in the
+    matrices of its layers). Otherwise training fills them, and the result is dense."""
     seed: int = 0
     """Seed of dropout and of random initial weights (of a config.json, or of adapters)."""
 

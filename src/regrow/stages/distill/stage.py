@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from regrow import stage_dir
 from regrow.checkpoint import Checkpoint, load
@@ -26,6 +27,7 @@ from regrow.plan import copy_plans
 from regrow.quantization.fake_quantize import bind_rounding
 from regrow.runtime import distributed
 from regrow.runtime.progress import progress, say
+from regrow.sparsity import zeros
 from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.on_policy import check_on_policy, writer_of
@@ -35,6 +37,7 @@ from regrow.stages.distill.teacher import TeacherSetup, freeze, mass_lost, show_
 from regrow.stages.distill.text import answer_digests, loss_weights_of, training_text
 from regrow.training import sharding
 from regrow.training.callbacks import CHOSEN_BY, MetricsWriter, ProgressCallback
+from regrow.training.frozen_layers import decoder_layers
 from regrow.training.objective import bind_loss
 from regrow.training.on_policy import NumberedSequences
 from regrow.training.trainer import DistillTrainer, NotFiniteError
@@ -123,6 +126,7 @@ def _run(
     teachers, config, budget = setup.teachers, setup.config, setup.budget
     loss_weights, feature_losses = setup.loss_weights, setup.feature_losses
     model = setup.student.model(config.seed, setup.adapter, device)
+    keep_zeros(setup, model, stage)
     teacher_model = teachers.model(config, device, setup.placement)
     lost = mass_lost(teacher_model, heldout, budget.micro)
     show_attentions(model, teacher_model, feature_losses)
@@ -150,6 +154,24 @@ def _run(
     if distributed.is_main():
         _write(trainer, setup, folder)
     stage.figures += _figures(trainer, budget.steps * config.batch_tokens) + lost
+
+
+def keep_zeros(setup: DistillSetup, model: PreTrainedModel, stage: StageDir) -> None:
+    """Hold the zeros of a sparse student, or warn that they will be filled."""
+    sparsity = setup.student.sparsity
+    if sparsity is None:
+        return
+    if not setup.config.keep_zeros:
+        say(
+            f"distill: keep_zeros is off: training fills the zeros of this sparse student "
+            f"({sparsity}), and the result is dense"
+        )
+        return
+    least = zeros.least_share(setup.student.like)
+    counts = [zeros.hold(layer, least) for layer in decoder_layers(model)]
+    held, total = (sum(column) for column in zip(*counts, strict=True))
+    stage.extra[zeros.NOTE] = sparsity
+    say(f"distill: the student is sparse ({sparsity}): {held:,} of {total:,} weights stay zero")
 
 
 def _train(

@@ -25,6 +25,8 @@ from regrow.checkpoint.model_config import accept_config
 from regrow.config import Options
 from regrow.errors import UserError
 from regrow.runtime.progress import say
+from regrow.sparsity import zeros
+from regrow.sparsity.zeros import would_fill
 from regrow.stage_dir import digest
 from regrow.stages.distill.config import DistillConfig
 from regrow.training import adapters, frozen_layers, sharding
@@ -127,6 +129,11 @@ class Student:
             return sum(torch.Size(shape).numel() for shape in shapes)
         return sum(p.numel() for p in self.on_meta().parameters())
 
+    @property
+    def sparsity(self) -> str | None:
+        """The sparsity of its weights; None if they are dense or random."""
+        return zeros.sparsity_of(self.like) if self.config is None else None
+
     def adapter(self, config: DistillConfig, device: torch.device) -> Adapter | None:
         """The adapters of the config, if any.
 
@@ -206,7 +213,18 @@ def check_student(student: Student, config: DistillConfig, options: Options) -> 
     if config.freeze_layers:
         frozen_layers.check(student.on_meta(), config.freeze_layers)
     sharding.require(options, device, config.adapter)
+    if student.sparsity is not None and config.keep_zeros:
+        check_keeps_zeros(f"the student {student.like.folder} is sparse", config, options)
     return adapter
+
+
+def check_keeps_zeros(sparse: str, config: DistillConfig, options: Options) -> None:
+    """Raise UserError for ways of training that would fill zeros; `sparse` says what has them."""
+    advice = "leave it out, or set keep_zeros to false, which makes the student dense again"
+    if config.adapter != "none":
+        raise would_fill(sparse, f"adapter {config.adapter}", advice)
+    if sharding.is_sharded(options):
+        raise would_fill(sparse, "sharding fsdp", advice)
 
 
 def _require_all_used(module: Any, keys: Any) -> None:

@@ -12,6 +12,8 @@ from regrow.pruning.config import PruneConfig
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import Model, OptionalText, open_model, print_lines
 
+FILLS_ZEROS = "set repair to false, or prune before you sparsify"
+
 
 class PruneStage(Stage):
     """Cuts the current model by its profile; writes the smaller model with and without repair."""
@@ -59,8 +61,13 @@ class PruneStage(Stage):
         from regrow.pruning.prune import make_plan
         from regrow.pruning.repair import reads_grams
         from regrow.search.shapes import check_keep_params
+        from regrow.sparsity.zeros import NOTE, would_fill
         from regrow.stages.prune.dry_run import check_one_target, config_after
 
+        if NOTE in plan.left and step.config.repair:
+            raise would_fill(
+                f"the weights are sparse after {plan.left[NOTE]}", "repair", FILLS_ZEROS
+            )
         if not plan.profiled:
             raise UserError("put a profile stage of the same model before it")
         check_one_target(step.config)

@@ -16,7 +16,9 @@ from regrow.profile_folder import Profile
 from regrow.pruning.config import PruneConfig
 from regrow.pruning.prune import prune_to_sizes, repair_method
 from regrow.search.shapes import check_keep_params, named, to_try
+from regrow.sparsity.zeros import refuse_filling
 from regrow.stage_dir import StageDir, digest, read
+from regrow.stages.prune import FILLS_ZEROS
 from regrow.stages.prune.choose_shape import choose_shape
 
 
@@ -36,6 +38,8 @@ def prune(
     """
     out = Path(out)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
+    if config.repair:
+        refuse_filling(checkpoint, "repair", FILLS_ZEROS)
     if not config.searches:
         return prune_to_sizes(checkpoint, out, config, profile, options=options)
     if profile is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from pydantic import Field, field_validator
 from tyro.conf import OmitArgPrefixes
 
 from regrow import plugins
+from regrow.calibration.modules import check_pattern
 from regrow.config import Config, Options
 from regrow.data.config import DataConfig
 from regrow.errors import unknown
@@ -65,22 +65,15 @@ class QuantizeConfig(Config):
     @classmethod
     def _patterns(cls, keep: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in keep:
-            _check(pattern)
+            check_pattern(pattern)
         return keep
 
     @field_validator("rules")
     @classmethod
     def _known_schemes(cls, rules: dict[str, str]) -> dict[str, str]:
         for pattern in rules:
-            _check(pattern)
+            check_pattern(pattern)
         return {pattern: formats.find_scheme(name).name for pattern, name in rules.items()}
-
-
-def _check(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
 class QuantizeStage(Stage):
@@ -140,9 +133,10 @@ class QuantizeStage(Stage):
 
 def estimate(checkpoint: Checkpoint, data: DataConfig | None, config: QuantizeConfig) -> list[str]:
     """Layers and bytes for each scheme and method, and the time of the passes over the text."""
+    from regrow.calibration.modules import WEIGHT
     from regrow.cost import forward_seconds
     from regrow.runtime.progress import clock
-    from regrow.stages.quantize.choose import WEIGHT, fallbacks
+    from regrow.stages.quantize.choose import fallbacks
     from regrow.stages.quantize.stage import check, method_of
 
     job = check(checkpoint, config, data)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import re
-
+from regrow.calibration.modules import (
+    WEIGHT,
+    check_patterns,
+    first_match,
+    is_router,
+    linear_modules,
+)
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.families import Family
 from regrow.quantization import formats
 from regrow.quantization.formats import Scheme, StoredTensor, fallback_lines
 from regrow.stages.quantize import QuantizeConfig
-
-WEIGHT = ".weight"
 
 
 def choose(checkpoint: Checkpoint, family: Family, config: QuantizeConfig) -> dict[str, Scheme]:
@@ -20,14 +23,14 @@ def choose(checkpoint: Checkpoint, family: Family, config: QuantizeConfig) -> di
     Raises UserError for a pattern that matches nothing, for a quantized embedding, when nothing is
     left to quantize, and for a combination that transformers cannot open.
     """
-    modules = [n.removesuffix(WEIGHT) for n, s in checkpoint.shapes.items() if len(s) == 2]
+    modules = linear_modules(checkpoint)
     embedding, head = (name.removesuffix(WEIGHT) for name in (family.embedding, family.head))
-    _check_patterns(config, [*modules, head])
+    check_patterns({"keep": config.keep, "rules": tuple(config.rules)}, [*modules, head])
     chosen = {}
     for module in modules:
-        if _first(config.keep, module) or is_router(family, module + WEIGHT):
+        if first_match(config.keep, module) or is_router(family, module + WEIGHT):
             continue
-        rule = _first(tuple(config.rules), module)
+        rule = first_match(tuple(config.rules), module)
         scheme = formats.find_scheme(config.rules[rule] if rule else config.scheme)
         if module == embedding:
             raise UserError(f"{module}: no program reads a quantized embedding; add it to keep")
@@ -47,19 +50,13 @@ def choose(checkpoint: Checkpoint, family: Family, config: QuantizeConfig) -> di
     return chosen
 
 
-def is_router(family: Family, name: str) -> bool:
-    """Whether a tensor is a router, which is small and sensitive to rounding."""
-    place = family.find(name)
-    return place is not None and family.tensors[place.template].axes[0] == "experts"
-
-
 def fallbacks(
     checkpoint: Checkpoint, config: QuantizeConfig, chosen: dict[str, Scheme]
 ) -> list[str]:
     """A line for each kind of layer whose width is not a multiple of its scheme's group size."""
     stored = []
     for module, scheme in chosen.items():
-        rule = _first(tuple(config.rules), module)
+        rule = first_match(tuple(config.rules), module)
         configured = formats.find_scheme(config.rules[rule] if rule else config.scheme)
         name = module + WEIGHT
         stored.append(StoredTensor(name, checkpoint.shapes[name], configured.name, scheme.name))
@@ -102,18 +99,3 @@ def _check_readers(chosen: dict[str, Scheme], checkpoint: Checkpoint, family: Fa
                 f"{chosen[module].name}: transformers cannot open it in a mixture of experts; take "
                 "int8, fp8 or a symmetric int4"
             )
-
-
-def _check_patterns(config: QuantizeConfig, modules: list[str]) -> None:
-    for field, patterns in {"keep": config.keep, "rules": tuple(config.rules)}.items():
-        for pattern in patterns:
-            if not any(re.search(pattern, module) for module in modules):
-                names = sorted({module.rpartition(".")[2] for module in modules})
-                raise UserError(
-                    f"{field}: {pattern!r} matches no module of this model; there are, for "
-                    f"instance, {modules[1]}, and by their last name {', '.join(names)}"
-                )
-
-
-def _first(patterns: tuple[str, ...], module: str) -> str | None:
-    return next((pattern for pattern in patterns if re.search(pattern, module)), None)

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from regrow import families, plugins, stage_dir
+from regrow.calibration.layer_pass import LayerPass
+from regrow.calibration.modules import WEIGHT
+from regrow.calibration.quality import quality, report
+from regrow.calibration.text import calibration_text
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.config import Options
 from regrow.data import DataConfig
-from regrow.data.sequences import Sequences, build_sequences, held_out
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.families import Family
@@ -25,10 +28,10 @@ from regrow.plan import copy_plans
 from regrow.quantization.formats import Scheme
 from regrow.quantization.grid import Grid
 from regrow.runtime.progress import say
+from regrow.sparsity import zeros
 from regrow.stage_dir import StageDir, refuse_input, require_space
 from regrow.stages.quantize import METHODS, QuantizeConfig, measure, pack
-from regrow.stages.quantize.choose import WEIGHT, choose, fallbacks
-from regrow.stages.quantize.layerwise import LayerPass
+from regrow.stages.quantize.choose import choose, fallbacks
 
 
 def quantize(
@@ -58,7 +61,11 @@ def quantize(
         say(f"quantize: {out} is complete and unchanged")
     else:
         require_space(out, sum(map(checkpoint.bytes, checkpoint.names())))
-        fit, unseen = _text(job, data, options)
+        fit, unseen = (
+            ([], [])
+            if data is None
+            else calibration_text(checkpoint, data, config.samples, options.batch_size)
+        )
         fell_back = fallbacks(checkpoint, config, job.chosen)
         for line in [*_other_grid(checkpoint, config), *fell_back, *job.notes()]:
             say(f"quantize: {line}")
@@ -67,12 +74,16 @@ def quantize(
             after = Checkpoint(folder, quantized=True)
             stage.figures += measure.sizes(checkpoint, after, job.family, job.chosen)
             if unseen:
-                stage.figures += measure.quality(checkpoint, after, unseen, device)
+                stage.figures += quality(
+                    checkpoint, after, unseen, device, "KL(unquantized || quantized)"
+                )
+            if (sparsity := zeros.recorded(checkpoint)) is not None:
+                stage.extra[zeros.NOTE] = sparsity
             stage.extra["schemes"] = {module: s.name for module, s in job.chosen.items()}
             stage.extra["methods"] = {s.name: method_of(config, s) for s in job.schemes}
     manifest = stage_dir.read(out)
     assert manifest is not None
-    print(measure.report(out, manifest["figures"]))
+    print(report("quantized", out, manifest["figures"]))
     return out
 
 
@@ -158,9 +169,11 @@ class QuantizeSetup:
         with tempfile.TemporaryDirectory(prefix="work-", dir=folder) as place:
             waiting = Spill(Path(place) / "weights")
 
-            def put(module: str, weight: Tensor, grid: Grid) -> None:
-                for end, tensor in self.stored(weight, grid).items():
+            def change(module: str, weight: Tensor, gram_CC: Tensor | None) -> Tensor:
+                rounded, grid = self.round(weight, self.chosen[module], gram_CC)
+                for end, tensor in self.stored(rounded, grid).items():
                     waiting.put(f"{module}.{end}", tensor)
+                return rounded
 
             if self.calibrates:
                 calibrated = {
@@ -169,8 +182,8 @@ class QuantizeSetup:
                     if method_module(self.config, scheme).NEEDS_GRAM
                 }
                 streams = Spill(Path(place) / "streams")
-                work = (self.checkpoint, self.family, self.chosen, set(calibrated), batches)
-                LayerPass(*work, self.round, put, device, streams).run()
+                work = (self.checkpoint, self.family, [*self.chosen], set(calibrated), batches)
+                LayerPass("quantize", *work, change, device, streams).run()
             layout = dict(self.layout())
             tensors = self.tensors(waiting, device)
             checkpoints.write(folder, self.new_config(), layout, tensors, self.checkpoint)
@@ -182,7 +195,10 @@ class QuantizeSetup:
         """Round a weight by its scheme's method; returns the rounded weight and its grid."""
         dtype = torch.float16 if self.main_dtype == torch.float16 else torch.bfloat16
         method, damping = method_module(self.config, scheme), self.config.damping
-        rounded: tuple[Tensor, Grid] = method.quantize(weight, scheme, dtype, gram_CC, damping)
+        held = zeros.held(weight, zeros.least_share(self.checkpoint))
+        rounded: tuple[Tensor, Grid] = method.quantize(
+            weight, scheme, dtype, gram_CC, damping, held
+        )
         return rounded
 
     def stored(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
@@ -246,33 +262,3 @@ def _other_grid(checkpoint: Checkpoint, config: QuantizeConfig) -> list[str]:
         f"{checkpoint.folder} was trained for rounding to {trained}; rounding it to "
         f"{config.scheme} loses the gain of that training"
     ]
-
-
-def _text(
-    job: QuantizeSetup, data: DataConfig | None, options: Options
-) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """Batches for calibration, and batches for the measurement."""
-    if data is None:
-        return [], []
-    tokenizer = job.checkpoint.tokenizer()
-    sequences = build_sequences(data, tokenizer, "calibration", job.config.samples, job.checkpoint)
-    if len(sequences) < 2:
-        raise UserError(
-            "too little text: there is 1 calibration sequence, but at least 2 are needed, one to "
-            "calibrate on and one to measure on; add text or raise calibration_fraction"
-        )
-    numbers = range(len(sequences))
-    unseen = [n for n in numbers if held_out(n)] or [len(sequences) - 1]
-    return tuple(  # type: ignore[return-value]
-        list(_rows(sequences, subset).batches(options.batch_size))
-        for subset in ([n for n in numbers if n not in unseen], unseen)
-    )
-
-
-def _rows(sequences: Sequences, numbers: list[int]) -> Sequences:
-    return Sequences(
-        sequences.input_ids[numbers],
-        sequences.position_ids[numbers],
-        sequences.labels[numbers],
-        sequences.real[numbers],
-    )

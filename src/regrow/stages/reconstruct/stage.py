@@ -36,6 +36,7 @@ from regrow.errors import UserError
 from regrow.layerwise import LayerByLayer
 from regrow.plan import Plan, copy_plans, stored_plans
 from regrow.runtime.progress import progress, say
+from regrow.sparsity import zeros
 from regrow.stage_dir import Figure, StageDir, refuse_input, require_space, write_json
 from regrow.stages.reconstruct import ReconstructConfig
 from regrow.stages.reconstruct.streams import Streams
@@ -81,6 +82,8 @@ def reconstruct(
         copy_plans(cut.folder, folder)
         stage.figures += work.figures()
         stage.extra["layers"] = work.rows
+        if (sparsity := zeros.recorded(cut)) is not None:
+            stage.extra[zeros.NOTE] = sparsity
         shutil.rmtree(folder / LAYERS, ignore_errors=True)
         shutil.rmtree(folder / "streams", ignore_errors=True)
         (folder / STATE).unlink(missing_ok=True)
@@ -122,6 +125,7 @@ class Reconstruction:
         self.student, self.plan, self.config, self.folder = student, plan, config, folder
         self.family, self.device = families.of(student), options.torch_device()
         self.ids_V = teacher_ids(student, teacher)
+        self._least_share = zeros.least_share(student)
         self.rows: list[dict[str, Any]] = []
         """Per layer: its error before and after, and whether it was kept."""
         self.kl: list[float] = []
@@ -193,6 +197,7 @@ class Reconstruction:
                 self.config,
                 counter,
                 seed=self.config.seed + layer,
+                least_share=self._least_share,
             )
             after = relative_error(self._cut, streams, unseen, target)
         better = after < before

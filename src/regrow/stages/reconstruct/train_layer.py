@@ -15,6 +15,7 @@ from regrow.families import Family
 from regrow.layerwise import LayerByLayer
 from regrow.runtime.precision import widen
 from regrow.runtime.progress import Progress
+from regrow.sparsity import zeros
 from regrow.stages.reconstruct.streams import Streams
 
 if TYPE_CHECKING:
@@ -34,14 +35,17 @@ def train_layer(
     config: ReconstructConfig,
     counter: Progress,
     seed: int,
+    least_share: float = zeros.LEAST,
 ) -> dict[str, Tensor]:
     """Train `module`, the resident layer of `model`, on the first `batches` of the streams.
 
     Float32 weights under autocast; AdamW with warm-up and linear decay to zero. The module is left
-    with the new weights in its own dtype, and these are returned by name.
+    with the new weights in its own dtype, and these are returned by name. Zeros stay zero in a
+    weight whose share of them is `least_share` or more.
     """
     dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
     _convert(module, dict.fromkeys(dtypes, torch.float32), trained=True)
+    zeros.hold(module, least_share)
     groups = _groups(module, family, config)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=0.0)
     steps = batches * config.passes

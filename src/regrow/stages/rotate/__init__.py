@@ -60,9 +60,13 @@ class RotateStage(Stage):
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError for a family that cannot be rotated."""
         from regrow import families
+        from regrow.sparsity.zeros import NOTE, would_fill
         from regrow.stages.rotate.basis import check
 
         check(families.of(plan.checkpoint))
+        if NOTE in plan.left:
+            sparse = f"the weights are sparse after {plan.left[NOTE]}"
+            raise would_fill(sparse, "a rotation", "rotate before you sparsify")
 
     def dry_run(self, step: Step, plan: RecipePlan) -> list[str]:
         """The tokens, parameters and time of the step."""

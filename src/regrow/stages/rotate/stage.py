@@ -19,6 +19,7 @@ from regrow.data.sources import data_digest
 from regrow.layerwise import LayerByLayer, Spill
 from regrow.runtime.precision import widen
 from regrow.runtime.progress import progress, say
+from regrow.sparsity.zeros import refuse_filling
 from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
 from regrow.stages.rotate import RotateConfig, basis
 
@@ -45,6 +46,7 @@ def rotate(
     refuse_input(out, checkpoint.folder)
     family = families.of(checkpoint)
     basis.check(family)
+    refuse_filling(checkpoint, "a rotation", "rotate before you sparsify")
     inputs = {"model": checkpoint.fingerprint, "data": data_digest(data)}
     stage = StageDir(out, "rotate", config, inputs)
     if stage.complete:

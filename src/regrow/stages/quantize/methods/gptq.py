@@ -1,10 +1,9 @@
 """GPTQ: rounds column after column, and lets the later columns compensate for the error.
 
-Frantar et al., 2022, arXiv:2210.17323. H is the damped second moment of the layer's inputs, and U
-is the upper Cholesky factor of H⁻¹. Rounding column i leaves the error e = (w_i − q_i) / U_ii, and
-w_j −= e U_ij for all later columns j. Columns are rounded in the order of falling H_ii. The scale
-of each group is fixed beforehand to minimize Σ_c H_cc (w_c − q_c)². A row for which plain rounding
-has the smaller error (w − q) H (w − q)ᵀ is rounded plainly.
+Frantar et al., 2022, arXiv:2210.17323, by `regrow.calibration.compensate`. Columns are rounded in
+the order of falling H_ii, the diagonal of the inputs' second moment. The scale of each group is
+fixed beforehand to minimize Σ_c H_cc (w_c − q_c)². A row for which plain rounding has the smaller
+error (w − q) H (w − q)ᵀ is rounded plainly.
 
 Shapes: R rows, C columns.
 """
@@ -16,12 +15,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from regrow.calibration import compensate as obs
+from regrow.calibration.compensate import inverse_factor
 from regrow.quantization.formats import Scheme
 from regrow.quantization.grid import Grid, fit, nearest
 
 NEEDS_GRAM = True
-BLOCK = 128
-"""Number of columns to round before all later columns are updated at once."""
 
 
 def quantize(
@@ -30,10 +29,12 @@ def quantize(
     dtype: torch.dtype,
     gram_CC: Tensor | None = None,
     damping: float = 0.01,
+    held_RC: Tensor | None = None,
 ) -> tuple[Tensor, Grid]:
     """The rounded weight, float32 [R, C], and its grid; never worse than rounding to nearest.
 
-    Without `gram_CC` (experts, the head) the weight is rounded to nearest.
+    Without `gram_CC` (experts, the head) the weight is rounded to nearest. Weights where `held_RC`
+    is True are zero and stay zero.
     """
     weight_RC = weight_RC.float()
     plain = fit(weight_RC, scheme, dtype)
@@ -42,7 +43,7 @@ def quantize(
         return rounded, plain
     gram_CC = gram_CC.float()
     grid = fit(weight_RC, scheme, dtype, gram_CC.diagonal())
-    solved = compensate(weight_RC, grid, gram_CC, damping)
+    solved = compensate(weight_RC, grid, gram_CC, damping, held_RC)
     solved_error, plain_error = (error(weight_RC, q, gram_CC) for q in (solved, rounded))
     worse_R1 = (solved_error >= plain_error)[:, None]
     scale = torch.where(worse_R1, plain.scale_RG, grid.scale_RG)
@@ -59,37 +60,24 @@ def error(weight_RC: Tensor, rounded_RC: Tensor, gram_CC: Tensor) -> Tensor:
     return ((off_RC @ gram_CC) * off_RC).sum(1)
 
 
-def compensate(weight_RC: Tensor, grid: Grid, gram_CC: Tensor, damping: float) -> Tensor:
+def compensate(
+    weight_RC: Tensor,
+    grid: Grid,
+    gram_CC: Tensor,
+    damping: float,
+    held_RC: Tensor | None = None,
+) -> Tensor:
     """The weight rounded column after column; the later columns compensate for each error."""
     order = gram_CC.diagonal().argsort(descending=True, stable=True)
-    factor_CC = _factor(gram_CC[order][:, order], damping)
-    w_RC = weight_RC[:, order].clone()
-    scale_RC, zero_RC = grid.columns(w_RC.shape[1])
+    factor_CC = inverse_factor(gram_CC[order][:, order], damping)
+    scale_RC, zero_RC = grid.columns(weight_RC.shape[1])
     scale_RC = scale_RC[:, order]
     zero_RC = None if zero_RC is None else zero_RC[:, order]
-    errors_RC = torch.zeros_like(w_RC)
-    for begin in range(0, w_RC.shape[1], BLOCK):
-        end = min(begin + BLOCK, w_RC.shape[1])
-        for i in range(begin, end):
-            zero = None if zero_RC is None else zero_RC[:, i]
-            q_R = nearest(w_RC[:, i], grid.scheme, scale_RC[:, i], zero)
-            errors_RC[:, i] = (w_RC[:, i] - q_R) / factor_CC[i, i]
-            w_RC[:, i + 1 : end] -= errors_RC[:, i, None] * factor_CC[i, i + 1 : end]
-            w_RC[:, i] = q_R
-        w_RC[:, end:] -= errors_RC[:, begin:end] @ factor_CC[begin:end, end:]
-    return w_RC[:, order.argsort()]
+    held_RC = None if held_RC is None else held_RC[:, order]
 
+    def round_column(i: int, w_RC: Tensor) -> Tensor:
+        zero = None if zero_RC is None else zero_RC[:, i]
+        q_R = nearest(w_RC[:, i], grid.scheme, scale_RC[:, i], zero)
+        return q_R if held_RC is None else q_R.masked_fill(held_RC[:, i], 0)
 
-def _factor(gram_CC: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped matrix; damping increases on failure."""
-    eye = torch.eye(len(gram_CC), dtype=gram_CC.dtype, device=gram_CC.device)
-    ridge = gram_CC.diagonal().mean().clamp_min(torch.finfo(gram_CC.dtype).tiny)
-    for _ in range(8):
-        lower, failed = torch.linalg.cholesky_ex(gram_CC + damping * ridge * eye)
-        if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                return upper
-        damping *= 10
-    raise AssertionError("a damped second moment is positive definite")
+    return obs.compensate(weight_RC[:, order], factor_CC, round_column)[:, order.argsort()]

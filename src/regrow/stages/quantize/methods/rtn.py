@@ -17,7 +17,11 @@ def quantize(
     dtype: torch.dtype,
     gram_CC: Tensor | None = None,
     damping: float = 0.0,
+    held_RC: Tensor | None = None,
 ) -> tuple[Tensor, Grid]:
-    """The weight rounded to the nearest values of its grid, float32 [R, C], and the grid."""
+    """The weight rounded to the nearest values of its grid, float32 [R, C], and the grid.
+
+    Zeros stay zero, because every grid has the value 0.
+    """
     grid = fit(weight_RC, scheme, dtype)
     return grid.nearest(weight_RC), grid

@@ -1,0 +1,1 @@
+"""What the stages share that give linear layers new weights, calibrated on text."""

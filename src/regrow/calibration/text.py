@@ -1,0 +1,44 @@
+"""Calibration text, and the part of it that only serves to measure the changed model."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from regrow.checkpoint import Checkpoint
+from regrow.data import DataConfig
+from regrow.data.sequences import Sequences, build_sequences, held_out
+from regrow.errors import UserError
+
+Batches = list[dict[str, Tensor]]
+
+
+def calibration_text(
+    checkpoint: Checkpoint, data: DataConfig, samples: int, batch_size: int
+) -> tuple[Batches, Batches]:
+    """Batches to calibrate on, and batches to measure on: every eighth of `samples` sequences.
+
+    Raises UserError for too little text.
+    """
+    tokenizer = checkpoint.tokenizer()
+    sequences = build_sequences(data, tokenizer, "calibration", samples, checkpoint)
+    if len(sequences) < 2:
+        raise UserError(
+            "too little text: 1 calibration sequence, and one is needed to calibrate on and one to "
+            "measure on; add text or raise calibration_fraction"
+        )
+    numbers = range(len(sequences))
+    unseen = [n for n in numbers if held_out(n)] or [len(sequences) - 1]
+    fit = [n for n in numbers if n not in unseen]
+    return (
+        list(_rows(sequences, fit).batches(batch_size)),
+        list(_rows(sequences, unseen).batches(batch_size)),
+    )
+
+
+def _rows(sequences: Sequences, numbers: list[int]) -> Sequences:
+    return Sequences(
+        sequences.input_ids[numbers],
+        sequences.position_ids[numbers],
+        sequences.labels[numbers],
+        sequences.real[numbers],
+    )

@@ -1,0 +1,179 @@
+"""Sparsify: sets single weights to zero, a share of them or N:M, and keeps all shapes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field, field_validator, model_validator
+from tyro.conf import OmitArgPrefixes
+
+from regrow import plugins
+from regrow.calibration.modules import check_pattern
+from regrow.config import Config, Options
+from regrow.data.config import DataConfig
+from regrow.errors import unknown
+from regrow.stage import RecipePlan, RecipeRun, Stage, Step
+from regrow.stages._flags import Model, OptionalText, open_model, print_lines
+
+if TYPE_CHECKING:
+    from regrow.checkpoint import Checkpoint
+    from regrow.sparsity.pattern import Sparsity
+
+METHODS = "regrow.stages.sparsify.methods"
+DEFAULT = 0.5
+
+
+class SparsifyConfig(Config):
+    """How many weights become zero, which ones, and in which modules."""
+
+    method: str = "sparsegpt"
+    """How the weights are chosen: magnitude (needs no text), wanda, sparsegpt (which also changes
+    the weights that stay), or a file of your own in sparsify/methods."""
+    sparsity: float | None = None
+    """Share of the weights that become zero, above 0 and below 1; 0.5 if no pattern is given."""
+    pattern: str | None = None
+    """N:M instead of a share: of M consecutive weights of a row, N stay. For instance 2:4."""
+    keep: tuple[str, ...] = ()
+    """Modules of the layers that stay dense: regular expressions, searched in the modules' names.
+    Embedding, output head and routers always stay dense."""
+    samples: int = Field(default=64, ge=8)
+    """Sequences of calibration text; every eighth only serves to measure perplexity and KL."""
+    damping: float = Field(default=0.01, gt=0)
+    """For sparsegpt: this share of the second-moment matrix's mean diagonal is added to its
+    diagonal."""
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        known = plugins.names(METHODS)
+        if method not in known:
+            raise unknown("method", method, known)
+        return method
+
+    @field_validator("sparsity")
+    @classmethod
+    def _in_range(cls, sparsity: float | None) -> float | None:
+        if sparsity is not None and not 0 < sparsity < 1:
+            raise ValueError(
+                f"{sparsity:g} is out of range: give the share of weights that become zero, above "
+                "0 and below 1, for instance 0.5"
+            )
+        return sparsity
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, pattern: str | None) -> str | None:
+        from regrow.sparsity.pattern import parse
+
+        return None if pattern is None else str(parse(pattern))
+
+    @field_validator("keep")
+    @classmethod
+    def _patterns(cls, keep: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in keep:
+            check_pattern(pattern)
+        return keep
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> SparsifyConfig:
+        if self.sparsity is not None and self.pattern is not None:
+            raise ValueError(
+                f"sparsity {self.sparsity:g} and pattern {self.pattern} exclude each other: a "
+                "pattern has its own share of zeros; give one of them"
+            )
+        return self
+
+    @property
+    def target(self) -> Sparsity:
+        """The sparsity or the pattern."""
+        from regrow.sparsity.pattern import Sparsity, parse
+
+        if self.pattern is not None:
+            return parse(self.pattern)
+        return Sparsity(DEFAULT if self.sparsity is None else self.sparsity)
+
+
+class SparsifyStage(Stage):
+    """Sets weights of the current model to zero; later distillations keep these zeros."""
+
+    config = SparsifyConfig
+    changes_weights = True
+    needs_plain_weights = True
+    reads = ("calibration",)
+
+    def command(
+        self,
+        model: Model,
+        out: Path,
+        text: OmitArgPrefixes[OptionalText] = OptionalText(),
+        sparsification: OmitArgPrefixes[SparsifyConfig] = SparsifyConfig(),
+        machine: OmitArgPrefixes[Options] = Options(),
+        dry_run: bool = False,
+    ) -> None:
+        """Set weights to zero: a share of them, or N of M.
+
+        Args:
+            model: Hugging Face folder, hub id, GGUF file, or package:NAME.
+            out: Folder to write the sparse model to.
+            sparsification: Method, share or pattern, and the modules that stay dense.
+            machine: Device and batch size.
+            dry_run: Check everything and print what would be done.
+        """
+        checkpoint, data = open_model(model), text.blend() if text.data else None
+        if dry_run:
+            print_lines(estimate(checkpoint, data, sparsification), out)
+            return
+        from regrow.stages.sparsify.stage import sparsify
+
+        sparsify(checkpoint, out, sparsification, data, machine)
+
+    def check(self, step: Step, plan: RecipePlan) -> None:
+        """Raise UserError for modules or widths that do not fit; widths of a cut are not known."""
+        from regrow.stages.sparsify.stage import check, check_width
+
+        check(plan.checkpoint, step.config.model_copy(update={"pattern": None}), plan.data)
+        if plan.config_now is not None:
+            for name, shape in plan.family.expected(plan.config_now).items():
+                check_width(step.config, name, shape)
+
+    def leave(self, step: Step, plan: RecipePlan) -> None:
+        """Note in the plan that the weights are sparse from here on."""
+        from regrow.sparsity.zeros import NOTE
+
+        plan.left[NOTE] = step.location
+
+    def run(self, step: Step, run: RecipeRun, folder: str) -> None:
+        """Sparsify the current model."""
+        from regrow.stages.sparsify.stage import sparsify
+
+        sparsify(run.current, run.folder(folder), step.config, run.data, run.options)
+        run.add("sparse", run.folder(folder))
+
+
+def estimate(checkpoint: Checkpoint, data: DataConfig | None, config: SparsifyConfig) -> list[str]:
+    """The number of zeros, the bytes, and the time of the passes over the text."""
+    from regrow.calibration.modules import WEIGHT
+    from regrow.cost import forward_seconds
+    from regrow.runtime.progress import clock
+    from regrow.stages.sparsify.stage import check
+
+    job = check(checkpoint, config, data)
+    names = [module + WEIGHT for module in job.modules]
+    count = sum(math.prod(checkpoint.shapes[name]) for name in names)
+    total = sum(map(checkpoint.bytes, checkpoint.names()))
+    lines = [
+        f"sparsify: {len(names)} matrices to {job.target} by {config.method}: about "
+        f"{job.target.share * count:,.0f} of {count:,} weights become zero",
+        f"  {total / 1e6:,.1f} MB, as before: zeros are stored like other values",
+        *(f"  {line}" for line in job.notes()),
+    ]
+    if data is not None:
+        passes = 2 if job.calibrates else 0.25  # two models read an eighth of the sequences
+        seconds = forward_seconds(checkpoint, passes * config.samples * data.sequence_length)
+        lines.append(f"  time about {clock(seconds)} for the passes over the text")
+    return lines
+
+
+STAGE = SparsifyStage()

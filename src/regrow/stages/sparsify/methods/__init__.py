@@ -1,0 +1,5 @@
+"""Methods of choosing the weights that become zero, one file each.
+
+`NEEDS_GRAM` says whether the method reads the second moment of a layer's inputs.
+`sparsify(weight, sparsity, gram, damping)` returns the new weight in float32.
+"""
