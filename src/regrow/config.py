@@ -91,31 +91,17 @@ def _config_inside(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-class Options(Config):
-    """Device, batch size and the use of memory; nothing here changes a result."""
+class Machine(Config):
+    """Device and batch size; nothing here changes a result."""
 
     device: str = "auto"
     """Device to compute on: auto (a GPU when there is one), cpu, cuda, cuda:1, mps."""
     batch_size: int = 4
     """Sequences per batch on a device; lower it when memory runs out."""
 
-    order: Literal["auto", "resident", "layer"] = "auto"
-    """Execution order of a profile: the whole model in memory (resident), one layer at a time with
-    hidden states on disk (layer: for models larger than the device), or whichever fits (auto)."""
-
-    sharding: Literal["none", "fsdp"] = "none"
-    """Use of several GPUs in a distillation: each GPU has a full copy of student, optimizer and
-    teacher (none), or a shard of them (fsdp: FSDP2, for models larger than a GPU)."""
-    deepspeed: str | None = None
-    """Distill under DeepSpeed with this config file (JSON, ZeRO stage 0 to 2)."""
-    offload_teacher: bool = False
-    """Distill with one layer of the teacher in memory at a time, loaded from its file when it runs.
-    This needs less memory and more time, and is for teachers larger than a device."""
-    torch_compile: bool = False
-    """Compile the layers of a distillation's models: faster steps with less memory, after a minute
-    or two of compilation."""
-    gradient_checkpointing: bool = False
-    """Distill with activations recomputed in the backward pass: less memory, more time."""
+    def options(self) -> Options:
+        """The same settings as `Options`."""
+        return Options(**self.model_dump())
 
     def torch_device(self) -> torch.device:
         """The device to use; raises UserError when this machine has no such device."""
@@ -132,6 +118,32 @@ class Options(Config):
             reason = str(error).splitlines()[0]
             raise UserError(f"device {self.device!r} cannot be used here: {reason}") from None
         return device
+
+
+class ProfileMachine(Machine):
+    """Device, batch size and execution order of a profile; nothing here changes a result."""
+
+    order: Literal["auto", "resident", "layer"] = "auto"
+    """Execution order of a profile: the whole model in memory (resident), one layer at a time with
+    hidden states on disk (layer: for models larger than the device), or whichever fits (auto)."""
+
+
+class Options(ProfileMachine):
+    """Device, batch size and the use of memory; nothing here changes a result."""
+
+    sharding: Literal["none", "fsdp"] = "none"
+    """Use of several GPUs in a distillation: each GPU has a full copy of student, optimizer and
+    teacher (none), or a shard of them (fsdp: FSDP2, for models larger than a GPU)."""
+    deepspeed: str | None = None
+    """Distill under DeepSpeed with this config file (JSON, ZeRO stage 0 to 2)."""
+    offload_teacher: bool = False
+    """Distill with one layer of the teacher in memory at a time, loaded from its file when it runs.
+    This needs less memory and more time, and is for teachers larger than a device."""
+    torch_compile: bool = False
+    """Compile the layers of a distillation's models: faster steps with less memory, after a minute
+    or two of compilation."""
+    gradient_checkpointing: bool = False
+    """Distill with activations recomputed in the backward pass: less memory, more time."""
 
 
 def cache_folder() -> Path:

@@ -9,7 +9,7 @@ import tyro
 from pydantic import Field, model_validator
 from tyro.conf import OmitArgPrefixes, Positional
 
-from regrow.config import Config, Options
+from regrow.config import Config, Machine
 from regrow.data.config import DataConfig
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import Text, open_model, print_lines
@@ -75,7 +75,7 @@ class CacheStage(Stage):
         text: OmitArgPrefixes[Text],
         out: Path,
         caching: OmitArgPrefixes[CacheConfig] = CacheConfig(),
-        machine: OmitArgPrefixes[Options] = Options(),
+        machine: OmitArgPrefixes[Machine] = Machine(),
         dry_run: bool = False,
     ) -> None:
         """Run a teacher once over the text of later distillations, and store its outputs.
@@ -93,7 +93,7 @@ class CacheStage(Stage):
             return
         from regrow.stages.cache.stage import cache
 
-        cache(checkpoint, data, out, caching, machine)
+        cache(checkpoint, data, out, caching, machine.options())
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError if the teacher, the text or the format does not allow a cache."""

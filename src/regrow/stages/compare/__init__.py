@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tyro.conf import OmitArgPrefixes
 
-from regrow.config import Options
+from regrow.config import Machine
 from regrow.pruning.config import PruneConfig
 from regrow.stage import Stage
 from regrow.stages._flags import Model, Text, open_model, print_lines
@@ -25,7 +25,7 @@ class CompareStage(Stage):
         profile: Path,
         text: OmitArgPrefixes[Text],
         pruning: OmitArgPrefixes[PruneConfig] = PruneConfig(),
-        machine: OmitArgPrefixes[Options] = Options(),
+        machine: OmitArgPrefixes[Machine] = Machine(),
         out: Path | None = None,
         rounds: int = 1,
         heads: int = 0,
@@ -49,7 +49,7 @@ class CompareStage(Stage):
         if dry_run:
             print_lines(estimate(checkpoint, profile, data, pruning, rounds, heads))
             return
-        compare(checkpoint, profile, data, pruning, out, machine, rounds, heads)
+        compare(checkpoint, profile, data, pruning, out, machine.options(), rounds, heads)
 
 
 STAGE = CompareStage()

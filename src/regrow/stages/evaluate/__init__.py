@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from regrow.config import Options
+from regrow.config import Machine
 from regrow.data.config import DataConfig
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import (
@@ -41,7 +41,7 @@ class EvaluateStage(Stage):
         text: OmitArgPrefixes[OptionalText] = OptionalText(),
         against: str | None = None,
         measuring: OmitArgPrefixes[EvaluateConfig] = EvaluateConfig(),
-        machine: OmitArgPrefixes[Options] = Options(),
+        machine: OmitArgPrefixes[Machine] = Machine(),
         dry_run: bool = False,
     ) -> None:
         """Measure models side by side: perplexity, KL to the teacher, tasks, size, speed.
@@ -67,7 +67,7 @@ class EvaluateStage(Stage):
         if dry_run:
             print_lines(dry_run_lines(named, teacher, data, measuring), out)
             return
-        evaluate(named, out, data, teacher, measuring, machine)
+        evaluate(named, out, data, teacher, measuring, machine.options())
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError for missing text files or tasks, and for metrics without any input."""

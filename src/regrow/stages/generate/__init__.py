@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 from tyro.conf import OmitArgPrefixes
 
-from regrow.config import Config, Options
+from regrow.config import Config, Machine
 from regrow.data.config import DataConfig
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import Model, Text, open_model, print_lines
@@ -23,7 +23,7 @@ class GenerateConfig(Config):
 
     limit: int | None = Field(default=None, ge=1)
     """The number of prompts to answer, from the first on; None answers all."""
-    split: Literal["train", "calibration", "heldout", "all"] = "train"
+    split: Literal["train", "calibration", "validation", "heldout", "all"] = "train"
     """The split of the prompts; train leaves out prompts whose rows are reserved for measuring."""
     max_new_tokens: int = Field(default=256, ge=1)
     """The maximum number of tokens in an answer."""
@@ -63,7 +63,7 @@ class GenerateStage(Stage):
         text: OmitArgPrefixes[Text],
         out: Path,
         generation: OmitArgPrefixes[GenerateConfig] = GenerateConfig(),
-        machine: OmitArgPrefixes[Options] = Options(),
+        machine: OmitArgPrefixes[Machine] = Machine(),
         dry_run: bool = False,
     ) -> None:
         """Let a model answer prompts; its answers are training text for a distillation.
@@ -81,7 +81,7 @@ class GenerateStage(Stage):
             return
         from regrow.stages.generate.stage import generate
 
-        generate(checkpoint, data, out, generation, machine)
+        generate(checkpoint, data, out, generation, machine.options())
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError for prompts that cannot be read."""

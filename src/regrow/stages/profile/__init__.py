@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 from tyro.conf import OmitArgPrefixes
 
-from regrow.config import Config, Options
+from regrow.config import Config, ProfileMachine
 from regrow.data.config import DataConfig
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import Model, Text, open_model, print_lines
@@ -68,7 +68,7 @@ class ProfileStage(Stage):
         text: OmitArgPrefixes[Text],
         out: Path,
         profiling: OmitArgPrefixes[ProfileConfig] = ProfileConfig(),
-        machine: OmitArgPrefixes[Options] = Options(),
+        machine: OmitArgPrefixes[ProfileMachine] = ProfileMachine(),
         dry_run: bool = False,
     ) -> None:
         """Measure on calibration text how much each unit of a model matters.
@@ -86,7 +86,7 @@ class ProfileStage(Stage):
             return
         from regrow.stages.profile.stage import profile
 
-        profile(checkpoint, data, out, profiling, machine)
+        profile(checkpoint, data, out, profiling, machine.options())
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError for an unknown criterion, or one whose statistics are not collected."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tyro.conf import OmitArgPrefixes
 
-from regrow.config import Options
+from regrow.config import Machine
 from regrow.errors import UserError
 from regrow.pruning.config import PruneConfig
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
@@ -30,7 +30,7 @@ class PruneStage(Stage):
         profile: Path | None = None,
         text: OmitArgPrefixes[OptionalText] = OptionalText(),
         pruning: OmitArgPrefixes[PruneConfig] = PruneConfig(),
-        machine: OmitArgPrefixes[Options] = Options(),
+        machine: OmitArgPrefixes[Machine] = Machine(),
         dry_run: bool = False,
     ) -> None:
         """Cut a model to a share of its parameters, to sizes or by a plan, and repair what is left.
@@ -54,7 +54,7 @@ class PruneStage(Stage):
             return
         from regrow.stages.prune.stage import prune
 
-        prune(model, out, pruning, profile, text.blend() if text.data else None, machine)
+        prune(model, out, pruning, profile, text.blend() if text.data else None, machine.options())
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError for a missing profile, no target or several, or impossible sizes."""

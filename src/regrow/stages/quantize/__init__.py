@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes
 
 from regrow import plugins
 from regrow.calibration.modules import check_pattern
-from regrow.config import Config, Options
+from regrow.config import Config, Machine
 from regrow.data.config import DataConfig
 from regrow.errors import unknown
 from regrow.quantization import formats
@@ -90,7 +90,7 @@ class QuantizeStage(Stage):
         out: Path,
         text: OmitArgPrefixes[OptionalText] = OptionalText(),
         quantization: OmitArgPrefixes[QuantizeConfig] = QuantizeConfig(),
-        machine: OmitArgPrefixes[Options] = Options(),
+        machine: OmitArgPrefixes[Machine] = Machine(),
         dry_run: bool = False,
     ) -> None:
         """Store a model's weights in 8 or 4 bits, as compressed-tensors.
@@ -108,7 +108,7 @@ class QuantizeStage(Stage):
             return
         from regrow.stages.quantize.stage import quantize
 
-        quantize(checkpoint, out, quantization, data, machine)
+        quantize(checkpoint, out, quantization, data, machine.options())
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError for a scheme or method that does not fit the model or the data."""

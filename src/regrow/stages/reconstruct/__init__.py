@@ -9,7 +9,7 @@ import tyro
 from pydantic import Field
 from tyro.conf import OmitArgPrefixes, Positional
 
-from regrow.config import Config, Options
+from regrow.config import Config, Machine
 from regrow.data.config import DataConfig
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import Text, open_model, print_lines
@@ -61,7 +61,7 @@ class ReconstructStage(Stage):
         text: OmitArgPrefixes[Text],
         out: Path,
         training: OmitArgPrefixes[ReconstructConfig] = ReconstructConfig(),
-        machine: OmitArgPrefixes[Options] = Options(),
+        machine: OmitArgPrefixes[Machine] = Machine(),
         dry_run: bool = False,
     ) -> None:
         """Train a cut model layer after layer towards its teacher's residual stream.
@@ -81,7 +81,7 @@ class ReconstructStage(Stage):
             plan_between(cut, known)
             print_lines(estimate(cut, known, data, training), out)
             return
-        reconstruct(cut, known, data, out, training, machine)
+        reconstruct(cut, known, data, out, training, machine.options())
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError where no prune comes before it, or the text is too little."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 from tyro.conf import OmitArgPrefixes
 
-from regrow.config import Config, Options
+from regrow.config import Config, Machine
 from regrow.data.config import DataConfig
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import Model, Text, open_model, print_lines
@@ -37,7 +37,7 @@ class RotateStage(Stage):
         text: OmitArgPrefixes[Text],
         out: Path,
         rotation: OmitArgPrefixes[RotateConfig] = RotateConfig(),
-        machine: OmitArgPrefixes[Options] = Options(),
+        machine: OmitArgPrefixes[Machine] = Machine(),
         dry_run: bool = False,
     ) -> None:
         """Rotate the residual stream, so that a later cut of its channels (hidden) loses less.
@@ -55,7 +55,7 @@ class RotateStage(Stage):
             return
         from regrow.stages.rotate.stage import rotate
 
-        rotate(checkpoint, data, out, rotation, machine)
+        rotate(checkpoint, data, out, rotation, machine.options())
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError for a family that cannot be rotated."""
