@@ -25,6 +25,7 @@ from regrow.training.adapters import has_adapter, load_adapter
 from regrow.training.callbacks import COUNT_PREFIX, MetricSums
 from regrow.training.features import MAIN, FeatureLosses
 from regrow.training.on_policy import StudentWriter
+from regrow.training.rates import scale_rates
 
 FEATURE_LOSS_STATE = "feature_losses.pt"
 """A file next to optimizer.pt in each checkpoint; the written student does not contain it."""
@@ -101,7 +102,15 @@ class DistillTrainer(FeatureLossTrainer):
     `writer`, the student itself writes some of them.
     """
 
-    def __init__(self, *args: Any, writer: StudentWriter | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        writer: StudentWriter | None = None,
+        attention_rate: float = 1.0,
+        embedding_rate: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        self.rates = (attention_rate, embedding_rate)
         super().__init__(*args, **kwargs)
         self.writer = writer
         self.logged = MetricSums()
@@ -115,6 +124,14 @@ class DistillTrainer(FeatureLossTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(dataset)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The optimizer, with a group of parameters for each learning rate."""
+        exists = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.rates != (1, 1) and not exists:
+            scale_rates(optimizer, self.student, *self.rates)
+        return optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

@@ -25,6 +25,10 @@ class DistillConfig(Config):
     """Tokens per optimizer step, over all devices and micro-batches; use more for longer runs."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate of AdamW."""
+    attention_rate: float = Field(default=1.0, gt=0)
+    """Learning rate of attention and norms, as a share of `learning_rate`."""
+    embedding_rate: float = Field(default=1.0, gt=0)
+    """Learning rate of the embedding and the head, as a share of `learning_rate`."""
     min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
     """The final learning rate of the cosine schedule, as a share of the peak."""
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)

@@ -143,6 +143,8 @@ def _run(
         eval_dataset=heldout,
         feature_losses=feature_losses,
         writer=writer,
+        attention_rate=config.attention_rate,
+        embedding_rate=config.embedding_rate,
     )
     with ExitStack() as bound:
         if shared is not None:

@@ -41,6 +41,7 @@ from regrow.stage_dir import Figure, StageDir, refuse_input, require_space, writ
 from regrow.stages.reconstruct import ReconstructConfig
 from regrow.stages.reconstruct.streams import Streams
 from regrow.stages.reconstruct.train_layer import Target, relative_error, train_layer
+from regrow.training.model_check import check_model
 from regrow.training.shared_tokens import teacher_ids
 from regrow.training.teacher import Teacher, mean_loss, scored
 
@@ -159,7 +160,7 @@ class Reconstruction:
         done = self._resume()
         streams = Streams(self.folder / "streams", self._batches(), self._dense, self._cut)
         if not self.kl:
-            self.kl.append(self._kl())
+            self.kl.append(self._kl(check=True))
         tokens = sum(int(batch["real"].sum()) for batch in self.train)
         with progress("reconstruct", layers * tokens * self.config.passes) as counter:
             counter.resume_at(done * tokens * self.config.passes)
@@ -190,7 +191,6 @@ class Reconstruction:
             state = train_layer(
                 self._cut,
                 module,
-                self.family,
                 streams,
                 len(self.train),
                 target,
@@ -251,12 +251,14 @@ class Reconstruction:
         self._reference = [teacher.hidden(batch).final[scored(batch)] for batch in self.validation]
 
     @torch.no_grad()
-    def _kl(self) -> float:
+    def _kl(self, check: bool = False) -> float:
         """KL(teacher ‖ student) in nats per scored token of the validation text."""
         shell = LayerByLayer.of(
             self.student, self.family, self.device, read=self.current, dtype=self._cut.dtype
         )
         model = shell.streamed()
+        if check:
+            check_model(model)
         return mean_loss(model, self.validation, self._reference, self._head, "forward_kl")
 
     def _save_state(self, done: int) -> None:

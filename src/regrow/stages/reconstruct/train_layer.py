@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from regrow.families import Family
 from regrow.layerwise import LayerByLayer
 from regrow.runtime.precision import widen
 from regrow.runtime.progress import Progress
 from regrow.sparsity import zeros
 from regrow.stages.reconstruct.streams import Streams
+from regrow.training.rates import is_attention
 
 if TYPE_CHECKING:
     from regrow.stages.reconstruct import ReconstructConfig
@@ -28,7 +28,6 @@ Target = Callable[[int], Tensor]
 def train_layer(
     model: LayerByLayer,
     module: nn.Module,
-    family: Family,
     streams: Streams,
     batches: int,
     target: Target,
@@ -46,7 +45,7 @@ def train_layer(
     dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
     _convert(module, dict.fromkeys(dtypes, torch.float32), trained=True)
     zeros.hold(module, least_share)
-    groups = _groups(module, family, config)
+    groups = _groups(module, config)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=0.0)
     steps = batches * config.passes
     warmup = max(1, round(config.warmup_ratio * steps))
@@ -97,15 +96,11 @@ def _convert(module: nn.Module, dtypes: dict[str, torch.dtype], trained: bool) -
         setattr(module.get_submodule(path), leaf, value)
 
 
-def _groups(
-    module: nn.Module, family: Family, config: ReconstructConfig
-) -> list[dict[str, object]]:
+def _groups(module: nn.Module, config: ReconstructConfig) -> list[dict[str, object]]:
     """Parameter groups: the matrices of MLPs and experts, and all else at a share of their rate."""
-    attention = {template.split(".")[3] for template in family.readers("heads")}
     fast, slow = list[nn.Parameter](), list[nn.Parameter]()
     for name, parameter in module.named_parameters():
-        own = parameter.ndim > 1 and name.split(".")[0] not in attention
-        (fast if own else slow).append(parameter)
+        (slow if is_attention(name, parameter) else fast).append(parameter)
     rates = [(fast, 1.0), (slow, config.attention_rate)]
     for parameter in slow if config.attention_rate == 0 else ():
         parameter.requires_grad_(False)

@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes
 
 from regrow import plugins
 from regrow.calibration.modules import check_pattern
-from regrow.config import Config, Options
+from regrow.config import Config, Machine
 from regrow.data.config import DataConfig
 from regrow.errors import unknown
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
@@ -109,7 +109,7 @@ class SparsifyStage(Stage):
         out: Path,
         text: OmitArgPrefixes[OptionalText] = OptionalText(),
         sparsification: OmitArgPrefixes[SparsifyConfig] = SparsifyConfig(),
-        machine: OmitArgPrefixes[Options] = Options(),
+        machine: OmitArgPrefixes[Machine] = Machine(),
         dry_run: bool = False,
     ) -> None:
         """Set weights to zero: a share of them, or N of M.
@@ -127,7 +127,7 @@ class SparsifyStage(Stage):
             return
         from regrow.stages.sparsify.stage import sparsify
 
-        sparsify(checkpoint, out, sparsification, data, machine)
+        sparsify(checkpoint, out, sparsification, data, machine.options())
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError for modules or widths that do not fit; widths of a cut are not known."""

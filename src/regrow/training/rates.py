@@ -1,0 +1,44 @@
+"""Learning rates of parts of a model, as shares of the optimizer's learning rate."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def is_attention(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a layer's parameter belongs to attention, or is a vector (a norm or a bias).
+
+    All others are matrices of MLPs, experts and routers. transformers calls the modules self_attn,
+    attn, linear_attn or attention.
+    """
+    modules = name.split(".")[:-1]
+    return parameter.ndim < 2 or any("attn" in each or "attention" in each for each in modules)
+
+
+def scale_rates(
+    optimizer: torch.optim.Optimizer, model: PreTrainedModel, attention: float, embeddings: float
+) -> None:
+    """Split the groups of a new optimizer into groups with rates of their own.
+
+    Matrices of MLPs and parameters outside `model` keep the optimizer's rate. `attention` is the
+    share of it for attention and vectors, `embeddings` that for the embedding and the head.
+    """
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    in_ends = {id(p) for module in ends if module is not None for p in module.parameters()}
+    rates = {
+        id(p): embeddings if id(p) in in_ends else attention if is_attention(name, p) else 1.0
+        for name, p in model.named_parameters()
+    }
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        by_rate: dict[float, list[nn.Parameter]] = defaultdict(list)
+        for parameter in group["params"]:
+            by_rate[rates.get(id(parameter), 1.0)].append(parameter)
+        for rate, parameters in by_rate.items():
+            groups.append({**group, "params": parameters, "lr": group["lr"] * rate})
+    optimizer.param_groups[:] = groups
