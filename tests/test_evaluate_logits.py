@@ -21,10 +21,11 @@ from regrow.config import Options
 from regrow.errors import UserError
 from regrow.stages.evaluate import eval_model, folder_model
 from regrow.stages.evaluate.config import METRICS, EvaluateConfig
+from regrow.stages.evaluate.metrics.acceptance import DRAFTED, accepted_length, per_token
 from regrow.stages.evaluate.stage import EVALUATION, check_metrics, evaluate, load_metric
 from regrow.training.head import Head
 
-LOGIT_METRICS = ("perplexity", "kl", "agreement")
+LOGIT_METRICS = ("perplexity", "kl", "agreement", "acceptance")
 WINDOW, TOKENS = 32, 150
 SCORED = [31] * 4 + [21]
 
@@ -85,6 +86,37 @@ def test_agreement_one_token_at_a_time(place: Path, tmp_path: Path) -> None:
     assert figure["stderr"] == pytest.approx(math.sqrt(5 / 4 * squares) / sum(SCORED))
     assert figure["convention"].startswith("share of scored tokens")
     assert "is that of teacher" in figure["convention"]
+
+
+def test_acceptance_one_token_at_a_time(place: Path, tmp_path: Path) -> None:
+    found = measured(place, tmp_path / "out", metrics=("acceptance", "size"))
+    shares = []
+    for ids in windows():
+        q, p = (logits(place / name, ids).softmax(-1) for name in ("student", "teacher"))
+        shares += [
+            sum(min(a, b) for a, b in zip(*row, strict=True))
+            for row in zip(p[:-1].tolist(), q[:-1].tolist(), strict=True)
+        ]
+    mean = sum(shares) / sum(SCORED)
+    assert 0.1 < mean < 0.9
+    assert found["acceptance/raw"]["value"] == pytest.approx(mean, rel=1e-5)
+    expected = (1 - mean**5) / (1 - mean)
+    assert found["accepted_length/raw"]["value"] == pytest.approx(expected, rel=1e-5)
+    assert found["draft_speedup/raw"]["value"] == pytest.approx(expected / 5, rel=1e-5)
+
+
+def test_the_teacher_accepts_as_many_drafted_tokens_as_expected() -> None:
+    """Speculative sampling by hand: draw from q, accept with probability min(1, p / q)."""
+    draw = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(64, generator=draw, dtype=torch.float64).softmax(-1) for _ in "pq")
+    trials = 20_000
+    tokens = torch.multinomial(q, trials * DRAFTED, replacement=True, generator=draw)
+    accepted = torch.rand(trials * DRAFTED, generator=draw, dtype=torch.float64) < (p / q)[tokens]
+    runs = accepted.view(trials, DRAFTED).long().cumprod(-1).sum(-1) + 1
+    acceptance = float(per_token(q.log()[None], p.log()[None], tokens[:1]))
+    assert accepted_length(acceptance, DRAFTED) == pytest.approx(
+        float(runs.double().mean()), rel=0.02
+    )
 
 
 def test_one_pass_for_all_in_chunks(

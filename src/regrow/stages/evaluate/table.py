@@ -17,6 +17,9 @@ ORDER = (
     "bits_per_byte",
     "kl",
     "agreement",
+    "acceptance",
+    "accepted_length",
+    "draft_speedup",
 )
 SPEED = (
     "prefill",
@@ -40,6 +43,9 @@ TITLES = {
     "bits_per_byte": "bits/byte",
     "kl": "KL",
     "agreement": "top-1 agreement",
+    "acceptance": "draft acceptance",
+    "accepted_length": "tokens/teacher pass",
+    "draft_speedup": "× as draft",
     "bytes": "MB",
     "bits_per_weight": "bits/weight",
     "prefill": "prefill tok/s",
@@ -146,9 +152,9 @@ def cell(name: str, value: float) -> str:
     kind = _kind(name)
     if kind == "parameters":
         return f"{value:,.0f}"
-    if kind == "agreement" or kind.endswith((KEPT, "_of_flops")):
+    if kind in ("agreement", "acceptance") or kind.endswith((KEPT, "_of_flops")):
         return f"{value:.1%}"
-    if kind.startswith(("acc", "exact_match")):
+    if kind.startswith(("acc,", "acc_norm", "exact_match")) or kind == "acc":
         return f"{value:.4f}"
     if kind in ("bytes", "peak_memory"):
         return f"{value / 1e6:,.1f}"

@@ -55,6 +55,12 @@ class Evaluated:
         """Names of all figures in display order."""
         return in_order([name for by_name in self.figures.values() for name in by_name])
 
+    @cached_property
+    def metrics(self) -> set[str]:
+        """Names of the metrics of all evaluations; a figure of a task is named after its score."""
+        evaluations = [run.evaluation or {} for run in self.runs.values()]
+        return {name for evaluation in evaluations for name in evaluation.get("metrics", ())}
+
     def texts(self, kind: str) -> list[str]:
         """Names of the figures of a kind, one per text."""
         return [name for name in self.names if name.startswith(f"{kind}/")]

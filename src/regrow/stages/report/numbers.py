@@ -10,6 +10,9 @@ NAMES = {
     "bits_per_byte": "bits per byte",
     "kl": "KL to teacher",
     "agreement": "top-1 agreement with teacher",
+    "acceptance": "drafted tokens that the teacher accepts",
+    "accepted_length": "tokens per pass of the teacher",
+    "draft_speedup": "teacher's speed with this draft ×",
     "prefill": "prefill tokens/s",
     "prefill_speedup": "prefill ×",
     "prefill_of_flops": "prefill × ÷ ratio of FLOPs",
@@ -59,7 +62,7 @@ def figure(name: str, value: float) -> str:
         return millions(value)
     if kind in ("bytes", "peak_memory"):
         return megabytes(value)
-    if kind == "agreement" or kind.endswith(("_kept", "_of_flops")):
+    if kind in ("agreement", "acceptance") or kind.endswith(("_kept", "_of_flops")):
         return f"{value:.1%}"
     if kind.endswith("_speedup"):
         return f"{value:.2f}×"
@@ -67,7 +70,7 @@ def figure(name: str, value: float) -> str:
         return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
     if kind == "load_time":
         return f"{value:.3g} s"
-    if kind.startswith(("acc", "exact_match")):
+    if kind.startswith(("acc,", "acc_norm", "exact_match")) or kind == "acc":
         return f"{value:.3f}"
     if kind in ("kl", "bits_per_byte"):
         return f"{value:.3f}"

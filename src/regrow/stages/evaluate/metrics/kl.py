@@ -6,7 +6,10 @@ from torch import Tensor
 
 READS_TEACHER = True
 UNIT = "nats"
-CONVENTION = "KL({teacher} || model) per scored token over all token ids that both have"
+CONVENTION = (
+    "KL({teacher} || model) per scored token over all token ids that both have, from logits that "
+    "are exact to float32"
+)
 
 
 def per_token(logits_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor) -> Tensor:

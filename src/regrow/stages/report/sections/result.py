@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from regrow.stages.report import numbers
 from regrow.stages.report.evaluated import Evaluated, of
 from regrow.stages.report.numbers import QUALITY, figure, megabytes, millions, plain, title
 from regrow.stages.report.page import Cell, Section, Table, text
@@ -17,7 +18,8 @@ def section(runs: list[Run]) -> Section | None:
     evaluated = of(runs)
     if evaluated is None:
         return None
-    names = [n for n in evaluated.names if n.partition("/")[0] in QUALITY or n in SPEED]
+    kinds = {*QUALITY, *(evaluated.metrics - {*numbers.SPEED})}
+    names = [n for n in evaluated.names if n.partition("/")[0] in kinds or n in SPEED]
     if not names:
         return None
     rows = [

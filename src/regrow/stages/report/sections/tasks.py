@@ -69,7 +69,7 @@ def _kind(name: str) -> str:
 
 def _task_scores(evaluated: Evaluated) -> list[str]:
     """All task scores, without the kept shares."""
-    other_kinds = (*QUALITY, *SPEED)
+    other_kinds = {*QUALITY, *SPEED, *evaluated.metrics}
     return [
         n for n in evaluated.names if _kind(n) not in other_kinds and not _kind(n).endswith(KEPT)
     ]
