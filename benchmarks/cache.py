@@ -3,8 +3,9 @@
     python benchmarks/cache.py --texts ../shared/data --out runs/cache
     python benchmarks/cache.py --texts ../shared/data --out runs/cache --tokens 250000
 
-Resumable: run it again and it goes on. Teacher SmolLM2-135M-Instruct in bfloat16, held-out blocks
-of 512 tokens of protocol P1's blend; each format stores them, and is compared with what it stored:
+Resumable: run it again and it goes on. Teacher SmolLM2-135M-Instruct in bfloat16, held-out
+sequences of 512 tokens of protocol P1's blend; each format stores them, and is compared with what
+it stored:
 
 - topk: KL(teacher ‖ stored) over k + 1 buckets, the mass of the last one, and the KL over the whole
   vocabulary if the tail is spread evenly: what a reader that knows nothing else would lose;
@@ -63,7 +64,7 @@ Rows = dict[str, dict[str, Any]]
 def main() -> None:
     arguments = _arguments()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"rows-{arguments.blocks}.json"
+    path = arguments.out / f"rows-{arguments.sequences}.json"
     rows: Rows = json.loads(path.read_text()) if path.exists() else {}
     _store(rows, path, arguments.texts, arguments.sequences)
     if arguments.tokens:
@@ -193,7 +194,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=Path, required=True, help="folder with train/")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
-    parser.add_argument("--blocks", type=int, default=8, help="held-out blocks to store")
+    parser.add_argument("--sequences", type=int, default=8, help="held-out sequences to store")
     parser.add_argument("--tokens", type=int, default=0, help="distil a student on so many")
     return parser.parse_args()
 

@@ -14,7 +14,7 @@ sft):
     ours               lm_head and loss in chunks, the gradient in the forward pass
     ours cached        the same, taught from a top-k cache: no teacher runs, prompts are not scored
     ours checkpointed  ours with --gradient-checkpointing
-    ours frozen        ours with --freeze-layers 15, half the blocks, which are the teacher's
+    ours frozen        ours with --freeze-layers 15, half of the layers, which are the teacher's
     ours lora          ours with --adapter lora: adapters of rank 16 beside frozen bf16 weights
     ours int8 teacher  ours with --teacher-dtype int8
     ours compiled      ours with every block of both models through torch.compile
@@ -62,7 +62,7 @@ LENGTH = 512
 READ = ("input_ids", "position_ids", "labels")
 Batch = dict[str, Tensor]
 Loss = Callable[[Batch], Tensor]
-"""Packed blocks → their mean loss; all but the cached kind score every token, as one document."""
+"""Packed sequences → their mean loss; all but the cached kind score every token as one document."""
 
 
 def plain(student: nn.Module, teacher: nn.Module, cached: Path) -> Loss:
@@ -333,7 +333,7 @@ def _floor_seconds() -> float:
 
 
 def _memory_of(kind: str, arguments: argparse.Namespace) -> float:
-    same = {"texts": arguments.texts, "out": arguments.out, "blocks": arguments.sequences}
+    same = {"texts": arguments.texts, "out": arguments.out, "sequences": arguments.sequences}
     flags = [str(part) for name, value in same.items() for part in (f"--{name}", value)]
     command = [sys.executable, __file__, "--memory", kind, *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -345,7 +345,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, required=True, help="folder with train/ and eval/")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
     parser.add_argument("--steps", type=int, default=6, help="turns that are timed")
-    parser.add_argument("--blocks", type=int, default=4, help="blocks of 512 tokens in a step")
+    parser.add_argument(
+        "--sequences", type=int, default=4, help="sequences of 512 tokens in a step"
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--memory", choices=KINDS, help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -1,0 +1,133 @@
+"""Levers: ways to bring back the quality of protocol P1's student, at the processor time they take.
+
+    python benchmarks/levers.py --texts ../shared/data --out runs/levers [--only NAME ...]
+
+The student is that of protocol P1 (SmolLM2-135M-Instruct, MLPs cut from 1,536 to 1,024 channels,
+repaired layer after layer). A lever is a list of stages that follow the repair; levers with the
+same first stages share them. Test: perplexity and KL to the dense model on the first 8,192 tokens
+of WikiText-2, LAMBADA and C4, on which nothing is calibrated or trained. Processor time is that of
+the stages after the repair. Resumable: run it again and it goes on. Writes
+`levers.md` into `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from protocol import DENSE, TESTS, blend, measure
+
+from regrow import (
+    DistillConfig,
+    Options,
+    ProfileConfig,
+    PruneConfig,
+    ReconstructConfig,
+    distill,
+    profile,
+    prune,
+    reconstruct,
+)
+
+Step = tuple[str, dict[str, Any]]
+KL = {"tokens": 100_000, "eval_tokens": 25_000}
+SHORT = {"tokens": 50_000, "eval_tokens": 25_000}
+
+
+def kl(**fields: Any) -> Step:
+    return ("distill", {**KL, **fields})
+
+
+def local(**fields: Any) -> Step:
+    return ("reconstruct", fields)
+
+
+LEVERS: dict[str, list[Step]] = {
+    "repaired": [],
+    "KL 50 k": [kl(**SHORT)],
+    "KL 50 k, MLP 3e-4, rest a tenth": [
+        kl(**SHORT, learning_rate=3e-4, attention_rate=0.1, embedding_rate=0.1)
+    ],
+    "KL 50 k, MLP 1e-3, rest a tenth": [
+        kl(**SHORT, learning_rate=1e-3, attention_rate=0.1, embedding_rate=0.1)
+    ],
+    "KL 50 k, β2 0.999": [kl(**SHORT, beta2=0.999)],
+    "local": [local()],
+    "local, then KL 50 k at 2e-5": [local(), kl(**SHORT, learning_rate=2e-5)],
+    "local, then KL 50 k at 5e-5": [local(), kl(**SHORT, learning_rate=5e-5)],
+    "KL 100 k": [kl()],
+}
+
+
+def main() -> None:
+    arguments = _arguments()
+    out, data = arguments.out, blend(arguments.texts)
+    config = ProfileConfig(criteria=("activation_l2",), samples=96)
+    measured = profile(DENSE, data, out / "profile", config, Options(batch_size=2))
+    student = out / "student"
+    prune(DENSE, student, PruneConfig(intermediate_size=1024), measured, data)
+    rows: dict[str, tuple[float, dict[str, float]]] = {}
+    for name in arguments.only or LEVERS:
+        seconds, model = _run(student, LEVERS[name], data, out)
+        folder = out / f"{model.name}-figures"
+        rows[name] = (
+            seconds,
+            measure({"model": model}, folder, arguments.texts, TESTS, 8192)["model"],
+        )
+        table = _table(rows, arguments.texts, out)
+        (out / "levers.md").write_text(table)
+        print(table, flush=True)
+
+
+def _run(student: Path, steps: list[Step], data: Any, out: Path) -> tuple[float, Path]:
+    """Run the steps that are not there yet; returns all their processor seconds and the model."""
+    seconds, model = 0.0, student
+    for count, (stage, fields) in enumerate(steps, start=1):
+        key = hashlib.sha256(json.dumps(steps[:count], sort_keys=True).encode()).hexdigest()[:10]
+        model, used = _step(model, out / f"{stage}-{key}", stage, fields, data)
+        seconds += used
+    return seconds, model
+
+
+def _step(
+    model: Path, folder: Path, stage: str, fields: dict[str, Any], data: Any
+) -> tuple[Path, float]:
+    calls: dict[str, Callable[..., Path]] = {"distill": distill, "reconstruct": reconstruct}
+    configs: dict[str, Any] = {"distill": DistillConfig, "reconstruct": ReconstructConfig}
+    times = folder.with_name(folder.name + ".json")
+    before = json.loads(times.read_text()) if times.exists() else 0.0
+    start = time.process_time()
+    calls[stage](model, DENSE, data, folder, configs[stage](**fields), Options())
+    used = before if folder.exists() and before else time.process_time() - start
+    times.write_text(json.dumps(used))
+    return folder, used
+
+
+def _table(rows: dict[str, tuple[float, dict[str, float]]], texts: Path, out: Path) -> str:
+    dense = measure({"dense": DENSE}, out / "dense-figures", texts, TESTS, 8192)["dense"]
+    head = " | ".join(f"{name} × dense | KL" for name in TESTS)
+    lines = [f"| lever | processor minutes | {head} |", "|---|---:|" + "---:|---:|" * len(TESTS)]
+    for name, (seconds, row) in rows.items():
+        cells = [name, f"{seconds / 60:.1f}"]
+        for text in TESTS:
+            ratio = row[f"perplexity/{text}"] / dense[f"perplexity/{text}"]
+            cells += [f"{ratio:.3f}", f"{row[f'kl/{text}']:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", type=Path, required=True, help="folder with train/ and eval/")
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
+    parser.add_argument("--only", nargs="*", choices=LEVERS, help="names of levers")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
