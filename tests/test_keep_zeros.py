@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,9 @@ def test_a_recipe_in_two_rounds(place: Path, tmp_path: Path) -> None:
         {"distill": budget},
         {"sparsify": {"pattern": "2:4", "samples": 16}},
         {"distill": budget},
+        {"evaluate": {"metrics": ["size"]}},
+        "report",
+        {"export": {"type": "bitmask"}},
     ]
     fields = {
         "model": str(place / "teacher"),
@@ -195,3 +199,11 @@ def test_a_recipe_in_two_rounds(place: Path, tmp_path: Path) -> None:
     call("run", recipe, "--out", tmp_path / "run")
     for name, weight in matrices(tmp_path / "run" / "model").items():
         assert ((weight == 0).view(-1, 4).sum(1) >= 2).all(), name
+    place = next((tmp_path / "run" / "stages").glob("*evaluate*/evaluation.json"))
+    rows = json.loads(place.read_text())["figures"]
+    last = {row["name"]: row["value"] for row in rows["distilled 2"]}
+    assert 0.3 < last["zeros"] < 0.6
+    assert last["bytes_as_bitmask"] < last["bytes"]
+    assert "zeros" not in {row["name"] for row in rows["teacher"]}
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Zeros make the folder no smaller and the model no faster" in page

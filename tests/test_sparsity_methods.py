@@ -10,8 +10,9 @@ from torch import Tensor
 
 from regrow import SparsifyConfig, UserError, plugins
 from regrow.calibration import compensate
+from regrow.checkpoint import bitmask
 from regrow.config import parse
-from regrow.sparsity import bitmask, zeros
+from regrow.sparsity import zeros
 from regrow.sparsity.pattern import Sparsity, lowest
 from regrow.sparsity.pattern import parse as parse_pattern
 from regrow.stages.sparsify import METHODS

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from regrow import stage_dir
-from regrow.checkpoint import identity
+from regrow.checkpoint import bitmask, identity
+from regrow.checkpoint.model_config import read_json
 from regrow.config import cache_folder
 from regrow.errors import UserError
 from regrow.runtime.progress import say
@@ -31,7 +32,8 @@ def resolve_model(source: str) -> Path:
         return convert_gguf(file)
     path = Path(source).expanduser()
     if path.is_dir():
-        return path
+        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        return bitmask.unpacked(path, config) if bitmask.is_packed(config) else path
     if path.exists():
         raise UserError(f"{path} is a file of an unknown kind: give a model folder or a .gguf file")
     if HUB_ID.fullmatch(source) and not source.startswith("."):

@@ -28,7 +28,7 @@ BITS |= {"I64": 64, "I32": 32, "I8": 8, "U8": 8}
 """Bits per value of the dtypes whose sizes are checked; Checkpoint.dtype refuses all others."""
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The dtypes that weights may have, with torch's names."""
-PACKED = {"I64": "int64", "I32": "int32", "I8": "int8", "F8_E4M3": "float8_e4m3fn"}
+PACKED = {"I64": "int64", "I32": "int32", "I8": "int8", "U8": "uint8", "F8_E4M3": "float8_e4m3fn"}
 """Additional dtypes for packed quantized weights."""
 STORED = {torch_name: stored for stored, torch_name in {**DTYPES, **PACKED}.items()}
 ALIGNMENT = 8

@@ -12,6 +12,8 @@ ORDER = (
     "parameters",
     "bytes",
     "bits_per_weight",
+    "zeros",
+    "bytes_as_bitmask",
     "perplexity",
     "perplexity_per_reference_token",
     "bits_per_byte",
@@ -48,6 +50,7 @@ TITLES = {
     "draft_speedup": "× as draft",
     "bytes": "MB",
     "bits_per_weight": "bits/weight",
+    "bytes_as_bitmask": "MB as bitmask",
     "prefill": "prefill tok/s",
     "decode": "decode tok/s",
     "prefill_speedup": "×",
@@ -152,11 +155,11 @@ def cell(name: str, value: float) -> str:
     kind = _kind(name)
     if kind == "parameters":
         return f"{value:,.0f}"
-    if kind in ("agreement", "acceptance") or kind.endswith((KEPT, "_of_flops")):
+    if kind in ("agreement", "acceptance", "zeros") or kind.endswith((KEPT, "_of_flops")):
         return f"{value:.1%}"
     if kind.startswith(("acc,", "acc_norm", "exact_match")) or kind == "acc":
         return f"{value:.4f}"
-    if kind in ("bytes", "peak_memory"):
+    if kind in ("bytes", "bytes_as_bitmask", "peak_memory"):
         return f"{value / 1e6:,.1f}"
     if kind in ("kl", "bits_per_byte"):
         return f"{value:.4f}"

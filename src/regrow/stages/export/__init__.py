@@ -1,4 +1,4 @@
-"""Export: writes a GGUF file for llama.cpp and Ollama, and verifies it with llama.cpp."""
+"""Export: a GGUF file for llama.cpp and Ollama, or a folder with sparse weights as bitmasks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from regrow.quantization import formats
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import Model, OptionalText, print_lines
 
+BITMASK = "bitmask"
+"""The type of a folder with sparse weights as bitmasks, instead of a GGUF file."""
+
 
 class ExportConfig(Config):
     """The type of the GGUF file and the settings of its verification."""
 
     type: str = "Q8_0"
     """Type of the weights: F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, or a mix of K-quants
-    (Q6_K, Q5_K_M, Q5_K_S, Q4_K_M, Q4_K_S, Q3_K_L, Q3_K_M, Q3_K_S, Q2_K), which needs llama.cpp."""
+    (Q6_K, Q5_K_M, Q5_K_S, Q4_K_M, Q4_K_S, Q3_K_L, Q3_K_M, Q3_K_S, Q2_K), which needs llama.cpp.
+    bitmask writes a folder instead of a GGUF file. It stores only the weights that are not zero,
+    and the fields below do not apply."""
     name: str | None = Field(default=None, min_length=1, pattern=r"^[^/\\]+$")
     """Name of the model and of the file; by default the name of the run or the folder."""
     pre: str | None = None
@@ -37,7 +42,7 @@ class ExportConfig(Config):
     @field_validator("type")
     @classmethod
     def _known_type(cls, name: str) -> str:
-        return formats.find_gguf(name).name
+        return BITMASK if name.lower() == BITMASK else formats.find_gguf(name).name
 
 
 class ExportStage(Stage):
@@ -74,9 +79,15 @@ class ExportStage(Stage):
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError for a type or an architecture that llama.cpp does not support."""
+        from regrow.sparsity.zeros import NOTE
         from regrow.stages.export.stage import check
 
-        check(plan.checkpoint, step.config)
+        if step.config.type != BITMASK:
+            check(plan.checkpoint, step.config)
+        elif NOTE not in plan.left:
+            from regrow.stages.export.bitmask_folder import sparse_modules
+
+            sparse_modules(plan.checkpoint)
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
         """Export the current model, as it was before quantization."""

@@ -27,7 +27,9 @@ from regrow.quantization.formats import (
 from regrow.runtime.progress import say
 from regrow.stage_dir import Figure, StageDir, refuse_input
 from regrow.stages.export import (
+    BITMASK,
     ExportConfig,
+    bitmask_folder,
     card,
     chat,
     hyperparameters,
@@ -48,7 +50,7 @@ def export(
     config: ExportConfig | None = None,
     data: DataConfig | None = None,
 ) -> Path:
-    """Write a GGUF file, verify it with llama.cpp, and return its path.
+    """Write a GGUF file, verify it with llama.cpp, and return its path; or a folder of bitmasks.
 
     `out` is a folder or the file's name, NAME.gguf. Raises UserError for a model that llama.cpp
     does not support, for a missing extra, and when the file's next-token distributions differ too
@@ -56,6 +58,8 @@ def export(
     """
     config, out = config or ExportConfig(), Path(out)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
+    if config.type == BITMASK:
+        return bitmask_folder.write(checkpoint, out, config)
     source = check(checkpoint, config, None if isinstance(model, Checkpoint) else str(model))
     refuse_input(out, checkpoint.folder)
     inputs = {"model": checkpoint.fingerprint}
@@ -199,6 +203,8 @@ def _tell(target: Path, figures: list[Figure], extra: dict[str, Any]) -> None:
 
 def describe(checkpoint: Checkpoint, config: ExportConfig, model_name: str | None) -> list[str]:
     """The file that an export would write, for --dry-run; raises UserError as `check` does."""
+    if config.type == BITMASK:
+        return bitmask_folder.describe(checkpoint)
     source = check(checkpoint, config, model_name)
     stored = source.stored(GGUF_FORMATS[config.type])
     size = sum(tensor.bytes for tensor in stored)

@@ -5,6 +5,8 @@ from __future__ import annotations
 NAMES = {
     "parameters": "parameters",
     "bytes": "size",
+    "zeros": "zeros",
+    "bytes_as_bitmask": "size as bitmask",
     "perplexity": "perplexity",
     "perplexity_per_reference_token": "perplexity per token of the reference",
     "bits_per_byte": "bits per byte",
@@ -60,9 +62,9 @@ def figure(name: str, value: float) -> str:
     kind = name.partition("/")[0]
     if kind == "parameters":
         return millions(value)
-    if kind in ("bytes", "peak_memory"):
+    if kind in ("bytes", "bytes_as_bitmask", "peak_memory"):
         return megabytes(value)
-    if kind in ("agreement", "acceptance") or kind.endswith(("_kept", "_of_flops")):
+    if kind in ("agreement", "acceptance", "zeros") or kind.endswith(("_kept", "_of_flops")):
         return f"{value:.1%}"
     if kind.endswith("_speedup"):
         return f"{value:.2f}×"

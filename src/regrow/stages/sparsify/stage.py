@@ -25,6 +25,7 @@ from regrow.calibration.quality import quality, report
 from regrow.calibration.text import calibration_text
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
+from regrow.checkpoint.bitmask import stored_bytes
 from regrow.config import Options
 from regrow.data import DataConfig
 from regrow.data.sources import data_digest
@@ -34,7 +35,6 @@ from regrow.layerwise import Spill
 from regrow.plan import copy_plans
 from regrow.runtime.progress import say
 from regrow.sparsity import zeros
-from regrow.sparsity.bitmask import stored_bytes
 from regrow.sparsity.pattern import Sparsity
 from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
 from regrow.stages.sparsify import METHODS, SparsifyConfig

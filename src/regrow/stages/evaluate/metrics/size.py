@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from regrow import families
+from regrow.checkpoint.bitmask import SERVED, stored_bytes
+from regrow.sparsity import zeros
 from regrow.stage_dir import Figure
 from regrow.stages.evaluate.eval_model import Context, EvalModel, MetricResult
 from regrow.stages.evaluate.folder_model import FolderEvalModel
@@ -13,7 +17,7 @@ def measure(model: EvalModel, context: Context) -> MetricResult:
     """Count the parameters, tied ones once, and the bytes of the tensors in the safetensors files.
 
     For a GGUF file, the bytes are those of the whole file. Quantized models also get bits per
-    weight.
+    weight. Sparse models also get the share of zeros, and the bytes without them.
     """
     if isinstance(model, GgufEvalModel):
         return _of_file(model.file)
@@ -29,7 +33,34 @@ def measure(model: EvalModel, context: Context) -> MetricResult:
     figures = _figures(parameters, stored, "tied weights counted once", convention)
     if checkpoint.quantized:
         figures.append(_bits(stored, parameters))
-    return MetricResult(figures)
+    return MetricResult([*figures, *_zeros(model, parameters, stored)])
+
+
+def _zeros(model: FolderEvalModel, parameters: int, stored: int) -> list[Figure]:
+    """Share of zeros and bytes as bitmasks; none of these figures for a model that is dense."""
+    sparse = [
+        weight
+        for name, weight in model.model.named_parameters()
+        if ".layers." in name and weight.ndim > 1 and zeros.is_sparse(weight)
+    ]
+    if not sparse:
+        return []
+    count = sum(int((weight == 0).sum()) for weight in sparse)
+    convention = "exact zeros in the sparse matrices ÷ all parameters"
+    figures = [Figure(name="zeros", value=count / parameters, convention=convention)]
+    if model.checkpoint.quantized or any(weight.ndim != 2 for weight in sparse):
+        return figures  # bitmasks are written for plain matrices only
+    size = getattr(torch, model.checkpoint.main_dtype).itemsize
+    saved = sum(
+        weight.numel() * size - stored_bytes(tuple(weight.shape), int((weight != 0).sum()), size)
+        for weight in sparse
+    )
+    convention = f"as regrow export --type bitmask stores them; {SERVED}"
+    name = "bytes_as_bitmask"
+    return [
+        *figures,
+        Figure(name=name, value=stored - saved, unit="bytes", convention=convention),
+    ]
 
 
 def _of_file(file: GgufFile) -> MetricResult:

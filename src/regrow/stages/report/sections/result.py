@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from regrow.checkpoint.bitmask import SERVED
+from regrow.sparsity import zeros
 from regrow.stages.report import numbers
 from regrow.stages.report.evaluated import Evaluated, of
 from regrow.stages.report.numbers import QUALITY, figure, megabytes, millions, plain, title
@@ -115,28 +117,38 @@ def _cell(evaluated: Evaluated, label: str, name: str) -> Cell:
     return Cell(figure(name, row["value"]), " · ".join(small))
 
 
-STORED_BY = ("quantize", "export")
+STORED_BY = ("sparsify", "quantize", "export")
 BYTES = ("bytes", "file_bytes")
 BITS = ("bits per parameter", "bits_per_weight")
+ZEROS_NOTE = (
+    f"Zeros make the folder no smaller and the model no faster: {SERVED}. regrow export --type "
+    "bitmask leaves them out of the files."
+)
 STORED_NOTE = (
     "As measured by each stage; the KL is to the model before it, on the stage's own text."
 )
 
 
 def stored(runs: list[Run]) -> Section | None:
-    """A row per quantize and export stage: size, bits per weight, and all other figures."""
+    """A row per sparsify, quantize and export stage: size, bits per weight, all other figures."""
     rows = []
     for run in runs:
         for name, manifest in run.manifests.items():
             if manifest["stage"] in STORED_BY:
                 rows.append([text(run.at(name)), *_stored_cells(manifest)])
     table = Table(["stage", "format", "size", "bits per weight", "more"], rows)
-    return Section("stored", "Quantized and exported", STORED_NOTE, [table]) if rows else None
+    if not rows:
+        return None
+    manifests = [manifest for run in runs for manifest in run.manifests.values()]
+    sparse = any(zeros.NOTE in manifest for manifest in manifests)
+    note = f"{STORED_NOTE} {ZEROS_NOTE}" if sparse else STORED_NOTE
+    return Section("stored", "Sparse, quantized and exported", note, [table])
 
 
 def _stored_cells(manifest: dict[str, Any]) -> list[Cell]:
     config = manifest.get("config", {})
-    kind = str(config.get("scheme", config.get("type", "")))
+    kinds = (config.get(key) for key in ("scheme", "type"))
+    kind = str(next(filter(None, kinds), manifest.get(zeros.NOTE, "")))
     figures = {f["name"]: f for f in manifest.get("figures", [])}
     size = next((figures[name]["value"] for name in BYTES if name in figures), None)
     bits = next((figures[name]["value"] for name in BITS if name in figures), None)
