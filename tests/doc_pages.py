@@ -63,7 +63,9 @@ def written(page: str, root: Path) -> Iterator[list[Path]]:
 
 def _package(path: Path) -> tuple[str, Path]:
     """The deepest package that exists above a file, and its folder, relative to the repository."""
-    folder = next(each for each in path.parents if (DOCS.parent / each / "__init__.py").exists())
+    folder = next(
+        parent for parent in path.parents if (DOCS.parent / parent / "__init__.py").exists()
+    )
     return ".".join(folder.relative_to("src").parts), folder
 
 

@@ -43,9 +43,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def figures_of(step: int, parameters: int) -> list[dict[str, Any]]:
-    how = "first 16,384 tokens of test.txt, windows of 512"
+    convention = "first 16,384 tokens of test.txt, windows of 512"
     values = [28.5, 61.0, 47.0, 42.0]
-    found: list[dict[str, Any]] = [
+    rows: list[dict[str, Any]] = [
         {"name": "parameters", "value": parameters, "convention": "tied weights counted once"},
         {"name": "bytes", "value": 2 * parameters, "unit": "bytes", "convention": "tensors"},
         {
@@ -58,35 +58,35 @@ def figures_of(step: int, parameters: int) -> list[dict[str, Any]]:
     ]
     for number, text in enumerate(("heldout", "wikitext2")):
         value = values[step] * (1 + number / 10)
-        found.append(
+        rows.append(
             {
                 "name": f"perplexity/{text}",
                 "value": value,
                 "n": 16352,
                 "stderr": value / 40,
-                "convention": how,
+                "convention": convention,
             }
         )
         if step:
             kl = {"name": f"kl/{text}", "value": 0.9 / step, "unit": "nats", "n": 16352}
-            found.append({**kl, "stderr": 0.01, "convention": how})
-    return found
+            rows.append({**kl, "stderr": 0.01, "convention": convention})
+    return rows
 
 
 def write_evaluation(folder: Path, labels: list[str], prompt: str, answer: str) -> None:
     full = 134_515_008
-    found = {
+    content = {
         label: figures_of(step, full if step == 0 else 108_800_000)
         for step, label in enumerate(labels)
     }
     generations = {
         label: [{"prompt": prompt, "text": f"{answer} {n}"}] for n, label in enumerate(labels)
     }
-    conventions = {f["name"]: f["convention"].partition("; runs")[0] for f in found[labels[1]]}
+    conventions = {f["name"]: f["convention"].partition("; runs")[0] for f in content[labels[1]]}
     evaluation = {
         "labels": labels,
         "teacher": labels[0],
-        "figures": found,
+        "figures": content,
         "generations": generations,
         "conventions": conventions,
     }
@@ -95,18 +95,18 @@ def write_evaluation(folder: Path, labels: list[str], prompt: str, answer: str) 
 
 def task_figures(step: int) -> list[dict[str, Any]]:
     """Benchmarks and speeds as `regrow evaluate` writes them; less from step to step."""
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     scores = {"acc/arc_easy": 0.6, "acc_norm/arc_easy": 0.5, "acc/lambada_openai": 0.4}
     scores |= {"acc/mmlu": 0.3, "acc/mmlu_anatomy": 0.35, "exact_match,strict-match/gsm8k": 0.1}
     for name, full in scores.items():
         value = full * (1 - step / 20)
         figure = {"name": name, "value": value, "n": 1000, "stderr": 0.015}
-        found.append({**figure, "convention": f"1,000 rows of {name.partition('/')[2]}"})
+        rows.append({**figure, "convention": f"1,000 rows of {name.partition('/')[2]}"})
         if step:
             kind, _, task = name.partition("/")
             share = {"name": f"{kind}_kept/{task}", "value": 1 - step / 20, "stderr": 0.02}
-            found.append({**share, "n": 1000, "convention": "Σ scores ÷ Σ scores of the teacher"})
-    found.append({"name": "task_perplexity/lambada_openai", "value": 30.0 + step, "n": 1000})
+            rows.append({**share, "n": 1000, "convention": "Σ scores ÷ Σ scores of the teacher"})
+    rows.append({"name": "task_perplexity/lambada_openai", "value": 30.0 + step, "n": 1000})
     for tail in ("", "/4 x 512"):
         speeds = {"prefill": 900.0 + 100 * step, "decode": 30.0 + step, "ttft": 500.0 - step}
         speeds |= {"ttft_p95": 550.0, "time_per_output_token": 33.3, "load_time": 1.25}
@@ -115,13 +115,13 @@ def task_figures(step: int) -> list[dict[str, Any]]:
         for name, value in speeds.items():
             if tail and name in ("load_time", "peak_memory"):
                 continue
-            unit, how = (
+            unit, convention = (
                 units.get(name, ""),
                 "a prompt of 128 random tokens, batch 1, bfloat16; runs from 1 to 2",
             )
-            row = {"name": f"{name}{tail}", "value": value, "unit": unit, "convention": how}
-            found.append({**row, "n": 5})
-    return found
+            row = {"name": f"{name}{tail}", "value": value, "unit": unit, "convention": convention}
+            rows.append({**row, "n": 5})
+    return rows
 
 
 def add_benchmarks(run: Path) -> None:
@@ -166,7 +166,7 @@ def make_plan(before: dict[str, int]) -> Plan:
 
 
 def write_manifest(folder: Path, stage: str, **extra: Any) -> None:
-    made = {
+    manifest = {
         "stage": stage,
         "digest": "d1" * 32,
         "config": {"samples": 4},
@@ -178,7 +178,7 @@ def write_manifest(folder: Path, stage: str, **extra: Any) -> None:
         "finished": "2026-01-02T03:04:05Z",
         **extra,
     }
-    write_json(folder / "manifest.json", made)
+    write_json(folder / "manifest.json", manifest)
 
 
 def write_metrics(

@@ -23,8 +23,8 @@ class Slow:
 
     def __init__(self, checkpoint: Checkpoint, sequences: Sequences) -> None:
         self.model = checkpoint.model(torch.float64)
-        self.seen: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-        self.whole: dict[str, list[Tensor]] = defaultdict(list)
+        self.inputs: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+        self.outputs: dict[str, list[Tensor]] = defaultdict(list)
         self.routed: dict[int, list[Tensor]] = defaultdict(list)
         self.sequence = 0
         pre_mlp = "pre_feedforward" if "gemma" in self.model.config.model_type else "post_attention"
@@ -57,10 +57,12 @@ class Slow:
             _, weight_TK, chosen_TK = mlp.gate(x_1TH[0])
             weight_TE = x_1TH.new_zeros(x_1TH.shape[1], len(experts.down_proj))
             weight_TE = weight_TE.scatter(1, chosen_TK, weight_TK.to(x_1TH.dtype))
-            both = torch.einsum("th,eih->tei", x_1TH[0], experts.gate_up_proj)
-            inside = (experts.act_fn(both[..., :d]) * both[..., d:] * weight_TE[..., None])[None]
-            self._keep(f"expert_mlp/{number}", inside)
-            added = torch.einsum("bted,ehd->bteh", inside, experts.down_proj)
+            gate_and_up = torch.einsum("th,eih->tei", x_1TH[0], experts.gate_up_proj)
+            activations = (
+                experts.act_fn(gate_and_up[..., :d]) * gate_and_up[..., d:] * weight_TE[..., None]
+            )[None]
+            self._keep(f"expert_mlp/{number}", activations)
+            added = torch.einsum("bted,ehd->bteh", activations, experts.down_proj)
             self._keep(f"experts/{number}", added)
             self.routed[number].append((weight_TE > 0).sum(0))
             return added.sum(2)
@@ -71,8 +73,8 @@ class Slow:
         module.register_forward_hook(lambda _, inputs, output: self._keep(place, output))
 
     def _keep(self, place: str, x_1Td: Tensor) -> None:
-        self.seen[place][self.sequence] += list(x_1Td[0].detach())
-        self.whole[place].append(x_1Td)
+        self.inputs[place][self.sequence] += list(x_1Td[0].detach())
+        self.outputs[place].append(x_1Td)
         x_1Td.requires_grad_(True) if x_1Td.is_leaf else x_1Td.retain_grad()
 
     def _run(self, sequences: Sequences) -> None:
@@ -96,14 +98,14 @@ class Slow:
 
     def gradients(self, place: str) -> Tensor:
         """Gradient of the next-token loss by every token's vector at a place [N, d]."""
-        found = [x.grad for x in self.whole[place]]
-        return torch.cat([g[0] for g in found if g is not None])
+        gradients = [x.grad for x in self.outputs[place]]
+        return torch.cat([g[0] for g in gradients if g is not None])
 
     def gradient_square_sum(self, dim: str, layer: int | str) -> Tensor:
-        found = [(place, self.gradients(place)) for place in self.places(dim, layer)]
+        by_place = [(place, self.gradients(place)) for place in self.places(dim, layer)]
         if dim == "expert_mlp":  # only tokens that the expert gets
-            found = [(place, g * (self.rows(place) != 0)) for place, g in found]
-        return torch.stack([g.square().sum(0) for _, g in found]).sum(0)
+            by_place = [(place, g * (self.rows(place) != 0)) for place, g in by_place]
+        return torch.stack([g.square().sum(0) for _, g in by_place]).sum(0)
 
     def changes(self, dim: str, layer: int | str, width: int) -> list[Tensor]:
         """Per place and token, x·g of each unit of `width` channels [N, units]."""
@@ -120,14 +122,14 @@ class Slow:
 
     def rows(self, place: str, sequences: range | list[int] | None = None) -> Tensor:
         """Every token's vector at a place [N, d], of these blocks or all."""
-        seen = self.seen[place]
-        chosen = seen if sequences is None else sequences
-        return torch.stack([x for sequence in chosen for x in seen[sequence]])
+        inputs = self.inputs[place]
+        chosen = inputs if sequences is None else sequences
+        return torch.stack([x for sequence in chosen for x in inputs[sequence]])
 
     def places(self, dim: str, layer: int | str) -> list[str]:
         if dim != "hidden":
             return [f"{dim}/{layer}"]
-        return [place for place in self.seen if place.startswith("norm/")]
+        return [place for place in self.inputs if place.startswith("norm/")]
 
     def square_sum(self, dim: str, layer: int | str) -> Tensor:
         rows = [self.rows(place) for place in self.places(dim, layer)]
@@ -136,7 +138,7 @@ class Slow:
     def mean_abs_square_sum(self, dim: str, layer: int | str) -> Tensor:
         total = 0.0
         for place in self.places(dim, layer):
-            for sequence in self.seen[place]:
+            for sequence in self.inputs[place]:
                 total = total + self.rows(place, [sequence]).abs().mean(0) ** 2
         assert isinstance(total, Tensor)
         return total
@@ -159,7 +161,7 @@ def calibration(checkpoint: Checkpoint, data: DataConfig, samples: int) -> Seque
     return build_sequences(data, checkpoint.tokenizer(), "calibration", samples)
 
 
-def close(found: Tensor, expected: Tensor, rtol: float = 1e-5) -> None:
+def close(actual: Tensor, expected: Tensor, rtol: float = 1e-5) -> None:
     """Norm-wise closeness: float32 sums in the profile, float64 in the slow version."""
-    assert found.shape == expected.shape
-    assert float((found.double() - expected).norm()) <= rtol * float(expected.norm())
+    assert actual.shape == expected.shape
+    assert float((actual.double() - expected).norm()) <= rtol * float(expected.norm())

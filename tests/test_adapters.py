@@ -74,8 +74,8 @@ def test_all_linear_projections_of_the_sequences_are_targets(name: str) -> None:
 
 
 def test_the_student_learns_and_is_a_plain_model(done: Path, place: Path) -> None:
-    found = held_out(done)
-    assert found[12] < 0.85 * found[0]
+    losses = held_out(done)
+    assert losses[12] < 0.85 * losses[0]
     model, info = AutoModelForCausalLM.from_pretrained(
         str(done), dtype="auto", output_loading_info=True
     )
@@ -83,7 +83,7 @@ def test_the_student_learns_and_is_a_plain_model(done: Path, place: Path) -> Non
     assert not info["unexpected_keys"]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not (done / "adapter_config.json").exists()
-    best = min(value for step, value in found.items() if step)
+    best = min(value for step, value in losses.items() if step)
     assert kl_of(done, place) == pytest.approx(best, rel=0.03)
     assert figures(done)["held-out KL"] == best
 
@@ -91,22 +91,22 @@ def test_the_student_learns_and_is_a_plain_model(done: Path, place: Path) -> Non
 def test_merged_is_base_plus_scaled_product(done: Path, place: Path) -> None:
     """Summed in float32 and rounded once; every weight without an adapter is as it was."""
     before, after, pairs = Checkpoint(place / "pruned"), Checkpoint(done), kept(done)
-    seen = 0
+    num_merged = 0
     for name in before.names():
-        base, found = before.tensor(name), after.tensor(name)
+        base, merged = before.tensor(name), after.tensor(name)
         a = pairs.get(f"base_model.model.{name.replace('.weight', '.lora_A.weight')}")
         if a is None:
-            assert torch.equal(found, base), name
+            assert torch.equal(merged, base), name
             continue
         b = pairs[f"base_model.model.{name.replace('.weight', '.lora_B.weight')}"]
         assert (a.dtype, a.shape[0], b.shape[1]) == (torch.float32, 3, 3)
         expected = base.double() + 12.0 / 3 * (b.double() @ a.double())
         assert float((b @ a).norm()) > 0
         # The nearest bfloat16 but where float32 rounds over the middle between two of them.
-        assert (found == expected.float().bfloat16()).double().mean() > 0.999
-        torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=0)
-        seen += 1
-    assert 2 * seen == len(pairs) == 2 * 7 * 2
+        assert (merged == expected.float().bfloat16()).double().mean() > 0.999
+        torch.testing.assert_close(merged.double(), expected, rtol=2**-8, atol=0)
+        num_merged += 1
+    assert 2 * num_merged == len(pairs) == 2 * 7 * 2
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
@@ -119,11 +119,13 @@ def test_peft_reads_the_adapters_beside_the_model(done: Path, place: Path) -> No
     merged = AutoModelForCausalLM.from_pretrained(str(done), dtype=torch.float32)
     first = AutoModelForCausalLM.from_pretrained(str(place / "pruned"), dtype=torch.float32)
     with torch.no_grad():
-        ours, theirs, before = (m(ids).logits for m in (merged, model, first))
-    assert float((theirs - ours).norm()) < 0.1 * float((before - ours).norm())
+        merged_logits, peft_logits, before = (m(ids).logits for m in (merged, model, first))
+    assert float((peft_logits - merged_logits).norm()) < 0.1 * float(
+        (before - merged_logits).norm()
+    )
 
 
-def test_a_killed_run_goes_on_from_small_checkpoints(
+def test_a_killed_run_resumes_from_checkpoints_that_hold_only_adapters(
     done: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(
@@ -132,21 +134,21 @@ def test_a_killed_run_goes_on_from_small_checkpoints(
         if state.global_step == 6:  # type: ignore[attr-defined]
             raise KeyboardInterrupt
 
-    given = (place / "pruned", place / "teacher", data(place), tmp_path / "out", LORA, OPTIONS)
+    arguments = (place / "pruned", place / "teacher", data(place), tmp_path / "out", LORA, OPTIONS)
     with monkeypatch.context() as patch:
         patch.setattr(ProgressCallback, "on_step_begin", stop)
         with pytest.raises(KeyboardInterrupt):
-            distill(*given)
+            distill(*arguments)
     last = tmp_path / ".out.partial" / "trainer" / "checkpoint-4"
     assert (last / "adapter_model.safetensors").exists()
     assert not (last / "model.safetensors").exists()
-    out = distill(*given)
+    out = distill(*arguments)
     assert held_out(out) == held_out(done)
     for name, tensor in kept(done).items():
         assert torch.equal(kept(out)[name], tensor), name
 
 
-def test_refused_before_any_slow_work(
+def test_bad_lora_settings_are_refused_before_any_slow_work(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(setup, "build_sequences", lambda *_: pytest.fail("reads text"))
@@ -161,20 +163,20 @@ def test_refused_before_any_slow_work(
         return str(caught.value)
 
     assert "the student is a config.json" in refused("config.json")
-    said = refused("pruned", lora_targets=["q_prj"])
-    assert said.startswith("lora_targets 'q_prj' is not a linear projection")
-    assert "did you mean 'q_proj'" in said
-    found = importlib.util.find_spec
+    message = refused("pruned", lora_targets=["q_prj"])
+    assert message.startswith("lora_targets 'q_prj' is not a linear projection")
+    assert "did you mean 'q_proj'" in message
+    find_spec = importlib.util.find_spec
     for missing, kind in (("peft", "lora"), ("bitsandbytes", "qlora")):
         with monkeypatch.context() as patch:
             patch.setattr(
                 importlib.util,
                 "find_spec",
-                lambda name, missing=missing: None if name == missing else found(name),
+                lambda name, missing=missing: None if name == missing else find_spec(name),
             )
-            said = refused("pruned", adapter=kind)
-            assert said.startswith(f"adapter {kind} needs {missing}, which is not installed")
-            assert f"'regrow[{kind}]'" in said
+            message = refused("pruned", adapter=kind)
+            assert message.startswith(f"adapter {kind} needs {missing}, which is not installed")
+            assert f"'regrow[{kind}]'" in message
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda *_: True)
         assert "qlora needs a CUDA GPU, not cpu" in refused("pruned", adapter="qlora")

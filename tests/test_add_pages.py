@@ -21,7 +21,7 @@ from regrow.stages.evaluate.config import METRICS
 from regrow.stages.evaluate.stage import EVALUATION
 
 
-def test_a_new_metric_by_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_on_metrics_adds_a_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/add-a-metric.md: figures of both files, against float64."""
     monkeypatch.chdir(tmp_path)
     teacher, model = (
@@ -42,7 +42,7 @@ def test_a_new_metric_by_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     windows = [ids[begin : begin + 64] for begin in range(0, 300, 64)]
     entropy, mass = [], []
     for window in windows:
-        q_TV, p_TV = (softmax(each, window[:-1]) for each in (model, teacher))
+        q_TV, p_TV = (softmax(checkpoint, window[:-1]) for checkpoint in (model, teacher))
         entropy += (-(q_TV * q_TV.log()).sum(-1)).tolist()
         mass += [float(p_V[q_V.argmax()]) for p_V, q_V in zip(p_TV, q_TV, strict=True)]
     figures = by_name["my-model"]
@@ -61,7 +61,9 @@ def softmax(checkpoint: Checkpoint, ids: list[int]) -> Tensor:
         return model(torch.tensor([ids])).logits[0].softmax(-1)
 
 
-def test_a_new_criterion_by_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_on_criteria_adds_a_criterion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """docs/add-a-criterion.md: scores against a formula in float64, and the cut that follows."""
     monkeypatch.chdir(tmp_path)
     checkpoint = write_model(Path("my-model"))

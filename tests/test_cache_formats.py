@@ -36,7 +36,7 @@ KEY = b"k" * 32
     ("size", "bits"), [(1, 1), (2, 1), (3, 2), (97, 7), (49152, 16), (65537, 17), (151936, 18)]
 )
 @pytest.mark.parametrize("count", [1, 7, 18])
-def test_bits_come_back(size: int, bits: int, count: int) -> None:
+def test_packed_bits_unpack_to_the_same_numbers(size: int, bits: int, count: int) -> None:
     assert bit_width(size) == bits
     draw = torch.Generator().manual_seed(0)
     values = torch.randint(0, size, (9, count), generator=draw)
@@ -55,22 +55,22 @@ def test_a_number_that_does_not_fit_is_our_bug() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_contract(name: str) -> None:
+def test_every_format_encodes_reproducibly_and_reports_its_error(name: str) -> None:
     """What is stored is small as told, the same each time, and gives about what went in."""
     form = make(name, SETTINGS)
     states, head = states_and_head()
     states = states.bfloat16()
     stored = form.encode(states, head, KEY)
-    again = form.encode(states, head, KEY)
-    assert all(torch.equal(value, again[key]) for key, value in stored.items())
+    encoded_again = form.encode(states, head, KEY)
+    assert all(torch.equal(value, encoded_again[key]) for key, value in stored.items())
     size = sum(value.numel() * value.element_size() for value in stored.values())
     assert size <= form.bytes_per_token() * len(states)
     assert size >= 0.3 * form.bytes_per_token() * len(states)
     back = form.decode(stored)
     assert isinstance(back, Tensor) == form.STATES
-    found = errors(form, states, head, KEY, V)
-    assert found["error"].shape == (len(states),)
-    assert 0 <= float(found["error"].mean()) < 0.5
+    measured = errors(form, states, head, KEY, V)
+    assert measured["error"].shape == (len(states),)
+    assert 0 <= float(measured["error"].mean()) < 0.5
     assert name in CONVENTIONS
 
 
@@ -81,18 +81,18 @@ def test_topk_buckets_are_those_of_the_softmax() -> None:
     back = form.decode(form.encode(states, head, KEY))
     assert isinstance(back, Sparse)
     assert back.tail_N is not None
-    for row, (ids, given, tail) in enumerate(
+    for row, (ids, probabilities, tail) in enumerate(
         zip(back.ids_NK, back.probability_NK.double(), back.tail_N.double(), strict=True)
     ):
         assert ids.tolist() == p_NV[row].argsort(descending=True)[:5].tolist()
         exact = torch.cat([p_NV[row, ids], 1 - p_NV[row, ids].sum()[None]])
-        found = torch.cat([given, tail[None]])
-        assert float(found.sum()) == pytest.approx(1, abs=1e-6)
+        buckets = torch.cat([probabilities, tail[None]])
+        assert float(buckets.sum()) == pytest.approx(1, abs=1e-6)
         codes = (exact.sqrt() * 255).round().clamp(min=1)
         expected = codes**2 / (codes**2).sum()
         # Rounding in float32 may take a value that lies between two codes to the other one.
-        assert float((found.sqrt() - exact.sqrt()).abs().max()) < 1.1 / 255
-        assert float((found - expected).abs().max()) < 2 / 255
+        assert float((buckets.sqrt() - exact.sqrt()).abs().max()) < 1.1 / 255
+        assert float((buckets - expected).abs().max()) < 2 / 255
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8, 10])
@@ -103,7 +103,7 @@ def test_topk_error_is_the_kl_over_the_buckets(bits: int) -> None:
     back = form.decode(form.encode(states, head, KEY))
     assert isinstance(back, Sparse)
     assert back.tail_N is not None
-    found = errors(form, states, head, KEY, V)
+    measured = errors(form, states, head, KEY, V)
     for row in range(len(states)):
         spread = torch.full((V,), float(back.tail_N[row]) / (V - 5), dtype=torch.float64)
         spread[back.ids_NK[row]] = back.probability_NK[row].double()
@@ -112,11 +112,11 @@ def test_topk_error_is_the_kl_over_the_buckets(bits: int) -> None:
         rest[back.ids_NK[row]] = False
         kl = (p * (p / spread).log())[~rest].sum()
         kl = kl + p[rest].sum() * (p[rest].sum() / back.tail_N[row].double()).log()
-        assert float(found["error"][row]) == pytest.approx(float(kl), abs=2e-6)
-        assert float(found["tail"][row]) == pytest.approx(float(p[rest].sum()), abs=1e-6)
+        assert float(measured["error"][row]) == pytest.approx(float(kl), abs=2e-6)
+        assert float(measured["tail"][row]) == pytest.approx(float(p[rest].sum()), abs=1e-6)
         evenly = (p * (p / spread).log()).sum()
-        assert float(found["tail evenly"][row]) == pytest.approx(float(evenly), abs=5e-6)
-    assert float(found["error"].mean()) < 6 * 4.0**-bits
+        assert float(measured["tail evenly"][row]) == pytest.approx(float(evenly), abs=5e-6)
+    assert float(measured["error"].mean()) < 6 * 4.0**-bits
 
 
 @pytest.mark.parametrize("sampling", ["systematic", "multinomial"])
@@ -195,12 +195,12 @@ def test_hidden_is_exact_and_int8_half_a_step_off() -> None:
     assert bool(((back - half.double()).abs() <= 0.5 * step + 2**-8 * back.abs()).all())
     p_NV, q_NV = exact_p(half, head, V), exact_p(back, head, V)
     kl = (p_NV * (p_NV / q_NV).log()).sum(-1)
-    found = errors(form, half.float(), head, KEY, V)["error"]
-    torch.testing.assert_close(found, kl.float(), rtol=1e-3, atol=2e-6)
+    measured_kl = errors(form, half.float(), head, KEY, V)["error"]
+    torch.testing.assert_close(measured_kl, kl.float(), rtol=1e-3, atol=2e-6)
 
 
 @pytest.mark.parametrize(("name", "wrong"), [("topk", {"k": V}), ("samples", {"draws": 256})])
-def test_settings_that_cannot_be(name: str, wrong: dict[str, int]) -> None:
+def test_impossible_settings_are_refused(name: str, wrong: dict[str, int]) -> None:
     with pytest.raises(UserError, match="give 1 to"):
         make(name, {**SETTINGS, **wrong})
 

@@ -37,11 +37,11 @@ def slow(logits_NV: Tensor, sparse: Sparse) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for row, logits in enumerate(logits_NV):
         q = logits.softmax(-1)
-        known, given = sparse.ids_NK[row], sparse.probability_NK[row].double()
-        pairs = [(p, q[i]) for p, i in zip(given, known, strict=True) if p > 0]
+        ids, probabilities = sparse.ids_NK[row], sparse.probability_NK[row].double()
+        pairs = [(p, q[i]) for p, i in zip(probabilities, ids, strict=True) if p > 0]
         if sparse.tail_N is not None:
             rest = torch.ones(len(q), dtype=torch.bool)
-            rest[known] = False
+            rest[ids] = False
             pairs.append((sparse.tail_N[row].double(), q[rest].sum()))
             total = total + sum(p * (p / mass).log() for p, mass in pairs)
         else:
@@ -53,13 +53,15 @@ def slow(logits_NV: Tensor, sparse: Sparse) -> Tensor:
 @pytest.mark.parametrize("kind", ["topk", "samples"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("chunk", [1, 7, N, 3 * N])
-def test_value_and_gradient(kind: str, softcap: float | None, chunk: int) -> None:
+def test_value_and_gradient_equal_the_slow_version(
+    kind: str, softcap: float | None, chunk: int
+) -> None:
     sparse = stored(kind)
     states, head, targets = student()
     head = replace(head, softcap=softcap)
     total, parts = head_loss(states, head, targets, KL, chunk_tokens=chunk, sparse=sparse)
     total.backward()
-    found = (states.grad, head.weight_VH.grad)
+    gradients = (states.grad, head.weight_VH.grad)
     states.grad = head.weight_VH.grad = None
     logits = states @ head.weight_VH.T
     if softcap is not None:
@@ -68,11 +70,11 @@ def test_value_and_gradient(kind: str, softcap: float | None, chunk: int) -> Non
     expected.backward()
     assert float(total.detach()) == pytest.approx(float(expected.detach()), rel=1e-7)
     assert float(parts["forward_kl"]) == float(total.detach())
-    for ours, theirs in zip(found, (states.grad, head.weight_VH.grad), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    for actual, slow_gradient in zip(gradients, (states.grad, head.weight_VH.grad), strict=True):
+        torch.testing.assert_close(actual, slow_gradient, rtol=1e-6, atol=1e-7)
 
 
-def test_mixed_with_hard_labels() -> None:
+def test_cached_probabilities_mix_with_cross_entropy_on_labels() -> None:
     sparse = stored("topk")
     states, head, targets = student()
     mix = LossWeights({"forward_kl": 0.75, "cross_entropy": 0.25})
@@ -113,7 +115,7 @@ def test_float32_is_near_float64(kind: str) -> None:
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_extreme_students(sign: float) -> None:
+def test_extreme_student_logits_stay_finite(sign: float) -> None:
     """All mass on a stored id, or all of it outside: finite, and the gradients sum to 0."""
     sparse = stored("topk")
     logits = torch.zeros(N, V)
@@ -125,7 +127,7 @@ def test_extreme_students(sign: float) -> None:
     torch.testing.assert_close(gradient.sum(-1), torch.zeros(N), rtol=0, atol=1e-4)
 
 
-def test_the_teacher_itself_is_at_zero() -> None:
+def test_the_loss_of_the_teacher_itself_is_zero() -> None:
     """Up to what rounding to 8 bits costs; never below."""
     states, head = states_and_head()
     value, gradient = stored("topk").loss(states @ head.weight_VH.T)
@@ -137,9 +139,9 @@ def test_the_teacher_itself_is_at_zero() -> None:
 def test_the_gradient_of_samples_is_unbiased() -> None:
     """Its mean over many draws is q − p, and that of the value the KL."""
     states, head = states_and_head(tokens=4)
-    ours, _, _ = student(torch.float32)
-    own = head.weight_VH[:, :12]
-    logits = (ours[:4] @ own.T).detach()
+    sampled_states, _, _ = student(torch.float32)
+    shared_weight = head.weight_VH[:, :12]
+    logits = (sampled_states[:4] @ shared_weight.T).detach()
     p, log_q = (states @ head.weight_VH.T).softmax(-1), logits.log_softmax(-1)
     count, form = 500, samples.Format(V, draws=10, sampling="multinomial")
     values, gradients = torch.zeros(count, 4), torch.zeros(count, 4, V)
@@ -153,15 +155,15 @@ def test_the_gradient_of_samples_is_unbiased() -> None:
     assert bool((off <= 5 * gradients.std(0) / count**0.5 + 1e-3).all())
 
 
-def test_no_token_at_all() -> None:
+def test_no_scored_token_gives_zero() -> None:
     states, head, targets = student()
-    nothing = Sparse.nothing(V, torch.device("cpu"))
-    total, _ = head_loss(states[:0], head, targets[:0], KL, sparse=nothing)
+    empty = Sparse.nothing(V, torch.device("cpu"))
+    total, _ = head_loss(states[:0], head, targets[:0], KL, sparse=empty)
     total.backward()
     assert float(total.detach()) == 0.0
 
 
-def test_sequences_are_joined() -> None:
+def test_distributions_of_several_sequences_are_joined() -> None:
     """Those with fewer ids are filled up, which changes nothing."""
     states, head = states_and_head()
     form = samples.Format(V, draws=20)
@@ -169,9 +171,9 @@ def test_sequences_are_joined() -> None:
     joined = Sparse.join(parts)  # type: ignore[arg-type]
     logits = student(torch.float32)[0].detach() @ head.weight_VH[:, :12].T
     value, gradient = joined.loss(logits.clone())
-    each = [
+    rows = [
         part.loss(logits[a:b].clone())  # type: ignore[union-attr]
         for part, (a, b) in zip(parts, ((0, 3), (3, N)), strict=True)
     ]
-    torch.testing.assert_close(value, torch.cat([v for v, _ in each]))
-    torch.testing.assert_close(gradient, torch.cat([g for _, g in each]))
+    torch.testing.assert_close(value, torch.cat([v for v, _ in rows]))
+    torch.testing.assert_close(gradient, torch.cat([g for _, g in rows]))

@@ -38,7 +38,9 @@ def manifests(out: Path) -> dict[str, dict[str, Any]]:
     return {name: read(out / "stages" / name) or {} for name in STAGES}
 
 
-def test_a_recipe(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_caches_a_teacher_and_distils_from_the_cache(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As much is cached as is taken; a raised budget extends both; a move changes nothing."""
     out = run(recipe_of(place, {}), tmp_path / "a" / "run")
     first = manifests(out)
@@ -60,7 +62,7 @@ def test_a_recipe(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert left == {"01-profile"}
 
 
-def test_fitted_to_the_largest_that_takes_it(place: Path) -> None:
+def test_a_cache_is_as_large_as_the_largest_distillation_needs(place: Path) -> None:
     """Whole steps of it; another teacher's, or one before, do not count; what is given stays."""
     fields = recipe_fields(
         "m",
@@ -72,27 +74,29 @@ def test_fitted_to_the_largest_that_takes_it(place: Path) -> None:
         {"distill": {"tokens": 80_000, "teacher": "other"}},
     )
     steps = Recipe.model_validate(fields).steps()
-    found = fitted(steps[1], steps, "m")
-    assert (found.tokens, found.heldout_sequences) == (1152, 16)
+    fitted_steps = fitted(steps[1], steps, "m")
+    assert (fitted_steps.tokens, fitted_steps.heldout_sequences) == (1152, 16)
     fields["stages"][1] = {"cache": {"tokens": 5}}
     steps = Recipe.model_validate(fields).steps()
     assert fitted(steps[1], steps, "m").tokens == 5
 
 
-def test_commands(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_describe_write_and_use_a_cache(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What is cached, how exactly, and a student that is taught by it."""
     arguments = command("cache", place, place / "model", tmp_path / "cache")
     call(*arguments, "--dry-run")
-    said = capsys.readouterr().out
-    assert "cache: samples, 512 tokens to train on and 64 held out" in said
-    assert "bytes per token" in said
+    output = capsys.readouterr().out
+    assert "cache: samples, 512 tokens to train on and 64 held out" in output
+    assert "bytes per token" in output
     assert not (tmp_path / "cache").exists()
     call(*arguments, "--format", "samples", "--draws", 32)
-    said = capsys.readouterr().err
-    for told in ("bytes per token", "cache: speed", "tokens/s", "cache: error", "noise of zero"):
-        assert told in said
+    output = capsys.readouterr().err
+    for text in ("bytes per token", "cache: speed", "tokens/s", "cache: error", "noise of zero"):
+        assert text in output
     distil = command("distill", place, place / "model", tmp_path / "out")
     call(*distil, "--cache", tmp_path / "cache")
-    found = read(tmp_path / "out")
-    assert found is not None
-    assert DistillConfig.model_validate(found["config"]).tokens == 512
+    manifest = read(tmp_path / "out")
+    assert manifest is not None
+    assert DistillConfig.model_validate(manifest["config"]).tokens == 512

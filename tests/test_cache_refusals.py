@@ -61,47 +61,51 @@ def distil(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dist
     return Distil(place, tmp_path / "out")
 
 
-def test_another_teacher(distil: Distil, tmp_path: Path) -> None:
+def test_a_cache_of_another_teacher_is_refused(distil: Distil, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", dtype=torch.bfloat16, num_hidden_layers=3)
-    said = distil(teacher=other.folder)
-    assert said.startswith(f"the cache {distil.place}/topk was made with another teacher")
-    assert "or make a cache of this one with regrow cache" in said
+    message = distil(teacher=other.folder)
+    assert message.startswith(f"the cache {distil.place}/topk was made with another teacher")
+    assert "or make a cache of this one with regrow cache" in message
 
 
-def test_the_same_teacher_with_other_weights(distil: Distil, tmp_path: Path) -> None:
+def test_a_cache_of_the_same_teacher_with_other_weights_is_refused(
+    distil: Distil, tmp_path: Path
+) -> None:
     other = Path(shutil.copytree(distil.place / "teacher", tmp_path / "other"))
     weights = load_file(other / "model.safetensors")
     save_file({n: w + 1 for n, w in weights.items()}, other / "model.safetensors", {"format": "pt"})
     assert "made with another teacher" in distil(teacher=other)
 
 
-def test_another_tokenizer(distil: Distil, tmp_path: Path) -> None:
+def test_a_student_with_another_tokenizer_is_refused(distil: Distil, tmp_path: Path) -> None:
     models = [shutil.copytree(distil.place / n, tmp_path / n) for n in ("pruned", "teacher")]
     for model in models:
         tiny_tokenizer(vocab_size=300).save_pretrained(str(model))
-    said = distil(student=models[0], teacher=models[1])
-    assert "was made with another tokenizer than that of" in said
+    message = distil(student=models[0], teacher=models[1])
+    assert "was made with another tokenizer than that of" in message
 
 
-def test_a_student_of_fewer_tokens(distil: Distil, tmp_path: Path) -> None:
+def test_a_student_with_fewer_tokens_is_refused(distil: Distil, tmp_path: Path) -> None:
     student = Path(shutil.copytree(distil.place / "pruned", tmp_path / "student"))
     tiny_tokenizer(vocab_size=300).save_pretrained(str(student))
-    said = distil("hidden", student=student)
-    assert said.startswith("a cache is over the teacher's tokens, and the student has fewer")
+    message = distil("hidden", student=student)
+    assert message.startswith("a cache is over the teacher's tokens, and the student has fewer")
 
 
-def test_sequences_that_are_not_there(distil: Distil) -> None:
-    said = distil(tokens=2 * CONFIG.tokens)
-    assert said.startswith(f"48 of 96 train sequences are not in the cache {distil.place}/topk: ")
-    assert f"with the same data and --tokens {2 * CONFIG.tokens} into that folder" in said
-    said = distil(heldout_sequences=8)
-    assert said.startswith("2 of 8 heldout sequences are not in the cache")
-    assert "--heldout-sequences 8" in said
+def test_missing_sequences_are_refused(distil: Distil) -> None:
+    message = distil(tokens=2 * CONFIG.tokens)
+    assert message.startswith(
+        f"48 of 96 train sequences are not in the cache {distil.place}/topk: "
+    )
+    assert f"with the same data and --tokens {2 * CONFIG.tokens} into that folder" in message
+    message = distil(heldout_sequences=8)
+    assert message.startswith("2 of 8 heldout sequences are not in the cache")
+    assert "--heldout-sequences 8" in message
 
 
-def test_sequences_of_another_length(distil: Distil) -> None:
-    said = distil(text=data_of(distil.place / "text.jsonl", sequence_length=64))
-    assert "sequences have 64 tokens, those in the cache 32" in said
+def test_sequences_of_another_length_are_refused(distil: Distil) -> None:
+    message = distil(text=data_of(distil.place / "text.jsonl", sequence_length=64))
+    assert "sequences have 64 tokens, those in the cache 32" in message
 
 
 @pytest.mark.parametrize(
@@ -111,7 +115,9 @@ def test_sequences_of_another_length(distil: Distil) -> None:
         ({"feature_losses": {"hidden": 1.0}}, "feature losses need the live teacher"),
     ],
 )
-def test_what_it_cannot_teach(distil: Distil, fields: dict[str, Any], expected: str) -> None:
+def test_losses_that_a_cache_cannot_serve_are_refused(
+    distil: Distil, fields: dict[str, Any], expected: str
+) -> None:
     assert distil(**fields).startswith(expected)
     if "feature_losses" in fields:
         assert distil("hidden", **fields).startswith(expected)
@@ -119,11 +125,11 @@ def test_what_it_cannot_teach(distil: Distil, fields: dict[str, Any], expected: 
 
 def test_hidden_states_serve_any_temperature(place: Path, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"cache": str(place / "hidden"), "temperature": 2.0})
-    given = (place / "pruned", place / "teacher", data(place), tmp_path / "out")
-    assert distill(*given, config, OPTIONS).exists()
+    arguments = (place / "pruned", place / "teacher", data(place), tmp_path / "out")
+    assert distill(*arguments, config, OPTIONS).exists()
 
 
-def test_no_cache(distil: Distil, tmp_path: Path) -> None:
+def test_a_missing_or_broken_cache_is_refused(distil: Distil, tmp_path: Path) -> None:
     assert distil("none").startswith(f"no cache at {distil.place}/none: make one with regrow cache")
     copy = Path(shutil.copytree(distil.place / "topk", tmp_path / "copy"))
     shard = next((copy / "train").iterdir())
@@ -135,7 +141,7 @@ def test_no_cache(distil: Distil, tmp_path: Path) -> None:
     assert "is not valid JSON" in distil(str(copy))
 
 
-def test_a_teacher_whose_states_overflow(place: Path, tmp_path: Path) -> None:
+def test_a_teacher_whose_states_overflow_is_refused(place: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(place / "teacher", tmp_path / "other"))
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"][:] = 3e38  # finite, and larger than bfloat16 can multiply
@@ -145,7 +151,7 @@ def test_a_teacher_whose_states_overflow(place: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_more_ids_than_there_are(place: Path, tmp_path: Path) -> None:
+def test_more_stored_ids_than_the_vocabulary_has_are_refused(place: Path, tmp_path: Path) -> None:
     config = CacheConfig(format="topk", k=100_000)
     with pytest.raises(UserError, match="k 100000: give 1 to "):
         cache(place / "teacher", data(place), tmp_path / "cache", config, OPTIONS)
@@ -182,7 +188,7 @@ RECIPES: dict[str, tuple[list[Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", RECIPES)
-def test_recipes(
+def test_recipes_with_an_unusable_cache_are_refused(
     kind: str, shared: Path, tmp_path: Path, untouched: Path, refused: Refused
 ) -> None:
     stages, expected = RECIPES[kind]

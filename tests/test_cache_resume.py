@@ -36,7 +36,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def uninterrupted(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a cache that nothing stopped."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "SHARD_TOKENS", SHARD)
@@ -74,8 +74,8 @@ make_cache(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
-def test_killed_while_writing(
-    place: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_cache_killed_while_writing_resumes_to_the_same_files(
+    place: Path, uninterrupted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "cache"
     command = [sys.executable, "-c", KILLED, str(place), str(out)]
@@ -87,27 +87,29 @@ def test_killed_while_writing(
     assert sum(".partial-" in name for name in left) == 1
     written = Written(monkeypatch)
     make_cache(place, out)
-    assert files(out) == whole
-    assert written.count == len(whole) - 1 - 3  # all but the header and what was there
+    assert files(out) == uninterrupted
+    assert written.count == len(uninterrupted) - 1 - 3  # all but the header and what was there
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_a_shard_cut_in_half_is_redone(
-    place: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, uninterrupted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One under its own name, as a crash of the machine may leave it."""
     out = make_cache(place, tmp_path / "cache")
     broken = sorted((out / "train").iterdir())[2]
     os.truncate(broken, broken.stat().st_size // 2)
-    found = json.loads((out / "manifest.json").read_text())
-    (out / "manifest.json").write_text(json.dumps({**found, "digest": None}))
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, "digest": None}))
     written = Written(monkeypatch)
     make_cache(place, out)
     assert written.count == 1
-    assert files(out) == whole
+    assert files(out) == uninterrupted
 
 
-def test_added_to(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_larger_budget_extends_a_cache(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A larger budget keeps what is there, and holds the same blocks as one made at once."""
     out = make_cache(place, tmp_path / "cache", tokens=TOKENS // 2, heldout_sequences=2)
     before = files(out)
@@ -121,12 +123,12 @@ def test_added_to(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {name: after[name] for name in before} == before
     at_once = make_cache(place, tmp_path / "other")
     for split in ("train", "heldout"):
-        ours, theirs = store.Store(out / split), store.Store(at_once / split)
-        assert sorted(ours.keys()) == sorted(theirs.keys())
-        for key in ours.keys():  # noqa: SIM118
-            one, other = ours.read(key), theirs.read(key)
-            assert one.keys() == other.keys()
-            assert all(one[name].equal(other[name]) for name in one)
+        extended, written_at_once = store.Store(out / split), store.Store(at_once / split)
+        assert sorted(extended.keys()) == sorted(written_at_once.keys())
+        for key in extended.keys():  # noqa: SIM118
+            rows, expected = extended.read(key), written_at_once.read(key)
+            assert rows.keys() == expected.keys()
+            assert all(rows[name].equal(expected[name]) for name in rows)
     figures = {
         folder: {row["name"]: row["value"] for row in (read(folder) or {})["figures"]}
         for folder in (out, at_once)
@@ -141,16 +143,16 @@ def _make(rank: int, place: str, out: str) -> None:
 
 
 def test_two_ranks_write_the_files_of_one(
-    place: Path, whole: dict[str, bytes], tmp_path: Path
+    place: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "several" / "cache"
     start_ranks(2, _make, str(place), str(out))
-    assert files(out) == whole
+    assert files(out) == uninterrupted
     assert [path.name for path in out.parent.iterdir()] == ["cache"]
 
 
-def test_disk_fills_up(
-    place: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_keeps_the_finished_shards(
+    place: Path, uninterrupted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is written stays valid, and it goes on when there is room."""
     written = Written(monkeypatch)
@@ -170,5 +172,5 @@ def test_disk_fills_up(
     assert len(store.Store(partial / "train")) == 5
     assert not list(partial.rglob("*.partial-*"))
     make_cache(place, out)
-    assert files(out) == whole
-    assert written.count == len(whole) - 1 + 1
+    assert files(out) == uninterrupted
+    assert written.count == len(uninterrupted) - 1 + 1

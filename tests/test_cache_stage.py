@@ -32,8 +32,10 @@ def no_body(self: Checkpoint, *_: object) -> None:
 
 def from_cache(place: Path, cached: Path, out: Path, patch: pytest.MonkeyPatch) -> Path:
     """Distil without the teacher's body."""
-    whole = Checkpoint.model
-    patch.setattr(Checkpoint, "model", lambda self, *given: no_body(self) or whole(self, *given))
+    load_model = Checkpoint.model
+    patch.setattr(
+        Checkpoint, "model", lambda self, *arguments: no_body(self) or load_model(self, *arguments)
+    )
     config = CONFIG.model_copy(update={"cache": str(cached)})
     return distill(place / "pruned", place / "teacher", data(place), out, config, OPTIONS)
 
@@ -45,9 +47,9 @@ def test_hidden_states_teach_like_the_live_teacher(
     cached = make_cache(place, tmp_path / "cache", format="hidden")
     out = from_cache(place, cached, tmp_path / "out", monkeypatch)
     timing = ("seconds",)
-    for one, other in zip(rows_of(live), rows_of(out), strict=True):
-        keep = [name for name in one if name not in timing and name != "stage"]
-        assert [one[name] for name in keep] == [other[name] for name in keep]
+    for live_row, cached_row in zip(rows_of(live), rows_of(out), strict=True):
+        keep = [name for name in live_row if name not in timing and name != "stage"]
+        assert [live_row[name] for name in keep] == [cached_row[name] for name in keep]
     expected = weights(live)
     for name, value in weights(out).items():
         assert torch.equal(value, expected[name]), name
@@ -60,8 +62,8 @@ def test_other_formats_teach_nearly_as_well(
     place: Path, live: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict
 ) -> None:
     cached = make_cache(place, tmp_path / "cache", **fields)
-    found = held_out(from_cache(place, cached, tmp_path / "out", monkeypatch))
+    losses = held_out(from_cache(place, cached, tmp_path / "out", monkeypatch))
     exact = held_out(live)
-    assert found[0] == exact[0]  # held-out blocks are stored exactly
-    assert found[12] == pytest.approx(exact[12], rel=0.1)
-    assert found[12] < 0.8 * found[0]
+    assert losses[0] == exact[0]  # held-out blocks are stored exactly
+    assert losses[12] == pytest.approx(exact[12], rel=0.1)
+    assert losses[12] < 0.8 * losses[0]

@@ -32,7 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_the_key_of_a_sequence() -> None:
+def test_the_key_of_a_sequence_depends_on_its_tokens_not_on_the_batch() -> None:
     """Its ids, positions, and which tokens are scored; not where it stands, nor the batch."""
     batch = next(tiny_sequences(4).batches(4))
     keys = sequence_keys(batch)
@@ -62,15 +62,15 @@ def test_sequences_come_back_from_a_shard(tmp_path: Path) -> None:
     }
     keys = list(sequences)
     paths = [
-        write_shard(tmp_path, {k: sequences[k] for k in some}) for some in (keys[:3], keys[3:])
+        write_shard(tmp_path, {k: sequences[k] for k in subset}) for subset in (keys[:3], keys[3:])
     ]
     store = Store(tmp_path)
     assert (len(store), store.tokens()) == (5, 15)
     assert store.bytes() == sum(path.stat().st_size for path in paths)
     for key, sequence in sequences.items():
-        found = store.read(key)
-        assert found.keys() == sequence.keys()
-        assert all(torch.equal(found[name], sequence[name]) for name in sequence)
+        rows = store.read(key)
+        assert rows.keys() == sequence.keys()
+        assert all(torch.equal(rows[name], sequence[name]) for name in sequence)
     assert b"x" * 32 not in store
     paths[0].write_bytes(paths[0].read_bytes()[:-1])
     broken = Store(tmp_path)
@@ -78,16 +78,19 @@ def test_sequences_come_back_from_a_shard(tmp_path: Path) -> None:
     assert [key in broken for key in keys] == [False] * 3 + [True] * 2
 
 
-def test_what_is_missing(tmp_path: Path) -> None:
+def test_each_missing_scored_sequence_is_listed_once(tmp_path: Path) -> None:
     """Each block once, with its first number; those in which nothing is scored need no place."""
-    one = tiny_sequences(8)  # nothing is scored in the 1st and the 5th
+    sequences = tiny_sequences(8)  # nothing is scored in the 1st and the 5th
     twice = Sequences(
-        *(torch.cat([t, t]) for t in (one.input_ids, one.position_ids, one.labels)),
-        torch.cat([one.real, one.real]),
+        *(
+            torch.cat([t, t])
+            for t in (sequences.input_ids, sequences.position_ids, sequences.labels)
+        ),
+        torch.cat([sequences.real, sequences.real]),
     )
-    keys = sequence_keys(next(one.batches(8)))
-    there = [n for n in range(8) if n not in (0, 4)]
-    assert missing_sequences(twice, Store(tmp_path)) == {keys[n]: n for n in there}
+    keys = sequence_keys(next(sequences.batches(8)))
+    scored_rows = [n for n in range(8) if n not in (0, 4)]
+    assert missing_sequences(twice, Store(tmp_path)) == {keys[n]: n for n in scored_rows}
     write_shard(tmp_path, {keys[n]: {"x": torch.zeros(1)} for n in (1, 2)})
     assert set(missing_sequences(twice, Store(tmp_path)).values()) == {3, 5, 6, 7}
 
@@ -114,22 +117,24 @@ def test_distributions_are_in_the_order_of_the_batch(place: Path) -> None:
     cached = CachedTeacher(Cache(place / "topk"), head)
     batch = next(build_sequences(data(place), master.tokenizer(), "train", 3).batches(3))
     exact = CachedTeacher(Cache(place / "hidden"), head).hidden(batch).final[scored(batch)]
-    found = cached.sparse(batch)
-    assert found is not None
+    distributions = cached.sparse(batch)
+    assert distributions is not None
     log_p = head.logits(exact, head.weight_VH).log_softmax(-1)
-    expected = log_p.gather(-1, found.ids_NK).exp()
-    assert float((found.probability_NK - expected).abs().max()) < 0.01
-    first = log_p.gather(-1, found.ids_NK[:, :1]).squeeze(-1)  # logits in bfloat16 may be equal
+    expected = log_p.gather(-1, distributions.ids_NK).exp()
+    assert float((distributions.probability_NK - expected).abs().max()) < 0.01
+    first = log_p.gather(-1, distributions.ids_NK[:, :1]).squeeze(
+        -1
+    )  # logits in bfloat16 may be equal
     torch.testing.assert_close(first, log_p.max(-1).values, rtol=0, atol=0.02)
     heldout = build_sequences(data(place), master.tokenizer(), "validation", 2)
     assert cached.sparse(next(heldout.batches(2))) is None  # stored exactly
     batch["labels"][:] = IGNORED
-    nothing = cached.sparse(batch)
-    assert nothing is not None
-    assert len(nothing.ids_NK) == 0
+    empty = cached.sparse(batch)
+    assert empty is not None
+    assert len(empty.ids_NK) == 0
 
 
-def test_a_sequence_of_another_text(place: Path) -> None:
+def test_a_sequence_of_another_text_is_refused(place: Path) -> None:
     cached = CachedTeacher(
         Cache(place / "topk"), head_from(load(place / "teacher"), torch.device("cpu"))
     )

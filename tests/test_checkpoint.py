@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_folders import write_model
+from tiny_folders import set_config, write_model
 from tiny_models import tiny_ids, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -47,13 +47,8 @@ def tensors_of(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def logits(folder: Path) -> Tensor:
-    found: Tensor = AutoModelForCausalLM.from_pretrained(folder)(tiny_ids()).logits
-    return found
-
-
-def set_config(folder: Path, **fields: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    logits: Tensor = AutoModelForCausalLM.from_pretrained(folder)(tiny_ids()).logits
+    return logits
 
 
 def test_reads_what_the_stock_reader_reads(folder: Path) -> None:
@@ -89,7 +84,9 @@ def test_opening_reads_headers_only(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("limit", [1, 12_000, 60_000, 10**9])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_sharded_write(kind: str, limit: int, tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_is_read_by_transformers(
+    kind: str, limit: int, tmp_path: Path
+) -> None:
     """No file over the limit unless one tensor is; the index is right; stock reads it equal."""
     source = write_model(tmp_path / "model", **CONFIGS[kind])
     out = tmp_path / "out"
@@ -114,7 +111,7 @@ def test_sharded_write(kind: str, limit: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stray", ["single file", "index"])
-def test_which_file_is_read(stray: str, tmp_path: Path) -> None:
+def test_the_weight_file_is_chosen_as_in_transformers(stray: str, tmp_path: Path) -> None:
     """Shards and a single file of another model in one folder: what the stock reader takes."""
     source = write_model(tmp_path / "model")
     folder = tmp_path / "both"
@@ -131,9 +128,9 @@ def test_which_file_is_read(stray: str, tmp_path: Path) -> None:
         assert torch.equal(checkpoint.tensor(name), state[name])
 
 
-def test_a_tied_head_stored_alone(folder: Path) -> None:
+def test_a_tied_head_stored_alone_is_the_embedding(folder: Path) -> None:
     """It is the embedding, as for the stock reader, in this checkpoint and in what is written."""
-    wanted, before = logits(folder), dict(tensors_of(load(folder)))
+    expected, before = logits(folder), dict(tensors_of(load(folder)))
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -143,8 +140,8 @@ def test_a_tied_head_stored_alone(folder: Path) -> None:
     assert torch.equal(checkpoint.tensor(EMBEDDING), before[EMBEDDING])
     assert checkpoint.shapes[EMBEDDING] == before[EMBEDDING].shape
     write(folder / "out", checkpoint.config, layout_of(checkpoint), tensors_of(checkpoint))
-    assert torch.equal(logits(folder), wanted)
-    assert torch.equal(logits(folder / "out"), wanted)
+    assert torch.equal(logits(folder), expected)
+    assert torch.equal(logits(folder / "out"), expected)
 
 
 def test_write_keeps_the_parents_shard_size(tmp_path: Path) -> None:
@@ -157,13 +154,13 @@ def test_write_keeps_the_parents_shard_size(tmp_path: Path) -> None:
         source,
         max_shard_bytes=20_000,
     )
-    many = load(tmp_path / "many")
-    write(tmp_path / "again", many.config, layout_of(many), tensors_of(many), many)
-    assert load(tmp_path / "again").shard_bytes() <= many.shard_bytes()
+    sharded = load(tmp_path / "many")
+    write(tmp_path / "again", sharded.config, layout_of(sharded), tensors_of(sharded), sharded)
+    assert load(tmp_path / "again").shard_bytes() <= sharded.shard_bytes()
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
 
 
-def test_write_holds_one_tensor(tmp_path: Path) -> None:
+def test_write_keeps_one_tensor_in_memory(tmp_path: Path) -> None:
     """When the next tensor is made, the one before is gone."""
     import weakref
 
@@ -193,11 +190,11 @@ def test_dtypes_of_all_widths_in_one_file(tmp_path: Path) -> None:
     }
     write(tmp_path, {}, mixed, mixed.items())
     path = tmp_path / "model.safetensors"
-    found = load_file(path)
-    assert set(found) == set(mixed)
+    tensors_read = load_file(path)
+    assert set(tensors_read) == set(mixed)
     for name, tensor in mixed.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
+        assert tensors_read[name].dtype == tensor.dtype
+        assert torch.equal(tensors_read[name], tensor)
     _, header = shards.read_headers(tmp_path)
     length = int.from_bytes(path.read_bytes()[:8], "little")
     for name, entry in header.items():
@@ -214,7 +211,7 @@ def test_a_stream_that_differs_from_its_layout_is_no_checkpoint(wrong: str, tmp_
         write(tmp_path, {}, layout, tensors[:count])
 
 
-def test_what_travels_along(folder: Path, tmp_path: Path) -> None:
+def test_tokenizer_and_chat_template_are_copied(folder: Path, tmp_path: Path) -> None:
     """Tokenizer, chat templates, generation config and licence; neither logs nor code."""
     GenerationConfig(eos_token_id=3, temperature=0.3, do_sample=True).save_pretrained(folder)
     (folder / "additional_chat_templates").mkdir()
@@ -231,15 +228,15 @@ def test_what_travels_along(folder: Path, tmp_path: Path) -> None:
     }
     tokenizer = AutoTokenizer.from_pretrained(out)
     messages = [{"role": "user", "content": "Hello"}]
-    asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert asked == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.generation_config.temperature == 0.3
     assert model.generation_config.eos_token_id == 3
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_save(tied: bool, tmp_path: Path) -> None:
+def test_save_writes_a_model_that_transformers_loads(tied: bool, tmp_path: Path) -> None:
     """Tied weights are written once and are still one parameter; the files around travel along."""
     source = write_model(tmp_path / "model", tie_word_embeddings=tied)
     model = tiny_model("llama", torch.float32, seed=5, tie_word_embeddings=tied, rms_norm_eps=1e-6)
@@ -253,7 +250,7 @@ def test_save(tied: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_write_ties(tied: bool, tmp_path: Path) -> None:
+def test_write_stores_tied_weights_once(tied: bool, tmp_path: Path) -> None:
     source = write_model(tmp_path / "model", tie_word_embeddings=tied)
     write(tmp_path / "out", source.config, layout_of(source), tensors_of(source), source)
     assert ("lm_head.weight" in load(tmp_path / "out").names()) is not tied
@@ -279,20 +276,20 @@ def test_save_refuses_a_folder_in_use(folder: Path) -> None:
     assert load(folder).tokenizer() is not None
 
 
-def test_fingerprint(folder: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_config_and_weights_only(folder: Path, tmp_path: Path) -> None:
     """Of what the model is, not of where it lies or when it was written."""
     first = load(folder).fingerprint
     moved = Path(shutil.copytree(folder, tmp_path / "moved"))
     os.utime(moved / "model.safetensors", (0, 0))
     (moved / "README.md").write_text("words")
     assert load(moved).fingerprint == first
-    whole = bytearray((moved / "model.safetensors").read_bytes())
-    whole[-5] ^= 1
-    (moved / "model.safetensors").write_bytes(whole)
+    content = bytearray((moved / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (moved / "model.safetensors").write_bytes(content)
     assert load(moved).fingerprint != first
-    again = Path(shutil.copytree(folder, tmp_path / "again"))
-    set_config(again, rope_theta=5.0)
-    assert load(again).fingerprint != first
+    copied = Path(shutil.copytree(folder, tmp_path / "again"))
+    set_config(copied, rope_theta=5.0)
+    assert load(copied).fingerprint != first
 
 
 def test_an_unchanged_folder_is_opened_once(
@@ -326,7 +323,7 @@ def test_a_tokenizer_is_read_once(folder: Path, tmp_path: Path) -> None:
     assert load(folder).tokenizer() is first
 
 
-def test_remote_code_of_a_known_family_is_left_behind(folder: Path, tmp_path: Path) -> None:
+def test_remote_code_of_a_known_family_is_not_written(folder: Path, tmp_path: Path) -> None:
     """The stock class reads it, and what we write does not ask for code either."""
     set_config(folder, auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})
     source = load(folder)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_folders import write_model
+from tiny_folders import set_config, write_model
 from tiny_job import COMMANDS, Refused, command
 
 from regrow import families
@@ -25,11 +25,6 @@ from regrow.errors import UserError
 def folder(tmp_path: Path) -> Path:
     write_model(tmp_path / "model", tie_word_embeddings=True)
     return tmp_path / "model"
-
-
-def set_config(folder: Path, **fields: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def refusal(source: Path | str) -> str:
@@ -68,12 +63,12 @@ def no_header(folder: Path) -> None:
 def change_header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         path = folder / "model.safetensors"
-        whole = path.read_bytes()
-        length = int.from_bytes(whole[:8], "little")
-        header = json.loads(whole[8 : 8 + length])
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
         change(header)
         text = json.dumps(header).encode()
-        path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
     return spoil
 
@@ -222,7 +217,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_refused(kind: str, folder: Path) -> None:
+def test_a_broken_or_unsupported_checkpoint_is_refused_in_one_line(kind: str, folder: Path) -> None:
     spoil, expected = REFUSED[kind]
     families.of(load(folder))
     spoil(folder)
@@ -230,7 +225,7 @@ def test_refused(kind: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "gemma3_text", "phi3", "qwen3_moe"])
-def test_a_null_head_dim(model_type: str, tmp_path: Path) -> None:
+def test_a_null_head_dim_is_accepted(model_type: str, tmp_path: Path) -> None:
     """These families need a number, or none at all."""
     write_model(tmp_path / "model", model_type)
     set_config(tmp_path / "model", head_dim=None)
@@ -240,32 +235,32 @@ def test_a_null_head_dim(model_type: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "model_type", ["mamba", "mamba2", "falcon_mamba", "xlstm", "rwkv", "recurrent_gemma"]
 )
-def test_models_without_attention(model_type: str, folder: Path) -> None:
+def test_models_without_attention_are_refused(model_type: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     assert "only attention layers are supported" in refusal(folder)
 
 
-def test_every_stage_refuses_a_head_of_its_own(
+def test_every_stage_refuses_a_tied_config_with_a_separate_head(
     place: Path, untouched: Path, refused: Refused
 ) -> None:
     """The stages that would drop it, and those that run the model."""
     a_head_of_its_own(place / "model")
     set_config(place / "model", tie_word_embeddings=True)
     for name in COMMANDS:
-        said = refused(*command(name, place, place / "model", untouched))
-        assert f"{HEAD} differs from {EMBEDDING}, although config.json ties them" in said
+        message = refused(*command(name, place, place / "model", untouched))
+        assert f"{HEAD} differs from {EMBEDDING}, although config.json ties them" in message
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_stage_refuses_a_weight_that_is_no_number(
+def test_every_stage_refuses_a_weight_that_is_nan(
     name: str, place: Path, untouched: Path, refused: Refused
 ) -> None:
     weights = load_file(place / "model" / "model.safetensors")
     weights[NORM][0] = torch.nan
     write_weights(place / "model", weights)
     arguments = command(name, place, place / "model", untouched)
-    said = refused(*arguments, at_once=name != "evaluate")
-    assert f"model: {NORM} has values that are NaN or infinite: fetch the model again" in said
+    message = refused(*arguments, at_once=name != "evaluate")
+    assert f"model: {NORM} has values that are NaN or infinite: fetch the model again" in message
 
 
 def test_empty_markers_are_no_reason_to_refuse(folder: Path) -> None:
@@ -274,7 +269,7 @@ def test_empty_markers_are_no_reason_to_refuse(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_tokenizer_refused(name: str, folder: Path) -> None:
+def test_a_broken_tokenizer_is_refused(name: str, folder: Path) -> None:
     """None at all, or a file of it cut off."""
     text = (folder / name).read_text()
     (folder / name).write_text(text[: len(text) // 2])
@@ -287,7 +282,9 @@ def test_tokenizer_refused(name: str, folder: Path) -> None:
         load(folder).tokenizer()
 
 
-def test_a_sentencepiece_tokenizer_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sentencepiece_tokenizer_alone_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """transformers would ask for tiktoken, which cannot read it either."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (folder / "tokenizer.json").unlink(missing_ok=True)

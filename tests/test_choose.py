@@ -1,4 +1,4 @@
-"""What is kept: ranking of units, and candidate shapes of tiny and of real models."""
+"""The choice of units, and candidate shapes of tiny and of real models."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_place(tmp_path_factory.mktemp("place"))
 
 
-def test_best_is_stable_and_in_the_old_order() -> None:
+def test_best_keeps_the_old_order_and_breaks_ties_by_id() -> None:
     assert best(torch.tensor([1.0, 9.0, 3.0, 9.0, 2.0]), 3) == [1, 2, 3]
     assert best(torch.tensor([5.0, 5.0, 5.0, 5.0]), 2) == [0, 1]
     assert best(torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0]), 2) == [1, 2]
@@ -107,12 +107,12 @@ def test_heads_are_ranked_inside_their_group() -> None:
 
 def test_a_plan_keeps_the_best_scored_units(place: Path) -> None:
     """Against the scores themselves, for every dimension at once."""
-    found = Profile(place / "profile")
+    profile = Profile(place / "profile")
     plan = chosen(place, layers=3, hidden=36, mlp=20, heads=2, kv_heads=1)
     plan.check(families.get("llama").sizes(Checkpoint(place / "model").config))
-    influence = found.scores("block_influence", "layers")["all"]
+    influence = profile.scores("block_influence", "layers")["all"]
     assert plan.layers == sorted(set(range(4)) - {int(influence.argmin())})
-    hidden = found.scores("activation_l2", "hidden")["all"]
+    hidden = profile.scores("activation_l2", "hidden")["all"]
     assert plan.hidden is not None
     dropped = set(range(48)) - set(plan.hidden)
     assert hidden[plan.hidden].min() >= hidden[sorted(dropped)].max()
@@ -121,12 +121,12 @@ def test_a_plan_keeps_the_best_scored_units(place: Path) -> None:
     assert plan.kv_heads is not None
     assert set(plan.mlp) == set(plan.heads) == set(plan.kv_heads) == set(plan.layers)
     for layer in plan.layers:
-        scores = found.scores("activation_l2", "mlp")[str(layer)]
+        scores = profile.scores("activation_l2", "mlp")[str(layer)]
         assert plan.mlp[layer] == sorted(scores.argsort(descending=True)[:20].tolist())
-        groups = found.scores("activation_l2", "kv_heads")[str(layer)]
+        groups = profile.scores("activation_l2", "kv_heads")[str(layer)]
         (kv,) = plan.kv_heads[layer]
         assert kv == int(groups.argmax())
-        heads = found.scores("activation_l2", "heads")[str(layer)][3 * kv : 3 * kv + 3]
+        heads = profile.scores("activation_l2", "heads")[str(layer)][3 * kv : 3 * kv + 3]
         assert sorted(plan.heads[layer]) == plan.heads[layer]
         assert set(plan.heads[layer]) == {3 * kv + int(n) for n in heads.argsort()[1:]}
 
@@ -206,7 +206,7 @@ def test_many_shapes_of_a_mixture_cut_experts_and_their_width() -> None:
     assert sum("expert_mlp" in shape.sizes for shape in shapes) > 10
 
 
-def test_smollm2_by_hand() -> None:
+def test_candidate_shapes_of_smollm2_equal_hand_computed_ones() -> None:
     """134,515,008 parameters; an MLP channel takes 3 · 576 in each of 30 layers."""
     assert families.get("llama").count(SMOLLM2) == 134_515_008
     (mlp,) = (s for s in candidates(families.get("llama"), SMOLLM2, 0.8, 32) if s.name == "mlp")

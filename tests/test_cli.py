@@ -48,13 +48,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_profile(place: Path) -> None:
+def test_the_profile_command_writes_a_profile(place: Path) -> None:
     info = read(place / "profile" / "profile.json")
     assert (info["samples"], info["tokens"], info["gram_tokens"]) == (16, 16 * LENGTH, 512)
     assert len(list((place / "profile" / "grams").iterdir())) == 2 * 3
 
 
-def test_prune(place: Path) -> None:
+def test_the_prune_command_writes_a_smaller_model(place: Path) -> None:
     """The stock reader opens it; the plan is of the size asked for and the parent's."""
     student = AutoModelForCausalLM.from_pretrained(place / "student")
     assert student.config.intermediate_size == 40
@@ -68,7 +68,7 @@ def test_prune(place: Path) -> None:
     assert torch.equal(small, large[kept])
 
 
-def test_search(place: Path) -> None:
+def test_the_prune_command_searches_for_a_shape(place: Path) -> None:
     """Of several shapes of the share asked for, the one of the lowest KL was cut."""
     table = read(place / "searched" / "candidates.json")
     assert len(table) > 1
@@ -81,7 +81,7 @@ def test_search(place: Path) -> None:
 
 
 @torch.no_grad()
-def test_distill(place: Path) -> None:
+def test_the_distill_command_trains_a_student(place: Path) -> None:
     """Nearer to the teacher than before; what was written is what was measured."""
     lines = (place / "taught" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
@@ -107,7 +107,7 @@ def test_losses_by_name_and_weight(
     arguments = command("distill", place, place / "student", tmp_path / "out")
     weights = ["--losses", "reverse_kl", 1, "cross_entropy", 0.1]
     call(*arguments, "--dry-run", *weights)
-    for given, said in {
+    for losses, message in {
         ("revers_kl", 1): "--losses: no loss named 'revers_kl' — did you mean 'reverse_kl'?",
         ("jsd", 0): "--losses: the weight of jsd must be above 0",
         ("jsd",): "give each name once, and a weight after it",
@@ -115,8 +115,8 @@ def test_losses_by_name_and_weight(
     }.items():
         capsys.readouterr()
         with contextlib.suppress(SystemExit):  # of the parser, with the same exit code
-            assert main([str(part) for part in (*arguments, "--losses", *given)]) == 2
-        assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+            assert main([str(part) for part in (*arguments, "--losses", *losses)]) == 2
+        assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
     with pytest.raises(SystemExit):
         main(["distill", "--help"])
     assert "--losses NAME WEIGHT [NAME WEIGHT ...]" in capsys.readouterr().out
@@ -135,7 +135,7 @@ def test_distill_a_fresh_student(place: Path, tmp_path: Path) -> None:
     assert model.config.num_hidden_layers == 1
 
 
-def test_evaluate(place: Path) -> None:
+def test_the_evaluate_command_writes_figures(place: Path) -> None:
     evaluation = read(place / "evaluation" / "evaluation.json")
     assert evaluation["labels"] == ["teacher", "pruned", "distilled"]
     kl: dict[str, float] = {
@@ -161,7 +161,9 @@ def test_outputs_stand_alone(name: str, place: Path) -> None:
     assert answer.shape[1] == ids.shape[1] + 3
 
 
-def test_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_run_again_finds_its_work_complete(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The same command finds its work done."""
     before = (place / "student" / "manifest.json").stat().st_mtime_ns
     call(
@@ -171,7 +173,9 @@ def test_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (place / "student" / "manifest.json").stat().st_mtime_ns == before
 
 
-def test_run_and_report(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_runs_and_is_reported(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fields = recipe_fields(place / "model", place / "text.jsonl")
     fields["stages"].append("report")
     recipe = write_recipe(tmp_path / "recipe.yaml", fields)
@@ -193,7 +197,7 @@ def test_run_and_report(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert shown[-1] == "complete"
 
 
-def test_stopped_by_the_user(
+def test_an_interrupt_ends_with_one_line_and_exit_code_130(
     place: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -209,7 +213,9 @@ def test_stopped_by_the_user(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_our_own_bug_is_not_hidden(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_assertion_error_keeps_its_traceback(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object) -> None:
         raise AssertionError("ours")
 
@@ -218,7 +224,7 @@ def test_our_own_bug_is_not_hidden(place: Path, monkeypatch: pytest.MonkeyPatch)
         main(["inspect", str(place / "model")])
 
 
-def test_folder_that_may_not_be_written(
+def test_a_folder_without_write_permission_is_refused(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forbidden(self: Path, *_: object, **__: object) -> None:
@@ -232,7 +238,7 @@ def test_folder_that_may_not_be_written(
     assert "Permission denied; give a place that can be written to" in last
 
 
-def test_as_a_module(tmp_path: Path) -> None:
+def test_python_m_regrow_prints_one_line_for_an_error(tmp_path: Path) -> None:
     """In a process of its own: exit code, one line, nothing of other libraries."""
     script = [sys.executable, "-m", "regrow"]
     done = subprocess.run([*script, "inspect", str(tmp_path)], capture_output=True, text=True)
@@ -245,7 +251,7 @@ def test_as_a_module(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"regrow {regrow.__version__}\n")
 
 
-def test_quiet(place: Path, tmp_path: Path) -> None:
+def test_only_our_own_lines_are_printed(place: Path, tmp_path: Path) -> None:
     """Only our own lines on stderr, also where transformers has bars and advice."""
     shutil.copytree(place / "student", tmp_path / "student")
     data = ["--data", place / "text.jsonl", "--sequence-length", LENGTH]
@@ -268,7 +274,7 @@ def test_quiet(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["inspect", "profile"])
-def test_a_reader_that_has_seen_enough_is_no_traceback(place: Path, name: str) -> None:
+def test_a_closed_pipe_gives_no_traceback(place: Path, name: str) -> None:
     """As in `regrow inspect MODEL | head -1`; here the reader is gone before anything is said."""
     read, write = os.pipe()
     os.close(read)

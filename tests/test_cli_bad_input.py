@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_folders import set_config
 from tiny_job import (
     COMMANDS,
     LENGTH,
@@ -31,11 +31,6 @@ def no_config(model: Path) -> None:
     (model / "config.json").unlink()
 
 
-def set_config(model: Path, **fields: Any) -> None:
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, **fields}))
-
-
 def unknown_family(model: Path) -> None:
     set_config(model, model_type="lama")
 
@@ -47,9 +42,9 @@ def truncated(model: Path) -> None:
 
 def corrupt(model: Path) -> None:
     weights = model / "model.safetensors"
-    whole = bytearray(weights.read_bytes())
-    whole[8:40] = b"\xff" * 32
-    weights.write_bytes(whole)
+    content = bytearray(weights.read_bytes())
+    content[8:40] = b"\xff" * 32
+    weights.write_bytes(content)
 
 
 def no_tokenizer(model: Path) -> None:
@@ -81,7 +76,9 @@ BROKEN_FOR = [
 
 
 @pytest.mark.parametrize(("kind", "name"), BROKEN_FOR)
-def test_model(kind: str, name: str, place: Path, untouched: Path, refused: Refused) -> None:
+def test_a_bad_model_is_refused(
+    kind: str, name: str, place: Path, untouched: Path, refused: Refused
+) -> None:
     spoil, expected = BROKEN[kind]
     spoil(place / "model")
     at_once = name != "evaluate"  # it says first which models it opens
@@ -91,33 +88,41 @@ def test_model(kind: str, name: str, place: Path, untouched: Path, refused: Refu
 
 @pytest.mark.parametrize("rows", [0, 3])
 @pytest.mark.parametrize("name", ["profile", "distill", "evaluate"])
-def test_text(name: str, rows: int, place: Path, untouched: Path, refused: Refused) -> None:
+def test_bad_text_is_refused(
+    name: str, rows: int, place: Path, untouched: Path, refused: Refused
+) -> None:
     """None at all, and three documents of which none is held out or for calibration."""
     write_text(place / "text.jsonl", rows, seed=1)
-    said = refused(*command(name, place, place / "model", untouched), at_once=False)
-    assert said.startswith("too little text: the ")
-    assert "add text" in said
+    message = refused(*command(name, place, place / "model", untouched), at_once=False)
+    assert message.startswith("too little text: the ")
+    assert "add text" in message
 
 
-def test_text_for_gram_matrices(place: Path, untouched: Path, refused: Refused) -> None:
+def test_too_little_text_for_gram_matrices_is_refused(
+    place: Path, untouched: Path, refused: Refused
+) -> None:
     """Some sequences, but none left to choose the ridge strength on."""
     write_text(place / "text.jsonl", 10)
-    said = refused(*command("profile", place, place / "model", untouched), at_once=False)
-    assert "sequences for the Gram matrices are too few" in said
+    message = refused(*command("profile", place, place / "model", untouched), at_once=False)
+    assert "sequences for the Gram matrices are too few" in message
 
 
-def test_text_for_a_search(place: Path, untouched: Path, refused: Refused) -> None:
+def test_too_little_text_for_a_search_is_refused(
+    place: Path, untouched: Path, refused: Refused
+) -> None:
     """The profile would take all there is; the shape must be chosen on text beyond that."""
     write_text(place / "text.jsonl", 60)
     prune = {"prune": {"keep_params": 0.8, "multiple_of": 4}}
     fields = recipe_fields(place / "model", place / "text.jsonl", PROFILE, prune)
     write_recipe(place / "recipe.yaml", fields)
-    said = refused("run", place / "recipe.yaml", "--out", untouched, at_once=False)
-    assert "too little calibration text" in said
+    message = refused("run", place / "recipe.yaml", "--out", untouched, at_once=False)
+    assert "too little calibration text" in message
 
 
 @pytest.mark.parametrize("rows", [0, 3])
-def test_text_of_a_recipe(rows: int, place: Path, untouched: Path, refused: Refused) -> None:
+def test_bad_text_in_a_recipe_is_refused(
+    rows: int, place: Path, untouched: Path, refused: Refused
+) -> None:
     write_text(place / "text.jsonl", rows, seed=1)
     arguments = command("run", place, place / "model", untouched)
     assert "too little" in refused(*arguments, at_once=False)
@@ -140,14 +145,18 @@ UNKNOWN_KEYS = {
 
 
 @pytest.mark.parametrize("kind", UNKNOWN_KEYS)
-def test_recipe_key(kind: str, place: Path, untouched: Path, refused: Refused) -> None:
+def test_a_bad_recipe_key_is_refused(
+    kind: str, place: Path, untouched: Path, refused: Refused
+) -> None:
     changes, expected = UNKNOWN_KEYS[kind]
     flags = [part for change in changes for part in ("--set", change)]
     assert expected in refused(*command("run", place, place / "model", untouched), *flags)
 
 
 @pytest.mark.parametrize("text", ["model: [", "- profile", "", "model: x\n"])
-def test_no_recipe(text: str, place: Path, untouched: Path, refused: Refused) -> None:
+def test_a_missing_recipe_is_refused(
+    text: str, place: Path, untouched: Path, refused: Refused
+) -> None:
     (place / "recipe.yaml").write_text(text)
     refused("run", place / "recipe.yaml", "--out", untouched)
     assert "no such recipe" in refused("run", place / "none.yaml", "--out", untouched)
@@ -171,7 +180,7 @@ TARGETS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_target(kind: str, place: Path, untouched: Path, refused: Refused) -> None:
+def test_a_bad_target_is_refused(kind: str, place: Path, untouched: Path, refused: Refused) -> None:
     """Refused by the stage's command, by its dry run, and by a recipe before its first stage."""
     fields, expected = TARGETS[kind]
     flags = [str(p) for k, v in fields.items() for p in (f"--{k.replace('_', '-')}", v)]
@@ -183,35 +192,41 @@ def test_target(kind: str, place: Path, untouched: Path, refused: Refused) -> No
     assert expected in refused("run", place / "recipe.yaml", "--out", untouched)
 
 
-def test_sibling_without_a_plan(place: Path, untouched: Path, refused: Refused) -> None:
+def test_allow_sibling_without_a_plan_is_refused(
+    place: Path, untouched: Path, refused: Refused
+) -> None:
     prune = ["prune", place / "model", "--profile", place / "profile", "--num-layers", 2]
-    said = refused(*prune, "--out", untouched, "--allow-sibling")
-    assert "--allow-sibling: it only applies to a plan from a file" in said
+    message = refused(*prune, "--out", untouched, "--allow-sibling")
+    assert "--allow-sibling: it only applies to a plan from a file" in message
     step = {"prune": {"num_layers": 2, "allow_sibling": True}}
     write_recipe(
         place / "recipe.yaml", recipe_fields(place / "model", place / "text.jsonl", PROFILE, step)
     )
-    said = refused("run", place / "recipe.yaml", "--out", untouched)
-    assert "prune.allow_sibling: it only applies to a plan" in said
+    message = refused("run", place / "recipe.yaml", "--out", untouched)
+    assert "prune.allow_sibling: it only applies to a plan" in message
 
 
-def test_second_target(place: Path, untouched: Path, refused: Refused) -> None:
+def test_a_second_cut_to_more_layers_than_are_left_is_refused(
+    place: Path, untouched: Path, refused: Refused
+) -> None:
     """The second cut starts from what the first leaves, and that is known before any work."""
     first, second = {"prune": {"num_layers": 2}}, {"prune": {"num_layers": 3}}
     fields = recipe_fields(place / "model", place / "text.jsonl", PROFILE, first, PROFILE, second)
     write_recipe(place / "recipe.yaml", fields)
-    said = refused("run", place / "recipe.yaml", "--out", untouched)
-    assert "stages.3.prune: num_hidden_layers 3: allowed are 1 to 2" in said
+    message = refused("run", place / "recipe.yaml", "--out", untouched)
+    assert "stages.3.prune: num_hidden_layers 3: allowed are 1 to 2" in message
 
 
-def test_prune_before_profile(place: Path, untouched: Path, refused: Refused) -> None:
+def test_a_prune_before_its_profile_is_refused(
+    place: Path, untouched: Path, refused: Refused
+) -> None:
     fields = recipe_fields(place / "model", place / "text.jsonl", {"prune": {"num_layers": 2}})
     write_recipe(place / "recipe.yaml", fields)
-    said = refused("run", place / "recipe.yaml", "--out", untouched)
-    assert "stages.0.prune: put a profile stage" in said
+    message = refused("run", place / "recipe.yaml", "--out", untouched)
+    assert "stages.0.prune: put a profile stage" in message
 
 
-def test_task(place: Path, untouched: Path, refused: Refused) -> None:
+def test_a_bad_task_is_refused(place: Path, untouched: Path, refused: Refused) -> None:
     """Rows are checked by the command, by its dry run, and by a recipe before its first stage."""
     (place / "mine.jsonl").write_text('{"prompt": "x"}\n')
     tasks = [str(place / "mine.jsonl")]
@@ -227,11 +242,11 @@ def test_task(place: Path, untouched: Path, refused: Refused) -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])
-def test_a_report_of_nothing(
+def test_a_report_as_first_stage_is_refused(
     flags: list[str], place: Path, untouched: Path, refused: Refused
 ) -> None:
     recipe = write_recipe(
         place / "recipe.yaml", recipe_fields(place / "model", place / "text.jsonl", {"report": {}})
     )
-    said = refused("run", recipe, "--out", untouched, *flags)
-    assert said.startswith("stages.0.report: nothing to report on: put it after the stages")
+    message = refused("run", recipe, "--out", untouched, *flags)
+    assert message.startswith("stages.0.report: nothing to report on: put it after the stages")

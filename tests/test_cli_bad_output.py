@@ -25,7 +25,7 @@ from regrow.training.trainer import DistillTrainer
 @pytest.mark.parametrize(
     "holds", ["notes", "a foreign manifest", "another stage", "a file", "under"]
 )
-def test_output_folder(
+def test_an_output_folder_with_other_files_is_refused(
     name: str, holds: str, place: Path, tmp_path: Path, refused: Refused
 ) -> None:
     out = tmp_path / "out"
@@ -37,28 +37,30 @@ def test_output_folder(
     if holds == "a foreign manifest":
         (out / "manifest.json").write_text('{"name": "a browser extension"}')
     if holds == "another stage":
-        made = {"stage": "export", "digest": "0", "config": {}, "inputs": {}}
-        (out / "manifest.json").write_text(json.dumps(made))
+        manifest = {"stage": "export", "digest": "0", "config": {}, "inputs": {}}
+        (out / "manifest.json").write_text(json.dumps(manifest))
     target = out / "model" if holds == "under" else out
-    said = refused(*command(name, place, place / "model", target), at_once=False)
+    message = refused(*command(name, place, place / "model", target), at_once=False)
     expected = {"a file": "is a file", "under": "is a file", "another stage": "result of export"}
-    assert expected.get(holds, "has files that are not from regrow") in said
+    assert expected.get(holds, "has files that are not from regrow") in message
     assert (out if out.is_file() else out / "mine").read_text() == "mine"
     assert sorted(tmp_path.iterdir()) == [place, out]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_named_pipe_as_output(name: str, place: Path, tmp_path: Path, refused: Refused) -> None:
+def test_a_named_pipe_as_output_is_refused(
+    name: str, place: Path, tmp_path: Path, refused: Refused
+) -> None:
     """Opening it would wait for ever for another process."""
     out = tmp_path / "out"
     os.mkfifo(out)
-    said = refused(*command(name, place, place / "model", out), at_once=False)
-    assert said == f"{out} is a named pipe: give --out a folder that is new or empty"
+    message = refused(*command(name, place, place / "model", out), at_once=False)
+    assert message == f"{out} is a named pipe: give --out a folder that is new or empty"
     assert out.is_fifo()
     assert sorted(tmp_path.iterdir()) == [place, out]
 
 
-def test_a_link_as_output(place: Path, tmp_path: Path) -> None:
+def test_a_link_as_output_is_followed(place: Path, tmp_path: Path) -> None:
     """It stays, and what it leads to has the result."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to("disk")
@@ -69,17 +71,17 @@ def test_a_link_as_output(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["profile", "prune", "cache", "distill"])
-def test_no_disk_space(
+def test_too_little_disk_space_is_refused_before_the_work(
     name: str, place: Path, untouched: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    said = refused(*command(name, place, place / "model", untouched))
-    assert said.startswith(f"no disk space for {untouched}: ")
-    assert "and 0.00 GB free; free some or give --out another disk" in said
+    message = refused(*command(name, place, place / "model", untouched))
+    assert message.startswith(f"no disk space for {untouched}: ")
+    assert "and 0.00 GB free; free some or give --out another disk" in message
 
 
 @pytest.mark.parametrize("name", ["profile", "prune"])
-def test_disk_fills_up(
+def test_a_full_disk_leaves_no_output(
     name: str, place: Path, untouched: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While writing: told by safetensors in its own exception, by our writer in the system's."""
@@ -92,24 +94,26 @@ def test_disk_fills_up(
         monkeypatch.setattr(
             shards, "_write_shard", lambda path, *rest: write(Path("/dev/full"), *rest)
         )
-    said = refused(*command(name, place, place / "model", untouched), at_once=False)
-    assert said.startswith(f"no disk space left while writing {untouched}: free some")
+    message = refused(*command(name, place, place / "model", untouched), at_once=False)
+    assert message.startswith(f"no disk space left while writing {untouched}: free some")
 
 
-def test_loss_is_nan_from_the_start(place: Path, tmp_path: Path, refused: Refused) -> None:
+def test_a_loss_that_is_nan_from_the_start_ends_in_one_line(
+    place: Path, tmp_path: Path, refused: Refused
+) -> None:
     weights = load_file(place / "model" / "model.safetensors")
     shutil.copytree(place / "model", place / "student")
     weights["model.norm.weight"][0] = torch.finfo(torch.bfloat16).max  # its logits are infinite
     save_file(weights, place / "student" / "model.safetensors", {"format": "pt"})
     arguments = command("distill", place, place / "student", tmp_path / "out")
     arguments[3] = place / "model"
-    said = refused(*arguments, at_once=False)
-    assert "loss became nan at step 0; no checkpoint had been written yet" in said
+    message = refused(*arguments, at_once=False)
+    assert "loss became nan at step 0; no checkpoint had been written yet" in message
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["distill", "run"])
-def test_loss_turns_nan(
+def test_a_loss_that_turns_nan_ends_in_one_line(
     name: str, place: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At step 4: it says so, and the checkpoint of step 2 is where it says, and loads."""
@@ -122,11 +126,11 @@ def test_loss_turns_nan(
 
     monkeypatch.setattr(DistillTrainer, "training_step", spoilt)
     arguments = command(name, place, place / "model", tmp_path / "out")
-    said = refused(*arguments, at_once=False)
+    message = refused(*arguments, at_once=False)
     out = tmp_path / "out" if name == "distill" else tmp_path / "out" / "stages" / "03-distill"
     kept = out.with_name(f"{out.name}-stopped")
-    assert "the loss became nan at step 4" in said
-    assert f"the last good checkpoint (checkpoint-2) is kept in {kept}" in said
+    assert "the loss became nan at step 4" in message
+    assert f"the last good checkpoint (checkpoint-2) is kept in {kept}" in message
     assert not out.exists()
     model = AutoModelForCausalLM.from_pretrained(kept)
     assert all(bool(weight.isfinite().all()) for weight in model.parameters())

@@ -44,8 +44,8 @@ def test_a_row_is_what_pruning_by_its_criterion_costs(
         for repair in (False, True):
             config = target.model_copy(update={key: row["criterion"], "repair": repair})
             out = prune(place / "model", tmp_path / str(repair), config, place / "all")
-            found = row["kl_repaired" if repair else "kl"]
-            assert found == pytest.approx(
+            kl = row["kl_repaired" if repair else "kl"]
+            assert kl == pytest.approx(
                 slow_kl(place, Checkpoint(out).model(torch.float32)), rel=0.03
             )
     best = [row.get("kl_repaired", row["kl"]) for row in rows]
@@ -59,15 +59,15 @@ def test_the_command_prints_and_writes_the_table(
     arguments = ["compare", str(place / "model"), "--profile", str(place / "all")]
     arguments += ["--data", str(place / "text.jsonl"), "--sequence-length", "32"]
     assert main([*arguments, "--keep-params", "0.8", "--multiple-of", "2", "--out", str(out)]) == 0
-    found = json.loads(out.read_text())
-    assert abs(found["keep"] - 0.8) <= 0.01
-    assert list(found["sizes"]) == ["mlp"]
+    rows = json.loads(out.read_text())
+    assert abs(rows["keep"] - 0.8) <= 0.01
+    assert list(rows["sizes"]) == ["mlp"]
     printed = capsys.readouterr().out
-    assert all(f"{row['criterion']} " in printed for row in found["rows"])
-    assert f"{found['rows'][0]['kl_repaired']:.3f}" in printed
+    assert all(f"{row['criterion']} " in printed for row in rows["rows"])
+    assert f"{rows['rows'][0]['kl_repaired']:.3f}" in printed
 
 
-def test_what_cannot_be_compared_is_refused(place: Path, tmp_path: Path) -> None:
+def test_bad_comparisons_are_refused(place: Path, tmp_path: Path) -> None:
     data = data_of(place / "text.jsonl")
     with pytest.raises(UserError, match="nothing to compare at"):
         compare(place / "model", place / "all", data, PruneConfig(), options=OPTIONS)

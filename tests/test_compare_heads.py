@@ -50,11 +50,11 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> CutScorer:
 def slow_losses(trial: CutScorer, heads: Heads) -> tuple[float, float]:
     """KL and cross-entropy from full logits, the heads' part of o_proj's input set to zero."""
     data = data_of(trial.profile.folder.parent / "text.jsonl")
-    found = build_sequences(data, trial.checkpoint.tokenizer(), "calibration", PROFILED + 8)
-    batch = next(found.select(range(PROFILED, PROFILED + 8)).batches(8))
-    given = {key: batch[key] for key in ("input_ids", "position_ids")}
+    sequences = build_sequences(data, trial.checkpoint.tokenizer(), "calibration", PROFILED + 8)
+    batch = next(sequences.select(range(PROFILED, PROFILED + 8)).batches(8))
+    model_inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
     model = trial.checkpoint.model(torch.float32)
-    log_p = model(**given, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+    log_p = model(**model_inputs, use_cache=False).logits[:, :-1].double().log_softmax(-1)
 
     def zero(head: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = inputs[0].clone()
@@ -64,15 +64,15 @@ def slow_losses(trial: CutScorer, heads: Heads) -> tuple[float, float]:
     for layer, head in heads:
         module = model.get_submodule(f"model.layers.{layer}.self_attn.o_proj")
         module.register_forward_pre_hook(lambda m, inputs, head=head: zero(head, inputs))
-    log_q = model(**given, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+    log_q = model(**model_inputs, use_cache=False).logits[:, :-1].double().log_softmax(-1)
     mask = batch["labels"][:, 1:] != -100
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)[mask].mean()
     loss = -log_q.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)[mask].mean()
     return float(kl), float(loss)
 
 
-def close(found: float, expected: float) -> None:
-    assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
+def close(actual: float, expected: float) -> None:
+    assert actual == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 def test_rows_equal_the_slow_version(trial: CutScorer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,13 +94,13 @@ def test_rows_equal_the_slow_version(trial: CutScorer, monkeypatch: pytest.Monke
     slow = [slow_losses(trial, heads) for heads in tried]
     for number, row in enumerate(rows):
         begin = 5 * (number // 3) + number % 3
-        own = slow[begin : begin + (3 if row["chosen"] == "random" else 1)]
-        close(row["kl"], mean(kl for kl, _ in own))
-        close(row["loss"], mean(loss for _, loss in own) - dense)
+        slow_rows = slow[begin : begin + (3 if row["chosen"] == "random" else 1)]
+        close(row["kl"], mean(kl for kl, _ in slow_rows))
+        close(row["loss"], mean(loss for _, loss in slow_rows) - dense)
         assert ("kl_spread" in row) == (row["chosen"] == "random")
         if row["chosen"] == "random":
-            close(row["kl_spread"], stdev(kl for kl, _ in own))
-            close(row["loss_spread"], stdev(loss for _, loss in own))
+            close(row["kl_spread"], stdev(kl for kl, _ in slow_rows))
+            close(row["loss_spread"], stdev(loss for _, loss in slow_rows))
     assert [len(heads) for heads in tried] == [1] * 5 + [LAYERS] * 5
     assert len({heads[0] for heads in tried[2:5]}) == 3  # drawn without putting back
     assert all(sorted(n for n, _ in heads) == list(range(LAYERS)) for heads in tried[5:])
@@ -114,7 +114,7 @@ def test_the_least_important_head_is_the_one_that_does_nothing(trial: CutScorer)
     assert rows == {(row["removed"], row["chosen"]): row for row in remove_heads(trial, 2)}
 
 
-def test_the_model_is_whole_again_afterwards(trial: CutScorer) -> None:
+def test_the_model_is_unchanged_afterwards(trial: CutScorer) -> None:
     before = {name: value.clone() for name, value in trial.dense.model.state_dict().items()}
     remove_heads(trial, 2)
     for name, value in trial.dense.model.state_dict().items():

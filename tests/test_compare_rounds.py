@@ -57,7 +57,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)
-def test_steps_lead_to_the_target_and_can_be_had(name: str, sizes: dict[str, int]) -> None:
+def test_steps_reach_the_target_with_possible_sizes(name: str, sizes: dict[str, int]) -> None:
     config = tiny_config(name).to_dict()
     family = families.get(name)
     before = family.sizes(config)
@@ -90,18 +90,18 @@ def test_rounds_equal_pruning_and_profiling_in_turn(
         {"num_layers": 4, "intermediate_size": 128},
         {"num_layers": 3, "intermediate_size": 96},
     ]
-    checkpoint, found = Checkpoint(place / "model"), Profile(place / "profile")
+    checkpoint, profiled = Checkpoint(place / "model"), Profile(place / "profile")
     target = PruneConfig(**sizes[1], repair=repair)
     steps = steps_of(checkpoint.config, 2, **target.sizes())
     assert [(step["layers"], step["mlp"]) for step in steps] == [(4, 128), (3, 96)]
-    plan = choose_in_rounds(checkpoint, found, data, target, steps, OPTIONS)
-    one = PruneConfig(intermediate_size=128, repair=repair)
-    first = prune(checkpoint, tmp_path / "first", one, found)
-    again = ProfileConfig(samples=24, gram_tokens=24 * 32)
-    measured = profile(first, data, tmp_path / "profile", again, OPTIONS)
+    plan = choose_in_rounds(checkpoint, profiled, data, target, steps, OPTIONS)
+    one_round = PruneConfig(intermediate_size=128, repair=repair)
+    first = prune(checkpoint, tmp_path / "first", one_round, profiled)
+    profile_config = ProfileConfig(samples=24, gram_tokens=24 * 32)
+    measured = profile(first, data, tmp_path / "profile", profile_config, OPTIONS)
     second = prune(first, tmp_path / "second", target, measured)
     assert plan == Plan.read(second / "plan-from-first.json")
-    at_once = prune(checkpoint, tmp_path / "at_once", target, found)
+    at_once = prune(checkpoint, tmp_path / "at_once", target, profiled)
     assert plan.mlp != Plan.read(at_once / "plan.json").mlp
 
 
@@ -115,12 +115,14 @@ def test_the_row_is_what_that_plan_costs(
     assert (row["criterion"], row["rounds"], len(rows)) == ("activation_l2", 3, 2)
     assert "activation_l2, re-estimated in 3 rounds" in " ".join(capsys.readouterr().out.split())
     assert json.loads(out.read_text())["rows"] == rows
-    checkpoint, found = Checkpoint(place / "model"), Profile(place / "profile")
+    checkpoint, profile = Checkpoint(place / "model"), Profile(place / "profile")
     steps = steps_of(checkpoint.config, 3, mlp=64)
-    choose_in_rounds(checkpoint, found, data, target, steps, OPTIONS).write(tmp_path / "plan.json")
+    choose_in_rounds(checkpoint, profile, data, target, steps, OPTIONS).write(
+        tmp_path / "plan.json"
+    )
     for repair in (False, True):
         config = PruneConfig(plan=str(tmp_path / "plan.json"), repair=repair)
-        cut = prune(checkpoint, tmp_path / str(repair), config, found)
+        cut = prune(checkpoint, tmp_path / str(repair), config, profile)
         expected = slow_kl(place, Checkpoint(cut).model(torch.float32))
         assert row["kl_repaired" if repair else "kl"] == pytest.approx(expected, rel=0.03)
 
@@ -134,38 +136,42 @@ def test_layers_are_re_estimated_by_their_criterion(place: Path) -> None:
     ]
 
 
-def test_one_round_is_said_and_left_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_round_is_reported_and_skipped(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, target = data_of(place / "text.jsonl"), PruneConfig(num_layers=3)
     rows = compare(place / "model", place / "profile", data, target, options=OPTIONS, rounds=2)
     assert [row.get("rounds") for row in rows] == [None]
     assert "can be made in 1 rounds, not in 2" in capsys.readouterr().err
 
 
-def test_what_cannot_be_re_estimated_is_refused_first(place: Path) -> None:
+def test_targets_that_cannot_be_re_estimated_are_refused_first(place: Path) -> None:
     data, target = data_of(place / "text.jsonl"), PruneConfig(num_layers=2)
-    given = (place / "model", place / "profile", data)
+    arguments = (place / "model", place / "profile", data)
     with pytest.raises(UserError, match="rounds 0, heads 0: give 1 or more"):
-        compare(*given, target, options=OPTIONS, rounds=0)
+        compare(*arguments, target, options=OPTIONS, rounds=0)
     fisher = PruneConfig(intermediate_size=64, criterion="fisher")
     with pytest.raises(UserError, match="has no 'fisher' scores for mlp"):
-        compare(*given, fisher, options=OPTIONS, rounds=2)
-    whole = PruneConfig(num_layers=4)
+        compare(*arguments, fisher, options=OPTIONS, rounds=2)
+    depth_only = PruneConfig(num_layers=4)
     with pytest.raises(UserError, match="has these sizes already"):
-        compare(*given, whole, options=OPTIONS)
+        compare(*arguments, depth_only, options=OPTIONS)
 
 
-def test_dry_run(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_describes_the_rounds(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What would be compared, on what; nothing is written or run."""
     arguments = ["compare", str(place / "model"), "--profile", str(place / "profile")]
     arguments += ["--data", str(place / "text.jsonl"), "--sequence-length", "32", "--dry-run"]
     arguments += ["--intermediate-size", "64", "--rounds", "3", "--heads", "5"]
     assert main([*arguments, "--out", str(tmp_path / "table.json")]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("compare: activation_l2\n")
-    assert "{'mlp': 64}" in said
-    assert "scored on 256 tokens" in said
-    assert "in 3 rounds, 1,536 tokens to profile on" in said
-    assert "the least important and 5 times at random" in said
+    output = capsys.readouterr().out
+    assert output.startswith("compare: activation_l2\n")
+    assert "{'mlp': 64}" in output
+    assert "scored on 256 tokens" in output
+    assert "in 3 rounds, 1,536 tokens to profile on" in output
+    assert "the least important and 5 times at random" in output
     assert not list(tmp_path.iterdir())
     assert main([*arguments, "--num-layers", "5"]) == 2
     assert "num_hidden_layers 5: allowed are 1 to 4" in capsys.readouterr().err

@@ -51,11 +51,11 @@ def gradient(compiled: bool) -> Tensor:
         "loss"
     ].backward()
     undo()
-    found = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
-    return torch.cat(found)
+    gradients = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
+    return torch.cat(gradients)
 
 
-def test_the_gradient_is_the_same() -> None:
+def test_compiled_layers_give_the_same_gradient() -> None:
     plain = gradient(compiled=False)
     assert graphs() == 0
     compiled = gradient(compiled=True)
@@ -64,14 +64,16 @@ def test_the_gradient_is_the_same() -> None:
 
 
 @pytest.mark.parametrize(("frozen", "checkpointing"), [(0, False), (1, False), (0, True)])
-def test_a_distillation(place: Path, frozen: int, checkpointing: bool) -> None:
+def test_a_distillation_with_compiled_layers_is_as_good_as_without(
+    place: Path, frozen: int, checkpointing: bool
+) -> None:
     """With the shared block left alone where one is frozen, and with activations made again."""
     config = CONFIG.model_copy(update={"tokens": 512, "freeze_layers": frozen})
     options = COMPILED.model_copy(update={"gradient_checkpointing": checkpointing})
-    given = (place / "pruned", place / "teacher", data(place))
-    plain = distill(*given, place / f"plain{frozen}", config, OPTIONS)
+    arguments = (place / "pruned", place / "teacher", data(place))
+    plain = distill(*arguments, place / f"plain{frozen}", config, OPTIONS)
     assert graphs() == 0
-    compiled = distill(*given, place / f"compiled{frozen}{checkpointing}", config, options)
+    compiled = distill(*arguments, place / f"compiled{frozen}{checkpointing}", config, options)
     assert graphs() > 0
     assert torch._dynamo.utils.counters["recompile_limit"] == {}
     weights = [load_file(folder / "model.safetensors") for folder in (plain, compiled)]
@@ -84,7 +86,7 @@ def test_a_distillation(place: Path, frozen: int, checkpointing: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "options", "what"),
+    ("fields", "options", "message"),
     [
         ({"feature_losses": {"hidden": 1.0}}, {}, "feature_losses"),
         ({"fake_quantize": "int8"}, {}, "fake_quantize int8"),
@@ -93,17 +95,17 @@ def test_a_distillation(place: Path, frozen: int, checkpointing: bool) -> None:
         ({}, {"deepspeed": "zero.json"}, "deepspeed"),
     ],
 )
-def test_what_does_not_go_with_it(
-    fields: dict[str, Any], options: dict[str, str], what: str
+def test_options_that_exclude_compilation_are_refused(
+    fields: dict[str, Any], options: dict[str, str], message: str
 ) -> None:
     config = DistillConfig.model_validate(fields)
     check_compile(config, Options.model_validate(options))
-    asked = Options.model_validate({**options, "torch_compile": True, "device": "cpu"})
-    with pytest.raises(UserError, match=f"torch_compile with {what}: not supported"):
-        check_compile(config, asked)
+    compiled_options = Options.model_validate({**options, "torch_compile": True, "device": "cpu"})
+    with pytest.raises(UserError, match=f"torch_compile with {message}: not supported"):
+        check_compile(config, compiled_options)
 
 
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"torch_compile needs a C\+\+ compiler"):
         check_compile(CONFIG, COMPILED)

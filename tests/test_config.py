@@ -96,39 +96,39 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_refused(kind: str) -> None:
+def test_bad_fields_are_refused_with_their_path(kind: str) -> None:
     fields, expected = CASES[kind]
     with pytest.raises(UserError) as raised:
         parse(Root, fields, "recipe")
-    said = str(raised.value)
-    assert said.startswith(expected) if kind == "several at once" else said == expected
-    assert "\n" not in said
+    message = str(raised.value)
+    assert message.startswith(expected) if kind == "several at once" else message == expected
+    assert "\n" not in message
 
 
-def test_long_input_is_cut_short() -> None:
+def test_a_long_bad_value_is_shortened_in_the_message() -> None:
     with pytest.raises(UserError) as raised:
         parse(Root, {"needed": ["x" * 10_000, "a\nb"]}, "recipe")
     assert len(str(raised.value)) < 300
     assert "\n" not in str(raised.value)
 
 
-def test_without_a_place() -> None:
+def test_a_message_without_a_prefix_begins_with_the_key() -> None:
     with pytest.raises(UserError, match=r"^brnch: unknown key"):
         parse(Root, {"brnch": 1, "needed": 1}, "")
 
 
-@pytest.mark.parametrize("given", [None, 3, "text", ["a"]])
-def test_no_fields_at_all(given: Any) -> None:
+@pytest.mark.parametrize("value", [None, 3, "text", ["a"]])
+def test_a_value_that_is_no_mapping_is_refused(value: Any) -> None:
     with pytest.raises(UserError, match=r"^recipe: "):
-        parse(Root, given, "recipe")
+        parse(Root, value, "recipe")
 
 
-def test_accepted() -> None:
+def test_nested_fields_are_parsed() -> None:
     root = parse(Root, {"needed": 2, "branch": {"leaves": [{"weight": 3}]}}, "recipe")
     assert root.branch.leaves == (Leaf(weight=3),)
 
 
-def test_frozen() -> None:
+def test_configs_are_frozen() -> None:
     leaf = Leaf()
     with pytest.raises(ValidationError, match="frozen"):
         leaf.weight = 3.0  # type: ignore[misc]
@@ -138,7 +138,7 @@ def test_docstrings_are_the_help() -> None:
     assert Root.model_fields["needed"].description == "Must be given."
 
 
-def test_digest() -> None:
+def test_equal_configs_have_equal_digests() -> None:
     """The same for equal fields, however they were given; another for any other value."""
     assert Leaf(weight=1).digest() == Leaf.model_validate({"weight": "1.0", "name": ""}).digest()
     assert Leaf(weight=2).digest() != Leaf().digest()
@@ -148,6 +148,6 @@ def test_digest() -> None:
     ("name", "expected"),
     [("keep_parms", "keep_params"), ("tokns", "tokens"), ("xyz", None), ("", None)],
 )
-def test_nearest(name: str, expected: str | None) -> None:
-    said = nearest(name, ["keep_params", "tokens", "multiple_of"])
-    assert said == (f" — did you mean {expected!r}?" if expected else "")
+def test_the_nearest_name_is_suggested(name: str, expected: str | None) -> None:
+    hint = nearest(name, ["keep_params", "tokens", "multiple_of"])
+    assert hint == (f" — did you mean {expected!r}?" if expected else "")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import float64_norms, random_plan, tiny_config, tiny_ids, tiny_model
+from tiny_models import float64_norms, logits, random_plan, tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
@@ -26,11 +26,6 @@ DOWN = "model.layers.{}.mlp.down_proj.weight"
 
 
 @torch.no_grad()
-def logits(model: Any) -> Tensor:
-    found: Tensor = model(tiny_ids()).logits
-    return found
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = tmp_path_factory.mktemp("llama")
@@ -90,7 +85,7 @@ def test_norms_are_scaled_in_more_than_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_the_copy_is_like_its_parent_and_apart_from_it(attention: str) -> None:
+def test_the_cut_copy_shares_no_memory_with_its_parent(attention: str) -> None:
     model = tiny_model("qwen3", dtype=torch.bfloat16).train()
     model.set_attn_implementation(attention)
     model.generation_config.temperature = 0.25
@@ -118,16 +113,16 @@ def test_replace_gets_the_parents_name_and_the_cut_tensor(
     saved: Checkpoint, tmp_path: Path
 ) -> None:
     plan = random_plan(saved.config, saved.fingerprint, layers=[0, 2], mlp=20)
-    seen: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def double(name: str, tensor: Tensor) -> Tensor:
-        seen[name] = tuple(tensor.shape)
+        shapes[name] = tuple(tensor.shape)
         return tensor * 2 if name == DOWN.format(2) else tensor
 
     cut_folder(saved, plan, tmp_path / "plain")
     cut_folder(saved, plan, tmp_path / "doubled", double)
     plain, doubled = (checkpoint.load(tmp_path / name) for name in ("plain", "doubled"))
-    assert seen[DOWN.format(2)] == (48, 20) and GATE.format(1) not in seen
+    assert shapes[DOWN.format(2)] == (48, 20) and GATE.format(1) not in shapes
     for name in plain.names():
         factor = 2 if name == DOWN.format(1) else 1  # layer 2 of the parent is 1 of the student
         assert torch.equal(doubled.tensor(name), plain.tensor(name) * factor)
@@ -136,7 +131,9 @@ def test_replace_gets_the_parents_name_and_the_cut_tensor(
     assert torch.equal(in_memory[DOWN.format(1)], doubled.tensor(DOWN.format(1)))
 
 
-def test_a_replacement_of_another_shape_is_our_bug(saved: Checkpoint, tmp_path: Path) -> None:
+def test_a_replacement_of_another_shape_fails_an_assertion(
+    saved: Checkpoint, tmp_path: Path
+) -> None:
     plan = random_plan(saved.config, saved.fingerprint, mlp=20)
     with pytest.raises(AssertionError, match="lm_head"):
         cut_folder(saved, plan, tmp_path / "out", lambda name, tensor: tensor[:1])
@@ -155,15 +152,15 @@ def test_tensors_are_read_one_at_a_time(saved: Checkpoint) -> None:
             yield name, tensor
             del tensor
 
-    taken = 0
+    num_read = 0
     for _name, tensor in cut(read(), plan, families.get("llama"), saved.config):
-        taken += tensor.numel()
+        num_read += tensor.numel()
         del tensor
-    assert taken == families.get("llama").count(saved.config, plan.after)
+    assert num_read == families.get("llama").count(saved.config, plan.after)
     assert len(alive) == len(saved.names())
 
 
-def test_layers_that_go_are_not_read(saved: Checkpoint, tmp_path: Path) -> None:
+def test_dropped_layers_are_not_read(saved: Checkpoint, tmp_path: Path) -> None:
     read: list[str] = []
 
     class Counting(Checkpoint):
@@ -201,7 +198,7 @@ def test_per_layer_config_follows_the_kept_layers() -> None:
     assert new["max_window_layers"] == 2
 
 
-def test_everything_else_in_the_config_stays() -> None:
+def test_all_other_config_fields_stay() -> None:
     parent = {**tiny_config("llama").to_dict(), "a_key_of_the_future": {"x": [1]}}
     new = cut_config(parent, random_plan(parent, mlp=20), families.get("llama"))
     assert new == {**parent, "intermediate_size": 20}
@@ -233,8 +230,8 @@ def test_a_sliding_period_becomes_a_list(
     layers: list[int], types: list[str], periodic: bool, listed: bool
 ) -> None:
     """Old Gemma 3 configs have only the period; it goes when it no longer tells the truth."""
-    given = {"layer_types": [SLIDING, SLIDING, FULL] * 2} if listed else {"layer_types": None}
-    new = follow(layers, "gemma3_text", sliding_window_pattern=3, **given)
+    fields = {"layer_types": [SLIDING, SLIDING, FULL] * 2} if listed else {"layer_types": None}
+    new = follow(layers, "gemma3_text", sliding_window_pattern=3, **fields)
     assert new["layer_types"] == types
     assert ("sliding_window_pattern" in new, "_sliding_window_pattern" in new) == (periodic,) * 2
     assert AutoConfig.for_model(**new).layer_types == types
@@ -260,15 +257,15 @@ def test_tensors_that_do_not_fit_the_table_are_refused(saved: Checkpoint) -> Non
     with pytest.raises(UserError, match=r"shape \(56, 47\).*must be \(56, 48\)"):
         family.check_tensors(saved.config, {**shapes, GATE.format(1): (56, 47)})
     gone = ("model.norm.weight", "model.layers.2.mlp.up_proj.weight")
-    few = {name: shape for name, shape in shapes.items() if name not in gone}
+    remaining = {name: shape for name, shape in shapes.items() if name not in gone}
     with pytest.raises(UserError, match=r"layers.2.mlp.up_proj.weight is missing \(2 in all\)"):
-        family.check_tensors(saved.config, few)
+        family.check_tensors(saved.config, remaining)
     odd = [("model.odd.weight", torch.zeros(2))]
     with pytest.raises(UserError, match="no tensor of a llama"):
         list(cut(odd, random_plan(saved.config, mlp=20), family, saved.config))
 
 
-def test_a_head_that_is_tied_in_name_only_is_refused(saved: Checkpoint, tmp_path: Path) -> None:
+def test_a_tied_config_with_a_separate_head_is_refused(saved: Checkpoint, tmp_path: Path) -> None:
     """transformers would load both values; dropping one would change the model in silence."""
     folder = tmp_path / "odd"
     tensors = {name: saved.tensor(name) for name in saved.names()}
@@ -285,7 +282,9 @@ def test_a_head_that_is_tied_in_name_only_is_refused(saved: Checkpoint, tmp_path
     assert "lm_head.weight" not in checkpoint.load(tmp_path / "out").names()
 
 
-def test_tokenizer_files_travel_and_shards_stay_small(saved: Checkpoint, tmp_path: Path) -> None:
+def test_tokenizer_files_are_copied_and_shards_stay_small(
+    saved: Checkpoint, tmp_path: Path
+) -> None:
     parent = tmp_path / "parent"
     model = AutoModelForCausalLM.from_pretrained(saved.folder, dtype="auto")
     model.save_pretrained(parent, max_shard_size=40_000)

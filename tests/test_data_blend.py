@@ -49,12 +49,12 @@ def config(*sources: Any, **fields: Any) -> DataConfig:
 
 def texts(data: DataConfig, split: Split, limit: int | None = None) -> list[str]:
     """The documents that a build would pack, as text without the end token."""
-    found = []
+    texts_read = []
     for document in blend(BuildContext(data, TOKENIZER, split, None)):
-        found.append(str(TOKENIZER.decode(document.ids[:-1])))
-        if len(found) == limit:
+        texts_read.append(str(TOKENIZER.decode(document.ids[:-1])))
+        if len(texts_read) == limit:
             break
-    return found
+    return texts_read
 
 
 def test_splits_share_no_document_and_lose_none(tmp_path: Path) -> None:
@@ -88,12 +88,12 @@ def test_fewer_sequences_are_the_first_of_more(tmp_path: Path) -> None:
     )
     split: Split
     for split in get_args(Split):
-        many = build_sequences(data, TOKENIZER, split, 150)
+        larger = build_sequences(data, TOKENIZER, split, 150)
         for count in (1, 2, 33, 149):
-            few = build_sequences(data, TOKENIZER, split, count)
-            expected = many.select(range(min(count, len(many))))
-            assert len(few) == len(expected)
-            assert few.fingerprint == expected.fingerprint
+            smaller = build_sequences(data, TOKENIZER, split, count)
+            expected = larger.select(range(min(count, len(larger))))
+            assert len(smaller) == len(expected)
+            assert smaller.fingerprint == expected.fingerprint
 
 
 def test_the_seed_changes_the_order(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_the_seed_changes_the_order(tmp_path: Path) -> None:
 def test_order_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", "a", 80, 1)
     second = write(tmp_path / "b.jsonl", "b", 80, 2)
-    here = build_sequences(config(first, second), TOKENIZER, "train", 20).fingerprint
+    fingerprint = build_sequences(config(first, second), TOKENIZER, "train", 20).fingerprint
     code = (
         "import sys; from tiny_tokenizer import tiny_tokenizer\n"
         "from regrow.data import DataConfig\n"
@@ -118,7 +118,7 @@ def test_order_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": path}
     command = [sys.executable, "-c", code, first, second]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-1] == here
+    assert done.stdout.split()[-1] == fingerprint
 
 
 def test_token_shares_follow_the_weights_at_every_prefix(tmp_path: Path) -> None:
@@ -133,19 +133,23 @@ def test_token_shares_follow_the_weights_at_every_prefix(tmp_path: Path) -> None
             for name, weight in weights.items()
         )
     )
-    given: Counter[str] = Counter()
+    tokens_by_source: Counter[str] = Counter()
     longest = 0
     for count, document in enumerate(blend(BuildContext(data, TOKENIZER, "train", None)), start=1):
-        given[str(TOKENIZER.decode(document.ids[:1]))] += len(document.ids)
+        tokens_by_source[str(TOKENIZER.decode(document.ids[:1]))] += len(document.ids)
         longest = max(longest, len(document.ids))
-        total = given.total()
+        total = tokens_by_source.total()
         for name, weight in weights.items():  # never off by more than a document or two
-            assert abs(given[name] - weight / 10 * total) <= 2 * longest
+            assert abs(tokens_by_source[name] - weight / 10 * total) <= 2 * longest
         if count == 3_000:
             break
     for name, weight in weights.items():
-        assert given[name] / given.total() == pytest.approx(weight / 10, abs=0.002)
-        assert given[name] / given.total() == pytest.approx(weight / 10, rel=0.02)
+        assert tokens_by_source[name] / tokens_by_source.total() == pytest.approx(
+            weight / 10, abs=0.002
+        )
+        assert tokens_by_source[name] / tokens_by_source.total() == pytest.approx(
+            weight / 10, rel=0.02
+        )
 
 
 def test_train_starts_over_in_another_order(
@@ -153,8 +157,8 @@ def test_train_starts_over_in_another_order(
 ) -> None:
     data = config(write(tmp_path / "a.jsonl", "a", 50, 1))
     size = len(set(texts(data, "train", 200)))
-    found = texts(data, "train", 3 * size)
-    epochs = [found[n * size : (n + 1) * size] for n in range(3)]
+    order = texts(data, "train", 3 * size)
+    epochs = [order[n * size : (n + 1) * size] for n in range(3)]
     assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
     assert len({tuple(epoch) for epoch in epochs}) == 3
     capsys.readouterr()
@@ -162,21 +166,23 @@ def test_train_starts_over_in_another_order(
     assert capsys.readouterr().err.count("starts over") == 1
 
 
-def test_a_dry_source_is_left_out_elsewhere(
+def test_an_exhausted_source_is_left_out_of_other_splits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = write(tmp_path / "a.jsonl", "a", 40, 1)
     large = write(tmp_path / "b.jsonl", "b", 400, 2)
-    found = texts(config(small, large), "calibration")
-    assert len(found) == len(set(found))
-    assert Counter(text[0] for text in found) == {
+    order = texts(config(small, large), "calibration")
+    assert len(order) == len(set(order))
+    assert Counter(text[0] for text in order) == {
         "a": len(texts(config(small), "calibration")),
         "b": len(texts(config(large), "calibration")),
     }
     assert f"{small} has no more calibration text" in capsys.readouterr().err
 
 
-def test_fewer_than_asked_for_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fewer_sequences_than_requested_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = config(write(tmp_path / "a.jsonl", "a", 200, 1))
     sequences = build_sequences(data, TOKENIZER, "heldout", 10_000)
     assert 1 <= len(sequences) < 100
@@ -184,7 +190,7 @@ def test_fewer_than_asked_for_is_told(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"there is text for {len(sequences)} heldout sequences instead of 10000" in err
 
 
-def test_too_little_text(tmp_path: Path) -> None:
+def test_too_little_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("  \n\n ")
     split: Split
     for split in get_args(Split):
@@ -233,44 +239,44 @@ def test_reads_no_further_than_it_must(tmp_path: Path, monkeypatch: pytest.Monke
     reads: list[str] = []
     original = blend_module.read_row
 
-    def counting(row: dict[str, Any], where: str) -> Passage:
-        reads.append(where)
-        return original(row, where)
+    def counting(row: dict[str, Any], location: str) -> Passage:
+        reads.append(location)
+        return original(row, location)
 
     monkeypatch.setattr(blend_module, "read_row", counting)
     build_sequences(config(source), TOKENIZER, "train", 4)
     assert 1_000 < len(reads) < 1_500  # the buffer's 1,000 documents are 80 % of those read
 
 
-def test_shuffle_keeps_all_and_holds_little() -> None:
-    held = 0
-    taken: list[int] = []
+def test_shuffling_keeps_every_passage_in_a_small_buffer() -> None:
+    most_held = 0
+    yielded: list[int] = []
 
     def numbers() -> Any:
-        nonlocal held
+        nonlocal most_held
         for number in range(5_000):
-            held = max(held, number - len(taken))
+            most_held = max(most_held, number - len(yielded))
             yield Passage(f"{number:010d}")
 
     for passage in shuffled(numbers(), Random(3), characters=3_000):
-        taken.append(int(passage.text))
-    assert sorted(taken) == list(range(5_000))
-    assert 299 <= held <= 301  # 10 characters each
-    near = sum(abs(a - b) <= 2 for a, b in pairwise(taken))
+        yielded.append(int(passage.text))
+    assert sorted(yielded) == list(range(5_000))
+    assert 299 <= most_held <= 301  # 10 characters each
+    near = sum(abs(a - b) <= 2 for a, b in pairwise(yielded))
     assert near < 100
-    ranks = torch.tensor(taken, dtype=torch.float64)
+    ranks = torch.tensor(yielded, dtype=torch.float64)
     assert (ranks - torch.arange(5_000)).abs().mean() > 100
 
 
-def test_a_wrong_row_names_its_place(tmp_path: Path) -> None:
+def test_a_bad_row_is_refused_with_its_location(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
     with pytest.raises(UserError, match=r"a\.jsonl, row 2: the row has the keys txt"):
         build_sequences(config(str(tmp_path / "a.jsonl")), TOKENIZER, "train", 1)
 
 
-def test_train_text_without_anything_to_score_ends(tmp_path: Path) -> None:
-    asked = {"messages": [{"role": "user", "content": "The quick fox is one dog " * 9}]}
-    lines = [json.dumps(asked).replace("dog", f"dog {number}") for number in range(40)]
+def test_train_text_without_scored_tokens_is_read_once(tmp_path: Path) -> None:
+    question = {"messages": [{"role": "user", "content": "The quick fox is one dog " * 9}]}
+    lines = [json.dumps(question).replace("dog", f"dog {number}") for number in range(40)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match="none to score"):
         build_sequences(config(str(tmp_path / "a.jsonl")), TOKENIZER, "train", 4)
@@ -294,6 +300,6 @@ def test_progress_towards_an_unknown_total() -> None:
     counter = progress.Progress("fetching a", 0, "MiB")
     counter.done = 12
     assert counter.line(counter.start + 4) == "fetching a: 12 MiB  3 MiB/s"
-    known = progress.Progress("reading", 48, "rows")
-    known.done = 12
-    assert known.line(known.start + 4) == "reading:  25 %  12/48 rows  3 rows/s  ETA 0:12"
+    bounded = progress.Progress("reading", 48, "rows")
+    bounded.done = 12
+    assert bounded.line(bounded.start + 4) == "reading:  25 %  12/48 rows  3 rows/s  ETA 0:12"

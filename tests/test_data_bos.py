@@ -41,7 +41,7 @@ def write(path: Path, rows: int = 400) -> Path:
     return path
 
 
-def test_the_tokens_before_any_text() -> None:
+def test_prefix_ids_are_the_tokens_before_any_text() -> None:
     assert prefix_ids(TOKENIZER) == [BOS]
     assert prefix_ids(tiny_tokenizer_of("unigram without bytes")) == [BOS]
     assert prefix_ids(tiny_tokenizer()) == []
@@ -82,7 +82,7 @@ def test_conversations_begin_with_one_bos(before: str) -> None:
     assert (document.ids[0], document.scored[0]) == (BOS, False)
     assert document.ids.count(BOS) == 1
     assert len(document.ids) == len(document.scored)
-    scored = [i for i, known in zip(document.ids, document.scored, strict=True) if known]
+    scored = [i for i, is_scored in zip(document.ids, document.scored, strict=True) if is_scored]
     assert str(TOKENIZER.decode(scored)).startswith("Paris.")
     if not before:  # with BOS in the text, it decides where a space is put
         assert document.ids == [BOS, *bare]
@@ -92,12 +92,12 @@ def test_conversations_begin_with_one_bos(before: str) -> None:
 def test_prompts_begin_with_one_bos(before: str) -> None:
     tokenizer = with_template(before + PLAIN_TEMPLATE)
     row = {"prompt": "What is it?"}
-    asked = read_prompt(row, "here", 0, True).ids(tokenizer)
-    assert (asked[0], asked.count(BOS)) == (BOS, 1)
+    read_ids = read_prompt(row, "here", 0, True).ids(tokenizer)
+    assert (read_ids[0], read_ids.count(BOS)) == (BOS, 1)
     continued = read_prompt(row, "here", 0, False).ids(tokenizer)
     assert continued == TOKENIZER("What is it?\n")["input_ids"]
     assert (continued[0], continued.count(BOS)) == (BOS, 1)
-    assert prompt_ids("What is it?", tokenizer) == asked
+    assert prompt_ids("What is it?", tokenizer) == read_ids
     assert read_prompt(row, "here", 0, True).ids(tiny_tokenizer())[0] == 2  # <|im_start|>
 
 
@@ -118,7 +118,7 @@ def test_windows_equal_the_slow_version(prefix: list[int]) -> None:
         ids = list(range(20, 20 + count))
         sequences = windows(ids, 6, prefix)
         real = [
-            [(int(i), int(label)) for i, label, here in zip(*rows, strict=True) if here]
+            [(int(i), int(label)) for i, label, is_real in zip(*rows, strict=True) if is_real]
             for rows in zip(sequences.input_ids, sequences.labels, sequences.real, strict=True)
         ]
         assert real == slow_windows(ids, 6, prefix)
@@ -127,7 +127,7 @@ def test_windows_equal_the_slow_version(prefix: list[int]) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, tiny_tokenizer()], ids=["bos", "no bos"])
-def test_texts_of_evaluate(tokenizer: object, tmp_path: Path) -> None:
+def test_texts_of_evaluate_begin_with_bos(tokenizer: object, tmp_path: Path) -> None:
     """Windows begin with BOS, and conventions say so; bytes are those of the scored tokens."""
     source = str(write(tmp_path / "a.jsonl", 200))
     data = DataConfig.model_validate({"sources": [source], "sequence_length": 24})
@@ -143,10 +143,10 @@ def test_texts_of_evaluate(tokenizer: object, tmp_path: Path) -> None:
     assert (ids[:, : len(prefix)] == BOS).all()
     assert int(text.sequences.real.sum()) == 100 + len(prefix) * len(ids)
     assert text.sequences.scored_tokens == 100 - len(ids)
-    here = text.sequences.real[:, len(prefix) :]
-    own = ids[:, len(prefix) :][here].tolist()
-    labels = text.sequences.labels[:, len(prefix) :][here].tolist()
-    ends = [len(tokenizer.decode(own[:count]).encode()) for count in range(len(own) + 1)]
+    real = text.sequences.real[:, len(prefix) :]
+    text_ids = ids[:, len(prefix) :][real].tolist()
+    labels = text.sequences.labels[:, len(prefix) :][real].tolist()
+    ends = [len(tokenizer.decode(text_ids[:count]).encode()) for count in range(len(text_ids) + 1)]
     sizes = [end - begin for begin, end in pairwise(ends)]
     kept = zip(sizes, labels, strict=True)
     assert text.num_bytes == sum(size for size, label in kept if label != -100)

@@ -14,7 +14,7 @@ from regrow.errors import UserError
 
 
 @pytest.mark.parametrize(
-    "given",
+    "value",
     [
         "a.txt",
         ["a.txt"],
@@ -24,10 +24,10 @@ from regrow.errors import UserError
         {"sources": ["a.txt"]},
     ],
 )
-def test_shorthands_mean_the_same(given: Any) -> None:
+def test_shorthands_equal_the_full_form(value: Any) -> None:
     expected = DataConfig(sources=[SourceConfig(source="a.txt")])
-    assert parse(DataConfig, given, "data") == expected
-    assert parse(DataConfig, given, "data").digest() == expected.digest()
+    assert parse(DataConfig, value, "data") == expected
+    assert parse(DataConfig, value, "data").digest() == expected.digest()
 
 
 def test_list_mixes_strings_and_mappings() -> None:
@@ -44,7 +44,7 @@ def test_list_mixes_strings_and_mappings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("value", "message"),
     [
         ([], "data.sources: the list is empty: give at least one file"),
         ({"sources": "a", "heldout_fraction": 0}, "data.heldout_fraction: Input should be greater"),
@@ -60,10 +60,10 @@ def test_list_mixes_strings_and_mappings() -> None:
         ([{"source": "a", "wieght": 2}], "unknown key — did you mean 'weight'?"),
     ],
 )
-def test_mistakes_are_told_in_one_line(given: Any, said: str) -> None:
+def test_mistakes_are_reported_in_one_line(value: Any, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        parse(DataConfig, given, "data")
-    assert said in str(caught.value)
+        parse(DataConfig, value, "data")
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

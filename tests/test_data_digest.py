@@ -10,7 +10,7 @@ from tiny_folders import data_of
 from regrow.data.sources import data_digest
 
 
-def test_content_counts_and_time_does_not(tmp_path: Path) -> None:
+def test_the_digest_depends_on_content_not_on_time(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("one two")
     first = data_digest(data_of(path))
@@ -22,7 +22,7 @@ def test_content_counts_and_time_does_not(tmp_path: Path) -> None:
     assert data_digest(data_of(path, seed=5)) != data_digest(data_of(path))
 
 
-def test_every_file_of_a_folder_counts(tmp_path: Path) -> None:
+def test_the_digest_depends_on_every_file_of_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "a.txt").write_text("one")

@@ -31,19 +31,19 @@ def document(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast = TOKENIZER
     return tokenize([read_row(row, "here")], tokenizer)[0]
 
 
-def scored_text(found: Document, tokenizer: PreTrainedTokenizerFast = TOKENIZER) -> str:
-    kept = [i for i, scored in zip(found.ids, found.scored, strict=True) if scored]
+def scored_text(document: Document, tokenizer: PreTrainedTokenizerFast = TOKENIZER) -> str:
+    kept = [i for i, scored in zip(document.ids, document.scored, strict=True) if scored]
     return str(tokenizer.decode(kept))
 
 
-def test_text_is_scored_whole_and_ends() -> None:
-    found = document({"text": "The capital of France", "title": "x"})
-    assert found.ids == [*TOKENIZER("The capital of France")["input_ids"], 0]
-    assert found.scored == [True] * len(found.ids)
+def test_plain_text_is_scored_completely_and_ends_with_eos() -> None:
+    tokenized = document({"text": "The capital of France", "title": "x"})
+    assert tokenized.ids == [*TOKENIZER("The capital of France")["input_ids"], 0]
+    assert tokenized.scored == [True] * len(tokenized.ids)
 
 
 @pytest.mark.parametrize(
-    ("row", "whole", "scored"),
+    ("row", "full_text", "scored"),
     [
         ({"prompt": "Capital?", "completion": "Paris"}, "Capital? Paris", " Paris"),
         ({"prompt": "Capital?\n", "completion": "Paris"}, "Capital?\nParis", "Paris"),
@@ -53,17 +53,17 @@ def test_text_is_scored_whole_and_ends() -> None:
         ({"prompt": "Größe", "completion": "12 µm"}, "Größe 12 µm", " 12 µm"),
     ],
 )
-def test_prompts_are_not_scored(row: dict[str, str], whole: str, scored: str) -> None:
-    found = document(row)
-    assert found.ids == [*TOKENIZER(whole)["input_ids"], 0]
+def test_prompts_are_not_scored(row: dict[str, str], full_text: str, scored: str) -> None:
+    tokenized = document(row)
+    assert tokenized.ids == [*TOKENIZER(full_text)["input_ids"], 0]
     # A completion after a space: the space belongs to its first token, or is a token of its own.
-    assert scored_text(found).removesuffix(EOS).strip() == scored.strip()
-    assert found.scored[-1]
-    assert scored_text(found).endswith(EOS)
-    assert found.scored == sorted(found.scored)  # False … True
+    assert scored_text(tokenized).removesuffix(EOS).strip() == scored.strip()
+    assert tokenized.scored[-1]
+    assert scored_text(tokenized).endswith(EOS)
+    assert tokenized.scored == sorted(tokenized.scored)  # False … True
 
 
-def test_token_over_the_border_is_scored() -> None:
+def test_a_token_across_prompt_and_answer_is_scored() -> None:
     passage = Passage("The quick brown fox", prompt=len("The quick br"))
     joint = tokenize([passage], TOKENIZER)[0]
     assert joint.ids == [*TOKENIZER("The quick brown fox")["input_ids"], 0]
@@ -89,12 +89,12 @@ def test_tokenizer_that_adds_bos_and_eos_itself() -> None:
         special_tokens=[("<|im_start|>", 2), ("<|endoftext|>", 0)],
     )
     plain = TOKENIZER("What is the answer")["input_ids"]
-    found = document({"prompt": "What is", "completion": "the answer"}, tokenizer)
-    assert found.ids == [2, *plain, 0]  # one end, not two
-    assert found.scored == [False, False, False] + [True] * (len(plain) - 2) + [True]
-    whole = document({"text": "What is the answer"}, tokenizer)
-    assert whole.ids == [2, *plain, 0]
-    assert whole.scored == [False] + [True] * (len(plain) + 1)
+    tokenized = document({"prompt": "What is", "completion": "the answer"}, tokenizer)
+    assert tokenized.ids == [2, *plain, 0]  # one end, not two
+    assert tokenized.scored == [False, False, False] + [True] * (len(plain) - 2) + [True]
+    plain_text = document({"text": "What is the answer"}, tokenizer)
+    assert plain_text.ids == [2, *plain, 0]
+    assert plain_text.scored == [False] + [True] * (len(plain) + 1)
 
 
 TURNS = [
@@ -114,23 +114,23 @@ RENDERED = (
 @pytest.mark.parametrize("template", [PLAIN_TEMPLATE, GENERATION_TEMPLATE])
 def test_only_the_assistant_is_scored(template: str) -> None:
     tokenizer = tiny_tokenizer(chat_template=template)
-    found = document({"messages": TURNS, "text": "not this"}, tokenizer)
-    assert found.ids == tokenizer(RENDERED)["input_ids"]
-    assert scored_text(found) == "The dog.<|im_end|>A fox<|im_end|>"
+    tokenized = document({"messages": TURNS, "text": "not this"}, tokenizer)
+    assert tokenized.ids == tokenizer(RENDERED)["input_ids"]
+    assert scored_text(tokenized) == "The dog.<|im_end|>A fox<|im_end|>"
 
 
-def test_marks_of_the_template_are_taken_at_their_word() -> None:
+def test_generation_marks_of_a_template_decide_what_is_scored() -> None:
     template = GENERATION_TEMPLATE.replace(
         "{{ m['content'] }}<|im_end|>{% endgeneration %}",
         "{{ m['content'] }}{% endgeneration %}<|im_end|>",
     )
     tokenizer = tiny_tokenizer(chat_template=template)
-    found = document({"messages": TURNS}, tokenizer)
-    assert found.ids == tokenizer(RENDERED)["input_ids"]
-    assert scored_text(found) == "The dog.A fox"
+    tokenized = document({"messages": TURNS}, tokenizer)
+    assert tokenized.ids == tokenizer(RENDERED)["input_ids"]
+    assert scored_text(tokenized) == "The dog.A fox"
 
 
-def test_template_that_drops_earlier_thoughts() -> None:
+def test_a_template_that_drops_earlier_thoughts_is_supported() -> None:
     template = PLAIN_TEMPLATE.replace(
         "{{ m['content'] }}",
         "{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}"
@@ -140,15 +140,15 @@ def test_template_that_drops_earlier_thoughts() -> None:
     tokenizer = tiny_tokenizer(chat_template=template)
     turns = [dict(turn) for turn in TURNS]
     turns[2]["content"] = "<think>so</think>The dog."
-    found = document({"messages": turns}, tokenizer)
-    assert scored_text(found) == "The dog.<|im_end|><think></think>A fox<|im_end|>"
+    tokenized = document({"messages": turns}, tokenizer)
+    assert scored_text(tokenized) == "The dog.<|im_end|><think></think>A fox<|im_end|>"
 
 
 def test_conversation_without_an_assistant_scores_nothing() -> None:
     assert not any(document({"messages": TURNS[:2]}).scored)
 
 
-def test_chat_errors() -> None:
+def test_templates_that_cannot_be_used_are_refused() -> None:
     with pytest.raises(UserError, match="has no chat template"):
         document({"messages": TURNS}, tiny_tokenizer(chat_template=None))
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -160,7 +160,7 @@ def test_chat_errors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({"body": 1, "titel": 2}, "the row has the keys body, titel; it needs `text`"),
         ({}, "has the keys none"),
@@ -172,14 +172,10 @@ def test_chat_errors() -> None:
         ({"messages": [{"from": "human"}]}, "`messages` must be a list"),
     ],
 )
-def test_rows_of_no_kind(row: dict[str, Any], said: str) -> None:
+def test_rows_without_known_keys_are_refused(row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=r"^a file, row 3: ") as caught:
         read_row(row, "a file, row 3")
-    assert said in str(caught.value)
-
-
-def test_half_a_surrogate_pair_becomes_a_question_mark() -> None:
-    assert read_row({"text": "a\ud800b"}, "here").text == "a?b"
+    assert message in str(caught.value)
 
 
 def test_long_text_is_cut_in_pieces_and_only_the_last_ends() -> None:
@@ -187,10 +183,10 @@ def test_long_text_is_cut_in_pieces_and_only_the_last_ends() -> None:
     cut = list(pieces(Passage(text), 1_000))
     assert [piece.ends for piece in cut] == [False] * (len(cut) - 1) + [True]
     assert re.sub(r"\s+", " ", " ".join(piece.text for piece in cut)) == re.sub(r"\s+", " ", text)
-    ends = [found.ids[-1] == 0 for found in tokenize(cut, TOKENIZER)]
+    ends = [tokenized.ids[-1] == 0 for tokenized in tokenize(cut, TOKENIZER)]
     assert ends == [piece.ends for piece in cut]
-    whole = Passage(text, prompt=5)
-    assert list(pieces(whole, 1_000)) == [whole]
+    with_prompt = Passage(text, prompt=5)
+    assert list(pieces(with_prompt, 1_000)) == [with_prompt]
     assert list(pieces(Passage(text[:2_000]), 1_000)) == [Passage(text[:2_000])]
 
 
@@ -242,7 +238,7 @@ def test_text_parts_are_read_as_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ([{"type": "image", "url": "x.png"}], "has a part of type image"),
         ([{"type": "text", "text": "Who?"}, {"type": "image", "text": "x"}], "of type image"),
@@ -251,12 +247,12 @@ def test_text_parts_are_read_as_text() -> None:
         ({"text": "x"}, "is of type dict; it must be text"),
     ],
 )
-def test_other_content_is_refused(content: Any, said: str) -> None:
-    with pytest.raises(UserError, match=rf"^here: .*{said}"):
+def test_other_content_is_refused(content: Any, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^here: .*{message}"):
         read_row(conversation(content), "here")
 
 
-def test_a_turn_that_only_calls_tools() -> None:
+def test_a_turn_that_only_calls_tools_is_rendered() -> None:
     calls = [{"type": "function", "function": {"name": "f", "arguments": {"city": "Paris"}}}]
     template = (
         "{% for m in messages %}{% if m.tool_calls %}<|im_start|>{{ m.tool_calls | tojson }}"
@@ -266,13 +262,14 @@ def test_a_turn_that_only_calls_tools() -> None:
     tokenizer = tiny_tokenizer(chat_template=template)
     for content in ({"content": None}, {}):
         turns = [TURNS[1], {"role": "assistant", **content, "tool_calls": calls}]
-        found = document({"messages": turns}, tokenizer)
-        assert '"city": "Paris"' in scored_text(found, tokenizer)
+        tokenized = document({"messages": turns}, tokenizer)
+        assert '"city": "Paris"' in scored_text(tokenized, tokenizer)
     with pytest.raises(UserError, match="must be a list of objects with `role` and `content`"):
         read_row({"messages": [{"role": "user"}]}, "here")
 
 
-def test_half_a_surrogate_becomes_a_question_mark() -> None:
+def test_half_a_surrogate_pair_becomes_a_question_mark() -> None:
+    assert read_row({"text": "a\ud800b"}, "here").text == "a?b"
     half = json.loads('"half \\ud83d of it"')
     assert document(conversation(half)) == document(conversation("half ? of it"))
     assert document({"text": half}) == document({"text": "half ? of it"})
@@ -290,7 +287,7 @@ def test_a_deep_turn_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "message"),
     [
         (None, "has no chat template"),
         ("{{ raise_exception('no system') }}", "refuses turns by user, assistant: no system"),
@@ -302,13 +299,13 @@ def test_a_deep_turn_is_refused() -> None:
         ),
     ],
 )
-def test_refusals_name_the_row(template: str | None, said: str) -> None:
+def test_refusals_name_the_row(template: str | None, message: str) -> None:
     tokenizer = tiny_tokenizer(chat_template=template)
     row = conversation("Who?")
-    if said.startswith("changes"):
+    if message.startswith("changes"):
         row["messages"] += row["messages"]
-    with pytest.raises(UserError, match=rf"^data\.jsonl, row 3: .*{said}"):
+    with pytest.raises(UserError, match=rf"^data\.jsonl, row 3: .*{message}"):
         tokenize([read_row(row, "data.jsonl, row 3")], tokenizer)
     if "raise" in str(template) or template is None:
-        with pytest.raises(UserError, match=rf"^data\.jsonl, row 3: .*{said}"):
+        with pytest.raises(UserError, match=rf"^data\.jsonl, row 3: .*{message}"):
             chat_prompt_ids(row["messages"], tokenizer, "data.jsonl, row 3")

@@ -50,7 +50,7 @@ def write_rows(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_token_beyond_the_embedding(
+def test_a_token_beyond_the_embedding_is_refused(
     name: str, model: Path, tmp_path: Path, refused: Refused
 ) -> None:
     rows = write_rows(tmp_path / "rows.jsonl")
@@ -58,13 +58,15 @@ def test_a_token_beyond_the_embedding(
         kept = [line for line in rows.read_text().splitlines(True) if "prompt" in line]
         rows.write_text("".join(kept))
     before = sorted(tmp_path.iterdir())
-    said = refused(
+    message = refused(
         name, model, "--data", rows, *SIZE, *COMMANDS[name], "--out", tmp_path / "out",
         at_once=False,
     )  # fmt: skip
     size = len(tiny_tokenizer())
-    assert said.startswith(f"the text has token {size} ('{EXTRA}'), but the embedding of {model}")
-    assert f"only {size} rows" in said
+    assert message.startswith(
+        f"the text has token {size} ('{EXTRA}'), but the embedding of {model}"
+    )
+    assert f"only {size} rows" in message
     assert sorted(tmp_path.iterdir()) == before
 
 

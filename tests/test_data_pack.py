@@ -25,9 +25,9 @@ def slow(documents: list[Document], prefix: list[int]) -> list[list[tuple[int, i
         position, within = 0, False
         for number, token in enumerate(document.ids):
             if len(sequences[-1]) == LENGTH:
-                again = prefix[:number]
-                sequences.append([(i, place, -100) for place, i in enumerate(again)])
-                position, within = len(again), number > len(prefix)
+                prefix_part = prefix[:number]
+                sequences.append([(i, place, -100) for place, i in enumerate(prefix_part)])
+                position, within = len(prefix_part), number > len(prefix)
             scored = document.scored[number] and position > 0 and not within
             sequences[-1].append((token, position, token if scored else -100))
             position, within = position + 1, False
@@ -57,7 +57,7 @@ def some_documents(seed: int, count: int = 60, prefix: list[int] | None = None) 
     ]
 
 
-def test_by_hand() -> None:
+def test_packing_equals_a_hand_made_example() -> None:
     yes, no = True, False
     sequences = pack(
         [
@@ -79,7 +79,7 @@ def test_by_hand() -> None:
     assert (sequences.num_documents, sequences.scored_tokens) == (4, 10)
 
 
-def test_bos_by_hand() -> None:
+def test_packing_with_bos_equals_a_hand_made_example() -> None:
     no, yes = False, True
     documents = [
         Document([5, 11, 12, 13, 14, 15], [no, yes, yes, yes, yes, yes]),
@@ -115,7 +115,7 @@ def test_bos_by_hand() -> None:
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_equals_the_slow_version(prefix: list[int]) -> None:
+def test_packing_equals_the_slow_version(prefix: list[int]) -> None:
     for seed in range(20):
         documents = some_documents(seed, prefix=prefix)
         expected = np.array(slow(documents, prefix))
@@ -183,24 +183,24 @@ def test_scored_only_scores_something_in_every_piece(prefix: list[int]) -> None:
         ):
             starts = [*(places == 0).nonzero().flatten().tolist(), LENGTH]
             for begin, end in pairwise(starts):  # a rest of the row can be too short to score
-                known = sequences.input_ids[row, begin:end][: len(prefix)].tolist()
-                assert known == prefix[: end - begin]
-                few = end == LENGTH and end - begin < 2 + len(prefix)
-                assert few or (labels[begin:end] != -100).any()
+                begin_ids = sequences.input_ids[row, begin:end][: len(prefix)].tolist()
+                assert begin_ids == prefix[: end - begin]
+                too_short = end == LENGTH and end - begin < 2 + len(prefix)
+                assert too_short or (labels[begin:end] != -100).any()
 
 
-def test_nothing_gives_no_sequences() -> None:
+def test_no_document_gives_no_sequence() -> None:
     sequences = pack([])
     assert sequences.input_ids.shape == (0, LENGTH)
     assert (len(sequences), sequences.num_documents, sequences.scored_tokens) == (0, 0, 0)
 
 
-def test_asking_for_fewer_gives_the_first() -> None:
+def test_fewer_sequences_are_the_first_ones() -> None:
     documents = some_documents(3)
     assert pack(documents, 5).input_ids.tolist() == pack(documents).input_ids[:5].tolist()
 
 
-def test_items_batches_selection() -> None:
+def test_items_batches_and_selections_agree() -> None:
     sequences = pack(some_documents(1))
     count = len(sequences)
     assert count % 4 != 0
@@ -213,24 +213,24 @@ def test_items_batches_selection() -> None:
     batches = list(sequences.batches(4))
     assert [len(batch["labels"]) for batch in batches] == [4] * (count // 4) + [count % 4]
     for name in sequences[0]:
-        whole = torch.cat([batch[name] for batch in batches])
-        assert torch.equal(whole, torch.stack([sequences[n][name] for n in range(count)]))
+        joined = torch.cat([batch[name] for batch in batches])
+        assert torch.equal(joined, torch.stack([sequences[n][name] for n in range(count)]))
     part = sequences.select(range(6, 0, -2))
     assert part.labels.tolist() == sequences.labels[[6, 4, 2]].tolist()
     assert part.scored_tokens == (sequences.labels[[6, 4, 2]] != -100).sum()
     assert len(sequences.select(range(0))) == 0
 
 
-def test_fingerprint_sees_every_tensor() -> None:
+def test_the_fingerprint_depends_on_every_tensor() -> None:
     sequences = pack(some_documents(2))
     tensors = (sequences.input_ids, sequences.position_ids, sequences.labels, sequences.real)
     expected = hashlib.sha256(str((len(sequences), LENGTH)).encode())
     for tensor in tensors:
         expected.update(np.ascontiguousarray(tensor.numpy()).tobytes())
     assert sequences.fingerprint == expected.hexdigest()
-    seen = {sequences.fingerprint, sequences.select(range(3)).fingerprint}
+    fingerprints = {sequences.fingerprint, sequences.select(range(3)).fingerprint}
     for changed in range(4):
         copies = [tensor.clone() for tensor in tensors]
         copies[changed][1, 2] = 5 if changed < 3 else False
-        seen.add(Sequences(*copies).fingerprint)
-    assert len(seen) == 6
+        fingerprints.add(Sequences(*copies).fingerprint)
+    assert len(fingerprints) == 6

@@ -42,9 +42,9 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def sdist(index: Path, inside: str = "data/words.txt") -> None:
+def sdist(index: Path, path: str = "data/words.txt") -> None:
     files = {"PKG-INFO": METADATA, "pyproject.toml": PYPROJECT, "backend.py": BACKEND}
-    files |= {"words.txt": b"not these", f"other/{inside}": b"nor these", inside: WORDS}
+    files |= {"words.txt": b"not these", f"other/{path}": b"nor these", path: WORDS}
     with tarfile.open(index / "made_up-1.0.tar.gz", "w:gz") as tar:
         for name, content in files.items():
             info = tarfile.TarInfo(f"made_up-1.0/{name}")
@@ -103,14 +103,14 @@ def test_from_the_wheel_when_the_source_lacks_the_file(index: Path, tmp_path: Pa
         fetch("package:made-up==1.0/no.txt", None, tmp_path / "cache")
 
 
-def test_another_sha256_keeps_nothing(index: Path, tmp_path: Path) -> None:
+def test_a_file_with_another_sha256_is_not_cached(index: Path, tmp_path: Path) -> None:
     wheel(index, b"not the words")
     with pytest.raises(UserError, match=f"its SHA-256 is .*, not {SHA}"):
         fetch("package:made-up==1.0/made_up/words.txt", SHA, tmp_path / "cache")
     assert kept(tmp_path / "cache") == []
 
 
-def test_pip_fails_in_one_line(index: Path, tmp_path: Path) -> None:
+def test_a_failure_of_pip_is_reported_in_one_line(index: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         fetch("package:made-up==2.0/words.txt", None, tmp_path / "cache")
     message = str(caught.value)
@@ -130,7 +130,7 @@ def test_pip_fails_in_one_line(index: Path, tmp_path: Path) -> None:
         "package:made-up>=1/x",
     ],
 )
-def test_malformed_specs(spec: str, tmp_path: Path) -> None:
+def test_malformed_specs_are_refused(spec: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it must have the form package:NAME==VERSION/path/inside"):
         fetch(spec, None, tmp_path)
 

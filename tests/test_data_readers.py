@@ -58,31 +58,42 @@ def test_text_reads_windows_newlines_and_marks(tmp_path: Path) -> None:
     assert list(text.read(path)) == [{"text": "one\ntwo"}]
 
 
-def test_text_that_is_not_utf8(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes("Grüße".encode("latin-1"))
-    with pytest.raises(UserError, match=r"a\.txt: not UTF-8 text"):
-        list(text.read(path))
+BROKEN: dict[str, tuple[str, bytes, Any, str]] = {
+    "latin-1": ("a.txt", "Grüße".encode("latin-1"), text, r"a\.txt: not UTF-8 text"),
+    "short gzip": ("a.txt.gz", gzip.compress(b"some text " * 1000)[:-20], text, "broken gzip"),
+    "no gzip": ("a.txt.gz", b"no gzip at all", text, "broken gzip"),
+    "no pages": ("pom.xml", b"<project><title>x</title></project>", mediawiki, "is it a MediaWiki"),
+    "long number": (
+        "a.jsonl",
+        b'{"text": "one"}\n{"text": "two", "n": ' + b"1" * 6000 + b"}\n",
+        jsonl,
+        r"a\.jsonl:2: cannot be read \(Exceeds the limit",
+    ),
+    "deep lists": (
+        "a.jsonl",
+        b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n",
+        jsonl,
+        r"a\.jsonl:1: lists and objects are nested too deeply",
+    ),
+}
 
 
-def test_broken_gzip(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt.gz"
-    path.write_bytes(gzip.compress(b"some text " * 1000)[:-20])
-    with pytest.raises(UserError, match="broken gzip"):
-        list(text.read(path))
-    path.write_bytes(b"no gzip at all")
-    with pytest.raises(UserError, match="broken gzip"):
-        list(text.read(path))
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_file_is_refused(kind: str, tmp_path: Path) -> None:
+    name, content, reader, expected = BROKEN[kind]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=expected):
+        list(reader.read(tmp_path / name))
 
 
 @pytest.mark.parametrize("step", [1, 7, 64, 100_000])
 def test_sections_do_not_depend_on_the_chunks(step: int) -> None:
-    whole = "\n\n".join(PARAGRAPHS[:9]) + "\n \n" + "no blank line " * 400 + "x" * 900
-    chunks = [whole[at : at + step] for at in range(0, len(whole), step)]
+    text = "\n\n".join(PARAGRAPHS[:9]) + "\n \n" + "no blank line " * 400 + "x" * 900
+    chunks = [text[at : at + step] for at in range(0, len(text), step)]
     cut = list(sections(chunks, size=300))
-    assert cut == list(sections([whole], size=300))
+    assert cut == list(sections([text], size=300))
     assert max(map(len, cut)) <= 600
-    assert "".join("".join(cut).split()) == "".join(whole.split())
+    assert "".join("".join(cut).split()) == "".join(text.split())
 
 
 def test_sections_fall_back_to_lines_then_spaces_then_anywhere() -> None:
@@ -98,7 +109,7 @@ def test_sections_fall_back_to_lines_then_spaces_then_anywhere() -> None:
     assert list(sections([" \n\n ", "\n"], size=8)) == []
 
 
-def test_jsonl(tmp_path: Path) -> None:
+def test_jsonl_rows_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
     path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
@@ -107,23 +118,23 @@ def test_jsonl(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [('{"text": "cut', "not JSON"), ("[1, 2]", "a JSON list"), ("7", "a JSON int")],
 )
-def test_jsonl_names_the_bad_line(tmp_path: Path, line: str, said: str) -> None:
+def test_jsonl_names_the_bad_line(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n\n' + line + "\n")
     with pytest.raises(UserError) as caught:
         list(jsonl.read(path))
-    assert f"{path}:3: {said}" in str(caught.value)
+    assert f"{path}:3: {message}" in str(caught.value)
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_parquet_rows_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    many = [{"text": f"row {n}", "id": n} for n in range(3_000)]
-    parquet.write_table(pyarrow.Table.from_pylist(many), path, row_group_size=700)
-    assert list(parquet_reader.read(path)) == many
-    assert list(parquet_reader.read(zipped(path))) == many
+    rows_written = [{"text": f"row {n}", "id": n} for n in range(3_000)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows_written), path, row_group_size=700)
+    assert list(parquet_reader.read(path)) == rows_written
+    assert list(parquet_reader.read(zipped(path))) == rows_written
     path.write_text("no table")
     with pytest.raises(UserError, match="not a Parquet file"):
         list(parquet_reader.read(path))
@@ -157,7 +168,7 @@ DUMP = f"""<mediawiki>
   <page><title>Cut off</title><revision><text>{PROSE} and then the fi"""
 
 
-def test_mediawiki(tmp_path: Path) -> None:
+def test_mediawiki_articles_are_read_as_prose(tmp_path: Path) -> None:
     path = tmp_path / "dump.xml"
     path.write_bytes(DUMP.encode() + b"\xc3")  # enwik8 may end within a character
     rows = list(mediawiki.read(path))
@@ -166,23 +177,6 @@ def test_mediawiki(tmp_path: Path) -> None:
         {"title": "Second", "text": PROSE.strip()},
     ]
     assert list(mediawiki.read(zipped(path))) == rows
-
-
-def test_mediawiki_without_pages(tmp_path: Path) -> None:
-    path = tmp_path / "pom.xml"
-    path.write_text("<project><title>x</title></project>")
-    with pytest.raises(UserError, match="is it a MediaWiki XML dump"):
-        list(mediawiki.read(path))
-
-
-def test_json_that_python_cannot_read(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one"}\n{"text": "two", "n": ' + "1" * 6000 + "}\n")
-    with pytest.raises(UserError, match=r"a\.jsonl:2: cannot be read \(Exceeds the limit"):
-        list(jsonl.read(path))
-    path.write_text('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
-    with pytest.raises(UserError, match=r"a\.jsonl:1: lists and objects are nested too deeply"):
-        list(jsonl.read(path))
 
 
 TOOL_ROWS: list[dict[str, Any]] = [

@@ -19,7 +19,7 @@ def source(name: object, **fields: Any) -> SourceConfig:
     return SourceConfig(source=str(name), **fields)
 
 
-def test_a_file_and_its_rows(tmp_path: Path) -> None:
+def test_the_rows_of_a_file_have_locations(tmp_path: Path) -> None:
     path = tmp_path / "A.JSONL"
     path.write_text('{"text": "one"}\n\n{"text": "two"}\n')
     assert resolve(source(path)) == [path]
@@ -52,13 +52,13 @@ def test_a_folder_gives_its_readable_files_sorted(tmp_path: Path) -> None:
         resolve(source(tmp_path, sha256="0" * 64))
 
 
-def test_a_missing_path(tmp_path: Path) -> None:
+def test_a_missing_path_is_refused(tmp_path: Path) -> None:
     for name in (tmp_path / "no.txt", "data/no.jsonl", "data/no.txt.gz", "./no/such", "no"):
         with pytest.raises(UserError, match="no such file or folder"):
             list(rows(source(name)))
 
 
-def test_sha256_of_a_file(tmp_path: Path) -> None:
+def test_another_sha256_of_a_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one")
     right = hashlib.sha256(b"one").hexdigest()
@@ -67,7 +67,7 @@ def test_sha256_of_a_file(tmp_path: Path) -> None:
         resolve(source(path, sha256="0" * 64))
 
 
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_folder_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("REGROW_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path
     monkeypatch.delenv("REGROW_CACHE")
@@ -76,7 +76,7 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "asked"),
+    ("name", "expected"),
     [
         ("org/set", ("org/set", None, "train")),
         ("org/set-1.0:test", ("org/set-1.0", None, "test")),
@@ -84,8 +84,8 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("org/set@a_b:validation", ("org/set", "a_b", "validation")),
     ],
 )
-def test_hub_id(
-    monkeypatch: pytest.MonkeyPatch, name: str, asked: tuple[str, str | None, str]
+def test_hub_ids_name_dataset_config_and_split(
+    monkeypatch: pytest.MonkeyPatch, name: str, expected: tuple[str, str | None, str]
 ) -> None:
     calls = []
 
@@ -99,10 +99,10 @@ def test_hub_id(
         (f"{name}, row 1", {"text": "x"}),
         (f"{name}, row 2", {"text": "y"}),
     ]
-    assert calls == [asked]
+    assert calls == [expected]
 
 
-def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(*_: object, **__: object) -> None:
         raise ConnectionError("Couldn't reach it\nlong story")
 

@@ -38,12 +38,12 @@ from regrow.data.wikitext import to_prose
         ("Odd {{ braces [[ and", "Odd braces and"),
     ],
 )
-def test_pairs(markup: str, prose: str) -> None:
+def test_markup_becomes_the_expected_prose(markup: str, prose: str) -> None:
     assert to_prose(markup) == prose
 
 
 @pytest.mark.parametrize("broken", ["{{", "[[", "{|\n", "<ref>", "[[Image:", "{{a|", "<!--", "'''"])
-def test_broken_markup_takes_no_time(broken: str) -> None:
+def test_broken_markup_is_converted_quickly(broken: str) -> None:
     start = time.perf_counter()
     to_prose(broken * 2_000)
     assert time.perf_counter() - start < 2

@@ -56,8 +56,8 @@ def test_commands_and_their_flags_exist(page: Path, capsys: pytest.CaptureFixtur
             continue
         with pytest.raises(SystemExit):
             main([name, "--help"])
-        known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
-        assert flags <= known, (name, flags - known)
+        known_flags = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+        assert flags <= known_flags, (name, flags - known_flags)
 
 
 def test_the_public_names_are_there() -> None:

@@ -45,12 +45,12 @@ def test_packages_and_memory_are_counted_once(powercap: Path) -> None:
     meter.update()
     (package / "energy_uj").write_text("2000000")  # began anew at 10 J
     (memory / "energy_uj").write_text("1250000")
-    found = meter.stop()["energy"]
-    assert found["meters"] == ["RAPL package-0", "RAPL dram"]
-    assert found["joules"] == pytest.approx(0.5 + 2.5 + 0.25, abs=0.06)
+    energy = meter.stop()["energy"]
+    assert energy["meters"] == ["RAPL package-0", "RAPL dram"]
+    assert energy["joules"] == pytest.approx(0.5 + 2.5 + 0.25, abs=0.06)
 
 
-def test_counters_are_looked_at_meanwhile(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counters_are_read_during_the_work(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(energy, "EVERY", 0.01)
     values = iter([8.0, 2.0, 8.0, 2.0, *[2.0] * 10_000])  # two turns that two looks would miss
     monkeypatch.setattr(energy, "_rapl", lambda: [Counter("x", lambda: next(values), 10.0)])
@@ -60,7 +60,7 @@ def test_counters_are_looked_at_meanwhile(powercap: Path, monkeypatch: pytest.Mo
     assert meter.stop()["energy"]["joules"] == 4.0 + 6.0 + 4.0
 
 
-def test_nothing_is_made_up(powercap: Path) -> None:
+def test_an_unreadable_counter_gives_no_figure(powercap: Path) -> None:
     broken = zone(powercap / "intel-rapl:0", "package-0", 1)
     (broken / "energy_uj").unlink()  # as for who is not root
     meter = Meter()
@@ -92,7 +92,7 @@ class Driver:
         return 0
 
 
-def test_gpus(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_visible_gpus_are_counted(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -106,13 +106,13 @@ def test_gpus(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert meter.stop() == {}
 
 
-def test_a_stage_writes_it_down(powercap: Path, tmp_path: Path) -> None:
+def test_a_stage_records_its_energy(powercap: Path, tmp_path: Path) -> None:
     package = zone(powercap / "intel-rapl:0", "package-0", 1_000_000)
     with stage_dir.StageDir(tmp_path / "out", "profile", Nothing(), {}):
         (package / "energy_uj").write_text("4000000")
-    made = stage_dir.read(tmp_path / "out")
-    assert made is not None
-    assert made["energy"] == {"joules": 3.0, "meters": ["RAPL package-0"]}
+    manifest = stage_dir.read(tmp_path / "out")
+    assert manifest is not None
+    assert manifest["energy"] == {"joules": 3.0, "meters": ["RAPL package-0"]}
     (package / "energy_uj").unlink()
     with stage_dir.StageDir(tmp_path / "other", "profile", Nothing(), {}):
         pass

@@ -65,8 +65,8 @@ def evaluation(place: Path) -> dict[str, Any]:
     )
     models = {"copy": place / "copy", "student": place / "student"}
     out = evaluate(models, place / "out", data_of(place), place / "teacher", config)
-    found: dict[str, Any] = json.loads((out / EVALUATION).read_text())
-    return found
+    evaluation: dict[str, Any] = json.loads((out / EVALUATION).read_text())
+    return evaluation
 
 
 def data_of(place: Path) -> DataConfig:
@@ -88,7 +88,7 @@ def log_probabilities(folder: Path, ids: list[int]) -> torch.Tensor:
 
 def per_window(place: Path, name: str, ids: list[int], window: int) -> list[tuple[float, float]]:
     """(Σ nll, Σ KL from the teacher) of each window of the raw text, one token at a time."""
-    found = []
+    values = []
     for begin in range(0, len(ids), window):
         part = ids[begin : begin + window]
         log_q, log_p = (
@@ -99,8 +99,8 @@ def per_window(place: Path, name: str, ids: list[int], window: int) -> list[tupl
         for t in range(len(part) - 1):
             nll -= float(log_q[t, part[t + 1]])
             kl += float((log_p[t].exp() * (log_p[t] - log_q[t])).sum())
-        found.append((nll, kl))
-    return found
+        values.append((nll, kl))
+    return values
 
 
 def test_perplexity_and_kl_on_raw_text(place: Path, evaluation: dict[str, Any]) -> None:
@@ -108,15 +108,17 @@ def test_perplexity_and_kl_on_raw_text(place: Path, evaluation: dict[str, Any]) 
     assert len(ids) == 150
     slow = per_window(place, "student", ids, 32)  # 4 full windows and one of 22 tokens
     scored = 150 - 5
-    found = figures(evaluation, "student")
+    measured = figures(evaluation, "student")
     mean = sum(nll for nll, _ in slow) / scored
-    assert found["perplexity/raw"]["value"] == pytest.approx(math.exp(mean), rel=1e-4)
-    assert found["perplexity/raw"]["n"] == found["kl/raw"]["n"] == scored
-    assert found["kl/raw"]["value"] == pytest.approx(sum(kl for _, kl in slow) / scored, rel=1e-4)
-    assert found["kl/raw"]["value"] > 0.1
+    assert measured["perplexity/raw"]["value"] == pytest.approx(math.exp(mean), rel=1e-4)
+    assert measured["perplexity/raw"]["n"] == measured["kl/raw"]["n"] == scored
+    assert measured["kl/raw"]["value"] == pytest.approx(
+        sum(kl for _, kl in slow) / scored, rel=1e-4
+    )
+    assert measured["kl/raw"]["value"] > 0.1
     residuals = [nll - mean * n for (nll, _), n in zip(slow, [31] * 4 + [21], strict=True)]
     stderr = math.sqrt(5 / 4 * sum(r * r for r in residuals)) / scored * math.exp(mean)
-    assert found["perplexity/raw"]["stderr"] == pytest.approx(stderr, rel=1e-3)
+    assert measured["perplexity/raw"]["stderr"] == pytest.approx(stderr, rel=1e-3)
 
 
 def test_heldout_scores_only_labels_and_keeps_documents_apart(
@@ -137,20 +139,20 @@ def test_heldout_scores_only_labels_and_keeps_documents_apart(
                 if labels[begin + t] != -100:
                     total -= float(log_q[t - 1, document[t]])
                     count += 1
-    found = figures(evaluation, "student")["perplexity/heldout"]
-    assert found["n"] == count == sequences.scored_tokens
-    assert found["value"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    measured = figures(evaluation, "student")["perplexity/heldout"]
+    assert measured["n"] == count == sequences.scored_tokens
+    assert measured["value"] == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
-def test_an_equal_model_is_at_no_distance(evaluation: dict[str, Any]) -> None:
-    found = figures(evaluation, "copy")
+def test_an_equal_model_has_zero_kl(evaluation: dict[str, Any]) -> None:
+    measured = figures(evaluation, "copy")
     for name in ("kl/heldout", "kl/raw", "kl/pairs"):
-        assert found[name]["value"] == 0.0
-        assert found[name]["stderr"] == 0.0
-    assert found["perplexity/raw"] == figures(evaluation, "teacher")["perplexity/raw"]
+        assert measured[name]["value"] == 0.0
+        assert measured[name]["stderr"] == 0.0
+    assert measured["perplexity/raw"] == figures(evaluation, "teacher")["perplexity/raw"]
 
 
-def test_the_teacher_comes_first_and_has_no_distance(evaluation: dict[str, Any]) -> None:
+def test_the_teacher_comes_first_and_has_no_kl(evaluation: dict[str, Any]) -> None:
     assert evaluation["labels"] == ["teacher", "copy", "student"]
     assert evaluation["teacher"] == "teacher"
     assert not [name for name in figures(evaluation, "teacher") if name.startswith("kl/")]
@@ -158,10 +160,10 @@ def test_the_teacher_comes_first_and_has_no_distance(evaluation: dict[str, Any])
 
 def test_size_counts_tied_weights_once(place: Path, evaluation: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(str(place / "student"))
-    seen = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
-    found = figures(evaluation, "student")
-    assert found["parameters"]["value"] == sum(seen.values())
-    assert found["bytes"]["value"] == 4 * sum(seen.values())
+    sizes = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
+    measured = figures(evaluation, "student")
+    assert measured["parameters"]["value"] == sum(sizes.values())
+    assert measured["bytes"]["value"] == 4 * sum(sizes.values())
     assert model.config.tie_word_embeddings
 
 
@@ -180,30 +182,30 @@ def test_speed_is_a_median_with_its_spread(evaluation: dict[str, Any]) -> None:
 def test_generations_go_through_the_chat_template(place: Path, evaluation: dict[str, Any]) -> None:
     tokenizer = tiny_tokenizer()
     model = AutoModelForCausalLM.from_pretrained(str(place / "student"), dtype=torch.float32)
-    asked = "<|im_start|>user\n1 2 3<|im_end|>\n<|im_start|>assistant\n"
-    ids = tokenizer(asked, return_tensors="pt").input_ids
+    prompt = "<|im_start|>user\n1 2 3<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
     output = model.generate(ids, do_sample=False, max_new_tokens=5, eos_token_id=0, pad_token_id=1)
     expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
-    found = evaluation["generations"]["student"][1]
-    assert found == {"prompt": "1 2 3", "text": expected}
+    generation = evaluation["generations"]["student"][1]
+    assert generation == {"prompt": "1 2 3", "text": expected}
 
 
-def test_a_base_model_goes_on_from_the_plain_prompt(place: Path, tmp_path: Path) -> None:
+def test_a_base_model_continues_the_plain_prompt(place: Path, tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", tiny_model("llama", seed=2), chat_template=None)
     config = EvaluateConfig(metrics=("generations",), **QUICK)
     out = evaluate({"base": base}, tmp_path / "out", config=config)
-    found = json.loads((out / EVALUATION).read_text())["generations"]["base"][0]
+    generation = json.loads((out / EVALUATION).read_text())["generations"]["base"][0]
     model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
     tokenizer = tiny_tokenizer()
     ids = tokenizer("Hello there", return_tensors="pt").input_ids
     output = model.generate(ids, do_sample=False, max_new_tokens=5, pad_token_id=1)
     assert (
-        found["text"]
+        generation["text"]
         == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
     )
 
 
-def test_the_table_and_an_unchanged_second_run(
+def test_a_second_run_prints_the_same_table(
     place: Path, evaluation: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = EvaluateConfig(metrics=("size",))
@@ -215,9 +217,9 @@ def test_the_table_and_an_unchanged_second_run(
     assert parameters in first
     written = (tmp_path / "out" / EVALUATION).stat().st_mtime_ns
     evaluate(models, tmp_path / "out", against=place / "teacher", config=config)
-    again = capsys.readouterr()
-    assert again.out == first
-    assert "unchanged" in again.err
+    second = capsys.readouterr()
+    assert second.out == first
+    assert "unchanged" in second.err
     assert (tmp_path / "out" / EVALUATION).stat().st_mtime_ns == written
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     names = [figure["name"] for figure in manifest["figures"]]
@@ -241,7 +243,7 @@ def test_another_tokenizer_has_no_kl(place: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_input_is_told_in_one_line(place: Path, tmp_path: Path) -> None:
+def test_bad_input_is_refused_in_one_line(place: Path, tmp_path: Path) -> None:
     def run(match: str, **fields: Any) -> None:
         with pytest.raises(UserError, match=match) as caught:
             evaluate(

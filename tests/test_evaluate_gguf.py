@@ -40,10 +40,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stories = [{"text": f"Story {n}. {SENTENCES[n % 5]}"} for n in range(80)]
     choices = [{"context": s[:9], "choices": ["a b", "cé", "deff"], "gold": 1} for s in SENTENCES]
     pairs = [{"context": s[:9], "continuation": s[10:]} for s in SENTENCES]
-    answers = [{"question": s, "answer": s[:3]} for s in SENTENCES]
+    answer_rows = [{"question": s, "answer": s[:3]} for s in SENTENCES]
     for name, rows in (
         *(("data", stories), ("choices", choices)),
-        *(("pairs", pairs), ("answers", answers)),
+        *(("pairs", pairs), ("answers", answer_rows)),
     ):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines)
@@ -66,8 +66,8 @@ def config_of(place: Path, **fields: Any) -> EvaluateConfig:
 
 def measured(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Figures by model and name."""
-    found = json.loads((out / EVALUATION).read_text())["figures"]
-    return {label: {row["name"]: row for row in rows} for label, rows in found.items()}
+    evaluated = json.loads((out / EVALUATION).read_text())["figures"]
+    return {label: {row["name"]: row for row in rows} for label, rows in evaluated.items()}
 
 
 @pytest.fixture(scope="module")
@@ -79,44 +79,48 @@ def out(place: Path) -> Path:
 
 
 @pytest.mark.parametrize("text", ["raw", "heldout"])
-def test_the_same_figures_on_text(text: str, out: Path) -> None:
-    found = measured(out)
+def test_a_gguf_file_has_the_figures_of_its_folder_on_text(text: str, out: Path) -> None:
+    measured_figures = measured(out)
     kinds = ["perplexity", "kl", *(["bits_per_byte"] if text == "raw" else [])]
     for kind in kinds:
-        theirs, ours = (found[label][f"{kind}/{text}"] for label in ("student", "f32"))
-        assert ours["value"] == pytest.approx(theirs["value"], rel=2e-4)
-        assert ours["stderr"] == pytest.approx(theirs["stderr"], rel=2e-3)
-        assert ours["n"] == theirs["n"]
-        assert "llama.cpp, " in ours["convention"]
-        assert "float32" not in ours["convention"]
-        rounded = found["q8"][f"{kind}/{text}"]["value"]
-        assert rounded != ours["value"]
-        assert rounded == pytest.approx(ours["value"], rel=0.05)
+        folder_figure, gguf_figure = (
+            measured_figures[label][f"{kind}/{text}"] for label in ("student", "f32")
+        )
+        assert gguf_figure["value"] == pytest.approx(folder_figure["value"], rel=2e-4)
+        assert gguf_figure["stderr"] == pytest.approx(folder_figure["stderr"], rel=2e-3)
+        assert gguf_figure["n"] == folder_figure["n"]
+        assert "llama.cpp, " in gguf_figure["convention"]
+        assert "float32" not in gguf_figure["convention"]
+        rounded = measured_figures["q8"][f"{kind}/{text}"]["value"]
+        assert rounded != gguf_figure["value"]
+        assert rounded == pytest.approx(gguf_figure["value"], rel=0.05)
 
 
-def test_a_file_of_the_teacher_is_at_no_distance(place: Path, tmp_path: Path) -> None:
+def test_a_gguf_file_of_the_teacher_has_zero_kl(place: Path, tmp_path: Path) -> None:
     path = exported(Checkpoint(place / "teacher"), tmp_path / "t.gguf", "F32", verify="never")
     config = config_of(place, metrics=("kl",), tasks=())
-    found = measured(evaluate({"t": path}, tmp_path / "out", None, place / "teacher", config))
-    assert abs(found["t"]["kl/raw"]["value"]) < 1e-6
+    measured_figures = measured(
+        evaluate({"t": path}, tmp_path / "out", None, place / "teacher", config)
+    )
+    assert abs(measured_figures["t"]["kl/raw"]["value"]) < 1e-6
 
 
-def test_the_same_scores_of_tasks(out: Path) -> None:
-    found, items = measured(out), json.loads((out / ITEMS).read_text())
+def test_a_gguf_file_has_the_task_scores_of_its_folder(out: Path) -> None:
+    measured_figures, items = measured(out), json.loads((out / ITEMS).read_text())
     names = [name for name in items["student"] if not name.startswith("task_")]
     assert {name.partition("/")[2] for name in names} == {"choices", "pairs", "answers"}
     for name in names:
         assert items["f32"][name] == items["student"][name], name
-        assert found["f32"][name]["value"] == found["student"][name]["value"]
+        assert measured_figures["f32"][name]["value"] == measured_figures["student"][name]["value"]
     perplexity = "task_perplexity/pairs"
     assert items["f32"][perplexity] == pytest.approx(items["student"][perplexity], rel=1e-4)
-    assert found["f32"]["acc/choices"]["convention"].endswith(
+    assert measured_figures["f32"]["acc/choices"]["convention"].endswith(
         "tokens by transformers and llama.cpp alike"
     )
-    assert "llama.cpp, " in found["f32"]["acc/choices"]["convention"]
+    assert "llama.cpp, " in measured_figures["f32"]["acc/choices"]["convention"]
 
 
-def test_scores_on_the_way(place: Path) -> None:
+def test_each_request_of_lm_eval_is_scored_like_the_folder(place: Path) -> None:
     """Log-likelihoods one by one in any order, whole texts in windows, and answers."""
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
@@ -128,82 +132,89 @@ def test_scores_on_the_way(place: Path) -> None:
     checkpoint = Checkpoint(place / "student")
     file = GgufFile(place / "f32.gguf")
     tokenizer, options = checkpoint.tokenizer(), Options(device="cpu", batch_size=2)
-    theirs = model_of(FolderEvalModel("s", checkpoint, tokenizer, [], torch.float32, options, {}))
-    ours = model_of(GgufEvalModel("f", file, tokenizer, [], {}))
+    folder_lm = model_of(
+        FolderEvalModel("s", checkpoint, tokenizer, [], torch.float32, options, {})
+    )
+    gguf_lm = model_of(GgufEvalModel("f", file, tokenizer, [], {}))
 
-    def asked(kind: Any, *arguments: Any) -> list[Instance]:
+    def instances(kind: Any, *arguments: Any) -> list[Instance]:
         return [
-            Instance(request_type=kind, doc={}, arguments=each, idx=n)
-            for n, each in enumerate(arguments)
+            Instance(request_type=kind, doc={}, arguments=request, idx=n)
+            for n, request in enumerate(arguments)
         ]
 
-    long = " ".join(SENTENCES * 12)
+    long_text = " ".join(SENTENCES * 12)
     pairs = [
         ("", "Hello"),
-        (long, "the end"),
+        (long_text, "the end"),
         ("The cat", " sat"),
         ("The cat", " on"),
         ("T", " he"),
     ]
-    requests = asked("loglikelihood", *pairs)
-    expected, found = theirs.loglikelihood(requests), ours.loglikelihood(requests)
-    assert [value for value, _ in found] == pytest.approx([v for v, _ in expected], rel=1e-4)
-    assert [top for _, top in found] == [top for _, top in expected]
-    rolling = asked("loglikelihood_rolling", (long,), ("Short.",))
-    assert len(checkpoint.tokenizer()(long)["input_ids"]) > ours.max_length
-    assert ours.loglikelihood_rolling(rolling) == pytest.approx(
-        theirs.loglikelihood_rolling(rolling), rel=1e-4
+    requests = instances("loglikelihood", *pairs)
+    expected, actual = folder_lm.loglikelihood(requests), gguf_lm.loglikelihood(requests)
+    assert [value for value, _ in actual] == pytest.approx([v for v, _ in expected], rel=1e-4)
+    assert [top for _, top in actual] == [top for _, top in expected]
+    rolling = instances("loglikelihood_rolling", (long_text,), ("Short.",))
+    assert len(checkpoint.tokenizer()(long_text)["input_ids"]) > gguf_lm.max_length
+    assert gguf_lm.loglikelihood_rolling(rolling) == pytest.approx(
+        folder_lm.loglikelihood_rolling(rolling), rel=1e-4
     )
     options = {"until": ["e", "\n"], "max_gen_toks": 12, "do_sample": False}
-    answers = asked("generate_until", *((s, dict(options)) for s in (long, *SENTENCES)))
-    assert ours.generate_until(answers) == theirs.generate_until(answers)
+    generations = instances(
+        "generate_until", *((s, dict(options)) for s in (long_text, *SENTENCES))
+    )
+    assert gguf_lm.generate_until(generations) == folder_lm.generate_until(generations)
 
 
-def test_the_same_generations(out: Path) -> None:
-    found = json.loads((out / EVALUATION).read_text())["generations"]
-    assert found["f32"] == found["student"]
-    assert all(len(answer["text"]) > 0 for answer in found["f32"])
+def test_a_gguf_file_generates_the_text_of_its_folder(out: Path) -> None:
+    generations = json.loads((out / EVALUATION).read_text())["generations"]
+    assert generations["f32"] == generations["student"]
+    assert all(len(answer["text"]) > 0 for answer in generations["f32"])
 
 
-def test_size_is_the_files(place: Path, out: Path) -> None:
-    found = measured(out)
+def test_size_figures_are_those_of_the_file(place: Path, out: Path) -> None:
+    measured_figures = measured(out)
     for label in ("f32", "q8"):
-        assert found[label]["bytes"]["value"] == (place / f"{label}.gguf").stat().st_size
-        assert found[label]["parameters"]["value"] == found["student"]["parameters"]["value"]
-    assert found["f32"]["bits_per_weight"]["value"] == 32
-    assert 8.5 <= found["q8"]["bits_per_weight"]["value"] < 9
-    assert "bits_per_weight" not in found["student"]
+        assert measured_figures[label]["bytes"]["value"] == (place / f"{label}.gguf").stat().st_size
+        assert (
+            measured_figures[label]["parameters"]["value"]
+            == measured_figures["student"]["parameters"]["value"]
+        )
+    assert measured_figures["f32"]["bits_per_weight"]["value"] == 32
+    assert 8.5 <= measured_figures["q8"]["bits_per_weight"]["value"] < 9
+    assert "bits_per_weight" not in measured_figures["student"]
 
 
 def test_speed_names_llama_cpp(out: Path) -> None:
-    found = measured(out)
+    measured_figures = measured(out)
     for name in ("prefill", "decode", "ttft", "time_per_output_token", "prefill/3 x 24"):
-        figure = found["f32"][name]
+        figure = measured_figures["f32"][name]
         assert figure["value"] > 0
         assert "llama.cpp, " in figure["convention"]
         assert figure["convention"].count(" threads") == 1
-    assert "3 random tokens after" in found["f32"]["decode"]["convention"]
-    assert "3 greedy tokens after" in found["student"]["decode"]["convention"]
-    assert "llama.cpp, files as warm" in found["f32"]["load_time"]["convention"]
-    assert found["f32"]["load_time"]["value"] > 0
+    assert "3 random tokens after" in measured_figures["f32"]["decode"]["convention"]
+    assert "3 greedy tokens after" in measured_figures["student"]["decode"]["convention"]
+    assert "llama.cpp, files as warm" in measured_figures["f32"]["load_time"]["convention"]
+    assert measured_figures["f32"]["load_time"]["value"] > 0
     # Only speeds of one program compare: the first file is the measure of the others.
-    assert "prefill_speedup" not in found["f32"]
-    assert "÷ that of f32," in found["q8"]["prefill_speedup"]["convention"]
-    assert "÷ that of teacher," in found["student"]["prefill_speedup"]["convention"]
+    assert "prefill_speedup" not in measured_figures["f32"]
+    assert "÷ that of f32," in measured_figures["q8"]["prefill_speedup"]["convention"]
+    assert "÷ that of teacher," in measured_figures["student"]["prefill_speedup"]["convention"]
 
 
-def test_what_is_kept_of_the_cache_changes_nothing(place: Path) -> None:
+def test_reusing_the_kv_cache_does_not_change_logits(place: Path) -> None:
     tokens = Checkpoint(place / "student").tokenizer()(TEXT)["input_ids"][:700]
     with GgufModel(place / "f32.gguf", 64) as model:
-        whole = model.logits(tokens)
-        near = 2e-3 * float(abs(whole).max())  # keys and values are kept in F16
+        expected = model.logits(tokens)
+        near = 2e-3 * float(abs(expected).max())  # keys and values are kept in F16
         for start in (0, 5, 300, 650):
             model.logits([*tokens[:start], 7, 8, 9])
-            assert model.logits(tokens, start) == pytest.approx(whole[start:], abs=near)
-        assert model.logits(tokens[:3]) == pytest.approx(whole[:3], abs=near)
+            assert model.logits(tokens, start) == pytest.approx(expected[start:], abs=near)
+        assert model.logits(tokens[:3]) == pytest.approx(expected[:3], abs=near)
 
 
-def test_goes_on_where_it_stopped(
+def test_an_interrupted_evaluation_resumes(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from regrow.stages.evaluate.metrics import generations
@@ -226,26 +237,26 @@ def test_goes_on_where_it_stopped(
         raise AssertionError("measured again")
 
     monkeypatch.setattr("regrow.stages.evaluate.gguf_model.GgufEvalModel.sums", never)
-    found = measured(evaluate(models, tmp_path / "out", None, place / "teacher", config))
-    assert found["f32"]["kl/raw"]["value"] > 0.1
+    rows = measured(evaluate(models, tmp_path / "out", None, place / "teacher", config))
+    assert rows["f32"]["kl/raw"]["value"] > 0.1
 
 
 def test_a_file_alone_has_its_own_tokenizer(place: Path, tmp_path: Path) -> None:
     config = config_of(place, metrics=("perplexity",), tasks=())
-    found = measured(evaluate({"f32": place / "f32.gguf"}, tmp_path / "out", config=config))
-    both = {"f32": place / "f32.gguf", "student": place / "student"}
-    other = measured(evaluate(both, tmp_path / "both", config=config))
-    assert found["f32"]["perplexity/raw"] == other["f32"]["perplexity/raw"]
+    rows = measured(evaluate({"f32": place / "f32.gguf"}, tmp_path / "out", config=config))
+    models = {"f32": place / "f32.gguf", "student": place / "student"}
+    other = measured(evaluate(models, tmp_path / "both", config=config))
+    assert rows["f32"]["perplexity/raw"] == other["f32"]["perplexity/raw"]
 
 
-def test_text_that_llama_cpp_splits_otherwise_has_no_figures(
+def test_text_that_llama_cpp_tokenizes_differently_has_no_figures(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = GgufModel.tokenize
 
     def other(self: GgufModel, text: str, special: bool = False) -> list[int]:
-        found = plain(self, text, special)
-        return [*found, 0] if text.startswith("0 ") else found
+        tokens = plain(self, text, special)
+        return [*tokens, 0] if text.startswith("0 ") else tokens
 
     monkeypatch.setattr(tokenizer_match.GgufModel, "tokenize", other)
     config = config_of(place, metrics=("perplexity", "kl"), tasks=())
@@ -253,11 +264,11 @@ def test_text_that_llama_cpp_splits_otherwise_has_no_figures(
     out = evaluate(models, tmp_path / "out", data_of(place), place / "teacher", config)
     assert set(measured(out)["f32"]) == {"perplexity/heldout", "kl/heldout"}
     assert "perplexity/raw" in measured(out)["teacher"]
-    said = capsys.readouterr().err
-    assert "llama.cpp tokenizes the text 'raw' differently" in said
+    output = capsys.readouterr().err
+    assert "llama.cpp tokenizes the text 'raw' differently" in output
 
 
-def test_by_the_command_line(
+def test_the_command_line_evaluates_a_gguf_file(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["evaluate", f"q8={place / 'q8.gguf'}", "--against", str(place / "teacher")]
@@ -268,25 +279,25 @@ def test_by_the_command_line(
     assert "bits/weight" in capsys.readouterr().out
 
 
-def test_refused(
+def test_bad_gguf_input_is_refused(
     place: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes((place / "f32.gguf").read_bytes()[:-20000])
-    said = refused("evaluate", cut, "--out", tmp_path / "out")
-    assert f"{cut}: llama.cpp cannot load it: " in said
-    assert "corrupted or incomplete" in said
-    said = refused("evaluate", tmp_path / "no.gguf", "--out", tmp_path / "out")
-    assert "no such GGUF file" in said
+    message = refused("evaluate", cut, "--out", tmp_path / "out")
+    assert f"{cut}: llama.cpp cannot load it: " in message
+    assert "corrupted or incomplete" in message
+    message = refused("evaluate", tmp_path / "no.gguf", "--out", tmp_path / "out")
+    assert "no such GGUF file" in message
     find = importlib.util.find_spec
     monkeypatch.setattr(
         "regrow.llama_cpp.find_spec", lambda name: None if name == "cyllama" else find(name)
     )
-    said = refused("evaluate", place / "q8.gguf", "--out", tmp_path / "out")
-    assert "needs llama.cpp: pip install 'regrow[llama]'" in said
+    message = refused("evaluate", place / "q8.gguf", "--out", tmp_path / "out")
+    assert "needs llama.cpp: pip install 'regrow[llama]'" in message
 
 
-def test_a_folder_of_other_tokens_is_no_parent(place: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_tokens_lends_no_tokenizer(place: Path, tmp_path: Path) -> None:
     teacher = Path(shutil.copytree(place / "teacher", tmp_path / "teacher"))
     tokens = json.loads((teacher / "tokenizer.json").read_text())
     vocabulary = tokens["model"]["vocab"]

@@ -52,9 +52,9 @@ def test_text_is_read_as_far_as_needed(place: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("regrow.stages.evaluate.texts.CHARACTERS_PER_TOKEN", 1)
     monkeypatch.setattr("regrow.stages.evaluate.texts.MARGIN", 4)
     tokenizer = tiny_tokenizer()
-    every = tokenizer(TEXT)["input_ids"]
-    for wanted in (1, 7, 200, len(every), len(every) + 99):
-        assert opening(text_files(f"{place}/raw.txt"), tokenizer, wanted)[1] == every[:wanted]
+    all_ids = tokenizer(TEXT)["input_ids"]
+    for count in (1, 7, 200, len(all_ids), len(all_ids) + 99):
+        assert opening(text_files(f"{place}/raw.txt"), tokenizer, count)[1] == all_ids[:count]
     rows = opening(text_files(f"{place}/rows.jsonl.gz"), tokenizer, 9999)[1]
     assert tokenizer.decode(rows) == "\n\n".join(SENTENCES)
     pairs = opening(text_files(f"{place}/pairs.jsonl"), tokenizer, 9999)[1]
@@ -69,7 +69,7 @@ def test_windows_score_all_but_their_first_token() -> None:
     assert sequences.position_ids.tolist() == [[0, 1, 2]] * 2
 
 
-def test_ratio_by_hand() -> None:
+def test_the_ratio_estimator_equals_hand_computed_values() -> None:
     # m = 12/4 = 3; residuals 2−3 = −1 and 10−9 = 1; sqrt(2/1 · 2)/4 = 0.5
     assert ratio([2.0, 10.0], [1, 3]) == (3.0, 0.5)
     assert ratio([6.0], [3]) == (2.0, 0.0)

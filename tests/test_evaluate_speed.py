@@ -55,72 +55,72 @@ def test_operations_are_those_that_torch_counts(model_type: str) -> None:
     masked = tokens * tokens - tokens * (tokens + 1) // 2
     masked *= 4 * full["layers"] * full["heads"] * full["head_dim"]
     norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
-    found = forward_flops(family, config, tokens)
-    rotary = counter.get_total_flops() - (found + masked - 2 * norms * tokens)
+    counted = forward_flops(family, config, tokens)
+    rotary = counter.get_total_flops() - (counted + masked - 2 * norms * tokens)
     assert 0 <= rotary <= full["head_dim"] * tokens
-    one = forward_flops(family, config, 1, past=tokens)
-    apart = found + one - forward_flops(family, config, tokens + 1)
-    assert apart == 2 * full["vocab"] * full["hidden"]  # the head of the prompt's last token
+    one_token = forward_flops(family, config, 1, past=tokens)
+    difference = counted + one_token - forward_flops(family, config, tokens + 1)
+    assert difference == 2 * full["vocab"] * full["hidden"]  # the head of the prompt's last token
 
 
-def test_statistics_by_hand(place: Path) -> None:
+def test_speed_statistics_equal_hand_computed_values(place: Path) -> None:
     """Two prompts of ten tokens; the first run only warms up."""
     setting = Setting(2, 10, 2)
     runs = [Run(9, [9, 9]), Run(0.1, [0.01, 0.03]), Run(0.3, [0.02, 0.06]), Run(0.2, [0.02, 0.02])]
-    found = values(
+    measured = values(
         MetricResult(speed._figures(eval_model(place / "dense"), {setting: runs}, "in turn"))
     )
-    assert found["prefill"] == pytest.approx(20 / 0.2)
-    assert found["decode"] == pytest.approx(2 / 0.02)
-    assert found["ttft"] == pytest.approx(200)
-    assert found["ttft_p95"] == pytest.approx(290)  # between 200 and 300, 0.9 of the way
-    assert found["time_per_output_token"] == pytest.approx(20)
+    assert measured["prefill"] == pytest.approx(20 / 0.2)
+    assert measured["decode"] == pytest.approx(2 / 0.02)
+    assert measured["ttft"] == pytest.approx(200)
+    assert measured["ttft_p95"] == pytest.approx(290)  # between 200 and 300, 0.9 of the way
+    assert measured["time_per_output_token"] == pytest.approx(20)
     # 10 20 20 20 30 60: place 0.95 · 5 = 4.75
-    assert found["time_per_output_token_p95"] == pytest.approx(30 + 0.75 * 30)
+    assert measured["time_per_output_token_p95"] == pytest.approx(30 + 0.75 * 30)
 
 
 def test_speed_up_as_a_share_of_the_operations(place: Path) -> None:
     setting = Setting(1, 16, 4)
-    mine, base = eval_model(place / "small", "small"), eval_model(place / "dense", "dense")
+    small, base = eval_model(place / "small", "small"), eval_model(place / "dense", "dense")
     runs = [Run(5, [5]), Run(0.1, [0.01]), Run(0.1, [0.02])]
-    theirs = [Run(1, [1]), Run(0.2, [0.03]), Run(0.3, [0.02])]
-    figures = speed._speed_ups(mine, base, {setting: runs}, {setting: theirs})
-    found = values(MetricResult(figures))
-    assert found["prefill_speedup"] == pytest.approx(2.5)
-    assert found["decode_speedup"] == pytest.approx(2.0)
+    base_runs = [Run(1, [1]), Run(0.2, [0.03]), Run(0.3, [0.02])]
+    figures = speed._speed_ups(small, base, {setting: runs}, {setting: base_runs})
+    measured = values(MetricResult(figures))
+    assert measured["prefill_speedup"] == pytest.approx(2.5)
+    assert measured["decode_speedup"] == pytest.approx(2.0)
     family = families.get("llama")
-    counts = [forward_flops(family, s.checkpoint.config, 16) for s in (base, mine)]
-    assert found["prefill_of_flops"] == pytest.approx(2.5 * counts[1] / counts[0])
-    after = [forward_flops(family, s.checkpoint.config, 1, past=18) for s in (base, mine)]
-    assert found["decode_of_flops"] == pytest.approx(2.0 * after[1] / after[0])
+    counts = [forward_flops(family, s.checkpoint.config, 16) for s in (base, small)]
+    assert measured["prefill_of_flops"] == pytest.approx(2.5 * counts[1] / counts[0])
+    after = [forward_flops(family, s.checkpoint.config, 1, past=18) for s in (base, small)]
+    assert measured["decode_of_flops"] == pytest.approx(2.0 * after[1] / after[0])
 
 
 @pytest.mark.parametrize("fits", [True, False])
 def test_models_take_turns_where_they_fit(
     fits: bool, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, str]] = []
+    timed: list[tuple[str, str]] = []
     plain = speed._run
 
     def run(model: EvalModel, setting: Setting) -> Run:
-        asked.append((model.label, str(setting)))
+        timed.append((model.label, str(setting)))
         return plain(model, setting)
 
     monkeypatch.setattr(speed, "_run", run)
     monkeypatch.setattr("regrow.stages.evaluate.eval_model.MEMORY_SHARE", 0.5 if fits else 0.0)
     models = {label: eval_model(place / label, label) for label in ("dense", "small")}
     config = EvaluateConfig(prefill_tokens=(8, 4), batch_sizes=(1, 3), decode_tokens=2, repeats=1)
-    found = speed.measure_all(models, config, "dense")
+    results = speed.measure_all(models, config, "dense")
     settings = ["1 x 8", "1 x 4", "3 x 8", "3 x 4"]
     order = ["dense", "small"] * 2 if fits else ["dense"] * 2 + ["small"] * 2
-    assert asked == [(label, setting) for label in order for setting in settings]
-    small = values(found["small"])
+    assert timed == [(label, setting) for label in order for setting in settings]
+    small = values(results["small"])
     for setting in ("", "/1 x 4", "/3 x 8", "/3 x 4"):
         for kind in ("prefill", "decode", "ttft", "ttft_p95", "prefill_speedup", "decode_of_flops"):
             assert small[kind + setting] > 0
-    assert not any("speedup" in name for name in values(found["dense"]))
-    how = "models in turn" if fits else "one model after the other"
-    assert how in found["small"].figures[0].convention
+    assert not any("speedup" in name for name in values(results["dense"]))
+    order_text = "models in turn" if fits else "one model after the other"
+    assert order_text in results["small"].figures[0].convention
     assert ("model" in vars(models["small"])) == fits
 
 
@@ -131,7 +131,7 @@ def test_peak_memory_holds_the_weights(tmp_path: Path) -> None:
     write_model(tmp_path / "m", model)
     del model
     config = EvaluateConfig(prefill_tokens=(16,))
-    found = values(memory.measure(eval_model(tmp_path / "m"), Context(config)))
-    assert found["load_time"] > 0
+    measured = values(memory.measure(eval_model(tmp_path / "m"), Context(config)))
+    assert measured["load_time"] > 0
     if memory.RESET.exists():
-        assert 0.9 * weights < found["peak_memory"] < 5 * weights
+        assert 0.9 * weights < measured["peak_memory"] < 5 * weights

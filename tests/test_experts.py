@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_folders import write_model, write_text
 from tiny_job import call, refused
-from tiny_models import MIXTURES, random_plan, tiny_config, tiny_ids, tiny_model
-from torch import Tensor
+from tiny_models import MIXTURES, logits, random_plan, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from regrow import families
@@ -30,11 +29,6 @@ TEXT = ("--sequence-length", 32)
 
 
 @torch.no_grad()
-def logits(model: Any) -> Tensor:
-    found: Tensor = model(tiny_ids()).logits
-    return found
-
-
 def plan_of(config: dict[str, Any], **sizes: Any) -> Plan:
     return random_plan(config, **{"experts": 3, "expert_mlp": 24, "hidden": 40, **sizes})
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_folders import write_model, write_text
+from tiny_folders import set_config, write_model, write_text
 from tiny_gguf import FLAT, WIDE, exported, write_case
 from tiny_job import PROFILE, PRUNE, Refused, recipe_fields, write_recipe
 
@@ -25,11 +25,6 @@ from regrow.stages.export import tensors
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_case(tmp_path_factory.mktemp("export") / "model", "llama", torch.bfloat16).folder
-
-
-def set_config(folder: Path, **fields: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **fields}))
 
 
 def test_an_export_to_a_folder_is_verified_and_skipped_the_second_time(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_folders import set_config
 from tiny_gguf import exported, write_case
 from tiny_tokenizer import GENERATION_TEMPLATE, tiny_tokenizer
 from tokenizers import Regex, pre_tokenizers
@@ -19,11 +20,6 @@ from regrow.checkpoint import Checkpoint
 from regrow.llama_cpp import GgufModel
 from regrow.stages.export import chat, tokenizer
 from regrow.stages.export.card import Licence, licence_of
-
-
-def set_config(folder: Path, **fields: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **fields}))
 
 
 def rules_of(splitter: Any, ignore_merges: bool = False) -> dict[str, Any]:

@@ -57,12 +57,12 @@ def test_the_forward_pass_is_that_of_rounded_weights(name: str) -> None:
     assert torch.equal(model(tiny_ids()).logits, twin(tiny_ids()).logits)
     model(tiny_ids()).logits.square().sum().backward()
     twin(tiny_ids()).logits.square().sum().backward()
-    for (path, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, msg=path)  # straight through
+    for (path, fake), rounded in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(fake.grad, rounded.grad, msg=path)  # straight through
     settle()
     assert all("forward" not in vars(module) for module in model.modules())
-    for (path, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert torch.equal(ours, theirs), path
+    for (path, fake), rounded in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(fake, rounded), path
 
 
 def test_the_grid_stays_while_the_weights_move() -> None:
@@ -92,10 +92,12 @@ def test_rounding_the_student_gives_what_was_trained(aware: Path, place: Path, m
             assert torch.equal(module.weight, trained[f"{path}.weight"]), path
 
 
-def test_another_grid_is_told(aware: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = "was trained for rounding to int4-g32; rounding it to int8 loses the gain of that"
+def test_rounding_to_another_grid_is_warned_about(
+    aware: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = "was trained for rounding to int4-g32; rounding it to int8 loses the gain of that"
     quantize(aware, place / "other", QuantizeConfig(scheme="int8", method="rtn"))
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     quantize(aware, place / "same", ROUND)
     assert "was trained for rounding" not in capsys.readouterr().err
 
@@ -105,7 +107,7 @@ def test_held_out_figures_are_those_of_the_rounded_student(aware: Path, place: P
     assert kl_of(out, place) == pytest.approx(figures(aware)["held-out KL"], rel=0.03)  # bf16
 
 
-def test_better_than_rounding_after_training(aware: Path, place: Path) -> None:
+def test_training_on_the_grid_beats_rounding_after_training(aware: Path, place: Path) -> None:
     """At equal tokens and equal bits."""
     folders = (place / "pruned", place / "teacher", data(place))
     plain = distill(*folders, place / "plain", CONFIG, OPTIONS)
@@ -117,7 +119,7 @@ def test_better_than_rounding_after_training(aware: Path, place: Path) -> None:
     assert kl_of(plain, place) < kls[1]
 
 
-def test_refused(tmp_path: Path, place: Path) -> None:
+def test_bad_fake_quantize_settings_are_refused(tmp_path: Path, place: Path) -> None:
     with pytest.raises(
         ValidationError, match="fp8 also rounds inputs; give int8 or a kind of int4"
     ):

@@ -34,8 +34,8 @@ def float64_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager attention rounds its softmax to float32, which ends a comparison at 1e-7."""
     stock = torch.nn.functional.softmax
 
-    def wide(x: Tensor, dim: int, dtype: torch.dtype | None = None, **given: Any) -> Tensor:
-        return stock(x, dim=dim, dtype=x.dtype if x.dtype == torch.float64 else dtype, **given)
+    def wide(x: Tensor, dim: int, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        return stock(x, dim=dim, dtype=x.dtype if x.dtype == torch.float64 else dtype, **options)
 
     monkeypatch.setattr(torch.nn.functional, "softmax", functools.wraps(stock)(wide))
 
@@ -51,9 +51,9 @@ def bound(
     batch: dict[str, Tensor],
 ) -> dict[str, Any]:
     undo = bind_loss(student, teacher, KL, feature_losses)
-    found: dict[str, Any] = student(**batch)
+    outputs: dict[str, Any] = student(**batch)
     undo()
-    return found
+    return outputs
 
 
 def values(
@@ -76,7 +76,7 @@ def test_every_feature_loss_has_a_slow_version_and_says_what_it_reads() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_value_and_gradient(model_type: str, name: str) -> None:
+def test_value_and_gradient_equal_the_slow_version(model_type: str, name: str) -> None:
     """Of the feature loss times its weight; layers, channels and heads are cut."""
     student, teacher, plan = family(model_type, **FAMILIES[model_type])
     batch = batch_of()
@@ -86,14 +86,14 @@ def test_value_and_gradient(model_type: str, name: str) -> None:
     (plain + 3.0 * expected).backward()
     gradients = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
     student.zero_grad()
-    found = bound(student, teacher, loss_weights_of(plan, name), batch)
-    torch.testing.assert_close(found["parts"][name], expected.detach(), rtol=1e-11, atol=0)
-    torch.testing.assert_close(found["loss"], plain + 3.0 * expected, rtol=1e-11, atol=0)
-    torch.testing.assert_close(found["main"], plain.detach(), rtol=1e-12, atol=0)
-    found["loss"].backward()
-    for each, parameter in student.named_parameters():
-        difference = (parameter.grad - gradients[each]).norm()
-        assert float(difference) <= 1e-9 * float(gradients[each].norm()), each
+    outputs = bound(student, teacher, loss_weights_of(plan, name), batch)
+    torch.testing.assert_close(outputs["parts"][name], expected.detach(), rtol=1e-11, atol=0)
+    torch.testing.assert_close(outputs["loss"], plain + 3.0 * expected, rtol=1e-11, atol=0)
+    torch.testing.assert_close(outputs["main"], plain.detach(), rtol=1e-12, atol=0)
+    outputs["loss"].backward()
+    for parameter_name, parameter in student.named_parameters():
+        difference = (parameter.grad - gradients[parameter_name]).norm()
+        assert float(difference) <= 1e-9 * float(gradients[parameter_name].norm()), parameter_name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -117,37 +117,37 @@ def test_gradient_by_finite_differences(name: str) -> None:
     torch.testing.assert_close((ends[0] - ends[1]) / (2 * size), slope, rtol=1e-6, atol=1e-7)
 
 
-def test_nothing_to_learn_from_oneself() -> None:
+def test_the_loss_of_the_teacher_itself_is_zero() -> None:
     for dtype, rounding in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
         model = tiny_model("llama", dtype, seed=4, num_hidden_layers=6)
         layers = {"layers": list(range(6))}
         plan = random_plan(model.config.to_dict(), **layers)
         student = cut_model(model, plan)
-        for each in (model, student):
-            give_attentions(each)
+        for part in (model, student):
+            give_attentions(part)
         match = LayerMapping.of_plan(plan)
         match = match.read_at(at_depths(match.outputs, 6, (0.25, 0.5, 4)))
         mix = FeatureLosses(dict.fromkeys(NAMES, 1.0), match)
-        found = bound(student, Teacher(model), mix, batch_of())
-        assert {float(found["parts"][name]) for name in NAMES} == {0.0}
-        found["loss"].backward()
+        outputs = bound(student, Teacher(model), mix, batch_of())
+        assert {float(outputs["parts"][name]) for name in NAMES} == {0.0}
+        outputs["loss"].backward()
         assert max(float(p.grad.abs().max()) for p in student.parameters()) < rounding
 
 
-def test_none_scored_is_a_zero_with_a_graph() -> None:
+def test_no_scored_token_gives_a_zero_with_a_graph() -> None:
     student, teacher, plan = family()
     batch = batch_of()
     batch["labels"].fill_(-100)
-    found = bound(student, teacher, loss_weights_of(plan, *NAMES), batch)
-    assert float(found["loss"].detach()) == 0
-    found["loss"].backward()
+    outputs = bound(student, teacher, loss_weights_of(plan, *NAMES), batch)
+    assert float(outputs["loss"].detach()) == 0
+    outputs["loss"].backward()
     assert all(not p.grad.any() for p in student.parameters())
 
 
 def test_parts_of_a_batch_add_up() -> None:
     """So that accumulation and ranks share one mean: by blocks, and token by token."""
     student, teacher, plan = family(**FAMILIES["llama"])
-    whole = values(student, teacher, plan, batch_of(8))
+    full_batch = values(student, teacher, plan, batch_of(8))
     sequences = [values(student, teacher, plan, b) for b in tiny_sequences(8).batches(2)]
     odd, even = batch_of(8), batch_of(8)
     odd["labels"][:, ::2] = even["labels"][:, 1::2] = -100
@@ -155,7 +155,7 @@ def test_parts_of_a_batch_add_up() -> None:
     for name in NAMES:
         for parts in (sequences, tokens):
             total = sum(part[name] for part in parts)
-            torch.testing.assert_close(total, whole[name], rtol=1e-10, atol=0)
+            torch.testing.assert_close(total, full_batch[name], rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -168,7 +168,7 @@ def test_packed_documents_do_not_see_each_other(model_type: str) -> None:
         values(student, teacher, plan, {name: x[:, begin:end] for name, x in batch.items()})
         for begin, end in pairwise((0, first, 40))
     ]
-    whole = values(student, teacher, plan, batch)
+    packed = values(student, teacher, plan, batch)
     batch["labels"][:, first:] = -100
     other = {**batch, "input_ids": batch["input_ids"].clone()}
     other["input_ids"][:, first:] = 9
@@ -177,52 +177,52 @@ def test_packed_documents_do_not_see_each_other(model_type: str) -> None:
         assert alone[0][name] > 0
         assert alone[1][name] > 0
         expected = alone[0][name] + alone[1][name]
-        torch.testing.assert_close(whole[name], expected, rtol=1e-9, atol=0)
+        torch.testing.assert_close(packed[name], expected, rtol=1e-9, atol=0)
         torch.testing.assert_close(changed[name], alone[0][name], rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_student_of_fewer_tokens(name: str) -> None:
+def test_a_student_with_fewer_tokens_is_compared_on_the_shared_ids(name: str) -> None:
     """The teacher reads its own ids of the same tokens; untied, so that both ends are cut."""
     config = {"num_hidden_layers": 6, "tie_word_embeddings": False}
     model = tiny_model("llama", torch.float64, seed=4, **config)
     kept = [0, 1, *range(3, 384, 2)]
     plan = random_plan(model.config.to_dict(), layers=KEPT, vocab=kept, hidden=36)
     student = cut_model(model, plan)
-    for each in (model, student):
-        give_attentions(each)
+    for part in (model, student):
+        give_attentions(part)
     assert plan.vocab is not None
     teacher = Teacher(model, torch.tensor(plan.vocab))
     batch = next(tiny_sequences(4, vocabulary=len(kept)).batches(4))
-    found = bound(student, teacher, loss_weights_of(plan, name), batch)["parts"][name].detach()
+    value = bound(student, teacher, loss_weights_of(plan, name), batch)["parts"][name].detach()
     if name.startswith("logit_lens"):
         with torch.no_grad():  # of the teacher's distribution, what the student has words for
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[plan.vocab])
     expected = slow(name, student, teacher, plan, batch)
-    torch.testing.assert_close(found, expected.detach(), rtol=1e-11, atol=1e-12)
-    assert name == "embeddings" or float(found) > 0
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-11, atol=1e-12)
+    assert name == "embeddings" or float(value) > 0
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("logit_lens")])
-def test_lens_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lens_is_computed_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal to one chunk, and [tokens, vocabulary] is not made."""
     student, teacher, plan = family()
     batch = batch_of(8)
-    whole = bound(student, teacher, loss_weights_of(plan, name), batch)
-    whole["loss"].backward()
+    unchunked = bound(student, teacher, loss_weights_of(plan, name), batch)
+    unchunked["loss"].backward()
     gradients = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 1)  # chunks of 16 tokens
-    tokens = int(whole["tokens"])
+    tokens = int(unchunked["tokens"])
     assert tokens > 3 * 16
     shapes = {p.shape for model in (student, teacher.model) for p in model.parameters()}
-    with Largest(shapes | {shape[::-1] for shape in shapes}) as seen:
+    with Largest(shapes | {shape[::-1] for shape in shapes}) as largest:
         chunked = bound(student, teacher, loss_weights_of(plan, name), batch)
         chunked["loss"].backward()
-    torch.testing.assert_close(chunked["parts"][name], whole["parts"][name], rtol=1e-12, atol=0)
+    torch.testing.assert_close(chunked["parts"][name], unchunked["parts"][name], rtol=1e-12, atol=0)
     for parameter, expected in zip(student.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-9)
-    assert seen.elements < tokens * 384, seen.shape
+    assert largest.elements < tokens * 384, largest.shape
 
 
 def test_bfloat16_attention_is_never_negative() -> None:
@@ -238,5 +238,5 @@ def test_bfloat16_attention_is_never_negative() -> None:
     assert float(plain.min()) < 0
     for p_AT, q_AT in zip(*rounded, strict=True):
         assert float(attention._divergence(q_AT[None], p_AT[None])) >= 0
-    found = attention._divergence(rounded[1], rounded[0])
-    torch.testing.assert_close(found.double(), exact, rtol=0.05, atol=0)
+    divergence = attention._divergence(rounded[1], rounded[0])
+    torch.testing.assert_close(divergence.double(), exact, rtol=0.05, atol=0)

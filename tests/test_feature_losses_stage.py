@@ -35,7 +35,7 @@ def feature_losses_for(place: Path, student: str, **fields: Any) -> Any:
     return feature_losses_between(open_student(place / student, master), master, config)
 
 
-def test_it_comes_down_with_the_signal(place: Path, tmp_path: Path) -> None:
+def test_the_hidden_loss_falls_when_it_has_a_weight(place: Path, tmp_path: Path) -> None:
     """The KL alone leaves it where it is."""
     ends = []
     for weight in (1e-6, 20.0):
@@ -49,7 +49,7 @@ def test_it_comes_down_with_the_signal(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("student", ["pruned", "stranger"])
-def test_all_of_them_with_balance(
+def test_all_feature_losses_train_together_with_balance(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], student: str
 ) -> None:
     """Logged by name; the student that is written is a stock one, with nothing of ours in it.
@@ -64,12 +64,12 @@ def test_all_of_them_with_balance(
     distill(place / student, place / "teacher", data(place), out, config, OPTIONS)
     rows = rows_of(out)
     for kind, prefix in (("loss", ""), ("heldout_kl", "heldout_")):
-        found = [row for row in rows if kind in row]
-        assert len(found) >= 3
-        assert all(row[prefix + name] >= 0 for row in found for name in names)
-    said = capsys.readouterr().err
-    assert "needs eager attention in both models" in said
-    assert ("no plan leads from" in said) == (student == "stranger")
+        logged = [row for row in rows if kind in row]
+        assert len(logged) >= 3
+        assert all(row[prefix + name] >= 0 for row in logged for name in names)
+    output = capsys.readouterr().err
+    assert "needs eager attention in both models" in output
+    assert ("no plan leads from" in output) == (student == "stranger")
     fields = json.loads((out / "config.json").read_text())
     assert not [key for key in fields if "attn_impl" in key]
     with safe_open(place / student / "model.safetensors", "pt") as before:
@@ -79,7 +79,7 @@ def test_all_of_them_with_balance(
     assert not (out / "feature_losses.pt").exists()
 
 
-def test_the_match_follows_the_descent(place: Path) -> None:
+def test_the_layer_mapping_follows_the_plan(place: Path) -> None:
     plan = Plan.read(place / "pruned" / "plan.json")
     weights = {"hidden": 1.0, "embeddings": 1.0}
     assert feature_losses_for(
@@ -97,7 +97,7 @@ def test_the_match_follows_the_descent(place: Path) -> None:
     assert feature_losses_for(place, "pruned") is None
 
 
-def test_refused_before_any_slow_work(place: Path, tmp_path: Path) -> None:
+def test_bad_feature_losses_are_refused_before_any_slow_work(place: Path, tmp_path: Path) -> None:
     for student in ("stranger", "config.json"):
         for name in ("hidden", "logit_lens_symmetric"):
             with pytest.raises(UserError, match=rf"{name} compares .* \(1 layers\) is paired with"):
@@ -134,7 +134,7 @@ def test_refused_before_any_slow_work(place: Path, tmp_path: Path) -> None:
         ({"hidden_weight": 1.0}, "hidden_weight: unknown key"),
     ],
 )
-def test_configs_that_are_refused(fields: dict[str, Any], message: str) -> None:
+def test_bad_configs_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(DistillConfig, fields, "stages.1.distill")
     assert message in str(caught.value)

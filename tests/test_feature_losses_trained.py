@@ -86,7 +86,7 @@ class _Stop(Watch):
         control.should_training_stop = state.global_step >= self.step
 
 
-def everything(trainer: DistillTrainer, feature_losses: FeatureLosses) -> dict[str, Tensor]:
+def state_of(trainer: DistillTrainer, feature_losses: FeatureLosses) -> dict[str, Tensor]:
     """Student and projections."""
     student = {name: p.detach() for name, p in trainer.student.named_parameters()}
     return {
@@ -96,20 +96,20 @@ def everything(trainer: DistillTrainer, feature_losses: FeatureLosses) -> dict[s
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One uninterrupted run with balance."""
     folder = tmp_path_factory.mktemp("whole")
     trainer, feature_losses, _ = train(folder)
     return {
         "folder": folder,
-        "weights": everything(trainer, feature_losses),
+        "weights": state_of(trainer, feature_losses),
         "sums": feature_losses.balancer.sums if feature_losses.balancer else {},
         "log": trainer.state.log_history,
         "names": {name for name, _ in trainer.student.named_parameters()},
     }
 
 
-def test_balance_by_hand() -> None:
+def test_balance_factors_equal_hand_computed_values() -> None:
     """Weight × mean of the main loss ÷ mean of the feature loss; nothing before the first step."""
     balance = LossBalancer()
     assert balance.factor("hidden") == 0
@@ -133,61 +133,67 @@ def test_factors_reach_the_loss(balanced: bool) -> None:
         )
     bind_loss(student, teacher, MIX, feature_losses)
     with torch.no_grad():
-        found = student(**next(tiny_sequences().batches(8)))
+        outputs = student(**next(tiny_sequences().batches(8)))
     factors = {name: 3.0 / (1 + n) if balanced else 1.0 for n, name in enumerate(NAMES)}
-    more = sum(0.5 * factors[name] * found["parts"][name] for name in NAMES)
-    torch.testing.assert_close(found["loss"], found["main"] + more)
+    more = sum(0.5 * factors[name] * outputs["parts"][name] for name in NAMES)
+    torch.testing.assert_close(outputs["loss"], outputs["main"] + more)
 
 
-def test_every_signal_is_logged(whole: dict[str, Any]) -> None:
-    rows = [row for row in whole["log"] if "loss" in row]
+def test_every_feature_loss_is_logged(uninterrupted: dict[str, Any]) -> None:
+    rows = [row for row in uninterrupted["log"] if "loss" in row]
     assert len(rows) == STEPS
     student, teacher, feature_losses = strangers(balance=True)
     bind_loss(student, teacher, MIX, feature_losses)
     student.train()
     with torch.no_grad():
-        found = student(**next(tiny_sequences(8 * STEPS).batches(8)))
+        outputs = student(**next(tiny_sequences(8 * STEPS).batches(8)))
     for name in ("forward_kl", "cross_entropy", *NAMES):
-        expected = float(found["parts"][name] / found["tokens"])
+        expected = float(outputs["parts"][name] / outputs["tokens"])
         assert rows[0][name] == pytest.approx(expected, rel=1e-4), name
 
 
-def test_all_learn(whole: dict[str, Any]) -> None:
-    first, *_, last = [row for row in whole["log"] if "loss" in row]
+def test_student_and_projections_learn(uninterrupted: dict[str, Any]) -> None:
+    first, *_, last = [row for row in uninterrupted["log"] if "loss" in row]
     for name in NAMES:
         assert last[name] < first[name], name
 
 
-def test_a_step_is_the_same_however_it_is_split(tmp_path: Path, whole: dict[str, Any]) -> None:
+def test_a_step_is_the_same_however_it_is_split(
+    tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
     trainer, feature_losses, _ = train(tmp_path, split=(8, 1), save_strategy="no")
-    for name, value in everything(trainer, feature_losses).items():
-        torch.testing.assert_close(value, whole["weights"][name], rtol=1e-2, atol=1e-4)
+    for name, value in state_of(trainer, feature_losses).items():
+        torch.testing.assert_close(value, uninterrupted["weights"][name], rtol=1e-2, atol=1e-4)
     assert feature_losses.balancer is not None
-    assert feature_losses.balancer.sums == pytest.approx(whole["sums"], rel=1e-3)
+    assert feature_losses.balancer.sums == pytest.approx(uninterrupted["sums"], rel=1e-3)
 
 
-def test_resumed_equals_uninterrupted(tmp_path: Path, whole: dict[str, Any]) -> None:
+def test_a_resumed_training_equals_an_uninterrupted_one(
+    tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
     """To the bit: weights, projections, their optimizer state, the balance."""
     train(tmp_path, until=2)
     trainer, feature_losses, _ = train(tmp_path, resume=tmp_path / "checkpoint-2")
     assert trainer.state.global_step == STEPS
-    for name, value in everything(trainer, feature_losses).items():
-        assert torch.equal(value, whole["weights"][name]), name
+    for name, value in state_of(trainer, feature_losses).items():
+        assert torch.equal(value, uninterrupted["weights"][name]), name
     assert feature_losses.balancer is not None
-    assert feature_losses.balancer.sums == whole["sums"]
+    assert feature_losses.balancer.sums == uninterrupted["sums"]
 
 
-def test_projections_learn_and_stay_out(whole: dict[str, Any]) -> None:
+def test_projections_are_trained_but_not_saved_with_the_model(
+    uninterrupted: dict[str, Any],
+) -> None:
     from safetensors import safe_open
 
     _, _, fresh = strangers(balance=False)
     assert len(fresh.mapping.projections) == 3
     for name, weight in fresh.mapping.projections.items():
-        assert not torch.equal(weight, whole["weights"][name])
-        assert name not in whole["names"]
-    with safe_open(whole["folder"] / "checkpoint-4" / "model.safetensors", "pt") as file:
-        assert set(file.keys()) <= whole["names"]
-    state = torch.load(whole["folder"] / "checkpoint-4" / "feature_losses.pt")
+        assert not torch.equal(weight, uninterrupted["weights"][name])
+        assert name not in uninterrupted["names"]
+    with safe_open(uninterrupted["folder"] / "checkpoint-4" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) <= uninterrupted["names"]
+    state = torch.load(uninterrupted["folder"] / "checkpoint-4" / "feature_losses.pt")
     assert set(state) == {*fresh.mapping.projections, "balance"}
 
 
@@ -219,20 +225,20 @@ def _train_share(rank: int, folder: str) -> None:
         Path(folder) / str(rank), split=(2, 2), save_strategy="no", ddp_backend="gloo"
     )
     assert feature_losses.balancer is not None
-    state = everything(trainer, feature_losses), feature_losses.balancer.sums
+    state = state_of(trainer, feature_losses), feature_losses.balancer.sums
     torch.save(state, Path(folder) / f"{rank}.pt")
 
 
-def test_ranks_train_what_one_process_trains(tmp_path: Path, whole: dict[str, Any]) -> None:
+def test_ranks_train_what_one_process_trains(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
     start_ranks(2, _train_share, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, value in first[0].items():
         assert torch.equal(value, second[0][name]), name
-        torch.testing.assert_close(value, whole["weights"][name], rtol=1e-2, atol=1e-4)
-    assert first[1] == second[1] == pytest.approx(whole["sums"], rel=1e-3)
+        torch.testing.assert_close(value, uninterrupted["weights"][name], rtol=1e-2, atol=1e-4)
+    assert first[1] == second[1] == pytest.approx(uninterrupted["sums"], rel=1e-3)
 
 
-def test_no_state_no_file(tmp_path: Path) -> None:
+def test_without_projections_no_file_is_written(tmp_path: Path) -> None:
     student, teacher, feature_losses = strangers(False, 0.5, "logit_lens")
     trainer = DistillTrainer(
         model=student,

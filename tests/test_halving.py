@@ -1,4 +1,4 @@
-"""Short distillations of growing length: who goes on, what is written down, where it goes on."""
+"""Successive halving: which shapes continue, what is recorded, how a killed search resumes."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ def rows_of(names: str) -> list[dict[str, Any]]:
     return [{"name": name, "sizes": {"mlp": n}} for n, name in enumerate(names)]
 
 
-def test_the_better_half_goes_on_for_twice_as_long() -> None:
+def test_the_better_half_is_distilled_twice_as_long() -> None:
     """b starts behind and learns fastest; c gives no number."""
     learns = {"a": (2.0, 0.1), "b": (2.15, 2.0), "c": (math.nan, 0.0), "d": (2.5, 0.0)}
-    asked: list[tuple[str, int]] = []
+    distilled: list[tuple[str, int]] = []
     lost: list[str] = []
 
     def score(row: dict[str, Any], tokens: int) -> float:
-        asked.append((row["name"], tokens))
+        distilled.append((row["name"], tokens))
         start, pace = learns[row["name"]]
         return start - pace * tokens / 1000
 
     out = halving.halve(rows_of("abcd"), 100, score, lambda row: lost.append(row["name"]))
     assert [row["name"] for row in out] == ["b", "a", "d", "c"]
-    assert asked == [*(("abcd"[n], 100) for n in range(4)), ("b", 200), ("a", 200)]
+    assert distilled == [*(("abcd"[n], 100) for n in range(4)), ("b", 200), ("a", 200)]
     assert lost == ["d", "c", "a"]
     assert out[0]["distilled"] == {"100": pytest.approx(1.95), "200": pytest.approx(1.75)}
 
 
-def test_rungs_and_their_cost() -> None:
+def test_rungs_and_their_cost_equal_hand_computed_values() -> None:
     assert halving.rungs_for(4, 100) == [(4, 100), (2, 200)]
     assert halving.rungs_for(7, 100) == [(7, 100), (3, 200)]
     assert halving.tokens_for(8, 100) == 8 * 100 + 4 * 100 + 2 * 200
@@ -64,7 +64,7 @@ def search_in(place: Path, out: Path) -> list[dict[str, Any]]:
     return table
 
 
-def test_a_search_that_was_killed_goes_on_in_its_rung(
+def test_a_killed_search_resumes_in_its_rung(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No round, no finished distillation is done twice, and the result is the same as in one go."""
@@ -115,9 +115,9 @@ def test_the_kl_is_that_of_the_distillation(place: Path, tmp_path: Path) -> None
     score = halving.Distillations(checkpoint, profile, CONFIG, data, OPTIONS, tmp_path)
     row = {"name": "mlp", "sizes": {"mlp": 100}}
     kl = score(row, 1024)
-    found = read(tmp_path / "mlp100-distilled")
-    assert found is not None
-    figures = {figure["name"]: figure["value"] for figure in found["figures"]}
+    manifest = read(tmp_path / "mlp100-distilled")
+    assert manifest is not None
+    figures = {figure["name"]: figure["value"] for figure in manifest["figures"]}
     assert kl == figures["held-out KL"] <= figures["held-out KL before"]
     score.drop(row)
     assert [path.name for path in tmp_path.iterdir()] == ["rungs.json"]

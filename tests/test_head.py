@@ -86,8 +86,8 @@ class Case:
                         values.append(float(value()))
                     flat[place] = old
                     slope = (values[0] - values[1]) / (2 * step)
-                    wanted = float(gradient.view(-1)[place])
-                    assert slope == pytest.approx(wanted, rel=1e-6, abs=1e-8)
+                    expected = float(gradient.view(-1)[place])
+                    assert slope == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 
 def slow_parts(case: Case, mix: LossWeights) -> dict[str, Tensor]:
@@ -119,9 +119,9 @@ def test_value_and_gradients_equal_the_slow_version(mix: LossWeights, cap: float
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
         for name, part in slow_parts(case, mix).items():
             torch.testing.assert_close(parts[name], part, rtol=1e-12, atol=1e-12)
-        found = case.gradients(value)
-        torch.testing.assert_close(found[0], hidden, rtol=1e-11, atol=1e-12)
-        torch.testing.assert_close(found[1], weight, rtol=1e-11, atol=1e-12)
+        gradients = case.gradients(value)
+        torch.testing.assert_close(gradients[0], hidden, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(gradients[1], weight, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES.keys())
@@ -169,11 +169,11 @@ def test_padded_vocabularies_are_cut_to_the_shared_ids(v: int, teacher_v: int, n
     expected = slow(case, MIXES[name])
     value, _ = case.chunked(MIXES[name], 4)
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
-    for found, wanted in zip(case.gradients(value), case.gradients(expected), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
+    for actual, slow_gradient in zip(case.gradients(value), case.gradients(expected), strict=True):
+        torch.testing.assert_close(actual, slow_gradient, rtol=1e-11, atol=1e-12)
 
 
-def test_padding_the_vocabulary_does_not_part_identical_models() -> None:
+def test_padding_the_vocabulary_keeps_the_loss_of_identical_models_zero() -> None:
     case = Case()
     padded = torch.cat([case.student.weight_VH.detach(), torch.zeros(5, H, dtype=torch.float64)])
     value, _ = head_loss(
@@ -218,7 +218,7 @@ def test_no_token_gives_a_zero_with_a_graph() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in MIXES if name != "measured only"])
-def test_only_the_tokens_given_count(name: str) -> None:
+def test_only_the_scored_tokens_count(name: str) -> None:
     """Masking means leaving rows out: the rows left give what they give alone."""
     mix = MIXES[name]
     case, mask = Case(), torch.rand(N, generator=torch.Generator().manual_seed(1)) < 0.5
@@ -244,8 +244,8 @@ def test_upstream_scale_and_frozen_parts() -> None:
     case = Case()
     once = case.gradients(case.chunked(MIXES["mix"])[0])
     scaled = case.gradients(0.25 * case.chunked(MIXES["mix"])[0])
-    for one, quarter in zip(once, scaled, strict=True):
-        torch.testing.assert_close(quarter, one / 4)
+    for gradient, quarter in zip(once, scaled, strict=True):
+        torch.testing.assert_close(quarter, gradient / 4)
     frozen = Head(case.student.weight_VH.detach())
     value, _ = head_loss(
         case.student_NH, frozen, case.targets_N, MIXES["mix"], case.teacher_NH, case.teacher

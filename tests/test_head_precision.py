@@ -13,8 +13,8 @@ from regrow.training.head import CHUNKS_TOGETHER, Head, add_product, head_loss, 
 from regrow.training.loss_weights import LossWeights
 
 
-def frobenius(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
+def frobenius(actual: Tensor, exact: Tensor) -> float:
+    return float((actual.double() - exact).norm() / exact.norm())
 
 
 def autocast_errors(
@@ -37,12 +37,12 @@ def autocast_errors(
     student_NH, student = hidden.clone().requires_grad_(), Head(student_VH.clone().requires_grad_())
     with torch.autocast("cpu", torch.bfloat16):
         value, _ = head_loss(student_NH, student, targets, mix, x, Head(t), chunk_tokens=16)
-    ours = torch.autograd.grad(value, (student_NH, student.weight_VH))
-    assert [found.dtype for found in (value, *ours)] == [torch.float32] * 3
+    gradients = torch.autograd.grad(value, (student_NH, student.weight_VH))
+    assert [tensor.dtype for tensor in (value, *gradients)] == [torch.float32] * 3
     low = (x @ w.T).softmax(-1) - (x @ t.T).softmax(-1)
     coarse = low @ w, low.T @ x
     return {
-        "ours": (frobenius(ours[0], exact[0]), frobenius(ours[1], exact[1])),
+        "ours": (frobenius(gradients[0], exact[0]), frobenius(gradients[1], exact[1])),
         "bf16 softmax": (frobenius(coarse[0], exact[0]), frobenius(coarse[1], exact[1])),
     }
 
@@ -72,7 +72,7 @@ def test_gradient_error_of_exact_products(name: str, temperature: float) -> None
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", [40, 3], ids=["at once", "in rows"])
-def test_products(
+def test_matrix_products_are_as_precise_as_declared(
     dtype: torch.dtype, exact: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("regrow.training.head.ADDED_ELEMENTS", rows * 90)
@@ -80,14 +80,14 @@ def test_products(
     factor, right = torch.randn(40, 70), torch.randn(70, 90).to(dtype)
     left = factor.to(dtype)
     true = left.double() @ right.double()
-    found = product(left, right, exact)
+    actual = product(left, right, exact)
     coarse = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-6, torch.float64: 1e-14}
     fine = {**coarse, torch.bfloat16: 1e-5, torch.float16: 1e-6}
-    assert found.dtype == torch.promote_types(dtype, torch.float32)
-    assert frobenius(found, true) < (fine if exact else coarse)[dtype]
-    total = torch.ones(40, 90, dtype=found.dtype)
+    assert actual.dtype == torch.promote_types(dtype, torch.float32)
+    assert frobenius(actual, true) < (fine if exact else coarse)[dtype]
+    total = torch.ones(40, 90, dtype=actual.dtype)
     true = factor.double() @ right.double()
-    add_product(total, split(factor.to(found.dtype), dtype, exact), right)
+    add_product(total, split(factor.to(actual.dtype), dtype, exact), right)
     bound = 4e-5 if dtype == torch.bfloat16 and exact else 2 * (fine if exact else coarse)[dtype]
     assert frobenius(total - 1, true) < bound
 
@@ -114,10 +114,10 @@ def largest_of_head(mix: LossWeights, n: int, v: int, chunk: int) -> tuple[int, 
     """Elements and shape, beside the weights and the gradients by the logits of a few chunks."""
     case = Case(torch.bfloat16, sizes=(n, 8, v, v))
     weight, slopes = case.student.weight_VH.shape, torch.Size((CHUNKS_TOGETHER * chunk, v))
-    with Largest({weight, weight[::-1], slopes, slopes[::-1]}) as seen:
+    with Largest({weight, weight[::-1], slopes, slopes[::-1]}) as largest:
         value, _ = case.chunked(mix)
         case.gradients(value)
-    return seen.elements, seen.shape
+    return largest.elements, largest.shape
 
 
 @pytest.mark.parametrize("exact", [False, True])

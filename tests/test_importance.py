@@ -47,35 +47,35 @@ def kill(model: PreTrainedModel, dim: str) -> None:
     unit = USELESS[dim]
     rows = slice(unit * HEAD_DIM, (unit + 1) * HEAD_DIM)
     weights = dict(model.named_parameters())
-    here = f"model.layers.{LAYER}."
+    prefix = f"model.layers.{LAYER}."
     if dim == "mlp":
-        weights[here + "mlp.gate_proj.weight"][unit] = 0
-        weights[here + "mlp.up_proj.weight"][unit] = 0
-        weights[here + "mlp.down_proj.weight"][:, unit] = 0
+        weights[prefix + "mlp.gate_proj.weight"][unit] = 0
+        weights[prefix + "mlp.up_proj.weight"][unit] = 0
+        weights[prefix + "mlp.down_proj.weight"][:, unit] = 0
     elif dim == "heads":
-        weights[here + "self_attn.q_proj.weight"][rows] = 0
-        weights[here + "self_attn.v_proj.weight"][rows] = 0
-        weights[here + "self_attn.o_proj.weight"][:, rows] = 0
+        weights[prefix + "self_attn.q_proj.weight"][rows] = 0
+        weights[prefix + "self_attn.v_proj.weight"][rows] = 0
+        weights[prefix + "self_attn.o_proj.weight"][:, rows] = 0
     elif dim == "kv_heads":
-        weights[here + "self_attn.k_proj.weight"][rows] = 0
-        weights[here + "self_attn.v_proj.weight"][rows] = 0
+        weights[prefix + "self_attn.k_proj.weight"][rows] = 0
+        weights[prefix + "self_attn.v_proj.weight"][rows] = 0
         group = slice(3 * unit * HEAD_DIM, 3 * (unit + 1) * HEAD_DIM)
-        weights[here + "self_attn.o_proj.weight"][:, group] = 0
+        weights[prefix + "self_attn.o_proj.weight"][:, group] = 0
     elif dim == "experts":
-        kill_expert(weights, here)
+        kill_expert(weights, prefix)
     elif dim == "expert_mlp":
-        weights[here + "mlp.experts.gate_up_proj"][EXPERT].unflatten(0, (2, -1))[:, unit] = 0
-        weights[here + "mlp.experts.down_proj"][EXPERT][:, unit] = 0
+        weights[prefix + "mlp.experts.gate_up_proj"][EXPERT].unflatten(0, (2, -1))[:, unit] = 0
+        weights[prefix + "mlp.experts.down_proj"][EXPERT][:, unit] = 0
     elif dim == "layers":
-        weights[here + "self_attn.o_proj.weight"].zero_()
-        weights[here + "mlp.down_proj.weight"].zero_()
+        weights[prefix + "self_attn.o_proj.weight"].zero_()
+        weights[prefix + "mlp.down_proj.weight"].zero_()
     else:
         for name, weight in weights.items():
             writes = name.endswith(("o_proj.weight", "down_proj.weight", "norm.weight"))
             (weight if writes else weight.T)[unit] = 0
 
 
-def kill_expert(weights: dict[str, Tensor], here: str) -> None:
+def kill_expert(weights: dict[str, Tensor], prefix: str) -> None:
     """Zero all of an expert, and let the router prefer the others for a channel always there."""
     unit, always = USELESS["experts"], 0
     weights["model.embed_tokens.weight"][:, always] = 30
@@ -84,17 +84,20 @@ def kill_expert(weights: dict[str, Tensor], here: str) -> None:
             weight[always] = 0
         elif name.endswith("experts.down_proj"):
             weight[:, always] = 0
-    weights[here + "post_attention_layernorm.weight"][always] = 1
-    router = weights[here + "mlp.gate.weight"]
+    weights[prefix + "post_attention_layernorm.weight"][always] = 1
+    router = weights[prefix + "mlp.gate.weight"]
     router[:, always] = 20
-    for weight in (router, *(weights[f"{here}mlp.experts.{n}_proj"] for n in ("gate_up", "down"))):
+    for weight in (
+        router,
+        *(weights[f"{prefix}mlp.experts.{n}_proj"] for n in ("gate_up", "down")),
+    ):
         weight[unit] = 0
 
 
 @pytest.fixture(scope="module")
 def mixtures(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Profile]:
     """Per family and dimension of experts a profile of a model with one useless unit in it."""
-    found = {}
+    profiles = {}
     for model_type in MIXTURES:
         for dim in ("experts", "expert_mlp"):
             folder = tmp_path_factory.mktemp(dim)
@@ -103,10 +106,10 @@ def mixtures(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
             with torch.no_grad():
                 kill(model, dim)
             model.save_pretrained(str(checkpoint.folder))
-            found[f"{model_type} {dim}"] = scored(
+            profiles[f"{model_type} {dim}"] = scored(
                 Checkpoint(checkpoint.folder), text, folder / "profile"
             )
-    return found
+    return profiles
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)
@@ -114,21 +117,21 @@ def mixtures(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def test_a_useless_expert_or_channel_of_one_comes_last(
     mixtures: dict[str, Profile], name: str, dim: str, model_type: str
 ) -> None:
-    found = mixtures[f"{model_type} {dim}"]
-    checkpoint = Checkpoint(found.folder.parent / "model")
+    profile = mixtures[f"{model_type} {dim}"]
+    checkpoint = Checkpoint(profile.folder.parent / "model")
     family = families.of(checkpoint)
-    sizes, scores = family.sizes(checkpoint.config), found.scores(name, dim)
+    sizes, scores = family.sizes(checkpoint.config), profile.scores(name, dim)
     assert set(scores) == set(map(str, family.layers_of("experts", checkpoint.config)))
-    here = scores[str(LAYER)]
-    assert here.dtype == torch.float32 and bool(here.isfinite().all())
+    layer_scores = scores[str(LAYER)]
+    assert layer_scores.dtype == torch.float32 and bool(layer_scores.isfinite().all())
     if dim == "expert_mlp":
-        assert here.shape == (sizes["experts"], sizes["expert_mlp"])
-        here = here[EXPERT]
-    assert here.shape == (sizes[dim],) and len(here.unique()) > 1
+        assert layer_scores.shape == (sizes["experts"], sizes["expert_mlp"])
+        layer_scores = layer_scores[EXPERT]
+    assert layer_scores.shape == (sizes[dim],) and len(layer_scores.unique()) > 1
     if name != "random":
-        others = torch.cat([here[: USELESS[dim]], here[USELESS[dim] + 1 :]])
-        assert int(here.argmin()) == USELESS[dim]
-        assert abs(float(here[USELESS[dim]])) < 1e-3 * float(others.min())
+        others = torch.cat([layer_scores[: USELESS[dim]], layer_scores[USELESS[dim] + 1 :]])
+        assert int(layer_scores.argmin()) == USELESS[dim]
+        assert abs(float(layer_scores[USELESS[dim]])) < 1e-3 * float(others.min())
 
 
 @pytest.fixture(scope="module")
@@ -136,20 +139,20 @@ def every_family(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """Per family a profile by every criterion."""
     folder = tmp_path_factory.mktemp("every")
     small = {"num_hidden_layers": 2, "layer_types": None}
-    found = {}
+    profiles = {}
     for name in NAMES:
         fields = small if name == "gemma3_text" else {"num_hidden_layers": 2}
         checkpoint = write_model(folder / name / "model", name, **fields)
-        found[name] = scored(checkpoint, text, folder / name / "profile")
-    return found
+        profiles[name] = scored(checkpoint, text, folder / name / "profile")
+    return profiles
 
 
 @pytest.mark.parametrize("model_type", NAMES)
 def test_every_criterion_scores_every_axis_of_every_family(
     every_family: dict[str, Profile], model_type: str
 ) -> None:
-    found = every_family[model_type]
-    checkpoint = Checkpoint(found.folder.parent / "model")
+    profile = every_family[model_type]
+    checkpoint = Checkpoint(profile.folder.parent / "model")
     family = families.of(checkpoint)
     sizes = family.sizes(checkpoint.config)
     for name, dim in CASES:
@@ -158,9 +161,9 @@ def test_every_criterion_scores_every_axis_of_every_family(
         )
         if not layers:
             with pytest.raises(UserError, match="has no"):
-                found.scores(name, dim)
+                profile.scores(name, dim)
             continue
-        scores = found.scores(name, dim)
+        scores = profile.scores(name, dim)
         assert set(scores) == set(map(str, layers)), (name, dim)
         for value in scores.values():
             assert value.shape[-1] == sizes[dim] and bool(value.isfinite().all()), (name, dim)
@@ -169,7 +172,7 @@ def test_every_criterion_scores_every_axis_of_every_family(
 @pytest.fixture(scope="module")
 def planted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Profile]:
     """Per dimension a profile, by every criterion, of a model with one useless unit in it."""
-    found = {}
+    profiles = {}
     for dim in sorted(ORDINARY):
         folder = tmp_path_factory.mktemp(dim)
         # Query heads share their group's values, so that only without groups can one do nothing.
@@ -179,8 +182,8 @@ def planted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
         with torch.no_grad():
             kill(model, dim)
         model.save_pretrained(str(checkpoint.folder))
-        found[dim] = scored(Checkpoint(checkpoint.folder), text, folder / "profile")
-    return found
+        profiles[dim] = scored(Checkpoint(checkpoint.folder), text, folder / "profile")
+    return profiles
 
 
 def scored(checkpoint: Checkpoint, text: Path, out: Path, seed: int = 0) -> Profile:
@@ -189,7 +192,7 @@ def scored(checkpoint: Checkpoint, text: Path, out: Path, seed: int = 0) -> Prof
 
 
 @pytest.mark.parametrize("name", CRITERIA)
-def test_what_a_criterion_declares(name: str) -> None:
+def test_every_criterion_declares_its_dimensions_and_needs(name: str) -> None:
     module = plugins.load(FOLDER, name)
     assert module.DIMS
     assert module.DIMS - {"vocab"} <= DIMS
@@ -201,10 +204,10 @@ def test_what_a_criterion_declares(name: str) -> None:
 def test_scores_of_every_unit_are_finite_numbers(
     planted: dict[str, Profile], name: str, dim: str
 ) -> None:
-    found = planted[dim]
-    checkpoint = Checkpoint(found.folder.parent / "model")
+    profile = planted[dim]
+    checkpoint = Checkpoint(profile.folder.parent / "model")
     sizes = families.of(checkpoint).sizes(checkpoint.config)
-    scores = found.scores(name, dim)
+    scores = profile.scores(name, dim)
     layers = {"all"} if dim in ("hidden", "layers") else set(map(str, range(sizes["layers"])))
     assert set(scores) == layers
     for value in scores.values():
@@ -217,23 +220,25 @@ def test_scores_of_every_unit_are_finite_numbers(
 @pytest.mark.parametrize(("name", "dim"), [case for case in DENSE if case[0] not in BLIND])
 def test_a_useless_unit_comes_last(planted: dict[str, Profile], name: str, dim: str) -> None:
     scores = planted[dim].scores(name, dim)
-    here = scores_for(scores["all" if "all" in scores else str(LAYER)], 1)
-    others = torch.cat([here[: USELESS[dim]], here[USELESS[dim] + 1 :]])
-    assert int(here.argmin()) == USELESS[dim]
-    assert abs(float(here[USELESS[dim]])) < 1e-3 * float(others.min())
+    unit_scores = scores_for(scores["all" if "all" in scores else str(LAYER)], 1)
+    others = torch.cat([unit_scores[: USELESS[dim]], unit_scores[USELESS[dim] + 1 :]])
+    assert int(unit_scores.argmin()) == USELESS[dim]
+    assert abs(float(unit_scores[USELESS[dim]])) < 1e-3 * float(others.min())
 
 
-def test_seeds(planted: dict[str, Profile], text: Path, tmp_path: Path) -> None:
+def test_only_random_scores_depend_on_the_seed(
+    planted: dict[str, Profile], text: Path, tmp_path: Path
+) -> None:
     """The same seed gives the same scores, another seed changes those of random and no others."""
     checkpoint = Checkpoint(planted["mlp"].folder.parent / "model")
-    again, other = (scored(checkpoint, text, tmp_path / str(seed), seed) for seed in (0, 1))
+    same, other = (scored(checkpoint, text, tmp_path / str(seed), seed) for seed in (0, 1))
     for name, dim in DENSE:
         first = planted["mlp"].scores(name, dim)
-        for layer, value in again.scores(name, dim).items():
+        for layer, value in same.scores(name, dim).items():
             assert torch.equal(value, first[layer])
         for layer, value in other.scores(name, dim).items():
             assert torch.equal(value, first[layer]) == (name != "random")
-    layers = again.scores("random", "mlp")
+    layers = same.scores("random", "mlp")
     assert not torch.equal(layers["0"], layers["1"])
 
 
@@ -249,11 +254,11 @@ class FakeWeights:
 
 def score_of(name: str, stats: dict[str, Tensor], weights: FakeWeights, dim: str) -> list[float]:
     module: ModuleType = plugins.load(FOLDER, name)
-    found: Tensor = module.score(stats, weights, dim, torch.Generator().manual_seed(0))
-    return found.tolist()
+    scores: Tensor = module.score(stats, weights, dim, torch.Generator().manual_seed(0))
+    return scores.tolist()
 
 
-def test_hand_written_numbers() -> None:
+def test_scores_equal_hand_computed_numbers() -> None:
     none = FakeWeights()
     routed = {"routed_norm_sum": torch.tensor([[6.0], [0.0]]), "tokens": torch.tensor(12)}
     routed["routed_tokens"] = torch.tensor([[3.0], [0.0]])
@@ -323,20 +328,20 @@ def test_magnitude_counts_every_weight_of_a_unit(
     """Readers and writers, in fused tensors too, written out by the tensors' names."""
     checkpoint = write_model(tmp_path / "model", model_type, head_dim=HEAD_DIM)
     config = ProfileConfig(criteria=("magnitude",), samples=1, gram_tokens=0)
-    found = profile(checkpoint, data_of(text), tmp_path / "profile", config, OPTIONS)
+    measured = profile(checkpoint, data_of(text), tmp_path / "profile", config, OPTIONS)
     state = {name: checkpoint.tensor(name).double() for name in checkpoint.names()}
     if model_type == "phi3":
         for n in range(3):
-            here = f"model.layers.{n}."
-            fused = state.pop(here + "self_attn.qkv_proj.weight").split([48, 16, 16])
+            prefix = f"model.layers.{n}."
+            fused = state.pop(prefix + "self_attn.qkv_proj.weight").split([48, 16, 16])
             for part, name in zip(fused, "qkv", strict=True):
-                state[f"{here}self_attn.{name}_proj.weight"] = part
-            fused = state.pop(here + "mlp.gate_up_proj.weight").chunk(2)
+                state[f"{prefix}self_attn.{name}_proj.weight"] = part
+            fused = state.pop(prefix + "mlp.gate_up_proj.weight").chunk(2)
             for part, name in zip(fused, ("gate", "up"), strict=True):
-                state[f"{here}mlp.{name}_proj.weight"] = part
+                state[f"{prefix}mlp.{name}_proj.weight"] = part
 
     def norms(dim: str, parts: list[tuple[str, int]], units: int) -> None:
-        for layer, scores in found.scores("magnitude", dim).items():
+        for layer, scores in measured.scores("magnitude", dim).items():
             total = torch.zeros(units, dtype=torch.float64)
             for name, axis in parts:
                 weight = state[f"model.layers.{layer}.{name}_proj.weight"]

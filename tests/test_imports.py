@@ -50,26 +50,26 @@ def modules() -> list[Path]:
 
 def imported(path: Path) -> set[str]:
     """Dotted names inside regrow that a file imports anywhere: inside functions, for types too."""
-    found: set[str] = set()
+    names: set[str] = set()
     package = ("regrow", *path.relative_to(SOURCE).with_suffix("").parts[:-1])
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(filter(None, (base, node.module)))
-            found.update(f"{module}.{alias.name}" for alias in node.names)
-    found |= {name for name in strings(path) if re.fullmatch(r"regrow(\.\w+)+\.?", name)}
-    return {name.removeprefix("regrow.") for name in found if name.startswith("regrow.")}
+            names.update(f"{module}.{alias.name}" for alias in node.names)
+    names |= {name for name in strings(path) if re.fullmatch(r"regrow(\.\w+)+\.?", name)}
+    return {name.removeprefix("regrow.") for name in names if name.startswith("regrow.")}
 
 
 def strings(path: Path) -> set[str]:
     """Names that could be given to import_module, plugins.load and plugins.names."""
-    found = set()
+    values = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.add(node.value)
-    return found
+            values.add(node.value)
+    return values
 
 
 def unit(name: str) -> str:
@@ -83,11 +83,11 @@ def test_every_module_has_a_level() -> None:
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
 def test_imports_point_down(path: Path) -> None:
-    own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    package = path.relative_to(SOURCE).parts[0].removesuffix(".py")
     for name in imported(path):
         other = unit(name)
-        if other != own and other in LEVEL and (own, other) not in MAY:
-            assert LEVEL[other] < LEVEL[own], f"{path} imports regrow.{name}"
+        if other != package and other in LEVEL and (package, other) not in MAY:
+            assert LEVEL[other] < LEVEL[package], f"{path} imports regrow.{name}"
 
 
 STAGES = sorted(path.name for path in (SOURCE / "stages").iterdir() if (path / "stage.py").exists())
@@ -97,7 +97,7 @@ STAGES = sorted(path.name for path in (SOURCE / "stages").iterdir() if (path / "
 def test_a_stage_imports_another_only_where_its_entry_says_so(name: str) -> None:
     allowed = {name, "_flags", *stage.find(name).uses}
     for path in (SOURCE / "stages" / name).rglob("*.py"):
-        others = {each.split(".")[1] for each in imported(path) if each.startswith("stages.")}
+        others = {module.split(".")[1] for module in imported(path) if module.startswith("stages.")}
         assert others <= allowed, f"{path} imports {others - allowed}"
 
 
@@ -109,9 +109,13 @@ def test_no_files_import_each_other_in_a_circle() -> None:
         if path not in fronts
     }
     graph = {}
-    for own, path in files.items():
-        names = {name for whole in imported(path) for name in (whole, whole.rpartition(".")[0])}
-        graph[own] = set(names & set(files)) - {own}
+    for module, path in files.items():
+        names = {
+            name
+            for imported_name in imported(path)
+            for name in (imported_name, imported_name.rpartition(".")[0])
+        }
+        graph[module] = set(names & set(files)) - {module}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
 
 
@@ -119,7 +123,7 @@ def test_the_stages_are_found() -> None:
     assert {"distill", "evaluate", "export", "profile", "prune", "report"} <= set(STAGES)
 
 
-def test_what_the_tests_see(tmp_path: Path) -> None:
+def test_the_tests_see_every_kind_of_import(tmp_path: Path) -> None:
     """Imports in functions, for types, of a module from its package, and relative ones."""
     (tmp_path / "x.py").write_text(
         "import regrow.a\n"
@@ -164,15 +168,15 @@ def loaded(*arguments: str, status: int = 0) -> list[str]:
     return [line.split("|")[-1].strip() for line in lines]
 
 
-def check_light(names: list[str], own: int) -> None:
+def check_light(names: list[str], limit: int) -> None:
     """Nothing heavy, and at most `own` modules of ours."""
     assert not {name.split(".")[0] for name in names} & HEAVY
-    ours = {name for name in names if name.split(".")[0] == "regrow"}
-    assert 0 < len(ours) <= own, sorted(ours)
+    own_modules = {name for name in names if name.split(".")[0] == "regrow"}
+    assert 0 < len(own_modules) <= limit, sorted(own_modules)
 
 
 @pytest.mark.parametrize("kind", LIGHT)
-def test_light(kind: str) -> None:
+def test_importing_and_help_are_light(kind: str) -> None:
     check_light(loaded(*LIGHT[kind]), OWN_FOR_HELP)
 
 
@@ -205,7 +209,7 @@ def test_importing_does_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_public_names() -> None:
+def test_every_public_name_can_be_imported() -> None:
     """Each is there, from the module that the stub names."""
     for name in regrow.__all__:
         assert getattr(regrow, name) is not None

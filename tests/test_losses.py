@@ -80,7 +80,7 @@ def test_every_written_gradient_has_its_slow_version_and_its_hand_written_number
 
 
 @every_loss
-def test_what_a_file_defines(name: str) -> None:
+def test_every_loss_file_defines_what_it_needs(name: str) -> None:
     module = plugins.load("regrow.training.losses", name)
     assert isinstance(module.NEEDS_TEACHER, bool)
     assert "arXiv" in module.__doc__ or not module.NEEDS_TEACHER
@@ -89,7 +89,7 @@ def test_what_a_file_defines(name: str) -> None:
 
 
 @every_written_gradient
-def test_hand_written_number(name: str) -> None:
+def test_every_loss_equals_its_hand_computed_number(name: str) -> None:
     module = plugins.load("regrow.training.losses", name)
     # At T = 2 the teacher is (1, √3) / (1 + √3), and T² = 4.
     expected = {1.0: math.log(2), 2.0: math.log(2)}
@@ -97,8 +97,8 @@ def test_hand_written_number(name: str) -> None:
         expected = {1.0: by_hand(0.25)[name], 2.0: 4 * by_hand(1 / (1 + math.sqrt(3)))[name]}
     s, t = (torch.tensor(x, dtype=torch.float64) for x in (STUDENT, TEACHER))
     for temperature, value in expected.items():
-        found = run(name, s, t, torch.tensor(TARGET), temperature)[0]
-        assert found.tolist() == pytest.approx([value], rel=1e-12)
+        actual = run(name, s, t, torch.tensor(TARGET), temperature)[0]
+        assert actual.tolist() == pytest.approx([value], rel=1e-12)
 
 
 @every_loss
@@ -174,11 +174,11 @@ def test_extreme_logits_in_float32(name: str, case: str, temperature: float) -> 
 
 
 @every_loss
-@pytest.mark.parametrize("apart", [0.01, 1.0, 10.0])
-def test_wide_logits_in_float32(name: str, apart: float) -> None:
+@pytest.mark.parametrize("distance", [0.01, 1.0, 10.0])
+def test_wide_logits_in_float32(name: str, distance: float) -> None:
     """Logits of ±80, the student's a given distance from the teacher's."""
     t, noise, y = inputs(n=30, v=1000, scale=25.0, dtype=torch.float32)
-    s = t + apart / 25 * noise
+    s = t + distance / 25 * noise
     value_N, gradient_NV = run(name, s, t, y)
     value, slope = slow(name, s, t, y, 1.0), slow_gradient(name, s, t, y, 1.0)
     torch.testing.assert_close(value_N.double(), value, rtol=1e-4, atol=2e-6)
@@ -203,8 +203,8 @@ def test_small_beta_is_the_forward_kl_and_large_the_reverse() -> None:
     s, t, y = inputs()
     loss = plugins.load("regrow.training.losses", "jsd").loss_and_gradient
     for beta, name in ((1e-6, "forward_kl"), (1 - 1e-6, "reverse_kl")):
-        found = loss(s.clone(), t.clone(), y, 1.0, beta=beta)[0] / min(beta, 1 - beta)
-        torch.testing.assert_close(found, run(name, s, t, y)[0], rtol=1e-2, atol=0)
+        scaled = loss(s.clone(), t.clone(), y, 1.0, beta=beta)[0] / min(beta, 1 - beta)
+        torch.testing.assert_close(scaled, run(name, s, t, y)[0], rtol=1e-2, atol=0)
 
 
 @every_loss
@@ -229,8 +229,8 @@ def test_chunked_equals_plain(name: str) -> None:
         mix = LossWeights({name: 1.0}, 2.0, BETA, SKEW)
         total, _ = head_loss(hidden, Head(eye), y, mix, t, Head(eye), chunk_tokens=chunk)
         torch.testing.assert_close(total.detach(), value_N.sum(), rtol=1e-13, atol=1e-13)
-        (found,) = torch.autograd.grad(total, (hidden,))
-        torch.testing.assert_close(found, gradient_NV, rtol=1e-13, atol=1e-13)
+        (gradient,) = torch.autograd.grad(total, (hidden,))
+        torch.testing.assert_close(gradient, gradient_NV, rtol=1e-13, atol=1e-13)
 
 
 ADDED = "squared_log_ratio"
@@ -243,10 +243,12 @@ def added(tmp_path: Path) -> Iterator[str]:
         yield ADDED
 
 
-def test_the_page_adds_a_loss(added: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_on_losses_adds_a_loss(
+    added: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The contract runs on it, and the page's command trains with it."""
     assert ADDED in plugins.names("regrow.training.losses")
-    test_what_a_file_defines(added)
+    test_every_loss_file_defines_what_it_needs(added)
     for temperature in (0.5, 1.0, 4.0):
         test_value_and_gradient_equal_the_slow_version(added, temperature)
         test_gradient_by_finite_differences(added, temperature)
@@ -279,8 +281,10 @@ def test_a_formula_in_a_config_beside_another_loss(added: str) -> None:
     expected = 0.25 * squares + 0.5 * (log_p.exp() * (log_p - log_q)).sum()
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(parts[added], squares.detach(), rtol=1e-12, atol=0)
-    both = [torch.autograd.grad(value, x)[0] for value, x in ((total, hidden), (expected, plain))]
-    torch.testing.assert_close(*both, rtol=1e-11, atol=1e-13)
+    pair_gradients = [
+        torch.autograd.grad(value, x)[0] for value, x in ((total, hidden), (expected, plain))
+    ]
+    torch.testing.assert_close(*pair_gradients, rtol=1e-11, atol=1e-13)
 
 
 @every_written_gradient
@@ -305,8 +309,8 @@ def test_autograd_in_place_of_a_written_gradient(
     monkeypatch.delattr(module, "loss_and_gradient")
     monkeypatch.setattr(module, "OPTIONS", ())
     monkeypatch.setattr(module, "loss", formula, raising=False)
-    for one, other_one in zip(gradients(), written, strict=True):
-        torch.testing.assert_close(one, other_one, rtol=1e-11, atol=1e-12)
+    for actual, expected in zip(gradients(), written, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
 
 
 def test_a_formula_takes_the_memory_of_a_chunk(added: str) -> None:

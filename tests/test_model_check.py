@@ -93,14 +93,16 @@ def test_documents_that_see_each_other_are_refused(model_type: str, dtype: torch
     check_model(model, packed=False)  # one document in each row
 
 
-def test_the_second_document_of_a_bloom_row_does_move() -> None:
+def test_the_second_document_of_a_bloom_row_depends_on_the_first() -> None:
     """By hand: the check refuses what is wrong, not what it does not know."""
     model = model_of("bloom", DOCUMENTS["bloom"], torch.float32)
     ids = torch.arange(16)[None]
     other = torch.cat([ids[:, :8] + 100, ids[:, 8:]], 1)
     with torch.no_grad():
-        one, two = (model.base_model(each).last_hidden_state[0, 8:] for each in (ids, other))
-    assert float((one - two).abs().max()) > 1e-3
+        first, second = (
+            model.base_model(tokens).last_hidden_state[0, 8:] for tokens in (ids, other)
+        )
+    assert float((first - second).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

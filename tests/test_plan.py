@@ -25,20 +25,25 @@ FULL: dict[str, Any] = {"layers": 3, "hidden": 40, "mlp": 5, "heads": 4, "kv_hea
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
-    made = random_plan(CONFIG, "f00d", layers=[0, 2, 3], mlp=5, heads=4)
-    made.write(tmp_path / "plan.json")
-    assert Plan.read(tmp_path / "plan.json") == made
-    made.check(SIZES)
+    plan = random_plan(CONFIG, "f00d", layers=[0, 2, 3], mlp=5, heads=4)
+    plan.write(tmp_path / "plan.json")
+    assert Plan.read(tmp_path / "plan.json") == plan
+    plan.check(SIZES)
 
 
 def test_the_file_has_a_line_per_layer_in_order(tmp_path: Path) -> None:
-    many = {layer: [0, 2] for layer in (10, 2, 1)}
+    units = {layer: [0, 2] for layer in (10, 2, 1)}
     sizes = {"layers": 3, "mlp": 2}
     before = {"layers": 11, "mlp": 4}
-    made = Plan(
-        model_type="llama", fingerprint="f", before=before, after=sizes, layers=[1, 2, 10], mlp=many
+    plan = Plan(
+        model_type="llama",
+        fingerprint="f",
+        before=before,
+        after=sizes,
+        layers=[1, 2, 10],
+        mlp=units,
     )
-    made.write(tmp_path / "plan.json")
+    plan.write(tmp_path / "plan.json")
     text = (tmp_path / "plan.json").read_text()
     assert '"mlp": {\n    "1": [0, 2],\n    "2": [0, 2],\n    "10": [0, 2]\n  }' in text
     assert '\n  "layers": [1, 2, 10],\n' in text
@@ -81,17 +86,17 @@ def test_an_inconsistent_plan_is_refused(fields: dict[str, Any], message: str) -
 
 
 def test_a_query_head_needs_its_kv_head() -> None:
-    made = random_plan(CONFIG, kv_heads=1, heads=2)
-    lone = {layer: [0, 5] for layer in made.kept_layers()}
+    plan = random_plan(CONFIG, kv_heads=1, heads=2)
+    lone = {layer: [0, 5] for layer in plan.kept_layers()}
     with pytest.raises(UserError, match=r"key/value head [01] is not kept"):
-        made.model_copy(update={"heads": lone}).check(SIZES)
+        plan.model_copy(update={"heads": lone}).check(SIZES)
 
 
 def test_query_heads_follow_their_kv_heads() -> None:
-    made = random_plan(CONFIG, kv_heads=1)
-    for layer in made.kept_layers():
-        (kv,) = made.kv_heads[layer] if made.kv_heads else []
-        assert made.kept("heads", layer) == [3 * kv, 3 * kv + 1, 3 * kv + 2]
+    plan = random_plan(CONFIG, kv_heads=1)
+    for layer in plan.kept_layers():
+        (kv,) = plan.kv_heads[layer] if plan.kv_heads else []
+        assert plan.kept("heads", layer) == [3 * kv, 3 * kv + 1, 3 * kv + 2]
     assert random_plan(CONFIG).kept("heads", 0) is None
 
 
@@ -115,11 +120,11 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
 def test_a_plan_for_another_model_is_refused(tmp_path: Path) -> None:
     for seed in (0, 1):
         tiny_model("llama", seed=seed).save_pretrained(tmp_path / str(seed))
-    one, two = (checkpoint.load(tmp_path / name) for name in "01")
-    made = random_plan(one.config, one.fingerprint, mlp=8)
-    made.check_fingerprint(one)
+    first, second = (checkpoint.load(tmp_path / name) for name in "01")
+    plan = random_plan(first.config, first.fingerprint, mlp=8)
+    plan.check_fingerprint(first)
     with pytest.raises(UserError, match="make a plan for this model"):
-        made.check_fingerprint(two)
+        plan.check_fingerprint(second)
 
 
 STEPS: list[dict[str, Any]] = [
@@ -134,7 +139,7 @@ STEPS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("second", range(len(STEPS)))
 @pytest.mark.parametrize("first", range(len(STEPS)))
-def test_two_cuts_are_one(first: int, second: int) -> None:
+def test_two_cuts_equal_their_composed_plan(first: int, second: int) -> None:
     model = tiny_model("qwen2", seed=3)
     one = random_plan(model.config.to_dict(), "first", seed=first, **STEPS[first])
     middle = cut_model(model, one)
@@ -163,15 +168,15 @@ def eps_of(model: Any) -> dict[str, Any]:
 
 
 def test_three_plans_compose_in_any_grouping() -> None:
-    one = random_plan(CONFIG, "a", seed=1, mlp=40, layers=[0, 2, 3])
+    plan_a = random_plan(CONFIG, "a", seed=1, mlp=40, layers=[0, 2, 3])
     left = {**CONFIG, "intermediate_size": 40, "num_hidden_layers": 3}
-    two = random_plan(left, "b", seed=2, mlp=30, kv_heads=1)
+    plan_b = random_plan(left, "b", seed=2, mlp=30, kv_heads=1)
     last = {**left, "intermediate_size": 30, "num_key_value_heads": 1, "num_attention_heads": 3}
     three = random_plan(
         {**last, "head_dim": 8}, "c", seed=3, mlp=20, heads=2, layers=[0, 2], hidden=40
     )
-    first = compose(compose(one, two), three)
-    assert first == compose(one, compose(two, three))
+    first = compose(compose(plan_a, plan_b), three)
+    assert first == compose(plan_a, compose(plan_b, three))
     assert first.parents == ("b", "c") and first.kept_layers() == [0, 3]
 
 
@@ -216,21 +221,21 @@ def test_a_width_that_stays_is_never_refused() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "phi3"])
-def test_what_is_allowed_is_what_transformers_loads(model_type: str) -> None:
+def test_allowed_sizes_are_those_that_transformers_loads(model_type: str) -> None:
     """Every pair of hidden and heads, against the config class itself."""
     rope: dict[str, Any] = {}
     if model_type == "phi3":
         factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
         rope = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **factors}}
     config = tiny_config(model_type, **rope).to_dict()
-    seen = set()
+    outcomes = set()
     for hidden in range(24, 49):
         for heads, kv_heads in [(6, 2), (4, 2), (2, 2), (3, 1), (2, 1)]:
             sizes = {"hidden": hidden, "heads": heads, "kv_heads": kv_heads}
             allowed = is_allowed(model_type, config, sizes)
             assert allowed == loads(model_type, config, sizes), sizes
-            seen.add(allowed)
-    assert seen == ({True} if model_type == "mistral" else {True, False})
+            outcomes.add(allowed)
+    assert outcomes == ({True} if model_type == "mistral" else {True, False})
 
 
 def is_allowed(model_type: str, config: dict[str, Any], sizes: dict[str, int]) -> bool:

@@ -43,16 +43,16 @@ def profiles(
     models: dict[str, Checkpoint], text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Profile]]:
     """Per family its profile by both orders."""
-    found: dict[str, dict[str, Profile]] = {}
+    by_name: dict[str, dict[str, Profile]] = {}
     for name, checkpoint in models.items():
         folder = tmp_path_factory.mktemp(name)
-        found[name] = {
+        by_name[name] = {
             options.order: profile(
                 checkpoint, data_of(text), folder / options.order, CONFIG, options
             )
             for options in (OPTIONS, LAYER_MAJOR)
         }
-    return found
+    return by_name
 
 
 def places(checkpoint: Checkpoint, *dims: str) -> list[tuple[str, int]]:
@@ -64,12 +64,12 @@ def places(checkpoint: Checkpoint, *dims: str) -> list[tuple[str, int]]:
 def test_statistics_and_grams_equal_the_slow_version(
     models: dict[str, Checkpoint], profiles: dict[str, dict[str, Profile]], text: Path, name: str
 ) -> None:
-    checkpoint, found = models[name], profiles[name]["resident"]
+    checkpoint, profile = models[name], profiles[name]["resident"]
     sizes = families.of(checkpoint).sizes(checkpoint.config)
     sequences = calibration(checkpoint, data_of(text), 19)
     assert len(sequences) == 19
     slow = Slow(checkpoint, sequences)
-    statistics = load_file(found.folder / STATISTICS)
+    statistics = load_file(profile.folder / STATISTICS)
     per_layer = places(checkpoint, "mlp", "heads")
     for dim, layer in [*per_layer, ("hidden", "all")]:
         for statistic in ("square_sum", "mean_abs_square_sum"):
@@ -82,9 +82,9 @@ def test_statistics_and_grams_equal_the_slow_version(
                 assert torch.equal(groups.flatten(), tensor.flatten())
                 assert len(groups) == sizes["kv_heads"]
     for _, layer in places(checkpoint, "experts"):
-        inside = statistics.pop(f"square_sum/expert_mlp/{layer}")
-        assert inside.shape == (sizes["experts"], sizes["expert_mlp"])
-        close(inside, slow.square_sum("expert_mlp", layer))
+        expert_sums = statistics.pop(f"square_sum/expert_mlp/{layer}")
+        assert expert_sums.shape == (sizes["experts"], sizes["expert_mlp"])
+        close(expert_sums, slow.square_sum("expert_mlp", layer))
         close(
             statistics.pop(f"mean_abs_square_sum/expert_mlp/{layer}"),
             slow.mean_abs_square_sum("expert_mlp", layer),
@@ -100,10 +100,10 @@ def test_statistics_and_grams_equal_the_slow_version(
         chosen = checkpoint.config["num_experts_per_tok"]
         assert counts.sum() == chosen * slow.rows(f"heads/{layer}").shape[0]
         means = norms_NE.sum(0) / counts
-        close(found.scores("routed_output", "experts")[str(layer)], means)
-        share = found.scores("routing_frequency", "experts")[str(layer)]
+        close(profile.scores("routed_output", "experts")[str(layer)], means)
+        share = profile.scores("routing_frequency", "experts")[str(layer)]
         close(share, counts.double() / len(norms_NE))
-        close(found.scores("activation_l2", "experts")[str(layer)], norms_NE.norm(dim=0))
+        close(profile.scores("activation_l2", "experts")[str(layer)], norms_NE.norm(dim=0))
     influence = statistics.pop("input_output_distance/layers/all")
     expected = torch.tensor([[slow.influence(n)] for n in range(sizes["layers"])])
     close(influence, expected.double())
@@ -111,7 +111,7 @@ def test_statistics_and_grams_equal_the_slow_version(
     held_out = [7, 15]
     fit = [n for n in range(17) if n not in held_out]
     for dim, layer in per_layer:
-        gram = found.gram(dim, layer)
+        gram = profile.gram(dim, layer)
         close(gram.fit, slow.gram(dim, layer, fit))
         close(gram.validate, slow.gram(dim, layer, held_out))
 
@@ -128,8 +128,8 @@ def test_gradients_and_sums_equal_the_slow_version(
     slow = Slow(checkpoint, calibration(checkpoint, data_of(text), 7))
     for dim in ("mlp", "heads", "hidden", "layers", "experts", "expert_mlp"):
         width = {"heads": sizes["head_dim"], "experts": sizes["hidden"]}.get(dim, 1)
-        every = range(sizes["layers"])
-        layers = every if dim == "layers" else [n for _, n in places(checkpoint, dim)]
+        all_layers = range(sizes["layers"])
+        layers = all_layers if dim == "layers" else [n for _, n in places(checkpoint, dim)]
         for layer in ["all"] if dim == "hidden" else layers:
             changes = slow.changes(dim, layer, width)
             place = f"{dim}/all" if dim == "layers" else f"{dim}/{layer}"
@@ -149,16 +149,19 @@ def test_gradients_and_sums_equal_the_slow_version(
 def test_layer_major_gives_the_same_numbers(
     models: dict[str, Checkpoint], profiles: dict[str, dict[str, Profile]], name: str
 ) -> None:
-    one, other = profiles[name]["resident"].folder, profiles[name]["layer"].folder
-    files = sorted(p.relative_to(one) for p in one.rglob("*.safetensors"))
-    assert files == sorted(p.relative_to(other) for p in other.rglob("*.safetensors"))
+    resident, layer_major = profiles[name]["resident"].folder, profiles[name]["layer"].folder
+    files = sorted(p.relative_to(resident) for p in resident.rglob("*.safetensors"))
+    assert files == sorted(p.relative_to(layer_major) for p in layer_major.rglob("*.safetensors"))
     assert len(files) == 3 + len(places(models[name], "mlp", "heads"))
     for file in files:
-        ours, theirs = load_file(one / file), load_file(other / file)
-        assert ours.keys() == theirs.keys()
-        for key, value in ours.items():
-            torch.testing.assert_close(theirs[key], value, rtol=1e-6, atol=0)
-    assert not (other / "spill").exists()
+        resident_tensors, layer_major_tensors = (
+            load_file(resident / file),
+            load_file(layer_major / file),
+        )
+        assert resident_tensors.keys() == layer_major_tensors.keys()
+        for key, value in resident_tensors.items():
+            torch.testing.assert_close(layer_major_tensors[key], value, rtol=1e-6, atol=0)
+    assert not (layer_major / "spill").exists()
 
 
 def test_two_profiles_are_the_same_to_the_bit(

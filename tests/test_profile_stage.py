@@ -54,7 +54,7 @@ def test_a_model_too_large_for_the_device_goes_layer_by_layer(
         monkeypatch.setattr(
             profile_stage,
             name,
-            lambda *given, real=real, name=name: (used.append(name), real(*given)),
+            lambda *arguments, real=real, name=name: (used.append(name), real(*arguments)),
         )
     config = ProfileConfig(samples=1, gram_tokens=0)
     options = OPTIONS.model_copy(update={"order": "auto"})
@@ -67,12 +67,12 @@ def test_layer_major_computes_in_the_stored_dtype(text: Path, tmp_path: Path, na
     """In bfloat16 a rounding more or less would show at once."""
     checkpoint = write_model(tmp_path / "model", name, torch.bfloat16)
     config = ProfileConfig(criteria=("activation_l2",), samples=2, gram_tokens=0)
-    found = [
+    dtypes = [
         load_file(profile(checkpoint, data_of(text), tmp_path / o.order, config, o).folder / SCORES)
         for o in (OPTIONS, LAYER_MAJOR)
     ]
-    for key, value in found[0].items():
-        assert torch.equal(found[1][key], value), key
+    for key, value in dtypes[0].items():
+        assert torch.equal(dtypes[1][key], value), key
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped on Linux")
@@ -81,7 +81,7 @@ def test_a_resident_layer_keeps_no_file_mapped(tmp_path: Path) -> None:
     checkpoint = write_model(tmp_path / "model", "llama", torch.float64)
     config = AutoConfig.from_pretrained(str(checkpoint.folder))
     family = families.of(checkpoint)
-    given = (
+    arguments = (
         family,
         config,
         checkpoint.names(),
@@ -89,7 +89,7 @@ def test_a_resident_layer_keeps_no_file_mapped(tmp_path: Path) -> None:
         torch.float64,
         torch.device("cpu"),
     )
-    shell = LayerByLayer(*given)
+    shell = LayerByLayer(*arguments)
     with shell.resident(1):
         checkpoint._open = None
         assert str(checkpoint.folder) not in Path("/proc/self/maps").read_text()
@@ -105,7 +105,7 @@ def test_padding_is_never_counted(
     """Blocks with padding give the sums of the same blocks without, Gram matrices too."""
     checkpoint = models[name]
     sequences = calibration(checkpoint, data_of(text), 2)
-    found = []
+    counts = []
     for pad in (0, 9):
         family = families.of(checkpoint)
         needs = {dim: {"square_sum", "mean_abs_square_sum"} for dim in ("mlp", "heads", "hidden")}
@@ -132,15 +132,15 @@ def test_padding_is_never_counted(
             resident(*common)
         else:
             layer_major(*common, Spill(tmp_path / "spill"))
-        found.append({**sums, **collector.sums})
-    assert found[0].keys() == found[1].keys()
-    assert "gram/heads/0" in found[0]
-    assert ("routed_tokens/experts/1" in found[0]) == (name == "qwen3_moe")
-    for key, value in found[0].items():
-        close(found[1][key], value.double(), rtol=1e-6)
+        counts.append({**sums, **collector.sums})
+    assert counts[0].keys() == counts[1].keys()
+    assert "gram/heads/0" in counts[0]
+    assert ("routed_tokens/experts/1" in counts[0]) == (name == "qwen3_moe")
+    for key, value in counts[0].items():
+        close(counts[1][key], value.double(), rtol=1e-6)
 
 
-def test_what_a_criterion_cannot_have_is_refused(
+def test_impossible_criteria_are_refused(
     models: dict[str, Checkpoint], text: Path, tmp_path: Path
 ) -> None:
     cases = {
@@ -191,12 +191,12 @@ def test_gram_matrices_are_gathered_where_they_are_read(
     assert default.resolved().gram_tokens == 0
     assert default.resolved(read_later=True).gram_tokens == 65536
     assert ProfileConfig(criteria=("wanda", "obs")).resolved().gram_tokens == 65536
-    for given in (0, 100):
-        explicit = ProfileConfig(gram_tokens=given)
-        assert explicit.resolved(True).gram_tokens == explicit.resolved().gram_tokens == given
-    found = profile(models["llama"], data_of(text), tmp_path / "default", default, OPTIONS)
-    assert found.info["grams"] == []
-    assert not list((found.folder / "grams").iterdir())
+    for gram_tokens in (0, 100):
+        explicit = ProfileConfig(gram_tokens=gram_tokens)
+        assert explicit.resolved(True).gram_tokens == explicit.resolved().gram_tokens == gram_tokens
+    measured = profile(models["llama"], data_of(text), tmp_path / "default", default, OPTIONS)
+    assert measured.info["grams"] == []
+    assert not list((measured.folder / "grams").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_a_recipe_gathers_gram_matrices_for_the_prunes_that_follow(
 ) -> None:
     entries = [parse_step(entry, number) for number, entry in enumerate(steps)]
     configs: list[ProfileConfig] = []
-    monkeypatch.setattr(profile_stage, "profile", lambda *given: configs.append(given[3]))
+    monkeypatch.setattr(profile_stage, "profile", lambda *arguments: configs.append(arguments[3]))
     run = RecipeRun(str(models["llama"].folder), data_of(text), entries, tmp_path, OPTIONS)
     entries[0].stage.run(entries[0], run, "01-profile")
     assert [config.gram_tokens for config in configs] == [tokens]
@@ -246,12 +246,12 @@ def test_a_padded_sequence_through_the_stage(models: dict[str, Checkpoint], tmp_
     text = write_text(tmp_path / "short.jsonl", documents=6)
     data = data_of(text, sequence_length=512)
     config = ProfileConfig(criteria=("minitron",), samples=3, gram_tokens=0)
-    found = profile(models["qwen3"], data, tmp_path / "out", config, OPTIONS)
+    measured = profile(models["qwen3"], data, tmp_path / "out", config, OPTIONS)
     sequences = calibration(models["qwen3"], data, 3)
     assert len(sequences) == 1
-    assert found.info["tokens"] == int(sequences.real.sum()) < 512
+    assert measured.info["tokens"] == int(sequences.real.sum()) < 512
     slow = Slow(models["qwen3"], sequences)
-    statistics = load_file(found.folder / STATISTICS)
+    statistics = load_file(measured.folder / STATISTICS)
     for layer in range(3):
         close(
             statistics[f"mean_abs_square_sum/mlp/{layer}"].flatten(),
@@ -270,26 +270,26 @@ def test_only_what_the_criteria_need_is_gathered(
     }
     for number, (criteria, expected) in enumerate(cases.items()):
         config = ProfileConfig(criteria=criteria, samples=9, gram_tokens=9 * 32, grams=("heads",))
-        found = profile(models["llama"], data_of(text), tmp_path / str(number), config, OPTIONS)
-        statistics = load_file(found.folder / STATISTICS)
+        measured = profile(models["llama"], data_of(text), tmp_path / str(number), config, OPTIONS)
+        statistics = load_file(measured.folder / STATISTICS)
         assert {key.split("/")[0] for key in statistics} == expected
-        scored = {key.split("/")[0] for key in load_file(found.folder / SCORES)}
+        scored = {key.split("/")[0] for key in load_file(measured.folder / SCORES)}
         assert scored == set(criteria)
-        files = {path.name for path in (found.folder / "grams").iterdir()}
+        files = {path.name for path in (measured.folder / "grams").iterdir()}
         assert files == {f"heads-{layer}.safetensors" for layer in range(3)}
-        assert found.has_gram("heads")
-        assert not found.has_gram("mlp")
+        assert measured.has_gram("heads")
+        assert not measured.has_gram("mlp")
 
 
 def test_uniform_weights_and_number_of_tokens(
     models: dict[str, Checkpoint], text: Path, tmp_path: Path
 ) -> None:
     config = ProfileConfig(samples=8, gram_tokens=8 * 32 + 31, token_weight="uniform")
-    found = profile(models["llama"], data_of(text), tmp_path / "out", config, OPTIONS)
-    assert found.info["gram_tokens"] == 8 * 32
+    measured = profile(models["llama"], data_of(text), tmp_path / "out", config, OPTIONS)
+    assert measured.info["gram_tokens"] == 8 * 32
     slow = Slow(models["llama"], calibration(models["llama"], data_of(text), 8))
     rows = slow.rows("mlp/1", [7])
-    close(found.gram("mlp", 1).validate, rows.T @ rows)
+    close(measured.gram("mlp", 1).validate, rows.T @ rows)
 
 
 def test_too_few_sequences_for_grams_and_unknown_criteria_are_refused(
@@ -312,8 +312,8 @@ def test_a_layer_that_does_nothing_has_no_influence(text: Path, tmp_path: Path) 
             model.get_submodule(f"model.layers.1.{name}").weight.zero_()  # type: ignore[operator,union-attr]
     model.save_pretrained(str(checkpoint.folder))
     config = ProfileConfig(criteria=("block_influence",), samples=4, gram_tokens=0)
-    found = profile(checkpoint.folder, data_of(text), tmp_path / "out", config, OPTIONS)
-    scores = found.scores("block_influence", "layers")["all"]
+    measured = profile(checkpoint.folder, data_of(text), tmp_path / "out", config, OPTIONS)
+    scores = measured.scores("block_influence", "layers")["all"]
     assert abs(float(scores[1])) < 1e-6
     assert float(scores[[0, 2]].min()) > 1e-2
 
@@ -321,19 +321,19 @@ def test_a_layer_that_does_nothing_has_no_influence(text: Path, tmp_path: Path) 
 def test_saved_and_reused_until_text_or_model_change(
     models: dict[str, Checkpoint], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = tmp_path / "text.jsonl"
-    own.write_bytes(text.read_bytes())
+    copied_text = tmp_path / "text.jsonl"
+    copied_text.write_bytes(text.read_bytes())
     config = ProfileConfig(samples=8, gram_tokens=8 * 32)
-    first = profile(models["llama"], data_of(own), tmp_path / "out", config, OPTIONS)
+    first = profile(models["llama"], data_of(copied_text), tmp_path / "out", config, OPTIONS)
     runs: list[int] = []
     run = profile_stage._run
-    monkeypatch.setattr(profile_stage, "_run", lambda *given: (runs.append(1), run(*given)))
-    again = profile(models["llama"], data_of(own), tmp_path / "out", config, OPTIONS)
+    monkeypatch.setattr(profile_stage, "_run", lambda *arguments: (runs.append(1), run(*arguments)))
+    reused = profile(models["llama"], data_of(copied_text), tmp_path / "out", config, OPTIONS)
     assert runs == []
-    assert again.info == first.info
-    own.write_text(own.read_text() + json.dumps({"text": "One more."}) + "\n")
-    changed = profile(models["llama"], data_of(own), tmp_path / "out", config, OPTIONS)
+    assert reused.info == first.info
+    copied_text.write_text(copied_text.read_text() + json.dumps({"text": "One more."}) + "\n")
+    changed = profile(models["llama"], data_of(copied_text), tmp_path / "out", config, OPTIONS)
     assert runs == [1]
     assert changed.info != first.info  # what tells a prune that its profile is another one
-    profile(models["mistral"], data_of(own), tmp_path / "out", config, OPTIONS)
+    profile(models["mistral"], data_of(copied_text), tmp_path / "out", config, OPTIONS)
     assert runs == [1, 1]

@@ -19,14 +19,14 @@ def rows(seed: int, dtype: torch.dtype, tokens: int = TOKENS) -> torch.Tensor:
 @pytest.mark.parametrize("tokens", [0, 1, TOKENS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_sums_equal_those_of_the_whole(dtype: torch.dtype, tokens: int) -> None:
-    one, other = rows(0, dtype, tokens), rows(1, dtype, tokens)
-    before = one.clone()
+    first, second = rows(0, dtype, tokens), rows(1, dtype, tokens)
+    before = first.clone()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    found = square_sum(one)
-    assert found.dtype == wide
-    torch.testing.assert_close(found.double(), one.double().square().sum(0), rtol=1e-5, atol=0)
-    cosine = torch.cosine_similarity(one.double(), other.double(), dim=-1)
-    distance = cosine_distance_sum(one, other)
+    sums = square_sum(first)
+    assert sums.dtype == wide
+    torch.testing.assert_close(sums.double(), first.double().square().sum(0), rtol=1e-5, atol=0)
+    cosine = torch.cosine_similarity(first.double(), second.double(), dim=-1)
+    distance = cosine_distance_sum(first, second)
     assert (distance.dtype, distance.shape) == (wide, (1,))
     torch.testing.assert_close(distance.double(), (1 - cosine).sum()[None], rtol=1e-5, atol=1e-12)
-    assert torch.equal(one, before)  # what the model computes on with is not written to
+    assert torch.equal(first, before)  # what the model computes on with is not written to

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_cache import weights
 from tiny_folders import data_of, write_model
 from tiny_pruning import OPTIONS, chosen, write_place
-from torch import Tensor
 
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
@@ -33,24 +33,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_place(tmp_path_factory.mktemp("place"))
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
-    checkpoint = Checkpoint(folder)
-    return {name: checkpoint.tensor(name) for name in checkpoint.names()}
-
-
 def test_a_plan_applied_again_gives_the_same_weights(place: Path, tmp_path: Path) -> None:
     first = prune(place / "model", tmp_path / "first", SIZES, place / "profile")
     config = PruneConfig(plan=str(first / "plan.json"))
-    again = prune(place / "model", tmp_path / "again", config, place / "profile")
+    second = prune(place / "model", tmp_path / "again", config, place / "profile")
     expected = weights(first)
-    assert weights(again).keys() == expected.keys()
-    for name, value in weights(again).items():
+    assert weights(second).keys() == expected.keys()
+    for name, value in weights(second).items():
         assert torch.equal(value, expected[name]), name
-    assert (again / "plan.json").read_text() == (first / "plan.json").read_text()
-    before = (again / "model.safetensors").stat().st_mtime_ns
+    assert (second / "plan.json").read_text() == (first / "plan.json").read_text()
+    before = (second / "model.safetensors").stat().st_mtime_ns
     moved = shutil.copyfile(first / "plan.json", tmp_path / "moved.json")
-    prune(place / "model", again, PruneConfig(plan=str(moved)), place / "profile")
-    assert (again / "model.safetensors").stat().st_mtime_ns == before  # the same plan: unchanged
+    prune(place / "model", second, PruneConfig(plan=str(moved)), place / "profile")
+    assert (second / "model.safetensors").stat().st_mtime_ns == before  # the same plan: unchanged
     plain = PruneConfig(plan=str(first / "plan.json"), repair=False)
     changed = weights(prune(place / "model", tmp_path / "plain", plain))
     differing = {name for name, value in changed.items() if not torch.equal(value, expected[name])}
@@ -119,9 +114,9 @@ def test_plans_of_several_rounds_lead_back_to_the_first_model(place: Path, tmp_p
     ]
     parent, plans = place / "model", []
     for number, config in enumerate(rounds):
-        wanted = ProfileConfig(samples=8, gram_tokens=0, seed=number)
-        found = profile(parent, data, tmp_path / f"profile-{number}", wanted, OPTIONS)
-        out = prune(parent, tmp_path / str(number), config, found)
+        profile_config = ProfileConfig(samples=8, gram_tokens=0, seed=number)
+        measured = profile(parent, data, tmp_path / f"profile-{number}", profile_config, OPTIONS)
+        out = prune(parent, tmp_path / str(number), config, measured)
         plans.append(Plan.read(out / "plan.json"))
         assert (out / "plan-from-first.json").exists() == (number > 0)
         parent = out
@@ -134,7 +129,7 @@ def test_plans_of_several_rounds_lead_back_to_the_first_model(place: Path, tmp_p
         assert torch.equal(direct[name], value), name
 
 
-def test_a_plan_for_this_model_beside_it_is_no_history(place: Path, tmp_path: Path) -> None:
+def test_a_stored_plan_for_this_model_is_not_merged(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "model", tmp_path / "model")
     chosen(place, mlp=40).write(tmp_path / "model" / "plan.json")
     config = PruneConfig(plan=str(tmp_path / "model" / "plan.json"), repair=False)
@@ -175,10 +170,10 @@ def test_a_plan_edited_by_hand_is_what_is_cut(place: Path, tmp_path: Path) -> No
     fields["mlp"][str(new)] = ids = sorted([*fields["mlp"][str(new)][1:], *missing(fields, new)])
     path.write_text(json.dumps(fields))
     out = prune(place / "model", tmp_path / "out", PruneConfig(plan=str(path), repair=False))
-    here = fields["layers"].index(new)
+    position = fields["layers"].index(new)
     parent, cut = weights(place / "model"), weights(out)
     name = "model.layers.{}.mlp.gate_proj.weight"
-    assert torch.equal(cut[name.format(here)], parent[name.format(new)][ids])
+    assert torch.equal(cut[name.format(position)], parent[name.format(new)][ids])
     assert Plan.read(out / "plan.json") == Plan.read(path)
     fields["mlp"][str(new)][0] = 999
     path.write_text(json.dumps(fields))
@@ -193,8 +188,8 @@ def missing(fields: dict[str, Any], layer: int) -> list[int]:
 
 def test_a_plan_for_a_sibling_is_applied_when_allowed(place: Path, tmp_path: Path) -> None:
     sibling, path = fine_tuned(place, tmp_path / "tuned"), tmp_path / "plan.json"
-    made = chosen(place, mlp=40, layers=3)
-    made.write(path)
+    plan = chosen(place, mlp=40, layers=3)
+    plan.write(path)
     config = PruneConfig(plan=str(path), repair=False)
     with pytest.raises(UserError, match=r"make a plan for this model, or.* with --allow-sibling"):
         prune(sibling, tmp_path / "out", config)
@@ -203,15 +198,15 @@ def test_a_plan_for_a_sibling_is_applied_when_allowed(place: Path, tmp_path: Pat
     for name, value in weights(prune(place / "model", tmp_path / "own", config)).items():
         assert torch.equal(weights(out)[name], value * 1.01), name
     carried = Plan.read(out / "plan.json")
-    assert (carried.fingerprint, carried.siblings) == (sibling.fingerprint, (made.fingerprint,))
-    assert (carried.layers, carried.mlp) == (made.layers, made.mlp)
+    assert (carried.fingerprint, carried.siblings) == (sibling.fingerprint, (plan.fingerprint,))
+    assert (carried.layers, carried.mlp) == (plan.layers, plan.mlp)
     written = (out / "model.safetensors").stat().st_mtime_ns
-    again = PruneConfig(plan=str(out / "plan.json"), repair=False)  # it is the sibling's own now
-    prune(sibling, out, again)
+    own_plan = PruneConfig(plan=str(out / "plan.json"), repair=False)  # it is the sibling's own now
+    prune(sibling, out, own_plan)
     assert (out / "model.safetensors").stat().st_mtime_ns == written
 
 
-def test_a_siblings_plan_beside_the_model_is_no_history(place: Path, tmp_path: Path) -> None:
+def test_a_stored_plan_of_a_sibling_is_not_merged(place: Path, tmp_path: Path) -> None:
     sibling = fine_tuned(place, tmp_path / "tuned")
     chosen(place, mlp=40).write(sibling.folder / "plan.json")
     config = PruneConfig(plan=str(sibling.folder / "plan.json"), repair=False, allow_sibling=True)
@@ -221,11 +216,11 @@ def test_a_siblings_plan_beside_the_model_is_no_history(place: Path, tmp_path: P
 
 def test_siblings_stay_known_over_rounds(place: Path, tmp_path: Path) -> None:
     sibling, path = fine_tuned(place, tmp_path / "tuned"), tmp_path / "plan.json"
-    made = chosen(place, mlp=40)
-    made.write(path)
+    plan = chosen(place, mlp=40)
+    plan.write(path)
     config = PruneConfig(plan=str(path), repair=False, allow_sibling=True)
     first = prune(sibling, tmp_path / "first", config)
-    found = profile(
+    measured = profile(
         first,
         data_of(place / "text.jsonl"),
         tmp_path / "profile",
@@ -233,12 +228,12 @@ def test_siblings_stay_known_over_rounds(place: Path, tmp_path: Path) -> None:
         OPTIONS,
     )
     fewer = PruneConfig(num_layers=3, repair=False)
-    second = prune(first, tmp_path / "second", fewer, found)
+    second = prune(first, tmp_path / "second", fewer, measured)
     composed = Plan.read(second / "plan-from-first.json")
-    assert (composed.fingerprint, composed.siblings) == (sibling.fingerprint, (made.fingerprint,))
+    assert (composed.fingerprint, composed.siblings) == (sibling.fingerprint, (plan.fingerprint,))
 
 
-def test_no_sibling_of_other_sizes_or_family(place: Path, tmp_path: Path) -> None:
+def test_a_sibling_of_other_sizes_or_family_is_refused(place: Path, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     chosen(place, mlp=40).write(path)
     config = PruneConfig(plan=str(path), repair=False, allow_sibling=True)
@@ -258,9 +253,9 @@ def test_the_dry_run_counts_the_text_that_a_repair_will_read(place: Path) -> Non
 
     def tokens_of(config: PruneConfig, profile_tokens: int | None) -> str:
         lines = "\n".join(estimate(checkpoint, config, 32, profile_tokens))
-        found = re.search(r"repair: sequential, on ((?:up to )?[\d,]+) tokens", lines)
-        assert found is not None, lines
-        return found[1]
+        match = re.search(r"repair: sequential, on ((?:up to )?[\d,]+) tokens", lines)
+        assert match is not None, lines
+        return match[1]
 
     assert tokens_of(SIZES, 768) == "768"
     assert tokens_of(SIZES, None) == "up to 131,072"

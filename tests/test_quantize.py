@@ -47,10 +47,10 @@ IDS = torch.arange(5, 29)[None]
 def tiny(
     place: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, **fields: Any
 ) -> Checkpoint:
-    given = {**WIDE, **fields}
+    config_fields = {**WIDE, **fields}
     if family == "gemma3_text":
-        given["layer_types"] = ["sliding_attention", "full_attention"]
-    return write_model(place / family, family, dtype, **given)
+        config_fields["layer_types"] = ["sliding_attention", "full_attention"]
+    return write_model(place / family, family, dtype, **config_fields)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,8 @@ def stock(folder: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> Tensor:
-    found: Tensor = model(IDS).logits
-    return found
+    logits: Tensor = model(IDS).logits
+    return logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,25 +106,25 @@ def test_the_stock_reader_sees_what_was_rounded(family: str, name: str, tmp_path
     out = quantize(checkpoint, tmp_path / "out", QuantizeConfig(scheme=name, method="rtn"))
     expected = logits(reference(checkpoint, name))
     torch.testing.assert_close(logits(stock(out)), expected, rtol=1e-4, atol=1e-4)
-    ours = Checkpoint(out, quantized=True).model(torch.float32)
-    torch.testing.assert_close(logits(ours), expected, rtol=1e-4, atol=1e-4)
+    opened = Checkpoint(out, quantized=True).model(torch.float32)
+    torch.testing.assert_close(logits(opened), expected, rtol=1e-4, atol=1e-4)
     dense = logits(checkpoint.model(torch.float32))
     assert (expected - dense).abs().max() > 1e-3  # something was rounded
 
 
 @pytest.mark.parametrize("name", ["int8", "int4-g32", "int4-g64", "int4-g128"])
-def test_bytes_are_those_that_prune_was_told(name: str, tmp_path: Path) -> None:
+def test_bytes_equal_those_that_a_prune_assumes(name: str, tmp_path: Path) -> None:
     """`prune --max-bytes --format int4-g64` counts what quantize will write."""
     checkpoint = tiny(tmp_path)
     out = quantize(checkpoint, tmp_path / "out", QuantizeConfig(scheme=name, method="rtn"))
-    made = Checkpoint(out, quantized=True)
-    shapes = 16 * sum(tensor.endswith("weight_shape") for tensor in made.names())
+    quantized = Checkpoint(out, quantized=True)
+    shapes = 16 * sum(tensor.endswith("weight_shape") for tensor in quantized.names())
     promised = file_bytes(families.of(checkpoint), checkpoint.config, name)
-    assert sum(map(made.bytes, made.names())) - shapes == promised
+    assert sum(map(quantized.bytes, quantized.names())) - shapes == promised
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
-def test_experts(name: str, tmp_path: Path, text: Path) -> None:
+def test_quantized_experts_are_read_by_transformers(name: str, tmp_path: Path, text: Path) -> None:
     """They lie one by one on disk, and are rounded to nearest; the router stays as it is."""
     fields = {"num_local_experts": 4, "intermediate_size": 64}
     checkpoint = tiny(tmp_path, "mixtral", **fields)
@@ -143,7 +143,7 @@ def test_experts(name: str, tmp_path: Path, text: Path) -> None:
     assert any("experts.3.w2.weight_scale" in shape for shape in shapes)
 
 
-def test_gptq_lowers_the_distance(tmp_path: Path, text: Path) -> None:
+def test_gptq_has_a_lower_kl_than_rounding(tmp_path: Path, text: Path) -> None:
     checkpoint = tiny(tmp_path)
     kl = {}
     for method in ("rtn", "gptq"):
@@ -171,14 +171,14 @@ def test_layers_are_calibrated_on_the_rounded_ones_before(tmp_path: Path, text: 
     first = [n for n in checkpoint.names() if n.startswith("model.layers.0.")]
     model.load_state_dict({n: rounded.tensor(n) for n in first}, strict=False)
     blocks = build_sequences(data_of(text), checkpoint.tokenizer(), "calibration", 16)
-    seen: list[Tensor] = []
+    grams: list[Tensor] = []
     name = "model.layers.1.mlp.down_proj"
-    model.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0].float()))
+    model.get_submodule(name).register_forward_pre_hook(lambda _, x: grams.append(x[0].float()))
     numbers = [n for n in range(16) if not held_out(n)]
     with torch.no_grad():
         inputs = {"input_ids": blocks.input_ids[numbers], "use_cache": False}
         model(**inputs, position_ids=blocks.position_ids[numbers])
-    x = seen[0][blocks.real[numbers]]
+    x = grams[0][blocks.real[numbers]]
     scheme = SCHEMES["int4-g64"].fitting(160)
     weight = checkpoint.tensor(name + ".weight")
     expected, _ = by_gptq(weight, scheme, torch.bfloat16, x.T @ x / len(x))
@@ -186,7 +186,7 @@ def test_layers_are_calibrated_on_the_rounded_ones_before(tmp_path: Path, text: 
     assert same > 0.97  # a sum in another order now and then rounds to the neighbour
 
 
-def test_mixed_settings(tmp_path: Path) -> None:
+def test_rules_mix_schemes_and_unquantized_modules(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path, tie_word_embeddings=False)
     config = QuantizeConfig(
         scheme="int4",
@@ -214,7 +214,7 @@ def test_mixed_settings(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(stock(out)), logits(model), rtol=1e-4, atol=1e-4)
 
 
-def test_what_vllm_reads(tmp_path: Path) -> None:
+def test_the_quantization_config_is_what_vllm_reads(tmp_path: Path) -> None:
     """Names of formats and groups, and targets by regular expression where schemes are mixed."""
     checkpoint = tiny(tmp_path)
     chosen = choose(checkpoint, families.of(checkpoint), QuantizeConfig())
@@ -228,10 +228,10 @@ def test_what_vllm_reads(tmp_path: Path) -> None:
     assert json.dumps(config)
     names = [module for module in chosen if re.match(by_group[32]["targets"][0][3:], module)]
     assert names == [f"model.layers.{n}.mlp.down_proj" for n in range(2)]
-    one = quantization_config(dict.fromkeys(chosen, SCHEMES["fp8"]), [])
-    assert one["format"] == "float-quantized"
-    assert one["config_groups"]["group_0"]["targets"] == ["Linear"]
-    assert one["config_groups"]["group_0"]["input_activations"]["strategy"] == "token"
+    single_scheme = quantization_config(dict.fromkeys(chosen, SCHEMES["fp8"]), [])
+    assert single_scheme["format"] == "float-quantized"
+    assert single_scheme["config_groups"]["group_0"]["targets"] == ["Linear"]
+    assert single_scheme["config_groups"]["group_0"]["input_activations"]["strategy"] == "token"
 
 
 def test_evaluation_opens_quantized_folders(tmp_path: Path, text: Path) -> None:
@@ -250,23 +250,23 @@ def test_evaluation_opens_quantized_folders(tmp_path: Path, text: Path) -> None:
     assert 0 < small["kl/heldout"] < 0.1
 
 
-def test_complete_and_redone(
+def test_an_unchanged_quantization_is_skipped_and_a_changed_one_redone(
     tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = tiny(tmp_path)
     config = QuantizeConfig(scheme="int8", method="rtn")
     out = quantize(checkpoint, tmp_path / "out", config)
     first = (stage_dir.read(out) or {})["finished"], capsys.readouterr().out
-    again = quantize(checkpoint, out, config)
-    told = capsys.readouterr()
-    assert "complete and unchanged" in told.err
-    assert ((stage_dir.read(again) or {})["finished"], told.out) == first
+    second = quantize(checkpoint, out, config)
+    output = capsys.readouterr()
+    assert "complete and unchanged" in output.err
+    assert ((stage_dir.read(second) or {})["finished"], output.out) == first
     quantize(checkpoint, out, QuantizeConfig(scheme="fp8", method="rtn"))
     assert (stage_dir.read(out) or {})["config"]["scheme"] == "fp8"
     assert not list(out.glob("work-*"))
 
 
-def test_the_tokenizer_and_the_plan_come_along(tmp_path: Path) -> None:
+def test_tokenizer_and_plan_are_copied(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     out = quantize(checkpoint, tmp_path / "out", QuantizeConfig(method="rtn"))
     assert load(out, quantized=True).tokenizer().get_vocab() == checkpoint.tokenizer().get_vocab()
@@ -283,7 +283,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(case: str, tmp_path: Path) -> None:
+def test_bad_quantize_settings_are_refused(case: str, tmp_path: Path) -> None:
     fields, message = REFUSED[case]
     method = {} if case == "no text" else {"method": "rtn"}
     checkpoint = tiny(tmp_path)
@@ -293,7 +293,7 @@ def test_refused(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_experts_refused(tmp_path: Path) -> None:
+def test_schemes_that_experts_cannot_have_are_refused(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path, "mixtral", num_local_experts=4, intermediate_size=64)
     for name in ("int8-dynamic", "int4-g32-asym"):
         with pytest.raises(
@@ -302,13 +302,13 @@ def test_experts_refused(tmp_path: Path) -> None:
             quantize(checkpoint, tmp_path / "o", QuantizeConfig(scheme=name, method="rtn"))
 
 
-def test_too_little_text(tmp_path: Path) -> None:
+def test_too_little_text_is_refused(tmp_path: Path) -> None:
     short = write_text(tmp_path / "short.jsonl", documents=3)
     with pytest.raises(UserError, match="too little text"):
         quantize(tiny(tmp_path), tmp_path / "out", QuantizeConfig(), data_of(short))
 
 
-def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = tiny(tmp_path)
     out = quantize(checkpoint, tmp_path / "out", QuantizeConfig(method="rtn"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -329,11 +329,11 @@ def test_eight_bits_need_no_text(name: str, tmp_path: Path) -> None:
     for tensor in load(out, quantized=True).names():
         same = load(plain, quantized=True).tensor(tensor)
         assert torch.equal(load(out, quantized=True).tensor(tensor), same)
-    both = QuantizeConfig(rules={"down_proj": name})
+    mixed = QuantizeConfig(rules={"down_proj": name})
     with pytest.raises(
         UserError, match="gptq calibrates on text: give data, or use the method rtn"
     ):
-        quantize(checkpoint, tmp_path / "both", both)
+        quantize(checkpoint, tmp_path / "both", mixed)
 
 
 def test_each_layer_by_the_method_of_its_scheme(tmp_path: Path, text: Path) -> None:
@@ -376,9 +376,12 @@ def test_kl_of_almost_lossless_rounding_is_exact(tmp_path: Path, text: Path) -> 
     out = quantize(checkpoint, tmp_path / "out", config, data_of(text))
     rows = {f["name"]: f["value"] for f in (stage_dir.read(out) or {})["figures"]}
     blocks = build_sequences(data_of(text), checkpoint.tokenizer(), "calibration", 16)
-    some = [n for n in range(16) if held_out(n)]
-    inputs = {"input_ids": blocks.input_ids[some], "position_ids": blocks.position_ids[some]}
-    scored = blocks.labels[some][:, 1:] != -100
+    validation = [n for n in range(16) if held_out(n)]
+    inputs = {
+        "input_ids": blocks.input_ids[validation],
+        "position_ids": blocks.position_ids[validation],
+    }
+    scored = blocks.labels[validation][:, 1:] != -100
     logs = []
     for folder in (checkpoint, Checkpoint(out, quantized=True)):
         model = folder.model(torch.bfloat16)

@@ -97,7 +97,7 @@ def test_weights_on_a_grid_stay_there(scheme: Scheme, method: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["int4-g32", "int4-g64", "int4-g64-asym"])
-def test_a_grid_is_known_through_16_bits(name: str) -> None:
+def test_a_grid_is_recognised_after_rounding_to_16_bits(name: str) -> None:
     q, grid = gptq.quantize(weight(), SCHEMES[name], BF16, gram())
     found = fit(q.bfloat16(), SCHEMES[name], BF16)
     assert (found.nearest(q.bfloat16()) - q).abs().max() < 1e-6
@@ -105,7 +105,7 @@ def test_a_grid_is_known_through_16_bits(name: str) -> None:
 
 
 @INTEGERS
-def test_few_values_off_the_grid_are_no_grid(scheme: Scheme) -> None:
+def test_weights_with_few_values_off_the_grid_get_a_new_grid(scheme: Scheme) -> None:
     q, grid = plugins.load(METHODS, "rtn").quantize(weight(), scheme, BF16)
     size = q.shape[1] // grid.scale_RG.shape[1]
     q[:, ::size] += 0.3 * grid.scale_RG.float()
@@ -243,7 +243,7 @@ def test_fake_quantization_passes_gradients_straight() -> None:
     assert torch.equal(w.grad, factor)
 
 
-def test_names_and_fallbacks() -> None:
+def test_scheme_names_and_fallbacks_are_as_documented() -> None:
     assert find_scheme("int4") is SCHEMES["int4-g64"]
     with pytest.raises(UserError, match=r"no scheme named 'int5'.*there are: int4, int8"):
         find_scheme("int5")

@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]) -> Said:
+def output_of(capsys: pytest.CaptureFixture[str]) -> Said:
     """The lines of news since the last call."""
     return lambda: capsys.readouterr().err.splitlines()
 
@@ -53,8 +53,8 @@ def recipe_of(place: Path, *stages: Any) -> Recipe:
 
 
 def changed(stage: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    ((name, given),) = stage.items()
-    return {name: {**given, **fields}}
+    ((name, fields_before),) = stage.items()
+    return {name: {**fields_before, **fields}}
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -106,7 +106,9 @@ STAGES = ["01-profile", "02-prune", "02-prune-repaired", "03-distill", "04-evalu
 UNCHANGED = [f"{name} is complete and unchanged" for name in STAGES]
 
 
-def test_end_to_end_and_again(place: Path, tmp_path: Path, said: Said) -> None:
+def test_a_recipe_runs_end_to_end_and_is_skipped_the_second_time(
+    place: Path, tmp_path: Path, output_of: Said
+) -> None:
     """The model, the journal and the evaluation; the second run does nothing, and at once."""
     recipe, out = recipe_of(place), tmp_path / "run"
     assert run(recipe, out) == out
@@ -127,11 +129,11 @@ def test_end_to_end_and_again(place: Path, tmp_path: Path, said: Said) -> None:
     assert read_recipe(out / "recipe.yaml") == recipe
 
     before, journal = times(out), (out / "metrics.jsonl").read_text()
-    said()
+    output_of()
     start = time.monotonic()
     run(recipe, out)
     assert time.monotonic() - start < 2
-    lines = said()
+    lines = output_of()
     assert set(UNCHANGED) == set(skipped(lines))
     assert times(out) == before
     assert (out / "metrics.jsonl").read_text() == journal
@@ -155,7 +157,7 @@ def finished(place: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_a_change_redoes_what_it_touches(
+def test_a_change_reruns_only_the_stages_after_it(
     kind: str, place: Path, tmp_path: Path, finished: Path
 ) -> None:
     out = copy(finished, tmp_path / "run")
@@ -171,15 +173,17 @@ def copy(run_folder: Path, out: Path) -> Path:
     return out
 
 
-def check_journal(path: Path, steps: int, every: int) -> None:
+def check_journal(path: Path, steps: int, interval: int) -> None:
     """Each step exactly once, in order; each measurement too."""
-    found = rows(path)
-    assert [row["step"] for row in found if "loss" in row] == list(range(1, steps + 1))
-    assert [row["step"] for row in found if "heldout_kl" in row] == list(range(0, steps + 1, every))
-    assert [row["tokens"] for row in found] == [128 * row["step"] for row in found]
+    journal = rows(path)
+    assert [row["step"] for row in journal if "loss" in row] == list(range(1, steps + 1))
+    assert [row["step"] for row in journal if "heldout_kl" in row] == list(
+        range(0, steps + 1, interval)
+    )
+    assert [row["tokens"] for row in journal] == [128 * row["step"] for row in journal]
 
 
-def test_changed_data_redoes_all(place: Path, tmp_path: Path, finished: Path) -> None:
+def test_changed_data_reruns_every_stage(place: Path, tmp_path: Path, finished: Path) -> None:
     out = copy(finished, tmp_path / "run")
     before = times(out)
     fields = recipe_fields(place / "model", place / "text.jsonl")
@@ -188,12 +192,14 @@ def test_changed_data_redoes_all(place: Path, tmp_path: Path, finished: Path) ->
     assert written(before, times(out)) == set(STAGES)
 
 
-def test_more_tokens_extend(place: Path, tmp_path: Path, finished: Path, said: Said) -> None:
+def test_a_larger_budget_extends_the_distillation(
+    place: Path, tmp_path: Path, finished: Path, output_of: Said
+) -> None:
     """The first steps are not done again; the new ones follow."""
     out = copy(finished, tmp_path / "run")
     first = rows(out / "metrics.jsonl")
     run(recipe_of(place, PROFILE, PRUNE, changed(DISTILL, tokens=2048), EVALUATE), out)
-    lines = said()
+    lines = output_of()
     assert "distill: extends a run of 1,280 tokens" in lines
     assert "distill: continues from checkpoint-10" in lines
     assert rows(out / "metrics.jsonl")[: len(first)] == first
@@ -201,23 +207,23 @@ def test_more_tokens_extend(place: Path, tmp_path: Path, finished: Path, said: S
     check_journal(out / "stages" / "03-distill" / "metrics.jsonl", steps=16, every=2)
 
 
-def test_set(place: Path, tmp_path: Path) -> None:
+def test_overrides_set_fields_by_name_or_position(place: Path, tmp_path: Path) -> None:
     """Dotted keys, by a stage's name or position; a bare stage gets fields."""
     fields = recipe_fields(place / "model", place / "text.jsonl", "profile", "prune", PROFILE)
     path = write_recipe(tmp_path / "recipe.yaml", fields)
-    given = ["stages.prune.num_layers=2", "stages.0.profile.samples=3", "data.seed=7"]
-    given += ["stages.2.profile.criteria=[random, magnitude]", "model=elsewhere"]
-    recipe = read_recipe(path, given)
+    overrides = ["stages.prune.num_layers=2", "stages.0.profile.samples=3", "data.seed=7"]
+    overrides += ["stages.2.profile.criteria=[random, magnitude]", "model=elsewhere"]
+    recipe = read_recipe(path, overrides)
     assert recipe.stages[:2] == [{"profile": {"samples": 3}}, {"prune": {"num_layers": 2}}]
     assert recipe.steps()[2].config.criteria == ("random", "magnitude")
     assert recipe.data.seed == 7
     assert recipe.model == "elsewhere"
 
 
-def test_two_rounds(place: Path, tmp_path: Path) -> None:
+def test_two_rounds_of_pruning_run_in_one_recipe(place: Path, tmp_path: Path) -> None:
     """The second cut starts from the first one's distilled model; each is evaluated."""
-    again = changed(PRUNE, intermediate_size=24)
-    recipe = recipe_of(place, PROFILE, PRUNE, DISTILL, PROFILE, again, DISTILL, EVALUATE)
+    second_prune = changed(PRUNE, intermediate_size=24)
+    recipe = recipe_of(place, PROFILE, PRUNE, DISTILL, PROFILE, second_prune, DISTILL, EVALUATE)
     out = run(recipe, tmp_path / "run")
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     assert model.config.intermediate_size == 24
@@ -233,24 +239,24 @@ def test_two_rounds(place: Path, tmp_path: Path) -> None:
     assert {row["stage"] for row in rows(out / "metrics.jsonl")} == {"03-distill", "06-distill"}
 
 
-def test_a_teacher_of_its_own(place: Path, tmp_path: Path) -> None:
+def test_a_stage_can_have_its_own_teacher(place: Path, tmp_path: Path) -> None:
     """Named in the stage; by default the recipe's model."""
     other = write_model(tmp_path / "other", intermediate_size=64)
-    mine = changed(DISTILL, teacher=str(other))
+    distill = changed(DISTILL, teacher=str(other))
     against = changed(EVALUATE, teacher=str(other), metrics=["kl"])
-    out = run(recipe_of(place, PROFILE, PRUNE, mine, against), tmp_path / "run")
+    out = run(recipe_of(place, PROFILE, PRUNE, distill, against), tmp_path / "run")
     taught = read_manifest(out / "stages" / "03-distill")
     assert taught is not None
     assert taught["inputs"]["teacher"] == load(other).fingerprint
     evaluation = json.loads((out / "stages" / "04-evaluate" / "evaluation.json").read_text())
-    figures = {label: [f["name"] for f in some] for label, some in evaluation["figures"].items()}
+    figures = {label: [f["name"] for f in rows] for label, rows in evaluation["figures"].items()}
     assert figures[evaluation["teacher"]] == []
     assert all(
         "kl/heldout" in names for label, names in figures.items() if label != evaluation["teacher"]
     )
 
 
-def test_keep_last(place: Path, tmp_path: Path, said: Said) -> None:
+def test_keep_last_deletes_earlier_weights(place: Path, tmp_path: Path, output_of: Said) -> None:
     """Weights stay in model/ only; the job is known to be done, and a changed one is redone."""
     recipe, out = recipe_of(place), tmp_path / "run"
     run(recipe, out, keep_stages="last")
@@ -259,10 +265,10 @@ def test_keep_last(place: Path, tmp_path: Path, said: Said) -> None:
     ]
     assert not list(out.rglob("trainer")) + list(out.rglob("grams"))
     assert AutoModelForCausalLM.from_pretrained(out / "model").config.intermediate_size == 40
-    said()
+    output_of()
     before = times(out)
     run(recipe, out, keep_stages="last")
-    opening, unchanged = said()
+    opening, unchanged = output_of()
     assert opening.startswith("run: opening ")
     assert unchanged == f"run: {out} is complete and unchanged"
     assert times(out) == before
@@ -272,7 +278,7 @@ def test_keep_last(place: Path, tmp_path: Path, said: Said) -> None:
 
 
 @pytest.mark.skipif(find_spec("gguf") is None, reason="needs the extra gguf")
-def test_a_gguf_file_as_the_model(place: Path, tmp_path: Path) -> None:
+def test_a_recipe_accepts_a_gguf_file_as_model(place: Path, tmp_path: Path) -> None:
     """Its teacher is measured by transformers, from the folder that the file was converted to."""
     file = tmp_path / "teacher.gguf"
     export(place / "model", file, ExportConfig(type="F32", verify="never"))

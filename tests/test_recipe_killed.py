@@ -46,11 +46,11 @@ def start(place: Path, out: Path, slow: str = "") -> subprocess.Popen[bytes]:
         )
 
 
-def kill_when(job: subprocess.Popen[bytes], seen: Any) -> None:
+def kill_when(job: subprocess.Popen[bytes], condition: Any) -> None:
     """Kill the job, without mercy, as soon as `seen()`."""
     deadline = time.monotonic() + 300
     try:
-        while not seen():
+        while not condition():
             assert job.poll() is None, "the job ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -73,11 +73,11 @@ def steps_done(out: Path) -> int:
 def same_result(place: Path, out: Path) -> None:
     """The same weights bit for bit, and a journal in which each step is written once."""
     for name in ("model", "stages/02-prune", "stages/02-prune-repaired", "stages/03-distill"):
-        ours, theirs = (
+        uninterrupted, resumed = (
             load_file(run / name / "model.safetensors") for run in (out, place / "whole")
         )
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert uninterrupted.keys() == resumed.keys()
+        assert all(torch.equal(uninterrupted[key], resumed[key]) for key in uninterrupted)
     drop = ("seconds", "epoch")
     journals = [
         [{k: v for k, v in row.items() if k not in drop} for row in rows(run / "metrics.jsonl")]
@@ -87,7 +87,7 @@ def same_result(place: Path, out: Path) -> None:
     assert [row["step"] for row in journals[0] if "loss" in row] == list(range(1, STEPS + 1))
 
 
-def test_killed_in_every_stage(place: Path, tmp_path: Path) -> None:
+def test_a_run_killed_in_any_stage_resumes_to_the_same_result(place: Path, tmp_path: Path) -> None:
     """Five times, in profile, prune and distill; the sixth process ends as an undisturbed one."""
     out = tmp_path / "run"
     for stage in SLOW:
@@ -147,10 +147,10 @@ def kill_in_checkpoint(place: Path, out: Path) -> None:
 
 def check_resumed(place: Path, reached: int) -> None:
     """Two processes went on from a whole checkpoint, the last from the one before the kill."""
-    said = re.findall(
+    lines = re.findall(
         r"^distill: continues from checkpoint-(\d+)$", (place / "log").read_text(), re.M
     )
-    steps = [int(step) for step in said]
+    steps = [int(step) for step in lines]
     assert steps[0] == EVERY
     assert len(steps) == 2
     assert 0 <= reached - steps[1] <= EVERY, "loses at most the steps since the last checkpoint"

@@ -52,25 +52,30 @@ def test_two_processes_write_what_one_writes(job: Path) -> None:
     budget = {"distill": {**DISTILL["distill"], "batch_tokens": 256}}  # two processes share a batch
     fields = recipe_fields(job / "model", job / "text.jsonl", PROFILE, PRUNE, CACHE, budget)
     recipe = write_recipe(job / "recipe.yaml", fields)
-    one, two = job / "one", job / "two"
-    call("run", recipe, "--out", one)
-    done = torchrun("run", recipe, "--out", two)
+    single, parallel = job / "one", job / "two"
+    call("run", recipe, "--out", single)
+    done = torchrun("run", recipe, "--out", parallel)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line for line in done.stderr.splitlines() if line == "── 1/4 profile"] != []
     assert sum(line.startswith("── 2/4 prune: done in") for line in done.stderr.splitlines()) == 1
-    names = sorted(path.name for path in (one / "stages").iterdir())
-    assert sorted(path.name for path in (two / "stages").iterdir()) == names
+    names = sorted(path.name for path in (single / "stages").iterdir())
+    assert sorted(path.name for path in (parallel / "stages").iterdir()) == names
     for name in ("01-profile/scores", "02-prune/model", "02-prune-repaired/model"):
-        expected, found = (load_file(out / f"stages/{name}.safetensors") for out in (one, two))
-        assert expected.keys() == found.keys()
-        assert all(bool((found[key] == expected[key]).all()) for key in expected), name
-    alone, together = held_out(one / "stages/04-distill"), held_out(two / "stages/04-distill")
+        expected, actual = (
+            load_file(out / f"stages/{name}.safetensors") for out in (single, parallel)
+        )
+        assert expected.keys() == actual.keys()
+        assert all(bool((actual[key] == expected[key]).all()) for key in expected), name
+    alone, together = (
+        held_out(single / "stages/04-distill"),
+        held_out(parallel / "stages/04-distill"),
+    )
     assert list(alone) == list(together)
     assert list(together.values()) == pytest.approx(list(alone.values()), rel=1e-2)
-    assert (two / "model" / "config.json").exists()
-    again = torchrun("run", recipe, "--out", two)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "04-distill is complete and unchanged" in again.stderr
+    assert (parallel / "model" / "config.json").exists()
+    second_run = torchrun("run", recipe, "--out", parallel)
+    assert second_run.returncode == 0, second_run.stderr[-3000:]
+    assert "04-distill is complete and unchanged" in second_run.stderr
 
 
 def test_an_error_in_process_0_ends_both_with_one_line(job: Path) -> None:
@@ -80,8 +85,8 @@ def test_an_error_in_process_0_ends_both_with_one_line(job: Path) -> None:
     done = torchrun("run", recipe, "--out", job / "wrong")
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("regrow: error:")]
-    said = "stages.0.prune: put a profile stage of the same model before it"
-    assert errors == [f"regrow: error: {said}"]
+    message = "stages.0.prune: put a profile stage of the same model before it"
+    assert errors == [f"regrow: error: {message}"]
     assert not (job / "wrong").exists()
 
 

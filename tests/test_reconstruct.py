@@ -60,15 +60,15 @@ def kl_of(model: Path, teacher: Path, text: Path) -> float:
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_it_comes_nearer_to_the_teacher(cut: str, text: Path, tmp_path: Path) -> None:
+def test_reconstruction_lowers_the_kl_to_the_teacher(cut: str, text: Path, tmp_path: Path) -> None:
     teacher = write_trained(tmp_path / "teacher", text, num_hidden_layers=3)
     student = cut_of(teacher, tmp_path, **CUTS[cut])
     out = reconstruct(student, teacher, data_of(text), tmp_path / "out", CONFIG, OPTIONS)
     before, after = (kl_of(folder, teacher.folder, text) for folder in (student, out))
     assert after < 0.9 * before
-    found = read(out)
-    assert found is not None
-    figures = {figure["name"]: figure["value"] for figure in found["figures"]}
+    manifest = read(out)
+    assert manifest is not None
+    figures = {figure["name"]: figure["value"] for figure in manifest["figures"]}
     assert figures["KL after"] < figures["KL before"]
     assert sorted(path.name for path in out.iterdir()) == sorted(
         {*(path.name for path in student.iterdir()), "manifest.json"} - {"candidates.json"}
@@ -76,7 +76,9 @@ def test_it_comes_nearer_to_the_teacher(cut: str, text: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "mixtral"])
-def test_families(family: str, text: Path, tmp_path: Path) -> None:
+def test_reconstruction_works_with_biases_post_norms_and_experts(
+    family: str, text: Path, tmp_path: Path
+) -> None:
     """Biases, norms after the layers, stacked experts."""
     teacher = write_trained(tmp_path / "teacher", text, family)
     sizes = {"experts": 3} if family == "mixtral" else {"mlp": 32}
@@ -86,7 +88,7 @@ def test_families(family: str, text: Path, tmp_path: Path) -> None:
     assert after < before
 
 
-def test_the_error_is_its_formula(text: Path, tmp_path: Path) -> None:
+def test_the_error_equals_its_formula(text: Path, tmp_path: Path) -> None:
     """Against a loop over tokens in float64."""
     teacher = write_trained(tmp_path / "teacher", text)
     student = Checkpoint(cut_of(teacher, tmp_path, hidden=36))
@@ -94,43 +96,43 @@ def test_the_error_is_its_formula(text: Path, tmp_path: Path) -> None:
     sequences = build_sequences(data_of(text), student.tokenizer(), "train", 3)
     device = torch.device("cpu")
     shells = [
-        LayerByLayer.of(each, families.of(each), device, dtype=torch.float64)
-        for each in (teacher, student)
+        LayerByLayer.of(checkpoint, families.of(checkpoint), device, dtype=torch.float64)
+        for checkpoint in (teacher, student)
     ]
-    both = streams.Streams(tmp_path / "streams", list(sequences.batches(1)), *shells)
-    both.advance_dense([0], None)
+    both_streams = streams.Streams(tmp_path / "streams", list(sequences.batches(1)), *shells)
+    both_streams.advance_dense([0], None)
     assert plan.hidden is not None
 
     def target(number: int) -> torch.Tensor:
-        return both.dense(number)[..., plan.hidden]
+        return both_streams.dense(number)[..., plan.hidden]
 
     dense, cut = (
-        AutoModelForCausalLM.from_pretrained(str(each.folder), dtype=torch.float64)
-        for each in (teacher, student)
+        AutoModelForCausalLM.from_pretrained(str(checkpoint.folder), dtype=torch.float64)
+        for checkpoint in (teacher, student)
     )
     slow, tokens = [0.0, 0.0, 0.0], [0, 0, 0]
     for n in range(3):
-        given = {
+        inputs = {
             "input_ids": sequences.input_ids[n : n + 1],
             "position_ids": sequences.position_ids[n : n + 1],
             "output_hidden_states": True,
             "use_cache": False,
         }
         with torch.no_grad():
-            goal, output = (model(**given).hidden_states[1][0] for model in (dense, cut))
+            goal, output = (model(**inputs).hidden_states[1][0] for model in (dense, cut))
         for t in range(LENGTH):
             if sequences.real[n, t]:
                 h = goal[t, plan.hidden]
                 slow[n] += float(((output[t] - h) ** 2).sum() / (h**2).sum())
                 tokens[n] += 1
     with torch.no_grad(), shells[1].resident(0):
-        fast = [float(batch_error(shells[1], both, n, target)) for n in range(3)]
-        mean = relative_error(shells[1], both, range(3), target)
+        fast = [float(batch_error(shells[1], both_streams, n, target)) for n in range(3)]
+        mean = relative_error(shells[1], both_streams, range(3), target)
     assert fast == pytest.approx([s / n for s, n in zip(slow, tokens, strict=True)], rel=1e-5)
     assert mean == pytest.approx(sum(slow) / sum(tokens), rel=1e-5)
 
 
-def test_what_makes_the_model_worse_is_not_kept(
+def test_a_layer_that_makes_the_model_worse_is_not_kept(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the layers' own errors say."""
@@ -143,35 +145,39 @@ def test_what_makes_the_model_worse_is_not_kept(
     before, after = (load_file(folder / "model.safetensors") for folder in (student, out))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    found = read(out)
-    assert found is not None
-    assert not any(row["kept"] for row in found["layers"])
+    manifest = read(out)
+    assert manifest is not None
+    assert not any(row["kept"] for row in manifest["layers"])
 
 
-def test_a_killed_run_goes_on(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_resumes_to_the_same_result(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the layer that it was at, to the same result; streams on disk or in memory."""
     teacher = write_trained(tmp_path / "teacher", text, num_hidden_layers=4)
     student = cut_of(teacher, tmp_path, layers=3, mlp=32)
-    whole = reconstruct(student, teacher, data_of(text), tmp_path / "whole", CONFIG, OPTIONS)
+    uninterrupted = reconstruct(
+        student, teacher, data_of(text), tmp_path / "whole", CONFIG, OPTIONS
+    )
     trained: list[int] = []
     real = stage.train_layer
 
-    def killed(*given: Any, **named: Any) -> Any:
+    def killed(*arguments: Any, **options: Any) -> Any:
         trained.append(1)
         if len(trained) == 2:
             raise KeyboardInterrupt
-        return real(*given, **named)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(stage, "train_layer", killed)
     monkeypatch.setattr(streams, "SHARE_OF_RAM", 0.0)
-    given = (student, teacher, data_of(text), tmp_path / "out", CONFIG, OPTIONS)
+    arguments = (student, teacher, data_of(text), tmp_path / "out", CONFIG, OPTIONS)
     with pytest.raises(KeyboardInterrupt):
-        reconstruct(*given)
+        reconstruct(*arguments)
     assert not (tmp_path / "out").exists()
-    out = reconstruct(*given)
+    out = reconstruct(*arguments)
     assert len(trained) == 4  # the first layer once
-    one, other = (load_file(folder / "model.safetensors") for folder in (whole, out))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    expected, resumed = (load_file(folder / "model.safetensors") for folder in (uninterrupted, out))
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
 def test_another_teacher_is_refused(text: Path, tmp_path: Path) -> None:
@@ -182,7 +188,9 @@ def test_another_teacher_is_refused(text: Path, tmp_path: Path) -> None:
         reconstruct(student, other, data_of(text), tmp_path / "out", CONFIG, OPTIONS)
 
 
-def test_in_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_reconstructs_a_pruned_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, text = write_model(tmp_path / "model"), write_text(tmp_path / "text.jsonl")
     step = {"reconstruct": {"tokens": 256, "batch_tokens": 64, "validation_sequences": 2}}
     fields = recipe_fields(model, text, PROFILE, PRUNE, step)

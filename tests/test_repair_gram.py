@@ -83,12 +83,12 @@ def test_solve_equals_augmented_least_squares(weight: Tensor, ridge: float) -> N
     assert after < before
 
 
-def test_a_huge_ridge_is_no_repair(weight: Tensor) -> None:
+def test_a_huge_ridge_leaves_the_weights_unchanged(weight: Tensor) -> None:
     solution = solve(weight, gram_of(rows(2), rows(3)), KEPT, (1e12,))
     torch.testing.assert_close(solution.weight, weight[:, KEPT], rtol=1e-9, atol=1e-9)
 
 
-def test_what_can_be_computed_from_the_rest_is_regained(weight: Tensor) -> None:
+def test_dropped_inputs_that_depend_on_kept_ones_are_recovered(weight: Tensor) -> None:
     """Lost inputs that are sums of kept ones: a tiny ridge gives the old output back."""
     fit, held_out = rows(2), rows(3)
     for x in (fit, held_out):
@@ -99,12 +99,14 @@ def test_what_can_be_computed_from_the_rest_is_regained(weight: Tensor) -> None:
 
 def test_the_ridge_is_chosen_on_the_held_out_gram(weight: Tensor) -> None:
     """Few fitting tokens: the smallest ridge fits them best, another one serves unseen tokens."""
-    few, unseen = rows(4, tokens=9), rows(5, tokens=400)
+    fit_rows, unseen = rows(4, tokens=9), rows(5, tokens=400)
     ridges = (1e-6, 1e-2, 1e-1, 1.0, 10.0)
-    solution = solve(weight, gram_of(few, unseen), KEPT, ridges)
-    errors = {r: held_out_error(weight, least_squares(weight, few, r), unseen) for r in ridges}
+    solution = solve(weight, gram_of(fit_rows, unseen), KEPT, ridges)
+    errors = {r: held_out_error(weight, least_squares(weight, fit_rows, r), unseen) for r in ridges}
     assert solution.ridge == min(errors, key=lambda ridge: errors[ridge]) != 1e-6
-    on_fit = {r: held_out_error(weight, least_squares(weight, few, r), few) for r in ridges}
+    on_fit = {
+        r: held_out_error(weight, least_squares(weight, fit_rows, r), fit_rows) for r in ridges
+    }
     assert min(on_fit, key=lambda ridge: on_fit[ridge]) == 1e-6
     assert solution.error_after == pytest.approx(errors[solution.ridge], rel=1e-6)
 
@@ -119,8 +121,8 @@ def test_never_worse_than_no_repair_on_held_out_tokens(weight: Tensor) -> None:
 
 
 def test_silent_inputs_do_not_break_it(weight: Tensor) -> None:
-    nothing = torch.zeros(IN, IN)
-    solution = solve(weight.float(), Gram(nothing, nothing), KEPT, (1e-2,))
+    zeros = torch.zeros(IN, IN)
+    solution = solve(weight.float(), Gram(zeros, zeros), KEPT, (1e-2,))
     assert torch.equal(solution.weight, weight.float()[:, KEPT].double())
 
 
@@ -137,10 +139,10 @@ def profiled(folder: Path, checkpoint: Checkpoint, text: Path) -> Profile:
 
 
 def one_shot(
-    checkpoint: Checkpoint, found: Profile, plan: Plan, ridges: tuple[float, ...] = RIDGES
+    checkpoint: Checkpoint, profile: Profile, plan: Plan, ridges: tuple[float, ...] = RIDGES
 ) -> OneShot:
-    work = found.folder / "work"
-    setup = RepairSetup(checkpoint, families.of(checkpoint), found, plan, work, OPTIONS)
+    work = profile.folder / "work"
+    setup = RepairSetup(checkpoint, families.of(checkpoint), profile, plan, work, OPTIONS)
     return by_gram.repair(setup, ridges)
 
 
@@ -151,14 +153,14 @@ class Inputs:
         x, r = [], []
         handles = [
             model.get_submodule(name).register_forward_pre_hook(
-                lambda _, given, into=into: into.append(given[0].flatten(0, 1))
+                lambda _, inputs, into=into: into.append(inputs[0].flatten(0, 1))
             )
             for name, into in ((reader, x), (norm, r))
         ]
         with torch.no_grad():
             for batch in batches:
-                given = {key: batch[key] for key in ("input_ids", "position_ids")}
-                model.base_model(**given, use_cache=False)  # a cache would undo the packing
+                inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
+                model.base_model(**inputs, use_cache=False)  # a cache would undo the packing
         for handle in handles:
             handle.remove()
         self.x, self.scale = torch.cat(x), 1 / torch.cat(r).norm(dim=-1, keepdim=True)
@@ -174,14 +176,14 @@ def test_readers_of_a_cut_model_are_least_squares_solutions(
     The order of the heads' channels is wrong if anything in that chain orders them another way.
     """
     checkpoint = write_model(tmp_path / "model", name, torch.float64)
-    found = profiled(tmp_path / "profile", checkpoint, text)
+    profile = profiled(tmp_path / "profile", checkpoint, text)
     model = checkpoint.model(torch.float64)
     after = {"mlp": {"mlp": 31}, "heads": {"heads": 4}, "kv_heads": {"kv_heads": 1, "heads": 2}}[
         dim
     ]
     config = model.config.to_dict()
     plan = random_plan(config, checkpoint.fingerprint, hidden=36, **after)
-    repair = one_shot(checkpoint, found, plan, (1e-3,))
+    repair = one_shot(checkpoint, profile, plan, (1e-3,))
     student = cut_model(model, plan, replace=repair)
 
     layer, reader = 1, "mlp.down_proj" if dim == "mlp" else "self_attn.o_proj"
@@ -190,22 +192,22 @@ def test_readers_of_a_cut_model_are_least_squares_solutions(
     sequences = build_sequences(data_of(text), checkpoint.tokenizer(), "calibration", 40)
     fit = [n for n in range(len(sequences)) if n % 8 != 7]
     batches = [{k: v[fit] for k, v in next(sequences.batches(len(sequences))).items()}]
-    where = f"model.layers.{layer}."
-    seen = Inputs(model, where + reader, where + norm, batches)
+    prefix = f"model.layers.{layer}."
+    recorded = Inputs(model, prefix + reader, prefix + norm, batches)
     units, width = plan.kept("mlp" if dim == "mlp" else "heads", layer), 1
     assert units is not None
     if dim != "mlp":
         width = plan.before["head_dim"]
     kept = [unit * width + n for unit in units for n in range(width)]
-    x = seen.x * seen.scale
-    old = model.get_submodule(where + reader).weight.detach()[plan.hidden]  # type: ignore[union-attr,index]
+    x = recorded.x * recorded.scale
+    old = model.get_submodule(prefix + reader).weight.detach()[plan.hidden]  # type: ignore[union-attr,index]
     root = float((1e-3 * x[:, kept].square().sum(0).mean()).sqrt())
     inputs = torch.cat([x[:, kept], root * torch.eye(len(kept), dtype=torch.float64)])
     outputs = torch.cat([x @ old.T, root * old[:, kept].T])
     expected = torch.linalg.lstsq(inputs, outputs).solution.T
-    new: Any = student.get_submodule(where + reader).weight
+    new: Any = student.get_submodule(prefix + reader).weight
     torch.testing.assert_close(new.detach(), expected, rtol=1e-4, atol=1e-5)
-    assert repair.solutions[f"{where}{reader}.weight"][0] == 1e-3
+    assert repair.solutions[f"{prefix}{reader}.weight"][0] == 1e-3
     readers = len(plan.kept_layers())
     assert len(repair.solutions) == readers
     assert all(after < before for _, before, after in repair.solutions.values())
@@ -213,10 +215,10 @@ def test_readers_of_a_cut_model_are_least_squares_solutions(
 
 def test_only_readers_of_cut_dimensions_change(tmp_path: Path, text: Path) -> None:
     checkpoint = write_model(tmp_path / "model", "llama", torch.float64)
-    found = profiled(tmp_path / "profile", checkpoint, text)
+    profile = profiled(tmp_path / "profile", checkpoint, text)
     model = checkpoint.model(torch.float64)
     plan = random_plan(model.config.to_dict(), checkpoint.fingerprint, mlp=31, layers=[0, 2])
-    repair = one_shot(checkpoint, found, plan)
+    repair = one_shot(checkpoint, profile, plan)
     repaired = cut_model(model, plan, replace=repair).state_dict()
     for name, plain in cut_model(model, plan).state_dict().items():
         assert torch.equal(repaired[name], plain) != name.endswith("down_proj.weight"), name
@@ -232,10 +234,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Checkpoint:
 def test_a_repaired_model_is_nearer_to_the_dense_one(
     trained: Checkpoint, tmp_path: Path, text: Path, after: dict[str, int]
 ) -> None:
-    found = profiled(tmp_path / "profile", trained, text)
+    profile = profiled(tmp_path / "profile", trained, text)
     dense = trained.model(torch.float32)
     plan: Plan = random_plan(dense.config.to_dict(), trained.fingerprint, **after)
-    repair = one_shot(trained, found, plan)
+    repair = one_shot(trained, profile, plan)
     heldout = build_sequences(data_of(text), trained.tokenizer(), "heldout", 20)
     plain = kl_between(dense, cut_model(dense, plan), heldout)
     repaired = kl_between(dense, cut_model(dense, plan, replace=repair), heldout)

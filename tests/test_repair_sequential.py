@@ -42,11 +42,11 @@ def profiled(folder: Path, checkpoint: Checkpoint, text: Path, samples: int = 32
 
 
 def repaired(
-    checkpoint: Checkpoint, found: Profile, plan: Plan, work: Path, **given: Any
+    checkpoint: Checkpoint, profile: Profile, plan: Plan, work: Path, **options: Any
 ) -> sequential.Sequential:
-    how = (given.pop("tokens", 10**6), given.pop("upstream", 1.0))
-    job = RepairSetup(checkpoint, families.of(checkpoint), found, plan, work, OPTIONS, *how)
-    return sequential.repair(job, **given)
+    limits = (options.pop("tokens", 10**6), options.pop("upstream", 1.0))
+    job = RepairSetup(checkpoint, families.of(checkpoint), profile, plan, work, OPTIONS, *limits)
+    return sequential.repair(job, **options)
 
 
 class Seen:
@@ -56,13 +56,13 @@ class Seen:
         self.of: dict[str, Tensor] = {}
 
         def watch(name: str) -> Callable[..., None]:
-            return lambda _, given: self.of.__setitem__(name, given[0].flatten(0, 1))
+            return lambda _, inputs: self.of.__setitem__(name, inputs[0].flatten(0, 1))
 
         modules = [(name, model.get_submodule(name)) for name in names]
         handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules]
-        given = {"input_ids": sequences.input_ids, "position_ids": sequences.position_ids}
+        inputs = {"input_ids": sequences.input_ids, "position_ids": sequences.position_ids}
         with torch.no_grad():
-            model.base_model(**given, use_cache=False)
+            model.base_model(**inputs, use_cache=False)
         for handle in handles:
             handle.remove()
 
@@ -101,10 +101,10 @@ def slow(
             norms = [post.format(layer=layer)] if post else []
             teacher = Seen(dense, [before, after, *norms], sequences).of
             reader = template.removesuffix(".weight").format(layer=number)
-            own = family.residual[dim].format(layer=number)
-            pupil = Seen(student, [reader, own], sequences).of
+            norm_name = family.residual[dim].format(layer=number)
+            pupil = Seen(student, [reader, norm_name], sequences).of
             h = teacher[before][:, hidden]
-            target = teacher[after][:, hidden] - h + upstream * (h - pupil[own])
+            target = teacher[after][:, hidden] - h + upstream * (h - pupil[norm_name])
             if post:
                 gain = 1 + dense.get_submodule(norms[0]).weight[hidden]  # type: ignore[index]
                 scale = teacher[norms[0]].square().mean(-1, keepdim=True).sqrt()
@@ -117,17 +117,17 @@ def slow(
                 old = torch.cat([old, module.bias[:, None]], dim=1)
             w = 1 / teacher[before].norm(dim=-1, keepdim=True)
             x, target = x * w, target * w
-            some, rest = fit_rows & real, ~fit_rows & real
-            root = float((RIDGE * x[some].square().sum(0).mean()).sqrt())
-            inputs = torch.cat([x[some], root * torch.eye(x.shape[1], dtype=x.dtype)])
-            outputs = torch.cat([target[some], root * old.T])
-            found = torch.linalg.lstsq(inputs, outputs).solution.T
-            errors = [float((x[rest] @ m.T - target[rest]).square().sum()) for m in (found, old)]
+            fit_mask, rest = fit_rows & real, ~fit_rows & real
+            root = float((RIDGE * x[fit_mask].square().sum(0).mean()).sqrt())
+            inputs = torch.cat([x[fit_mask], root * torch.eye(x.shape[1], dtype=x.dtype)])
+            outputs = torch.cat([target[fit_mask], root * old.T])
+            solution = torch.linalg.lstsq(inputs, outputs).solution.T
+            errors = [float((x[rest] @ m.T - target[rest]).square().sum()) for m in (solution, old)]
             if errors[0] >= errors[1]:  # what does not serve unseen tokens is not done
-                found = old
-            new[name] = found[:, : module.weight.shape[1]]
+                solution = old
+            new[name] = solution[:, : module.weight.shape[1]]
             if module.bias is not None:
-                new[name.removesuffix("weight") + "bias"] = found[:, -1]
+                new[name.removesuffix("weight") + "bias"] = solution[:, -1]
     return new
 
 
@@ -139,15 +139,15 @@ def test_each_layer_is_solved_for_what_reaches_it(
 ) -> None:
     biases = {"attention_bias": True, "mlp_bias": True} if name == "llama" else {}
     checkpoint = write_model(tmp_path / "model", name, torch.float64, **biases)
-    found = profiled(tmp_path / "profile", checkpoint, text)
+    profile = profiled(tmp_path / "profile", checkpoint, text)
     model = checkpoint.model(torch.float64)
     plan = random_plan(model.config.to_dict(), checkpoint.fingerprint, **after)
-    expected = slow(checkpoint, plan, Sequences.load(found.sequences_path()), upstream)
-    got = repaired(checkpoint, found, plan, tmp_path / "work", ridges=(RIDGE,), upstream=upstream)
+    expected = slow(checkpoint, plan, Sequences.load(profile.sequences_path()), upstream)
+    got = repaired(checkpoint, profile, plan, tmp_path / "work", ridges=(RIDGE,), upstream=upstream)
     assert set(got.solutions) == {key for key in expected if key.endswith("weight")}
     for key, value in expected.items():
-        ours = got(key, torch.empty_like(value))
-        torch.testing.assert_close(ours, value, rtol=1e-5, atol=1e-7, msg=lambda m, k=key: k + m)
+        solved = got(key, torch.empty_like(value))
+        torch.testing.assert_close(solved, value, rtol=1e-5, atol=1e-7, msg=lambda m, k=key: k + m)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -156,10 +156,10 @@ def test_a_repaired_model_is_nearer_to_the_dense_one(
     tmp_path: Path, text: Path, name: str, after: dict[str, Any]
 ) -> None:
     checkpoint = write_trained(tmp_path / "model", text, name)
-    found = profiled(tmp_path / "profile", checkpoint, text, 64)
+    profile = profiled(tmp_path / "profile", checkpoint, text, 64)
     dense = checkpoint.model(torch.float32)
     plan = random_plan(dense.config.to_dict(), checkpoint.fingerprint, **after)
-    new = repaired(checkpoint, found, plan, tmp_path / "work")
+    new = repaired(checkpoint, profile, plan, tmp_path / "work")
     unseen = build_sequences(data_of(text), checkpoint.tokenizer(), "heldout", 20)
     plain = kl_between(dense, cut_model(dense, plan), unseen)
     assert kl_between(dense, cut_model(dense, plan, replace=new), unseen) < 0.97 * plain
@@ -169,18 +169,18 @@ def test_one_layer_of_each_model_is_resident(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = write_model(tmp_path / "model", "llama", torch.float32)
-    found = profiled(tmp_path / "profile", checkpoint, text)
+    profile = profiled(tmp_path / "profile", checkpoint, text)
     plan = random_plan(checkpoint.config, checkpoint.fingerprint, mlp=31)
     counts: set[int] = set()
     step = layerwise.LayerByLayer.step
 
-    def counted(self: layerwise.LayerByLayer, *given: Any) -> Tensor:
+    def counted(self: layerwise.LayerByLayer, *arguments: Any) -> Tensor:
         real = [not next(layer.parameters()).is_meta for layer in self.layers]
         counts.add(sum(real))
-        return step(self, *given)
+        return step(self, *arguments)
 
     monkeypatch.setattr(layerwise.LayerByLayer, "step", counted)
-    repaired(checkpoint, found, plan, tmp_path / "work")
+    repaired(checkpoint, profile, plan, tmp_path / "work")
     assert counts == {1}
 
 
@@ -190,23 +190,24 @@ def test_it_runs_on_the_tokens_it_is_given(tmp_path: Path, text: Path) -> None:
     more = profiled(tmp_path / "more", checkpoint, text, 32)
     fewer = profiled(tmp_path / "fewer", checkpoint, text, 16)
     length = more.info["sequence_length"]
-    some = repaired(checkpoint, more, plan, tmp_path / "some", tokens=16 * length)
+    limited = repaired(checkpoint, more, plan, tmp_path / "some", tokens=16 * length)
     same = repaired(checkpoint, fewer, plan, tmp_path / "same")
     other = repaired(checkpoint, more, plan, tmp_path / "all")
-    sequences = [Sequences.load(found.sequences_path()) for found in (more, fewer)]
+    sequences = [Sequences.load(profile.sequences_path()) for profile in (more, fewer)]
     assert torch.equal(sequences[0].input_ids[:16], sequences[1].input_ids)
-    assert some.solutions == same.solutions != other.solutions
+    assert limited.solutions == same.solutions != other.solutions
 
 
 def test_a_smaller_vocabulary_changes_nothing_of_it(tmp_path: Path, text: Path) -> None:
     """The profile's text is in the parent's tokens, some of which the cut model has no more."""
     checkpoint = write_model(tmp_path / "model", "llama", torch.float64)
-    found = profiled(tmp_path / "profile", checkpoint, text)
+    profile = profiled(tmp_path / "profile", checkpoint, text)
     plan = random_plan(checkpoint.config, checkpoint.fingerprint, mlp=31)
     fewer = plan.model_copy(
         update={"vocab": list(range(200)), "after": {**plan.after, "vocab": 200}}
     )
-    ours, same = (
-        repaired(checkpoint, found, one, tmp_path / str(n)) for n, one in enumerate((fewer, plan))
+    small_vocab, same = (
+        repaired(checkpoint, profile, one_plan, tmp_path / str(n))
+        for n, one_plan in enumerate((fewer, plan))
     )
-    assert ours.solutions == same.solutions
+    assert small_vocab.solutions == same.solutions

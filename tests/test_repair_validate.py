@@ -89,7 +89,7 @@ def test_the_kl_is_that_of_whole_models(tmp_path: Path, name: str, after: dict[s
     assert 2 * 32 < tokens < 3 * 32
 
 
-def test_better_is_less_and_no_number_is_not_better() -> None:
+def test_only_a_lower_kl_accepts_a_repair_and_nan_does_not() -> None:
     repair = Scaled(1.0)
     assert RepairTrial(repair, 0.4, 0.3).accepted is repair
     for kl in (0.4, 0.5, float("nan")):
@@ -138,7 +138,7 @@ def test_a_repair_that_does_harm_is_not_applied(
 
 
 @pytest.mark.parametrize("factor", [-4.0, None])
-def test_a_recipe_goes_on_with_the_better_model(
+def test_a_recipe_continues_with_the_better_model(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float | None
 ) -> None:
     if factor is not None:

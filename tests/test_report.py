@@ -106,8 +106,8 @@ def page(run: Path) -> Page:
 def loads(page: Page) -> list[str]:
     """Whatever an element would fetch."""
     sources = ("src", "href", "srcset", "data", "poster", "action", "background")
-    found = [str(a[name]) for _, a in page.tags for name in sources if name in a]
-    return [place for place in found if not place.startswith("#")]
+    sources_loaded = [str(a[name]) for _, a in page.tags for name in sources if name in a]
+    return [place for place in sources_loaded if not place.startswith("#")]
 
 
 def test_every_section_is_there_in_order(page: Page) -> None:
@@ -155,9 +155,9 @@ def test_the_policy_allows_just_the_scripts_of_the_page(page: Page) -> None:
 
 def test_figures_are_what_plotly_takes(page: Page) -> None:
     assert len(page.figures) == len([a for _, a in page.tags if a.get("class") == "plot"]) == 16
-    for found in page.figures.values():
-        go.Figure(found)  # raises for an unknown property or a bad value
-        for trace in found["data"]:
+    for plotly_figure in page.figures.values():
+        go.Figure(plotly_figure)  # raises for an unknown property or a bad value
+        for trace in plotly_figure["data"]:
             assert len(trace["x"]) == len(trace.get("z", [trace["y"]])[0])
 
 
@@ -202,7 +202,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert not [text for text in raw if "<" in text or "&" in text]
 
 
-def test_embedded_json_comes_back_whole() -> None:
+def test_embedded_json_is_parsed_back_unchanged() -> None:
     value = {"</script>": ["<!--", "&lt;", "\u2028", 1.5]}
     text = str(embedded(value))
     assert json.loads(text) == value
@@ -221,7 +221,7 @@ def test_embedded_json_comes_back_whole() -> None:
         ("recipe.yaml", set()),
     ],
 )
-def test_a_missing_piece_costs_its_sections_only(
+def test_a_missing_file_only_removes_its_sections(
     tmp_path: Path, gone: str, missing: set[str]
 ) -> None:
     folder = write_run(tmp_path / "run")
@@ -278,7 +278,7 @@ def test_kept_shares_by_hand() -> None:
     assert shares(plan, "mlp") == [[None] * 8, [1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0]]
 
 
-def test_numbers_for_people() -> None:
+def test_numbers_are_formatted_for_readers() -> None:
     assert [millions(v) for v in (999, 1500, 134_515_008, 7.2e9)] == [
         "999",
         "1.5 k",
@@ -294,7 +294,7 @@ def test_numbers_for_people() -> None:
     assert [duration(s) for s in (4.4, 65, 4801)] == ["4 s", "1 min 5 s", "1 h 20 min"]
 
 
-def test_what_cannot_be_reported_is_told_in_one_line(
+def test_a_folder_without_a_run_is_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(match: str, run: Path, out: Path | None = None) -> None:

@@ -58,8 +58,8 @@ def opened(page: Path, folder: Path, width: int = 1280) -> Seen:
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     started = [line for line in log.read_text().splitlines() if '"initiator":' in line]
     # What chromium asks for by itself (the time, updates) has no page as its origin.
-    asked = "\n".join(line for line in started if "not an origin" not in line)
-    return Seen(done.stdout, console, re.findall(r'"url":"((?:https?|wss?)://[^"]*)"', asked))
+    requests = "\n".join(line for line in started if "not an origin" not in line)
+    return Seen(done.stdout, console, re.findall(r'"url":"((?:https?|wss?)://[^"]*)"', requests))
 
 
 def full_run(folder: Path, words: str = "plain words") -> Path:
@@ -73,38 +73,38 @@ def full_run(folder: Path, words: str = "plain words") -> Path:
     return folder
 
 
-def test_the_browser_tells_of_what_is_wrong(tmp_path: Path) -> None:
+def test_the_browser_log_shows_errors(tmp_path: Path) -> None:
     """So that silence below means something."""
     page = tmp_path / "bad.html"
     page.write_text(
         "<p>here</p><script>console.error('wrong'); fetch('http://127.0.0.1:9/').catch(() => 0)"
         "</script>"
     )
-    seen = opened(page, tmp_path)
-    assert "here" in seen.dom
-    assert any("wrong" in line for line in seen.console)
-    assert "http://127.0.0.1:9/" in seen.requests
+    log = opened(page, tmp_path)
+    assert "here" in log.dom
+    assert any("wrong" in line for line in log.console)
+    assert "http://127.0.0.1:9/" in log.requests
 
 
 @pytest.mark.parametrize("width", [1280, 375])
-def test_the_page_is_drawn_in_silence(tmp_path: Path, width: int) -> None:
+def test_the_page_is_drawn_without_errors(tmp_path: Path, width: int) -> None:
     page = report(full_run(tmp_path / "run"), tmp_path / "page.html")
-    seen = opened(page, tmp_path, width)
-    assert seen.console == []
-    assert seen.requests == []
-    assert seen.drawn == page.read_text().count('class="plot"') > 20
+    log = opened(page, tmp_path, width)
+    assert log.console == []
+    assert log.requests == []
+    assert log.drawn == page.read_text().count('class="plot"') > 20
     for words in ("Quality against size and speed", "lambada_openai", "time to first token"):
-        assert words in seen.dom
+        assert words in log.dom
     for words in ("Pareto", "held-out KL", "What it cost", "0.360 ± 0.015", "90.0% ± 2.0% kept"):
-        assert words in seen.dom
+        assert words in log.dom
 
 
 def test_hostile_names_are_drawn_as_text(tmp_path: Path) -> None:
     runs = [full_run(tmp_path / f"{n}<b>x", HOSTILE) for n in range(2)]
     page = report(runs, tmp_path / "page.html", ReportConfig(title=HOSTILE))
-    seen = opened(page, tmp_path)
-    assert seen.console == []
-    assert seen.requests == []
-    assert seen.drawn > 10
-    assert not re.search(r"<(img|b)\b", re.sub(r"<script.*?</script>", "", seen.dom, flags=re.S))
-    assert "&lt;script&gt;alert(1)" in seen.dom
+    log = opened(page, tmp_path)
+    assert log.console == []
+    assert log.requests == []
+    assert log.drawn > 10
+    assert not re.search(r"<(img|b)\b", re.sub(r"<script.*?</script>", "", log.dom, flags=re.S))
+    assert "&lt;script&gt;alert(1)" in log.dom

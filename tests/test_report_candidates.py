@@ -33,21 +33,21 @@ def row(n: int, **fields: Any) -> dict[str, Any]:
 
 def rows_of(count: int) -> list[dict[str, Any]]:
     """The last four reached the last round and were timed; the last is chosen."""
-    found = [row(n) for n in range(count)]
-    for n, one in enumerate(found[-4:]):
-        one |= {"round": 3, "prefill_ms": 30.0 - n, "decode_ms": 3.0 + n}
-    found[-1]["chosen"] = True
-    return found
+    rows = [row(n) for n in range(count)]
+    for n, candidate in enumerate(rows[-4:]):
+        candidate |= {"round": 3, "prefill_ms": 30.0 - n, "decode_ms": 3.0 + n}
+    rows[-1]["chosen"] = True
+    return rows
 
 
 def tiny_sequences(rows: list[dict[str, Any]]) -> list[Any]:
     plan = random_plan(tiny_config("llama").to_dict(), mlp=20)
-    found = section([Run(Path("."), cuts=[Cut("02-prune", plan, rows, None)])])
-    assert found is not None
-    return found.blocks
+    made_section = section([Run(Path("."), cuts=[Cut("02-prune", plan, rows, None)])])
+    assert made_section is not None
+    return made_section.blocks
 
 
-def test_the_front_by_hand() -> None:
+def test_the_pareto_front_equals_a_hand_made_one() -> None:
     assert front([(3, 1), (1, 3), (2, 2), (2.5, 2.5), (4, 1), (1, 4)]) == [(1, 3), (2, 2), (3, 1)]
     assert front([]) == []
 
@@ -88,11 +88,11 @@ def test_kl_is_drawn_over_each_cost_with_its_front() -> None:
     assert charts[2].figure["data"][0]["x"] == [27.0]
 
 
-def test_distilled_shapes_are_ranked_by_their_longest() -> None:
+def test_distilled_shapes_are_ranked_by_their_longest_distillation() -> None:
     rows = rows_of(4)
-    found = [{"10": 0.9}, {"10": 0.5, "20": 0.4}, {"10": 0.6, "20": 0.3}]
-    for one, kls in zip(rows[:3], found, strict=True):
-        one["distilled"] = kls
+    distilled = [{"10": 0.9}, {"10": 0.5, "20": 0.4}, {"10": 0.6, "20": 0.3}]
+    for candidate, kls in zip(rows[:3], distilled, strict=True):
+        candidate["distilled"] = kls
     rows[3]["chosen"], rows[2]["chosen"] = False, True
     rows[0]["kl"] = None
     table = tiny_sequences(rows)[0]
@@ -103,7 +103,7 @@ def test_distilled_shapes_are_ranked_by_their_longest() -> None:
     assert [cell.text for cell in table.rows[2][-3:]] == ["", "0.900", ""]
 
 
-def test_bytes_that_say_nothing_new_are_not_drawn() -> None:
-    rows = [{**one, "format": "bf16"} for one in rows_of(4)]
+def test_bytes_proportional_to_parameters_are_not_drawn() -> None:
+    rows = [{**candidate, "format": "bf16"} for candidate in rows_of(4)]
     charts = [block for block in tiny_sequences(rows) if isinstance(block, Chart)]
     assert len(charts) == 3

@@ -37,11 +37,15 @@ from regrow.stages.report.stage import report
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two runs of one teacher; the second student is better and smaller."""
     place = tmp_path_factory.mktemp("runs")
-    found = [write_run(place / name) for name in ("first", "second")]
-    for folder in found:
+    folders_written = [write_run(place / name) for name in ("first", "second")]
+    for folder in folders_written:
         add_benchmarks(folder)
-    change(found[1], "distilled", {"perplexity/heldout": 40.0, "bytes": 1e8, "parameters": 5e7})
-    return found
+    change(
+        folders_written[1],
+        "distilled",
+        {"perplexity/heldout": 40.0, "bytes": 1e8, "parameters": 5e7},
+    )
+    return folders_written
 
 
 def change(run: Path, label: str, values: dict[str, float]) -> None:
@@ -54,20 +58,22 @@ def change(run: Path, label: str, values: dict[str, float]) -> None:
 
 def change_inputs(run: Path, **inputs: str) -> None:
     path = run / "stages" / "04-evaluate" / "manifest.json"
-    made = json.loads(path.read_text())
-    write_json(path, {**made, "inputs": {**made["inputs"], **inputs}})
+    manifest = json.loads(path.read_text())
+    write_json(path, {**manifest, "inputs": {**manifest["inputs"], **inputs}})
 
 
 def evaluated(*runs: Path) -> Evaluated:
-    found = of(folders.gather(list(runs), []))
-    assert found is not None
-    return found
+    combined = of(folders.gather(list(runs), []))
+    assert combined is not None
+    return combined
 
 
 def tables(section: Section | None) -> list[list[list[str]]]:
     assert section is not None
-    found = [block for block in section.blocks if isinstance(block, Table)]
-    return [[table.head, *([cell.text for cell in row] for row in table.rows)] for table in found]
+    found_tables = [block for block in section.blocks if isinstance(block, Table)]
+    return [
+        [table.head, *([cell.text for cell in row] for row in table.rows)] for table in found_tables
+    ]
 
 
 def charts_of(section: Section | None) -> list[Chart]:
@@ -110,7 +116,7 @@ def test_a_row_per_run_and_model(runs: list[Path]) -> None:
     assert "Measured differently" not in section.note
 
 
-def test_names_are_as_short_as_tells_runs_apart(tmp_path: Path) -> None:
+def test_run_names_are_the_shortest_distinct_paths(tmp_path: Path) -> None:
     places = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
     for place in places:
         write_run(place)
@@ -120,16 +126,16 @@ def test_names_are_as_short_as_tells_runs_apart(tmp_path: Path) -> None:
         folders.gather([places[0], places[0] / ".." / "run"], [])
 
 
-def test_what_is_not_alike_is_said(tmp_path: Path) -> None:
+def test_figures_measured_differently_are_marked(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name) for name in ("a", "b")]
-    found = evaluated(*runs)
-    assert not any(found.unlike(name) for name in found.names)
+    combined = evaluated(*runs)
+    assert not any(combined.unlike(name) for name in combined.names)
     change_inputs(runs[1], data="c" * 64, **{"model teacher": "9" * 64})
-    found = evaluated(*runs)
-    assert found.unlike("perplexity/heldout") == "text"
-    assert found.unlike("perplexity/wikitext2") == ""
-    assert found.unlike("kl/heldout") == "text, teacher"
-    assert found.unlike("kl/wikitext2") == "teacher"
+    combined = evaluated(*runs)
+    assert combined.unlike("perplexity/heldout") == "text"
+    assert combined.unlike("perplexity/wikitext2") == ""
+    assert combined.unlike("kl/heldout") == "text, teacher"
+    assert combined.unlike("kl/wikitext2") == "teacher"
     path = runs[1] / "stages" / "04-evaluate" / "evaluation.json"
     path.write_text(path.read_text().replace("windows of 512", "windows of 1024"))
     assert evaluated(*runs).unlike("perplexity/wikitext2") == "convention"
@@ -141,7 +147,7 @@ def test_what_is_not_alike_is_said(tmp_path: Path) -> None:
     assert axis["title"]["text"] == "perplexity, heldout (different text, convention by run)"
 
 
-def test_an_evaluation_set_beside_a_run(runs: list[Path], tmp_path: Path) -> None:
+def test_another_evaluation_is_compared_with_a_run(runs: list[Path], tmp_path: Path) -> None:
     other = tmp_path / "other"
     write_evaluation(other, ["dense", "theirs"], "Hi", "there")
     path = other / "evaluation.json"
@@ -160,7 +166,7 @@ def test_an_evaluation_set_beside_a_run(runs: list[Path], tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
-def test_bad_input_is_told(
+def test_bad_input_is_refused(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quantized = tmp_path / "quantized"
@@ -195,8 +201,8 @@ def test_hostile_text_of_several_runs_stays_text(tmp_path: Path) -> None:
         write_metrics(
             place / "metrics.jsonl", "03-distill", feature_losses={HOSTILE: 1.0, "a": 2.0}
         )
-        made = {"config": {"scheme": HOSTILE}, "figures": [{"name": HOSTILE, "value": 1.0}]}
-        write_manifest(place / "stages" / "03-distill", "quantize", **made)
+        manifest = {"config": {"scheme": HOSTILE}, "figures": [{"name": HOSTILE, "value": 1.0}]}
+        write_manifest(place / "stages" / "03-distill", "quantize", **manifest)
     for run in (places, places[0]):
         page = Page(report(run, tmp_path / "page.html", ReportConfig(title=HOSTILE)).read_text())
         assert not {"img", "b", "iframe"} & {tag for tag, _ in page.tags}
@@ -210,10 +216,12 @@ def test_hostile_text_of_several_runs_stays_text(tmp_path: Path) -> None:
 
 def labels_in(trace: dict[str, Any]) -> list[str]:
     """Whatever plotly would take for markup."""
-    found = [trace.get("name", ""), *trace.get("text", [])]
-    found += [cell for row in trace.get("customdata", []) for cell in row]
+    labels = [trace.get("name", ""), *trace.get("text", [])]
+    labels += [cell for row in trace.get("customdata", []) for cell in row]
     return [
-        text for text in (*found, *trace.get("x", []), *trace.get("y", [])) if isinstance(text, str)
+        text
+        for text in (*labels, *trace.get("x", []), *trace.get("y", []))
+        if isinstance(text, str)
     ]
 
 
@@ -254,7 +262,7 @@ def test_a_collapse_makes_the_axis_logarithmic(tmp_path: Path) -> None:
     assert 10**low < 28.5 and 5000 < 10**high < 50_000
 
 
-def test_what_is_no_number_is_not_drawn(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_not_drawn(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     change(folder, "pruned", {"perplexity/heldout": float("inf"), "kl/heldout": float("nan")})
     page = Page(report(folder, tmp_path / "page.html").read_text())
@@ -263,7 +271,7 @@ def test_what_is_no_number_is_not_drawn(tmp_path: Path) -> None:
     assert "inf" in page.words
 
 
-def test_names_beside_points_by_hand() -> None:
+def test_labels_are_placed_without_overlap() -> None:
     assert clip("short name") == "short name"
     assert clip("one-long-name-without-any-space") == "one-long-name-without-any…"
     assert places([(0.2, 0.5)], ["name"]) == ["middle right"]
@@ -316,7 +324,7 @@ def test_several_runs_are_drawn_by_teacher_and_result(runs: list[Path]) -> None:
     ]  # fmt: skip
 
 
-def test_figures_of_speed_and_tasks_for_people() -> None:
+def test_speed_and_task_figures_are_formatted_for_readers() -> None:
     assert figure("ttft", 1234.5) == "1,234 ms"
     assert figure("time_per_output_token_p95", 33.333) == "33.3 ms"
     assert figure("load_time", 1.2345) == "1.23 s"
@@ -329,7 +337,7 @@ def test_figures_of_speed_and_tasks_for_people() -> None:
 # Training
 
 
-def test_every_loss_and_signal_by_name(tmp_path: Path) -> None:
+def test_every_loss_and_feature_loss_is_drawn_by_name(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     write_metrics(folder / "metrics.jsonl", "03-distill", 50, {"forward_kl": 1.0, "hidden": 50.0})
     main_, parts, heldout, rate = charts_of(training.section(folders.gather([folder], [])))
@@ -350,22 +358,22 @@ def test_every_loss_and_signal_by_name(tmp_path: Path) -> None:
 def test_a_part_that_is_the_whole_loss_is_not_drawn_twice(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     write_metrics(folder / "metrics.jsonl", "03-distill", 20, {"forward_kl": 1.0})
-    found = charts_of(training.section(folders.gather([folder], [])))
-    assert not [chart for chart in found if "by name, running means" in chart.caption]
+    plots = charts_of(training.section(folders.gather([folder], [])))
+    assert not [chart for chart in plots if "by name, running means" in chart.caption]
 
 
 # What it cost
 
 
-def test_cost_by_hand(tmp_path: Path) -> None:
+def test_costs_equal_hand_computed_values(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     (run,) = folders.gather([folder], [])
-    spent = {one.stage: one for one in costs_of(run)}
+    costs = {stage_cost.stage: stage_cost for stage_cost in costs_of(run)}
     teacher, student = 134_515_008, 108_800_000
-    assert spent["01-profile"].flops == pytest.approx(2 * teacher * 24_576)
-    assert spent["03-distill"].flops == pytest.approx(409_600 * (6 * student + 2 * teacher))
-    assert spent["03-distill"].seconds == 1400.0  # of metrics.jsonl, more than the manifest's
-    assert spent["02-prune"].flops is None and spent["02-prune"].joules is None
+    assert costs["01-profile"].flops == pytest.approx(2 * teacher * 24_576)
+    assert costs["03-distill"].flops == pytest.approx(409_600 * (6 * student + 2 * teacher))
+    assert costs["03-distill"].seconds == 1400.0  # of metrics.jsonl, more than the manifest's
+    assert costs["02-prune"].flops is None and costs["02-prune"].joules is None
     ((head, *rows),) = tables(cost.section([run]))
     assert head == ["stage", "time", "tokens", "FLOPs", "FLOP/s"]
     assert rows[3] == ["03-distill", "23 min 20 s", "409.6 k", "377.6 T", "269.7 G"]
@@ -375,23 +383,23 @@ def test_cost_by_hand(tmp_path: Path) -> None:
 def test_a_cached_teacher_and_adapters_cost_less(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     path = folder / "stages" / "03-distill" / "manifest.json"
-    made = json.loads(path.read_text())
+    manifest = json.loads(path.read_text())
     inputs = {"student": STUDENT, "teacher": TEACHER, "cache": "c" * 64}
-    write_json(path, {**made, "inputs": inputs, "config": {"adapter": "lora"}})
+    write_json(path, {**manifest, "inputs": inputs, "config": {"adapter": "lora"}})
     (run,) = folders.gather([folder], [])
     assert costs_of(run)[3].flops == pytest.approx(409_600 * 4 * 108_800_000)
 
 
-def test_every_teacher_costs(tmp_path: Path) -> None:
+def test_every_teacher_adds_to_the_cost(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     path = folder / "stages" / "03-distill" / "manifest.json"
-    made = json.loads(path.read_text())
+    manifest = json.loads(path.read_text())
     inputs = {"student": STUDENT, "teacher": TEACHER, "teacher 2": "p" * 64}
-    write_json(path, {**made, "inputs": inputs})
+    write_json(path, {**manifest, "inputs": inputs})
     (run,) = folders.gather([folder], [])
     expected = 409_600 * (6 * 108_800_000 + 2 * (134_515_008 + 108_800_000))
     assert costs_of(run)[3].flops == pytest.approx(expected)
-    write_json(path, {**made, "inputs": {**inputs, "teacher 2": "unknown"}})
+    write_json(path, {**manifest, "inputs": {**inputs, "teacher 2": "unknown"}})
     (run,) = folders.gather([folder], [])
     assert costs_of(run)[3].flops is None
 
@@ -404,7 +412,7 @@ def test_sizes_from_the_prunings_alone(tmp_path: Path) -> None:
     assert costs_of(run)[3].flops == pytest.approx(expected)
 
 
-def test_seconds_over_processes() -> None:
+def test_seconds_are_summed_over_processes() -> None:
     rows = [{"seconds": s} for s in (1.0, 5.0, 10.0, 2.0, 4.0)]
     assert training.seconds_of(rows) == 14.0
 
@@ -412,8 +420,8 @@ def test_seconds_over_processes() -> None:
 def test_energy_is_shown_where_it_was_read(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     path = folder / "stages" / "03-distill" / "manifest.json"
-    made = json.loads(path.read_text())
-    write_json(path, {**made, "energy": {"joules": 36_000.0, "meters": ["RAPL package-0"]}})
+    manifest = json.loads(path.read_text())
+    write_json(path, {**manifest, "energy": {"joules": 36_000.0, "meters": ["RAPL package-0"]}})
     section = cost.section(folders.gather([folder], []))
     ((head, *rows),) = tables(section)
     assert head[-1] == "energy"
@@ -421,7 +429,7 @@ def test_energy_is_shown_where_it_was_read(tmp_path: Path) -> None:
     assert section is not None and "Energy by RAPL package-0" in section.note
 
 
-def test_units_of_cost() -> None:
+def test_costs_have_readable_units() -> None:
     assert [flops(v) for v in (3.2e6, 1.5e12, 4.2e15, 9.9e18)] == [
         "3.2 M",
         "1.5 T",
@@ -431,7 +439,7 @@ def test_units_of_cost() -> None:
     assert [watt_hours(v) for v in (3600, 3.6e6, 7.2e7)] == ["1 Wh", "1 kWh", "20 kWh"]
 
 
-def test_quantized_and_exported_files(tmp_path: Path) -> None:
+def test_quantized_and_exported_files_are_listed(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     figures = [
         {"name": "bytes before", "value": 2e8, "unit": "bytes"},

@@ -38,7 +38,7 @@ def orthonormal(size: int) -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_same_function(name: str, tied: bool) -> None:
+def test_a_rotated_model_computes_the_same_function(name: str, tied: bool) -> None:
     """Any orthonormal basis gives the same logits, with biases, experts and fused tensors."""
     biases = {"attention_bias": True, "mlp_bias": True} if name == "llama" else {}
     model = tiny_model(name, tie_word_embeddings=tied, **biases)
@@ -60,8 +60,10 @@ def test_same_function(name: str, tied: bool) -> None:
     )
     ids = tiny_ids()
     with torch.no_grad():
-        ours, theirs = (float64_norms(m.eval())(ids).logits for m in (turned_model, model))
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        rotated_logits, logits = (
+            float64_norms(m.eval())(ids).logits for m in (turned_model, model)
+        )
+    torch.testing.assert_close(rotated_logits, logits, rtol=1e-9, atol=1e-9)
     norm = turned_model.state_dict()["model.layers.0.input_layernorm.weight"]
     assert bool((norm == 1).all())
 
@@ -71,30 +73,33 @@ def test_principal_directions_come_first() -> None:
     moment = values.T @ values
     basis = principal(moment)
     torch.testing.assert_close(basis.T @ basis, torch.eye(6, dtype=torch.float64))
-    found = basis.T @ moment @ basis
-    assert bool((found.diagonal().diff() < 0).all())
+    rotated_moment = basis.T @ moment @ basis
+    assert bool((rotated_moment.diagonal().diff() < 0).all())
     torch.testing.assert_close(
-        found, found.diagonal().diag(), atol=1e-9 * float(found[0, 0]), rtol=0
+        rotated_moment,
+        rotated_moment.diagonal().diag(),
+        atol=1e-9 * float(rotated_moment[0, 0]),
+        rtol=0,
     )
 
 
-def test_second_moment(tmp_path: Path, text: Path) -> None:
+def test_the_second_moment_equals_the_slow_version(tmp_path: Path, text: Path) -> None:
     """Against hooks on the whole model, token by token, without padding."""
     checkpoint = write_model(tmp_path / "model", "qwen3", torch.float64)
     sequences = build_sequences(data_of(text), checkpoint.tokenizer(), "calibration", 5)
     sequences.real[-1, 20:] = False
-    found = second_moment(checkpoint, sequences, OPTIONS, Spill(tmp_path / "spill"))
-    model, seen = checkpoint.model(torch.float64), list[Tensor]()
+    measured = second_moment(checkpoint, sequences, OPTIONS, Spill(tmp_path / "spill"))
+    model, recorded = checkpoint.model(torch.float64), list[Tensor]()
     for name, module in model.named_modules():
         if name.endswith(("input_layernorm", "post_attention_layernorm", "model.norm")):
-            module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+            module.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0]))
     with torch.no_grad():
-        given = {"input_ids": sequences.input_ids, "position_ids": sequences.position_ids}
-        model(**given, use_cache=False)
-    assert len(seen) == 7  # 3 layers
-    x = torch.cat([stream[sequences.real] for stream in seen])
+        inputs = {"input_ids": sequences.input_ids, "position_ids": sequences.position_ids}
+        model(**inputs, use_cache=False)
+    assert len(recorded) == 7  # 3 layers
+    x = torch.cat([stream[sequences.real] for stream in recorded])
     x = x / x.square().mean(-1, keepdim=True).sqrt()
-    torch.testing.assert_close(found, x.T @ x / len(x), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(measured, x.T @ x / len(x), rtol=1e-6, atol=1e-9)
 
 
 def test_a_cut_of_rotated_channels_loses_less(tmp_path: Path, text: Path) -> None:
@@ -106,25 +111,27 @@ def test_a_cut_of_rotated_channels_loses_less(tmp_path: Path, text: Path) -> Non
     turned_to = Checkpoint(folder)
     assert not turned_to.config["tie_word_embeddings"]
     sequences = build_sequences(data_of(text), dense.tokenizer(), "heldout", 8)
-    whole = dense.model(torch.float32)
-    assert kl_between(whole, turned_to.model(torch.float32), sequences) < 1e-6
+    dense_model = dense.model(torch.float32)
+    assert kl_between(dense_model, turned_to.model(torch.float32), sequences) < 1e-6
     losses = []
     for checkpoint, hidden in ((turned_to, 30), (dense, 30)):
         plan = random_plan(checkpoint.config, hidden=hidden).model_copy(
             update={"hidden": list(range(hidden))}
         )
         student = cut_model(checkpoint.model(torch.float32), plan)
-        losses.append(kl_between(whole, student, sequences))
+        losses.append(kl_between(dense_model, student, sequences))
     assert losses[0] < 0.5 * losses[1]
 
 
-def test_done_once(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_rotation_is_skipped(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint = write_model(tmp_path / "model", tie_word_embeddings=True)
     for _ in range(2):
         rotate(checkpoint, data_of(text), tmp_path / "out", RotateConfig(samples=2), OPTIONS)
-    said = capsys.readouterr().err
-    assert "is complete and unchanged" in said
-    assert "the output head is no longer tied" in said
+    output = capsys.readouterr().err
+    assert "is complete and unchanged" in output
+    assert "the output head is no longer tied" in output
 
 
 def test_gemma_is_refused(tmp_path: Path, text: Path) -> None:

@@ -92,16 +92,16 @@ def test_a_repair_that_does_harm_does_not_count(
     assert table[0]["chosen"]
 
 
-def test_a_search_is_done_again_when_what_is_asked_changes(
+def test_a_search_is_repeated_when_its_config_changes(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     runs: list[int] = []
     choose_shape = choose_shape_module.choose_shape
 
-    def counted(*given: Any) -> list[dict[str, Any]]:
+    def counted(*arguments: Any) -> list[dict[str, Any]]:
         runs.append(1)
-        return choose_shape(*given)
+        return choose_shape(*arguments)
 
     monkeypatch.setattr(prune_stage, "choose_shape", counted)
     search_in(place, out)
@@ -120,8 +120,8 @@ def test_many_shapes_go_through_rounds(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The winner is the best of those scored on all of the text, and that is its score."""
-    wanted = {"keep_params": 0.6, "multiple_of": 1, "num_candidates": 24, "repair": False}
-    config = KEEP.model_copy(update=wanted)
+    fields = {"keep_params": 0.6, "multiple_of": 1, "num_candidates": 24, "repair": False}
+    config = KEEP.model_copy(update=fields)
     table = search_in(place, tmp_path / "out", config)
     assert len(table) == 24
     assert len({tuple(sorted(row["sizes"].items())) for row in table}) == len(table)
@@ -132,12 +132,12 @@ def test_many_shapes_go_through_rounds(
     last = [row["kl"] for row in by_round[3]]
     assert last == sorted(last)
     assert table[0]["kl"] == pytest.approx(kl_at(place, table[0]["sizes"], sequences=64), rel=0.02)
-    told = capsys.readouterr().err
-    assert "rank correlation of rounds 2 and 3" in told
-    assert "dense evaluations of 2,048 tokens" in told
+    output = capsys.readouterr().err
+    assert "rank correlation of rounds 2 and 3" in output
+    assert "dense evaluations of 2,048 tokens" in output
 
 
-def test_ranks_and_rounds() -> None:
+def test_rounds_and_finalists_equal_hand_computed_values() -> None:
     assert score.rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1.0)
     assert score.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
     # 1 − 6 Σd² / (n (n² − 1)) with d = 0, 1, 1, 0
@@ -151,11 +151,15 @@ def test_ranks_and_rounds() -> None:
     assert score.passes_for(200, 3) == 1 + 200 / 32 + 40 / 8 + 8 + 3
     distilled = KEEP.model_copy(update={"halving_tokens": 1024, "halving_shapes": 5})
     plain = KEEP.model_copy(update={"repair": False})
-    assert [score.finalists_for(each) for each in (KEEP, distilled, plain)] == [3, 5, 0]
+    assert [score.finalists_for(search_config) for search_config in (KEEP, distilled, plain)] == [
+        3,
+        5,
+        0,
+    ]
     assert score.passes_for(1) == 0
 
 
-def test_a_score_that_is_no_number_is_not_chosen(
+def test_a_score_that_is_nan_is_not_chosen(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([float("nan"), 3.0, 1.0, *[2.0] * 9])
@@ -164,19 +168,19 @@ def test_a_score_that_is_no_number_is_not_chosen(
     assert [row["kl"] for row in table if row["chosen"]] == [1.0]
 
 
-def test_what_a_search_lacks_is_refused(place: Path, tmp_path: Path) -> None:
+def test_a_search_without_its_inputs_is_refused(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match="keep_params needs data"):
         prune(place / "model", out, KEEP, place / "profile", None, OPTIONS)
     with pytest.raises(UserError, match="keep_params needs a profile"):
         prune(place / "model", out, KEEP, None, None, OPTIONS)
-    both = KEEP.model_copy(update={"num_layers": 3})
+    two_targets = KEEP.model_copy(update={"num_layers": 3})
     with pytest.raises(UserError, match="one of them"):
-        prune(place / "model", out, both, place / "profile", None, OPTIONS)
+        prune(place / "model", out, two_targets, place / "profile", None, OPTIONS)
     assert not out.exists()
 
 
-def test_the_cost_that_is_told_is_what_was_read(
+def test_the_reported_cost_equals_the_tokens_read(
     place: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -194,8 +198,8 @@ def test_the_cost_that_is_told_is_what_was_read(
         return mean_loss(student, batches, *rest)
 
     monkeypatch.setattr(score, "mean_loss", counted)
-    wanted = {"keep_params": 0.6, "multiple_of": 1, "num_candidates": 60, "repair": False}
-    table = search_in(place, tmp_path / "out", KEEP.model_copy(update=wanted))
+    fields = {"keep_params": 0.6, "multiple_of": 1, "num_candidates": 60, "repair": False}
+    table = search_in(place, tmp_path / "out", KEEP.model_copy(update=fields))
     cost = sum(read) / 64
     assert f"cost {cost:.1f} dense evaluations" in capsys.readouterr().err
     assert cost <= score.passes_for(len(table)) <= 20
@@ -204,5 +208,5 @@ def test_the_cost_that_is_told_is_what_was_read(
 def test_two_hundred_shapes_cost_at_most_twenty_dense_evaluations() -> None:
     """Of shapes that keep 95 % of the parameters; the dense model's own is counted."""
     for count in range(2, 201):
-        own = 1.0
-        assert own + 0.95 * (score.passes_for(count) - own) <= 20
+        dense_cost = 1.0
+        assert dense_cost + 0.95 * (score.passes_for(count) - dense_cost) <= 20

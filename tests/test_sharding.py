@@ -33,7 +33,7 @@ SHARDED = OPTIONS.model_copy(update={"sharding": "fsdp"})
 CPU = torch.device("cpu")
 
 
-def whole(tensor: Any) -> Tensor:
+def full_tensor(tensor: Any) -> Tensor:
     full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.detach().clone()
 
@@ -42,7 +42,7 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         named = dict(given["model"].named_parameters())
         self.sharded = all(isinstance(parameter, DTensor) for parameter in named.values())
-        self.gradients = {name: whole(parameter.grad) for name, parameter in named.items()}
+        self.gradients = {name: full_tensor(parameter.grad) for name, parameter in named.items()}
 
 
 def pretend_gpus() -> None:
@@ -50,11 +50,11 @@ def pretend_gpus() -> None:
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
-    made = Trainer.create_accelerator_and_postprocess
+    original = Trainer.create_accelerator_and_postprocess
 
     def create(self: Trainer) -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        made(self)
+        original(self)
 
     Trainer.create_accelerator_and_postprocess = create
     sharding.require = lambda *_: None
@@ -67,24 +67,32 @@ def _work(rank: int, place: str, folder: str) -> None:
         sharding.share(teacher.model, CPU)
         layers = teacher.model.base_model.layers
         assert isinstance(next(layers.parameters()), DTensor)
-        given = arguments(
+        training_arguments = arguments(
             Path(folder) / "step",
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
             activation_checkpointing=tied,
             **sharding.training_fields(SHARDED),
         )
-        sharding.keep_precision(given)
-        trainer = DistillTrainer(model=student, args=given, train_dataset=tiny_sequences())
+        sharding.keep_precision(training_arguments)
+        trainer = DistillTrainer(
+            model=student, args=training_arguments, train_dataset=tiny_sequences()
+        )
         watch = Watch()
         trainer.add_callback(watch)
         bind_loss(student, teacher, MIX)
         trainer.train()
         assert watch.sharded
-        after = {name: whole(p) for name, p in trainer.model.named_parameters()}
+        after = {name: full_tensor(p) for name, p in trainer.model.named_parameters()}
         torch.save((watch.gradients, after), Path(folder) / f"{rank}-{tied}.pt")
-    where, out = Path(place), Path(folder) / "out"
-    job = (where / "pruned", where / "teacher", data(where), out, CONFIG)
+    folder_of_models, out = Path(place), Path(folder) / "out"
+    job = (
+        folder_of_models / "pruned",
+        folder_of_models / "teacher",
+        data(folder_of_models),
+        out,
+        CONFIG,
+    )
     began = ProgressCallback.on_step_begin
 
     def stop(
@@ -103,7 +111,7 @@ def _work(rank: int, place: str, folder: str) -> None:
     distill(*job, SHARDED)
 
 
-def test_two_processes_with_shares_give_what_one_gives(tmp_path: Path) -> None:
+def test_two_sharded_processes_train_what_one_process_trains(tmp_path: Path) -> None:
     place = write_place(tmp_path / "place")
     start_ranks(2, _work, str(place), str(tmp_path))
     exact = {name: value.double() for name, value in slow_gradients(tiny_sequences()).items()}
@@ -115,21 +123,29 @@ def test_two_processes_with_shares_give_what_one_gives(tmp_path: Path) -> None:
             torch.testing.assert_close(after[name], parameter.detach(), rtol=1e-5, atol=1e-6)
         gradients, _ = torch.load(tmp_path / f"{rank}-False.pt")
         assert error(gradients, slow_gradients(tiny_sequences(), tie_word_embeddings=False)) < 1e-5
-    one, out = tmp_path / "one", tmp_path / "out"
-    distill(place / "pruned", place / "teacher", data(place), one, CONFIG, OPTIONS)
-    expected, together = held_out(one), held_out(out)
+    single, out = tmp_path / "one", tmp_path / "out"
+    distill(place / "pruned", place / "teacher", data(place), single, CONFIG, OPTIONS)
+    expected, together = held_out(single), held_out(out)
     assert list(together) == list(expected)
     assert [row["step"] for row in rows_of(out) if "loss" in row] == list(range(1, STEPS + 1))
     for step, value in expected.items():
         assert together[step] == pytest.approx(value, rel=1e-2)
-    before, ours, theirs = weights(place / "pruned"), weights(one), weights(out)
-    assert ours.keys() == theirs.keys()
-    moved = sum(float((ours[name] - before[name]).square().sum()) for name in before)
-    apart = sum(float((ours[name] - theirs[name]).square().sum()) for name in before)
-    assert apart < 0.2**2 * moved
+    before, single_weights, sharded_weights = (
+        weights(place / "pruned"),
+        weights(single),
+        weights(out),
+    )
+    assert single_weights.keys() == sharded_weights.keys()
+    moved = sum(float((single_weights[name] - before[name]).square().sum()) for name in before)
+    distance = sum(
+        float((single_weights[name] - sharded_weights[name]).square().sum()) for name in before
+    )
+    assert distance < 0.2**2 * moved
 
 
-def test_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_sharding_settings_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(device: str = "cuda", adapter: str = "none", **fields: Any) -> str:
         with pytest.raises(UserError) as caught:
             sharding.require(Options(**fields), torch.device(device), adapter)

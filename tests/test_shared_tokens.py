@@ -48,11 +48,11 @@ def renamed() -> PreTrainedTokenizerFast:
     rules["model"]["vocab"] = {token: swapped.get(i, i) for token, i in vocab.items()}
     for token in rules["added_tokens"]:
         token["id"] = rules["model"]["vocab"][token["content"]]
-    made = PreTrainedTokenizerFast(
+    tokenizer_renamed = PreTrainedTokenizerFast(
         tokenizer_object=_tokenizer(rules), eos_token="</end>", pad_token="<|pad|>"
     )
-    made.add_tokens([AddedToken("<|think|>", special=True)])
-    return made
+    tokenizer_renamed.add_tokens([AddedToken("<|think|>", special=True)])
+    return tokenizer_renamed
 
 
 def _vocab(rules: dict[str, Any]) -> dict[str, int]:
@@ -112,7 +112,9 @@ def test_a_role_takes_no_token_twice() -> None:
     ],
     ids=["added", "renamed", "fewer merges", "another kind"],
 )
-def test_rules_that_split_text_alike(other: PreTrainedTokenizerFast, same: bool) -> None:
+def test_tokenizers_with_equal_rules_split_text_alike(
+    other: PreTrainedTokenizerFast, same: bool
+) -> None:
     assert same_rules(tiny_tokenizer(), other) is same
 
 
@@ -135,33 +137,35 @@ def slow_loss(
     log_q, p = log_q.log_softmax(-1), all_p[..., ids_V[shared]]
     lost = 1 - p.sum(-1)
     log_p = (p / p.sum(-1, keepdim=True)).log()
-    total, outside = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    total, lost_mass = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for row, column in (batch["labels"][:, 1:] != -100).nonzero().tolist():
         target = shared.index(int(batch["labels"][row, column + 1]))
         kl = (log_p[row, column].exp() * (log_p[row, column] - log_q[row, column])).sum()
         total = total + 0.7 * kl - 0.3 * log_q[row, column, target]
-        outside = outside + lost[row, column]
-    return total, outside
+        lost_mass = lost_mass + lost[row, column]
+    return total, lost_mass
 
 
 def test_loss_gradient_and_lost_mass_in_float64(place: Path) -> None:
     student, teacher = Checkpoint(place / "student"), Checkpoint(place / "teacher")
     ids_V = teacher_ids(student, teacher)
     assert ids_V is not None
-    ours, theirs = student.model(torch.float64), teacher.model(torch.float64)
+    student_model, teacher_model = student.model(torch.float64), teacher.model(torch.float64)
     sequences = build_sequences(data_of(place / "text.jsonl"), student.tokenizer(), "heldout", 4)
     batch = next(sequences.batches(4))
-    weights = [weight for weight in ours.parameters() if weight.requires_grad]
-    expected, lost = slow_loss(ours, theirs, batch, ids_V)
+    weights = [weight for weight in student_model.parameters() if weight.requires_grad]
+    expected, lost = slow_loss(student_model, teacher_model, batch, ids_V)
     gradients = torch.autograd.grad(expected, weights)
-    master = Teacher(theirs, ids_V)
-    bind_loss(ours, master, MIX)
-    found = ours.train()(**{k: batch[k] for k in ("input_ids", "position_ids", "labels")})
-    torch.testing.assert_close(found["loss"], expected, rtol=1e-10, atol=0)
-    for one, other in zip(torch.autograd.grad(found["loss"], weights), gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
+    master = Teacher(teacher_model, ids_V)
+    bind_loss(student_model, master, MIX)
+    outputs = student_model.train()(
+        **{k: batch[k] for k in ("input_ids", "position_ids", "labels")}
+    )
+    torch.testing.assert_close(outputs["loss"], expected, rtol=1e-10, atol=0)
+    for actual, other in zip(torch.autograd.grad(outputs["loss"], weights), gradients, strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-8, atol=1e-12)
     share = master.mass_outside(sequences, 2)
-    assert share == pytest.approx(float(lost) / int(found["tokens"]), rel=1e-10)
+    assert share == pytest.approx(float(lost) / int(outputs["tokens"]), rel=1e-10)
     assert share > 1e-7
 
 
@@ -210,16 +214,16 @@ def test_text_that_a_model_cannot_read_is_refused() -> None:
         check_text(sequences, tokenizer, (400, 384), ids_V)
 
 
-def test_a_run_says_what_is_lost(
+def test_a_run_reports_the_lost_probability_mass(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = data_of(place / "text.jsonl")
     out = distill(place / "student", place / "teacher", data, tmp_path / "out", CONFIG, OPTIONS)
-    found = figures(out)
+    measured = figures(out)
     assert "the 384 tokens that both models have are compared" in capsys.readouterr().err
-    share = found["teacher's probability outside the shared tokens"]
+    share = measured["teacher's probability outside the shared tokens"]
     assert 0 < share < 0.5
-    assert found["held-out KL"] < found["held-out KL before"]
+    assert measured["held-out KL"] < measured["held-out KL before"]
     assert AutoModelForCausalLM.from_pretrained(str(out)).config.vocab_size == 386
 
 

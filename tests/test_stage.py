@@ -17,7 +17,7 @@ from regrow.stage import Stage
 
 
 @pytest.mark.parametrize("name", stage.names())
-def test_an_entry(name: str) -> None:
+def test_every_entry_has_its_config_summary_and_function(name: str) -> None:
     entry = stage.find(name)
     assert entry.name == name
     assert issubclass(entry.config, Config)
@@ -33,7 +33,7 @@ def test_every_stage_is_a_public_name_for_type_checkers() -> None:
     assert set(stage.names()) <= set(regrow.__all__)
 
 
-def test_a_new_stage_by_its_page(
+def test_the_page_on_stages_adds_a_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """docs/add-a-stage.md to the letter: a command, a recipe, a dry run and a Python function."""
@@ -56,6 +56,6 @@ def test_a_new_stage_by_its_page(
         assert entry.function("my-model", "again", entry.config(dtype="float16")) == Path("again")
         assert regrow.cast is entry.function
         override = ("--set", "stages.cast.dtype=bfloat16")
-        said = refused(capsys, "run", "recipe.yaml", "--out", "refused", *override)
-        assert said.startswith("stages.0.cast: the weights are bfloat16 already")
+        message = refused(capsys, "run", "recipe.yaml", "--out", "refused", *override)
+        assert message.startswith("stages.0.cast: the weights are bfloat16 already")
     assert "cast" not in stage.names()

@@ -67,11 +67,11 @@ def slow_gradients(
     return {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
 
 
-def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Largest relative error (Frobenius) over the tensors."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     return max(
-        float((found[name].double() - exact).norm() / exact.norm())
+        float((actual[name].double() - exact).norm() / exact.norm())
         for name, exact in expected.items()
     )
 
@@ -121,9 +121,9 @@ def test_ranks_give_the_gradient_and_the_weights_of_one_process(
 ) -> None:
     start_ranks(world, _train_share, str(tmp_path), str(8 // world))
     alone, _ = train(tmp_path / "alone", 8, 1)
-    found = sorted(tmp_path.glob("*.pt"))
-    assert len(found) == world * {2: 3, 4: 2}[world]
-    for path in found:
+    files = sorted(tmp_path.glob("*.pt"))
+    assert len(files) == world * {2: 3, 4: 2}[world]
+    for path in files:
         gradients, weights = torch.load(path)
         assert error(gradients, exact) < 1e-5
         for name, parameter in alone.model.named_parameters():
@@ -136,9 +136,9 @@ def test_checkpointed_activations_give_the_gradient_and_leave_the_head_alone(
     runs = {"head": 0, "block": 0}
     loss, sequence = objective.head_loss, LlamaMLP.forward
 
-    def counted_loss(*given: Any, **named: Any) -> Any:
+    def counted_loss(*arguments: Any, **options: Any) -> Any:
         runs["head"] += 1
-        return loss(*given, **named)
+        return loss(*arguments, **options)
 
     def counted_sequence(self: LlamaMLP, x: Tensor) -> Tensor:
         runs["block"] += self.training
@@ -185,9 +185,9 @@ def test_the_forward_kl_is_measured_when_it_does_not_teach(
     bind_loss(student, teacher, LossWeights({"forward_kl": 1.0}, temperature=3.0))
     assert trainer.evaluate() == expected  # the true KL, whatever softens it in training
     undo = bind_loss(student, teacher, LossWeights(weights))
-    found = trainer.evaluate()
-    assert list(found) == ["eval_forward_kl", *(f"eval_{name}" for name in weights)]
-    assert found["eval_forward_kl"] == pytest.approx(expected["eval_forward_kl"], rel=1e-12)
+    measured = trainer.evaluate()
+    assert list(measured) == ["eval_forward_kl", *(f"eval_{name}" for name in weights)]
+    assert measured["eval_forward_kl"] == pytest.approx(expected["eval_forward_kl"], rel=1e-12)
     evaluated = student(**batch)
     student.train()
     if list(weights) == ["cross_entropy"]:
@@ -198,7 +198,7 @@ def test_the_forward_kl_is_measured_when_it_does_not_teach(
     torch.testing.assert_close(trained["loss"], evaluated["loss"])
 
 
-def test_journal_has_a_row_for_each_step(tmp_path: Path) -> None:
+def test_metrics_have_a_row_for_each_step(tmp_path: Path) -> None:
     student, teacher = pair()
     trainer = DistillTrainer(
         model=student,
@@ -230,7 +230,7 @@ def test_journal_has_a_row_for_each_step(tmp_path: Path) -> None:
     assert progress.done == 192
 
 
-def test_journal_drops_what_is_done_again(tmp_path: Path) -> None:
+def test_metrics_rows_of_repeated_steps_are_dropped(tmp_path: Path) -> None:
     """Rows of a run killed before its first checkpoint, a torn one too; other stages' rows stay."""
     journal = tmp_path / "metrics.jsonl"
     old = [{"stage": name, "step": n, "loss": 9.0} for n in range(3) for name in ("x", "y")]
@@ -287,7 +287,7 @@ def test_warm_up_reaches_the_peak_in_its_last_step_and_no_rate_is_zero(
     assert rates[warmup - 1] == pytest.approx(1.0)
 
 
-def test_a_loss_that_is_no_number_names_the_step(tmp_path: Path) -> None:
+def test_a_loss_that_is_nan_is_reported_with_its_step(tmp_path: Path) -> None:
     student, teacher = pair()
     trainer = DistillTrainer(
         model=student, args=arguments(tmp_path, max_steps=3), train_dataset=tiny_sequences()

@@ -86,7 +86,7 @@ def test_a_batch_with_nothing_to_score_gives_zero(tmp_path: Path) -> None:
         assert not watch.gradients[name].any()
 
 
-def test_the_teacher_stays_out(tmp_path: Path) -> None:
+def test_the_teacher_gets_no_gradient(tmp_path: Path) -> None:
     student, teacher = pair()
     before = {name: p.clone() for name, p in teacher.model.named_parameters()}
     names = set(student.state_dict())
@@ -130,7 +130,7 @@ def test_bfloat16_compute_over_float32_master_weights(tmp_path: Path) -> None:
     bind_loss(student, teacher, MIX)
     trainer.train()
     assert computed == {torch.bfloat16}
-    assert watch.seen == [{torch.float32}] * 2
+    assert watch.recorded == [{torch.float32}] * 2
     assert {gradient.dtype for gradient in watch.gradients.values()} == {torch.float32}
 
 
@@ -142,11 +142,11 @@ def largest_of_step(rows: int, vocabulary: int) -> tuple[int, torch.Size]:
     batch["labels"] = batch["input_ids"].clone()
     bind_loss(student, teacher, MIX)
     shapes = {p.shape for model in (student, teacher.model) for p in model.parameters()}
-    with Largest(shapes | {shape[::-1] for shape in shapes}) as seen:
+    with Largest(shapes | {shape[::-1] for shape in shapes}) as largest:
         outputs = student(**batch)
         (outputs["loss"] / outputs["tokens"]).backward()
         optimizer.step()
-    return seen.elements, seen.shape
+    return largest.elements, largest.shape
 
 
 def test_no_tensor_of_a_step_grows_with_tokens_times_vocabulary(

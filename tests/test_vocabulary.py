@@ -72,30 +72,34 @@ def test_the_cut_tokenizer_on_hostile_text(
     parents: dict[str, Checkpoint], kind: str, share: float, tmp_path: Path
 ) -> None:
     """Ids map to the same strings, encodings mean the same text, and all ids are the model's."""
-    parent, whole = parents[kind], parents[kind].tokenizer()
-    least, size = least_of(parent), len(whole)
-    wanted = least + round(share * (size - least))
-    kept, found = cut(parent, wanted, tmp_path / "cut")
-    token_of = {i: token for token, i in whole.get_vocab().items()}
-    assert len(kept) == wanted == len(found)
-    assert found.get_vocab() == {token_of[old]: new for new, old in enumerate(kept)}
+    parent, full_tokenizer = parents[kind], parents[kind].tokenizer()
+    minimum, size = least_of(parent), len(full_tokenizer)
+    vocab_size = minimum + round(share * (size - minimum))
+    kept, cut_tokenizer = cut(parent, vocab_size, tmp_path / "cut")
+    token_of = {i: token for token, i in full_tokenizer.get_vocab().items()}
+    assert len(kept) == vocab_size == len(cut_tokenizer)
+    assert cut_tokenizer.get_vocab() == {token_of[old]: new for new, old in enumerate(kept)}
     for text in HOSTILE:
-        ids, before = found(text)["input_ids"], whole(text)["input_ids"]
-        assert max(ids, default=0) < wanted
-        assert whole.decode([kept[i] for i in ids]) == whole.decode(before) == found.decode(ids)
+        ids, before = cut_tokenizer(text)["input_ids"], full_tokenizer(text)["input_ids"]
+        assert max(ids, default=0) < vocab_size
+        assert (
+            full_tokenizer.decode([kept[i] for i in ids])
+            == full_tokenizer.decode(before)
+            == cut_tokenizer.decode(ids)
+        )
         for skip in (True, False):
-            old = whole.decode(before, skip_special_tokens=skip)
-            assert found.decode(ids, skip_special_tokens=skip) == old
+            old = full_tokenizer.decode(before, skip_special_tokens=skip)
+            assert cut_tokenizer.decode(ids, skip_special_tokens=skip) == old
         assert len(ids) >= len(before)
     plain = [text for text in HOSTILE if "<0x41>" not in text]  # which is a byte's token itself
     if kind != "unigram without bytes":
         for text in plain:
-            back = found.decode(found(text)["input_ids"], skip_special_tokens=True)
+            back = cut_tokenizer.decode(cut_tokenizer(text)["input_ids"], skip_special_tokens=True)
             assert back == text, repr(text)
-    assert found.eos_token_id == kept.index(whole.eos_token_id)
-    assert found.chat_template == whole.chat_template
+    assert cut_tokenizer.eos_token_id == kept.index(full_tokenizer.eos_token_id)
+    assert cut_tokenizer.chat_template == full_tokenizer.chat_template
     if kind != "byte level":
-        assert found("The")["input_ids"][0] == found.bos_token_id == kept.index(1)
+        assert cut_tokenizer("The")["input_ids"][0] == cut_tokenizer.bos_token_id == kept.index(1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,13 +108,13 @@ def test_the_cheapest_token_goes_first(parents: dict[str, Checkpoint], kind: str
     parent = parents[kind]
     rules = read_rules(parent)
     pieces, ids, always = pieces_of(rules), tokens_of(rules), required(parent, rules)
-    given = counts_of(parent).tolist()
-    count = {token: given[i] for token, i in ids.items()}
+    counts = counts_of(parent).tolist()
+    count = {token: counts[i] for token, i in ids.items()}
     left = set(ids)
     order = []
-    made = slow_makers(rules)
+    makers = slow_makers(rules)
     while True:
-        free = [t for t in left if ids[t] not in always and not slow_needed(made, t, left)]
+        free = [t for t in left if ids[t] not in always and not slow_needed(makers, t, left)]
         if not free:
             break
         cost = {t: count[t] * (len(pieces.parts(t, left)) - 1) for t in free}
@@ -122,22 +126,22 @@ def test_the_cheapest_token_goes_first(parents: dict[str, Checkpoint], kind: str
     assert len(order) > 20
     for size in range(len(left), len(ids), 7):
         expected = set(ids) - set(order[: len(ids) - size])
-        assert shrink(pieces, ids, always, given, size) == expected
+        assert shrink(pieces, ids, always, counts, size) == expected
 
 
 def slow_makers(rules: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
     """Each token that is merged together, but for added ones, and the merges that make it."""
     added = {entry["content"] for entry in rules["added_tokens"]}
     merges = [(a, b) for a, b in rules["model"].get("merges", ())]
-    made = {a + b for a, b in merges} - added
-    return {token: [(a, b) for a, b in merges if a + b == token] for token in made}
+    products = {a + b for a, b in merges} - added
+    return {token: [(a, b) for a, b in merges if a + b == token] for token in products}
 
 
-def slow_needed(made: dict[str, list[tuple[str, str]]], token: str, left: set[str]) -> bool:
+def slow_needed(makers: dict[str, list[tuple[str, str]]], token: str, left: set[str]) -> bool:
     """Whether a token that is left could not be merged together without this one."""
-    for other in made.keys() & left:
-        ways = [way for way in made[other] if set(way) <= left]
-        if ways and all(token in way for way in ways):
+    for other in makers.keys() & left:
+        merges = [merge for merge in makers[other] if set(merge) <= left]
+        if merges and all(token in merge for merge in merges):
             return True
     return False
 
@@ -169,17 +173,17 @@ def test_counts_fall_to_the_parts_by_hand() -> None:
 def test_kept_tokens_can_be_merged_together(
     parents: dict[str, Checkpoint], kind: str, tmp_path: Path
 ) -> None:
-    _, found = cut(parents[kind], least_of(parents[kind]) + 40, tmp_path / "cut")
+    _, tokenizer = cut(parents[kind], least_of(parents[kind]) + 40, tmp_path / "cut")
     rules = json.loads((tmp_path / "cut" / "tokenizer.json").read_text())
     assert len(rules["model"]["merges"]) >= 20
-    made = {a + b for a, b in rules["model"]["merges"]}
+    products = {a + b for a, b in rules["model"]["merges"]}
     added = {entry["content"] for entry in rules["added_tokens"]}
-    left = set(rules["model"]["vocab"]) - made - added - set(BYTES)
+    left = set(rules["model"]["vocab"]) - products - added - set(BYTES)
     assert all(len(token) == 1 for token in left)
-    for token in made:
-        text = found.decode([found.get_vocab()[token]])
+    for token in products:
+        text = tokenizer.decode([tokenizer.get_vocab()[token]])
         if kind == "byte level" and "�" not in text and not text.isspace():
-            assert found.convert_ids_to_tokens(found(text)["input_ids"]) == [token]
+            assert tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]) == [token]
 
 
 def test_tokens_save_the_text_that_was_counted(parents: dict[str, Checkpoint]) -> None:
@@ -201,21 +205,23 @@ def test_padding_of_the_vocabulary_goes_first(parents: dict[str, Checkpoint]) ->
     for kind, parent in parents.items():
         tokens = len(parent.tokenizer())
         for more in (0, 1, PADDING):
-            found = choose_vocab(parent, counts_of(parent), tokens + more)
-            assert found == list(range(tokens + more)), kind
+            kept = choose_vocab(parent, counts_of(parent), tokens + more)
+            assert kept == list(range(tokens + more)), kind
 
 
 def test_too_few_tokens_name_the_least(parents: dict[str, Checkpoint]) -> None:
     for kind, parent in parents.items():
-        least = least_of(parent)
-        with pytest.raises(UserError, match=rf"vocab_size {least - 1}: {least} .*give {least} or"):
-            choose_vocab(parent, counts_of(parent), least - 1)
-        assert len(choose_vocab(parent, counts_of(parent), least)) == least, kind
+        minimum = least_of(parent)
+        with pytest.raises(
+            UserError, match=rf"vocab_size {minimum - 1}: {minimum} .*give {minimum} or"
+        ):
+            choose_vocab(parent, counts_of(parent), minimum - 1)
+        assert len(choose_vocab(parent, counts_of(parent), minimum)) == minimum, kind
         special = {parent.config["eos_token_id"], parent.config["pad_token_id"]}
-        assert special <= set(choose_vocab(parent, counts_of(parent), least))
+        assert special <= set(choose_vocab(parent, counts_of(parent), minimum))
 
 
-def test_another_kind_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_type_is_refused(tmp_path: Path) -> None:
     words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
     model_folder(tmp_path / "words", "byte level")
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(str(tmp_path / "words"))
@@ -225,7 +231,7 @@ def test_another_kind_is_refused(tmp_path: Path) -> None:
 
 def test_configs_name_the_new_ids() -> None:
     kept = [0, 2, 5, 7, 9]
-    given = {
+    fields = {
         "eos_token_id": [2, 9],
         "bos_token_id": 5,
         "pad_token_id": None,
@@ -236,8 +242,8 @@ def test_configs_name_the_new_ids() -> None:
         "num_hidden_layers": 2,
         "vocab_size": 5,
     }
-    assert cut_ids(given, kept) == {
-        **given,
+    assert cut_ids(fields, kept) == {
+        **fields,
         "eos_token_id": [1, 4],
         "bos_token_id": 2,
         "suppress_tokens": [3, 4],
@@ -245,7 +251,7 @@ def test_configs_name_the_new_ids() -> None:
     }
 
 
-def test_files_beside_are_not_stale(tmp_path: Path) -> None:
+def test_other_tokenizer_files_are_updated(tmp_path: Path) -> None:
     """Old forms are rewritten or gone; vocab.json and merges.txt alone give the same ids."""
     parent = model_folder(tmp_path / "parent", "byte level")
     rules = read_rules(parent)
@@ -279,12 +285,14 @@ def test_files_beside_are_not_stale(tmp_path: Path) -> None:
     }
     cut_model = json.loads((out / "tokenizer.json").read_text())["model"]
     plain = models.BPE.from_file(str(out / "vocab.json"), str(out / "merges.txt"))
-    again = json.loads(Tokenizer(plain).to_str())["model"]
-    assert again["vocab"] == cut_model["vocab"]
-    assert again["merges"] == cut_model["merges"]
+    model_rules = json.loads(Tokenizer(plain).to_str())["model"]
+    assert model_rules["vocab"] == cut_model["vocab"]
+    assert model_rules["merges"] == cut_model["merges"]
 
 
-def test_required_ids(parents: dict[str, Checkpoint], tmp_path: Path) -> None:
+def test_special_and_config_ids_are_required(
+    parents: dict[str, Checkpoint], tmp_path: Path
+) -> None:
     """Special tokens, what a config names, and all bytes, but not symbols that bytes can spell."""
     parent = model_folder(tmp_path / "parent", "byte fallback", eos_token_id=[2, 300])
     (parent.folder / "generation_config.json").write_text('{"pad_token_id": 310}')

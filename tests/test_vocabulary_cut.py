@@ -72,9 +72,11 @@ def test_logits_are_the_parents_at_the_kept_ids(name: str, tied: bool, tmp_path:
     model.save_pretrained(str(tmp_path / "parent"))
     parent = Checkpoint(tmp_path / "parent")
     cut_folder(parent, plan.model_copy(update={"fingerprint": parent.fingerprint}), tmp_path / "s")
-    found = AutoModelForCausalLM.from_pretrained(str(tmp_path / "s"), dtype=torch.float64).eval()
+    cut_model_read = AutoModelForCausalLM.from_pretrained(
+        str(tmp_path / "s"), dtype=torch.float64
+    ).eval()
     for key, value in student.state_dict().items():
-        assert torch.equal(found.state_dict()[key], value), key
+        assert torch.equal(cut_model_read.state_dict()[key], value), key
 
 
 def test_ids_in_configs_follow_on_disk_and_in_memory(tmp_path: Path) -> None:
@@ -88,8 +90,8 @@ def test_ids_in_configs_follow_on_disk_and_in_memory(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "s" / "generation_config.json").read_text())
     assert written["eos_token_id"] == student.generation_config.eos_token_id == [2, 4]
     config = json.loads((tmp_path / "s" / "config.json").read_text())
-    for found in (config, student.config.to_dict()):
-        assert (found["eos_token_id"], found["pad_token_id"]) == ([2, 4], 4)
+    for fields in (config, student.config.to_dict()):
+        assert (fields["eos_token_id"], fields["pad_token_id"]) == ([2, 4], 4)
     assert model.generation_config.eos_token_id == [7, 9]
     short = random_plan(model.config.to_dict(), vocab=[0, 1, 7, 8])
     with pytest.raises(UserError, match=r"vocab lacks token 9, which config\.json uses"):
@@ -101,9 +103,9 @@ def test_plans_keep_and_compose_tokens() -> None:
     first = random_plan(config, vocab=[0, 1, 5, 6, 8], mlp=20)
     after = {**config, "vocab_size": 5, "intermediate_size": 20}
     second = random_plan(after, vocab=[0, 1, 4])
-    both = compose(first, second)
-    assert both.kept("vocab") == both.vocab == [0, 1, 8]
-    assert both.mlp == first.mlp
+    composed = compose(first, second)
+    assert composed.kept("vocab") == composed.vocab == [0, 1, 8]
+    assert composed.mlp == first.mlp
     assert (
         compose(random_plan(config, mlp=20), random_plan({**after, "vocab_size": 384})) is not None
     )
@@ -133,29 +135,29 @@ def plan_of(place: Path) -> Plan:
 def test_tokens_are_counted_over_the_whole_split(place: Path) -> None:
     """Against counting documents one by one; more than the profiled blocks, and none twice."""
     data, tokenizer = data_of(place / "text.jsonl"), tiny_tokenizer()
-    every = Counter[int]()
+    all_counts = Counter[int]()
     for document in blend(BuildContext(data, tokenizer, "calibration", None)):
-        every.update(document.ids)
+        all_counts.update(document.ids)
     scores = Profile(place / "profile").scores("token_count", "vocab")["all"]
-    assert scores.tolist() == [every[i] for i in range(len(tokenizer) + 4)]
-    assert sum(every.values()) > 2 * 12 * 32
-    few = count_tokens(data, tokenizer, len(tokenizer), 100)
-    assert 100 <= int(few.sum()) < 300
+    assert scores.tolist() == [all_counts[i] for i in range(len(tokenizer) + 4)]
+    assert sum(all_counts.values()) > 2 * 12 * 32
+    first_counts = count_tokens(data, tokenizer, len(tokenizer), 100)
+    assert 100 <= int(first_counts.sum()) < 300
 
 
 def test_the_pruned_folder_has_its_tokenizer(place: Path) -> None:
     plan = plan_of(place)
     assert plan.vocab is not None
-    found = AutoTokenizer.from_pretrained(str(place / "cut"))
-    whole = tiny_tokenizer()
+    cut_tokenizer = AutoTokenizer.from_pretrained(str(place / "cut"))
+    full_tokenizer = tiny_tokenizer()
     text = " ".join(SENTENCES)
-    assert found.decode(found(text)["input_ids"]) == text
-    old = {i: token for token, i in whole.get_vocab().items()}
-    assert {old[was]: now for now, was in enumerate(plan.vocab)} == found.get_vocab()
-    assert found.chat_template == whole.chat_template
+    assert cut_tokenizer.decode(cut_tokenizer(text)["input_ids"]) == text
+    old = {i: token for token, i in full_tokenizer.get_vocab().items()}
+    assert {old[was]: now for now, was in enumerate(plan.vocab)} == cut_tokenizer.get_vocab()
+    assert cut_tokenizer.chat_template == full_tokenizer.chat_template
     assert Checkpoint(place / "cut").config["vocab_size"] == SIZE
-    again = PruneConfig(plan=str(place / "cut" / "plan.json"))
-    out = prune(place / "model", place / "again", again, place / "profile")
+    same_plan = PruneConfig(plan=str(place / "cut" / "plan.json"))
+    out = prune(place / "model", place / "again", same_plan, place / "profile")
     assert (out / "tokenizer.json").read_bytes() == (place / "cut" / "tokenizer.json").read_bytes()
 
 
@@ -187,8 +189,8 @@ def test_the_teacher_of_fewer_tokens_in_float64(place: Path) -> None:
     batch = next(sequences.batches(4))
     mix = LossWeights({"forward_kl": 1.0})
     bind_loss(model, Teacher(parent.model(torch.float64), ids), mix)
-    given = {key: batch[key] for key in ("input_ids", "position_ids", "labels")}
-    outputs = model(**given)
+    inputs = {key: batch[key] for key in ("input_ids", "position_ids", "labels")}
+    outputs = model(**inputs)
     slow = slow_kl(place, place / "cut", batch, torch.float64)
     assert float(outputs["loss"].detach()) / int(outputs["tokens"]) == pytest.approx(slow, rel=1e-9)
     assert slow > 1e-3
@@ -196,7 +198,7 @@ def test_the_teacher_of_fewer_tokens_in_float64(place: Path) -> None:
     plan = random_plan(parent.config, parent.fingerprint, vocab=plan_of(place).vocab or [])
     equal = cut_model(parent.model(torch.float64), plan)
     bind_loss(equal, Teacher(parent.model(torch.float64), ids), mix)
-    assert float(equal(**given)["loss"].detach()) == 0.0
+    assert float(equal(**inputs)["loss"].detach()) == 0.0
 
 
 def test_distill_a_model_with_fewer_tokens(place: Path) -> None:
@@ -207,8 +209,8 @@ def test_distill_a_model_with_fewer_tokens(place: Path) -> None:
     out = distill(place / "cut", place / "model", data, place / "distilled", config, OPTIONS)
     sequences = build_sequences(data, Checkpoint(out).tokenizer(), "validation", 16)
     batch = next(sequences.batches(16))
-    found = json.loads((out / "manifest.json").read_text())["figures"]
-    values = {figure["name"]: figure["value"] for figure in found}
+    rows = json.loads((out / "manifest.json").read_text())["figures"]
+    values = {figure["name"]: figure["value"] for figure in rows}
     assert values["held-out KL"] < 0.9 * values["held-out KL before"]
     for name, folder in (("held-out KL before", place / "cut"), ("held-out KL", out)):
         slow = slow_kl(place, folder, batch, torch.float32)
@@ -238,16 +240,16 @@ def test_bits_per_byte_and_kl_on_equal_text(
     )
     out = evaluate({"cut": place / "cut"}, tmp_path / "out", None, place / "model", config, OPTIONS)
     assert "perplexities per token cannot be compared" in capsys.readouterr().err
-    found = json.loads((out / EVALUATION).read_text())["figures"]
-    whole = tiny_tokenizer()
-    text, ids = opening([raw], whole, 150)
+    figures = json.loads((out / EVALUATION).read_text())["figures"]
+    full_tokenizer = tiny_tokenizer()
+    text, ids = opening([raw], full_tokenizer, 150)
     assert raw.read_text().startswith(text)
     assert len(ids) == 150
-    assert abs(len(whole(text)["input_ids"]) - 150) <= 3  # a character cut in two is whole
+    assert abs(len(full_tokenizer(text)["input_ids"]) - 150) <= 3  # a character cut in two is whole
     slow = {}
     for label, folder in (("teacher", place / "model"), ("cut", place / "cut")):
         slow[label] = bits_per_byte(folder, ids if label == "teacher" else None, text)
-        values = {figure["name"]: figure for figure in found[label]}
+        values = {figure["name"]: figure for figure in figures[label]}
         assert "perplexity/raw" not in values  # of tokens that differ: nothing to compare
         assert values["bits_per_byte/raw"]["value"] == pytest.approx(slow[label][0], rel=1e-4)
         assert values["bits_per_byte/raw"]["n"] == slow[label][1]
@@ -255,7 +257,7 @@ def test_bits_per_byte_and_kl_on_equal_text(
         expected = math.exp(slow[label][0] * math.log(2) * per_token)
         figure = values["perplexity_per_reference_token/raw"]
         assert figure["value"] == pytest.approx(expected, rel=1e-3)
-    kl = next(figure for figure in found["cut"] if figure["name"] == "kl/raw")
+    kl = next(figure for figure in figures["cut"] if figure["name"] == "kl/raw")
     cut_ids = Checkpoint(place / "cut").tokenizer()(text)["input_ids"]
     total = sum(
         slow_kl(place, place / "cut", one_window(part), torch.float64) * (len(part) - 1)
@@ -271,8 +273,12 @@ def parts(ids: list[int]) -> list[list[int]]:
 
 
 def one_window(ids: list[int]) -> dict[str, Any]:
-    one = torch.tensor([ids])
-    return {"input_ids": one, "position_ids": torch.arange(len(ids))[None], "labels": one}
+    input_ids = torch.tensor([ids])
+    return {
+        "input_ids": input_ids,
+        "position_ids": torch.arange(len(ids))[None],
+        "labels": input_ids,
+    }
 
 
 def bits_per_byte(folder: Path, ids: list[int] | None, text: str) -> tuple[float, int, int]:
@@ -296,27 +302,29 @@ def bits_per_byte(folder: Path, ids: list[int] | None, text: str) -> tuple[float
 def begun(tokenizer: Any, ids: list[int], text: str) -> int:
     """UTF-8 bytes of the characters that these first tokens hold, or hold a part of."""
     decoded = tokenizer.decode(ids)
-    whole = decoded.rstrip("�")
-    return len(text[: len(whole) + (decoded != whole)].encode())
+    complete = decoded.rstrip("�")
+    return len(text[: len(complete) + (decoded != complete)].encode())
 
 
-def test_bad_sizes_on_the_command_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def ask(*given: object) -> str:
+def test_bad_vocabulary_sizes_are_refused_on_the_command_line(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask(*arguments: object) -> str:
         command = ["prune", place / "model", "--profile", place / "profile", "--out", place / "x"]
-        return refused(capsys, *command, *given)
+        return refused(capsys, *command, *arguments)
 
     total = len(tiny_tokenizer()) + 4
     assert f"allowed are 1 to {total}" in ask("--vocab-size", total + 8)
-    least = "260 tokens of this model are always kept"
-    assert least in ask("--vocab-size", 256)
-    assert least in ask("--vocab-size", 256, "--dry-run")
+    minimum = "260 tokens of this model are always kept"
+    assert minimum in ask("--vocab-size", 256)
+    assert minimum in ask("--vocab-size", 256, "--dry-run")
     assert "must be a multiple of 32; use 288 or 320" in ask("--vocab-size", 300)
-    said = ask("--plan", other_plan(place), "--no-repair")
-    assert "plan: it was made for the model" in said
+    message = ask("--plan", other_plan(place), "--no-repair")
+    assert "plan: it was made for the model" in message
     compared = ["compare", place / "model", "--profile", place / "profile", "--data"]
     text = place / "text.jsonl"
-    said = refused(capsys, *compared, text, "--vocab-size", 320, "--sequence-length", 32)
-    assert "criteria are compared on the same tokens" in said
+    message = refused(capsys, *compared, text, "--vocab-size", 320, "--sequence-length", 32)
+    assert "criteria are compared on the same tokens" in message
 
 
 def other_plan(place: Path) -> Path:

@@ -54,7 +54,7 @@ def progress_of(state: RunState) -> dict[str, str]:
     return {stage.name: stage.progress for stage in state.stages}
 
 
-def test_a_run_that_goes_on(tmp_path: Path) -> None:
+def test_a_running_run_shows_its_stages(tmp_path: Path) -> None:
     state = read(running(tmp_path), NOW + 10)
     assert progress_of(state) == {
         "01-profile": "done", "02-prune": "done", "03-distill": "running", "04-evaluate": "waiting",
@@ -71,7 +71,7 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     assert len(training.heldout) == 4
 
 
-def test_its_frame(tmp_path: Path) -> None:
+def test_a_frame_shows_stages_rate_and_losses(tmp_path: Path) -> None:
     text = shown(read(running(tmp_path), NOW + 10))
     lines = text.splitlines()
     assert "03-distill   ▶ running  0:10" in lines
@@ -104,7 +104,7 @@ def test_complete_only_when_the_model_is_published(tmp_path: Path) -> None:
     assert not read(folder, NOW).complete
 
 
-def test_what_is_of_an_earlier_run(tmp_path: Path) -> None:
+def test_stages_of_an_earlier_run_are_marked(tmp_path: Path) -> None:
     folder = published(tmp_path)
     (folder / "stages" / ".02-prune-repaired.partial").mkdir()
     assert progress_of(read(aged(folder), NOW)) == {
@@ -155,7 +155,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_it_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watching_ends_when_the_run_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before, after = read(running(tmp_path)), read(published(tmp_path / "later"))
     left = [before, before, after]
     monkeypatch.setattr(watch, "read", lambda folder: left.pop(0))
@@ -175,7 +177,9 @@ def test_one_frame_where_there_is_no_terminal(
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "stages"])
-def test_no_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_a_folder_without_a_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "stages" / "stages").mkdir(parents=True)
     assert main(["watch", str(tmp_path / name)]) == 2

@@ -20,8 +20,8 @@ TOKENS = CONFIG.tokens
 
 def make_cache(place: Path, out: Path, **fields: Any) -> Path:
     """A cache of the place's teacher for its tiny distillation."""
-    given = {"tokens": TOKENS, "heldout_sequences": CONFIG.heldout_sequences, **fields}
-    return cache(place / "teacher", data(place), out, CacheConfig(**given), OPTIONS)
+    config_fields = {"tokens": TOKENS, "heldout_sequences": CONFIG.heldout_sequences, **fields}
+    return cache(place / "teacher", data(place), out, CacheConfig(**config_fields), OPTIONS)
 
 
 def states_and_head(

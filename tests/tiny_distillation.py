@@ -63,15 +63,15 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def held_out(folder: Path) -> dict[int, float]:
     """Held-out KL by step."""
     rows = [row for row in rows_of(folder) if "heldout_kl" in row]
-    found = {row["step"]: row["heldout_kl"] for row in rows}
-    assert len(found) == len(rows)
-    return found
+    kl_by_step = {row["step"]: row["heldout_kl"] for row in rows}
+    assert len(kl_by_step) == len(rows)
+    return kl_by_step
 
 
 def figures(folder: Path) -> dict[str, float]:
-    found = read(folder)
-    assert found is not None
-    return {figure["name"]: figure["value"] for figure in found["figures"]}
+    manifest = read(folder)
+    assert manifest is not None
+    return {figure["name"]: figure["value"] for figure in manifest["figures"]}
 
 
 def kl_of(folder: Path, place: Path) -> float:
@@ -84,10 +84,10 @@ def kl_of(folder: Path, place: Path) -> float:
         data(place), tiny_tokenizer(), "validation", CONFIG.heldout_sequences
     )
     batch = next(sequences.batches(len(sequences)))
-    given = {key: batch[key] for key in ("input_ids", "position_ids")}
+    inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
     with torch.no_grad():
         log_q, log_p = (
-            model(**given, use_cache=False).logits[:, :-1, : len(tiny_tokenizer())].log_softmax(-1)
+            model(**inputs, use_cache=False).logits[:, :-1, : len(tiny_tokenizer())].log_softmax(-1)
             for model in (student, teacher)
         )
     kl_BT = (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -45,8 +45,8 @@ def family(
         for parameter in student.parameters():
             noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
             parameter.add_(shaken * noise)
-    for each in (model, student):
-        give_attentions(float64_norms(each))
+    for part in (model, student):
+        give_attentions(float64_norms(part))
     return student, Teacher(model), plan
 
 
@@ -69,23 +69,23 @@ class Seen:
 
     def read(self, state_H: Tensor) -> Tensor:
         """log-probabilities of the next token."""
-        found: Tensor = self.model.lm_head(self.model.base_model.norm(state_H)).log_softmax(-1)
-        return found
+        logits_V: Tensor = self.model.lm_head(self.model.base_model.norm(state_H)).log_softmax(-1)
+        return logits_V
 
 
 def see(model: Any, ids_BT: Tensor, position_ids: Tensor) -> Seen:
-    seen, base = Seen(model), model.base_model
-    handles = [base.embed_tokens.register_forward_hook(lambda *a: seen.embedded.append(a[2]))]
+    recorder, base = Seen(model), model.base_model
+    handles = [base.embed_tokens.register_forward_hook(lambda *a: recorder.embedded.append(a[2]))]
     for layer in base.layers:
         hooks = (
-            (layer, lambda *a: seen.sequences.append(a[2])),
-            (layer.self_attn, lambda *a: seen.attentions.append(a[2][1])),
+            (layer, lambda *a: recorder.sequences.append(a[2])),
+            (layer.self_attn, lambda *a: recorder.attentions.append(a[2][1])),
         )
         handles += [module.register_forward_hook(hook) for module, hook in hooks]
     base(input_ids=ids_BT, position_ids=position_ids, use_cache=False)
     for handle in handles:
         handle.remove()
-    return seen
+    return recorder
 
 
 def _relative(s_H: Tensor, t_H: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ def _channels(plan: Plan) -> list[int]:
 
 
 def _states(s: Seen, t: Seen, plan: Plan, at: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    for ours, theirs in OUTPUTS:
-        yield s.sequences[ours][at], t.sequences[theirs][at][_channels(plan)]
+    for student_layer, teacher_layer in OUTPUTS:
+        yield s.sequences[student_layer][at], t.sequences[teacher_layer][at][_channels(plan)]
 
 
 def _hidden(s: Seen, t: Seen, plan: Plan, at: Any) -> Tensor:
@@ -117,20 +117,23 @@ def _embeddings(s: Seen, t: Seen, plan: Plan, at: Any) -> Tensor:
 def _attention(s: Seen, t: Seen, plan: Plan, at: Any) -> Tensor:
     b, query = at
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for ours, theirs in enumerate(KEPT):
-        heads = plan.kept("heads", theirs) or range(plan.before["heads"])
-        for own, head in enumerate(heads):
+    for student_layer, teacher_layer in enumerate(KEPT):
+        heads = plan.kept("heads", teacher_layer) or range(plan.before["heads"])
+        for student_head, head in enumerate(heads):
             count += 1
             for key in range(query + 1):
-                p, q = t.attentions[theirs][b, head, query, key], s.attentions[ours][b, own, query]
+                p, q = (
+                    t.attentions[teacher_layer][b, head, query, key],
+                    s.attentions[student_layer][b, student_head, query],
+                )
                 if p > 0:
                     total = total + p * (p.log() - q[key].log())
     return total / count
 
 
 def _read(s: Seen, t: Seen, at: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    for ours, theirs in LENS:
-        yield s.read(s.sequences[ours][at]), t.read(t.sequences[theirs][at])
+    for student_layer, teacher_layer in LENS:
+        yield s.read(s.sequences[student_layer][at]), t.read(t.sequences[teacher_layer][at])
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:

@@ -28,6 +28,12 @@ def write_model(
     return Checkpoint(folder)
 
 
+def set_config(folder: Path, **fields: Any) -> None:
+    """Change fields of a folder's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
 def write_text(path: Path, documents: int = 300, seed: int = 0) -> Path:
     """Documents of shuffled words as .jsonl, each different, of some 40 to 120 tokens."""
     draw = random.Random(seed)
@@ -42,5 +48,5 @@ def write_text(path: Path, documents: int = 300, seed: int = 0) -> Path:
 
 def data_of(path: Path, **fields: Any) -> DataConfig:
     """Blocks of 32 tokens of a text; 20 % held out, 40 % for calibration."""
-    given = {"sources": [str(path)], "sequence_length": 32, "heldout_fraction": 0.2}
-    return DataConfig.model_validate({**given, "calibration_fraction": 0.4, **fields})
+    config_fields = {"sources": [str(path)], "sequence_length": 32, "heldout_fraction": 0.2}
+    return DataConfig.model_validate({**config_fields, "calibration_fraction": 0.4, **fields})

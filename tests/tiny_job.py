@@ -99,12 +99,12 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object, at_once: boo
     """Run a command that must exit with 2 and one line, which is returned; by default no other."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err
-    lines = [line for line in said.err.splitlines() if not line.startswith("run: opening ")]
+    output = capsys.readouterr()
+    assert "Traceback" not in output.err
+    lines = [line for line in output.err.splitlines() if not line.startswith("run: opening ")]
     assert [line.startswith("regrow: error: ") for line in lines].count(True) == 1
     assert lines[-1].startswith("regrow: error: ")
     if at_once:
         assert len(lines) == 1
-        assert said.out == ""
+        assert output.out == ""
     return lines[-1].removeprefix("regrow: error: ")

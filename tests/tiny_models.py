@@ -152,6 +152,12 @@ def tiny_ids(batch: int = 2, length: int = 16, seed: int = 1) -> torch.Tensor:
     return torch.randint(4, COMMON["vocab_size"], (batch, length), generator=generator)
 
 
+def logits(model: Any) -> torch.Tensor:
+    """Logits [B, T, V] of a model on `tiny_ids`."""
+    output: torch.Tensor = model(tiny_ids()).logits
+    return output
+
+
 def random_plan(
     config: dict[str, Any], fingerprint: str = "", seed: int = 0, **after: int | list[int]
 ) -> Plan:
@@ -160,36 +166,36 @@ def random_plan(
     before = family.sizes(config)
     draw = random.Random(seed)
 
-    def some(dim: str, ids: range) -> list[int]:
+    def sample(dim: str, ids: range) -> list[int]:
         want = after[dim]
         return want if isinstance(want, list) else sorted(draw.sample(ids, want))
 
     fields: dict[str, Any] = {}
     for dim in ("layers", "hidden", "vocab"):
         if dim in after:
-            fields[dim] = some(dim, range(before[dim]))
+            fields[dim] = sample(dim, range(before[dim]))
     kept_layers = fields.get("layers", list(range(before["layers"])))
     for dim in ("mlp", "kv_heads", "experts"):
         if dim in after:
             having = [n for n in kept_layers if n in family.layers_of(dim, config)]
-            fields[dim] = {layer: some(dim, range(before[dim])) for layer in having}
+            fields[dim] = {layer: sample(dim, range(before[dim])) for layer in having}
     if "expert_mlp" in after:
         every = {n: range(before["experts"]) for n in family.layers_of("experts", config)}
         fields["expert_mlp"] = {
-            layer: {expert: some("expert_mlp", range(before["expert_mlp"])) for expert in experts}
+            layer: {expert: sample("expert_mlp", range(before["expert_mlp"])) for expert in experts}
             for layer, experts in fields.get("experts", every).items()
             if layer in kept_layers
         }
     sizes = {dim: want if isinstance(want, int) else len(want) for dim, want in after.items()}
     group = before["heads"] // before["kv_heads"]
     if "heads" in after:
-        each = sizes["heads"] // sizes.get("kv_heads", before["kv_heads"])
+        group_size = sizes["heads"] // sizes.get("kv_heads", before["kv_heads"])
         kv_of = fields.get("kv_heads", {})
         fields["heads"] = {
             layer: [
                 kv * group + q
                 for kv in kv_of.get(layer, range(before["kv_heads"]))
-                for q in sorted(draw.sample(range(group), each))
+                for q in sorted(draw.sample(range(group), group_size))
             ]
             for layer in kept_layers
         }

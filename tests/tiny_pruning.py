@@ -51,19 +51,19 @@ def write_trained(folder: Path, text: Path, name: str = "llama", **config: Any) 
 
 def kl_between(dense: PreTrainedModel, student: PreTrainedModel, sequences: Sequences) -> float:
     """Mean KL(dense ‖ student) in nats per token, from full logits."""
-    given = {"input_ids": sequences.input_ids, "position_ids": sequences.position_ids}
+    inputs = {"input_ids": sequences.input_ids, "position_ids": sequences.position_ids}
     with torch.no_grad():
         log_p, log_q = (
-            model(**given, use_cache=False).logits.log_softmax(-1) for model in (dense, student)
+            model(**inputs, use_cache=False).logits.log_softmax(-1) for model in (dense, student)
         )
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
 def chosen(place: Path, **sizes: int) -> Plan:
     checkpoint = Checkpoint(place / "model")
-    found = Profile(place / "profile")
+    profile = Profile(place / "profile")
     family = families.of(checkpoint)
-    return choose(checkpoint, family, found, sizes, "activation_l2", "block_influence")
+    return choose(checkpoint, family, profile, sizes, "activation_l2", "block_influence")
 
 
 def slow_kl(place: Path, student: PreTrainedModel, sequences: int = 8) -> float:
@@ -71,12 +71,12 @@ def slow_kl(place: Path, student: PreTrainedModel, sequences: int = 8) -> float:
     checkpoint = Checkpoint(place / "model")
     dense = checkpoint.model(torch.float32)
     data = data_of(place / "text.jsonl")
-    found = build_sequences(data, checkpoint.tokenizer(), "calibration", 24 + sequences)
-    batch = next(found.select(range(24, 24 + sequences)).batches(sequences))
-    given = {key: batch[key] for key in ("input_ids", "position_ids")}
+    sequences_built = build_sequences(data, checkpoint.tokenizer(), "calibration", 24 + sequences)
+    batch = next(sequences_built.select(range(24, 24 + sequences)).batches(sequences))
+    inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
     with torch.no_grad():
         log_p, log_q = (
-            model(**given, use_cache=False).logits[:, :-1].log_softmax(-1)
+            model(**inputs, use_cache=False).logits[:, :-1].log_softmax(-1)
             for model in (dense, student)
         )
     kl_BT: Tensor = (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -51,7 +51,7 @@ def pair(dtype: torch.dtype = torch.float32, **overrides: Any) -> tuple[PreTrain
 
 
 def arguments(folder: Path, **fields: Any) -> TrainingArguments:
-    given: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": 1,
         "learning_rate": 0.05,
@@ -68,7 +68,7 @@ def arguments(folder: Path, **fields: Any) -> TrainingArguments:
         "average_tokens_across_devices": True,
         "disable_tqdm": True,
     }
-    return TrainingArguments(**{**given, **fields})
+    return TrainingArguments(**{**settings, **fields})
 
 
 class Watch(TrainerCallback):
@@ -76,14 +76,14 @@ class Watch(TrainerCallback):
 
     def __init__(self) -> None:
         self.gradients: dict[str, Tensor] = {}
-        self.seen: list[Any] = []
+        self.recorded: list[Any] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         named = given["model"].named_parameters()
         self.gradients = {
             name.removeprefix("module."): parameter.grad.clone() for name, parameter in named
         }
-        self.seen.append({parameter.dtype for parameter in given["model"].parameters()})
+        self.recorded.append({parameter.dtype for parameter in given["model"].parameters()})
 
 
 def train(
@@ -112,19 +112,19 @@ def train(
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
-def start_ranks(world: int, work: Callable[..., None], *given: str) -> None:
+def start_ranks(world: int, work: Callable[..., None], *work_arguments: str) -> None:
     """Run `work(rank, *given)` in `world` processes, with the environment that torchrun gives.
 
     They fork from a server that has the test modules imported already, once for all.
     """
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_trainer", "test_distill_ranks", "test_sharding"])
-    arguments = (world, free_port(), work, given)
+    arguments = (world, free_port(), work, work_arguments)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server has no other
         running = torch.multiprocessing.start_processes(
@@ -138,12 +138,12 @@ def start_ranks(world: int, work: Callable[..., None], *given: str) -> None:
                 pytest.fail("the ranks wait for each other")
 
 
-def _rank(rank: int, world: int, port: int, work: Callable[..., None], given: Any) -> None:
+def _rank(rank: int, world: int, port: int, work: Callable[..., None], work_arguments: Any) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
-    work(rank, *given)
+    work(rank, *work_arguments)
     torch.distributed.barrier()
     os._exit(0)  # at once: gloo's threads can hang in an orderly end
 
@@ -159,11 +159,11 @@ class Largest(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for found in result if isinstance(result, tuple | list) else (result,):
+        for tensor in result if isinstance(result, tuple | list) else (result,):
             if (
-                isinstance(found, Tensor)
-                and found.shape not in self.ignored
-                and found.numel() > self.elements
+                isinstance(tensor, Tensor)
+                and tensor.shape not in self.ignored
+                and tensor.numel() > self.elements
             ):
-                self.elements, self.shape = found.numel(), found.shape
+                self.elements, self.shape = tensor.numel(), tensor.shape
         return result

@@ -125,7 +125,9 @@ def _from_hub(hub_id: str) -> Path:
             "name: check the path or the connection"
         ) from None
     except (HfHubHTTPError, HFValidationError) as error:
-        raise UserError(f"the hub has no model {hub_id!r} for you: {_first_line(error)}") from None
+        raise UserError(
+            f"the hub has no model {hub_id!r}, or you may not read it: {_first_line(error)}"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -61,8 +61,8 @@ def check_sha256(digest: str, expected: str | None, name: str) -> None:
     """Raise UserError if `digest` is not the `expected` one; None accepts any digest."""
     if expected is not None and digest != expected.lower():
         raise UserError(
-            f"{name}: its SHA-256 is {digest}, not {expected.lower()}; use the file with the "
-            "expected one"
+            f"{name}: its SHA-256 is {digest}, not {expected.lower()}; use the right file, or "
+            "correct sha256"
         )
 
 

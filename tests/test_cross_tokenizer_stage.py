@@ -58,7 +58,7 @@ def trained(place: Path) -> Path:
 
 
 def span_kl(folder: Path, place: Path) -> float:
-    """The validation figure in float32, by the loss itself (held to a slow one in test_spans)."""
+    """The validation figure in float32, computed by the loss itself."""
     student, teacher = Checkpoint(folder), Checkpoint(place / "teacher")
     sequences = build_sequences(data_of(place / "text.jsonl"), student.tokenizer(), "validation", 4)
     batch = next(sequences.batches(4))
@@ -68,13 +68,13 @@ def span_kl(folder: Path, place: Path) -> float:
     model = student.model(torch.float32)
     bind_loss(model, spans, LossWeights({"forward_kl": 1.0}))
     with torch.no_grad():
-        found = model(**{k: batch[k] for k in ("input_ids", "position_ids", "labels")})
-    return float(found["loss"]) / int(found["tokens"])
+        outputs = model(**{k: batch[k] for k in ("input_ids", "position_ids", "labels")})
+    return float(outputs["loss"]) / int(outputs["tokens"])
 
 
 def test_the_student_learns_and_the_best_is_kept(place: Path, trained: Path) -> None:
-    found = figures(trained)
-    before, after = found["held-out span KL before"], found["held-out span KL"]
+    measured = figures(trained)
+    before, after = measured["held-out span KL before"], measured["held-out span KL"]
     assert after < 0.9 * before
     assert before == pytest.approx(span_kl(place / "student", place), rel=0.05)
     assert after == pytest.approx(span_kl(trained, place), rel=0.05)
@@ -86,22 +86,22 @@ def test_the_student_learns_and_the_best_is_kept(place: Path, trained: Path) -> 
     assert AutoModelForCausalLM.from_pretrained(str(trained)).config.vocab_size == 384
 
 
-def test_a_longer_run_goes_on(place: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_larger_budget_resumes(place: Path, trained: Path, tmp_path: Path) -> None:
     data, config = data_of(place / "text.jsonl"), CONFIG.model_copy(update={"tokens": 1280})
     out = distill(place / "student", place / "teacher", data, place / "trained", config, OPTIONS)
     assert max(row["step"] for row in rows_of(out)) == 10
 
 
-def test_text_alone_teaches_and_the_span_kl_chooses(
+def test_cross_entropy_alone_trains_and_the_span_kl_chooses_the_checkpoint(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sequence level: a training step runs no teacher, held-out text is measured against it."""
     modes: list[bool] = []
     compare = CrossTokenizerTeacher._compare
 
-    def watched(self: CrossTokenizerTeacher, *given: Any) -> Any:
+    def watched(self: CrossTokenizerTeacher, *arguments: Any) -> Any:
         modes.append(torch.is_grad_enabled())
-        return compare(self, *given)
+        return compare(self, *arguments)
 
     monkeypatch.setattr(CrossTokenizerTeacher, "_compare", watched)
     update = {"losses": {"cross_entropy": 1.0}, "tokens": 256, "heldout_sequences": 2}
@@ -113,7 +113,7 @@ def test_text_alone_teaches_and_the_span_kl_chooses(
     assert "held-out span KL" in figures(out)
 
 
-def test_in_a_recipe_with_cross_entropy(place: Path, tmp_path: Path) -> None:
+def test_a_recipe_adds_cross_entropy(place: Path, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"tokens": 256, "batch_tokens": 128, "heldout_sequences": 2}
     fields |= {"teacher": str(place / "teacher"), "cross_tokenizer": "spans"}
     fields["losses"] = {"jsd": 1.0, "cross_entropy": 0.1}
@@ -125,20 +125,22 @@ def test_in_a_recipe_with_cross_entropy(place: Path, tmp_path: Path) -> None:
     assert {"heldout_span_kl", "heldout_span_jsd", "heldout_cross_entropy"} <= set(rows[0])
 
 
-def test_without_it_other_tokenizers_are_refused(place: Path, tmp_path: Path) -> None:
+def test_without_cross_tokenizer_losses_other_tokenizers_are_refused(
+    place: Path, tmp_path: Path
+) -> None:
     data = data_of(place / "text.jsonl")
     with pytest.raises(UserError, match=r"different tokenizers .* give --cross-tokenizer spans"):
         distill(place / "student", place / "teacher", data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_tokens_are_compared_where_they_can_be(place: Path) -> None:
+def test_equal_tokens_are_compared_token_by_token(place: Path) -> None:
     student = Checkpoint(place / "student")
     assert aligner_of(CONFIG, student, student, OPTIONS) is None
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"cache": "x"}, "cache has distributions over the teacher"),
         ({"feature_losses": {"hidden": 1.0}}, "feature_losses compare states at the same tokens"),
@@ -146,11 +148,11 @@ def test_tokens_are_compared_where_they_can_be(place: Path) -> None:
         ({"temperature": 2.0}, "set it to 1, and span_temperature instead"),
     ],
 )
-def test_refused_in_one_line(
-    place: Path, tmp_path: Path, fields: dict[str, Any], said: str
+def test_bad_settings_are_refused_in_one_line(
+    place: Path, tmp_path: Path, fields: dict[str, Any], message: str
 ) -> None:
     config = CONFIG.model_copy(update=fields)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         distill(
             place / "student",
             place / "teacher",
@@ -169,7 +171,7 @@ def test_sharding_is_refused(place: Path) -> None:
         aligner_of(CONFIG, Checkpoint(place / "student"), Checkpoint(place / "teacher"), options)
 
 
-def test_a_dry_run_by_the_command_line(
+def test_a_dry_run_asks_for_cross_tokenizer_spans(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["distill", str(place / "student"), "--teacher", str(place / "teacher")]

@@ -1,4 +1,4 @@
-"""Targets in bytes and memory: what a tensor takes in a format, and shapes that keep a limit."""
+"""Targets in bytes and memory: the size of each format, and shapes that meet a limit."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LLAMA = families.get("llama")
 
 
 def test_sizes_are_read_with_their_units() -> None:
-    given = ["90MB", "90 mb", "1.5GiB", "90000000", "2k", ".5M"]
-    assert [bytes_of(text) for text in given] == [
+    sizes = ["90MB", "90 mb", "1.5GiB", "90000000", "2k", ".5M"]
+    assert [bytes_of(text) for text in sizes] == [
         90_000_000, 90_000_000, 1_610_612_736, 90_000_000, 2000, 500_000,
     ]  # fmt: skip
     assert PruneConfig.model_validate({"max_bytes": 90000000}).max_bytes == "90000000"
@@ -29,13 +29,13 @@ def test_sizes_are_read_with_their_units() -> None:
             PruneConfig(max_bytes=wrong)
 
 
-def test_the_size_of_a_real_file() -> None:
+def test_the_estimated_size_equals_a_real_file() -> None:
     """The tensors of SmolLM2-135M-Instruct.Q4_1.gguf take 96,576,768 bytes."""
     assert cost.file_bytes(LLAMA, SMOLLM2, "q4_1") == 96_576_768
     assert cost.file_bytes(LLAMA, SMOLLM2, "bf16") == 2 * 134_515_008
 
 
-def test_a_mix_by_hand() -> None:
+def test_the_size_of_a_mix_equals_a_hand_computed_value() -> None:
     """q4_k_m of a model whose rows fit: half of v_proj and down_proj in q6_k, the head too."""
     config = {**SMOLLM2, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
     config |= {"head_dim": 64, "num_hidden_layers": 8, "vocab_size": 1000}
@@ -51,7 +51,7 @@ def test_a_mix_by_hand() -> None:
     assert cost.fallbacks(LLAMA, config, "q4_k_m") == []
 
 
-def test_what_a_misfit_costs_is_told() -> None:
+def test_rows_that_do_not_fit_are_reported_with_their_cost() -> None:
     lines = cost.fallbacks(LLAMA, SMOLLM2, "q4_0", {"mlp": 1500})
     (down,) = lines
     mixed = cost.fallbacks(LLAMA, SMOLLM2, "q4_k_m")
@@ -71,7 +71,7 @@ def test_what_a_misfit_costs_is_told() -> None:
     assert cost.fallbacks(LLAMA, SMOLLM2, "q4_0") == []
 
 
-def test_memory_by_hand() -> None:
+def test_memory_equals_a_hand_computed_value() -> None:
     cache = 2 * 30 * 3 * 64 * 2048 * 2
     wide = 512 * (3 * 576 + (9 + 6) * 64 + 2 * 1536 + 2048) + 49152
     expected = 2 * 134_515_008 + cache + 4 * wide
@@ -103,12 +103,12 @@ def test_shapes_keep_every_limit_and_waste_nothing(fields: dict[str, Any]) -> No
         assert not any(target.within(sizes) for sizes in wider)
         nearest = max(limit.value(shape.sizes) / limit.most for limit in target.limits)
         assert nearest > 1 - SLACK or mlp < 1536
-    many = grid(LLAMA, SMOLLM2, target, 32, 40)
-    assert 20 <= len(many) <= 40
-    assert all(target.within(shape.sizes) for shape in many)
+    all_shapes = grid(LLAMA, SMOLLM2, target, 32, 40)
+    assert 20 <= len(all_shapes) <= 40
+    assert all(target.within(shape.sizes) for shape in all_shapes)
 
 
-def test_a_share_and_a_limit_hold_together() -> None:
+def test_a_share_and_a_limit_are_both_met() -> None:
     config = PruneConfig(keep_params=0.8, max_bytes="75MB", format="q4_0")
     target = target_of(LLAMA, SMOLLM2, config)
     for shape in candidates(LLAMA, SMOLLM2, target, 32):
@@ -126,16 +126,16 @@ def test_small_limits_are_kept_by_cutting_all_axes() -> None:
     assert {"layers", "hidden", "kv_heads", "heads"} <= set(shape.sizes)
 
 
-def test_a_limit_that_nobody_can_keep_names_the_least() -> None:
-    least = smallest(LLAMA, SMOLLM2, 32)
-    families.check_sizes(LLAMA, SMOLLM2, least, 32)
-    takes = cost.file_bytes(LLAMA, SMOLLM2, "bf16", least) / 1e6
+def test_a_limit_below_the_minimum_is_refused_with_the_minimum() -> None:
+    smallest_shape = smallest(LLAMA, SMOLLM2, 32)
+    families.check_sizes(LLAMA, SMOLLM2, smallest_shape, 32)
+    takes = cost.file_bytes(LLAMA, SMOLLM2, "bf16", smallest_shape) / 1e6
     target = target_of(LLAMA, SMOLLM2, PruneConfig(max_bytes="1MB"))
     with pytest.raises(
         UserError, match=rf"max_bytes 1\.0 MB: the smallest .* takes {takes:.1f} MB"
     ):
         candidates(LLAMA, SMOLLM2, target, 32)
-    reachable = PruneConfig(max_bytes=str(cost.file_bytes(LLAMA, SMOLLM2, "bf16", least)))
+    reachable = PruneConfig(max_bytes=str(cost.file_bytes(LLAMA, SMOLLM2, "bf16", smallest_shape)))
     assert candidates(LLAMA, SMOLLM2, target_of(LLAMA, SMOLLM2, reachable), 32)
     target = target_of(LLAMA, SMOLLM2, PruneConfig(max_bytes="900MB"))
     with pytest.raises(UserError, match=r"the whole model takes 269\.0 MB in bf16: nothing to cut"):

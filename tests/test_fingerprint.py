@@ -1,4 +1,4 @@
-"""The identity of a checkpoint: a digest of all its bytes, read once and checked on the way."""
+"""The fingerprint of a checkpoint: a digest of all its bytes, read once, with a check of values."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def test_digest_of_a_file(size: int, tmp_path: Path) -> None:
 
 def test_digest_of_weights_is_that_of_the_whole_file(folder: Path) -> None:
     """Header, padding and tensors: none is left out."""
-    wanted = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    assert identity.of_weights(folder / WEIGHTS) == (wanted, "")
+    expected = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    assert identity.of_weights(folder / WEIGHTS) == (expected, "")
 
 
-def test_every_byte_counts(folder: Path) -> None:
+def test_the_digest_depends_on_every_byte(folder: Path) -> None:
     """Another model of the same size differs, wherever it differs: here in all of its norms."""
     first = load(folder).fingerprint
     weights = load_file(folder / WEIGHTS)
@@ -88,7 +88,9 @@ def test_every_byte_counts(folder: Path) -> None:
         content[place] ^= 1
 
 
-def test_the_second_time_reads_nothing(folder: Path, bytes_read: list[int], cache: Path) -> None:
+def test_the_second_fingerprint_reads_no_file(
+    folder: Path, bytes_read: list[int], cache: Path
+) -> None:
     """Neither in the same process nor, of a large file, in another one."""
     size = (folder / WEIGHTS).stat().st_size
     first = Checkpoint(folder).fingerprint
@@ -104,7 +106,7 @@ def test_the_second_time_reads_nothing(folder: Path, bytes_read: list[int], cach
     assert sum(bytes_read) == 2 * size
 
 
-def test_a_small_file_is_not_remembered_on_disk(
+def test_a_small_file_is_not_cached_on_disk(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(identity, "LARGE", 1 << 40)
@@ -112,7 +114,7 @@ def test_a_small_file_is_not_remembered_on_disk(
     assert not cache.exists()
 
 
-def test_changed_in_place_with_size_and_times_put_back(folder: Path) -> None:
+def test_a_file_changed_in_place_with_restored_times_is_read_again(folder: Path) -> None:
     """The system's own time of the change gives it away."""
     first, path = Checkpoint(folder).fingerprint, folder / WEIGHTS
     before = path.stat()
@@ -129,7 +131,7 @@ def test_changed_in_place_with_size_and_times_put_back(folder: Path) -> None:
     assert Checkpoint(folder).fingerprint != first
 
 
-def test_a_file_just_written_is_not_remembered(
+def test_a_file_just_written_is_not_cached(
     folder: Path, bytes_read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its times might not tell the next change from the last one."""
@@ -140,15 +142,15 @@ def test_a_file_just_written_is_not_remembered(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"PATH": 3}', '{"PATH": [[1], ["x"]]}'])
-def test_a_broken_memory_is_no_memory(content: str, folder: Path, cache: Path) -> None:
-    wanted = Checkpoint(folder).fingerprint
+def test_a_broken_cache_file_is_ignored(content: str, folder: Path, cache: Path) -> None:
+    expected = Checkpoint(folder).fingerprint
     identity._cached.clear()
     cache.mkdir(exist_ok=True)
     (cache / identity.MEMORY).write_text(content.replace("PATH", str(folder / WEIGHTS)))
-    assert Checkpoint(folder).fingerprint == wanted
+    assert Checkpoint(folder).fingerprint == expected
 
 
-def test_the_memory_drops_files_that_are_gone(folder: Path, tmp_path: Path, cache: Path) -> None:
+def test_the_cache_drops_deleted_files(folder: Path, tmp_path: Path, cache: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"x")
     assert identity.of_file(tmp_path / "x.gguf")
     (tmp_path / "x.gguf").unlink()
@@ -156,7 +158,7 @@ def test_the_memory_drops_files_that_are_gone(folder: Path, tmp_path: Path, cach
     assert list(json.loads((cache / identity.MEMORY).read_text())) == [str(folder / WEIGHTS)]
 
 
-def test_a_cache_folder_that_cannot_be_written_to(
+def test_a_read_only_cache_folder_is_no_error(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -166,7 +168,9 @@ def test_a_cache_folder_that_cannot_be_written_to(
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_a_weight_that_is_not_finite(dtype: torch.dtype, value: float, folder: Path) -> None:
+def test_a_weight_that_is_not_finite_is_refused(
+    dtype: torch.dtype, value: float, folder: Path
+) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     spoil(folder, name, torch.finfo(dtype).max, dtype)
     assert Checkpoint(folder).fingerprint

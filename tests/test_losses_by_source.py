@@ -1,4 +1,4 @@
-"""Losses by source: each token has those of its own source, in chunks, packing, steps and ranks."""
+"""Losses by source: each token gets its source's losses, in chunks, steps and processes."""
 
 from __future__ import annotations
 
@@ -88,14 +88,14 @@ def test_value_and_gradients_equal_the_slow_version(mix: LossWeights, cap: float
     case = Case(softcap=cap, teacher_softcap=cap)
     source_N = sources_of(mix, N)
     expected, parts = slow(case, mix, source_N)
-    wanted = case.gradients(expected)
+    expected_gradients = case.gradients(expected)
     for chunk in range(1, N + 2):
-        value, found = chunked(case, mix, source_N, chunk)
+        value, gradients = chunked(case, mix, source_N, chunk)
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
-        assert found.keys() == {name for weights in mix.by_source for name in weights}
+        assert gradients.keys() == {name for weights in mix.by_source for name in weights}
         for name, part in parts.items():
-            torch.testing.assert_close(found[name], part, rtol=1e-12, atol=1e-12)
-        for gradient, exact in zip(case.gradients(value), wanted, strict=True):
+            torch.testing.assert_close(gradients[name], part, rtol=1e-12, atol=1e-12)
+        for gradient, exact in zip(case.gradients(value), expected_gradients, strict=True):
             torch.testing.assert_close(gradient, exact, rtol=1e-11, atol=1e-12)
 
 
@@ -109,29 +109,37 @@ def test_gradients_by_finite_differences(mix: LossWeights) -> None:
 def test_tokens_of_no_known_source_have_the_plain_mix_to_the_bit() -> None:
     case = Case(torch.float32)
     mix = MIXES["hot"]
-    found, expected = (chunked(case, each, None, 4) for each in (mix, replace(mix, by_source=())))
-    assert torch.equal(found[0], expected[0])
-    assert found[1].keys() == expected[1].keys() == {"jsd"}
-    pairs = zip(case.gradients(found[0]), case.gradients(expected[0]), strict=True)
+    actual, expected = (
+        chunked(case, weights, None, 4) for weights in (mix, replace(mix, by_source=()))
+    )
+    assert torch.equal(actual[0], expected[0])
+    assert actual[1].keys() == expected[1].keys() == {"jsd"}
+    pairs = zip(case.gradients(actual[0]), case.gradients(expected[0]), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_what_a_cache_holds_of_some_tokens() -> None:
+def test_cached_tokens_take_the_losses_of_their_source() -> None:
     """A source taught by the text alone, and one by known ids: as two calls give it."""
     case = Case()
     weights = ({"cross_entropy": 1.0}, {"forward_kl": 0.5})
     source_N = sources_of(LossWeights({}, by_source=weights), N)
     p_NK = torch.rand(N, 2, dtype=torch.float64).softmax(-1) / 2
     sparse = Sparse(11, torch.arange(2).expand(N, 2).contiguous(), p_NK, 1 - p_NK.sum(-1))
-    given = (case.student_NH, case.student, case.targets_N)
+    arguments = (case.student_NH, case.student, case.targets_N)
     total, _ = head_loss(
-        *given, LossWeights({}, by_source=weights), sparse=sparse, chunk_tokens=3, source_N=source_N
+        *arguments,
+        LossWeights({}, by_source=weights),
+        sparse=sparse,
+        chunk_tokens=3,
+        source_N=source_N,
     )
     expected = torch.zeros((), dtype=torch.float64)
-    for number, each in enumerate(weights):
+    for number, row_weights in enumerate(weights):
         rows = source_N == number
-        some = (case.student_NH[rows], case.student, case.targets_N[rows])
-        expected = expected + head_loss(*some, LossWeights(each), sparse=sparse[rows])[0]
+        row_arguments = (case.student_NH[rows], case.student, case.targets_N[rows])
+        expected = (
+            expected + head_loss(*row_arguments, LossWeights(row_weights), sparse=sparse[rows])[0]
+        )
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -142,13 +150,13 @@ def data(tmp_path: Path) -> DataConfig:
     return data_of(tmp_path / "a.jsonl", sources=[str(tmp_path / "a.jsonl")])
 
 
-def test_sequences_tell_each_tokens_source(tmp_path: Path, data: DataConfig) -> None:
+def test_sequences_have_the_source_of_each_token(tmp_path: Path, data: DataConfig) -> None:
     """The same blocks as without losses of sources, which have no such tensor, and its number."""
-    both: list[Any] = [str(tmp_path / "a.jsonl"), {"source": str(tmp_path / "b.jsonl")}]
-    plain = data_of(tmp_path, sources=both)
-    tagged = data_of(tmp_path, sources=[both[0], {**both[1], "losses": COUNT_PREFIX}])
+    paths: list[Any] = [str(tmp_path / "a.jsonl"), {"source": str(tmp_path / "b.jsonl")}]
+    plain = data_of(tmp_path, sources=paths)
+    tagged = data_of(tmp_path, sources=[paths[0], {**paths[1], "losses": COUNT_PREFIX}])
     before, after = (
-        build_sequences(each, tiny_tokenizer(), "train", 20) for each in (plain, tagged)
+        build_sequences(config, tiny_tokenizer(), "train", 20) for config in (plain, tagged)
     )
     assert before.source is None
     assert set(before[0]) == {"input_ids", "position_ids", "labels", "real"}
@@ -176,10 +184,10 @@ def test_sequences_tell_each_tokens_source(tmp_path: Path, data: DataConfig) -> 
     assert checked > 10
     assert set(after.source.unique().tolist()) == {0, 1}
     after.save(tmp_path / "blocks.safetensors")
-    again = Sequences.load(tmp_path / "blocks.safetensors")
-    assert again.fingerprint == after.fingerprint
-    assert torch.equal(again.select([3, 1]).source, after.source[[3, 1]])
-    assert torch.equal(next(again.batches(4))["source"], after.source[:4])
+    reloaded = Sequences.load(tmp_path / "blocks.safetensors")
+    assert reloaded.fingerprint == after.fingerprint
+    assert torch.equal(reloaded.select([3, 1]).source, after.source[[3, 1]])
+    assert torch.equal(next(reloaded.batches(4))["source"], after.source[:4])
 
 
 MIX = LossWeights(
@@ -213,7 +221,7 @@ def exact() -> dict[str, Any]:
     return whole_step()
 
 
-def test_a_step_is_the_sum_of_its_kinds(exact: dict[str, Any]) -> None:
+def test_a_step_is_the_sum_over_the_sources(exact: dict[str, Any]) -> None:
     """Each kind of token alone, by a plain mix and by labels of its own, adds up to the whole."""
     sequences = tagged_sequences()
     assert sequences.source is not None
@@ -264,11 +272,11 @@ def _train_share(rank: int, folder: str) -> None:
 
 def test_ranks_give_the_step_of_one_process(tmp_path: Path, exact: dict[str, Any]) -> None:
     start_ranks(2, _train_share, str(tmp_path))
-    found = [torch.load(path) for path in sorted(tmp_path.glob("*.pt"))]
-    assert len(found) == 2
-    for gradients, _ in found:
+    by_rank = [torch.load(path) for path in sorted(tmp_path.glob("*.pt"))]
+    assert len(by_rank) == 2
+    for gradients, _ in by_rank:
         assert error(gradients, exact["gradients"]) < 1e-5
-    (row,) = found[0][1]
+    (row,) = by_rank[0][1]
     for name, count in exact["counts"].items():
         assert row[name] == pytest.approx(float(exact["parts"][name] / count), rel=1e-4)
 
@@ -282,16 +290,16 @@ def test_held_out_forward_kl_is_of_all_tokens_and_others_of_their_own(tmp_path: 
         eval_dataset=sequences,
     )
     undo = bind_loss(student, teacher, MIX)
-    found = trainer.evaluate()
+    measured = trainer.evaluate()
     undo()
-    assert set(found) == {"eval_forward_kl", "eval_skewed_kl", "eval_skewed_reverse_kl"}
+    assert set(measured) == {"eval_forward_kl", "eval_skewed_kl", "eval_skewed_reverse_kl"}
     sequences.source = None
     undo = bind_loss(student, teacher, LossWeights({"forward_kl": 1.0}))
-    assert trainer.evaluate()["eval_forward_kl"] == pytest.approx(found["eval_forward_kl"])
+    assert trainer.evaluate()["eval_forward_kl"] == pytest.approx(measured["eval_forward_kl"])
     undo()
 
 
-def test_a_kind_without_a_token_is_not_logged() -> None:
+def test_a_loss_without_a_token_is_not_logged() -> None:
     tally = MetricSums()
     sums = {"a": 6.0, "b": 0.0, "c": 8.0, "tokens": 4.0, "tokens of a": 3.0, "tokens of b": 0.0}
     tally.add({name: torch.tensor(value) for name, value in sums.items()})

@@ -24,24 +24,24 @@ def batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "position_ids": positions, "labels": labels}
 
 
-def slow_loss(whole: PreTrainedModel, kept: list[int], loss: str) -> float:
+def slow_loss(model: PreTrainedModel, kept: list[int], loss: str) -> float:
     """Mean loss of the model with these layers, by full logits, document by document."""
-    given = batch()
-    everything = list(whole.model.layers)
+    inputs = batch()
+    all_layers = list(model.model.layers)
     rows = []
-    for layers in (range(len(everything)), kept):
-        whole.model.layers = torch.nn.ModuleList([everything[n] for n in layers])
-        whole.config.num_hidden_layers = len(whole.model.layers)
-        parts = [whole(given["input_ids"][:, p], use_cache=False).logits for p in DOCUMENTS]
+    for layers in (range(len(all_layers)), kept):
+        model.model.layers = torch.nn.ModuleList([all_layers[n] for n in layers])
+        model.config.num_hidden_layers = len(model.model.layers)
+        parts = [model(inputs["input_ids"][:, p], use_cache=False).logits for p in DOCUMENTS]
         rows.append(torch.cat(parts, 1)[:, :-1].log_softmax(-1))
-    whole.model.layers = torch.nn.ModuleList(everything)
-    whole.config.num_hidden_layers = len(everything)
+    model.model.layers = torch.nn.ModuleList(all_layers)
+    model.config.num_hidden_layers = len(all_layers)
     log_p, log_q = rows
     if loss == "forward_kl":
         value = (log_p.exp() * (log_p - log_q)).sum(-1)
     else:
-        value = -log_q.gather(-1, given["input_ids"][:, 1:, None]).squeeze(-1)
-    return float(value[scored(given)].mean())
+        value = -log_q.gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
+    return float(value[scored(inputs)].mean())
 
 
 DOCUMENTS = (slice(0, 6), slice(6, 16))
@@ -50,7 +50,7 @@ DOCUMENTS = (slice(0, 6), slice(6, 16))
 @torch.no_grad()
 @pytest.mark.parametrize("loss", sorted(REMOVALS.values()))
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-def test_each_time_the_layer_that_is_missed_least_goes(model_type: str, loss: str) -> None:
+def test_each_round_removes_the_layer_of_lowest_loss(model_type: str, loss: str) -> None:
     model = tiny_model(model_type, torch.float64, seed=3, num_hidden_layers=LAYERS).eval()
     left, gone = list(range(LAYERS)), []
     for _ in range(LAYERS // 3 + 1):

@@ -1,4 +1,4 @@
-"""A stage's folder: whole or not there, skipped when unchanged, never put over something else."""
+"""A stage's folder: complete or absent, skipped when unchanged, never put over other files."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "out"
 
 
-def beside(out: Path) -> list[str]:
+def files_beside(out: Path) -> list[str]:
     return sorted(path.name for path in out.parent.iterdir())
 
 
-def test_complete(out: Path) -> None:
+def test_a_finished_stage_is_complete(out: Path) -> None:
     assert not stage_of(out).complete
     stage = stage_of(out)
     with stage as folder:
@@ -57,21 +57,27 @@ def test_complete(out: Path) -> None:
         stage.extra["more"] = [1]
         assert not out.exists()
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "result"]
-    assert beside(out) == ["out"]
+    assert files_beside(out) == ["out"]
     assert stage_of(out).complete
-    found = read(out)
-    assert found is not None
-    assert (found["stage"], found["config"], found["inputs"]) == ("prune", {"number": 1}, INPUTS)
-    assert found["figures"] == [
+    manifest = read(out)
+    assert manifest is not None
+    assert (manifest["stage"], manifest["config"], manifest["inputs"]) == (
+        "prune",
+        {"number": 1},
+        INPUTS,
+    )
+    assert manifest["figures"] == [
         {"name": "parameters", "value": 3.0, "unit": "parameters", "convention": ""}
     ]
-    assert found["more"] == [1]
-    assert found["versions"]["regrow"] == regrow.__version__
-    assert {"torch", "transformers", "python"} <= set(found["versions"])
-    assert found["digest"] == digest("prune", {"number": 1}, INPUTS, regrow.__version__)
+    assert manifest["more"] == [1]
+    assert manifest["versions"]["regrow"] == regrow.__version__
+    assert {"torch", "transformers", "python"} <= set(manifest["versions"])
+    assert manifest["digest"] == digest("prune", {"number": 1}, INPUTS, regrow.__version__)
 
 
-def test_changed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_config_input_or_version_is_not_complete(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another config, input or version of regrow is another stage."""
     finish(out)
     assert not stage_of(out, number=2).complete
@@ -82,7 +88,7 @@ def test_changed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not stage_of(out).complete
 
 
-def test_digest() -> None:
+def test_the_digest_depends_on_content_not_on_the_order_of_keys() -> None:
     """Of the content, not of the order of keys; told apart where parts could run together."""
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     assert digest("ab", "c") != digest("a", "bc")
@@ -90,7 +96,7 @@ def test_digest() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("ours"), KeyboardInterrupt(), UserError("theirs")])
-def test_failure(error: BaseException, out: Path) -> None:
+def test_a_failure_keeps_the_old_result(error: BaseException, out: Path) -> None:
     """The exception passes; nothing new is there, and the old result still is."""
 
     def fail(number: int) -> None:
@@ -100,16 +106,16 @@ def test_failure(error: BaseException, out: Path) -> None:
 
     with pytest.raises(type(error)):
         fail(1)
-    assert beside(out) == []
+    assert files_beside(out) == []
     finish(out)
     with pytest.raises(type(error)):
         fail(2)
-    assert beside(out) == ["out"]
+    assert files_beside(out) == ["out"]
     assert (out / "result").read_text() == "first"
     assert stage_of(out).complete
 
 
-def test_redo_replaces(out: Path) -> None:
+def test_a_second_run_replaces_the_result(out: Path) -> None:
     finish(out)
     (out / "left over").write_text("x")
     finish(out, "second", number=2)
@@ -130,7 +136,7 @@ def write_half(stage: StageDir) -> None:
         raise KeyboardInterrupt
 
 
-def test_resumable(out: Path) -> None:
+def test_a_resumable_stage_continues_in_its_folder(out: Path) -> None:
     """What an interrupted stage wrote is there when the same stage begins again, and only then."""
     interrupt(out)
     assert not out.exists()
@@ -145,7 +151,7 @@ def test_resumable(out: Path) -> None:
         assert not (folder / "half").exists()
 
 
-def test_resume_digest(out: Path) -> None:
+def test_the_resume_digest_decides_whether_a_stage_continues(out: Path) -> None:
     """A stage may say itself what makes it the same: a raised budget does not."""
 
     def stage(number: int) -> StageDir:
@@ -158,9 +164,9 @@ def test_resume_digest(out: Path) -> None:
         assert (folder / "half").exists()
     assert stage(2).complete
     assert not stage(1).complete
-    found = read(out)
-    assert found is not None
-    assert found["resume_digest"] == "same"
+    manifest = read(out)
+    assert manifest is not None
+    assert manifest["resume_digest"] == "same"
 
 
 FOREIGN = {
@@ -181,7 +187,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_foreign(kind: str, out: Path) -> None:
+def test_a_folder_with_other_files_is_refused(kind: str, out: Path) -> None:
     files, expected = FOREIGN[kind]
     out.mkdir(parents=True)
     for name, text in files.items():
@@ -214,7 +220,7 @@ FULL = {
 
 
 @pytest.mark.parametrize("kind", FULL)
-def test_full_disk(kind: str, out: Path) -> None:
+def test_a_full_disk_is_reported_in_one_line(kind: str, out: Path) -> None:
     finish(out)
     stage = stage_of(out, number=2)
     with (
@@ -222,7 +228,7 @@ def test_full_disk(kind: str, out: Path) -> None:
         stage,
     ):
         raise FULL[kind]
-    assert beside(out) == ["out"]
+    assert files_beside(out) == ["out"]
     assert stage_of(out).complete
 
 
@@ -239,7 +245,7 @@ def test_disk_is_full_at_the_manifest(out: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("regrow.stage_dir.write_json", full)
     with pytest.raises(UserError, match="no disk space left"), stage_of(out):
         pass
-    assert beside(out) == []
+    assert files_beside(out) == []
 
 
 @pytest.mark.parametrize("moved", [False, True])

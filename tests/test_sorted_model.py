@@ -1,4 +1,4 @@
-"""Cuts as gathers from one sorted model: equal to cut_model, and to a dense model with masks."""
+"""Cuts of one sorted model: equal to cut_model, and to a dense model with masks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Scores:
         draw = torch.Generator().manual_seed(1)
         counts = {dim: sizes[dim] for dim in ("layers", *ALL)}
         layers = {dim: range(sizes["layers"]) for dim in ("mlp", "heads", "kv_heads")}
-        self.found = {
+        self.by_key = {
             dim: {
                 str(layer): torch.randint(0, 9, (count,), generator=draw).double()
                 for layer in layers.get(dim, ["all"])
@@ -46,7 +46,7 @@ class Scores:
         }
 
     def scores(self, criterion: str, dim: str) -> dict[str, Tensor]:
-        return self.found[dim]
+        return self.by_key[dim]
 
 
 def setting(name: str, sizes: dict[str, int]) -> tuple[Any, Plan, Plan]:
@@ -62,7 +62,7 @@ def setting(name: str, sizes: dict[str, int]) -> tuple[Any, Plan, Plan]:
 
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_masked_is_sliced_is_gathered(name: str, sizes: dict[str, int]) -> None:
+def test_masked_sliced_and_gathered_models_agree(name: str, sizes: dict[str, int]) -> None:
     """In float64: the gather's logits = cut_model's = those of the dense model with zeros."""
     model, plan, order = setting(name, sizes)
     masked = zero(float64_norms(model), plan)
@@ -77,16 +77,16 @@ def test_masked_is_sliced_is_gathered(name: str, sizes: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_unsorted_it_equals_cut_model_bit_for_bit(name: str) -> None:
+def test_without_sorting_a_cut_equals_cut_model_bit_for_bit(name: str) -> None:
     model, plan, order = setting(name, SHAPES[-1])
     expected = cut_model(model, plan)
-    found = SortedModel(model, families.get(name)).cut(plan)
-    expected.config._name_or_path = found.config._name_or_path
-    assert found.config.to_dict() == expected.config.to_dict()
-    assert dict(found.state_dict()).keys() == dict(expected.state_dict()).keys()
-    for key, value in found.state_dict().items():
+    cut = SortedModel(model, families.get(name)).cut(plan)
+    expected.config._name_or_path = cut.config._name_or_path
+    assert cut.config.to_dict() == expected.config.to_dict()
+    assert dict(cut.state_dict()).keys() == dict(expected.state_dict()).keys()
+    for key, value in cut.state_dict().items():
         assert torch.equal(value, expected.state_dict()[key]), key
-    assert torch.equal(logits(found), logits(expected))
+    assert torch.equal(logits(cut), logits(expected))
     before = model.model.layers[0].mlp.down_proj.weight.clone()
     SortedModel(model, families.get(name), order)
     assert not torch.equal(before, model.model.layers[0].mlp.down_proj.weight)
@@ -94,16 +94,16 @@ def test_unsorted_it_equals_cut_model_bit_for_bit(name: str) -> None:
 
 def test_the_best_units_come_first_and_are_views() -> None:
     model, plan, order = setting("llama", {"hidden": 24, "mlp": 20, "kv_heads": 1})
-    held = SortedModel(model, families.get("llama"), order)
-    here = held.positions(plan)
-    assert here.hidden == list(range(24))
-    assert here.mlp == {layer: list(range(20)) for layer in range(3)}
-    assert here.kv_heads == {layer: [0] for layer in range(3)}
-    assert here.heads == {layer: [0, 1, 2] for layer in range(3)}
-    own = model.get_input_embeddings().weight.untyped_storage().data_ptr()
-    view, copy = held.cut(plan), held.cut(plan, copied=True)
-    assert view.get_input_embeddings().weight.untyped_storage().data_ptr() == own
-    assert copy.get_input_embeddings().weight.untyped_storage().data_ptr() != own
+    sorted_model = SortedModel(model, families.get("llama"), order)
+    sorted_plan = sorted_model.positions(plan)
+    assert sorted_plan.hidden == list(range(24))
+    assert sorted_plan.mlp == {layer: list(range(20)) for layer in range(3)}
+    assert sorted_plan.kv_heads == {layer: [0] for layer in range(3)}
+    assert sorted_plan.heads == {layer: [0, 1, 2] for layer in range(3)}
+    storage = model.get_input_embeddings().weight.untyped_storage().data_ptr()
+    view, copy = sorted_model.cut(plan), sorted_model.cut(plan, copied=True)
+    assert view.get_input_embeddings().weight.untyped_storage().data_ptr() == storage
+    assert copy.get_input_embeddings().weight.untyped_storage().data_ptr() != storage
     assert copy.get_input_embeddings().weight.is_contiguous()
     assert torch.equal(logits(view), logits(copy))
 
@@ -122,6 +122,8 @@ def test_replaced_weights_find_their_places(name: str) -> None:
     float64_norms(model)
     expected = logits(float64_norms(cut_model(model, plan, other)))
     plain = logits(cut_model(model, plan))
-    found = logits(float64_norms(SortedModel(model, families.get(name), order).cut(plan, other)))
+    cut_logits = logits(
+        float64_norms(SortedModel(model, families.get(name), order).cut(plan, other))
+    )
     assert (expected - plain).abs().max() > 1e-3
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(cut_logits, expected, rtol=1e-11, atol=1e-11)

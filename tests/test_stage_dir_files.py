@@ -1,4 +1,4 @@
-"""The small steps a stage's folder is made of: space, renames, links, JSON."""
+"""Helper functions of a stage's folder: disk space, renames, links, JSON."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "out"
 
 
-def test_foreign_file(out: Path) -> None:
+def test_a_file_as_output_folder_is_refused(out: Path) -> None:
     out.parent.mkdir()
     out.write_text("mine")
     for place in (out, out / "model", out / "a" / "b"):
@@ -62,7 +62,7 @@ SPECIAL: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_no_folder_and_no_file(kind: str, tmp_path: Path) -> None:
+def test_devices_and_pipes_are_refused(kind: str, tmp_path: Path) -> None:
     """Refused at once, and still there: it is not opened, and nothing is put in its place."""
     out = tmp_path / "out"
     SPECIAL[kind](out)
@@ -115,12 +115,12 @@ def test_a_folder_that_cannot_be_renamed(out: str, tmp_path: Path) -> None:
         output_folder(Path(out))
 
 
-def test_require_space(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asks the disk of the nearest folder there is."""
-    asked: list[Path] = []
+    folders: list[Path] = []
 
     def usage(path: Path) -> SimpleNamespace:
-        asked.append(Path(path))
+        folders.append(Path(path))
         return SimpleNamespace(free=3_000_000_000)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
@@ -131,10 +131,10 @@ def test_require_space(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         f"no disk space for {out}: 3.21 GB are needed and 3.00 GB free; free some or give --out "
         "another disk"
     )
-    assert asked == [out.parent.parent] * 2
+    assert folders == [out.parent.parent] * 2
 
 
-def test_replace_folder(tmp_path: Path) -> None:
+def test_replace_folder_swaps_by_rename(tmp_path: Path) -> None:
     new, out = tmp_path / "new", tmp_path / "out"
     for content in ("first", "second"):
         new.mkdir()
@@ -144,7 +144,9 @@ def test_replace_folder(tmp_path: Path) -> None:
         assert (out / "result").read_text() == content
 
 
-def test_write_json_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_json_never_leaves_a_partial_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "x.json"
     write_json(path, {"ä": 1})
     assert json.loads(path.read_text(encoding="utf-8")) == {"ä": 1}
@@ -158,7 +160,7 @@ def test_write_json_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert json.loads(path.read_text(encoding="utf-8")) == {"ä": 1}
 
 
-def test_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_link_falls_back_to_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hard link; a copy where the disk has none."""
     (tmp_path / "a").write_text("text")
     link(str(tmp_path / "a"), str(tmp_path / "b"))

@@ -1,4 +1,4 @@
-"""Frozen first blocks: nothing trains there, and what the teacher has run is not run again."""
+"""Frozen first layers: they are not trained, and the teacher's outputs of them are reused."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def models(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     student, teacher = tiny_model(name, torch.float32, seed=1), tiny_model(name, torch.float32)
     student.get_input_embeddings().load_state_dict(teacher.get_input_embeddings().state_dict())
     for n in range(2):
-        ours, theirs = student.base_model.layers[n], teacher.base_model.layers[n]
-        ours.load_state_dict(theirs.state_dict())
+        student_layer, teacher_layer = student.base_model.layers[n], teacher.base_model.layers[n]
+        student_layer.load_state_dict(teacher_layer.state_dict())
     return student.train(), teacher
 
 
@@ -47,9 +47,9 @@ def step(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[float, dic
 
 
 @pytest.mark.parametrize("name", plugins.names(families.__name__))
-def test_shared_blocks_run_once_and_change_nothing(name: str) -> None:
+def test_shared_layers_run_once_and_give_the_same_result(name: str) -> None:
     student, teacher = models(name)
-    loss, everything = step(student, teacher)
+    loss, all_runs = step(student, teacher)
     frozen_layers.freeze(student, 2)
     frozen_loss, frozen = step(student, teacher)
     assert frozen_layers.same(student, teacher, 2)
@@ -58,23 +58,23 @@ def test_shared_blocks_run_once_and_change_nothing(name: str) -> None:
     runs: list[str] = []
     for n, block in enumerate(student.base_model.layers):
         block.self_attn.register_forward_hook(lambda *_, n=n: runs.append(f"student {n}"))
-    shared_loss, found = step(student, teacher)
+    shared_loss, shared_runs = step(student, teacher)
     assert set(runs) == {f"student {n}" for n in range(2, len(student.base_model.layers))}
     assert frozen_loss == loss
     assert shared_loss == pytest.approx(loss, rel=1e-6)
     trained = {key for key, p in student.named_parameters() if p.requires_grad}
-    assert frozen.keys() == found.keys() == trained
-    assert not any(".0." in key or ".1." in key or "embed" in key for key in found)
-    for key, gradient in found.items():
-        torch.testing.assert_close(frozen[key], everything[key])
-        torch.testing.assert_close(gradient, everything[key], rtol=1e-5, atol=1e-6)
+    assert frozen.keys() == shared_runs.keys() == trained
+    assert not any(".0." in key or ".1." in key or "embed" in key for key in shared_runs)
+    for key, gradient in shared_runs.items():
+        torch.testing.assert_close(frozen[key], all_runs[key])
+        torch.testing.assert_close(gradient, all_runs[key], rtol=1e-5, atol=1e-6)
     shared.close()
     runs.clear()
     assert step(student, teacher)[0] == loss
     assert "student 0" in runs
 
 
-def test_a_prefix_that_computes_something_else_is_not_shared() -> None:
+def test_first_layers_with_other_weights_are_not_shared() -> None:
     rope = {"rope_theta": 5.0, "rope_type": "default"}
     for changes in ({"rms_norm_eps": 1e-3}, {"rope_parameters": rope}):
         student, teacher = models("llama")
@@ -85,7 +85,7 @@ def test_a_prefix_that_computes_something_else_is_not_shared() -> None:
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
-def test_a_student_cut_later_keeps_its_first_blocks(
+def test_a_student_cut_in_later_layers_keeps_its_first_layers(
     tmp_path: Path, adapter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_text(tmp_path / "text.jsonl")
@@ -98,16 +98,16 @@ def test_a_student_cut_later_keeps_its_first_blocks(
     monkeypatch.setattr(teacher_module, "say", ran.append)
     changes = {"freeze_layers": 2, "adapter": adapter, "learning_rate": 3e-3}
     config = CONFIG.model_copy(update=changes)
-    given = (student, teacher.folder, data(tmp_path), tmp_path / "out")
-    out = distill(*given, config, OPTIONS)
+    arguments = (student, teacher.folder, data(tmp_path), tmp_path / "out")
+    out = distill(*arguments, config, OPTIONS)
     assert "distill: the first 2 layers are the teacher's and run once for both models" in ran
     before, after = Checkpoint(student), Checkpoint(out)
     for name in before.names():
         fixed = ".2." not in name and "model.norm" not in name
         fixed = fixed or (adapter == "lora" and "norm" in name)
         assert torch.equal(before.tensor(name), after.tensor(name)) == fixed, name
-    found = held_out(out)
-    assert found[12] < 0.9 * found[0]
-    assert kl_of(out, tmp_path) == pytest.approx(min(found[n] for n in found if n), rel=0.03)
+    losses = held_out(out)
+    assert losses[12] < 0.9 * losses[0]
+    assert kl_of(out, tmp_path) == pytest.approx(min(losses[n] for n in losses if n), rel=0.03)
     with pytest.raises(UserError, match="freeze_layers 3: allowed are 0 to 2"):
-        distill(*given, config.model_copy(update={"freeze_layers": 3}), OPTIONS)
+        distill(*arguments, config.model_copy(update={"freeze_layers": 3}), OPTIONS)

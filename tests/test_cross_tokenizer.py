@@ -1,4 +1,4 @@
-"""Student and teacher of different tokenizers: spans by hand, the loss in float64."""
+"""Distillation across tokenizers: spans against hand-made ones, the loss in float64."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def by_hand(*merges: tuple[str, str]) -> PreTrainedTokenizerFast:
     vocab = {"<end>": 0, **{letter: n for n, letter in enumerate("abcd", start=1)}}
     for left, right in merges:
         vocab[left + right] = len(vocab)
-    made = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    found = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
-    found.add_special_tokens({"eos_token": "<end>"})
-    return found
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    return tokenizer
 
 
-def test_spans_of_a_hand_made_pair() -> None:
+def test_spans_equal_a_hand_made_example() -> None:
     student = by_hand(("a", "b"), ("c", "d"))  # ab|cd|a|a|d|<end>
     teacher = by_hand(("b", "c"), ("a", "d"))  # a|bc|d|a|ad|<end>
     ids = [*student("abcdaad")["input_ids"], 0]
     assert student.convert_ids_to_tokens(ids) == ["ab", "cd", "a", "a", "d", "<end>"]
-    found = Aligner(student, teacher).align(ids)
-    assert found is not None
-    assert teacher.convert_ids_to_tokens(found[0]) == ["a", "bc", "d", "a", "ad", "<end>"]
-    assert found[1] == [
+    aligned = Aligner(student, teacher).align(ids)
+    assert aligned is not None
+    assert teacher.convert_ids_to_tokens(aligned[0]) == ["a", "bc", "d", "a", "ad", "<end>"]
+    assert aligned[1] == [
         Span((0, 2), (0, 3)),  # abcd
         Span((2, 3), (3, 4)),  # a
         Span((3, 5), (4, 5)),  # ad
@@ -77,11 +77,11 @@ def test_a_span_at_the_very_start_of_the_teachers_text_is_not_compared() -> None
     aligned = aligner.align(ids[0].tolist())
     assert aligned is not None
     assert aligned[1][0] == Span((1, 3), (0, 3))  # abcd
-    found = aligner.batch({"input_ids": ids, "position_ids": positions, "labels": labels})
-    assert student.convert_ids_to_tokens(found.student.target) == ["a", "a", "d", "<end>"]
-    assert teacher.convert_ids_to_tokens(found.teacher.target) == ["a", "ad", "<end>"]
-    assert found.student.at == [2, 3, 4, 5]
-    assert found.teacher.at == [2, 3, 4]
+    aligned_batch = aligner.batch({"input_ids": ids, "position_ids": positions, "labels": labels})
+    assert student.convert_ids_to_tokens(aligned_batch.student.target) == ["a", "a", "d", "<end>"]
+    assert teacher.convert_ids_to_tokens(aligned_batch.teacher.target) == ["a", "ad", "<end>"]
+    assert aligned_batch.student.at == [2, 3, 4, 5]
+    assert aligned_batch.teacher.at == [2, 3, 4]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,9 +91,9 @@ def test_bytes_of_tokens_are_the_text(kind: str) -> None:
     for text in HARD:
         parts = [spelled[i] for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
         assert None not in parts
-        whole = b"".join(part for part in parts if part is not None)
+        joined = b"".join(part for part in parts if part is not None)
         assert (
-            whole.removeprefix(b"" if kind == "byte level" or not text else b" ") == text.encode()
+            joined.removeprefix(b"" if kind == "byte level" or not text else b" ") == text.encode()
         )
 
 
@@ -107,25 +107,34 @@ def text_between(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> bytes:
 def test_spans_hold_the_same_text_and_are_the_shortest(
     student: str, teacher: str, text: str
 ) -> None:
-    one, other = tiny_tokenizer_of(student), tiny_tokenizer_of(teacher)
+    student_tokenizer, teacher_tokenizer = tiny_tokenizer_of(student), tiny_tokenizer_of(teacher)
     if student == teacher == "byte level":
-        other = tiny_tokenizer(300)
-    ids = [*one(text)["input_ids"], one.eos_token_id]
-    found = Aligner(one, other).align(ids)
-    assert found is not None
-    theirs, spans = found
-    plain = [i for i in theirs if i not in (other.bos_token_id, other.eos_token_id)]
-    assert plain == other(text, add_special_tokens=False)["input_ids"]
-    assert theirs[-1] == other.eos_token_id
+        teacher_tokenizer = tiny_tokenizer(300)
+    ids = [*student_tokenizer(text)["input_ids"], student_tokenizer.eos_token_id]
+    aligned = Aligner(student_tokenizer, teacher_tokenizer).align(ids)
+    assert aligned is not None
+    teacher_ids, spans = aligned
+    plain = [
+        i
+        for i in teacher_ids
+        if i not in (teacher_tokenizer.bos_token_id, teacher_tokenizer.eos_token_id)
+    ]
+    assert plain == teacher_tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert teacher_ids[-1] == teacher_tokenizer.eos_token_id
     for (a, b), (c, d) in spans:
-        assert text_between(one, ids[a:b]).strip() == text_between(other, theirs[c:d]).strip()
+        assert (
+            text_between(student_tokenizer, ids[a:b]).strip()
+            == text_between(teacher_tokenizer, teacher_ids[c:d]).strip()
+        )
         for middle in range(a + 1, b):  # nowhere inside do both end
-            left = text_between(one, ids[a:middle])
-            assert all(left != text_between(other, theirs[c:n]) for n in range(c + 1, d))
+            left = text_between(student_tokenizer, ids[a:middle])
+            assert all(
+                left != text_between(teacher_tokenizer, teacher_ids[c:n]) for n in range(c + 1, d)
+            )
     for span, following in pairwise(spans):
         assert (span.student[1], span.teacher[1]) == (following.student[0], following.teacher[0])
     assert spans[-1].student[1] == len(ids)
-    assert spans[-1].teacher[1] == len(theirs)
+    assert spans[-1].teacher[1] == len(teacher_ids)
 
 
 @pytest.mark.parametrize(("begin", "end"), [(1, 0), (2, 0), (0, 1), (0, 2), (1, 1)])
@@ -133,16 +142,16 @@ def test_a_sequence_may_begin_and_end_inside_a_character(begin: int, end: int) -
     student, teacher = tiny_tokenizer(260), tiny_tokenizer(384)  # the first has bytes alone
     ids = student("日 the model is pruned 本")["input_ids"]
     ids = ids[begin : len(ids) - end]
-    found = Aligner(student, teacher).align(ids)
-    assert found is not None
+    aligned = Aligner(student, teacher).align(ids)
+    assert aligned is not None
     skipped = (3 - begin) % 3
-    theirs, spans = found
+    teacher_ids, spans = aligned
     text = (b"" if begin else "日".encode()) + b" the model is pruned "
     expected = text.decode() + ("" if end else "本")
-    assert theirs == teacher(expected)["input_ids"]
+    assert teacher_ids == teacher(expected)["input_ids"]
     assert spans[0].student[0] == skipped
-    held = b"".join(text_between(student, ids[slice(*span.student)]) for span in spans)
-    assert held == expected.encode()
+    covered = b"".join(text_between(student, ids[slice(*span.student)]) for span in spans)
+    assert covered == expected.encode()
 
 
 def block_of(tokenizer: PreTrainedTokenizerBase, length: int = 48, seed: int = 0) -> Sequences:
@@ -170,24 +179,26 @@ def slow_outputs(
         for begin, end in pairwise([*starts, sequences.input_ids.shape[1]]):
             ids = sequences.input_ids[row, begin:end]
             scored = (sequences.labels[row, begin:end] != IGNORED).tolist()
-            found = aligner.align(ids.tolist())
-            assert found is not None
-            theirs = torch.tensor(found[0])
+            aligned = aligner.align(ids.tolist())
+            assert aligned is not None
+            teacher_ids = torch.tensor(aligned[0])
             log_q = student(ids[None], use_cache=False).logits[0].log_softmax(-1)
             with torch.no_grad():
-                log_p = teacher(theirs[None], use_cache=False).logits[0].log_softmax(-1)
-            for (a, b), (c, d) in found[1]:
+                log_p = teacher(teacher_ids[None], use_cache=False).logits[0].log_softmax(-1)
+            for (a, b), (c, d) in aligned[1]:
                 if a == 0 or c == 0 or not all(scored[a:b]):
                     continue
-                ours = torch.stack([log_q[n - 1, ids[n]] for n in range(a, b)]).sum()
-                masters = torch.stack([log_p[n - 1, theirs[n]] for n in range(c, d)]).sum()
-                total = total + slow_span(name, ours, masters, temperature)
+                student_log_p = torch.stack([log_q[n - 1, ids[n]] for n in range(a, b)]).sum()
+                masters = torch.stack([log_p[n - 1, teacher_ids[n]] for n in range(c, d)]).sum()
+                total = total + slow_span(name, student_log_p, masters, temperature)
     return total
 
 
-def slow_span(name: str, ours: Tensor, masters: Tensor, temperature: float) -> Tensor:
+def slow_span(
+    name: str, student_log_p: Tensor, teacher_log_p: Tensor, temperature: float
+) -> Tensor:
     """By the probabilities themselves."""
-    q, p = (ours / temperature).exp(), (masters / temperature).exp()
+    q, p = (student_log_p / temperature).exp(), (teacher_log_p / temperature).exp()
     two = [torch.stack((x, 1 - x)).log() for x in (p, q)]
     return temperature * DIVERGENCES[name](two[0], two[1])
 
@@ -195,60 +206,66 @@ def slow_span(name: str, ours: Tensor, masters: Tensor, temperature: float) -> T
 @pytest.mark.parametrize("temperature", [1.0, 20.0])
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_loss_and_gradients_in_float64(name: str, temperature: float) -> None:
-    one, other = tiny_tokenizer(300), tiny_tokenizer_of("byte fallback")
-    student = tiny_model("llama", torch.float64, seed=1, vocab_size=len(one), num_hidden_layers=2)
-    teacher = tiny_model("llama", torch.float64, seed=2, vocab_size=len(other), num_hidden_layers=1)
+    student_tokenizer, teacher_tokenizer = tiny_tokenizer(300), tiny_tokenizer_of("byte fallback")
+    student = tiny_model(
+        "llama", torch.float64, seed=1, vocab_size=len(student_tokenizer), num_hidden_layers=2
+    )
+    teacher = tiny_model(
+        "llama", torch.float64, seed=2, vocab_size=len(teacher_tokenizer), num_hidden_layers=1
+    )
     for model in (student, teacher):  # likely enough that 1 − p by itself is exact
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(0.02)
-    sequences, aligner = block_of(one), Aligner(one, other)
+    sequences, aligner = block_of(student_tokenizer), Aligner(student_tokenizer, teacher_tokenizer)
     batch = next(sequences.batches(2))
     weights = list(student.parameters())
     expected = slow_outputs(student, teacher, aligner, sequences, temperature, name)
     gradients = torch.autograd.grad(expected, weights)
     mix = LossWeights({name: 1.0}, 1.0, BETA, SKEW)
     undo = bind_loss(student, CrossTokenizerTeacher(Teacher(teacher), aligner, temperature), mix)
-    found = student.train()(**{k: batch[k] for k in ("input_ids", "position_ids", "labels")})
+    outputs = student.train()(**{k: batch[k] for k in ("input_ids", "position_ids", "labels")})
     undo()
-    torch.testing.assert_close(found["loss"], expected, rtol=1e-7, atol=0)
-    torch.testing.assert_close(found["parts"][f"span_{name}"], expected.detach(), rtol=1e-7, atol=0)
-    assert 0.3 < float(found["parts"]["in_spans"]) / int(found["tokens"]) < 1
-    for one_, other_ in zip(torch.autograd.grad(found["loss"], weights), gradients, strict=True):
+    torch.testing.assert_close(outputs["loss"], expected, rtol=1e-7, atol=0)
+    torch.testing.assert_close(
+        outputs["parts"][f"span_{name}"], expected.detach(), rtol=1e-7, atol=0
+    )
+    assert 0.3 < float(outputs["parts"]["in_spans"]) / int(outputs["tokens"]) < 1
+    for one_, other_ in zip(torch.autograd.grad(outputs["loss"], weights), gradients, strict=True):
         torch.testing.assert_close(one_, other_, rtol=1e-6, atol=1e-10)
 
 
-def test_zero_for_the_teacher_itself_and_cross_entropy_beside_it() -> None:
+def test_the_loss_of_the_teacher_itself_is_zero_and_mixes_with_cross_entropy() -> None:
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", torch.float64, seed=1)
     sequences = block_of(tokenizer)
     batch = next(sequences.batches(2))
-    given = {k: batch[k] for k in ("input_ids", "position_ids", "labels")}
+    inputs = {k: batch[k] for k in ("input_ids", "position_ids", "labels")}
     spans = CrossTokenizerTeacher(Teacher(model), Aligner(tokenizer, tokenizer), 100.0)
     undo = bind_loss(model, spans, LossWeights({"forward_kl": 1.0, "cross_entropy": 0.5}))
-    found = model(**given)
+    outputs = model(**inputs)
     undo()
     undo = bind_loss(model, None, LossWeights({"cross_entropy": 1.0}))
-    plain = float(model(**given)["loss"].detach())
+    plain = float(model(**inputs)["loss"].detach())
     undo()
-    assert float(found["parts"]["span_forward_kl"]) == 0.0
-    assert float(found["loss"].detach()) == pytest.approx(plain / 2, rel=1e-12)
+    assert float(outputs["parts"]["span_forward_kl"]) == 0.0
+    assert float(outputs["loss"].detach()) == pytest.approx(plain / 2, rel=1e-12)
     # The same tokens: every scored one is a span of its own.
-    assert int(found["parts"]["in_spans"]) == int(found["tokens"])
+    assert int(outputs["parts"]["in_spans"]) == int(outputs["tokens"])
     # In eval mode the span KL comes first, whatever teaches.
     bind_loss(model, spans, LossWeights({"cross_entropy": 1.0}))
-    assert next(iter(model.eval()(**given)["parts"])) == "span_forward_kl"
+    assert next(iter(model.eval()(**inputs)["parts"])) == "span_forward_kl"
 
 
 def test_nothing_scored_is_a_zero_with_a_graph() -> None:
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", torch.float32, seed=1)
     batch = next(block_of(tokenizer).batches(2))
-    given = {k: batch[k] for k in ("input_ids", "position_ids")}
+    inputs = {k: batch[k] for k in ("input_ids", "position_ids")}
     spans = CrossTokenizerTeacher(
         Teacher(tiny_model("llama", seed=2)), Aligner(tokenizer, tokenizer), 100.0
     )
     bind_loss(model, spans, LossWeights({"forward_kl": 1.0}))
-    loss = model.train()(**given, labels=torch.full_like(batch["labels"], IGNORED))["loss"]
+    loss = model.train()(**inputs, labels=torch.full_like(batch["labels"], IGNORED))["loss"]
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert float(model.get_output_embeddings().weight.grad.abs().sum()) == 0.0
@@ -267,10 +284,10 @@ def test_log_probabilities_in_chunks(cap: float | None) -> None:
     expected = logits.log_softmax(-1)[torch.arange(n), targets]
     gradients = torch.autograd.grad((expected * scale).sum(), (hidden, weight))
     for chunk in (1, 4, n, n + 1):
-        found = log_probabilities(hidden, Head(weight, cap), targets, size, chunk_tokens=chunk)
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-        own = torch.autograd.grad((found * scale).sum(), (hidden, weight))
-        torch.testing.assert_close(own, gradients, rtol=1e-11, atol=1e-12)
+        log_p = log_probabilities(hidden, Head(weight, cap), targets, size, chunk_tokens=chunk)
+        torch.testing.assert_close(log_p, expected, rtol=1e-12, atol=1e-12)
+        chunk_gradients = torch.autograd.grad((log_p * scale).sum(), (hidden, weight))
+        torch.testing.assert_close(chunk_gradients, gradients, rtol=1e-11, atol=1e-12)
     ce, _ = head_loss(
         hidden, Head(weight[:size], cap), targets, LossWeights({"cross_entropy": 1.0})
     )
@@ -280,12 +297,12 @@ def test_log_probabilities_in_chunks(cap: float | None) -> None:
 def test_no_tensor_of_tokens_times_vocabulary() -> None:
     hidden = torch.randn(512, 8, requires_grad=True)
     weight = torch.randn(1000, 8, requires_grad=True)
-    with Largest(set()) as seen:
-        found = log_probabilities(
+    with Largest(set()) as largest:
+        log_p = log_probabilities(
             hidden, Head(weight), torch.zeros(512, dtype=torch.int64), 1000, chunk_tokens=32
         )
-        found.sum().backward()
-    assert seen.elements == 32 * 1000
+        log_p.sum().backward()
+    assert largest.elements == 32 * 1000
 
 
 def test_chunks_of_the_default_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,16 +317,20 @@ def test_chunks_of_the_default_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_far_and_certain_spans_stay_finite() -> None:
-    ours = torch.tensor([0.0, -1e-30, -1e-9, -700.0, 0.0], dtype=torch.float64, requires_grad=True)
-    theirs = torch.tensor([0.0, -5.0, -1e-9, -1.0, -700.0], dtype=torch.float64)
+    student_log_p = torch.tensor(
+        [0.0, -1e-30, -1e-9, -700.0, 0.0], dtype=torch.float64, requires_grad=True
+    )
+    teacher_log_p = torch.tensor([0.0, -5.0, -1e-9, -1.0, -700.0], dtype=torch.float64)
     for name in DIVERGENCES:
-        loss, _ = span_loss(ours, theirs, LossWeights({name: 1.0}, 1.0, BETA, SKEW), 100.0)
-        (slope,) = torch.autograd.grad(loss, ours)
+        loss, _ = span_loss(
+            student_log_p, teacher_log_p, LossWeights({name: 1.0}, 1.0, BETA, SKEW), 100.0
+        )
+        (slope,) = torch.autograd.grad(loss, student_log_p)
         assert math.isfinite(float(loss.detach())), name
         assert bool(slope.isfinite().all()), name
 
 
-def test_refusals() -> None:
+def test_special_tokens_that_the_teacher_lacks_are_refused() -> None:
     chat = tiny_tokenizer()
     other = tiny_tokenizer_of("byte fallback")
     ids = torch.tensor([chat("<|im_start|>user\nHello there!<|im_end|>")["input_ids"]])
@@ -331,10 +352,13 @@ def test_refusals() -> None:
         Aligner(silent, chat, ("student x", "teacher y"))
 
 
-def test_text_that_does_not_come_back_is_left_out() -> None:
+def test_text_that_does_not_decode_to_itself_is_left_out() -> None:
     """Without bytes, what was not trained on is unknown to the teacher."""
-    one, other = tiny_tokenizer(), tiny_tokenizer_of("unigram without bytes")
-    aligner = Aligner(one, other)
-    assert aligner.align(one("日本語")["input_ids"]) is None
-    assert aligner.align(one("The capital of France")["input_ids"]) is not None
-    assert aligner.coverage(block_of(one)) < 1
+    student_tokenizer, teacher_tokenizer = (
+        tiny_tokenizer(),
+        tiny_tokenizer_of("unigram without bytes"),
+    )
+    aligner = Aligner(student_tokenizer, teacher_tokenizer)
+    assert aligner.align(student_tokenizer("日本語")["input_ids"]) is None
+    assert aligner.align(student_tokenizer("The capital of France")["input_ids"]) is not None
+    assert aligner.coverage(block_of(student_tokenizer)) < 1

@@ -1,4 +1,4 @@
-"""Angular distance: every pair of depths, the block that is chosen, and what refuses it."""
+"""Angular distance: every pair of depths, the chosen layers, and refused settings."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ CONFIG = ProfileConfig(criteria=("angular_distance", "last_layers"), samples=7, 
 LAYERS = 7
 
 
-def slow_angle(one: Tensor, other: Tensor) -> float:
+def slow_angle(first: Tensor, second: Tensor) -> float:
     angles = [
-        math.acos(float(a @ b / (a.norm() * b.norm()))) for a, b in zip(one, other, strict=True)
+        math.acos(float(a @ b / (a.norm() * b.norm()))) for a, b in zip(first, second, strict=True)
     ]
     return sum(angles) / len(angles) / math.pi
 
@@ -36,7 +36,7 @@ def slow_angle(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi3"])
 def test_every_pair_equals_the_slow_version(text: Path, tmp_path: Path, name: str) -> None:
     checkpoint = write_model(tmp_path / "model", name, torch.float64)
-    found = profile(checkpoint, data_of(text), tmp_path / "out", CONFIG, OPTIONS)
+    measured = profile(checkpoint, data_of(text), tmp_path / "out", CONFIG, OPTIONS)
     slow = Slow(checkpoint, calibration(checkpoint, data_of(text), 7))
     layers = checkpoint.config["num_hidden_layers"]
     expected = torch.zeros(layers, layers, dtype=torch.float64)
@@ -44,7 +44,7 @@ def test_every_pair_equals_the_slow_version(text: Path, tmp_path: Path, name: st
         for first in range(last + 1):
             rows = slow.rows(f"in/{first}"), slow.rows(f"out/{last}")
             expected[last, first] = slow_angle(*rows)
-    distances = load_file(found.folder / STATISTICS)["angular_distance/layers/all"]
+    distances = load_file(measured.folder / STATISTICS)["angular_distance/layers/all"]
     torch.testing.assert_close(distances.double(), expected, rtol=1e-6, atol=0)
 
 
@@ -53,9 +53,9 @@ def test_known_angles_over_several_portions_of_tokens() -> None:
     start = torch.tensor([[1.0, 0.0]]).repeat(2 * ROWS + 3, 1)
     turned = torch.tensor([[2.0, 2.0]]).repeat(2 * ROWS + 3, 1)
     twice = torch.tensor([[0.0, 0.5]]).repeat(2 * ROWS + 3, 1)
-    found = layer_distances([start, turned, twice]) / len(start)
+    distances = layer_distances([start, turned, twice]) / len(start)
     expected = torch.tensor([[0.25, 0.0], [0.5, 0.25]], dtype=torch.float64)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(distances, expected, rtol=1e-12, atol=0)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,9 @@ def planted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Profile:
 
 
 @pytest.mark.parametrize(("gone", "dropped"), [(2, [3, 4]), (4, [2, 3, 4, 5])])
-def test_the_block_that_does_nothing_goes(planted: Profile, gone: int, dropped: list[int]) -> None:
+def test_the_layers_that_do_nothing_are_removed(
+    planted: Profile, gone: int, dropped: list[int]
+) -> None:
     """Layers 3 and 4 each turn the stream, and undo each other: no score of one layer sees that."""
     checkpoint = Checkpoint(planted.folder.parent / "model")
     family = families.of(checkpoint)
@@ -99,7 +101,7 @@ def test_the_block_that_does_nothing_goes(planted: Profile, gone: int, dropped: 
 
 
 @pytest.mark.parametrize("gone", range(1, 7))
-def test_what_goes_is_the_block_of_the_least_distance(planted: Profile, gone: int) -> None:
+def test_the_layers_of_least_distance_are_removed(planted: Profile, gone: int) -> None:
     distances = load_file(planted.folder / STATISTICS)["angular_distance/layers/all"]
     blocks = {first: float(distances[first + gone - 1, first]) for first in range(8 - gone)}
     checkpoint = Checkpoint(planted.folder.parent / "model")
@@ -113,10 +115,10 @@ def test_what_goes_is_the_block_of_the_least_distance(planted: Profile, gone: in
 def test_last_layers_drops_from_the_end(text: Path, tmp_path: Path) -> None:
     checkpoint = write_model(tmp_path / "model", num_hidden_layers=5)
     config = CONFIG.model_copy(update={"criteria": ("last_layers",)})
-    found = profile(checkpoint, data_of(text), tmp_path / "out", config, OPTIONS)
-    assert set(load_file(found.folder / SCORES)) == {"last_layers/layers/all"}
+    measured = profile(checkpoint, data_of(text), tmp_path / "out", config, OPTIONS)
+    assert set(load_file(measured.folder / SCORES)) == {"last_layers/layers/all"}
     family = families.of(checkpoint)
-    plan = choose(checkpoint, family, found, {"layers": 3}, "none", "last_layers")
+    plan = choose(checkpoint, family, measured, {"layers": 3}, "none", "last_layers")
     assert plan.layers == [0, 1, 2]
 
 
@@ -128,7 +130,7 @@ def test_one_layer_at_a_time_is_refused(text: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_report_shows_the_row_of_the_number_that_went(planted: Profile) -> None:
+def test_the_report_shows_the_scores_for_the_number_of_removed_layers(planted: Profile) -> None:
     """Without a cut the row of one layer; bars are scores [L], as for other criteria."""
     scores = planted.scores("angular_distance", "layers")["all"]
     chart = _layers(scores, None, "angular_distance")

@@ -1,4 +1,4 @@
-"""Two teachers as one: against the mixture of whole distributions in float64, and in a run."""
+"""Two teachers: against the mixture of whole distributions in float64, and in a run."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def blend_of(caps: tuple[float | None, ...] = (None, None, 1.5)) -> tuple[Teache
 
 def slow_target(blend: TeacherMixture, hidden_NH: Tensor, temperature: float) -> Tensor:
     """log Σ w softmax(logits / T), one probability after the other."""
-    found, begin = torch.zeros(N, V, dtype=torch.float64), 0
+    target_NV, begin = torch.zeros(N, V, dtype=torch.float64), 0
     for head, share in zip(blend.heads, blend.shares, strict=True):
         width = head.weight_VH.shape[1]
         logits = hidden_NH[:, begin : begin + width] @ head.weight_VH[:V].T
         begin += width
         if head.softcap is not None:
             logits = head.softcap * (logits / head.softcap).tanh()
-        found += share * (logits / temperature).softmax(-1)
-    return found.log()
+        target_NV += share * (logits / temperature).softmax(-1)
+    return target_NV.log()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 4.0])
@@ -80,16 +80,18 @@ def test_every_loss_learns_the_mixture(name: str, temperature: float) -> None:
     for chunk in (1, 4, N, N + 3):
         value, _ = head_loss(student_NH, head, targets, mix, hidden_NH, blend, chunk)
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
-        for one, other in zip(torch.autograd.grad(value, inputs), gradients, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+        for actual, expected_gradient in zip(
+            torch.autograd.grad(value, inputs), gradients, strict=True
+        ):
+            torch.testing.assert_close(actual, expected_gradient, rtol=1e-9, atol=1e-11)
 
 
 def test_a_share_of_nearly_nothing_and_a_far_token_stay_finite() -> None:
     heads = tuple(Head(100 * random(V, 4, seed=n)) for n in range(2))
     blend, hidden_NH = TeacherMixture(heads, (1 - 1e-12, 1e-12)), 10 * random(N, 8, seed=3)
-    found = blend.target(hidden_NH, V, LossWeights({"forward_kl": 1.0}))
-    assert bool(found.isfinite().all())
-    torch.testing.assert_close(found.logsumexp(-1), torch.zeros(N, dtype=torch.float64))
+    target = blend.target(hidden_NH, V, LossWeights({"forward_kl": 1.0}))
+    assert bool(target.isfinite().all())
+    torch.testing.assert_close(target.logsumexp(-1), torch.zeros(N, dtype=torch.float64))
 
 
 def test_the_teacher_with_itself_is_that_teacher() -> None:
@@ -125,14 +127,14 @@ def slow_kl(folder: Path, place: Path) -> float:
     """KL(0.75 one + 0.25 other ‖ model) per scored held-out token, over the tokenizer's ids."""
     sequences = build_sequences(data_of(place / "text.jsonl"), tiny_tokenizer(), "heldout", 4)
     batch = next(sequences.batches(4))
-    given = {key: batch[key] for key in ("input_ids", "position_ids")}
+    inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
     with torch.no_grad():
-        q, one, other = (
-            Checkpoint(path).model(torch.float64)(**given, use_cache=False).logits
+        q, first_p, second_p = (
+            Checkpoint(path).model(torch.float64)(**inputs, use_cache=False).logits
             for path in (folder, place / "one", place / "other")
         )
     size = len(tiny_tokenizer())
-    p = 0.75 * one[..., :size].softmax(-1) + 0.25 * other[..., :size].softmax(-1)
+    p = 0.75 * first_p[..., :size].softmax(-1) + 0.25 * second_p[..., :size].softmax(-1)
     kl_BT = (p * (p.log() - q[..., :size].log_softmax(-1))).sum(-1)[:, :-1]
     return float(kl_BT[batch["labels"][:, 1:] != -100].mean())
 
@@ -143,16 +145,18 @@ def test_a_run_learns_the_mixture_and_knows_its_teachers(place: Path, tmp_path: 
         update={"extra_teachers": {str(place / "other"): 0.25}, "learning_rate": 3e-3}
     )
     distill(place / "student", place / "one", data, out, config, OPTIONS)
-    found = figures(out)
-    assert found["held-out KL before"] == pytest.approx(slow_kl(place / "student", place), rel=0.05)
-    assert found["held-out KL"] == pytest.approx(slow_kl(out, place), rel=0.05)
-    assert found["held-out KL"] < found["held-out KL before"]
+    measured = figures(out)
+    assert measured["held-out KL before"] == pytest.approx(
+        slow_kl(place / "student", place), rel=0.05
+    )
+    assert measured["held-out KL"] == pytest.approx(slow_kl(out, place), rel=0.05)
+    assert measured["held-out KL"] < measured["held-out KL before"]
     before = (out / "manifest.json").stat().st_mtime_ns
     distill(place / "student", place / "one", data, out, config, OPTIONS)
     assert (out / "manifest.json").stat().st_mtime_ns == before  # complete and unchanged
 
 
-def test_a_recipe_blends(place: Path, tmp_path: Path) -> None:
+def test_a_recipe_distils_from_two_teachers(place: Path, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"tokens": 128, "batch_tokens": 128, "heldout_sequences": 2}
     fields |= {"teacher": str(place / "one"), "extra_teachers": {str(place / "other"): 0.5}}
     data = data_of(place / "text.jsonl")
@@ -160,15 +164,15 @@ def test_a_recipe_blends(place: Path, tmp_path: Path) -> None:
     out = run(recipe, tmp_path / "run", OPTIONS)
     assert (out / "model" / "config.json").exists()
     cached = {"cache": {"teacher": str(place / "one"), "tokens": 128}}
-    both = recipe.model_copy(update={"stages": [cached, {"distill": fields}]})
+    with_cache = recipe.model_copy(update={"stages": [cached, {"distill": fields}]})
     with pytest.raises(
         UserError, match=r"stages.1.distill: extra_teachers: cache works with one teacher only"
     ):
-        check(both, OPTIONS)
+        check(with_cache, OPTIONS)
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"extra_teachers": {"x": 1.0}}, "sum to less than 1"),
         ({"extra_teachers": {"x": 0.6, "y": 0.5}}, "sum to less than 1"),
@@ -176,12 +180,12 @@ def test_a_recipe_blends(place: Path, tmp_path: Path) -> None:
         ({"extra_teachers": {"x": float("nan")}}, "must be above 0"),
     ],
 )
-def test_bad_shares(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_bad_teacher_weights_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         parse(DistillConfig, fields, "distill")
 
 
-def test_refused_before_any_slow_work(place: Path) -> None:
+def test_bad_extra_teachers_are_refused_before_any_slow_work(place: Path) -> None:
     student = Checkpoint(place / "student")
     other = {str(place / "other"): 0.5}
     feature_losses = DistillConfig(extra_teachers=other, feature_losses={"hidden": 1.0})

@@ -1,4 +1,4 @@
-"""Ways to hold a frozen teacher: in 8 bits, and on disk but for the block that runs."""
+"""Placements of a frozen teacher: in 8 bits, or on disk with one layer in memory."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def logits_of(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_layer_in_int8(bias: bool) -> None:
+def test_a_linear_layer_in_int8_is_close_to_the_original(bias: bool) -> None:
     """In float64, row by row: whole steps of 2 max|w| / 255, each the nearest to its weight."""
     torch.manual_seed(0)
     layer = nn.Linear(40, 30, bias=bias, dtype=torch.float64)
@@ -71,50 +71,54 @@ def test_a_layer_in_int8(bias: bool) -> None:
     torch.testing.assert_close(rounded(x), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_int8_says_almost_the_same(checkpoint: Checkpoint) -> None:
-    whole, rounded = (place_teacher(checkpoint, how, CPU) for how in ("whole", "int8"))
-    log_p, log_q = (logits_of(model).double().log_softmax(-1) for model in (whole, rounded))
+def test_an_int8_teacher_gives_almost_the_same_logits(checkpoint: Checkpoint) -> None:
+    exact, rounded = (place_teacher(checkpoint, placement, CPU) for placement in ("whole", "int8"))
+    log_p, log_q = (logits_of(model).double().log_softmax(-1) for model in (exact, rounded))
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
     assert 0 < kl < 0.01 * entropy
     head = rounded.get_output_embeddings()
     assert [m for m in rounded.modules() if isinstance(m, nn.Linear)] == [head]
-    for name, module in whole.named_modules():
-        if isinstance(module, nn.Linear) and module is not whole.get_output_embeddings():
+    for name, module in exact.named_modules():
+        if isinstance(module, nn.Linear) and module is not exact.get_output_embeddings():
             codes = rounded.get_submodule(name).get_buffer("codes_RC")
             assert (codes.shape, codes.itemsize) == (module.weight.shape, 1)
 
 
-def test_from_disk_it_says_the_same(checkpoint: Checkpoint) -> None:
+def test_a_teacher_on_disk_gives_the_same_logits_with_one_layer_in_memory(
+    checkpoint: Checkpoint,
+) -> None:
     """To the bit, in every pass, and never with more than one block there."""
-    whole, streamed = (place_teacher(checkpoint, how, CPU) for how in ("whole", "disk"))
+    resident, streamed = (
+        place_teacher(checkpoint, placement, CPU) for placement in ("whole", "disk")
+    )
     layers = list(streamed.base_model.layers)
-    there = []
+    loaded = []
 
     def count(*_: object) -> None:
-        there.append([n for n, each in enumerate(layers) if not on_meta(each)])
+        loaded.append([n for n, layer in enumerate(layers) if not on_meta(layer)])
 
     for layer in layers:
         layer.register_forward_pre_hook(count)
     for _ in range(2):
-        assert torch.equal(logits_of(streamed), logits_of(whole))
-    assert there == [[n] for n in range(len(layers))] * 2
+        assert torch.equal(logits_of(streamed), logits_of(resident))
+    assert loaded == [[n] for n in range(len(layers))] * 2
     assert all(map(on_meta, layers))
     assert streamed.device == CPU
 
 
 def on_meta(module: nn.Module) -> bool:
-    found = {parameter.is_meta for parameter in module.parameters()}
-    assert len(found) == 1
-    return found.pop()
+    flags = {parameter.is_meta for parameter in module.parameters()}
+    assert len(flags) == 1
+    return flags.pop()
 
 
-@pytest.mark.parametrize("how", ["int8", "disk"])
-def test_a_student_learns_from_it(place: Path, how: str) -> None:
+@pytest.mark.parametrize("placement", ["int8", "disk"])
+def test_a_student_learns_from_a_placed_teacher(place: Path, placement: str) -> None:
     """As from the whole teacher: the same gradient from disk, and nearly that from int8."""
     batch = {"input_ids": IDS, "position_ids": POSITIONS, "labels": IDS}
-    found = []
-    for hold in ("whole", how):
+    losses = []
+    for hold in ("whole", placement):
         student = Checkpoint(place / "pruned").model(torch.float32)
         bind_loss(
             student,
@@ -122,14 +126,14 @@ def test_a_student_learns_from_it(place: Path, how: str) -> None:
             LossWeights({"forward_kl": 1.0}),
         )
         student.train()(**batch)["loss"].backward()
-        found.append(
+        losses.append(
             torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
         )
-    error = float((found[1] - found[0]).norm() / found[0].norm())
-    assert error == 0 if how == "disk" else 0 < error < 0.1
+    error = float((losses[1] - losses[0]).norm() / losses[0].norm())
+    assert error == 0 if placement == "disk" else 0 < error < 0.1
 
 
-def test_a_distillation_either_way(place: Path) -> None:
+def test_each_placement_trains_a_student(place: Path) -> None:
     int8 = CONFIG.model_copy(update={"teacher_dtype": "int8"})
     on_disk = OPTIONS.model_copy(update={"offload_teacher": True})
     out = {}
@@ -138,8 +142,8 @@ def test_a_distillation_either_way(place: Path) -> None:
         ("disk", CONFIG, on_disk),
         ("int8", int8, OPTIONS),
     ):
-        given = (place / "pruned", place / "teacher", data(place), place / "out" / name)
-        out[name] = distill(*given, config, options)
+        arguments = (place / "pruned", place / "teacher", data(place), place / "out" / name)
+        out[name] = distill(*arguments, config, options)
     weights = {name: load_file(folder / "model.safetensors") for name, folder in out.items()}
     assert all(torch.equal(weights["disk"][n], value) for n, value in weights["whole"].items())
     assert any(not torch.equal(weights["int8"][n], v) for n, v in weights["whole"].items())
@@ -152,7 +156,7 @@ INT8, DISK = {"teacher_dtype": "int8"}, {"offload_teacher": True}
 
 
 @pytest.mark.parametrize(
-    ("fields", "options", "said"),
+    ("fields", "options", "message"),
     [
         (INT8, DISK, "teacher_dtype int8 and offload_teacher: both place the teacher"),
         ({}, {**DISK, "sharding": "fsdp"}, "sharding fsdp and offload_teacher: both place"),
@@ -164,10 +168,10 @@ INT8, DISK = {"teacher_dtype": "int8"}, {"offload_teacher": True}
         ({"cache": "c"}, DISK, "offload_teacher: a cache replaces"),
     ],
 )
-def test_what_excludes_each_other(
-    fields: dict[str, str], options: dict[str, bool | str], said: str
+def test_options_that_exclude_each_other_are_refused(
+    fields: dict[str, str], options: dict[str, bool | str], message: str
 ) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         teacher_placement(DistillConfig.model_validate(fields), Options.model_validate(options))
 
 
