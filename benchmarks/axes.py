@@ -62,7 +62,9 @@ def main() -> None:
     measured = profile(DENSE, data, out / "profile", config)
     cuts = _cuts(arguments.layer_criteria)
     models = {name: _models(cut, out / "models" / name, measured) for name, cut in cuts.items()}
-    flat = {f"{name}/{kind}": path for name, both in models.items() for kind, path in both.items()}
+    flat = {
+        f"{name}/{kind}": path for name, paths in models.items() for kind, path in paths.items()
+    }
     figures = measure(flat, out / "untrained", texts, text_tokens=arguments.text_tokens)
     after = _distilled(cuts, models, figures, data, arguments) if arguments.tokens else {}
     shapes = {cut.shape: models[name]["plain"] for name, cut in cuts.items()}
@@ -120,29 +122,30 @@ def _distilled(
 ) -> dict[str, dict[str, float]]:
     """Figures after distilling, with the same budget, the best untrained row of each kind."""
     config = DistillConfig(tokens=arguments.tokens, batch_tokens=1024)
-    found, starts = {}, {}
+    distilled, starts = {}, {}
     for kind in ("width", "depth", "mix"):
         rows = {name: list(models[name])[-1] for name, cut in cuts.items() if cut.kind == kind}
         best = min(rows, key=lambda name: figures[f"{name}/{rows[name]}"][KL])
         folder = arguments.out / f"distilled-{arguments.tokens}" / kind
         start = models[best][rows[best]]
-        found[best] = distill(start, DENSE, data, folder, config, Options(batch_size=2))
+        distilled[best] = distill(start, DENSE, data, folder, config, Options(batch_size=2))
         starts[f"{best} before"] = start
     out = arguments.out / f"evaluation-{arguments.tokens}"
-    both = measure(
-        {**found, **starts}, out, arguments.texts, TESTS, text_tokens=arguments.text_tokens
+    measured = measure(
+        {**distilled, **starts}, out, arguments.texts, TESTS, text_tokens=arguments.text_tokens
     )
     lines = ["| shape | " + " | ".join(f"{test} ppl × dense | KL" for test in TESTS) + " |"]
     lines.append("|---|" + "---:|---:|" * len(TESTS))
-    for label in (*starts, *found):
+    for label in (*starts, *distilled):
+        row, dense = measured[label], measured["teacher"]
         cells = [
-            f"{both[label][f'perplexity/{test}'] / both['teacher'][f'perplexity/{test}']:.3f} "
-            f"| {both[label][f'kl/{test}']:.3f}"
+            f"{row[f'perplexity/{test}'] / dense[f'perplexity/{test}']:.3f} "
+            f"| {row[f'kl/{test}']:.3f}"
             for test in TESTS
         ]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     (arguments.out / "distilled.md").write_text("\n".join(lines) + "\n")
-    return both
+    return measured
 
 
 def _speeds(models: dict[str, Path], turns: int) -> dict[str, dict[str, float]]:
@@ -155,11 +158,11 @@ def _speeds(models: dict[str, Path], turns: int) -> dict[str, dict[str, float]]:
         timed[label] = FolderEvalModel(
             *(label, checkpoint, tokenizer, [], torch.bfloat16, options, {})
         )
-    found = speed.measure_all(timed, EvaluateConfig(repeats=turns), None)
-    values = {label: {f.name: f.value for f in m.figures} for label, m in found.items()}
+    measured = speed.measure_all(timed, EvaluateConfig(repeats=turns), None)
+    values = {label: {f.name: f.value for f in m.figures} for label, m in measured.items()}
     return {
-        label: {kind: each.get(f"{kind}_speedup", 1.0) for kind in ("prefill", "decode")}
-        for label, each in values.items()
+        label: {kind: figures.get(f"{kind}_speedup", 1.0) for kind in ("prefill", "decode")}
+        for label, figures in values.items()
     }
 
 
@@ -196,9 +199,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=96, help="calibration blocks of 512")
     parser.add_argument("--text-tokens", type=int, default=16384, help="test tokens")
     parser.add_argument("--turns", type=int, default=5, help="turns of the speed measurement")
-    known = ["block_influence", "angular_distance", "kl_drop"]
+    criteria = ["block_influence", "angular_distance", "kl_drop"]
     parser.add_argument(
-        "--layer-criteria", nargs="+", default=known, help="of depth; the last one for the mixes"
+        "--layer-criteria", nargs="+", default=criteria, help="of depth; the last one for the mixes"
     )
     return parser.parse_args()
 

@@ -62,10 +62,10 @@ def _row(
         measure(models, place / "evaluation", texts)
         for folder in models.values():
             shutil.rmtree(folder)
-    found = figures(place / "evaluation")
-    cells = [criterion, f"{found['plain']['parameters'] / dense['parameters']:.1%}"]
-    cells += [f"{found[name][PPL] / dense[PPL]:.3f}" for name in models]
-    cells += [f"{found[name]['kl/wikitext2']:.3f}" for name in models]
+    results = figures(place / "evaluation")
+    cells = [criterion, f"{results['plain']['parameters'] / dense['parameters']:.1%}"]
+    cells += [f"{results[name][PPL] / dense[PPL]:.3f}" for name in models]
+    cells += [f"{results[name]['kl/wikitext2']:.3f}" for name in models]
     return "| " + " | ".join(cells) + " |"
 
 

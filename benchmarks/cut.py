@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from process_memory import watch
 from safetensors.torch import save_file
-from watched import watch
 
 from regrow import Plan, families
 from regrow.checkpoint import Checkpoint

@@ -41,11 +41,11 @@ def main() -> None:
     print(text)
 
 
-def _row(name: str, made: dict[str, Any]) -> str:
-    found = {row["name"]: row for row in made["figures"]}
-    value = {key: row["value"] for key, row in found.items()}
-    greedy = f"{value['greedy_equal']:.0f} of {found['greedy_equal']['n']}"
-    fell = "; ".join(made["fallbacks"]) or "–"
+def _row(name: str, manifest: dict[str, Any]) -> str:
+    measured = {row["name"]: row for row in manifest["figures"]}
+    value = {key: row["value"] for key, row in measured.items()}
+    greedy = f"{value['greedy_equal']:.0f} of {measured['greedy_equal']['n']}"
+    fell = "; ".join(manifest["fallbacks"]) or "–"
     return (
         f"| {name} | {value['file_bytes'] / 1e6:.1f} | {value['bits_per_weight']:.2f} "
         f"| {value['kl']:.2e} | {value['kl_worst']:.1e} | {value['same_top_token']:.1%} "

@@ -31,9 +31,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from process_memory import peak_above
 from torch import Tensor
 from torch.nn import functional
-from watched import peak_above
 
 from regrow.training.head import Head, head_loss
 from regrow.training.loss_weights import LossWeights
@@ -63,8 +63,8 @@ def liger(
 
     targets_N = torch.zeros(len(student_NH), dtype=torch.int64)
     loss = LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.0, compiled=compiled)
-    found: Tensor = loss(student_NH, student_VH, teacher_NH, teacher_VH, targets_N)
-    return found
+    value: Tensor = loss(student_NH, student_VH, teacher_NH, teacher_VH, targets_N)
+    return value
 
 
 def liger_eager(*tensors: Tensor) -> Tensor:
@@ -111,25 +111,25 @@ def main() -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def _ask(kind: str, what: str, tokens: int, turns: int = 1) -> dict[str, float] | None:
+def _ask(kind: str, quantity: str, tokens: int, turns: int = 1) -> dict[str, float] | None:
     """What a process of its own finds; None where it gets no memory."""
     flags = ["--tokens", str(tokens), "--turns", str(turns)]
-    command = [sys.executable, __file__, "--only", f"{what}:{kind}", *flags]
+    command = [sys.executable, __file__, "--only", f"{quantity}:{kind}", *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         assert "allocate memory" in done.stderr or "MemoryError" in done.stderr, done.stderr
         return None
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    print(what, kind, tokens, found, file=sys.stderr, flush=True)
-    return found
+    answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    print(quantity, kind, tokens, answer, file=sys.stderr, flush=True)
+    return answer
 
 
 def _child(only: str, tokens: int) -> None:
-    what, kind = only.split(":")
+    quantity, kind = only.split(":")
     limit = _free() - 10**9  # an error, not the kernel's killing of some process
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    found = {"peak": _peak, "error": _error, "time": _times}[what](kind, tokens)
-    print(json.dumps(found))
+    answer = {"peak": _peak, "error": _error, "time": _times}[quantity](kind, tokens)
+    print(json.dumps(answer))
 
 
 def _free() -> int:
@@ -170,8 +170,8 @@ def _error(kind: str, tokens: int) -> dict[str, float]:
             "weight": (student_VH.grad, slope_NV.T @ student_NH.double()),
         }
         return {
-            name: float((true - found).norm() / true.norm())  # type: ignore[operator]
-            for name, (found, true) in pairs.items()
+            name: float((true - actual).norm() / true.norm())  # type: ignore[operator]
+            for name, (actual, true) in pairs.items()
         }
 
 
@@ -186,7 +186,10 @@ def _times(_: str, tokens: int) -> dict[str, float]:
             if turn:  # the first warms up
                 times[kind].append(time.perf_counter() - start)
     pairs = {kind: zip(times["ours"], seconds, strict=True) for kind, seconds in times.items()}
-    return {kind: median(own / other for own, other in each) for kind, each in pairs.items()}
+    return {
+        kind: median(ours_s / other_s for ours_s, other_s in turns_of_kind)
+        for kind, turns_of_kind in pairs.items()
+    }
 
 
 def _arguments() -> argparse.Namespace:

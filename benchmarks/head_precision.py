@@ -56,9 +56,11 @@ def _row(
         begin = time.process_time()
         with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.bfloat16):
             value, _ = head_loss(student_NH, head, targets_N, mix, x, Head(t))
-        found = torch.autograd.grad(value, (student_NH, head.weight_VH))
+        gradients = torch.autograd.grad(value, (student_NH, head.weight_VH))
         times.append(time.process_time() - begin)
-    errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, true, strict=True)]
+    errors = [
+        float((a.double() - b).norm() / b.norm()) for a, b in zip(gradients, true, strict=True)
+    ]
     print(f"| {name} | {errors[0]:.1e} | {errors[1]:.1e} | {min(times):.2f} |", flush=True)
 
 

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 import torch
-from watched import watch
+from process_memory import watch
 
 from regrow import families, load
 from regrow.checkpoint import Checkpoint
@@ -107,8 +107,10 @@ def _run(command: list[str], limit: int) -> tuple[int, float, int]:
 def _make(folder: Path, gigabytes: float) -> None:
     """Random weights, one tensor in memory at a time."""
     family, config = families.get("llama"), {**CONFIG, "num_hidden_layers": 1}
-    one, two = (2 * family.count(config, {"layers": count}) for count in (1, 2))
-    config["num_hidden_layers"] = max(4, 1 + round((gigabytes * 1e9 - one) / (two - one)))
+    one_layer, two_layers = (2 * family.count(config, {"layers": count}) for count in (1, 2))
+    config["num_hidden_layers"] = max(
+        4, 1 + round((gigabytes * 1e9 - one_layer) / (two_layers - one_layer))
+    )
     shapes = dict(sorted(family.expected(config).items(), key=lambda item: _place(item[0])))
     layout = {n: torch.empty(s, dtype=torch.bfloat16, device="meta") for n, s in shapes.items()}
     tensors = ((n, torch.randn(s).mul_(0.02).bfloat16()) for n, s in shapes.items())
@@ -119,9 +121,9 @@ def _make(folder: Path, gigabytes: float) -> None:
 
 def _place(name: str) -> int:
     """Layer by layer, as in the checkpoints that people have."""
-    found = families.get("llama").find(name)
-    assert found is not None, name
-    return -1 if found[1] is None else found[1]
+    ref = families.get("llama").find(name)
+    assert ref is not None, name
+    return -1 if ref[1] is None else ref[1]
 
 
 def _make_text(path: Path) -> None:

@@ -13,11 +13,10 @@ metric and the task where it stopped. Writes `pipeline.md` into `--out`.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from protocol import DENSE, TESTS
+from protocol import DENSE, TESTS, figures_in
 
 from regrow import EvaluateConfig, ExportConfig, evaluate, export
 
@@ -34,11 +33,11 @@ HEAD = "| file | MB | bits per weight | WikiText-2 ppl | LAMBADA | HellaSwag | p
 def main() -> None:
     arguments = _arguments()
     files = _files(arguments)
-    found = _text(files, arguments)
-    for task, (_, most) in TASKS.items():
-        for label, row in _task(task, most, files, arguments).items():
-            found[label].update(row)
-    lines = [_line(label, found[label]) for label in files]
+    perplexities = _text(files, arguments)
+    for task, (_, limit) in TASKS.items():
+        for label, row in _task(task, limit, files, arguments).items():
+            perplexities[label].update(row)
+    lines = [_line(label, perplexities[label]) for label in files]
     text = HEAD + "|---|" + "---:|" * 7 + "\n" + "\n".join(lines) + "\n"
     (arguments.out / "pipeline.md").write_text(text)
     print(text)
@@ -53,9 +52,13 @@ def _files(arguments: argparse.Namespace) -> dict[str, Path]:
         return export(model, out / f"{name}-{type_name}.gguf", config)
 
     student = exported("student", arguments.student, TYPE)
-    wanted = student.stat().st_size
-    smaller = {each: exported("teacher", arguments.teacher, each) for each in SMALLER}
-    nearest = min(SMALLER, key=lambda each: abs(smaller[each].stat().st_size - wanted))
+    student_bytes = student.stat().st_size
+    smaller = {
+        type_name: exported("teacher", arguments.teacher, type_name) for type_name in SMALLER
+    }
+    nearest = min(
+        SMALLER, key=lambda type_name: abs(smaller[type_name].stat().st_size - student_bytes)
+    )
     return {
         "teacher F16": exported("teacher", arguments.teacher, "F16"),
         f"teacher {TYPE}": exported("teacher", arguments.teacher, TYPE),
@@ -70,25 +73,20 @@ def _text(files: dict[str, Path], arguments: argparse.Namespace) -> Rows:
         texts={"wikitext2": str(arguments.texts / TESTS["wikitext2"])},
         text_tokens=arguments.text_tokens,
     )
-    return _rows(evaluate(files, arguments.out / "text", config=config))
+    return figures_in(evaluate(files, arguments.out / "text", config=config))
 
 
 def _task(
-    task: str, most: int | None, files: dict[str, Path], arguments: argparse.Namespace
+    task: str, limit: int | None, files: dict[str, Path], arguments: argparse.Namespace
 ) -> Rows:
-    limits = [limit for limit in (most, arguments.limit) if limit is not None]
+    limits = [value for value in (limit, arguments.limit) if value is not None]
     config = EvaluateConfig(
         metrics=("tasks",),
         tasks=(task,),
         task_data=str(arguments.texts / "eval"),
         limit=min(limits, default=None),
     )
-    return _rows(evaluate(files, arguments.out / task, config=config))
-
-
-def _rows(folder: Path) -> Rows:
-    found = json.loads((folder / "evaluation.json").read_text())["figures"]
-    return {label: {row["name"]: row for row in rows} for label, rows in found.items()}
+    return figures_in(evaluate(files, arguments.out / task, config=config))
 
 
 def _line(label: str, row: dict[str, dict[str, Any]]) -> str:

@@ -59,9 +59,9 @@ def main() -> None:
                 criteria, grams = KINDS[kind]
                 needs = statistics_needed(ProfileConfig(criteria=criteria))
                 collector = Collector(family, needs, grams, True, head_dim)
-                taken = _time(model, batch, collector, counter)
+                duration = _time(model, batch, collector, counter)
                 if turn > 0 or number > 0:  # the very first batch warms up
-                    seconds[kind].append(taken)
+                    seconds[kind].append(duration)
     text = _table(seconds, arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "profile_cost.md").write_text(text)
@@ -89,8 +89,8 @@ def _table(seconds: dict[str, list[tuple[float, float]]], arguments: argparse.Na
         "|---|---:|---:|",
     ]
     for kind, values in seconds.items():
-        own = [median(one) for one in zip(*values, strict=True)]
-        ratios = [one / base for one, base in zip(own, plain, strict=True)]
+        medians = [median(column) for column in zip(*values, strict=True)]
+        ratios = [column / base for column, base in zip(medians, plain, strict=True)]
         lines.append(f"| {kind} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |")
     return "\n".join(lines) + "\n"
 

@@ -70,7 +70,7 @@ def score(
     batch_size: int = 8,
 ) -> Rows:
     """Each model on one of TASKS; `rows` is a folder such as `eval/`, `limit` takes fewer."""
-    limits = [each for each in (TASKS[task][1], limit) if each is not None]
+    limits = [limit_given for limit_given in (TASKS[task][1], limit) if limit_given is not None]
     config = EvaluateConfig(
         metrics=("size", "tasks"),
         tasks=(task,),
@@ -78,16 +78,16 @@ def score(
         limit=min(limits, default=None),
     )
     evaluate(dict(models), out, None, teacher, config, Options(batch_size=batch_size))
-    return found(out)
+    return figures_in(out)
 
 
 def figures(folder: Path) -> Figures:
     """What an evaluation found."""
-    rows = found(folder).items()
-    return {label: {name: row["value"] for name, row in each.items()} for label, each in rows}
+    rows = figures_in(folder).items()
+    return {label: {name: row["value"] for name, row in by_name.items()} for label, by_name in rows}
 
 
-def found(folder: Path) -> Rows:
+def figures_in(folder: Path) -> Rows:
     """What an evaluation found, with standard errors and counts."""
     models = json.loads((folder / "evaluation.json").read_text())["figures"]
     return {label: {row["name"]: row for row in rows} for label, rows in models.items()}

@@ -86,13 +86,13 @@ def _trained(arguments: argparse.Namespace, data: DataConfig) -> dict[str, Path]
         "gptq, then QAD, then rtn": (first, aware, rtn),
         "gptq, then trained, then rtn": (first, plain, rtn),
     }
-    found = {"trained, not quantized": out / "trained,-then-gptq"}
+    folders = {"trained, not quantized": out / "trained,-then-gptq"}
     for name, (start, training, config) in begun.items():
         place = out / name.replace(" ", "-")
         trained = distill(start, arguments.teacher, data, place, training, OPTIONS)
         folder = place.with_name(f"{place.name}-{SCHEME}")
-        found[f"{name} ({SCHEME})"] = quantize(trained, folder, config, data, OPTIONS)
-    return found
+        folders[f"{name} ({SCHEME})"] = quantize(trained, folder, config, data, OPTIONS)
+    return folders
 
 
 def _measure(models: dict[str, Path], arguments: argparse.Namespace) -> Figures:

@@ -38,16 +38,18 @@ class Way:
     weight: str = "inverse_residual"
 
 
-def ways(few: int, many: int) -> list[Way]:
+def settings_of(few_samples: int, many_samples: int) -> list[Way]:
     """The rows, from none to the most."""
-    found = [Way("none", few, {"repair": False})]
+    settings = [Way("none", few_samples, {"repair": False})]
     for weight in ("uniform", "inverse_residual"):
-        found.append(Way(f"gram, {weight}", few, {"repair_method": "gram"}, weight))
-    found.append(Way("gram, inverse_residual", many, {"repair_method": "gram"}))
+        settings.append(Way(f"gram, {weight}", few_samples, {"repair_method": "gram"}, weight))
+    settings.append(Way("gram, inverse_residual", many_samples, {"repair_method": "gram"}))
     for share in (0.0, 0.5, 1.0):
-        found.append(Way(f"sequential, {share:g} of the upstream error", few, {"upstream": share}))
-    found.append(Way("sequential, 1 of the upstream error", many, {"upstream": 1.0}))
-    return found
+        settings.append(
+            Way(f"sequential, {share:g} of the upstream error", few_samples, {"upstream": share})
+        )
+    settings.append(Way("sequential, 1 of the upstream error", many_samples, {"upstream": 1.0}))
+    return settings
 
 
 def main() -> None:
@@ -59,41 +61,41 @@ def main() -> None:
         "| repair | calibration tokens | WikiText-2 ppl × dense | KL WikiText-2 | KL C4 |",
         "|---|" + "---:|" * 4,
     ]
-    for way in ways(*arguments.samples):
-        place = out / f"{way.name.replace(' ', '-')}-{way.samples}"
+    for setting in settings_of(*arguments.samples):
+        place = out / f"{setting.name.replace(' ', '-')}-{setting.samples}"
         if not (place / "evaluation" / "evaluation.json").exists():
-            _make(way, place / "model", out, texts)
+            _make(setting, place / "model", out, texts)
             measure({"model": place / "model"}, place / "evaluation", *tests)
             shutil.rmtree(place / "model")
         row = figures(place / "evaluation")["model"]
-        cells = [way.name, f"{way.samples * 512:,}", f"{row[PPL] / dense[PPL]:.3f}"]
+        cells = [setting.name, f"{setting.samples * 512:,}", f"{row[PPL] / dense[PPL]:.3f}"]
         lines.append("| " + " | ".join(cells + [f"{row[name]:.3f}" for name in KLS]) + " |")
         (out / "repair.md").write_text("\n".join(lines) + "\n")
     print((out / "repair.md").read_text())
 
 
-def _make(way: Way, folder: Path, out: Path, texts: Path) -> None:
-    fields = dict(way.config)
+def _make(setting: Way, folder: Path, out: Path, texts: Path) -> None:
+    fields = dict(setting.config)
     config = PruneConfig(
         intermediate_size=1024,
-        repair_tokens=way.samples * 512,
+        repair_tokens=setting.samples * 512,
         repair_upstream=fields.pop("upstream", 1.0),
         **fields,
     )
-    prune(DENSE, folder, config, _profile(way, out, texts), options=Options(batch_size=4))
+    prune(DENSE, folder, config, _profile(setting, out, texts), options=Options(batch_size=4))
 
 
-def _profile(way: Way, out: Path, texts: Path) -> Profile:
+def _profile(setting: Way, out: Path, texts: Path) -> Profile:
     config = ProfileConfig.model_validate(
         {
             "criteria": ("activation_l2",),
-            "samples": way.samples,
-            "gram_tokens": way.samples * 512,
+            "samples": setting.samples,
+            "gram_tokens": setting.samples * 512,
             "grams": ("mlp",),
-            "token_weight": way.weight,
+            "token_weight": setting.weight,
         }
     )
-    return profile(DENSE, blend(texts), out / f"profile-{way.weight}-{way.samples}", config)
+    return profile(DENSE, blend(texts), out / f"profile-{setting.weight}-{setting.samples}", config)
 
 
 def _arguments() -> argparse.Namespace:

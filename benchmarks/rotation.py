@@ -44,11 +44,11 @@ def main() -> None:
                 repair_tokens=arguments.repair_tokens,
             )
             models[f"{name}/{kind}"] = prune(model, place / f"{hidden}-{kind}", sizes, measured)
-    found = measure({"dense": DENSE, **models}, out / "evaluation", arguments.texts)
-    dense = found["dense"]
+    results = measure({"dense": DENSE, **models}, out / "evaluation", arguments.texts)
+    dense = results["dense"]
     lines = ["| model | kept | KL | repaired | ppl × dense | repaired |", "|---|" + "---:|" * 5]
     for name in ("rotated, uncut", *cuts):
-        rows = [found[key] for key in found if key.split("/")[0] == name]
+        rows = [results[key] for key in results if key.split("/")[0] == name]
         cells = [name, f"{rows[0]['parameters'] / dense['parameters']:.1%}"]
         for value in (KL, PPL):
             numbers = [row[value] / (dense[PPL] if value == PPL else 1) for row in rows]
@@ -68,8 +68,8 @@ def _same_parameters(turned: Path, size: int) -> int:
         step = family.step("hidden", config)
         sizes = range(step, size + 1, step)
         counts.append({n: family.count(config, {"hidden": n}) for n in sizes})
-    own, other = counts
-    return min(other, key=lambda n: abs(other[n] - own[size]))
+    rotated_count, other = counts
+    return min(other, key=lambda n: abs(other[n] - rotated_count[size]))
 
 
 def _arguments() -> argparse.Namespace:

@@ -34,9 +34,9 @@ def main() -> None:
     folder = evaluate(
         models, arguments.out / "evaluation", None, arguments.teacher, config, options
     )
-    found = json.loads((folder / "evaluation.json").read_text())["figures"]
+    figures = json.loads((folder / "evaluation.json").read_text())["figures"]
     student, teacher = (
-        {row["name"]: row["value"] for row in found[label]} for label in ("student", "teacher")
+        {row["name"]: row["value"] for row in figures[label]} for label in ("student", "teacher")
     )
     lines = [
         "| prompts x tokens | prefill × | of the FLOP ratio | decode × | of the FLOP ratio |",

@@ -73,16 +73,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trees", nargs="*", type=Path, default=[HERE], metavar="TREE")
     parser.add_argument("--repeats", type=int, default=5)
-    given = parser.parse_args()
-    trees: list[Path] = given.trees
-    head = [f"{tree.resolve().name}: {what}" for tree in trees for what in ("seconds", "modules")]
+    parsed = parser.parse_args()
+    trees: list[Path] = parsed.trees
+    head = [
+        f"{tree.resolve().name}: {quantity}"
+        for tree in trees
+        for quantity in ("seconds", "modules")
+    ]
     print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}\n")
     print("| command | " + " | ".join(head) + " |")
     print("|---|" + "---:|" * len(head))
     for name, arguments in rows().items():
         cells = []
         for tree in trees:
-            cells.append(f"{seconds(tree, arguments, given.repeats):.2f}")
+            cells.append(f"{seconds(tree, arguments, parsed.repeats):.2f}")
             cells.append(str(modules(tree, arguments)))
         print(f"| `{name}` | " + " | ".join(cells) + " |", flush=True)
 

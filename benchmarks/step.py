@@ -43,10 +43,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from process_memory import peak_above
 from protocol import DENSE, blend
 from torch import Tensor, nn
 from torch.nn import functional
-from watched import peak_above
 
 from regrow import CacheConfig, cache, families, load
 from regrow.data.sequences import build_sequences

@@ -67,8 +67,8 @@ def main() -> None:
         removal_sequences=arguments.removal_sequences,
     )
     profiles = {
-        (when, kind): profile(model, data, out / f"profile-{when}-{kind}", config)
-        for when, model in models.items()
+        (calibration, kind): profile(model, data, out / f"profile-{calibration}-{kind}", config)
+        for calibration, model in models.items()
         for kind, data in text.items()
     }
     lines = _redundant(profiles, arguments.layer_criteria)
@@ -88,14 +88,14 @@ def _redundant(profiles: dict[tuple[str, str], Profile], criteria: list[str]) ->
         "|---|---|---|---|",
     ]
     for criterion in criteria:
-        for (when, kind), found in profiles.items():
-            scores = found.scores(criterion, "layers")["all"]
+        for (calibration, kind), measured in profiles.items():
+            scores = measured.scores(criterion, "layers")["all"]
             sets = [
                 sorted(scores_for(scores, gone).argsort(stable=True)[:gone].tolist())
                 for gone in (GONE, 2 * GONE)
             ]
-            shown = "; ".join(" ".join(map(str, some)) for some in sets)
-            lines.append(f"| {criterion} | {when} | {kind} | {shown} |")
+            shown = "; ".join(" ".join(map(str, layers)) for layers in sets)
+            lines.append(f"| {criterion} | {calibration} | {kind} | {shown} |")
     return lines
 
 
@@ -125,12 +125,12 @@ def _pruned(
         "| model | kept | loss of held-out answers | KL there | KL on WikiText-2 |",
         "|---|---:|---:|---:|---:|",
     ]
-    whole = 0.0
+    full_parameters = 0.0
     for name, row in figures(folder).items():
-        whole = whole or row["parameters"]
+        full_parameters = full_parameters or row["parameters"]
         loss = math.log(row["perplexity/heldout"])
         kl = [f"{row.get(f'kl/{text}', 0.0):.3f}" for text in ("heldout", "wikitext2")]
-        kept = row["parameters"] / whole
+        kept = row["parameters"] / full_parameters
         lines.append(f"| {name} | {kept:.1%} | {loss:.3f} | " + " | ".join(kl) + " |")
     return lines
 
@@ -143,8 +143,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=96, help="calibration blocks of 512")
     parser.add_argument("--removal-sequences", type=int, default=2, help="blocks for kl_drop")
     parser.add_argument("--heldout-sequences", type=int, default=16, help="of 512, of the task")
-    known = ["block_influence", "angular_distance", "kl_drop"]
-    parser.add_argument("--layer-criteria", nargs="+", default=known)
+    criteria = ["block_influence", "angular_distance", "kl_drop"]
+    parser.add_argument("--layer-criteria", nargs="+", default=criteria)
     return parser.parse_args()
 
 

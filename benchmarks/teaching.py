@@ -19,7 +19,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from protocol import DENSE, TASKS, TESTS, blend, figures, found, measure, score
+from protocol import DENSE, TASKS, TESTS, blend, figures, figures_in, measure, score
 
 from regrow import (
     CacheConfig,
@@ -88,26 +88,26 @@ def main() -> None:
     cache(DENSE, data, cached, exact, Options(batch_size=2))
     measure({"dense": DENSE}, out / "dense", arguments.texts, TESTS)
     _measured(student, out / f"untrained-{arguments.student}", arguments)
-    for way in arguments.ways:
-        _taught(way, student, data, cached, arguments)
+    for method in arguments.ways:
+        _taught(method, student, data, cached, arguments)
         text = _table(arguments)
         (out / f"teaching_{arguments.student}_{arguments.tokens}.md").write_text(text)
     print(text)
 
 
-def _place(way: str, arguments: argparse.Namespace) -> Path:
-    name = way.replace(" ", "-").replace("=", "").lower()
+def _place(method: str, arguments: argparse.Namespace) -> Path:
+    name = method.replace(" ", "-").replace("=", "").lower()
     place: Path = arguments.out / f"{arguments.student}-{arguments.tokens}" / name
     return place
 
 
 def _taught(
-    way: str, student: Path, data: DataConfig, cached: Path, arguments: argparse.Namespace
+    method: str, student: Path, data: DataConfig, cached: Path, arguments: argparse.Namespace
 ) -> None:
     """Distil and measure."""
-    place = _place(way, arguments)
-    fields = {**WAYS[way], "tokens": arguments.tokens, "batch_tokens": 1024}
-    if way == "contrastive":
+    place = _place(method, arguments)
+    fields = {**WAYS[method], "tokens": arguments.tokens, "batch_tokens": 1024}
+    if method == "contrastive":
         data = _with_answers(data, student, arguments)
     elif not {"feature_losses", "teacher_dtype"} & fields.keys():
         fields["cache"] = str(cached)
@@ -131,11 +131,11 @@ def _with_answers(data: DataConfig, student: Path, arguments: argparse.Namespace
         limit=arguments.tokens // (4 * ANSWER), max_new_tokens=ANSWER, keep_unfinished=True
     )
     out = _place("answers", arguments)
-    half = sum(each.weight for each in data.sources)
+    half = sum(entry.weight for entry in data.sources)
     sources = list(data.sources)
     for model, loss in ((DENSE, "skewed_kl"), (student, "skewed_reverse_kl")):
-        answers = generate(model, prompts, out / loss, config, Options(batch_size=16))
-        sources.append(SourceConfig(source=str(answers), weight=half / 2, losses={loss: 1.0}))
+        answer_folder = generate(model, prompts, out / loss, config, Options(batch_size=16))
+        sources.append(SourceConfig(source=str(answer_folder), weight=half / 2, losses={loss: 1.0}))
     return data.model_copy(update={"sources": sources})
 
 
@@ -143,25 +143,25 @@ def _table(arguments: argparse.Namespace) -> str:
     out = arguments.out
     dense = figures(out / "dense")["dense"]
     folders = {"untrained": out / f"untrained-{arguments.student}"}
-    folders |= {way: _place(way, arguments) / "evaluation" for way in WAYS}
+    folders |= {method: _place(method, arguments) / "evaluation" for method in WAYS}
     titles = [f"{test} ppl × dense | KL" for test in TESTS]
     titles += [f"{task} {TASKS[task][0]}" for task in SCORED if arguments.tasks]
     lines = [f"| way | {' | '.join(titles)} |"]
     lines.append("|---" + "|---:" * lines[0].count(" | ") + "|")
-    for way, folder in folders.items():
+    for method, folder in folders.items():
         if (folder / "evaluation.json").exists():
             cells = _cells(folder, dense) + (_scores(folder) if arguments.tasks else [])
-            lines.append(f"| {way} | " + " | ".join(cells) + " |")
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _cells(folder: Path, dense: dict[str, float]) -> list[str]:
     """Perplexity against the dense model's, and KL, on each text."""
-    here = figures(folder)["student"]
+    measured = figures(folder)["student"]
     cells = []
     for test in TESTS:
-        cells.append(f"{here[f'perplexity/{test}'] / dense[f'perplexity/{test}']:.3f}")
-        cells.append(f"{here[f'kl/{test}']:.3f}")
+        cells.append(f"{measured[f'perplexity/{test}'] / dense[f'perplexity/{test}']:.3f}")
+        cells.append(f"{measured[f'kl/{test}']:.3f}")
     return cells
 
 
@@ -173,7 +173,7 @@ def _scores(folder: Path) -> list[str]:
         if not (scored / "evaluation.json").exists():
             cells.append("–")
             continue
-        row = found(scored)["student"][f"{TASKS[task][0]}/{task}"]
+        row = figures_in(scored)["student"][f"{TASKS[task][0]}/{task}"]
         cells.append(f"{row['value']:.4f} ± {row['stderr']:.4f}")
     return cells
 

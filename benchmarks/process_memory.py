@@ -1,4 +1,4 @@
-"""A process watched: how long it takes and how much memory it really has."""
+"""Runs a process or a function and measures its time and its peak memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 
-def watch(command: list[str], **how: Any) -> tuple[int, float, int]:
+def watch(command: list[str], **options: Any) -> tuple[int, float, int]:
     """Exit code, seconds, and peak anonymous memory in bytes, sampled every 5 ms.
 
-    `how` is for Popen.
+    `options` are those of Popen.
     """
     start, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, **how)
+    process = subprocess.Popen(command, **options)
     while process.poll() is None:
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()
