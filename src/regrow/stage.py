@@ -163,6 +163,8 @@ class Stage:
     """Whether it is refused after a `quantize` whose weights are final."""
     distributed: ClassVar[bool] = False
     """Whether all processes of a job (torchrun) share its work; otherwise process 0 does it."""
+    less_memory: ClassVar[str] = "lower --batch-size"
+    """The advice of a run that ran out of memory: what to change."""
     reads: ClassVar[tuple[Split, ...]] = ()
     """Splits of the recipe's text that it reads."""
     uses: ClassVar[tuple[str, ...]] = ()

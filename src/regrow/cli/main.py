@@ -75,10 +75,23 @@ def main(arguments: list[str] | None = None) -> int:
                 f"no disk space left: {error.filename or error}; free some and run again"
             )
         raise
+    except (MemoryError, RuntimeError) as error:
+        from regrow.runtime.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        return _refuse(f"memory ran out: {_less_memory(arguments[0])}, and run again")
     except KeyboardInterrupt:
         print("\nregrow: stopped; the same command continues from here", file=sys.stderr)
         return 130
     return 0
+
+
+def _less_memory(command: str) -> str:
+    """What makes a command take less memory."""
+    if command in stage.names():
+        return stage.find(command).less_memory
+    return stage.Stage.less_memory
 
 
 def entry() -> None:

@@ -98,13 +98,19 @@ class DistillStage(Stage):
         """The estimated steps, memory and time."""
         from regrow.checkpoint import load
         from regrow.cost import parameters
+        from regrow.stages.distill.preflight import memory_lines
 
         config = step.config
         names = [step.teacher or plan.model, *config.extra_teachers]
-        teachers = sum(parameters(load(name)) for name in names)
+        teachers = [load(name) for name in names]
         if (step.teacher or plan.model) in plan.caches:
             config = config.model_copy(update={"cache": "cached by then"})
-        return training_lines(plan.parameters, teachers, plan.data, config, plan.options)
+        count = sum(map(parameters, teachers))
+        lines = training_lines(plan.parameters, count, plan.data, config, plan.options)
+        configs = [each.config for each in teachers]
+        # Where the shape is searched for, the model before the cut is an upper bound.
+        student, searched = plan.config_now or plan.checkpoint.config, plan.config_now is None
+        return lines + memory_lines(student, configs, config, plan.data, plan.options, searched)
 
     def leave(self, step: Step, plan: RecipePlan) -> None:
         """Note that a sparse student is dense again, where its zeros are not kept."""
@@ -179,9 +185,10 @@ def estimate(
     config: DistillConfig,
     options: Options,
 ) -> list[str]:
-    """The estimated steps, memory and time: 2 N_teacher + 6 N_student operations per token."""
+    """The estimated steps, time and memory: 2 N_teacher + 6 N_student operations per token."""
     from regrow.cost import parameters
     from regrow.stages.distill.on_policy import check_on_policy
+    from regrow.stages.distill.preflight import memory_lines
     from regrow.stages.distill.student import check_student
     from regrow.stages.distill.teacher import TeacherSetup
     from regrow.stages.distill.text import answer_digests, loss_weights_of, training_text
@@ -193,29 +200,27 @@ def estimate(
     setup = TeacherSetup.open(config, student, teacher, options, text)
     check_student(student, config, options)
     teachers = sum(map(parameters, setup.checkpoints))
-    return training_lines(student.parameters, teachers, data, config, options)
+    lines = training_lines(student.parameters, teachers, data, config, options)
+    configs = [each.config for each in setup.checkpoints]
+    return lines + memory_lines(student.fields, configs, config, data, options)
 
 
 def training_lines(
     student: int, teacher: int, data: DataConfig, config: DistillConfig, options: Options
 ) -> list[str]:
-    """The lines of `estimate`, from parameter counts; the models need not exist yet."""
-    from regrow.cost import seconds_for, training_bytes, training_operations
+    """Steps and time of `estimate`, from parameter counts; the models need not exist yet."""
+    from regrow.cost import seconds_for, training_operations
     from regrow.runtime.progress import clock
     from regrow.stages.distill.setup import budget_of
-    from regrow.stages.distill.teacher import teacher_placement
 
     steps, micro, accumulation = budget_of(config, data, options)
     teacher = 0 if config.cache else teacher
-    of_teacher = {"disk": 0, "int8": teacher}.get(teacher_placement(config, options), 2 * teacher)
-    size = training_bytes(student, config.adapter)
     seconds = seconds_for(config.tokens, training_operations(student, teacher, config.adapter))
     own = f", {config.on_policy_share:.0%} written by the student" if config.on_policy_share else ""
     return [
         f"distill: {steps} steps of {config.batch_tokens:,} tokens{own} "
         f"({accumulation} micro-batches of {micro} sequences)",
-        f"  memory {(size + of_teacher) / 1e9:.2f} GB for weights, gradients, optimizer "
-        f"and teacher, without activations; time at best {clock(seconds)}",
+        f"  time at best {clock(seconds)}",
     ]
 
 

@@ -26,11 +26,13 @@ from regrow.errors import UserError
 from regrow.plan import copy_plans
 from regrow.quantization.fake_quantize import bind_rounding
 from regrow.runtime import distributed
+from regrow.runtime.memory import is_out_of_memory
 from regrow.runtime.progress import progress, say
 from regrow.sparsity import zeros
 from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.on_policy import check_on_policy, writer_of
+from regrow.stages.distill.preflight import advice
 from regrow.stages.distill.setup import TRAINER, DistillSetup, arguments_of
 from regrow.stages.distill.student import compile_layers, open_student
 from regrow.stages.distill.teacher import TeacherSetup, freeze, mass_lost, show_attentions
@@ -98,8 +100,24 @@ def distill(
         distributed.wait()
         if device.index is not None:
             torch.cuda.set_device(device)  # the trainer uses the current device
-        _run(setup, stage, folder, train, heldout, device, data, metrics)
+        try:
+            _run(setup, stage, folder, train, heldout, device, data, metrics)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _too_little_memory(setup, data, folder) from None
     return out
+
+
+def _too_little_memory(setup: DistillSetup, data: DataConfig, folder: Path) -> UserError:
+    """The error of a run that needed more memory than there is, with settings that need less."""
+    last = last_checkpoint(folder / TRAINER) if (folder / TRAINER).exists() else None
+    configs = [each.config for each in setup.teachers.checkpoints]
+    less = advice(setup.student.fields, configs, setup.config, data, setup.options)
+    again = "starts again" if last is None else f"continues from {last.name}"
+    return UserError(
+        f"memory ran out: {less}; the same command then {again}. --dry-run shows further settings"
+    )
 
 
 def _stage(out: Path, config: DistillConfig, inputs: dict[str, str]) -> StageDir:

@@ -122,6 +122,11 @@ class Student:
         )
 
     @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of its config.json."""
+        return self.like.config if self.config is None else self.config.to_dict()
+
+    @property
     def parameters(self) -> int:
         """The number of its parameters; tied weights count once."""
         if self.config is None:

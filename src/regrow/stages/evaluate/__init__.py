@@ -33,6 +33,7 @@ class EvaluateStage(Stage):
     config = EvaluateConfig
     takes_teacher = True
     reads = ("heldout",)
+    less_memory = "lower --batch-sizes and --prefill-tokens, or --batch-size"
 
     def command(
         self,

@@ -1,79 +1,18 @@
-"""Estimates a model's cost: parameters, operations and seconds, bytes on disk and in memory.
-
-An operation is a multiplication or an addition. For each parameter that a token uses, a forward
-pass takes 2 operations, and a backward pass takes 2 for the gradients of the activations and 2 for
-those of the weights (Kaplan et al., 2020, arXiv:2001.08361, section 2.1). Times assume matrix
-products at the rate measured on this machine; they are lower bounds.
-"""
+"""Bytes of a model: on disk in each storage format, and in memory when it generates."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
-import torch
-
-from regrow import families
-from regrow.checkpoint import Checkpoint
 from regrow.families import Family, rows
 from regrow.quantization import formats
 from regrow.quantization.formats import StorageFormat, StoredTensor, fitting
 
-FORWARD = 2
-"""Operations for each parameter and token of a forward pass."""
-BACKWARD = {"none": 4, "frozen": 2, "lora": 2, "qlora": 2}
-"""Operations of a backward pass, by adapter: frozen weights need no gradient of their own."""
-TRAINING_BYTES = {"none": 16.0, "lora": 2.0, "qlora": 0.6}
-"""Bytes for each parameter of the student, by adapter. Without an adapter: float32 weight, gradient
-and the two moments of Adam. With one: a frozen weight in 16 or about 4 bits."""
 CACHE_BYTES = 2
 """Bytes of a cached key or value: 16 bits, as in llama.cpp and bf16 models."""
 PROMPT_TOKENS = 512
 """Number of prompt tokens computed at once, equal to llama.cpp's default n_ubatch."""
-
-
-def parameters(checkpoint: Checkpoint) -> int:
-    """Number of parameters; tied weights are counted once."""
-    return families.of(checkpoint).count(checkpoint.config)
-
-
-def active(checkpoint: Checkpoint) -> int:
-    """Number of parameters that one token uses, with only the experts to which it is routed."""
-    return families.of(checkpoint).active(checkpoint.config)
-
-
-@cache
-def matmul_rate() -> float:
-    """Operations per second of a bf16 matrix product on this machine; measured once."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(1024, 1024, dtype=torch.bfloat16, device=device)
-    _ = (a @ a)[0, 0].item()
-    start = time.perf_counter()
-    for _ in range(4):
-        _ = (a @ a)[0, 0].item()
-    return 4 * 2 * 1024**3 / (time.perf_counter() - start)
-
-
-def seconds_for(tokens: float, operations: float) -> float:
-    """Seconds for `tokens` tokens with `operations` operations each, at this machine's rate."""
-    return tokens * operations / matmul_rate()
-
-
-def forward_seconds(checkpoint: Checkpoint, tokens: float) -> float:
-    """Seconds of a forward pass over `tokens` tokens."""
-    return seconds_for(tokens, FORWARD * active(checkpoint))
-
-
-def training_operations(student: int, teacher: int = 0, adapter: str = "none") -> int:
-    """Operations per token of a distillation, from the parameters of student and teacher."""
-    return FORWARD * teacher + (FORWARD + BACKWARD[adapter]) * student
-
-
-def training_bytes(parameters: int, adapter: str = "none") -> float:
-    """Bytes of the weights, gradients and optimizer state of a student in training."""
-    return TRAINING_BYTES[adapter] * parameters
 
 
 def stored(
@@ -129,6 +68,14 @@ def file_bytes(
     return sum(tensor.bytes for tensor in stored(family, config, format, sizes))
 
 
+def cache_bytes_per_token(
+    family: Family, config: dict[str, Any], sizes: dict[str, int] | None = None
+) -> int:
+    """Bytes of a token's keys and values in all layers: 2 · layers · kv_heads · head_dim · 2."""
+    full = {**family.sizes(config), **(sizes or {})}
+    return 2 * full["layers"] * full["kv_heads"] * full["head_dim"] * CACHE_BYTES
+
+
 def ram_bytes(
     family: Family,
     config: dict[str, Any],
@@ -144,7 +91,7 @@ def ram_bytes(
     one row of logits.
     """
     full = {**family.sizes(config), **(sizes or {})}
-    cache = 2 * full["layers"] * full["kv_heads"] * full["head_dim"] * context_length * CACHE_BYTES
+    cache = context_length * cache_bytes_per_token(family, config, sizes)
     tokens = min(PROMPT_TOKENS, context_length)
     heads = (full["heads"] + 2 * full["kv_heads"]) * full["head_dim"]
     inside = full.get("mlp", 0)
@@ -152,22 +99,6 @@ def ram_bytes(
         inside = max(inside, full["expert_mlp"] * family.value(config, "num_experts_per_tok"))
     wide = tokens * (3 * full["hidden"] + heads + 2 * inside + context_length)
     return file_bytes(family, config, format, sizes) + cache + 4 * (wide + full["vocab"])
-
-
-def forward_flops(family: Family, config: dict[str, Any], tokens: int, past: int = 0) -> int:
-    """Operations to compute `tokens` after `past` cached ones, batch 1, with the last one's logits.
-
-    The sum of 2 · weights · tokens, for all weights that a token uses except embedding and head;
-    4 · layers · heads · head_dim · Σ_t (past + t), for scores and weighted sums of full attention;
-    and 2 · vocab · hidden, for the head.
-    """
-    full = family.sizes(config)
-    table = full["vocab"] * full["hidden"]
-    tables = 1 + family.exists(family.tensors[family.head], config)
-    weights = family.active(config) - tables * table
-    seen = tokens * past + tokens * (tokens + 1) // 2
-    attention = 4 * full["layers"] * full["heads"] * full["head_dim"] * seen
-    return 2 * weights * tokens + attention + 2 * table
 
 
 def fallbacks(

@@ -1,0 +1,255 @@
+"""The preflight's memory and time of a distillation against what a distillation really takes.
+
+    python benchmarks/preflight.py --texts ../shared/data --out runs/preflight
+
+Three student shapes with random weights under SmolLM2-135M, each with several settings. Every run
+is `regrow.distill` for a few steps in a process of its own. Memory: the highest sum of anonymous
+pages (RssAnon, sampled every 2 ms) minus that after all imports, with an allocator that returns
+freed memory at once (MALLOC_MMAP_THRESHOLD_). Time, in another process with the usual allocator:
+processor seconds of one thread for the shortest step after the first one, against the operations of
+a step at the rate of a bf16 matrix product there; the efficiency is fitted on the first shape's
+plain run, and the others are predicted. Resumable: what was
+measured is kept in `--out`, where `preflight.md` is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from protocol import DENSE
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.trainer import Trainer
+
+from regrow import DataConfig, DistillConfig, Options, distill, load
+from regrow.cost.memory import training_memory
+from regrow.cost.model import ModelSize
+from regrow.stages.distill.preflight import setup_of
+
+LENGTH, STEPS, TIMED_STEPS = 256, 2, 4
+TIMED = ("4 sequences", "4, checkpointing")
+"""Settings whose steps are also timed."""
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama, 24 layers of 576": {"num_hidden_layers": 24, "intermediate_size": 1024},
+    "qwen3, 8 layers of 768": {
+        "model_type": "qwen3",
+        "num_hidden_layers": 8,
+        "hidden_size": 768,
+        "intermediate_size": 2304,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "tie_word_embeddings": False,
+    },
+    "gemma3, 10 layers of 512": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 10,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+}
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""Variables with which glibc returns freed memory to the system."""
+KEPT = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys of the teacher's config that every student has."""
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "4 sequences": {},
+    "8 sequences": {"training": {"batch_tokens": 8 * LENGTH}, "machine": {"batch_size": 8}},
+    "2 × 2 sequences": {"machine": {"batch_size": 2}},
+    "4, checkpointing": {"machine": {"gradient_checkpointing": True}},
+    "4, lora": {"training": {"adapter": "lora"}},
+    "4, teacher in int8": {"training": {"teacher_dtype": "int8"}},
+}
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.run:
+        print(json.dumps(_run(*arguments.run, arguments)))
+        return
+    rows = {}
+    for shape in SHAPES:
+        for setting in SETTINGS:
+            kept = arguments.out / f"{_name(shape)}-{_name(setting)}.json"
+            if not kept.exists():
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                row = _measured(shape, setting, arguments, ALLOCATOR)
+                if setting in TIMED:
+                    timed = _measured(shape, setting, arguments, {})
+                    row |= {key: timed[key] for key in ("seconds", "rate")}
+                else:
+                    row["seconds"] = None
+                kept.write_text(json.dumps(row))
+            rows[shape, setting] = json.loads(kept.read_text())
+            print(shape, setting, rows[shape, setting], flush=True)
+    text = _table(rows)
+    (arguments.out / "preflight.md").write_text(text)
+    print(text)
+
+
+def _table(rows: dict[tuple[str, str], dict[str, float]]) -> str:
+    first = next(iter(rows.values()))
+    efficiency = first["operations"] / first["rate"] / first["seconds"]
+    lines = [
+        "| student | setting | predicted, GB | measured, GB | error | predicted, s | measured, s "
+        "| error |",
+        "|---|---|" + "---:|" * 6,
+    ]
+    for (shape, setting), row in rows.items():
+        line = (
+            f"| {shape} | {setting} | {row['predicted'] / 1e9:.2f} | {row['measured'] / 1e9:.2f} "
+            f"| {row['predicted'] / row['measured'] - 1:+.0%} "
+        )
+        if row["seconds"]:
+            seconds = row["operations"] / row["rate"] / efficiency
+            error = seconds / row["seconds"] - 1
+            line += f"| {seconds:.1f} | {row['seconds']:.1f} | {error:+.0%} |"
+        lines.append(line if row["seconds"] else line + "| – | – | – |")
+    lines += ["", f"Efficiency, fitted on the first row: {efficiency:.2f} of a bf16 product."]
+    return "\n".join(lines) + "\n"
+
+
+def _measured(
+    shape: str, setting: str, arguments: argparse.Namespace, variables: dict[str, str]
+) -> dict[str, Any]:
+    flags = ["--texts", str(arguments.texts), "--out", str(arguments.out)]
+    command = [sys.executable, __file__, "--run", shape, setting, *flags]
+    shutil.rmtree(_work(shape, setting, arguments), ignore_errors=True)
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _run(shape: str, setting: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Distil for a few steps; the largest memory above that of the imports, and a step's time."""
+    student = _student(shape, arguments.out / "students" / _name(shape))
+    changed = SETTINGS[setting]
+    training: dict[str, Any] = {"batch_tokens": 4 * LENGTH, "heldout_sequences": 1}
+    training |= {"eval_tokens": 10**9, **changed.get("training", {})}
+    steps = STEPS if "MALLOC_TRIM_THRESHOLD_" in os.environ else TIMED_STEPS
+    training["tokens"] = steps * training["batch_tokens"]
+    config = DistillConfig.model_validate(training)
+    options = Options(device="cpu", **changed.get("machine", {}))
+    data = DataConfig.model_validate(
+        {"sources": [str(arguments.texts / "train" / "novels.jsonl.gz")], "sequence_length": LENGTH}
+    )
+    sizes = ModelSize(load(student).config), ModelSize(load(DENSE).config)
+    setup = setup_of(config, data, options)
+    predicted = training_memory(*sizes, setup)
+    rate = _rate()
+    times: list[float] = []
+    watch = _Watch()
+    Trainer.training_step = _timed(Trainer.training_step, times)  # type: ignore[method-assign]
+    with watch:
+        distill(student, DENSE, data, _work(shape, setting, arguments), config, options)
+    backward = 4 if config.adapter != "none" else 6
+    backward += 2 if options.gradient_checkpointing else 0
+    each = sizes[1].forward(LENGTH) + backward / 2 * sizes[0].forward(LENGTH)
+    micro = [b - a for a, b in pairwise(times)][setup.accumulation :]
+    return {
+        "predicted": predicted.total,
+        "measured": watch.peak,
+        "moment": predicted.moment,
+        "parts": predicted.parts,
+        "at": watch.at,
+        "seconds": min(micro, default=0.0) * setup.accumulation,
+        "operations": each * config.batch_tokens,
+        "rate": rate,
+    }
+
+
+def _work(shape: str, setting: str, arguments: argparse.Namespace) -> Path:
+    return Path(arguments.out / "work" / f"{_name(shape)}-{_name(setting)}")
+
+
+def _rate() -> float:
+    """Operations per processor second of a bf16 product of the students' largest shapes."""
+    x, w = torch.randn(4 * LENGTH, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
+    start = time.process_time()
+    for _ in range(20):
+        _ = x @ w.T
+    return 20 * 2 * x.numel() * len(w) / (time.process_time() - start)
+
+
+class _Watch(threading.Thread):
+    """Samples this process's anonymous memory; `peak` is the largest rise."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.start_bytes, self.peak, self.at, self.running = _anonymous(), 0, 0.0, True
+
+    def __enter__(self) -> None:
+        self.begin = time.monotonic()
+        self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.running = False
+        self.join()
+
+    def run(self) -> None:
+        while self.running:
+            now = _anonymous() - self.start_bytes
+            if now > self.peak:
+                self.peak, self.at = now, time.monotonic() - self.begin
+            time.sleep(0.002)
+
+
+def _anonymous() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("no RssAnon")
+
+
+def _timed(step: Any, times: list[float]) -> Any:
+    def timed(*arguments: Any, **named: Any) -> Any:
+        times.append(time.process_time())
+        return step(*arguments, **named)
+
+    return timed
+
+
+def _student(shape: str, folder: Path) -> Path:
+    """A student of this shape with random weights in bfloat16, and the teacher's tokenizer."""
+    if (folder / "config.json").exists():
+        return folder
+    dense = load(DENSE)
+    fields = SHAPES[shape]
+    kept = {key: dense.config[key] for key in KEPT if key in dense.config}
+    base = kept if "model_type" in fields else {**dense.config}
+    config = AutoConfig.for_model(**{**base, **fields})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    dense.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _name(text: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in text)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", type=Path, required=True, help="folder with train/ and eval/")
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
