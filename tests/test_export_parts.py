@@ -17,9 +17,9 @@ from tokenizers import Regex, pre_tokenizers
 
 from regrow import UserError
 from regrow.checkpoint import Checkpoint
+from regrow.checkpoint.licence import Licence, licence_of
 from regrow.llama_cpp import GgufModel
 from regrow.stages.export import chat, tokenizer
-from regrow.stages.export.card import Licence, licence_of
 
 
 def rules_of(splitter: Any, ignore_merges: bool = False) -> dict[str, Any]:

@@ -35,6 +35,13 @@ class Prompt:
         shown = json.dumps([self.messages, self.text], sort_keys=True, default=str)
         return hashlib.sha256(shown.encode()).hexdigest()[:32]
 
+    @property
+    def shown(self) -> str:
+        """The prompt as one text, for comparisons."""
+        if self.messages is None:
+            return self.text
+        return "\n".join(str(turn["content"] or "") for turn in self.messages)
+
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The token ids to continue, with BOS first if the tokenizer puts it before any text.
 

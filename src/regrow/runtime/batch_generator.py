@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import torch
@@ -41,6 +41,51 @@ class Sampling:
     """Use the most likely token instead of drawing one."""
     vocab_size: int | None = None
     """Only ids below this number are drawn; None allows all rows of the output head."""
+    top_logprobs: int = 0
+    """The number of most likely tokens to keep for each position of an answer."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token of an answer with its log-probability, and the most likely tokens at its place.
+
+    The log-probabilities are those of the model, before temperature and top_p.
+    """
+
+    id: int
+    logprob: float
+    top: list[tuple[int, float]]
+    """Ids with their log-probabilities, the most likely one first."""
+
+
+class TopLogprobs(LogitsProcessor):
+    """Keeps the log-probabilities [B] of the tokens and the K most likely ids at each position."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.steps = count, list[tuple[Tensor, Tensor, Tensor]]()
+        self.log_p_BV: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        """Return the scores unchanged."""
+        self.took(input_ids[:, -1])
+        self.log_p_BV = scores.float().log_softmax(-1)
+        return scores
+
+    def took(self, ids_B: Tensor) -> None:
+        """Note that these ids came after the last call."""
+        if self.log_p_BV is not None:
+            own_B = self.log_p_BV.gather(-1, ids_B[:, None]).squeeze(-1)
+            values_BK, ids_BK = self.log_p_BV.topk(self.count)
+            self.steps.append((own_B.cpu(), values_BK.cpu(), ids_BK.cpu()))
+        self.log_p_BV = None
+
+    def of(self, row: int, ids: list[int]) -> list[Scored]:
+        """The tokens of one answer."""
+        found = []
+        for token, (own_B, values_BK, ids_BK) in zip(ids, self.steps, strict=False):
+            top = zip(ids_BK[row].tolist(), values_BK[row].tolist(), strict=True)
+            found.append(Scored(token, float(own_B[row]), list(top)))
+        return found
 
 
 class Sampler(LogitsProcessor):
@@ -91,6 +136,13 @@ class Answer:
     """Whether the model ended the answer; otherwise max_new_tokens cut it off."""
     end: int | None = None
     """The end mark that the model wrote, if it did."""
+    scored: list[Scored] | None = None
+    """Each token of the answer and its end mark, if log-probabilities were asked for."""
+
+    @property
+    def written(self) -> list[int]:
+        """The answer with its end mark."""
+        return self.ids if self.end is None else [*self.ids, self.end]
 
 
 class BatchGenerator:
@@ -124,19 +176,29 @@ class BatchGenerator:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        device = self.model.device
+        device, kept = self.model.device, None
+        if self.sampling.top_logprobs:
+            kept = TopLogprobs(self.sampling.top_logprobs)
         with stock(self.model, self.settings):
             tokens = self.model.generate(  # type: ignore[operator]
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                logits_processor=self._processors(keys),
+                logits_processor=self._processors(keys, kept),
             )
-        return [self._cut(row) for row in tokens[:, width:].tolist()]
+        answers = [self._cut(row) for row in tokens[:, width:].tolist()]
+        if kept is None:
+            return answers
+        kept.took(tokens[:, -1])
+        return [
+            replace(answer, scored=kept.of(row, answer.written))
+            for row, answer in enumerate(answers)
+        ]
 
-    def _processors(self, keys: Sequence[str]) -> LogitsProcessorList:
-        if self.sampling.greedy:
-            return LogitsProcessorList()
-        return LogitsProcessorList([Sampler(keys, self.sampling)])
+    def _processors(self, keys: Sequence[str], kept: TopLogprobs | None) -> LogitsProcessorList:
+        processors: list[LogitsProcessor] = [] if kept is None else [kept]
+        if not self.sampling.greedy:
+            processors.append(Sampler(keys, self.sampling))
+        return LogitsProcessorList(processors)
 
     def _cut(self, ids: list[int]) -> Answer:
         end = next((at for at, token in enumerate(ids) if token in self.ends), None)

@@ -146,7 +146,7 @@ class StudentWriter:
         for batch in _batches(asked, self.prompts_at_once):
             keys, prompts = zip(*batch, strict=True)
             for key, answer in zip(keys, self.generator.answer(prompts, keys), strict=True):
-                answers[key] = answer.ids + ([] if answer.end is None else [answer.end])
+                answers[key] = answer.written
         self.written = {row: self._pack(row, answers) for row in rows}
         self.seconds += time.monotonic() - start
 

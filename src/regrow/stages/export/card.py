@@ -5,7 +5,6 @@ The card states lineage and licences only as far as files document them; it gues
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,57 +13,14 @@ import yaml
 
 from regrow import families, stage_dir
 from regrow.checkpoint import Checkpoint
-from regrow.checkpoint.resolve import gguf_of
+from regrow.checkpoint.licence import Licence, licence_of
 from regrow.families import Family
 
 CARD = "README.md"
 RECIPE = "recipe.yaml"
 PACKAGE = "package:"
-FIRST_WORDS = {
-    "apache license version 2.0": "apache-2.0",
-    "mit license": "mit",
-    "bsd 3-clause license": "bsd-3-clause",
-    "gnu general public license version 3": "gpl-3.0",
-    "llama 2 community license": "llama2",
-    "meta llama 3 community license": "llama3",
-    "llama 3.1 community license": "llama3.1",
-    "llama 3.2 community license": "llama3.2",
-    "llama 3.3 community license": "llama3.3",
-    "gemma terms of use": "gemma",
-}
-"""The hub's name of a licence by the first words of its text."""
-TERMS = {
-    "apache-2.0": "allows modified models and their redistribution, with notice of the changes",
-    "mit": "allows modified models and their redistribution, with the copyright notice",
-    "bsd-3-clause": "allows modified models and their redistribution, with the copyright notice",
-    "cc-by-4.0": "allows adaptations, with attribution",
-    "cc-by-sa-4.0": "allows adaptations under the same licence, with attribution",
-    "cc-by-nc-4.0": "allows adaptations for non-commercial use only",
-    "cc-by-nc-sa-4.0": "allows adaptations for non-commercial use only, under the same licence",
-    "cc-by-nd-4.0": "does not allow sharing adaptations",
-}
-"""Whether a licence allows sharing modified models, for licences whose text is clear about it."""
-
 TEXTS = {"/data/enwik8.gz": "GFDL (English Wikipedia of 2006)"}
 """Licences of texts that the project itself uses, by the end of the source's name."""
-
-
-@dataclass(frozen=True)
-class Licence:
-    """A licence: the hub's name for it, None if unknown, and the place where it is documented."""
-
-    id: str | None = None
-    source: str = ""
-
-    def __str__(self) -> str:
-        return "unknown" if self.id is None else f"{self.id} ({self.source})"
-
-    @property
-    def terms(self) -> str:
-        """A sentence on whether the licence allows derived models, or that this is unknown."""
-        if self.id is None:
-            return "unknown: ask whoever published the parent before you share this model"
-        return TERMS.get(self.id, "read its text: regrow does not know its terms")
 
 
 @dataclass(frozen=True)
@@ -105,48 +61,6 @@ def lineage_of(folder: Path, model_name: str | None = None) -> Lineage:
     return Lineage(
         short_name(parent), parent_name(parent), licence_of(parent, folder), by_regrow=False
     )
-
-
-def licence_of(model: str, folder: Path | None = None) -> Licence:
-    """The licence that a model's own files name: its GGUF keys, its card or its licence file."""
-    path = gguf_of(model)
-    if path is not None:
-        return _of_gguf(path)
-    folder = folder or Path(model).expanduser()
-    if not folder.is_dir():
-        return Licence()
-    return _of_card(folder) or _of_file(folder) or Licence()
-
-
-def _of_card(folder: Path) -> Licence | None:
-    path = folder / "README.md"
-    if not path.exists():
-        return None
-    front = re.match(r"---\n(.*?)\n---\n", path.read_text(encoding="utf-8", errors="replace"), re.S)
-    fields = yaml.safe_load(front[1]) if front else None
-    named = fields.get("license") if isinstance(fields, dict) else None
-    if not isinstance(named, str) or named in ("unknown", "other"):
-        return None
-    return Licence(named, "from its model card")
-
-
-def _of_file(folder: Path) -> Licence | None:
-    for path in sorted(folder.glob("LICENSE*")):
-        words = path.read_text(encoding="utf-8", errors="replace").lower().replace(",", "").split()
-        opening = " ".join(words[:24])
-        for first, name in FIRST_WORDS.items():
-            if opening.startswith(first):
-                return Licence(name, f"recognised from its file {path.name}")
-    return None
-
-
-def _of_gguf(path: Path) -> Licence:
-    from gguf import GGUFReader
-
-    field = GGUFReader(path).fields.get("general.license")
-    if field is None:
-        return Licence()
-    return Licence(str(field.contents()).lower(), f"general.license of {path.name}")
 
 
 def _run_of(folder: Path) -> Path | None:

@@ -11,8 +11,9 @@ from tyro.conf import OmitArgPrefixes
 
 from regrow.config import Config, Machine
 from regrow.data.config import DataConfig
+from regrow.errors import UserError
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
-from regrow.stages._flags import Model, Text, open_model, print_lines
+from regrow.stages._flags import Model, OptionalText, open_model, print_lines
 
 if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint
@@ -38,6 +39,36 @@ class GenerateConfig(Config):
     """Draw from the smallest set of most likely tokens whose total probability reaches this."""
     seed: int = 0
     """Seed of the draws; the draws for a prompt do not depend on its batch."""
+    self_prompts: int = Field(default=0, ge=0)
+    """The number of prompts that MODEL writes itself, instead of reading them from data."""
+    endpoint: str | None = None
+    """The address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1 (vLLM), whose
+    answers replace those of MODEL. MODEL then only counts tokens and judges answers. batch_size
+    prompts are asked at once."""
+    served_model: str | None = None
+    """The endpoint's name of its model; not needed if it has a single one."""
+    api_key_variable: str = "OPENAI_API_KEY"
+    """The environment variable with the endpoint's key, which is never written anywhere."""
+    request_timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
+    """Seconds without any data after which a request has failed."""
+    max_attempts: int = Field(default=6, ge=1)
+    """Attempts for each prompt; the waits between them double, and follow Retry-After."""
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    """The number of most likely tokens to keep at each position of the answers, with their
+    log-probabilities, in top_logprobs.ndjson."""
+    min_new_tokens: int = Field(default=1, ge=1)
+    """Leave out answers with fewer tokens."""
+    max_repetition: float | None = Field(default=None, ge=0, le=1)
+    """Leave out answers in which a larger share of the runs of three words occurred before."""
+    max_perplexity: float | None = Field(default=None, gt=1)
+    """Leave out answers with a larger perplexity under MODEL."""
+    select: int | None = Field(default=None, ge=1)
+    """The number of rows to write: those that differ most from each other."""
+    licence: str | None = None
+    """The licence of the answers, which is recorded; None reads it from the files of MODEL."""
+    accept_licence: bool = False
+    """Go on although the model's licence allows to train on its answers only models that are
+    derived from it."""
 
 
 class RecipeFields(Config):
@@ -60,7 +91,7 @@ class GenerateStage(Stage):
     def command(
         self,
         model: Model,
-        text: OmitArgPrefixes[Text],
+        text: OmitArgPrefixes[OptionalText],
         out: Path,
         generation: OmitArgPrefixes[GenerateConfig] = GenerateConfig(),
         machine: OmitArgPrefixes[Machine] = Machine(),
@@ -69,13 +100,15 @@ class GenerateStage(Stage):
         """Let a model answer prompts; its answers are training text for a distillation.
 
         Args:
-            model: Hugging Face folder, hub id, GGUF file, or package:NAME.
+            model: Hugging Face folder, hub id, GGUF file, or package:NAME; see also --endpoint.
             out: Folder to write answers.jsonl to; the folder can be given as --data.
             generation: Selection of prompts, and sampling of tokens.
             machine: Device and batch size, in prompts.
             dry_run: Check everything and print what would be done.
         """
-        checkpoint, data = open_model(model, quantized=True), text.blend()
+        check(generation, bool(text.data))
+        checkpoint = open_model(model, quantized=True)
+        data = text.blend() if text.data else None
         if dry_run:
             print_lines(estimate(checkpoint, data, generation), out)
             return
@@ -84,10 +117,15 @@ class GenerateStage(Stage):
         generate(checkpoint, data, out, generation, machine.options())
 
     def check(self, step: Step, plan: RecipePlan) -> None:
-        """Raise UserError for prompts that cannot be read."""
+        """Raise UserError for prompts that cannot be read, and for a wrong endpoint or licence."""
         from regrow.data.prompts import prompts
         from regrow.data.sources import at_hand, check_source
+        from regrow.stages.generate.stage import licence_for
 
+        check(step.config, step.extra.prompts is not None or not step.config.self_prompts)
+        licence_for(step.config, (step.teacher or plan.model) if step.extra.by == "teacher" else "")
+        if step.config.self_prompts:
+            return
         data = prompts_of(step, plan.data)
         for source in data.sources:
             check_source(source)
@@ -104,7 +142,7 @@ class GenerateStage(Stage):
 
         teacher = step.teacher or run.model
         model = teacher if step.extra.by == "teacher" else run.current
-        data = prompts_of(step, run.data)
+        data = None if step.config.self_prompts else prompts_of(step, run.data)
         answers = generate(model, data, run.folder(folder), step.config, run.options)
         if step.extra.by == "teacher":
             run.answers[teacher] = answers
@@ -125,17 +163,45 @@ def prompts_of(step: Step, data: DataConfig) -> DataConfig:
     return data.model_copy(update={"sources": step.extra.prompts.sources})
 
 
-def estimate(checkpoint: Checkpoint, data: DataConfig, config: GenerateConfig) -> list[str]:
+def check(config: GenerateConfig, prompts: bool) -> None:
+    """Raise UserError for fields that contradict each other, and for a wrong address."""
+    if config.self_prompts and prompts:
+        raise UserError("self_prompts and prompts from data: give one of them")
+    if not config.self_prompts and not prompts:
+        raise UserError("no prompts: give --data, or --self-prompts N to let the model write them")
+    if config.endpoint is None:
+        if config.served_model is not None:
+            raise UserError(f"served_model {config.served_model}: give the endpoint that serves it")
+        return
+    from regrow.stages.generate.endpoint import check_url
+
+    check_url(config.endpoint)
+    if config.self_prompts:
+        raise UserError(
+            "self_prompts with endpoint: let MODEL write the prompts first, in a command without "
+            "the endpoint, and give its folder as --data"
+        )
+
+
+def estimate(checkpoint: Checkpoint, data: DataConfig | None, config: GenerateConfig) -> list[str]:
     """The dry run: number of prompts, maximum number of answer tokens, and a minimum time."""
     from regrow.cost import forward_seconds
     from regrow.runtime.progress import clock
-    from regrow.stages.generate.stage import ask
+    from regrow.stages.generate.stage import ask, licence_for
 
-    asked = ask(data, config, checkpoint, checkpoint.tokenizer())
-    read, most = sum(len(ids) for _, ids in asked), len(asked) * config.max_new_tokens
+    licence_for(config, str(checkpoint.folder))
+    if data is None:
+        count, read = config.self_prompts, 0
+    else:
+        asked = ask(data, config, checkpoint, checkpoint.tokenizer())
+        count, read = len(asked), sum(len(ids) for _, ids in asked)
+    most = count * config.max_new_tokens
+    first = f"generate: {count:,} prompts of {read:,} tokens, at most {most:,} tokens of answers"
+    if config.endpoint is not None:
+        return [first, f"  from {config.endpoint}, which was not asked"]
     seconds = forward_seconds(checkpoint, read + most)
     return [
-        f"generate: {len(asked):,} prompts of {read:,} tokens, at most {most:,} tokens of answers",
+        first,
         f"  time at best {clock(seconds)} if all are as long; small batches take many times that",
     ]
 

@@ -5,8 +5,8 @@ During the run it writes a line per answered prompt, so that a killed run can co
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections import Counter
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from regrow.checkpoint import Checkpoint, load
+from regrow.checkpoint.licence import ONLY_DERIVED, Licence, licence_of
 from regrow.config import Options
 from regrow.data import DataConfig
 from regrow.data.blend import check_ids, embedding_rows
@@ -22,103 +23,77 @@ from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.runtime import distributed
 from regrow.runtime.batch_generator import BatchGenerator, Sampling
-from regrow.runtime.progress import Progress, progress, say
+from regrow.runtime.progress import Progress, say
 from regrow.stage_dir import Figure, StageDir, digest, refuse_input, require_space
-from regrow.stages.generate import GenerateConfig
+from regrow.stages.generate import GenerateConfig, check
+from regrow.stages.generate.endpoint import Endpoint
+from regrow.stages.generate.keep import diverse, fault, plain
+from regrow.stages.generate.local import Asked, answer_locally, judge
+from regrow.stages.generate.remote import answer_remotely
+from regrow.stages.generate.rows import Row, Rows, line
+from regrow.stages.generate.self_prompts import MOST_TOKENS, write_prompts
 from regrow.training.cache.folder import tokenizer_fingerprint
 
-Row = dict[str, Any]
-
-
-def read(folder: Path) -> dict[str, Row]:
-    """Read the rows {id, answer, finished, tokens} of all processes; skips incomplete lines.
-
-    Returns them by the prompt's key.
-    """
-    rows: dict[str, Row] = {}
-    for path in sorted(folder.glob("done-*.jsonl")):
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.endswith("\n"):
-                    row = json.loads(line)
-                    rows[row["id"]] = row
-    return rows
-
-
-def tidy(folder: Path) -> None:
-    """Write all rows to one file, so that no row is appended to an incomplete line."""
-    rows = read(folder)
-    partial = folder / "done.partial"
-    partial.write_text("".join(map(line, rows.values())), encoding="utf-8")
-    partial.replace(folder / "done-0.jsonl")
-    for path in folder.glob("done-*.jsonl"):
-        if path.name != "done-0.jsonl":
-            path.unlink()
-
-
-def append(folder: Path, rows: list[Row]) -> None:
-    """Add the rows of a batch to this process's file."""
-    with (folder / f"done-{distributed.rank()}.jsonl").open("a", encoding="utf-8") as file:
-        file.write("".join(map(line, rows)))
-
-
-def line(row: Row) -> str:
-    """A row as a JSON line."""
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
 ANSWERS = "answers.jsonl"
-Asked = list[tuple[Prompt, list[int]]]
+LOGPROBS = "top_logprobs.ndjson"
+"""A file whose ending no reader of text has, so that the folder can be given as data."""
 
 
 def generate(
     model: str | Path | Checkpoint,
-    data: DataConfig,
+    data: DataConfig | None,
     out: str | Path,
     config: GenerateConfig | None = None,
     options: Options | None = None,
 ) -> Path:
     """Let `model` answer the prompts of `data`; write `answers.jsonl`, which can be used as data.
 
-    A plain prompt is a user's turn if the tokenizer has a chat template; otherwise it is continued.
-    Every prompt begins with BOS if the tokenizer puts it before any text. Rows are in the prompts'
-    order, for all batch sizes. An interrupted run continues; several processes share the prompts.
-    Raises UserError for missing or empty prompts, for a token id beyond the model's embedding, and
-    if no answer was finished.
+    Without `data` the model writes `self_prompts` prompts itself. With an `endpoint` its answers
+    replace those of `model`. A plain prompt is a user's turn if the tokenizer has a chat template;
+    otherwise it is continued. Every prompt begins with BOS if the tokenizer puts it before any
+    text. Rows are in the prompts' order, for all batch sizes. An interrupted run continues; several
+    processes share the prompts.
+    Raises UserError for missing or empty prompts, for a token id beyond the model's embedding, for
+    an endpoint that gives no answers, and if no answer is kept.
     """
     out, config, options = Path(out), config or GenerateConfig(), options or Options()
-    device = options.torch_device()
+    check(config, data is not None)
+    named = str(model.folder if isinstance(model, Checkpoint) else model)
+    licence = licence_for(config, named)
     checkpoint = model if isinstance(model, Checkpoint) else load(model, quantized=True)
     check_out(out)
     refuse_input(out, checkpoint.folder)
-    tokenizer = checkpoint.tokenizer()
-    stage = _stage(out, config, inputs_of(checkpoint, tokenizer, data))
+    work = _Work(checkpoint, checkpoint.tokenizer(), config, options)
+    stage = _stage(out, config, inputs_of(checkpoint, work.tokenizer, data, config))
     if stage.complete:
         say(f"generate: {out} is complete and unchanged")
         return out
-    asked = ask(data, config, checkpoint, tokenizer)
-    require_space(out, 16 * sum(len(ids) + config.max_new_tokens for _, ids in asked))
-    distributed.join(cpu=device.type == "cpu")
+    asked = [] if data is None else ask(data, config, checkpoint, work.tokenizer)
+    read = sum(len(ids) for _, ids in asked)
+    count = len(asked) or config.self_prompts
+    require_space(out, (16 + 40 * config.top_logprobs) * (read + count * config.max_new_tokens))
+    distributed.join(cpu=options.torch_device().type == "cpu")
     with stage as folder:
-        if distributed.is_main():
-            tidy(folder)
-        distributed.wait()
-        known = read(folder)
-        distributed.wait()  # before anything is written, so that all ranks see the same work
-        todo = [(prompt, ids) for prompt, ids in asked if prompt.key not in known]
-        if todo:
-            loaded = checkpoint.model(checkpoint.compute_dtype(), device)
-            answerer = BatchGenerator(loaded, tokenizer, sampling_of(config))
-            _answer(folder, answerer, tokenizer, todo, len(asked), options.batch_size)
+        if data is None:
+            asked = work.self_written(folder)
+        work.answer(folder, asked)
+        perplexities = work.judge(folder, asked)
         distributed.wait()
         if distributed.is_main():
-            _finish(stage, folder, [prompt for prompt, _ in asked])
+            _finish(stage, folder, [prompt for prompt, _ in asked], perplexities)
+            stage.extra["answered_by"] = work.answered_by(named, licence)
     return out
 
 
 def _stage(out: Path, config: GenerateConfig, inputs: dict[str, str]) -> StageDir:
-    # These fields only select the answers to write, so earlier answers stay valid.
-    same = config.model_copy(update={"limit": None, "keep_unfinished": False})
+    # These fields only select the answers to write, or say how to ask, so earlier answers stay.
+    names = (
+        *("limit", "keep_unfinished", "min_new_tokens", "max_repetition", "max_perplexity"),
+        *("select", "licence", "accept_licence", "request_timeout", "max_attempts"),
+        *("api_key_variable", "endpoint"),
+    )
+    fields = GenerateConfig.model_fields
+    same = config.model_copy(update={name: fields[name].default for name in names})
     resume = StageDir(out, "generate", same, inputs).digest
     return StageDir(out, "generate", config, inputs, resumable=True, resume_digest=resume)
 
@@ -126,20 +101,30 @@ def _stage(out: Path, config: GenerateConfig, inputs: dict[str, str]) -> StageDi
 def sampling_of(config: GenerateConfig) -> Sampling:
     """How the tokens are chosen."""
     return Sampling(
-        config.max_new_tokens, config.temperature, config.top_p, config.seed, config.greedy
+        config.max_new_tokens,
+        config.temperature,
+        config.top_p,
+        config.seed,
+        config.greedy,
+        top_logprobs=config.top_logprobs,
     )
 
 
 def inputs_of(
-    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, data: DataConfig
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig | None,
+    config: GenerateConfig,
 ) -> dict[str, str]:
     """Hashes of the inputs on which the answers depend, besides the config."""
-    return {
+    inputs = {
         "model": checkpoint.fingerprint,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "template": digest(tokenizer.chat_template),
-        "data": data_digest(data),
     }
+    if config.endpoint is not None:
+        inputs["endpoint"] = config.served_model or config.endpoint
+    return inputs if data is None else {**inputs, "data": data_digest(data)}
 
 
 def check_out(out: Path) -> None:
@@ -151,6 +136,23 @@ def check_out(out: Path) -> None:
         )
 
 
+def licence_for(config: GenerateConfig, model: str) -> Licence:
+    """The licence of the answers, as the config or the files of the answering model say.
+
+    Raises UserError for one that limits what may be trained on answers, unless it was accepted.
+    """
+    if config.licence is not None:
+        licence = Licence(config.licence, "given")
+    else:
+        licence = Licence() if config.endpoint is not None else licence_of(model)
+    if licence.id in ONLY_DERIVED and not config.accept_licence:
+        raise UserError(
+            f"licence {licence}: only models that are derived from this one may be trained on its "
+            "answers; if yours is, set accept_licence"
+        )
+    return licence
+
+
 def ask(
     data: DataConfig,
     config: GenerateConfig,
@@ -159,17 +161,22 @@ def ask(
 ) -> Asked:
     """The distinct prompts with their token ids; too long ones are skipped, with a warning.
 
-    Raises UserError if there is no prompt, and for a token id beyond the model's embedding.
+    Prompts that differ only in case and white space count as the same. An endpoint
+    says itself what is too long. Raises UserError if there is no prompt, and for a token id beyond
+    the model's embedding.
     """
     room = int(checkpoint.config.get("max_position_embeddings") or 1 << 30) - config.max_new_tokens
-    asked: dict[str, tuple[Prompt, list[int]]] = {}
+    local, known, asked = config.endpoint is None, set[str](), Asked()
     long, counter = 0, Progress("reading prompts", config.limit or 0, "prompts")
     for prompt in islice(prompts(data, config.split, bool(tokenizer.chat_template)), config.limit):
         ids = prompt.ids(tokenizer)
-        check_ids(ids, tokenizer, embedding_rows(checkpoint), checkpoint.folder)
-        long += len(ids) > room
-        if len(ids) <= room:
-            asked.setdefault(prompt.key, (prompt, ids))
+        if local:
+            check_ids(ids, tokenizer, embedding_rows(checkpoint), checkpoint.folder)
+        long += local and len(ids) > room
+        same = plain(prompt.shown)
+        if (len(ids) <= room or not local) and same not in known:
+            known.add(same)
+            asked.append((prompt, ids))
         counter.advance(1)
     if long:
         say(
@@ -181,72 +188,151 @@ def ask(
             f"no prompt to answer in the {config.split} split: give more prompts, shorter ones, or "
             "--split all"
         )
-    return list(asked.values())
+    return asked
 
 
-def _answer(
-    folder: Path,
-    answerer: BatchGenerator,
-    tokenizer: PreTrainedTokenizerBase,
-    todo: Asked,
-    total: int,
-    batch_size: int,
+@dataclass
+class _Work:
+    """The model, which is loaded once and only if it is needed, and how it is asked."""
+
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    config: GenerateConfig
+    options: Options
+    model: Any = None
+    served: str = ""
+    """The endpoint's name of its model."""
+
+    def loaded(self) -> Any:
+        """The model."""
+        if self.model is None:
+            dtype, device = self.checkpoint.compute_dtype(), self.options.torch_device()
+            self.model = self.checkpoint.model(dtype, device)
+        return self.model
+
+    def self_written(self, folder: Path) -> Asked:
+        """The prompts that the model writes."""
+        rows, config = _shared(folder, "prompts"), self.config
+        sampling = Sampling(MOST_TOKENS, config.temperature, config.top_p, config.seed)
+        generator = BatchGenerator(self.loaded(), self.tokenizer, sampling)
+        found = write_prompts(rows, generator, self.tokenizer, config.self_prompts, config.seed)
+        return [(prompt, prompt.ids(self.tokenizer)) for prompt in found]
+
+    def answer(self, folder: Path, asked: Asked) -> None:
+        """Answer what has no answer yet."""
+        rows = _shared(folder, "done")
+        known = rows.read()
+        distributed.wait()  # before anything is written, so that all ranks see the same work
+        todo = [(prompt, ids) for prompt, ids in asked if prompt.key not in known]
+        size, total = self.options.batch_size, len(asked)
+        if self.config.endpoint is not None:
+            endpoint = Endpoint(self.config)
+            self.served = endpoint.model
+            try:
+                left = [prompt for prompt, _ in todo]
+                answer_remotely(rows, endpoint, self.tokenizer, left, total, size)
+            finally:
+                endpoint.close()
+        elif todo:
+            generator = BatchGenerator(self.loaded(), self.tokenizer, sampling_of(self.config))
+            answer_locally(rows, generator, self.tokenizer, todo, total, size)
+        distributed.wait()
+
+    def judge(self, folder: Path, asked: Asked) -> dict[str, float]:
+        """The perplexity of each answer by its prompt's key; empty if no limit is set."""
+        if self.config.max_perplexity is None:
+            return {}
+        rows, answers = _shared(folder, "judged"), Rows(folder).read()
+        known = rows.read()
+        distributed.wait()
+        usable = [
+            prompt.answered(answers[prompt.key]["answer"])
+            for prompt, _ in asked
+            if fault(answers[prompt.key], self.config, None) is None
+        ]
+        todo = [row for row in usable if row["id"] not in known]
+        if todo:
+            judge(rows, self.loaded(), self.tokenizer, todo, len(usable))
+        distributed.wait()
+        return {key: row["perplexity"] for key, row in rows.read().items()}
+
+    def answered_by(self, named: str, licence: Licence) -> dict[str, Any]:
+        """What the manifest says of the model that answered."""
+        if self.config.endpoint is None:
+            return {"model": named, "licence": str(licence)}
+        served = {"endpoint": self.config.endpoint, "model": self.served}
+        return {**served, "licence": str(licence)}
+
+
+def _shared(folder: Path, name: str) -> Rows:
+    """The rows of a name, in one file."""
+    rows = Rows(folder, name)
+    if distributed.is_main():
+        rows.tidy()
+    distributed.wait()
+    return rows
+
+
+def _finish(
+    stage: StageDir, folder: Path, asked: list[Prompt], perplexities: dict[str, float]
 ) -> None:
-    """Answer this rank's share of the prompts in batches of similar length, the longest first."""
-    tokens = 0
-    with progress("generate", total, "answers") as counter:
-        counter.resume_at(total - len(todo))
-        for batch in list(_batches(todo, batch_size))[
-            distributed.rank() :: distributed.world_size()
-        ]:
-            keys = [prompt.key for prompt, _ in batch]
-            answers = answerer.answer([ids for _, ids in batch], keys)
-            rows: list[dict[str, Any]] = [
-                {
-                    "id": key,
-                    "answer": tokenizer.decode(
-                        answer.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-                    ),
-                    "finished": answer.finished,
-                    "tokens": len(answer.ids) + answer.finished,
-                }
-                for key, answer in zip(keys, answers, strict=True)
-            ]
-            append(folder, rows)
-            tokens += sum(row["tokens"] for row in rows) * distributed.world_size()
-            rate = tokens / max(counter.seconds(), 1e-9)
-            counter.advance(len(batch) * distributed.world_size(), f"{rate:,.0f} tokens/s")
-
-
-def _batches(todo: Asked, size: int) -> Iterator[Asked]:
-    by_length = sorted(todo, key=lambda pair: -len(pair[1]))
-    for start in range(0, len(by_length), size):
-        yield by_length[start : start + size]
-
-
-def _finish(stage: StageDir, folder: Path, asked: list[Prompt]) -> None:
-    """Write the answers in the prompts' order."""
-    config, answers = stage.config, read(folder)
+    """Write the answers that are kept, in the prompts' order."""
+    config, answers = stage.config, Rows(folder).read()
     assert isinstance(config, GenerateConfig)
     rows = [answers[prompt.key] for prompt in asked]
-    whole = sum(row["finished"] for row in rows)
-    written = len(rows) if config.keep_unfinished else whole
-    if not written:
-        raise UserError(
+    faults = [fault(row, config, perplexities.get(row["id"])) for row in rows]
+    kept = [n for n, reason in enumerate(faults) if reason is None]
+    left_out = Counter(reason for reason in faults if reason is not None)
+    if config.select is not None:
+        texts = [f"{asked[n].shown}\n{rows[n]['answer']}" for n in kept]
+        chosen = diverse(texts, config.select)
+        left_out["like others"] = len(kept) - len(chosen)
+        kept = [kept[n] for n in chosen]
+    if not kept:
+        raise UserError(_none_kept(rows, left_out, config))
+    with (folder / ANSWERS).open("w", encoding="utf-8") as file:
+        file.writelines(line(asked[n].answered(rows[n]["answer"])) for n in kept)
+    if config.top_logprobs:
+        with (folder / LOGPROBS).open("w", encoding="utf-8") as file:
+            file.writelines(
+                line({"id": rows[n]["id"], "tokens": rows[n].get("scored")}) for n in kept
+            )
+    for name in ("done", "prompts", "judged"):
+        Rows(folder, name).remove()
+    stage.extra["left_out"] = dict(left_out)
+    stage.figures += _figures(rows, len(kept))
+    finished = sum(row["finished"] for row in rows)
+    reasons = "".join(f", {count:,} {reason}" for reason, count in left_out.items() if count)
+    say(f"generate: {len(kept):,} answers written, {finished:,} of {len(rows):,} finished{reasons}")
+
+
+def _none_kept(rows: list[Row], left_out: Counter[str], config: GenerateConfig) -> str:
+    if left_out["unfinished"] == len(rows):
+        return (
             f"none of {len(rows)} answers ended within {config.max_new_tokens} tokens: raise "
             "max_new_tokens, or set keep_unfinished"
         )
-    with (folder / ANSWERS).open("w", encoding="utf-8") as file:
-        for prompt, row in zip(asked, rows, strict=True):
-            if row["finished"] or config.keep_unfinished:
-                file.write(line(prompt.answered(row["answer"])))
-    for path in folder.glob("done-*.jsonl"):
-        path.unlink()
-    tokens = sum(row["tokens"] for row in rows)
-    stage.figures += [
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
+    said = next((f" ({row['error']})" for row in rows if row.get("error")), "")
+    return f"none of {len(rows)} answers is kept: {reasons}{said}; loosen what leaves them out"
+
+
+def _figures(rows: list[Row], written: int) -> list[Figure]:
+    finished = sum(row["finished"] for row in rows)
+    return [
         Figure(name="prompts", value=len(rows)),
         Figure(name="answers", value=written, convention="written"),
-        Figure(name="finished", value=whole / len(rows), unit="share", n=len(rows)),
-        Figure(name="tokens", value=tokens, unit="tokens", convention="generated"),
+        Figure(name="finished", value=finished / len(rows), unit="share", n=len(rows)),
+        Figure(
+            name="tokens",
+            value=sum(row["tokens"] for row in rows),
+            unit="tokens",
+            convention="generated",
+        ),
+        Figure(
+            name="prompt tokens",
+            value=sum(row["read"] for row in rows),
+            unit="tokens",
+            convention="read",
+        ),
     ]
-    say(f"generate: {written:,} answers written, {whole:,} of {len(rows):,} finished")
