@@ -36,7 +36,7 @@ from regrow import (
 
 Step = tuple[str, dict[str, Any]]
 KL = {"tokens": 100_000, "eval_tokens": 25_000}
-SHORT = {"tokens": 50_000, "eval_tokens": 25_000}
+SHORT = {"tokens": 50_000}
 
 
 def kl(**fields: Any) -> Step:
@@ -47,20 +47,18 @@ def local(**fields: Any) -> Step:
     return ("reconstruct", fields)
 
 
+LOCAL = local(tokens=36_864)
 LEVERS: dict[str, list[Step]] = {
     "repaired": [],
     "KL 50 k": [kl(**SHORT)],
     "KL 50 k, MLP 3e-4, rest a tenth": [
         kl(**SHORT, learning_rate=3e-4, attention_rate=0.1, embedding_rate=0.1)
     ],
-    "KL 50 k, MLP 1e-3, rest a tenth": [
-        kl(**SHORT, learning_rate=1e-3, attention_rate=0.1, embedding_rate=0.1)
-    ],
     "KL 50 k, β2 0.999": [kl(**SHORT, beta2=0.999)],
-    "local": [local()],
-    "local, then KL 50 k at 2e-5": [local(), kl(**SHORT, learning_rate=2e-5)],
-    "local, then KL 50 k at 5e-5": [local(), kl(**SHORT, learning_rate=5e-5)],
+    "local, 37 k tokens twice": [LOCAL],
+    "local, 37 k tokens twice, then KL 50 k at 5e-5": [LOCAL, kl(**SHORT, learning_rate=5e-5)],
     "KL 100 k": [kl()],
+    "local, 98 k tokens twice": [local()],
 }
 
 
