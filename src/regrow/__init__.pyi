@@ -9,6 +9,8 @@ from regrow.plan import Plan as Plan
 from regrow.pruning.config import PruneConfig as PruneConfig
 from regrow.recipe.recipe import Recipe as Recipe
 from regrow.recipe.recipe import run as run
+from regrow.stages.advise.config import AdviseConfig as AdviseConfig
+from regrow.stages.advise.stage import advise as advise
 from regrow.stages.cache import CacheConfig as CacheConfig
 from regrow.stages.cache.stage import cache as cache
 from regrow.stages.compare.stage import compare as compare

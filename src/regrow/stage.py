@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 STAGES = "regrow.stages"
 """The folder of the stages, for `plugins`."""
 IN_ORDER = (
+    "advise",
     *("profile", "rotate", "compare", "prune", "reconstruct", "generate", "cache", "distill"),
     *("sparsify", "quantize", "evaluate", "export", "report"),
 )

@@ -16,8 +16,12 @@ from regrow.stages._flags import Model, print_lines
 
 
 def run(
-    recipe: Positional[Path],
+    recipe: Positional[str],
     out: Path,
+    model: str | None = None,
+    data: tuple[str, ...] = (),
+    teacher: str | None = None,
+    prompts: str | None = None,
     machine: OmitArgPrefixes[Options] = Options(),
     set: UseAppendAction[tuple[str, ...]] = (),
     keep_stages: KeepStages = "all",
@@ -26,8 +30,12 @@ def run(
     """Run a recipe: a whole job, which the same command continues after a stop.
 
     Args:
-        recipe: YAML file with model, data and stages.
+        recipe: YAML file with model, data and stages, or preset:NAME (docs/presets.md).
         out: Folder for stages/, metrics.jsonl, model/ and report.html.
+        model: The model of a preset, or another one for a file.
+        data: Sources of text for a preset, or others for a file.
+        teacher: The teacher of a preset that needs one.
+        prompts: The prompts of a preset that needs some.
         machine: Device, batch size, and the use of memory.
         set: Override a field of the recipe: stages.prune.keep_params=0.7.
         keep_stages: Keep the weights of all stages, or of the final model only.
@@ -35,7 +43,8 @@ def run(
     """
     from regrow.recipe import recipe as recipes
 
-    job = recipes.read(recipe, list(set))
+    given = {"MODEL": model, "DATA": data, "TEACHER": teacher, "PROMPTS": prompts}
+    job = recipes.read(recipe, list(set), given)
     if not dry_run:
         recipes.run(job, out, machine, keep_stages)
     elif distributed.is_main():

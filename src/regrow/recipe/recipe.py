@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from regrow.config import Config, Options, parse
 from regrow.data.config import DataConfig
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
+from regrow.recipe import presets
 from regrow.runtime import distributed
 from regrow.runtime.progress import clock, say
 from regrow.stage import RecipeRun, Step, parse_step
@@ -41,12 +43,31 @@ class Recipe(Config):
         return [parse_step(entry, number) for number, entry in enumerate(self.stages)]
 
 
-def read(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+def read(
+    path: str | Path,
+    overrides: list[str] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Recipe:
     """Read a recipe from YAML; `overrides` are key=value, as stages.1.prune.keep_params=0.7.
 
-    Raises UserError for a missing or broken file, and for unknown keys, with the nearest valid key.
+    `preset:NAME` is a recipe that comes with regrow, for the model, data, teacher and prompts in
+    `given` (see `presets`); a file takes model and data from it. Raises UserError for a missing or
+    broken file, and for unknown keys, with the nearest valid key.
     """
-    path = Path(path)
+    given = {key: value for key, value in (given or {}).items() if value}
+    if str(path).startswith(presets.PREFIX):
+        fields = presets.fields(str(path).removeprefix(presets.PREFIX), given)
+    else:
+        fields = _read_file(Path(path))
+        _replace(fields, given)
+    for each in overrides or []:
+        override(fields, each)
+    recipe = parse(Recipe, fields, "")
+    recipe.steps()
+    return recipe
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     try:
         fields = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -56,11 +77,21 @@ def read(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise UserError(f"{path} is no YAML: {reason}") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path} is no recipe: it needs the keys model, data and stages")
-    for given in overrides or []:
-        override(fields, given)
-    recipe = parse(Recipe, fields, "")
-    recipe.steps()
-    return recipe
+    return fields
+
+
+def _replace(fields: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Replace model and data of a recipe's fields in place."""
+    for word, value in given.items():
+        if word == "MODEL":
+            fields["model"] = value
+        elif word == "DATA":
+            whole = fields.get("data")
+            sources = list(value)
+            fields["data"] = {**whole, "sources": sources} if isinstance(whole, dict) else sources
+        else:
+            flag = presets.FLAGS[word]
+            raise UserError(f"{flag} is for presets: name it in the recipe's stages instead")
 
 
 def run(

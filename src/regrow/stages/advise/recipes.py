@@ -1,0 +1,85 @@
+"""The recipe of an answer: fields that `regrow run` accepts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from regrow.stages.advise.config import AdviseConfig
+
+PLACEHOLDER = "text.jsonl"
+"""The source of text in a recipe when the request names none: write your own there."""
+GGUF = {"Q8_0", "Q4_K_M"}
+"""Formats that `export` writes; the others are schemes of `quantize`."""
+HALF = 0.6
+"""Below this share of the parameters, a cut is made in two rounds."""
+LARGE = 50_000_000
+"""Tokens from which on the published settings are used instead of our own."""
+
+Stages = list[dict[str, Any] | str]
+
+
+def schedule(tokens: float) -> dict[str, Any]:
+    """Batch and rate for a number of tokens.
+
+    Up to a few million by our own runs (docs/teaching.md): steps of 512 tokens, 1,024 from 300 k,
+    2,048 from a million. Above that no run of ours decides: 65,536, and from a billion on 3·10⁶
+    with the rate falling to a tenth, as NVIDIA Model-Optimizer does.
+    """
+    fields: dict[str, Any] = {"tokens": int(tokens), "learning_rate": 1e-4}
+    steps = {3e5: 512, 1e6: 1024, 5e6: 2048, 5e7: 16384, 1e9: 65536}
+    batch = next((size for limit, size in steps.items() if tokens < limit), 3 * 1024 * 1024)
+    fields["batch_tokens"] = batch
+    if tokens >= 1e9:
+        fields["min_learning_rate_ratio"] = 0.1
+    if tokens >= 1e6:
+        fields["eval_tokens"] = int(tokens / 40)
+    return fields
+
+
+def length(tokens: float) -> int:
+    """Tokens of a sequence."""
+    return 512 if tokens < LARGE else 1024 if tokens < 1e9 else 4096
+
+
+def pruned(
+    model: str, keep: float, tokens: float, format: str, config: AdviseConfig
+) -> dict[str, Any]:
+    """Profile, prune and distil, in two rounds for a deep cut, then store in a format."""
+    stages: Stages = []
+    rounds = [keep] if keep >= HALF else [round(keep**0.5, 3)] * 2
+    for share in rounds:
+        multiple = 256 if format == "Q4_K_M" else 128
+        stages += [
+            {"profile": {"samples": 1024 if tokens >= LARGE else 128}},
+            {"prune": {"keep_params": share, "multiple_of": multiple}},
+            {"distill": schedule(tokens / len(rounds))},
+        ]
+    return _recipe(model, stages, format, tokens, config)
+
+
+def taught(
+    student: str, teacher: str, tokens: float, format: str, config: AdviseConfig
+) -> dict[str, Any]:
+    """Distil a pretrained smaller model, then store it in a format."""
+    stages: Stages = [{"distill": {"teacher": teacher, **schedule(tokens)}}]
+    return _recipe(student, stages, format, tokens, config)
+
+
+def stored(model: str, format: str, config: AdviseConfig) -> dict[str, Any]:
+    """Store a model in a format, and compare it."""
+    return _recipe(model, [], format, 0, config)
+
+
+def _recipe(
+    model: str, stages: Stages, format: str, tokens: float, config: AdviseConfig
+) -> dict[str, Any]:
+    last: Stages = ["evaluate"]
+    if format in GGUF:
+        last.append({"export": {"type": format}})
+    elif format != "bf16":
+        last.insert(0, {"quantize": {"scheme": format}})
+    data = {
+        "sources": list(config.data) or [PLACEHOLDER],
+        "sequence_length": length(tokens),
+    }
+    return {"model": model, "data": data, "stages": [*stages, *last, "report"]}
