@@ -9,16 +9,16 @@ models named by `--train` are then distilled towards the dense model on N tokens
 their zeros kept. Perplexity ÷ that of the dense model, on the first `--text-tokens` tokens of
 WikiText-2 raw test and of the C4 sample, on which nothing was calibrated or trained. The KL is to
 the dense model, on the held-out eighth. `speed` times matrix products on this machine: dense, with
-zeros, and in torch's compressed rows. `bytes` stores the weights of each model in several ways.
-Writes `sparsity.md`, `sparsity_bytes.md` and `sparsity_speed.md` into `--out`.
+zeros, and in torch's compressed rows (lower quartile of ten rounds). Writes `sparsity.md`,
+`sparsity.svg` and `sparsity_speed.md` into `--out`.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,9 @@ from regrow import (
     SparsifyConfig,
     distill,
     evaluate,
-    load,
     sparsify,
     stage_dir,
 )
-from regrow.checkpoint import bitmask
-from regrow.sparsity import zeros
 from regrow.sparsity.pattern import Sparsity
 from regrow.stages.sparsify.methods.magnitude import sparsify as by_magnitude
 
@@ -54,6 +51,8 @@ TARGETS: dict[str, dict[str, Any]] = {
 METHODS = ("magnitude", "sparsegpt", "wanda")
 TRAINED = ("sparsegpt 50 %", "sparsegpt 2:4", "sparsegpt 70 %")
 OPTIONS = Options(batch_size=4)
+Row = tuple[str, dict[str, float], dict[str, float]]
+"""A model, what evaluate measured, and the figures of the stage that made it."""
 SHAPES = ((1536, 576), (576, 1536), (4096, 4096))
 """Rows and columns: the MLP of SmolLM2-135M, and a matrix of a model of about 7 B parameters."""
 
@@ -61,21 +60,21 @@ SHAPES = ((1536, 576), (576, 1536), (4096, 4096))
 def main() -> None:
     arguments = _arguments()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    parts = {"quality": quality, "bytes": stored, "speed": speed}
+    parts = {"quality": quality, "speed": speed}
     for name, part in parts.items():
         if arguments.only in (None, name):
             part(arguments)
 
 
 def quality(arguments: argparse.Namespace) -> None:
-    """Perplexity and KL of every model, before and after training."""
+    """Perplexity, KL and bytes of every model, before and after training; rewritten for each."""
     dense = _perplexities("dense", DENSE, arguments)
-    rows = [("dense", dense, 0.0, 0.0)]
+    rows: list[Row] = [("dense", dense, {})]
     for name, folder in _models(arguments):
         found = {f["name"]: f["value"] for f in (stage_dir.read(folder) or {})["figures"]}
-        kl = found.get("kl", float("nan"))
-        rows.append((name, _perplexities(name, folder, arguments), found.get("zeros", 0.0), kl))
-        _write_quality(rows, dense, arguments)
+        rows.append((name, _perplexities(name, folder, arguments), found))
+        (arguments.out / "sparsity.md").write_text(_table(rows))
+        (arguments.out / "sparsity.svg").write_text(_picture(rows))
 
 
 def _models(arguments: argparse.Namespace) -> Any:
@@ -114,45 +113,45 @@ def _perplexities(name: str, model: Path | str, arguments: argparse.Namespace) -
     return figures(evaluate({name: model}, place, None, None, config, OPTIONS))[name]
 
 
-def _write_quality(rows: list[Any], dense: dict[str, float], arguments: argparse.Namespace) -> None:
-    lines = ["| model | WikiText-2 ppl | × dense | C4 ppl | × dense | KL |", "|---|" + "---:|" * 5]
-    for name, found, _, kl in rows:
+def _table(rows: list[Row]) -> str:
+    dense = rows[0][1]
+    lines = [
+        "| model | WikiText-2 ppl | × dense | C4 ppl | × dense | KL | MB | MB as bitmask |",
+        "|---|" + "---:|" * 7,
+    ]
+    for name, measured, found in rows:
         cells = [name]
         for text in TEXTS:
-            value = found[f"perplexity/{text}"]
+            value = measured[f"perplexity/{text}"]
             cells += [f"{value:,.2f}", f"{value / dense[f'perplexity/{text}']:,.3f}"]
-        lines.append("| " + " | ".join([*cells, "–" if kl != kl else f"{kl:.3f}"]) + " |")
-    (arguments.out / "sparsity.md").write_text("\n".join(lines) + "\n")
+        kl, packed = found.get("kl"), found.get("bytes as bitmask")
+        cells += ["–" if kl is None else f"{kl:.3f}", f"{measured['bytes'] / 1e6:.1f}"]
+        cells.append("–" if packed is None else f"{packed / 1e6:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
-def stored(arguments: argparse.Namespace) -> None:
-    """Megabytes of the layers' matrices: dense, as a bitmask, and compressed by zlib."""
-    lines = [
-        "| model | zeros | dense MB | bitmask MB | ÷ dense | zlib MB | ÷ dense |",
-        "|---|" + "---:|" * 6,
+def _picture(rows: list[Row]) -> str:
+    """Bars of WikiText-2 perplexity ÷ dense, on a logarithmic scale, as SVG."""
+    text = f"perplexity/{TEXTS[0]}"
+    ratios = {name: measured[text] / rows[0][1][text] for name, measured, _ in rows[1:]}
+    scale = 420 / math.log10(max(10.0, *ratios.values()))
+    colours = {"magnitude": "#b0b0b0", "wanda": "#7aa6d8", "sparsegpt": "#1f5fa8"}
+    height = 24 * len(ratios) + 30
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="720" height="{height}" '
+        'font-family="sans-serif" font-size="12">',
+        '<text x="10" y="16">WikiText-2 perplexity ÷ dense (bars on a logarithmic scale)</text>',
     ]
-    names = ["dense", *(f"sparsegpt {target}" for target in TARGETS)]
-    for name in names:
-        folder = DENSE if name == "dense" else arguments.out / _file(name)
-        if name != "dense" and stage_dir.read(folder) is None:
-            continue
-        lines.append("| " + " | ".join([name, *_sizes(folder)]) + " |")
-    (arguments.out / "sparsity_bytes.md").write_text("\n".join(lines) + "\n")
-    print((arguments.out / "sparsity_bytes.md").read_text())
-
-
-def _sizes(folder: Path | str) -> list[str]:
-    zero = count = dense = masked = squeezed = 0
-    for _, weight in zeros.weights(load(folder)):
-        values = int((weight != 0).sum())
-        zero, count = zero + weight.numel() - values, count + weight.numel()
-        dense += weight.numel() * weight.itemsize
-        masked += bitmask.stored_bytes(tuple(weight.shape), values, weight.itemsize)
-        squeezed += len(zlib.compress(weight.view(torch.uint8).numpy().tobytes(), 6))
-    cells = [f"{zero / count:.1%}", f"{dense / 1e6:.1f}"]
-    for size in (masked, squeezed):
-        cells += [f"{size / 1e6:.1f}", f"{size / dense:.3f}"]
-    return cells
+    for number, (name, ratio) in enumerate(ratios.items()):
+        top, width = 26 + 24 * number, max(1.0, scale * math.log10(ratio))
+        colour = colours[name.split()[0]]
+        parts += [
+            f'<text x="210" y="{top + 13}" text-anchor="end">{name}</text>',
+            f'<rect x="218" y="{top}" width="{width:.0f}" height="18" fill="{colour}"/>',
+            f'<text x="{224 + width:.0f}" y="{top + 13}">{ratio:,.3g} ×</text>',
+        ]
+    return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def speed(arguments: argparse.Namespace) -> None:
@@ -189,13 +188,14 @@ def _times(weight: Tensor, sparse: Tensor, tokens: int) -> list[float]:
         lambda: compressed @ x_t,
     ]
     times: list[list[float]] = [[] for _ in ways]
-    for _ in range(30):  # in turn, so that other work on the machine disturbs all of them alike
+    repeats = 10 if tokens == 1 else 1
+    for _ in range(10):  # in turn, so that other work on the machine disturbs all of them alike
         for way, found in zip(ways, times, strict=True):
             way()
             start = time.perf_counter()
-            for _ in range(5):
+            for _ in range(repeats):
                 way()
-            found.append((time.perf_counter() - start) / 5 * 1e3)
+            found.append((time.perf_counter() - start) / repeats * 1e3)
     return [statistics.quantiles(found, n=4)[0] for found in times]
 
 
@@ -207,7 +207,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=Path, required=True, help="folder with train/ and eval/")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
-    parser.add_argument("--only", choices=("quality", "bytes", "speed"), help="one part of it")
+    parser.add_argument("--only", choices=("quality", "speed"), help="one part of it")
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences of 512")
     parser.add_argument("--tokens", type=int, default=0, help="training tokens of each")
     parser.add_argument("--train", nargs="*", default=list(TRAINED), help="models to train")
