@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from regrow.checkpoint import Checkpoint
-from regrow.checkpoint.checkpoint import carry
+from regrow.checkpoint.carried import carry
 from regrow.errors import UserError
 from regrow.pruning.tokenizer import cut_ids, cut_rules, read_rules, tokens_of, write_tokenizer
 from regrow.pruning.vocabulary import choose_vocab, pieces_of, required, shrink

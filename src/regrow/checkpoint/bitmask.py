@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrow import stage_dir
 from regrow.checkpoint import identity
+from regrow.checkpoint.carried import carry
 from regrow.config import cache_folder
 from regrow.errors import UserError
 from regrow.runtime.progress import say
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 FORMAT = "sparse-bitmask"
 PARTS = ("bitmask", "compressed", "row_offsets", "shape")
 """The last part of the names of the stored tensors."""
+MAX_SHARD_BYTES = 5_000_000_000
 SERVED = "transformers, vLLM and llama.cpp compute with zeros as with other values"
 WEIGHT = ".weight"
 
@@ -108,14 +110,14 @@ def unpacked(folder: Path, config: dict[str, Any]) -> Path:
 
 def _write(folder: Path, config: dict[str, Any], out: Path) -> None:
     """Write the dense folder, with one weight in memory at a time."""
-    from regrow.checkpoint.checkpoint import carry
-    from regrow.checkpoint.checkpoint import write as write_folder
+    from regrow.checkpoint.shards import write_shards
 
     stored = Packed(folder)
     layout = {name: stored.tensor(name).to("meta") for name in stored.names()}
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     tensors = ((name, stored.tensor(name)) for name in layout)
-    write_folder(out, plain, layout, tensors)
+    write_shards(out, layout, tensors, MAX_SHARD_BYTES)
+    stage_dir.write_json(out / "config.json", plain)
     carry(folder, out)
 
 

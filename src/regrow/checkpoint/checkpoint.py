@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrow import stage_dir
 from regrow.checkpoint import identity
+from regrow.checkpoint.carried import OF_TOKENIZERS, carry
 from regrow.checkpoint.model_config import (
     EMBEDDING,
     HEAD,
@@ -31,17 +32,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-OF_TOKENIZERS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "additional_chat_templates/*",
-)
-CARRIED = (*OF_TOKENIZERS, "generation_config.json", "LICENSE*", "NOTICE*")
-"""Files that are copied from a checkpoint to the checkpoints derived from it."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """A folder with one of these files has a tokenizer."""
 
@@ -336,13 +326,3 @@ def write(
     stage_dir.write_json(folder / "config.json", config)
     if like is not None:
         carry(like.folder, folder)
-
-
-def carry(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat templates, generation config and licences, unless `folder` has them."""
-    for pattern in CARRIED:
-        for path in source.glob(pattern):
-            target = folder / path.relative_to(source)
-            if path.is_file() and not target.exists():
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from regrow import stage_dir
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
-from regrow.checkpoint.checkpoint import carry
+from regrow.checkpoint.carried import carry
 from regrow.config import Options
 from regrow.data import DataConfig
 from regrow.data.sequences import Sequences
