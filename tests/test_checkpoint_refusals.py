@@ -232,9 +232,7 @@ def test_a_null_head_dim_is_accepted(model_type: str, tmp_path: Path) -> None:
     assert "transformers cannot build a causal language model" in refusal(tmp_path / "model")
 
 
-@pytest.mark.parametrize(
-    "model_type", ["mamba", "mamba2", "falcon_mamba", "xlstm", "rwkv", "recurrent_gemma"]
-)
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "falcon_mamba", "xlstm", "rwkv"])
 def test_models_without_attention_are_refused(model_type: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     assert "only attention layers are supported" in refusal(folder)

@@ -356,10 +356,6 @@ BROKEN = {
         broken("llama", "model.norm.weight", Tensor(("hidden",))),
         check_removal,
     ),
-    "factor for a norm over heads": (
-        broken("qwen3", LAYER + "self_attn.q_norm.weight", Tensor(("head_dim",), norm=True)),
-        check_removal,
-    ),
     "offset that is not there": (broken("llama", norm_offset=1.0), check_removal),
     "no offset": (broken("gemma3_text", norm_offset=0.0), check_removal),
     "embedding not scaled": (broken("gemma3_text", scaled_embedding=False), check_removal),

@@ -11,8 +11,7 @@ from slow_losses import slow as slow_loss
 from tiny_models import tiny_model
 from torch import Tensor
 
-from regrow.errors import UserError
-from regrow.training.head import Head, head_loss, head_of
+from regrow.training.head import Head, head_loss, head_of, scale_of
 from regrow.training.loss_weights import LossWeights
 
 N, H, V = 13, 6, 11
@@ -264,5 +263,23 @@ def test_head_of_reads_the_cap_and_refuses_what_it_cannot_reproduce() -> None:
     plain = tiny_model("llama")
     assert head_of(plain).softcap is None
     plain.config.logit_scale = 0.5
-    with pytest.raises(UserError, match="logit_scale"):
-        head_of(plain)
+    assert head_of(plain).scale == 0.5
+    assert scale_of({"logits_scaling": 8.0}) == 0.125
+    assert scale_of({"logit_scale": None}) == 1.0
+
+
+def test_scaled_and_capped_logits_and_their_gradient() -> None:
+    """The cross entropy of 3 tanh(0.25 h Wᵀ / 3), written out in float64."""
+    draw = torch.Generator().manual_seed(0)
+    hidden_NH, weight_VH = (
+        torch.randn(n, 6, generator=draw, dtype=torch.float64).requires_grad_() for n in (5, 11)
+    )
+    targets_N = torch.tensor([1, 0, 10, 4, 4])
+    head = Head(weight_VH, softcap=3.0, scale=0.25)
+    value, _ = head_loss(hidden_NH, head, targets_N, LossWeights({"cross_entropy": 1.0}))
+    logits_NV = 3.0 * torch.tanh(0.25 * (hidden_NH @ weight_VH.T) / 3.0)
+    expected = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum")
+    torch.testing.assert_close(value, expected)
+    found, wanted = (torch.autograd.grad(v, (hidden_NH, weight_VH)) for v in (value, expected))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)

@@ -92,7 +92,7 @@ class Plan(Config):
         chosen = self._chosen(dim)
         if chosen is not None:
             return chosen.get(layer)
-        if dim == "heads" and self.kv_heads is not None:
+        if dim == "heads" and self.kv_heads is not None and layer in self.kv_heads:
             group = self.group
             return [kv * group + q for kv in self.kv_heads[layer] for q in range(group)]
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 COMPRESSED = "compressed-tensors"
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-STATE_SPACE_KEY = re.compile(r"(mamba|ssm|rwkv)_")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -73,15 +70,12 @@ def accept_config(
             f"{place} is multimodal (its config has {parts[0]}): only text models are supported; "
             "give its language model as a separate checkpoint"
         )
-    _refuse_layers(config, config.get("layer_types"), place)
     stock = _stock_config(config, place)
-    if stock is not None:
-        if not hasattr(stock, "num_attention_heads"):
-            raise UserError(
-                f"{place} is a state-space model ({config['model_type']} has no "
-                "num_attention_heads): only attention layers are supported"
-            )
-        _refuse_layers(config, getattr(stock, "layer_types", None), place)
+    if stock is not None and not hasattr(stock, "num_attention_heads"):
+        raise UserError(
+            f"{place} is a state-space model ({config['model_type']} has no "
+            "num_attention_heads): only attention layers are supported"
+        )
     return stock
 
 
@@ -101,16 +95,6 @@ def _refuse_quantized(config: dict[str, Any], place: Path, quantized: bool) -> N
         raise UserError(
             f"{place} is quantized ({method}): prune first and quantize last; "
             "give the unquantized checkpoint"
-        )
-
-
-def _refuse_layers(config: dict[str, Any], layer_types: Any, place: Path) -> None:
-    other = sorted(set(layer_types or []) - ATTENTION_LAYERS)
-    state_space = [key for key in config if STATE_SPACE_KEY.match(key)]
-    if other or state_space:
-        raise UserError(
-            f"{place} is a hybrid model ({(other + state_space)[0]}): only attention layers are "
-            "supported, state-space and linear-attention layers are not"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 from rich.console import Console
@@ -26,6 +27,14 @@ FLAGS = {
 }
 
 
+ODD = {
+    "cache": "Its logits with a cache of keys and values differ from those without.",
+    "documents": "Documents that are packed into one sequence see each other in this model, so "
+    "regrow refuses to measure and to train it on packed text.",
+}
+"""What a derived model does that others do not; see `Derived.odd`."""
+
+
 def describe_model(source: str) -> None:
     """Print family, axes with legal widths, and candidate sizes at a few targets.
 
@@ -48,6 +57,8 @@ def describe_model(source: str) -> None:
         soft_wrap=True,
     )
     console.print(_axes(checkpoint, family))
+    for line in _derived(checkpoint, family):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     console.print(_targets(checkpoint, family, parameters))
 
 
@@ -55,12 +66,34 @@ def _axes(checkpoint: Checkpoint, family: Family) -> Table:
     sizes = family.sizes(checkpoint.config)
     table = Table("axis", "now", "legal widths", "flag", title="Axes")
     for dim, flag in FLAGS.items():
+        if dim in family.refused:
+            continue
         if dim != "layers" and not family.layers_of(dim, checkpoint.config):
             continue
         table.add_row(dim, str(sizes[dim]), _legal(checkpoint, family, dim), flag)
-    legal = f"multiples of {MULTIPLE}, special tokens and the base alphabet at least"
-    table.add_row("vocab", str(sizes["vocab"]), legal, "--vocab-size")
+    if "vocab" not in family.refused:
+        legal = f"multiples of {MULTIPLE}, special tokens and the base alphabet at least"
+        table.add_row("vocab", str(sizes["vocab"]), legal, "--vocab-size")
     return table
+
+
+def _derived(checkpoint: Checkpoint, family: Family) -> Iterator[str]:
+    """Lines about a derived table: what was proven of it, and what not, with the reasons."""
+    if not family.derived:
+        return
+    derived = families.derived(checkpoint.config)
+    proven = ", ".join(dim for dim in (*FLAGS, "vocab") if dim in derived.proven) or "nothing"
+    yield (
+        "The table was derived from the model's class in transformers. Proven by cuts of a tiny "
+        f"random copy of this config: {proven}."
+    )
+    for dim, reason in family.refused.items():
+        if dim == "repair":
+            yield f"There is no repair after a cut: {reason}."
+        elif dim in family.config_keys:
+            yield f"{dim} cannot be cut: {reason}."
+    for odd in derived.odd:
+        yield ODD[odd]
 
 
 def _legal(checkpoint: Checkpoint, family: Family, dim: str) -> str:

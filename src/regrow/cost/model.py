@@ -23,8 +23,8 @@ class ModelSize:
 
     @cached_property
     def family(self) -> Family:
-        """The family's table; raises UserError for an unknown family."""
-        return families.get(self.config["model_type"])
+        """The family's table; raises UserError for a model without one."""
+        return families.of_config(self.config)
 
     @cached_property
     def sizes(self) -> dict[str, int]:

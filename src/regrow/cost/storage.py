@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from regrow.families import Family, rows
+from regrow.families import Family
 from regrow.quantization import formats
 from regrow.quantization.formats import StorageFormat, StoredTensor, fitting
 
@@ -24,7 +24,7 @@ def stored(
     for template, row in family.tensors.items():
         if not family.exists(row, config):
             continue
-        shape = tuple(rows(axis, full) for axis in row.axes)
+        shape = row.shape(full)
         count = family.copies(template, config, full)
         for wanted, some in _types(family, template, config, wanted_by, full, count).items():
             if some:

@@ -1,27 +1,43 @@
-"""A model family is a table of named dimensions: data, one file per `model_type`."""
+"""A model family is a table of named dimensions: one file per `model_type`, or derived."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from regrow import plugins
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError, unknown
+from regrow.families._cut import Replace, check_plan, cut, cut_config, cut_tensor, new_name
 from regrow.families._memory import accept_disk_names, as_on_disk, in_memory
-from regrow.families._refusals import can_have, check_sizes
-from regrow.families._table import Family, Tensor, TensorRef, parts, rows, unit_rows
+from regrow.families._refusals import can_have, check_layers, check_sizes
+from regrow.families._rows import LayerRule, Tensor, TensorRef, parts, rows, unit_rows
+from regrow.families._table import Family
+
+if TYPE_CHECKING:
+    from regrow.families._derive import Derived
 
 __all__ = [
     "Family",
+    "LayerRule",
+    "Replace",
     "Tensor",
     "TensorRef",
     "accept_disk_names",
     "as_on_disk",
     "can_have",
+    "check_plan",
     "check_sizes",
+    "cut",
+    "cut_config",
+    "cut_tensor",
     "get",
     "in_memory",
+    "new_name",
     "of",
+    "of_config",
     "parts",
     "rows",
+    "typed",
     "unit_rows",
 ]
 
@@ -44,22 +60,60 @@ def get(model_type: str) -> Family:
 def of(checkpoint: Checkpoint) -> Family:
     """The family of a checkpoint; its config and tensors are checked against the family's table.
 
-    Raises UserError for an unknown family, for tensors that do not fit it, and for a multiplier in
-    the config that the table cannot express.
+    Raises UserError for a model that has no table, for tensors that do not fit the table, and for a
+    multiplier in the config that the table cannot express.
     """
     model_type = checkpoint.config["model_type"]
-    known = plugins.names(__name__)
-    if checkpoint.has_remote_code and model_type not in known:
+    if checkpoint.has_remote_code and not _stock_class(model_type):
+        known = ", ".join(plugins.names(__name__))
         raise UserError(
             f"{checkpoint.folder} would need remote code (auto_map in its config), which is never "
-            f"run; {model_type!r} is not a known family ({', '.join(known)}); to add one, read "
-            "docs/add-a-family.md"
+            f"run; {model_type!r} is not a known family ({known}), and the installed transformers "
+            "has no class for it; read docs/add-a-family.md"
         )
-    family = get(checkpoint.config["model_type"])
-    _check_multipliers(family, checkpoint)
+    family = of_config(checkpoint.config)
+    if not family.derived:
+        check_layers(checkpoint.config, checkpoint.folder)
+        _check_multipliers(family, checkpoint)
     if not checkpoint.quantized:  # quantized tensors are packed and have other names
         family.check_tensors(checkpoint.config, checkpoint.shapes)
     return family
+
+
+def of_config(config: dict[str, Any]) -> Family:
+    """The family of a config: the table with its name, or one that is derived from its class.
+
+    Raises UserError when the installed transformers has no class for it, or when no table can
+    describe it.
+    """
+    model_type = config["model_type"]
+    if model_type in plugins.names(__name__) or not _stock_class(model_type):
+        return get(model_type)
+    return derived(config).family
+
+
+def derived(config: dict[str, Any]) -> Derived:
+    """The derived table of a config, with what was proven of it; kept on disk.
+
+    Raises UserError when no table can describe the model.
+    """
+    from regrow.families._derive import UnsupportedError, derive
+
+    try:
+        return derive(config)
+    except UnsupportedError as error:
+        raise UserError(f"{config['model_type']}: no table can be derived: {error}") from None
+
+
+def typed() -> list[str]:
+    """The model types whose tables are written by hand."""
+    return plugins.names(__name__)
+
+
+def _stock_class(model_type: str) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
 
 
 def _check_multipliers(family: Family, checkpoint: Checkpoint) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from regrow.families._table import LayerKind, Tensor
+from regrow.families._rows import LayerKind, Tensor
 
 Rows = dict[str, Tensor]
 """Rows of a layer, by their names inside the layer: `mlp.down_proj.weight`."""

@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from regrow.families._table import Family, TensorRef
+from regrow.families._rows import TensorRef
+from regrow.families._table import Family
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from regrow.errors import UserError
 from regrow.families._table import NAMED, Family
 
 Sizes = dict[str, int]
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+STATE_SPACE_KEY = re.compile(r"(mamba|ssm|rwkv)_")
 
 
 def check_sizes(family: Family, config: dict[str, Any], sizes: Sizes, multiple_of: int = 1) -> None:
@@ -18,6 +22,11 @@ def check_sizes(family: Family, config: dict[str, Any], sizes: Sizes, multiple_o
     before = family.sizes(config)
     after = {**before, **sizes}
     for dim, size in sizes.items():
+        if dim in family.refused and size != before[dim]:
+            raise UserError(
+                f"{NAMED.get(dim, dim)} {size}: it cannot be cut in this {family.model_type} "
+                f"model: {family.refused[dim]}"
+            )
         _check_has(family, dim, size, config)
         if dim == "head_dim" and size != before[dim]:
             raise UserError(f"head_dim {size}: it cannot be cut; this model has {before[dim]}")
@@ -33,6 +42,18 @@ def check_sizes(family: Family, config: dict[str, Any], sizes: Sizes, multiple_o
             _check_width_multiple(dim, before[dim], after[dim], multiple)
     if _heads_problem(*model, before, after) is not None:
         raise _heads_error(*model, before, after)
+
+
+def check_layers(config: dict[str, Any], place: Path) -> None:
+    """Raise UserError for other layers than attention in a config of a family without them."""
+    other = sorted(set(config.get("layer_types") or []) - ATTENTION_LAYERS)
+    state_space = [key for key in config if STATE_SPACE_KEY.match(key)]
+    if other or state_space:
+        raise UserError(
+            f"{place} is a hybrid model ({(other + state_space)[0]}): only attention layers are "
+            f"supported in {config['model_type']} models, state-space and linear-attention layers "
+            "are not"
+        )
 
 
 def can_have(family: Family, config: dict[str, Any], sizes: Sizes, multiple_of: int = 1) -> bool:

@@ -1,18 +1,4 @@
-"""The table of a family: its rows, and functions for shapes, counts and legal sizes.
-
-A row gives the name of a tensor and the named dimensions of its axes. The dimensions of a decoder,
-counted in units:
-
-    layers      decoder layers; never an axis, but the {layer} in a tensor's name
-    hidden      channels of the residual stream
-    mlp         channels inside an MLP
-    heads       query heads, `head_dim` rows of a tensor each
-    kv_heads    key/value heads, `head_dim` rows of a tensor each
-    vocab       token ids
-    head_dim    channels of one head; never cut
-    experts     MLPs that a router chooses among; the {expert} in a tensor's name
-    expert_mlp  channels inside an expert
-"""
+"""The table of a family: its rows, and functions for shapes, counts and legal sizes."""
 
 from __future__ import annotations
 
@@ -21,9 +7,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from regrow.errors import UserError
+from regrow.families._rows import LayerKind, LayerRule, Tensor, TensorRef, parts
 
 CONFIG_KEYS = {
     "layers": "num_hidden_layers",
@@ -44,59 +31,6 @@ PER_LAYER: dict[str, Literal["each", "ids", "count"]] = {
     "mlp_only_layers": "ids",
     "max_window_layers": "count",
 }
-
-
-LayerKind = Literal["sparse", "dense"]
-"""A layer with experts (sparse) or with an ordinary MLP (dense)."""
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One row of a table: the dimension of each axis of a tensor."""
-
-    axes: tuple[str | tuple[str, ...], ...]
-    """For each axis its dimension, or the dimensions of its fused parts in order."""
-    when: str | None = None
-    """The tensor exists only if this config key is true, or false for "!key"."""
-    norm: bool = False
-    """Whether it is the weight of an RMSNorm over `hidden`. After a cut the norm averages over
-    fewer channels, so its weight is multiplied by sqrt(old / new)."""
-    layers: LayerKind | None = None
-    """The kind of layer that has the tensor, in models with both kinds; None means every layer."""
-
-    def has(self, dim: str) -> bool:
-        """Whether the dimension is an axis of the tensor, or part of one."""
-        return any(dim in parts(axis) for axis in self.axes)
-
-
-class TensorRef(NamedTuple):
-    """One tensor: its row in the table, and the layer and expert numbers in its name."""
-
-    template: str
-    layer: int | None = None
-    expert: int | None = None
-
-    @property
-    def name(self) -> str:
-        """The tensor's name on disk."""
-        return self.template.replace("{layer}", str(self.layer)).replace(
-            "{expert}", str(self.expert)
-        )
-
-
-def rows(axis: str | tuple[str, ...], sizes: dict[str, int]) -> int:
-    """Length of an axis: the units of its dimension(s) times the rows of one unit."""
-    return sum(sizes[part] * unit_rows(part, sizes) for part in parts(axis))
-
-
-def parts(axis: str | tuple[str, ...]) -> tuple[str, ...]:
-    """The dimensions of an axis, in order: one, or those of its fused parts."""
-    return (axis,) if isinstance(axis, str) else axis
-
-
-def unit_rows(dim: str, sizes: dict[str, int]) -> int:
-    """Rows of a tensor that one unit of `dim` takes: head_dim for heads, else 1."""
-    return sizes["head_dim"] if dim in ("heads", "kv_heads") else 1
 
 
 @dataclass(frozen=True)
@@ -151,6 +85,19 @@ class Family:
     """Name of the norm before the output head."""
     head: str = "lm_head.weight"
     """Name of the output head [vocab, hidden]; absent when tied to the embedding."""
+    eps: str = "rms_norm_eps"
+    """Config key of the epsilon of the norms over hidden."""
+    head_dim: int | None = None
+    """Channels of one head in the projection that reads the heads, if no config key gives them."""
+    writes_head_dim: bool = True
+    """Whether the class reads `head_dim` from config.json, so that a cut can write it there."""
+    residual_multiplier: float = 1.0
+    """What the model multiplies the output of attention and MLP by, before it adds it to the
+    stream (Granite)."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """For each dimension that cannot be cut, the reason; under `repair`, why there is none."""
+    derived: bool = False
+    """Whether the table was found by `regrow.families.derive`, for one config."""
 
     def value(self, config: dict[str, Any], key: str) -> Any:
         """`config[key]`, or the default of transformers if config.json has no such key.
@@ -172,7 +119,8 @@ class Family:
         raw = {dim: self.value(config, key) for dim, key in self.config_keys.items()}
         if raw["kv_heads"] is None:
             raw["kv_heads"] = raw["heads"]
-        raw["head_dim"] = self.value(config, "head_dim") or raw["hidden"] // raw["heads"]
+        raw["head_dim"] = self.head_dim or self.value(config, "head_dim")
+        raw["head_dim"] = raw["head_dim"] or raw["hidden"] // raw["heads"]
         return {dim: int(size) for dim, size in raw.items()}
 
     def exists(self, row: Tensor, config: dict[str, Any]) -> bool:
@@ -187,17 +135,30 @@ class Family:
         kinds = {
             row.layers for name, row in self.tensors.items() if "{layer}" in name and row.has(dim)
         }
+        if dim == "kv_heads" and not kinds:  # every query head has its own keys and values
+            return self.layers_of("heads", config)
         layers: set[int] = set().union(*(self._layers(kind, config) for kind in kinds))
         return sorted(layers)
 
     def _layers(self, kind: LayerKind | None, config: dict[str, Any]) -> list[int]:
         """Ids of the layers of one kind; None means all layers."""
         every = range(int(self.value(config, self.config_keys["layers"])))
+        if isinstance(kind, LayerRule):
+            return [n for n in every if self._of_layer(config, kind.key, n) in kind.values]
         if kind is None or self.dense_layers is None:
             return list(every)
         dense, period = (self.value(config, key) for key in self.dense_layers)
         sparse = [n for n in every if n not in (dense or ()) and (n + 1) % period == 0]
         return sparse if kind == "sparse" else [n for n in every if n not in sparse]
+
+    def _of_layer(self, config: dict[str, Any], key: str, layer: int) -> Any:
+        """What a config key says about one layer; see LayerRule."""
+        if not key:
+            return layer
+        value, how = self.value(config, key), self.per_layer_config.get(key, "each")
+        if how == "each":
+            return value[layer] if layer < len(value) else None
+        return layer in value if how == "ids" else layer < value
 
     def places(
         self,
@@ -228,7 +189,7 @@ class Family:
         full = {**self.sizes(config), **(sizes or {})}
         config = {**config, **{key: full[dim] for dim, key in self.config_keys.items()}}
         return {
-            place.name: tuple(rows(axis, full) for axis in row.axes)
+            place.name: row.shape(full)
             for template, row in self.tensors.items()
             for place in self.places(template, config)
         }
@@ -258,13 +219,16 @@ class Family:
 
     def _count(self, config: dict[str, Any], full: dict[str, int], experts: int) -> int:
         before = int(self.value(config, self.config_keys["layers"]))
-        kinds: tuple[LayerKind | None, ...] = (None, "sparse", "dense")
+        kinds = {row.layers for row in self.tensors.values()}
         having = {kind: len(self._layers(kind, config)) for kind in kinds}
         total = 0  # multiplied by the number of layers before the cut
         for template, row in self.tensors.items():
             if self.exists(row, config):
-                each = math.prod([rows(axis, full) for axis in row.axes])
-                each *= experts if "{expert}" in template else 1
+                each = math.prod(row.shape(full))
+                if "{expert}" in template:
+                    each *= experts
+                elif len(row.axes) == 3 and row.axes[0] in ("experts", full.get("experts")):
+                    each = each // full["experts"] * experts
                 layered = "{layer}" in template
                 total += each * (full["layers"] * having[row.layers] if layered else before)
         return (total + before // 2) // before

@@ -53,7 +53,7 @@ def choose(
 
     kv_heads = best_of("kv_heads")
     experts = best_of("experts", expert_criterion or criterion)
-    kept_heads = kv_heads or _all_of("kv_heads", layers, before)
+    kept_heads = kv_heads or _all_of("kv_heads", having("heads"), before)
     kept_experts = experts or _all_of("experts", having("experts"), before)
     return Plan(
         model_type=family.model_type,

@@ -1,17 +1,9 @@
-"""Cut a model to a plan: select the kept units along the named axes of each tensor.
-
-If the dropped units are zero, the cut model computes the same output as before. For hidden,
-selection alone is not enough. RMSNorm (Zhang and Sennrich 2019), y = w·x / sqrt(Σx²/d + eps), then
-divides by d_new instead of d_old, so y stays the same only with
-
-    w' = w · sqrt(d_old / d_new)        eps' = eps · d_old / d_new
-"""
+"""Cut a model to a plan: in memory, from disk to disk, or one layer at a time."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +15,15 @@ from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.errors import UserError
-from regrow.families import Family, TensorRef, as_on_disk, parts, unit_rows
+from regrow.families import Family, Replace, as_on_disk, cut_tensor, new_name
 from regrow.layerwise import LayerByLayer
-from regrow.plan import PER_EXPERT, PER_LAYER, Plan
+from regrow.plan import Plan
 from regrow.pruning.tokenizer import cut_ids, ids_named, read_rules, write_tokenizer
-from regrow.runtime.precision import widen
-
-Replace = Callable[[str, Tensor], Tensor]
-"""(name in the parent, cut tensor) → a replacement of the same shape and dtype."""
 
 
 def check(plan: Plan, family: Family, config: dict[str, Any]) -> None:
     """Raise UserError when `plan` cannot be applied to a model of this family and config."""
-    if plan.model_type != family.model_type:
-        raise UserError(f"plan: made for a {plan.model_type} model, not for a {family.model_type}")
-    sizes = family.sizes(config)
-    plan.check(sizes, {dim: family.layers_of(dim, config) for dim in (*PER_LAYER, PER_EXPERT)})
-    families.check_sizes(
-        family, config, {dim: plan.after[dim] for dim in plan.after if dim in sizes}
-    )
+    families.check_plan(plan, family, config)
     if plan.vocab is not None:
         gone = ids_named(config) & set(range(plan.before["vocab"])) - set(plan.vocab)
         if gone:
@@ -63,56 +45,13 @@ def cut(
     a tensor that does not fit the family.
     """
     check(plan, family, config)
-    for name, tensor in tensors:
-        result = cut_tensor(name, tensor, plan, family, config)
-        if result is not None:
-            renamed, kept = result
-            if replace is not None:
-                value = replace(name, kept)
-                assert value.shape == kept.shape and value.dtype == kept.dtype, name
-                kept = value
-            yield renamed, kept
-
-
-def cut_tensor(
-    name: str,
-    tensor: Tensor,
-    plan: Plan,
-    family: Family,
-    config: dict[str, Any],
-    select: Callable[[Tensor, int, Tensor], Tensor] = torch.index_select,
-) -> tuple[str, Tensor] | None:
-    """A tensor's new name and kept part; None if its layer or expert is dropped, or if it is tied.
-
-    `select` takes (tensor, axis, index). A tensor that is kept completely is returned without
-    a copy. Raises UserError for a name that the family's table lacks.
-    """
-    renamed = new_name(name, plan, family, config)
-    if renamed is None:
-        return None
-    place = _find(name, family)
-    for axis, dims in enumerate(family.tensors[place.template].axes):
-        index = _index(parts(dims), place, plan)
-        if index is not None:
-            tensor = select(tensor, axis, index.to(tensor.device))
-    return renamed, _rescaled(place.template, tensor, plan, family, config)
+    yield from families.cut(tensors, plan, family, config, replace)
 
 
 def cut_config(config: dict[str, Any], plan: Plan, family: Family) -> dict[str, Any]:
     """The cut model's config.json: new widths, explicit head_dim, and only the kept layers."""
-    new = copy.deepcopy(config)
-    for dim, key in family.config_keys.items():
-        present = [name for name in (key, family.aliases.get(key, key)) if name in config]
-        new.update(dict.fromkeys(present or [key], plan.after[dim]))
-    new["head_dim"] = plan.before["head_dim"]
-    if plan.vocab is not None:
-        new = cut_ids(new, plan.vocab)
-    if plan.hidden is not None:
-        ratio = plan.before["hidden"] / plan.after["hidden"]
-        new["rms_norm_eps"] = family.value(config, "rms_norm_eps") * ratio
-    if plan.layers is not None:
-        _follow_layers(new, plan.layers, plan.before["layers"], family)
-    return new
+    new = families.cut_config(config, plan, family)
+    return new if plan.vocab is None else cut_ids(new, plan.vocab)
 
 
 def cut_folder(
@@ -127,7 +66,7 @@ def cut_folder(
     Raises UserError when the plan was made for another model or does not fit.
     """
     config = checkpoint.config
-    family = family or families.get(config["model_type"])
+    family = family or families.of_config(config)
     plan.check_fingerprint(checkpoint)
     check(plan, family, config)
     if plan.vocab is not None and checkpoint.has_tokenizer:
@@ -152,7 +91,7 @@ def cut_model(
     `family` defaults to the model's own. Raises UserError when the plan does not fit.
     """
     config = model.config.to_dict()
-    family = family or families.get(config["model_type"])
+    family = family or families.of_config(config)
     check(plan, family, config)
     state = as_on_disk(family, model.state_dict())
     family.check_tensors(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
@@ -208,103 +147,6 @@ def cut_layers(
     return LayerByLayer(
         family, small, parents, read, checkpoint.compute_dtype(), device, like=shared
     )
-
-
-def _find(name: str, family: Family) -> TensorRef:
-    ref = family.find(name)
-    if ref is None:
-        raise UserError(
-            f"{name}: no tensor of a {family.model_type} model has this name; to add it, read "
-            "docs/add-a-family.md"
-        )
-    return ref
-
-
-def new_name(name: str, plan: Plan, family: Family, config: dict[str, Any]) -> str | None:
-    """A tensor's name after the cut; None if its layer is dropped or if it is a tied head.
-
-    Raises UserError for a name that the family's table lacks.
-    """
-    template, layer, expert = _find(name, family)
-    if template == family.head and not family.exists(family.tensors[template], config):
-        return None
-    if layer is None:
-        return name
-    layers = plan.kept_layers()
-    if layer not in layers:
-        return None
-    if expert is not None:
-        experts = plan.kept_experts(layer)
-        if expert not in experts:
-            return None
-        expert = experts.index(expert)
-    return TensorRef(template, layers.index(layer), expert).name
-
-
-def _index(dims: tuple[str, ...], place: TensorRef, plan: Plan) -> Tensor | None:
-    """The kept rows of an axis that concatenates these dimensions; None if all are kept."""
-    kept = [plan.kept(dim, place.layer, place.expert) for dim in dims]
-    if all(ids is None for ids in kept):
-        return None
-    parts, offset = [], 0
-    for dim, ids in zip(dims, kept, strict=True):
-        count, width = plan.before[dim], unit_rows(dim, plan.before)
-        units = torch.arange(count) if ids is None else torch.tensor(ids)
-        parts.append(offset + (units[:, None] * width + torch.arange(width)).flatten())
-        offset += count * width
-    return torch.cat(parts)
-
-
-def _rescaled(
-    template: str, tensor: Tensor, plan: Plan, family: Family, config: dict[str, Any]
-) -> Tensor:
-    """The tensor times its factor from the module's docstring, if it has one.
-
-    Gemma multiplies its embedding by sqrt(hidden_size). The embedding is therefore scaled by the
-    same factor as the norms, so that the residual stream equals the kept channels of the dense
-    model. A tied head then multiplies the logits by that factor, so the final norm is not scaled.
-    """
-    row = family.tensors[template]
-    scaled_head = family.scaled_embedding and bool(family.value(config, "tie_word_embeddings"))
-    takes_factor = row.norm and not (template == family.final_norm and scaled_head)
-    if template == family.embedding:
-        takes_factor = family.scaled_embedding
-    if not takes_factor or plan.before["hidden"] == plan.after["hidden"]:
-        return tensor
-    factor = math.sqrt(plan.before["hidden"] / plan.after["hidden"])
-    offset = family.norm_offset if row.norm else 0.0
-    wide = widen(tensor)
-    return ((wide + offset) * factor - offset).to(tensor.dtype)
-
-
-def _follow_layers(new: dict[str, Any], layers: list[int], count: int, family: Family) -> None:
-    if family.sliding_period is not None:
-        key, default = family.sliding_period
-        period = new.get(key) or default
-        types = [
-            "full_attention" if n % period == 0 else "sliding_attention"
-            for n in range(1, count + 1)
-        ]
-        if not new.get("layer_types"):
-            new["layer_types"] = types
-        if [new["layer_types"][i] for i in layers] != types[: len(layers)]:
-            new.pop(key, None)
-            new.pop(f"_{key}", None)
-    if family.dense_layers is not None:
-        # Every nth layer of the parent has experts. After the cut the rule fails: list the ids.
-        ids, period = family.dense_layers
-        sparse = family.layers_of("experts", {**new, family.config_keys["layers"]: count})
-        new.update({ids: [n for n in range(count) if n not in sparse], period: 1})
-    for key, kind in family.per_layer_config.items():
-        value = new.get(key)
-        if value is None:
-            continue
-        if kind == "each":
-            new[key] = [value[i] for i in layers]
-        elif kind == "ids":
-            new[key] = [layers.index(i) for i in value if i in layers]
-        else:
-            new[key] = sum(i < value for i in layers)
 
 
 def _refuse_untied(state: dict[str, Tensor], family: Family, config: dict[str, Any]) -> None:

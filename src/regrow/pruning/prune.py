@@ -170,6 +170,9 @@ def repair_by(setup: RepairSetup, config: PruneConfig) -> Repaired | None:
 
     Raises the UserErrors of `repair_method`.
     """
+    if reason := setup.family.refused.get("repair"):
+        say(f"prune: no repair for this {setup.family.model_type} model: {reason}")
+        return None
     if not config.repair:
         return None
     repaired: Repaired = repair_method(config, setup.profile).repair(setup)

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from regrow.families import Family, unit_rows
+from regrow.families import Family, Replace, cut_tensor
 from regrow.plan import Plan
 from regrow.profile_folder import Profile
-from regrow.pruning.cut import Replace, check, cut_config, cut_model, cut_tensor
+from regrow.pruning.cut import check, cut_config, cut_model
 
 SORTED = ("hidden", "mlp", "heads", "kv_heads")
 
@@ -73,8 +73,9 @@ class SortedModel:
             return plan
         places: dict[str, Any] = {}
         for dim in ("mlp", "heads", "kv_heads"):
-            kept = {layer: plan.kept(dim, layer) for layer in plan.kept_layers()}
-            if all(ids is not None for ids in kept.values()):
+            having = self.family.layers_of(dim, self.config)
+            kept = {n: plan.kept(dim, n) for n in plan.kept_layers() if n in having}
+            if kept and all(ids is not None for ids in kept.values()):
                 places[dim] = {n: sorted(self._places(dim, n, ids)) for n, ids in kept.items()}
         if plan.hidden is not None:
             places["hidden"] = sorted(self._places("hidden", None, plan.hidden))
@@ -97,7 +98,7 @@ class SortedModel:
             if self.order is None or not isinstance(dim, str) or dim not in SORTED:
                 continue
             places = torch.tensor(self._places(dim, layer, plan.kept(dim, layer)))
-            width = unit_rows(dim, plan.before)
+            width = self.family.tensors[template].rows_of(dim, plan.before)
             units = places.argsort()[:, None] * width + torch.arange(width)
             value = value.index_select(axis, units.flatten().to(value.device))
         return value
@@ -111,7 +112,6 @@ def order_by(
     Raises UserError when the criterion has no scores for one of `dims`.
     """
     sizes = family.sizes(config)
-    layers = range(sizes["layers"])
     fields: dict[str, Any] = {}
     if family.memory:  # mixtures of experts are not sorted
         dims = set()
@@ -119,6 +119,7 @@ def order_by(
         fields["hidden"] = _ranked(profile.scores(criterion, "hidden")["all"])
     for dim in {"mlp", "kv_heads"} & dims:
         scores = profile.scores(criterion, dim)
+        layers = family.layers_of(dim, config)
         fields[dim] = {layer: _ranked(scores[str(layer)]) for layer in layers}
     if "heads" in dims:
         group, scores = sizes["heads"] // sizes["kv_heads"], profile.scores(criterion, "heads")
@@ -129,7 +130,7 @@ def order_by(
                 for kv in fields.get("kv_heads", {}).get(layer, plain)
                 for head in _ranked(scores[str(layer)][kv * group : (kv + 1) * group])
             ]
-            for layer in layers
+            for layer in family.layers_of("heads", config)
         }
     return Plan(model_type=family.model_type, fingerprint="", before=sizes, after=sizes, **fields)
 
@@ -138,13 +139,13 @@ def first_units(family: Family, config: dict[str, Any], sizes: dict[str, int]) -
     """A plan of these sizes that keeps the first units; it is used for timing, not for scoring."""
     before = family.sizes(config)
     after = {**before, **sizes}
-    layers = range(after["layers"])
+    layers = list(range(after["layers"]))
     group, keep = (size["heads"] // size["kv_heads"] for size in (before, after))
     kv_heads = range(after["kv_heads"])
     heads = [kv * group + head for kv in kv_heads for head in range(keep)]
-    with_mlp, with_experts = (
+    with_mlp, with_experts, with_heads = (
         [layer for layer in layers if layer in family.layers_of(dim, config)]
-        for dim in ("mlp", "experts")
+        for dim in ("mlp", "experts", "heads")
     )
     experts = range(after.get("experts", 0))
     channels = list(range(after.get("expert_mlp", 0)))
@@ -158,8 +159,8 @@ def first_units(family: Family, config: dict[str, Any], sizes: dict[str, int]) -
         mlp={layer: list(range(after.get("mlp", 0))) for layer in with_mlp} or None,
         experts={layer: list(experts) for layer in with_experts} or None,
         expert_mlp={layer: dict.fromkeys(experts, channels) for layer in with_experts} or None,
-        heads=dict.fromkeys(layers, heads),
-        kv_heads={layer: list(kv_heads) for layer in layers},
+        heads=dict.fromkeys(with_heads, heads) or None,
+        kv_heads={layer: list(kv_heads) for layer in with_heads} or None,
     )
 
 

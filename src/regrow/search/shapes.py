@@ -74,8 +74,16 @@ def candidates(
 
 
 def free_dims(family: Family) -> tuple[str, ...]:
-    """The dimensions that are set to meet a target: the MLP, or experts and their width."""
-    return ("experts", "expert_mlp") if "experts" in family.config_keys else ("mlp",)
+    """The dimensions that are set to meet a target: the MLP, or experts and their width.
+
+    A model in which none of these can be cut meets it with fewer layers.
+    """
+    of_experts = "experts" in family.config_keys
+    for dims in (("experts", "expert_mlp") if of_experts else (), ("mlp",)):
+        usable = tuple(d for d in dims if d in family.config_keys and d not in family.refused)
+        if usable:
+            return usable
+    return ("layers",)
 
 
 def grid(

@@ -122,7 +122,7 @@ def smallest(family: Family, config: dict[str, Any], multiple_of: int) -> Sizes:
         least["experts"] = int(family.value(config, "num_experts_per_tok"))
     sizes: Sizes = {}
     dims = ("layers", "mlp", "experts", "expert_mlp", "kv_heads", "heads", "hidden")
-    for dim in (dim for dim in dims if dim in full):
+    for dim in (dim for dim in dims if dim in full and dim not in family.refused):
         wanted = least.get(dim) or family.step(dim, config, multiple_of, **{**full, **sizes})
         tried = {**sizes, dim: min(wanted, full[dim])}
         if dim == "kv_heads":  # their query heads are cut with them

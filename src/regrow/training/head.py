@@ -36,6 +36,8 @@ class Head:
 
     weight_VH: Tensor
     softcap: float | None = None
+    scale: float = 1.0
+    """What the model multiplies its logits by, before the cap (Cohere, Granite)."""
 
     def logits(self, hidden_NH: Tensor, weight_VH: Tensor, exact: bool = False) -> Tensor:
         """The logits [N, V] of final hidden states, in float32 or float64.
@@ -44,15 +46,17 @@ class Head:
         are rounded to half precision unless `exact`.
         """
         logits_NV = product(hidden_NH, weight_VH.T, exact)
+        if self.scale != 1.0:
+            logits_NV = logits_NV.mul_(self.scale)
         if self.softcap is not None:
             logits_NV = logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits_NV
 
     def through_cap(self, gradient_NV: Tensor, logits_NV: Tensor) -> Tensor:
-        """Backpropagate a gradient through the cap, from the capped to the uncapped logits."""
-        if self.softcap is None:
-            return gradient_NV
-        return gradient_NV * (1 - (logits_NV / self.softcap) ** 2)
+        """Backpropagate a gradient through cap and scale, from the logits to the plain product."""
+        if self.softcap is not None:
+            gradient_NV = gradient_NV * (1 - (logits_NV / self.softcap) ** 2)
+        return gradient_NV if self.scale == 1.0 else gradient_NV * self.scale
 
     @property
     def rows(self) -> int:
@@ -85,22 +89,21 @@ class TeacherTarget(Protocol):
 def head_of(model: Any) -> Head:
     """The output head of a stock causal language model.
 
-    Raises UserError for a head with a bias or scaled logits. `model_check.check_model` detects the
-    other heads that this class does not reproduce.
+    Raises UserError for a head with a bias. `model_check.check_model` detects the other heads that
+    this class does not reproduce.
     """
     config = model.config
-    refuse_scaled(config.to_dict(), config.model_type)
     output = model.get_output_embeddings()
     if output.bias is not None:
         raise UserError(f"{config.model_type} has a bias in its output head: not supported")
-    return Head(output.weight, getattr(config, "final_logit_softcapping", None))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(output.weight, softcap, scale_of(config.to_dict()))
 
 
-def refuse_scaled(config: dict[str, Any], model_type: str) -> None:
-    """Raise UserError for a model that scales its logits."""
-    for key in ("logit_scale", "logits_scaling"):
-        if config.get(key) not in (None, 1, 1.0):
-            raise UserError(f"{model_type} scales its logits ({key}): not supported")
+def scale_of(config: dict[str, Any]) -> float:
+    """What a model of this config multiplies its logits by: Cohere's or Granite's config key."""
+    times, divided = config.get("logit_scale"), config.get("logits_scaling")
+    return float(1.0 if times is None else times) / float(divided or 1.0)
 
 
 def head_loss(

@@ -106,6 +106,8 @@ class Sequential:
         """Re-solve the parts of the cut model's layer `new`, and run its stream through them."""
         stream, readers = self._streams["cut"], self._readers(new)
         with self._cut.resident(new):
+            if "heads" not in readers and "mlp" in readers:
+                self._pass_mixer(new)
             for dim, template in readers.items():
                 self._solve_reader(template, dim, new, old)
                 # A layer with experts is run as a whole below, from the stream before the layer.
@@ -113,6 +115,15 @@ class Sequential:
                     stream.put(n, self._output(template, dim, new, n))
             for n, (_, inputs) in enumerate(self._batches) if "mlp" not in readers else ():
                 stream.put(n, self._cut.step(inputs, stream.get(n) if new else None))
+
+    def _pass_mixer(self, new: int) -> None:
+        """Run the stream through the part before the MLP of a layer without attention heads."""
+        stream, residual = self._streams["cut"], self.setup.family.residual["mlp"]
+        for n, (_, inputs) in enumerate(self._batches):
+            model = self._cut.model
+            with _inputs(model, [residual], new, residual) as seen, suppress(_ReachedError):
+                self._cut.step(inputs, stream.get(n) if new else None)
+            stream.put(n, seen[residual])
 
     def _readers(self, layer: int) -> dict[str, str]:
         """Template of the last projection of each part, in order, for a layer of the cut model."""
@@ -155,7 +166,8 @@ class Sequential:
             else:  # start from the stream after the attention, to avoid running it again
                 norm = model.get_submodule(_module(residual, new))
                 part = model.get_submodule(_module(reader, new).rpartition(".")[0])
-                part(norm(stream.get(n).to(self._cut.device)))
+                stream_BTH = stream.get(n).to(self._cut.device)
+                part(stream_BTH if norm is part else norm(stream_BTH))
         return recorded[reader], recorded[residual]
 
     def _output(self, template: str, dim: str, new: int, n: int) -> Tensor:
@@ -167,7 +179,7 @@ class Sequential:
         if dim in self.setup.family.post_norm:
             norm = self.setup.family.post_norm[dim]
             added_BTH = self._cut.model.get_submodule(_module(norm, new))(added_BTH)
-        return stream_BTH + added_BTH
+        return stream_BTH + added_BTH * self.setup.family.residual_multiplier
 
     def _target(self, dim: str, old: int, n: int, before_BTH: Tensor, stream_BTH: Tensor) -> Tensor:
         """Target output of the reader [B, T, H]: (h⁺ − h) + u (h − ĥ), on the kept channels."""
@@ -177,6 +189,7 @@ class Sequential:
         kept = slice(None) if hidden is None else torch.tensor(hidden, device=after_BTH.device)
         after_BTH, before_BTH = after_BTH[..., kept], before_BTH[..., kept]
         target_BTH = after_BTH - before_BTH + self.setup.upstream * (before_BTH - stream_BTH)
+        target_BTH = target_BTH / self.setup.family.residual_multiplier
         if dim in self.setup.family.post_norm:
             name = self.setup.family.post_norm[dim].replace("{layer}", str(old)) + ".weight"
             gain_H = widen(self.setup.checkpoint.tensor(name).to(target_BTH.device))[kept]

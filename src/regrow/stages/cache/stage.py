@@ -32,7 +32,7 @@ from regrow.training.cache.formats import Format, log_probabilities, make
 from regrow.training.cache.sparse import Sparse
 from regrow.training.cache.store import Store, write_shard
 from regrow.training.cache.teacher import head_from
-from regrow.training.head import Head, refuse_scaled
+from regrow.training.head import Head
 from regrow.training.teacher import Teacher, scored
 
 CONVENTIONS = {
@@ -147,7 +147,6 @@ def cache(
 def header_of(checkpoint: Checkpoint, data: DataConfig, config: CacheConfig) -> Header:
     """The header of a cache; raises UserError for invalid settings."""
     family = families.of(checkpoint)
-    refuse_scaled(checkpoint.config, family.model_type)
     tokenizer = checkpoint.tokenizer()
     sizes = {
         "vocab_size": shared_ids(checkpoint, tokenizer),

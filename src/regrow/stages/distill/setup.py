@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainingArguments
 
-from regrow import families, plugins
+from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.config import Options
 from regrow.data import DataConfig
@@ -140,10 +140,11 @@ def fake_quantize_scheme(student: Student, config: DistillConfig, sharded: bool)
     if config.adapter != "none" or sharded:
         what = f"adapter {config.adapter}" if config.adapter != "none" else "sharding fsdp"
         raise UserError(f"fake_quantize {name} with {what}: set one of them to none")
-    model_type = (student.config.to_dict() if student.config else student.like.config)["model_type"]
-    known = model_type in plugins.names(families.__name__)
-    if known and "experts" in families.get(model_type).config_keys:
-        raise UserError(f"fake_quantize {name}: not for a mixture of experts ({model_type})")
+    fields = student.config.to_dict() if student.config else student.like.config
+    if "experts" in families.of_config(fields).config_keys:
+        raise UserError(
+            f"fake_quantize {name}: not for a mixture of experts ({fields['model_type']})"
+        )
     return find_scheme(name)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from regrow import families, plugins
+from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint.model_config import accept_config
 from regrow.config import Options
@@ -173,9 +174,8 @@ class Student:
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
             if (self.like.folder / "generation_config.json").exists():
                 model.generation_config = GenerationConfig.from_pretrained(str(self.like.folder))
-        model_type = model.config.model_type
-        if model_type in plugins.names(families.__name__):
-            families.accept_disk_names(families.get(model_type), model)
+        with suppress(UserError):  # a model without a table has its own names on disk
+            families.accept_disk_names(families.of_config(model.config.to_dict()), model)
         model.register_load_state_dict_post_hook(_require_all_used)
         check_model(model)
         return model

@@ -120,7 +120,7 @@ MADE = ("profile", "prune", "distill", "quantize")
 def write_card(folder: Path, stage_folder: Path) -> None:
     """Write README.md for the published model in `folder`; `stage_folder` is its last stage."""
     lineage = lineage_of(stage_folder)
-    family = families.get(Checkpoint(folder, quantized=True).config["model_type"])
+    family = families.of_config(Checkpoint(folder, quantized=True).config)
     (folder / CARD).write_text(text(lineage.name, lineage, family), encoding="utf-8")
 
 

@@ -98,7 +98,10 @@ class Collector:
         """Hook the modules of `layers` (and, if `final`, the last norm); returns the handles."""
         handles, self.num_layers = [], len(layers)
         config = model.config.to_dict()
-        having = {dim: self.family.layers_of(dim, config) for dim in ("mlp", "heads", "experts")}
+        having = {
+            dim: self.family.layers_of(dim, config) if dim in self.family.observe else []
+            for dim in ("mlp", "heads", "experts")
+        }
         for layer in layers:
             for dim in ("mlp", "heads"):
                 if layer in having[dim]:

@@ -27,6 +27,11 @@ Read = Callable[[str], Tensor]
 
 def check(family: Family) -> None:
     """Raise UserError for a family whose residual stream cannot be rotated."""
+    if family.derived:
+        raise UserError(
+            f"{family.model_type} cannot be rotated: its table is derived, and does not say which "
+            "norm each projection reads; cut hidden without a rotation"
+        )
     if family.post_norm:
         raise UserError(
             f"{family.model_type} has norms after its attention and MLP, whose gains belong to "

@@ -13,7 +13,7 @@ from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.training.cache.folder import Cache, sequence_keys
 from regrow.training.cache.sparse import Sparse
-from regrow.training.head import Head, refuse_scaled
+from regrow.training.head import Head, scale_of
 from regrow.training.loss_weights import LossWeights
 from regrow.training.teacher import States, scored
 
@@ -66,15 +66,12 @@ class CachedTeacher:
 
 
 def head_from(teacher: Checkpoint, device: torch.device) -> Head:
-    """Load only the output head of a checkpoint, in bfloat16.
-
-    Raises UserError for a head that this code cannot reproduce.
-    """
+    """Load only the output head of a checkpoint, in bfloat16."""
     family = families.of(teacher)
-    refuse_scaled(teacher.config, family.model_type)
     name = family.head if family.head in teacher.names() else family.embedding
     weight_VH = teacher.tensor(name).to(device, torch.bfloat16)
-    return Head(weight_VH, teacher.config.get("final_logit_softcapping"))
+    softcap = teacher.config.get("final_logit_softcapping")
+    return Head(weight_VH, softcap, scale_of(teacher.config))
 
 
 def check_use(format: str, mix: LossWeights, needs_layers: bool) -> None:

@@ -143,12 +143,14 @@ class DimWeights:
                 parts = families.parts(dims)
                 if self.dim not in parts:
                     continue
-                lengths = [families.rows(part, sizes) for part in parts]
+                lengths = [families.rows(part, sizes, row.unit) for part in parts]
+                of_all = row.axes[0] == "experts" and len(row.axes) == 3
+                inside = axis - (of_all and self.expert is not None)
                 for place in self._places(template):
-                    pieces = self._read(place).split(lengths, axis)
+                    pieces = self._read(place).split(lengths, inside)
                     for part, piece in zip(parts, pieces, strict=True):
                         if part == self.dim:
-                            yield piece.movedim(axis, 0).reshape(sizes[self.dim], -1)
+                            yield piece.movedim(inside, 0).reshape(sizes[self.dim], -1)
 
     def reading(self) -> Iterator[Tensor]:
         """Every projection that reads the dimension; for KV heads, their query heads' channels.
@@ -156,12 +158,18 @@ class DimWeights:
         Shape [units, width, out].
         """
         units = self.family.sizes(self.checkpoint.config)[self.dim]
-        for template in self.family.readers(observed(self.dim)):
+        stacked = ("experts", "hidden", self.dim)  # the down projections of all experts
+        readers = self.family.readers(observed(self.dim))
+        readers += [name for name, row in self.family.tensors.items() if row.axes == stacked]
+        for template in readers:
             for place in self._places(template):
                 yield self._read(place).T.unflatten(0, (units, -1))
 
     def _read(self, place: TensorRef) -> Tensor:
-        return self.checkpoint.tensor(place.name)
+        """The tensor, or the part of `expert` of a tensor that all experts of a layer share."""
+        tensor = self.checkpoint.tensor(place.name)
+        stacked = self.family.tensors[place.template].axes[0] == "experts" and tensor.dim() == 3
+        return tensor[self.expert] if stacked and self.expert is not None else tensor
 
     def _places(self, template: str) -> Iterator[TensorRef]:
         layers = None if self.layer == "all" else [int(self.layer)]

@@ -1,0 +1,93 @@
+"""Prove all cuts of a table together: on disk, with the stock reader, and with a cache."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from regrow.families._cut import cut
+from regrow.families._derive.plans import plan_for
+from regrow.families._derive.prove import (
+    ROUNDING,
+    NotProvenError,
+    Subject,
+    after_of,
+    cut_config_of,
+    distance,
+    logits,
+    student_of,
+)
+from regrow.families._derive.stock import silent
+from regrow.families._table import Family
+
+
+@torch.no_grad()
+def prove_whole(family: Family, subject: Subject, dims: Iterable[str]) -> list[str]:
+    """Cut all dimensions at once, save, reopen with the stock class, generate with its cache.
+
+    Returns what is not as it should be: `cache` and `documents` (see `Proof`). Raises
+    NotProvenError if the reopened model is not the cut model.
+    """
+    config = subject.config
+    after: dict[str, Any] = {}
+    for dim in dims:
+        if dim in ("hidden", "mlp", "kv_heads", "expert_mlp"):
+            after |= after_of(family, config, dim)
+        if dim == "layers":
+            after["layers"] = list(range(1, family.sizes(config)["layers"]))
+    plan = plan_for(family, config, after)
+    new = cut_config_of(family, subject, plan)
+    student = student_of(family, subject, subject.tensors, plan, new)
+    reopened = _reopened(subject, new, dict(cut(subject.tensors.items(), plan, family, config)))
+    if distance(logits(reopened, subject.ids), logits(student, subject.ids)) > 0:
+        raise NotProvenError("the cut folder does not open as the model that was cut")
+    odd = []
+    if not _caches(reopened, subject.ids):
+        odd.append("cache")
+    if not _separates(reopened, subject.ids):
+        odd.append("documents")
+    return odd
+
+
+def _reopened(subject: Subject, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    with tempfile.TemporaryDirectory() as name, silent():
+        folder = Path(name)
+        save_file(
+            {n: t.contiguous() for n, t in tensors.items()},
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        (folder / "config.json").write_text(json.dumps(config, default=str))
+        return subject.kind.from_pretrained(
+            name, dtype=torch.float32, experts_implementation="eager"
+        ).eval()
+
+
+def _caches(model: Any, ids: Tensor) -> bool:
+    """Whether the logits after a cached beginning are those of the whole text."""
+    half = ids.shape[1] // 2
+    try:
+        first = model(ids[:, :half], use_cache=True)
+        second = model(ids[:, half:], past_key_values=first.past_key_values, use_cache=True)
+    except Exception:  # whatever a model class raises that needs other arguments
+        return False
+    return distance(second.logits.double(), logits(model, ids)[:, half:]) < 10 * ROUNDING
+
+
+def _separates(model: Any, ids: Tensor) -> bool:
+    """Whether two documents in one row, told apart by their positions, do not see each other."""
+    row = torch.cat([ids[:1], ids[1:]], dim=1)
+    positions = torch.arange(ids.shape[1]).repeat(1, 2)
+    try:
+        packed = logits(model, row, position_ids=positions)
+    except Exception:  # a class without position ids
+        return False
+    alone = torch.cat([logits(model, ids[:1]), logits(model, ids[1:])], dim=1)
+    return distance(packed, alone) < 10 * ROUNDING
