@@ -28,6 +28,7 @@ from regrow.stages.distill.student import Student
 TEXT = ("--sequence-length", 32)
 
 
+@torch.no_grad()
 def plan_of(config: dict[str, Any], **sizes: Any) -> Plan:
     return random_plan(config, **{"experts": 3, "expert_mlp": 24, "hidden": 40, **sizes})
 

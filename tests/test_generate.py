@@ -23,7 +23,8 @@ from regrow.errors import UserError
 from regrow.runtime.batch_generator import BatchGenerator, draw_ids
 from regrow.stage_dir import read as read_manifest
 from regrow.stages.generate import GenerateConfig
-from regrow.stages.generate.stage import generate, sampling_of
+from regrow.stages.generate.stage import generate
+from regrow.stages.generate.work import sampling_of
 
 NEW = 12
 ALL = GenerateConfig(split="all", max_new_tokens=NEW, keep_unfinished=True)

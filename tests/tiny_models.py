@@ -152,7 +152,6 @@ def tiny_ids(batch: int = 2, length: int = 16, seed: int = 1) -> torch.Tensor:
     return torch.randint(4, COMMON["vocab_size"], (batch, length), generator=generator)
 
 
-@torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     """Logits [B, T, V] of a model on `tiny_ids`."""
     output: torch.Tensor = model(tiny_ids()).logits

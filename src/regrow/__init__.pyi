@@ -22,6 +22,8 @@ from regrow.stages.export import ExportConfig as ExportConfig
 from regrow.stages.export.stage import export as export
 from regrow.stages.generate import GenerateConfig as GenerateConfig
 from regrow.stages.generate.stage import generate as generate
+from regrow.stages.prefer import PreferConfig as PreferConfig
+from regrow.stages.prefer.stage import prefer as prefer
 from regrow.stages.profile import ProfileConfig as ProfileConfig
 from regrow.stages.profile.stage import profile as profile
 from regrow.stages.prune.stage import prune as prune

@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 
 STAGES = "regrow.stages"
 """The folder of the stages, for `plugins`."""
+BEFORE_PRUNE = "model before the last prune"
+"""A note in `left`: a distillation may learn from that model."""
 IN_ORDER = (
     "advise",
     *("profile", "rotate", "compare", "prune", "reconstruct", "generate", "cache", "distill"),
+    "prefer",
     *("sparsify", "quantize", "evaluate", "export", "report"),
 )
 """The order in which `regrow --help` lists the stages; others follow by name."""

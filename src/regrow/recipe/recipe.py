@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from regrow import stage_dir
 from regrow.checkpoint import load
@@ -19,6 +19,7 @@ from regrow.data.config import DataConfig
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.recipe import presets
+from regrow.recipe.iterate import expand
 from regrow.runtime import distributed
 from regrow.runtime.progress import clock, say
 from regrow.stage import RecipeRun, Step, parse_step
@@ -36,7 +37,13 @@ class Recipe(Config):
     data: DataConfig
     """The text, in splits for calibration, training and held-out evaluation."""
     stages: list[dict[str, Any] | str] = Field(min_length=1)
-    """The stages in order, each a name or {name: {its fields}}; a stage may occur several times."""
+    """The stages in order, each a name or {name: {its fields}}; a stage may occur several times.
+    `iterate` stands for rounds of profile, prune and distill."""
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _with_rounds(cls, stages: Any) -> Any:
+        return expand(stages)
 
     def steps(self) -> list[Step]:
         """The stages with validated configs; raises UserError for unknown stages and fields."""

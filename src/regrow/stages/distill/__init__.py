@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from regrow.config import Options
+from regrow.config import Config, Options
 from regrow.data.config import DataConfig
 from regrow.errors import UserError
-from regrow.stage import RecipePlan, RecipeRun, Stage, Step
+from regrow.stage import BEFORE_PRUNE, RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import Text, open_model, print_lines
 from regrow.stages.distill.config import DistillConfig
 
@@ -21,10 +21,19 @@ if TYPE_CHECKING:
     from regrow.stages.distill.student import Student
 
 
+class RecipeFields(Config):
+    """The field that only a recipe has."""
+
+    learn_from: Literal["first", "before_prune"] = "first"
+    """The teacher: the recipe's model (first), or the model that the last prune began with
+    (before_prune), for a chain of shrinking teachers or a teacher that was trained before."""
+
+
 class DistillStage(Stage):
     """Trains the current model; uses a cache and answers from earlier stages, if there are any."""
 
     config = DistillConfig
+    recipe_fields = RecipeFields
     takes_teacher = True
     distributed = True
     changes_weights = True
@@ -73,6 +82,11 @@ class DistillStage(Stage):
         from regrow.training.cache.folder import Cache
 
         config, options = step.config, plan.options
+        if _learns_from_parent(step):
+            if step.teacher is not None:
+                raise UserError("teacher and learn_from before_prune: give one of them")
+            if BEFORE_PRUNE not in plan.left:
+                raise UserError("learn_from before_prune: there is no prune stage before it")
         check_on_policy(config, plan.data, options)
         budget_of(config, plan.data, options)
         teacher_placement(config, options)
@@ -85,7 +99,8 @@ class DistillStage(Stage):
         answer_digests(config)
         if config.cache is not None:
             check_loss(config, Cache(config.cache).header.format, text)
-        if config.cache or (step.teacher or plan.model) in plan.caches:
+        cached = (step.teacher or plan.model) in plan.caches and not _learns_from_parent(step)
+        if config.cache or cached:
             _check_cached(step, plan)
 
     def accepts_teacher(self, step: Step, plan: RecipePlan, teacher: Checkpoint) -> bool:
@@ -103,7 +118,7 @@ class DistillStage(Stage):
         config = step.config
         names = [step.teacher or plan.model, *config.extra_teachers]
         teachers = [load(name) for name in names]
-        if (step.teacher or plan.model) in plan.caches:
+        if (step.teacher or plan.model) in plan.caches and not _learns_from_parent(step):
             config = config.model_copy(update={"cache": "cached by then"})
         count = sum(map(parameters, teachers))
         lines = training_lines(plan.parameters, count, plan.data, config, plan.options)
@@ -124,6 +139,8 @@ class DistillStage(Stage):
         from regrow.stages.distill.stage import distill
 
         config, teacher = step.config, step.teacher or run.model
+        if _learns_from_parent(step):
+            teacher = run.left[BEFORE_PRUNE]
         if config.cache is None and teacher in run.caches:
             config = config.model_copy(update={"cache": str(run.caches[teacher])})
         if config.answers is None and teacher in run.answers:
@@ -150,6 +167,11 @@ class DistillStage(Stage):
         prompts = answer_digests(step.config).get("on_policy_prompts")
         teachers = [load(name).fingerprint for name in sorted(step.config.extra_teachers)]
         return teachers if prompts is None else [*teachers, prompts]
+
+
+def _learns_from_parent(step: Step) -> bool:
+    """Whether the teacher is the model that the last prune began with."""
+    return step.extra is not None and step.extra.learn_from == "before_prune"
 
 
 def _check_cached(step: Step, plan: RecipePlan) -> None:

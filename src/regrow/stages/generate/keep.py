@@ -14,8 +14,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from regrow.runtime.rows import Row
 from regrow.stages.generate import GenerateConfig
-from regrow.stages.generate.rows import Row
 
 FEATURES = 512
 """The number of hashed features of a text."""

@@ -15,8 +15,8 @@ from regrow.data.prompts import Prompt
 from regrow.runtime import distributed
 from regrow.runtime.batch_generator import Answer, BatchGenerator
 from regrow.runtime.progress import progress
+from regrow.runtime.rows import Row, Rows
 from regrow.stages.generate.endpoint import scored_token
-from regrow.stages.generate.rows import Row, Rows
 
 Asked = list[tuple[Prompt, list[int]]]
 

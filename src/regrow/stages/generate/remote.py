@@ -11,8 +11,8 @@ from regrow.data.prompts import Prompt
 from regrow.errors import UserError
 from regrow.runtime import distributed
 from regrow.runtime.progress import progress
+from regrow.runtime.rows import Row, Rows
 from regrow.stages.generate.endpoint import Endpoint, Reply, UnansweredError
-from regrow.stages.generate.rows import Row, Rows
 
 FAILURES = 8
 """Prompts in a row without an answer after which the endpoint counts as broken."""

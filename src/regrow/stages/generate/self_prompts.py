@@ -17,8 +17,8 @@ from regrow.errors import UserError
 from regrow.runtime import distributed
 from regrow.runtime.batch_generator import Answer, BatchGenerator
 from regrow.runtime.progress import progress, say
+from regrow.runtime.rows import Rows
 from regrow.stages.generate.keep import plain
-from regrow.stages.generate.rows import Rows
 
 MARK = "REGROW-USER-TURN"
 MOST_TOKENS = 64

@@ -9,7 +9,7 @@ from tyro.conf import OmitArgPrefixes
 from regrow.config import Machine
 from regrow.errors import UserError
 from regrow.pruning.config import PruneConfig
-from regrow.stage import RecipePlan, RecipeRun, Stage, Step
+from regrow.stage import BEFORE_PRUNE, RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import Model, OptionalText, open_model, print_lines
 
 FILLS_ZEROS = "set repair to false, or prune before you sparsify"
@@ -104,6 +104,7 @@ class PruneStage(Stage):
             plan.calibration_to_choose = sequences_for(tried) if tried else 0
         plan.parameters = parameters_after(plan.checkpoint, step.config, plan.parameters)
         plan.config_now = config_after(plan.config_now, plan.family, step.config)
+        plan.left[BEFORE_PRUNE] = step.location
         plan.fewer_tokens = plan.fewer_tokens or step.config.vocab_size is not None
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
@@ -116,6 +117,7 @@ class PruneStage(Stage):
         from regrow.stages.prune.stage import prune
 
         config, parent = step.config, run.current
+        run.left[BEFORE_PRUNE] = str(parent)
         assert run.profile is not None
         given = (run.profile, run.data, run.options)
         if not config.repair:

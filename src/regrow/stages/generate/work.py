@@ -1,0 +1,116 @@
+"""What asks the model or the endpoint, and keeps what is finished."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from regrow.checkpoint import Checkpoint
+from regrow.checkpoint.licence import Licence
+from regrow.config import Options
+from regrow.runtime import distributed
+from regrow.runtime.batch_generator import BatchGenerator, Sampling
+from regrow.runtime.rows import Rows
+from regrow.stages.generate import GenerateConfig
+from regrow.stages.generate.endpoint import Endpoint
+from regrow.stages.generate.keep import fault
+from regrow.stages.generate.local import Asked, answer_locally, judge
+from regrow.stages.generate.remote import answer_remotely
+from regrow.stages.generate.self_prompts import MOST_TOKENS, write_prompts
+
+
+@dataclass
+class Work:
+    """The model, which is loaded once and only if it is needed, and how it is asked."""
+
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    config: GenerateConfig
+    options: Options
+    model: Any = None
+    served: str = ""
+    """The endpoint's name of its model."""
+
+    def loaded(self) -> Any:
+        """The model."""
+        if self.model is None:
+            dtype, device = self.checkpoint.compute_dtype(), self.options.torch_device()
+            self.model = self.checkpoint.model(dtype, device)
+        return self.model
+
+    def self_written(self, folder: Path) -> Asked:
+        """The prompts that the model writes."""
+        rows, config = _shared(folder, "prompts"), self.config
+        sampling = Sampling(MOST_TOKENS, config.temperature, config.top_p, config.seed)
+        generator = BatchGenerator(self.loaded(), self.tokenizer, sampling)
+        found = write_prompts(rows, generator, self.tokenizer, config.self_prompts, config.seed)
+        return [(prompt, prompt.ids(self.tokenizer)) for prompt in found]
+
+    def answer(self, folder: Path, asked: Asked) -> None:
+        """Answer what has no answer yet."""
+        rows = _shared(folder, "done")
+        known = rows.read()
+        distributed.wait()  # before anything is written, so that all ranks see the same work
+        todo = [(prompt, ids) for prompt, ids in asked if prompt.key not in known]
+        size, total = self.options.batch_size, len(asked)
+        if self.config.endpoint is not None:
+            endpoint = Endpoint(self.config)
+            self.served = endpoint.model
+            try:
+                left = [prompt for prompt, _ in todo]
+                answer_remotely(rows, endpoint, self.tokenizer, left, total, size)
+            finally:
+                endpoint.close()
+        elif todo:
+            generator = BatchGenerator(self.loaded(), self.tokenizer, sampling_of(self.config))
+            answer_locally(rows, generator, self.tokenizer, todo, total, size)
+        distributed.wait()
+
+    def judge(self, folder: Path, asked: Asked) -> dict[str, float]:
+        """The perplexity of each answer by its prompt's key; empty if no limit is set."""
+        if self.config.max_perplexity is None:
+            return {}
+        rows, answers = _shared(folder, "judged"), Rows(folder).read()
+        known = rows.read()
+        distributed.wait()
+        usable = [
+            prompt.answered(answers[prompt.key]["answer"])
+            for prompt, _ in asked
+            if fault(answers[prompt.key], self.config, None) is None
+        ]
+        todo = [row for row in usable if row["id"] not in known]
+        if todo:
+            judge(rows, self.loaded(), self.tokenizer, todo, len(usable))
+        distributed.wait()
+        return {key: row["perplexity"] for key, row in rows.read().items()}
+
+    def answered_by(self, named: str, licence: Licence) -> dict[str, Any]:
+        """What the manifest says of the model that answered."""
+        if self.config.endpoint is None:
+            return {"model": named, "licence": str(licence)}
+        served = {"endpoint": self.config.endpoint, "model": self.served}
+        return {**served, "licence": str(licence)}
+
+
+def _shared(folder: Path, name: str) -> Rows:
+    """The rows of a name, in one file."""
+    rows = Rows(folder, name)
+    if distributed.is_main():
+        rows.tidy()
+    distributed.wait()
+    return rows
+
+
+def sampling_of(config: GenerateConfig) -> Sampling:
+    """How the tokens are chosen."""
+    return Sampling(
+        config.max_new_tokens,
+        config.temperature,
+        config.top_p,
+        config.seed,
+        config.greedy,
+        top_logprobs=config.top_logprobs,
+    )
