@@ -119,7 +119,11 @@ def test_jsonl_rows_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [('{"text": "cut', "not JSON"), ("[1, 2]", "a JSON list"), ("7", "a JSON int")],
+    [
+        ('{"text": "cut', "not JSON"),
+        ("[1, 2]", "the line is a JSON list"),
+        ("7", "the line is a JSON int"),
+    ],
 )
 def test_jsonl_names_the_bad_line(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "a.jsonl"
