@@ -86,7 +86,7 @@ def test_a_fresh_student_follows_from_its_seed(place: Path) -> None:
     [
         ({"vocab_size": 100}, "vocab_size 100 is too small"),
         ({"model_type": "lama"}, "lama"),
-        ({"model_type": "t5"}, "no config of a causal"),
+        ({"model_type": "t5"}, "config of a t5, which is no causal language model"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"hidden_size": 47}, "47"),
         ({"quantization_config": {"quant_method": "awq"}}, "is quantized"),

@@ -165,7 +165,7 @@ def test_a_change_reruns_only_the_stages_after_it(
     stages, expected = CHANGES[kind]
     run(recipe_of(place, *stages), out)
     assert written(before, times(out)) == expected
-    check_journal(out / "metrics.jsonl", steps=10, every=2)
+    check_journal(out / "metrics.jsonl", steps=10, interval=2)
 
 
 def copy(run_folder: Path, out: Path) -> Path:
@@ -203,8 +203,8 @@ def test_a_larger_budget_extends_the_distillation(
     assert "distill: extends a run of 1,280 tokens" in lines
     assert "distill: continues from checkpoint-10" in lines
     assert rows(out / "metrics.jsonl")[: len(first)] == first
-    check_journal(out / "metrics.jsonl", steps=16, every=2)
-    check_journal(out / "stages" / "03-distill" / "metrics.jsonl", steps=16, every=2)
+    check_journal(out / "metrics.jsonl", steps=16, interval=2)
+    check_journal(out / "stages" / "03-distill" / "metrics.jsonl", steps=16, interval=2)
 
 
 def test_overrides_set_fields_by_name_or_position(place: Path, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_keep_last_deletes_earlier_weights(place: Path, tmp_path: Path, output_o
     assert unchanged == f"run: {out} is complete and unchanged"
     assert times(out) == before
     run(recipe_of(place, PROFILE, PRUNE, changed(DISTILL, tokens=1536), EVALUATE), out)
-    check_journal(out / "metrics.jsonl", steps=12, every=2)
+    check_journal(out / "metrics.jsonl", steps=12, interval=2)
     assert len(list(out.glob("stages/*/model.safetensors"))) == 3
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -63,6 +64,14 @@ def reason(error: ErrorDetails) -> str:
     if error["type"] == "missing" or of_all:
         return message
     return f"{message} (given: {_short(error['input'])})"
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise ValueError for a text that is not a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
 def _short(value: Any) -> str:

@@ -234,7 +234,7 @@ class Plan(Config):
         except FileNotFoundError:
             raise UserError(f"no plan at {path}") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is no JSON: {error}") from None
+            raise UserError(f"{path} is not valid JSON: {error}") from None
         return parse(cls, fields, str(path))
 
     def write(self, path: Path) -> None:

@@ -26,14 +26,6 @@ def is_router(family: Family, name: str) -> bool:
     return place is not None and family.tensors[place.template].axes[0] == "experts"
 
 
-def check_pattern(pattern: str) -> None:
-    """Raise ValueError for a text that is not a regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-
-
 def check_patterns(given: Mapping[str, Iterable[str]], modules: list[str]) -> None:
     """Raise UserError for a pattern that matches none of the `modules`; `given` is by field."""
     for field, patterns in given.items():

@@ -107,7 +107,8 @@ def _stock_config(config: dict[str, Any], place: Path) -> PretrainedConfig | Non
         return None
     if CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"{place} is a {model_type}, which is no causal language model: give one that is"
+            f"{place} is the config of a {model_type}, which is no causal language model: give one "
+            "that is"
         )
     reason: Exception
     try:

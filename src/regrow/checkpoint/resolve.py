@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow import stage_dir
-from regrow.checkpoint import bitmask, identity
+from regrow.checkpoint import identity
 from regrow.checkpoint.model_config import read_json
 from regrow.config import cache_folder
 from regrow.errors import UserError
@@ -32,13 +32,22 @@ def resolve_model(source: str) -> Path:
         return convert_gguf(file)
     path = Path(source).expanduser()
     if path.is_dir():
-        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-        return bitmask.unpacked(path, config) if bitmask.is_packed(config) else path
+        return _dense(path)
     if path.exists():
         raise UserError(f"{path} is a file of an unknown kind: give a model folder or a .gguf file")
     if HUB_ID.fullmatch(source) and not source.startswith("."):
         return _from_hub(source)
     raise UserError(f"no such model folder: {source}")
+
+
+def _dense(folder: Path) -> Path:
+    """The folder itself, or a dense copy if its weights are stored as bitmasks."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if not config.get("quantization_config"):
+        return folder
+    from regrow.checkpoint import bitmask
+
+    return bitmask.unpacked(folder, config) if bitmask.is_packed(config) else folder
 
 
 def gguf_of(source: str) -> Path | None:

@@ -47,7 +47,7 @@ def _fields(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no JSON ({error})") from None
+        raise UserError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise UserError(f"{path} names no model_type: give the config.json of a model")
     return fields

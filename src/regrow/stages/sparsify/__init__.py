@@ -10,8 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from tyro.conf import OmitArgPrefixes
 
 from regrow import plugins
-from regrow.calibration.modules import check_pattern
-from regrow.config import Config, Machine
+from regrow.config import Config, Machine, check_pattern
 from regrow.data.config import DataConfig
 from regrow.errors import unknown
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step

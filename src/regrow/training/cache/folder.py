@@ -168,7 +168,7 @@ def _read(folder: Path) -> Header:
             f"no cache at {folder}: make one with regrow cache TEACHER --data … --out {folder}"
         ) from None
     except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}): make the cache again") from None
+        raise UserError(f"{path} is not valid JSON ({error}): make the cache again") from None
     if not isinstance(header, dict) or header.get("version") != VERSION:
         raise UserError(f"{path} is no cache of version {VERSION}: make it again with regrow cache")
     return parse(Header, header, str(path))

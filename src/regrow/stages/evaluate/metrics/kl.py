@@ -6,10 +6,7 @@ from torch import Tensor
 
 READS_TEACHER = True
 UNIT = "nats"
-CONVENTION = (
-    "KL({teacher} || model) per scored token over all token ids that both have, from logits that "
-    "are exact to float32"
-)
+CONVENTION = "KL({teacher} || model) per scored token over all token ids that both have"
 
 
 def per_token(logits_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor) -> Tensor:
