@@ -86,7 +86,7 @@ class Result:
     seconds: float = 0.0
 
 
-class TooLongError(Exception):
+class TooLongError(BaseException):  # model code is run under `except Exception`
     """A type took longer than it may."""
 
 
