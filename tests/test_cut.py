@@ -25,7 +25,6 @@ GATE = "model.layers.{}.mlp.gate_proj.weight"
 DOWN = "model.layers.{}.mlp.down_proj.weight"
 
 
-@torch.no_grad()
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = tmp_path_factory.mktemp("llama")

@@ -105,7 +105,7 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no plan at"):
         Plan.read(path)
     path.write_text("{")
-    with pytest.raises(UserError, match="no JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         Plan.read(path)
     random_plan(CONFIG, mlp=5).write(path)
     fields = json.loads(path.read_text())
