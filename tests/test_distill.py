@@ -28,11 +28,12 @@ from regrow.config import parse
 from regrow.errors import UserError
 from regrow.stages.distill import setup
 from regrow.stages.distill.config import DistillConfig
-from regrow.stages.distill.stage import distill, last_checkpoint, rescue
+from regrow.stages.distill.stage import distill, rescue
 from regrow.stages.distill.student import open_student
 from regrow.stages.distill.text import loss_weights_of
 from regrow.stages.evaluate.config import EvaluateConfig
 from regrow.stages.evaluate.texts import build_texts
+from regrow.training.checkpoints import last_checkpoint
 
 
 @pytest.fixture(scope="module")

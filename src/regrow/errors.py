@@ -13,6 +13,12 @@ class UserError(ValueError):
     """
 
 
+def last_line(error: Exception) -> str:
+    """The last line of an error's text, or the name of its class if it has no text."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip()
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not in `known`; it lists those and suggests the closest."""
     known = list(known)

@@ -13,12 +13,14 @@ Batches = list[dict[str, Tensor]]
 
 
 def calibration_text(
-    checkpoint: Checkpoint, data: DataConfig, samples: int, batch_size: int
+    checkpoint: Checkpoint, data: DataConfig | None, samples: int, batch_size: int
 ) -> tuple[Batches, Batches]:
     """Batches to calibrate on, and batches to measure on: every eighth of `samples` sequences.
 
-    Raises UserError for too little text.
+    Without `data` there are none. Raises UserError for too little text.
     """
+    if data is None:
+        return [], []
     tokenizer = checkpoint.tokenizer()
     sequences = build_sequences(data, tokenizer, "calibration", samples, checkpoint)
     if len(sequences) < 2:

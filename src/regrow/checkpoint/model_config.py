@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrow.errors import UserError
+from regrow.errors import UserError, last_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -139,6 +139,5 @@ def _make(fields: str) -> PretrainedConfig:
 
 
 def _last_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = lines[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")[:200]
+    reason = last_line(error).removeprefix("ValueError: ").removeprefix("TypeError: ")[:200]
     return f"{type(error).__name__} {reason}" if isinstance(error, KeyError) else reason

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regrow.errors import last_line
 from regrow.families._cut import cut, cut_config
 from regrow.families._derive.plans import plan_for, zeroed
 from regrow.families._derive.stock import shapes, silent, stock
@@ -167,7 +168,9 @@ def cut_config_of(family: Family, subject: Subject, plan: Plan) -> dict[str, Any
         stock(new)
         return new
     except Exception as error:  # whatever a config class raises
-        raise NotProvenError(f"its config class refuses the cut: {_last(error)}") from None
+        raise NotProvenError(
+            f"its config class refuses the cut: {last_line(error)[:160]}"
+        ) from None
 
 
 def student_of(
@@ -186,12 +189,9 @@ def student_of(
     try:
         return subject.model(new, kept)
     except Exception as error:  # whatever a model class raises
-        raise NotProvenError(f"its class cannot build the cut model: {_last(error)}") from None
-
-
-def _last(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].strip()[:160]
+        raise NotProvenError(
+            f"its class cannot build the cut model: {last_line(error)[:160]}"
+        ) from None
 
 
 def _prove_layers(family: Family, subject: Subject) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from regrow.errors import UserError
+from regrow.errors import UserError, last_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -35,7 +35,7 @@ def stock(config: dict[str, Any]) -> PretrainedConfig:
     try:
         made: PretrainedConfig = kind.from_dict(copy.deepcopy(config))
     except Exception as error:  # whatever a config class raises for a value that it refuses
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        reason = last_line(error)
         raise UserError(f"transformers refuses this {model_type} config: {reason}") from None
     return made
 

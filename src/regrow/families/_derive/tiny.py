@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
 
+from regrow.errors import last_line
 from regrow.families._derive.stock import UnsupportedError, build, explicit, shapes, silent
 from regrow.families._table import PER_LAYER
 
@@ -167,8 +168,7 @@ def _picked(full: dict[str, Any], per_layer: dict[str, How]) -> tuple[Tiny | Non
     except UnsupportedError:
         raise
     except Exception as error:  # whatever a model's own code raises for sizes that do not fit
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return None, f"{type(error).__name__} {lines[-1].strip()[:160]}"
+        return None, f"{type(error).__name__} {last_line(error)[:160]}"
     having, forms = _having(found)
     varying = frozenset(template for template, each in forms.items() if len(each) > 1)
     return Tiny(small, tuple(layers), per_layer, having, varying), ""

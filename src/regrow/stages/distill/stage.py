@@ -5,7 +5,6 @@ It continues from the last complete checkpoint, or from a finished run with a sm
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from contextlib import ExitStack
@@ -39,6 +38,7 @@ from regrow.stages.distill.teacher import TeacherSetup, freeze, mass_lost, show_
 from regrow.stages.distill.text import answer_digests, loss_weights_of, training_text
 from regrow.training import sharding
 from regrow.training.callbacks import CHOSEN_BY, MetricsWriter, ProgressCallback
+from regrow.training.checkpoints import last_checkpoint
 from regrow.training.frozen_layers import decoder_layers
 from regrow.training.objective import bind_loss
 from regrow.training.on_policy import NumberedSequences
@@ -286,21 +286,6 @@ def adopt_finished(out: Path, folder: Path, stage: StageDir, config: DistillConf
     partial.rename(folder / TRAINER)
 
 
-def last_checkpoint(trainer: Path) -> Path | None:
-    """The newest complete checkpoint; removes the incomplete ones of a killed run.
-
-    transformers writes trainer_state.json last.
-    """
-    folders = sorted(trainer.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    complete = None
-    for path in folders:
-        if _is_json(path / "trainer_state.json"):
-            complete = path
-        elif distributed.is_main():
-            shutil.rmtree(path)
-    return complete
-
-
 def rescue(trainer: Path, out: Path, like: Checkpoint) -> str:
     """Move the last checkpoint of a failed run beside `out`, and return a message about it.
 
@@ -317,11 +302,3 @@ def rescue(trainer: Path, out: Path, like: Checkpoint) -> str:
         carry(like.folder, stopped)
     distributed.wait()
     return f"the last good checkpoint ({last.name}) is kept in {stopped}"
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False
-    return True

@@ -22,6 +22,7 @@ from regrow.errors import UserError
 from regrow.runtime.progress import Progress, progress, say
 from regrow.stages.prefer import PreferConfig
 from regrow.stages.prefer.rank import Pair
+from regrow.training.checkpoints import last_checkpoint
 
 TRAINER = "trainer"
 """The folder of the trainer's checkpoints, inside the stage's folder."""
@@ -68,7 +69,7 @@ def train_pairs(
             processing_class=tokenizer,
         )
     trainer.remove_callback(PrinterCallback)
-    last = _last(folder / TRAINER)
+    last = last_checkpoint(folder / TRAINER)
     if last is not None:
         say(f"prefer: continues from {last.name}")
     with progress("prefer", len(pairs) * config.epochs, "pairs") as counter:
@@ -145,10 +146,3 @@ class Watch(TrainerCallback):
         row = {"stage": "prefer", "step": state.global_step, "seconds": seconds, **numbers}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def _last(folder: Path) -> Path | None:
-    """The newest complete checkpoint: transformers writes trainer_state.json last."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    whole = [path for path in found if (path / "trainer_state.json").exists()]
-    return whole[-1] if whole else None

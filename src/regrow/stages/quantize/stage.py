@@ -61,11 +61,7 @@ def quantize(
         say(f"quantize: {out} is complete and unchanged")
     else:
         require_space(out, sum(map(checkpoint.bytes, checkpoint.names())))
-        fit, unseen = (
-            ([], [])
-            if data is None
-            else calibration_text(checkpoint, data, config.samples, options.batch_size)
-        )
+        fit, unseen = calibration_text(checkpoint, data, config.samples, options.batch_size)
         fell_back = fallbacks(checkpoint, config, job.chosen)
         for line in [*_other_grid(checkpoint, config), *fell_back, *job.notes()]:
             say(f"quantize: {line}")

@@ -69,11 +69,7 @@ def sparsify(
         say(f"sparsify: {out} is complete and unchanged")
     else:
         require_space(out, 2 * sum(map(checkpoint.bytes, checkpoint.names())))
-        fit, unseen = (
-            ([], [])
-            if data is None
-            else calibration_text(checkpoint, data, config.samples, options.batch_size)
-        )
+        fit, unseen = calibration_text(checkpoint, data, config.samples, options.batch_size)
         for line in job.notes():
             say(f"sparsify: {line}")
         with stage as folder:
