@@ -27,6 +27,7 @@ from regrow.errors import UserError
 from regrow.runtime.progress import say
 from regrow.stage_dir import Figure, StageDir, digest, write_json
 from regrow.stages.evaluate.config import METRICS, EvaluateConfig
+from regrow.stages.evaluate.contradictions import contradictions
 from regrow.stages.evaluate.eval_model import (
     Context,
     EvalModel,
@@ -384,6 +385,7 @@ def _evaluation(
         "metrics": list(config.metrics),
         "figures": figures,
         "generations": {label: result.generations for label, result in results.items()},
+        "warnings": contradictions(results, teacher),
         "conventions": conventions(figures),
     }
 

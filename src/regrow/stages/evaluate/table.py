@@ -83,6 +83,8 @@ def show(evaluation: dict[str, Any]) -> None:
     shown = {name for columns in parts.values() for name in columns}
     if tasks := [name for name in names if name not in shown]:
         console.print(task_table(evaluation, tasks))
+    for sentence in evaluation.get("warnings", ()):
+        console.print(_plain(f"warning: {sentence}"))
 
 
 def table(evaluation: dict[str, Any], heading: str, columns: list[str]) -> Table:

@@ -39,7 +39,13 @@ def section(runs: list[Run]) -> Section | None:
     blocks.append(_table(evaluated, top))
     if rest := [name for name in names if name not in top]:
         blocks.append(Details(f"parts of tasks ({len(rest)} scores)", _lines(evaluated, rest)))
-    return Section("tasks", "Benchmarks", _note(evaluated, names), blocks)
+    warnings = [
+        run.at(f"Warning: {sentence}.")
+        for run in runs
+        for sentence in (run.evaluation or {}).get("warnings", ())
+    ]
+    note = " ".join([_note(evaluated, names), *warnings])
+    return Section("tasks", "Benchmarks", note, blocks)
 
 
 def scored(evaluated: Evaluated) -> list[str]:
