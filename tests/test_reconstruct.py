@@ -88,6 +88,25 @@ def test_reconstruction_works_with_biases_post_norms_and_experts(
     assert after < before
 
 
+def test_layers_without_an_error_are_passed_over(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = write_trained(tmp_path / "teacher", text, num_hidden_layers=5)
+    student = cut_of(teacher, tmp_path, layers=[0, 1, 3, 4])
+    trained, train = list[int](), stage.train_layer
+
+    def counted(*given: Any, seed: int, **rest: Any) -> dict[str, Any]:
+        trained.append(seed - CONFIG.seed)
+        return train(*given, seed=seed, **rest)
+
+    monkeypatch.setattr(stage, "train_layer", counted)
+    out = reconstruct(student, teacher, data_of(text), tmp_path / "out", CONFIG, OPTIONS)
+    assert trained == [1, 2, 3]  # layer 1 stands for layer 2 as well
+    old, new = (load_file(folder / "model.safetensors") for folder in (student, out))
+    assert all(torch.equal(old[name], new[name]) for name in old if "layers.0." in name)
+    assert not all(torch.equal(old[name], new[name]) for name in old)
+
+
 def test_the_error_equals_its_formula(text: Path, tmp_path: Path) -> None:
     """Against a loop over tokens in float64."""
     teacher = write_trained(tmp_path / "teacher", text)

@@ -47,6 +47,8 @@ from regrow.training.teacher import Teacher, mean_loss, scored
 
 STATE = "reconstruction.json"
 LAYERS = "layers"
+NEGLIGIBLE = 2.0**-16
+"""An error (as in the loss) that training cannot lower: that of rounding to bfloat16, and less."""
 
 
 def reconstruct(
@@ -136,6 +138,7 @@ class Reconstruction:
         train, validation = text
         size = max(1, config.batch_tokens // train.input_ids.shape[1])
         self.train = list(train.batches(size))
+        self._tokens = sum(int(batch["real"].sum()) for batch in self.train)
         self.validation = list(validation.batches(1))
         dtype = student.compute_dtype()
         self._dense = LayerByLayer.of(teacher, families.of(teacher), self.device, dtype=dtype)
@@ -161,9 +164,9 @@ class Reconstruction:
         streams = Streams(self.folder / "streams", self._batches(), self._dense, self._cut)
         if not self.kl:
             self.kl.append(self._kl(check=True))
-        tokens = sum(int(batch["real"].sum()) for batch in self.train)
-        with progress("reconstruct", layers * tokens * self.config.passes) as counter:
-            counter.resume_at(done * tokens * self.config.passes)
+        tokens = self._tokens * self.config.passes
+        with progress("reconstruct", layers * tokens) as counter:
+            counter.resume_at(done * tokens)
             start = max([0, *(check for check in checks if check <= done)])
             for layer in range(layers):
                 streams.advance_dense(
@@ -183,11 +186,18 @@ class Reconstruction:
         return [*self.train, *self.validation]
 
     def _train(self, layer: int, streams: Streams, counter: Any) -> None:
-        """Train one layer, and keep its new weights if its error on other text is lower."""
+        """Train one layer, and keep its new weights if its error on other text is lower.
+
+        Layers without an error, such as those before the first removed layer, are passed over.
+        """
         unseen = range(len(self.train), len(self.train) + len(self.validation))
         target = self._target(streams)
         with self._cut.resident(layer) as module:
             before = relative_error(self._cut, streams, unseen, target)
+            if before < NEGLIGIBLE:
+                self.rows.append({"layer": layer, "before": before, "after": before, "kept": False})
+                counter.advance(self._tokens * self.config.passes)
+                return
             state = train_layer(
                 self._cut,
                 module,
