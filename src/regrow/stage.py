@@ -27,6 +27,7 @@ BEFORE_PRUNE = "model before the last prune"
 """A note in `left`: a distillation may learn from that model."""
 IN_ORDER = (
     "advise",
+    "initialize",
     *("profile", "rotate", "compare", "prune", "reconstruct", "generate", "cache", "distill"),
     "prefer",
     *("sparsify", "quantize", "evaluate", "export", "report"),

@@ -95,8 +95,9 @@ class ProgressCallback(TrainerCallback):
             ("loss", "loss"),
             (f"eval_{CHOSEN_BY}", "held-out KL"),
             (f"eval_{SPAN_CHOSEN_BY}", "held-out span KL"),
+            ("eval_cross_entropy", "held-out cross-entropy"),
         ):
-            if logs and key in logs:
+            if logs and key in logs and key in ("loss", args.metric_for_best_model):
                 self.note = f"{name} {logs[key]:.3f}"
 
 

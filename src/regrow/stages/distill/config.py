@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from regrow import plugins
 from regrow.config import Config
@@ -41,8 +41,10 @@ class DistillConfig(Config):
     """Largest gradient norm; larger gradients are scaled down to it."""
     losses: dict[str, float] = Field(default_factory=lambda: {"forward_kl": 1.0})
     """Weight of each output loss by its name: forward_kl, reverse_kl, jsd, skewed_kl,
-    skewed_reverse_kl, total_variation, cross_entropy (hard labels), or one of your own. The best
-    checkpoint is always chosen by the held-out forward KL."""
+    skewed_reverse_kl, total_variation, cross_entropy (hard labels), or one of your own."""
+    chosen_by: Literal["forward_kl", "cross_entropy"] = "forward_kl"
+    """The held-out loss that chooses the best checkpoint. cross_entropy is for a student that
+    learns the text alone (`losses: {cross_entropy: 1}`); the teacher then does not run at all."""
     temperature: float = Field(default=1.0, gt=0)
     """T: both models' logits are divided by T, and the losses multiplied by T², in all losses
     except cross_entropy."""
@@ -133,6 +135,15 @@ class DistillConfig(Config):
     matrices of its layers). Otherwise training fills them, and the result is dense."""
     seed: int = 0
     """Seed of dropout and of random initial weights (of a config.json, or of adapters)."""
+
+    @model_validator(mode="after")
+    def _measured(self) -> DistillConfig:
+        if self.chosen_by not in {"forward_kl", *self.losses}:
+            raise ValueError(
+                f"chosen_by {self.chosen_by}: it must be one of the losses "
+                f"({', '.join(self.losses)})"
+            )
+        return self
 
     @field_validator("losses", "own_losses", "on_policy_losses")
     @classmethod

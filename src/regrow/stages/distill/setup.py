@@ -25,6 +25,7 @@ from regrow.stages.distill.student import Student, check_student
 from regrow.stages.distill.teacher import TeacherSetup, teacher_placement
 from regrow.training import sharding
 from regrow.training.adapters import Adapter
+from regrow.training.callbacks import CHOSEN_BY
 from regrow.training.features import FeatureLosses, LayerMapping, LossBalancer, at_depths, needs_of
 from regrow.training.loss_weights import LossWeights
 from regrow.training.teacher import TeacherPlacement
@@ -195,6 +196,12 @@ class DistillSetup:
             config,
             options,
         )
+
+    @property
+    def chosen_by(self) -> str:
+        """The loss that chooses the best student, on the validation sequences."""
+        asked = self.config.chosen_by
+        return self.teachers.chosen_by if asked == CHOSEN_BY else asked
 
     @property
     def sharded(self) -> bool:

@@ -66,7 +66,8 @@ def distill(
     `cross_tokenizer: spans` the two may have different tokenizers, and the probabilities of spans
     of text are compared.
 
-    Computes in bfloat16 with float32 weights. Keeps the checkpoint with the lowest held-out KL.
+    Computes in bfloat16 with float32 weights. Keeps the checkpoint with the lowest held-out KL,
+    or with the lowest held-out loss `chosen_by`.
     Writes metrics to `metrics.jsonl` in the folder and also to `metrics`, if set. An interrupted
     run continues from its last checkpoint; a larger `tokens` extends a finished run. Raises
     UserError for different tokenizers, too little text, and a loss that becomes NaN or infinite.
@@ -156,7 +157,7 @@ def _run(
     writer = writer_of(setup, model, train, data)
     trainer = DistillTrainer(
         model=model,
-        args=arguments_of(folder, config, setup.options, device, budget, teachers.chosen_by),
+        args=arguments_of(folder, config, setup.options, device, budget, setup.chosen_by),
         train_dataset=train if writer is None else NumberedSequences(train),
         eval_dataset=heldout,
         feature_losses=feature_losses,
@@ -167,7 +168,8 @@ def _run(
     with ExitStack() as bound:
         if shared is not None:
             bound.callback(shared.close)
-        bound.callback(bind_loss(model, teacher_model, loss_weights, feature_losses))
+        first = config.chosen_by
+        bound.callback(bind_loss(model, teacher_model, loss_weights, feature_losses, first))
         if setup.scheme is not None:
             bound.callback(bind_rounding(model, setup.scheme))
         _train(trainer, setup, stage.out, folder, metrics)
@@ -252,7 +254,9 @@ def _figures(trainer: DistillTrainer, tokens: int) -> list[Figure]:
     assert metric is not None
     rows = [row for row in trainer.state.log_history if metric in row]
     name, convention = "held-out KL", f"KL(teacher || student) on {VALIDATION}, bf16, exact logits"
-    if metric != f"eval_{CHOSEN_BY}":
+    if metric == "eval_cross_entropy":
+        name, convention = "held-out cross-entropy", f"per scored token of {VALIDATION}, bf16"
+    elif metric != f"eval_{CHOSEN_BY}":
         name = "held-out span KL"
         convention = (
             "τ · KL of the probabilities of spans to the power 1/τ, per scored token, on "

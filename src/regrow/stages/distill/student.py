@@ -15,7 +15,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -23,6 +22,7 @@ from transformers import (
 from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint.model_config import accept_config
+from regrow.checkpoint.random_model import random_model
 from regrow.config import Options
 from regrow.errors import UserError
 from regrow.runtime.progress import say
@@ -171,9 +171,7 @@ class Student:
         elif self.config is None:
             model = self.like.model(torch.float32)
         else:
-            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
-            if (self.like.folder / "generation_config.json").exists():
-                model.generation_config = GenerationConfig.from_pretrained(str(self.like.folder))
+            model = random_model(self.config, seed, self.like.folder)
         with suppress(UserError):  # a model without a table has its own names on disk
             families.accept_disk_names(families.of_config(model.config.to_dict()), model)
         model.register_load_state_dict_post_hook(_require_all_used)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator, model_validator
 from tyro.conf import OmitArgPrefixes
@@ -12,7 +13,7 @@ from tyro.conf import OmitArgPrefixes
 from regrow import plugins
 from regrow.config import Config, Machine, check_pattern
 from regrow.data.config import DataConfig
-from regrow.errors import unknown
+from regrow.errors import UserError, unknown
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import Model, OptionalText, open_model, print_lines
 
@@ -28,8 +29,8 @@ class SparsifyConfig(Config):
     """How many weights become zero, which ones, and in which modules."""
 
     method: str = "sparsegpt"
-    """How the weights are chosen: magnitude (needs no text), wanda, sparsegpt (which also changes
-    the weights that stay), or a file of your own in sparsify/methods."""
+    """How the weights are chosen: magnitude or random (which need no text), wanda, sparsegpt (which
+    also changes the weights that stay), or a file of your own in sparsify/methods."""
     sparsity: float | None = None
     """Share of the weights that become zero, above 0 and below 1; 0.5 if no pattern is given."""
     pattern: str | None = None
@@ -42,6 +43,12 @@ class SparsifyConfig(Config):
     damping: float = Field(default=0.01, gt=0)
     """For sparsegpt: this share of the second-moment matrix's mean diagonal is added to its
     diagonal."""
+    rewind_to: str | None = None
+    """An earlier checkpoint of this model: the zeros are chosen in the model as it is, and all
+    other weights get their values there (a lottery ticket). A folder, a hub id, or, in a recipe,
+    the folder of an earlier stage, such as 01-initialize."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the method random."""
 
     @field_validator("method")
     @classmethod
@@ -132,7 +139,10 @@ class SparsifyStage(Stage):
         """Raise UserError for modules or widths that do not fit; widths of a cut are not known."""
         from regrow.stages.sparsify.stage import check, check_width
 
-        check(plan.checkpoint, step.config.model_copy(update={"pattern": None}), plan.data)
+        changed: dict[str, Any] = {"pattern": None}
+        if _is_earlier_stage(step, plan):
+            changed["rewind_to"] = None
+        check(plan.checkpoint, step.config.model_copy(update=changed), plan.data)
         if plan.config_now is not None:
             for name, shape in plan.family.expected(plan.config_now).items():
                 check_width(step.config, name, shape)
@@ -147,8 +157,33 @@ class SparsifyStage(Stage):
         """Sparsify the current model."""
         from regrow.stages.sparsify.stage import sparsify
 
-        sparsify(run.current, run.folder(folder), step.config, run.data, run.options)
+        config, earlier = step.config, step.config.rewind_to
+        if earlier is not None and (run.out / "stages" / earlier).is_dir():
+            config = config.model_copy(update={"rewind_to": str(run.folder(earlier))})
+        sparsify(run.current, run.folder(folder), config, run.data, run.options)
         run.add("sparse", run.folder(folder))
+
+
+def _is_earlier_stage(step: Step, plan: RecipePlan) -> bool:
+    """Whether `rewind_to` is the folder of an earlier stage of the recipe that writes a model.
+
+    Raises UserError for the folder of a later stage, or of one that writes none.
+    """
+    name = step.config.rewind_to
+    if name is None or not re.fullmatch(r"\d\d-\w+", name):
+        return False
+    here = next(n for n, each in enumerate(plan.steps) if each is step)
+    folders = [
+        f"{number:02d}-{each.name}"
+        for number, each in enumerate(plan.steps[:here], start=1)
+        if each.stage.changes_weights
+    ]
+    if name not in folders:
+        known = ", ".join(folders) or "there is none before it"
+        raise UserError(
+            f"rewind_to {name}: give an earlier stage that writes a model ({known}), or a folder"
+        )
+    return True
 
 
 def estimate(checkpoint: Checkpoint, data: DataConfig | None, config: SparsifyConfig) -> list[str]:
@@ -168,7 +203,7 @@ def estimate(checkpoint: Checkpoint, data: DataConfig | None, config: SparsifyCo
         f"  {total / 1e6:,.1f} MB, as before: zeros are stored like other values",
         *(f"  {line}" for line in job.notes()),
     ]
-    if data is not None:
+    if data is not None and (job.calibrates or job.early is None):
         passes = 2 if job.calibrates else 0.25  # two models read an eighth of the sequences
         seconds = forward_seconds(checkpoint, passes * config.samples * data.sequence_length)
         lines.append(f"  time about {clock(seconds)} for the passes over the text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 from collections.abc import Iterator
@@ -64,6 +65,10 @@ def sparsify(
     inputs = {"model": checkpoint.fingerprint}
     if data is not None:
         inputs["data"] = data_digest(data)
+    if job.early is not None:
+        inputs["rewind_to"] = job.early.fingerprint
+        refuse_input(out, job.early.folder)
+        data = data if job.calibrates else None  # a rewound model is measured after its training
     stage = StageDir(out, "sparsify", config, inputs)
     if stage.complete:
         say(f"sparsify: {out} is complete and unchanged")
@@ -76,7 +81,7 @@ def sparsify(
             job.write(folder, fit, device)
             after = Checkpoint(folder)
             stage.figures += sizes(after, job.modules)
-            if unseen:
+            if unseen and job.early is None:
                 stage.figures += quality(checkpoint, after, unseen, device, "KL(dense || sparse)")
             stage.extra[zeros.NOTE] = str(job.target)
     manifest = stage_dir.read(out)
@@ -103,13 +108,27 @@ def check(checkpoint: Checkpoint, config: SparsifyConfig, data: DataConfig | Non
         )
     for module in chosen:
         check_width(config, module + WEIGHT, checkpoint.shapes[module + WEIGHT])
-    setup = SparsifySetup(checkpoint, family, config, chosen)
+    early = None if config.rewind_to is None else earlier(config.rewind_to, checkpoint)
+    setup = SparsifySetup(checkpoint, family, config, chosen, early)
     if setup.calibrates and data is None:
         raise UserError(
             f"{config.method} calibrates on text: give data, or the method magnitude, which loses "
             "far more"
         )
     return setup
+
+
+def earlier(model: str, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint to rewind to; raises UserError if it is none of the same model."""
+    early = load(model)
+    for name, shape in checkpoint.shapes.items():
+        if early.shapes.get(name) != shape:
+            there = list(early.shapes[name]) if name in early.shapes else "missing"
+            raise UserError(
+                f"rewind_to {model}: {name} is {there} there and {list(shape)} in "
+                f"{checkpoint.folder}: give an earlier checkpoint of that model"
+            )
+    return early
 
 
 def check_width(config: SparsifyConfig, name: str, shape: tuple[int, ...]) -> None:
@@ -133,6 +152,8 @@ class SparsifySetup:
     family: Family
     config: SparsifyConfig
     modules: list[str]
+    early: Checkpoint | None = None
+    """The checkpoint with the values of the weights that stay, instead of the model's own."""
 
     @property
     def target(self) -> Sparsity:
@@ -166,7 +187,7 @@ class SparsifySetup:
             waiting = Spill(Path(place) / "weights")
 
             def change(module: str, weight: Tensor, gram_CC: Tensor | None) -> Tensor:
-                new = self.new_weight(weight, gram_CC)
+                new = self.new_weight(module, weight, gram_CC)
                 waiting.put(module, new)
                 return new
 
@@ -174,18 +195,26 @@ class SparsifySetup:
                 calibrated = set(self.modules) - set(self.experts)
                 work = (checkpoint, self.family, self.modules, calibrated, batches)
                 LayerPass("sparsify", *work, change, device, Spill(Path(place) / "streams")).run()
-            layout = {name: checkpoint.meta(name) for name in checkpoint.names()}
+            source = self.early or checkpoint
+            layout = {name: source.meta(name) for name in checkpoint.names()}
             tensors = self._tensors(waiting, device)
             checkpoints.write(folder, checkpoint.config, layout, tensors, like=checkpoint)
         copy_plans(checkpoint.folder, folder)
 
-    def new_weight(self, weight: Tensor, gram_CC: Tensor | None) -> Tensor:
+    def new_weight(self, module: str, weight: Tensor, gram_CC: Tensor | None) -> Tensor:
         """A weight with zeros, in its own dtype; experts have no `gram_CC`."""
         method = self._method(
             FOR_EXPERTS if self.calibrates and gram_CC is None else self.config.method
         )
-        new: Tensor = method.sparsify(weight, self.target, gram_CC, self.config.damping)
+        new: Tensor = method.sparsify(
+            weight, self.target, gram_CC, self.config.damping, self._draw(module)
+        )
         return new.to(weight.dtype)
+
+    def _draw(self, module: str) -> torch.Generator:
+        """A generator for each module, so that the order of the modules does not matter."""
+        digest = hashlib.sha256(f"{self.config.seed}/{module}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
     def _method(self, name: str) -> Any:
         return plugins.load(METHODS, name)
@@ -195,11 +224,14 @@ class SparsifySetup:
         for name in self.checkpoint.names():
             module, tensor = name.removesuffix(WEIGHT), self.checkpoint.tensor(name)
             if module in waiting:
-                yield name, waiting.get(module)
+                tensor = waiting.get(module)
             elif module in self.modules:
-                yield name, self.new_weight(tensor.to(device), None).cpu()
-            else:
-                yield name, tensor
+                tensor = self.new_weight(module, tensor.to(device), None).cpu()
+            if self.early is not None:
+                zero = tensor == 0 if module in self.modules else None
+                tensor = self.early.tensor(name)
+                tensor = tensor if zero is None else tensor.masked_fill(zero, 0)
+            yield name, tensor
 
 
 def sizes(after: Checkpoint, modules: list[str]) -> list[Figure]:

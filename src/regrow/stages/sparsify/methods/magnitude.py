@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from regrow.sparsity.pattern import Sparsity
 
@@ -10,7 +10,11 @@ NEEDS_GRAM = False
 
 
 def sparsify(
-    weight_RC: Tensor, sparsity: Sparsity, gram_CC: Tensor | None = None, damping: float = 0.0
+    weight_RC: Tensor,
+    sparsity: Sparsity,
+    gram_CC: Tensor | None = None,
+    damping: float = 0.0,
+    draw: Generator | None = None,
 ) -> Tensor:
     """The weight [R, C] with zeros at its lowest |w|, of the whole matrix or of each group of M."""
     weight_RC = weight_RC.float()

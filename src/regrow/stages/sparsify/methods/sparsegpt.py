@@ -10,7 +10,7 @@ Shapes: R rows, C columns.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from regrow.calibration import compensate as obs
 from regrow.sparsity import zeros
@@ -20,7 +20,11 @@ NEEDS_GRAM = True
 
 
 def sparsify(
-    weight_RC: Tensor, sparsity: Sparsity, gram_CC: Tensor | None = None, damping: float = 0.01
+    weight_RC: Tensor,
+    sparsity: Sparsity,
+    gram_CC: Tensor | None = None,
+    damping: float = 0.01,
+    draw: Generator | None = None,
 ) -> Tensor:
     """The weight [R, C] with zeros, and with the weights that stay changed to make up for them.
 

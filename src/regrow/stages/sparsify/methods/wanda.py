@@ -6,7 +6,7 @@ channel c over the tokens. Weights of a row are compared with each other; none i
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from regrow.sparsity.pattern import Sparsity
 
@@ -14,7 +14,11 @@ NEEDS_GRAM = True
 
 
 def sparsify(
-    weight_RC: Tensor, sparsity: Sparsity, gram_CC: Tensor | None = None, damping: float = 0.0
+    weight_RC: Tensor,
+    sparsity: Sparsity,
+    gram_CC: Tensor | None = None,
+    damping: float = 0.0,
+    draw: Generator | None = None,
 ) -> Tensor:
     """The weight [R, C] with zeros at the lowest |w| ‖x‖ of each row or group of M.
 
