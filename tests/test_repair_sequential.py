@@ -211,3 +211,16 @@ def test_a_smaller_vocabulary_changes_nothing_of_it(tmp_path: Path, text: Path) 
         for n, one_plan in enumerate((fewer, plan))
     )
     assert small_vocab.solutions == same.solutions
+
+
+def test_what_comes_before_the_first_change_is_left_as_it_is(tmp_path: Path, text: Path) -> None:
+    trained = write_trained(tmp_path / "model", text, num_hidden_layers=4).model(torch.bfloat16)
+    trained.save_pretrained(str(tmp_path / "model"))  # its streams are rounded to bfloat16
+    checkpoint = Checkpoint(tmp_path / "model")
+    plan = random_plan(checkpoint.config, checkpoint.fingerprint, layers=[0, 1, 3])
+    measured = profiled(tmp_path / "profile", checkpoint, text)
+    solver = repaired(checkpoint, measured, plan, tmp_path / "work")
+    for name, (ridge, _, _) in solver.solutions.items():
+        same = torch.equal(solver(name, checkpoint.tensor(name)), checkpoint.tensor(name))
+        untouched = "layers.0." in name or "layers.1.self_attn" in name
+        assert (ridge is None) == same == untouched, name

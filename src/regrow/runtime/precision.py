@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NEGLIGIBLE = 2.0**-16
+"""|error|² / |stream|² of rounding a stream to bfloat16: less than this is nothing to correct."""
+
 
 def float32_at_least(dtype: torch.dtype) -> torch.dtype:
     """Data type for sums of values in `dtype`: float64 for float64, otherwise float32."""

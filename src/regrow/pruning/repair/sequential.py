@@ -10,7 +10,8 @@ dense model the part takes the stream from h to h⁺. The new weights are
 With u = 1 (`RepairSetup.upstream`), every part tries to bring the cut model's stream back to the
 dense model's stream, including the error of earlier layers. The kept layer before a dropped layer
 replaces it: its h⁺ is the stream that enters the next kept layer. λ is chosen by the error on the
-validation sequences. If the family has biases, they are solved together with the weights. If there
+validation sequences. A part whose stream has no error yet, such as those before the first cut, is
+left as it is. If the family has biases, they are solved together with the weights. If there
 is a norm between projection and stream (Gemma 3), its inverse is applied to the target, with the
 scale of the dense output.
 """
@@ -30,7 +31,7 @@ from regrow.layerwise import LayerByLayer, Spill
 from regrow.pruning.cut import cut_layers
 from regrow.pruning.repair import RepairSetup, Solutions
 from regrow.pruning.repair._ridge import Moments, Solution, refit
-from regrow.runtime.precision import widen
+from regrow.runtime.precision import NEGLIGIBLE, widen
 from regrow.runtime.progress import Progress, progress
 
 GRAMS = False
@@ -137,7 +138,7 @@ class Sequential:
     def _solve_reader(self, template: str, dim: str, new: int, old: int) -> None:
         module = self._cut.model.get_submodule(_module(template, new))
         assert isinstance(module, nn.Linear)
-        fit, validate = (Moments.empty(_joined(module)) for _ in range(2))
+        (fit, validate), tokens = (Moments.empty(_joined(module)) for _ in range(2)), 0
         for n, (subset, inputs) in enumerate(self._batches):
             x_BTi, stream_BTH = self._reach(template, dim, new, n, inputs)
             self._reached["input"].put(n, x_BTi)
@@ -152,7 +153,19 @@ class Sequential:
                 x_Ni = torch.cat([x_Ni, torch.ones_like(x_Ni[:, :1])], dim=1)
             moments = validate if subset == "validate" else fit
             moments.add(x_Ni * weight_N1, target_BTH[real] * weight_N1)
-        self._put(module, template, old, refit(_joined(module), fit, validate, self.ridges))
+            tokens += len(x_Ni) if moments is validate else 0
+        small = validate.error(_joined(module)) < self._rounding(dim) * tokens
+        ridges = () if small else self.ridges
+        self._put(module, template, old, refit(_joined(module), fit, validate, ridges))
+
+    def _rounding(self, dim: str) -> float:
+        """An error per token, in the reader's output, that is only the rounding of the streams.
+
+        0 if there is a norm between reader and stream, which changes the scale.
+        """
+        if dim in self.setup.family.post_norm:
+            return 0.0
+        return NEGLIGIBLE / self.setup.family.residual_multiplier**2
 
     def _reach(
         self, template: str, dim: str, new: int, n: int, inputs: dict[str, Tensor]

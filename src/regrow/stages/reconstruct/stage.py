@@ -35,6 +35,7 @@ from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.layerwise import LayerByLayer
 from regrow.plan import Plan, copy_plans, stored_plans
+from regrow.runtime.precision import NEGLIGIBLE
 from regrow.runtime.progress import progress, say
 from regrow.sparsity import zeros
 from regrow.stage_dir import Figure, StageDir, refuse_input, require_space, write_json
@@ -47,8 +48,6 @@ from regrow.training.teacher import Teacher, mean_loss, scored
 
 STATE = "reconstruction.json"
 LAYERS = "layers"
-NEGLIGIBLE = 2.0**-16
-"""An error (as in the loss) that training cannot lower: that of rounding to bfloat16, and less."""
 
 
 def reconstruct(
