@@ -46,6 +46,8 @@ class Figure(Config):
     """Number of items (tokens, runs, …) that were measured."""
     stderr: float | None = None
     """Standard error of the mean, in the same unit."""
+    interval: tuple[float, float] | None = None
+    """Confidence interval of 95 %, in the same unit."""
     convention: str = ""
     """The method of measurement: corpus, windows, scored tokens."""
 

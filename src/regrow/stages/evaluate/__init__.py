@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from regrow.config import Machine
+from regrow.config import Config, Machine
 from regrow.data.config import DataConfig
-from regrow.stage import RecipePlan, RecipeRun, Stage, Step
+from regrow.errors import UserError
+from regrow.stage import BEFORE_FIRST_PRUNE, RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import (
     OptionalText,
     by_name,
@@ -27,10 +28,19 @@ if TYPE_CHECKING:
     from regrow.stages.evaluate.gguf_model import GgufFile
 
 
+class RecipeFields(Config):
+    """The field that only a recipe has."""
+
+    compare_with: Literal["first", "before_first_prune"] = "first"
+    """The model that all others are compared with: the recipe's model (first), or the one that the
+    first prune began with (before_first_prune), for a teacher that the recipe trained before."""
+
+
 class EvaluateStage(Stage):
     """Measures all models of the recipe so far; the report shows the results."""
 
     config = EvaluateConfig
+    recipe_fields = RecipeFields
     takes_teacher = True
     reads = ("heldout",)
     less_memory = "lower --batch-sizes and --prefill-tokens, or --batch-size"
@@ -72,31 +82,47 @@ class EvaluateStage(Stage):
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError for missing text files or tasks, and for metrics without any input."""
+        from regrow.stages.evaluate.answer_rows import check_answers
         from regrow.stages.evaluate.stage import check_metrics
         from regrow.stages.evaluate.task_rows import check_tasks
         from regrow.stages.evaluate.texts import text_files
 
+        if _with_parent(step):
+            if step.teacher is not None:
+                raise UserError("teacher and compare_with before_first_prune: give one of them")
+            if BEFORE_FIRST_PRUNE not in plan.left:
+                raise UserError("compare_with before_first_prune: there is no prune before it")
         check_metrics(step.config, plan.data, has_teacher=True)
         for source in step.config.texts.values():
             text_files(source)
         check_tasks(step.config)
+        check_answers(step.config.answers, step.config.limit)
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
         """Measure every model so far and compare it with the teacher."""
         from regrow.stages.evaluate.stage import evaluate
 
         against, models = step.teacher or run.model, run.models
+        if _with_parent(step):
+            against = run.left[BEFORE_FIRST_PRUNE]
         if against != run.model:  # then the first model of the recipe is not the teacher
             models = {"original" if label == "teacher" else label: m for label, m in models.items()}
         evaluate(models, run.folder(folder), run.data, against, step.config, run.options)
 
     def inputs(self, step: Step) -> Iterable[str]:
-        """Hashes of the files of the further texts."""
+        """Hashes of the files of the further texts and of the rows with answers."""
         from regrow.data.files import sha256_of
+        from regrow.stages.evaluate.answer_rows import digest_of
         from regrow.stages.evaluate.texts import text_files
 
-        texts = step.config.texts.values()
-        return [sha256_of(path) for source in texts for path in text_files(source)]
+        texts, answers = step.config.texts.values(), step.config.answers.values()
+        hashes = [sha256_of(path) for source in texts for path in text_files(source)]
+        return hashes + [digest_of(source) for source in answers]
+
+
+def _with_parent(step: Step) -> bool:
+    """Whether all models are compared with the one that the first prune began with."""
+    return step.extra is not None and step.extra.compare_with == "before_first_prune"
 
 
 def dry_run_lines(
@@ -112,6 +138,7 @@ def dry_run_lines(
     from regrow.cost import forward_seconds, parameters
     from regrow.llama_cpp import threads
     from regrow.runtime.progress import clock
+    from regrow.stages.evaluate.answer_rows import check_answers
     from regrow.stages.evaluate.gguf_model import GgufFile
     from regrow.stages.evaluate.stage import check_metrics, check_window, load_models
     from regrow.stages.evaluate.task_rows import check_tasks
@@ -127,6 +154,7 @@ def dry_run_lines(
     tokens += config.heldout_sequences * data.sequence_length if data is not None else 0
     lines = [f"evaluate: {', '.join(config.metrics)} on {tokens:,} tokens"]
     lines += [f"  {line}" for line in check_tasks(config)]
+    lines += [f"  {line}" for line in check_answers(config.answers, config.limit)]
     open_tokenizers(checkpoints, teacher)
     for label, checkpoint in checkpoints.items():
         if isinstance(checkpoint, GgufFile):

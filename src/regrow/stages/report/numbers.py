@@ -12,6 +12,7 @@ NAMES = {
     "bits_per_byte": "bits per byte",
     "kl": "KL to teacher",
     "agreement": "top-1 agreement with teacher",
+    "exact_answers": "exact answers",
     "acceptance": "drafted tokens that the teacher accepts",
     "accepted_length": "tokens per pass of the teacher",
     "draft_speedup": "teacher's speed with this draft ×",
@@ -64,7 +65,8 @@ def figure(name: str, value: float) -> str:
         return millions(value)
     if kind in ("bytes", "bytes_as_bitmask", "peak_memory"):
         return megabytes(value)
-    if kind in ("agreement", "acceptance", "zeros") or kind.endswith(("_kept", "_of_flops")):
+    shares = ("agreement", "acceptance", "zeros", "exact_answers")
+    if kind in shares or kind.endswith(("_kept", "_of_flops")):
         return f"{value:.1%}"
     if kind.endswith("_speedup"):
         return f"{value:.2f}×"

@@ -36,7 +36,7 @@ def section(runs: list[Run]) -> Section | None:
 def _note(evaluated: Evaluated, names: list[str]) -> str:
     references = set(evaluated.references.values())
     to = evaluated.reference if len(references) == 1 else "the teacher of the same evaluation"
-    note = f"Small print: standard error, and the ratio to {to}."
+    note = f"Small print: standard error or interval of 95 %, and the ratio to {to}."
     unlike = [
         f"{title(name)} (different {aspects})"
         for name in names
@@ -111,10 +111,20 @@ def _cell(evaluated: Evaluated, label: str, name: str) -> Cell:
     if row is None:
         return Cell("–")
     ratio = evaluated.ratio(label, name)
-    small = [f"± {figure(name, row['stderr'])}"] if row.get("stderr") else []
-    if ratio is not None:
+    small = [error] if (error := _error(name, row)) else []
+    kept = evaluated.figure(label, name.replace("/", "_kept/", 1))
+    if kept is not None and kept.get("interval"):
+        small.append(f"{plain(kept['value'])}×, {_error(kept['name'], kept)}")
+    elif ratio is not None:
         small.append(f"{ratio:.2f}×" if ratio < 100 else f"{ratio:,.0f}×")
     return Cell(figure(name, row["value"]), " · ".join(small))
+
+
+def _error(name: str, row: dict[str, Any]) -> str:
+    """The confidence interval or, without one, the standard error; empty if there is neither."""
+    if row.get("interval"):
+        return " to ".join(figure(name, limit) for limit in row["interval"])
+    return f"± {figure(name, row['stderr'])}" if row.get("stderr") else ""
 
 
 STORED_BY = ("sparsify", "quantize", "export")

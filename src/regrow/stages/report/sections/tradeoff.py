@@ -80,7 +80,8 @@ def _values(evaluated: Evaluated, name: str) -> dict[str, float]:
 
 
 def _qualities(evaluated: Evaluated) -> list[Axis]:
-    """Perplexity or, if the tokenizers differ, bits per byte; and the mean score of the tasks.
+    """Perplexity or, if the tokenizers differ, bits per byte; exact answers, and the mean score
+    of the tasks.
 
     Of several texts, the first is used, and each further text that adds models.
     """
@@ -98,6 +99,9 @@ def _qualities(evaluated: Evaluated) -> list[Axis]:
                 )
             )
             drawn |= set(values)
+    for name in evaluated.texts("exact_answers"):
+        if len(values := _values(evaluated, name)) > 1:
+            axes.append(Axis(title(name), values, more_is_better=True))
     tasks = scored(evaluated)
     if tasks and len(means := mean_scores(evaluated, tasks)) > 1:
         axes.append(Axis(f"mean score of {len(tasks)} tasks", means, more_is_better=True))
