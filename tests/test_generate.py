@@ -251,6 +251,23 @@ def test_without_a_template_prompts_are_continued() -> None:
     assert bare.messages == [{"role": "user", "content": "Who?"}]
 
 
+def test_a_plain_prompt_can_be_continued_in_spite_of_a_template(
+    place: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "turn on the light\\n"}\n')
+    config = ALL.model_copy(update={"chat_template": False, "greedy": True})
+    out = generate(place / "model", data_of(tmp_path / "prompts.jsonl"), tmp_path / "out", config)
+    (row,) = rows_of(out)
+    checkpoint = Checkpoint(place / "model")
+    tokenizer = checkpoint.tokenizer()
+    ids = torch.tensor([tokenizer("turn on the light\n")["input_ids"]])
+    alone = checkpoint.model(torch.float32).generate(
+        ids, do_sample=False, max_new_tokens=NEW, pad_token_id=1
+    )
+    expected = tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
+    assert (row["prompt"], row["completion"]) == ("turn on the light\n", expected)
+
+
 @pytest.mark.parametrize(
     ("row", "told"),
     [

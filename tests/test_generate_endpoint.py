@@ -293,6 +293,24 @@ def test_truncated_and_refused_prompts_are_left_out_and_counted(
     assert len(server.asked) == 9  # neither was asked again
 
 
+def test_junk_that_has_the_key_is_told_without_it(
+    server: Server, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that sends the key back where a number should be."""
+
+    def plan(number: int, body: dict[str, Any]) -> Any:
+        row = {**good(body, True), "usage": {"completion_tokens": KEY}}
+        return (200, json.dumps(row).encode())
+
+    server.plan = plan
+    asked = config(server, limit=1, max_attempts=1)
+    with pytest.raises(UserError, match=r"interface defines \(.*\*\*\*") as error:
+        generate(place / "model", data(place), tmp_path / "out", asked, OPTIONS)
+    assert KEY not in str(error.value)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert KEY not in "".join(path.read_text() for path in files) + capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "plan", "told"),
     [
@@ -338,6 +356,10 @@ def test_what_no_attempt_would_change_is_told_at_once(
         (["--endpoint", "http://me:secret@host/v1"], "api_key_variable"),
         (["--endpoint", "http://127.0.0.1:9/v1", "--self-prompts", 3], "give one of them"),
         (["--served-model", "x"], "give the endpoint that serves it"),
+        (
+            ["--endpoint", "http://127.0.0.1:9/v1", "--api-key-variable", "sk_secret_key"],
+            "the environment has no variable of the name given",
+        ),
         (["--licence", "llama3"], "set accept_licence"),
     ],
 )

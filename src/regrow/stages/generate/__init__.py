@@ -39,6 +39,9 @@ class GenerateConfig(Config):
     """Draw from the smallest set of most likely tokens whose total probability reaches this."""
     seed: int = 0
     """Seed of the draws; the draws for a prompt do not depend on its batch."""
+    chat_template: bool = True
+    """Make a plain prompt from data a user's turn if the tokenizer has a chat template. Otherwise,
+    and without this, the model continues the prompt, as in rows of `prompt` + `completion`."""
     self_prompts: int = Field(default=0, ge=0)
     """The number of prompts that MODEL writes itself, instead of reading them from data."""
     endpoint: str | None = None
@@ -130,7 +133,8 @@ class GenerateStage(Stage):
         for source in data.sources:
             check_source(source)
         if at_hand(data):
-            next(prompts(data, "all", bool(plan.checkpoint.tokenizer().chat_template)), None)
+            template = step.config.chat_template and plan.checkpoint.tokenizer().chat_template
+            next(prompts(data, "all", bool(template)), None)
 
     def leave(self, step: Step, plan: RecipePlan) -> None:
         """Record in the plan that answers of the teacher, or of the current model, exist."""
@@ -173,9 +177,10 @@ def check(config: GenerateConfig, prompts: bool) -> None:
         if config.served_model is not None:
             raise UserError(f"served_model {config.served_model}: give the endpoint that serves it")
         return
-    from regrow.stages.generate.endpoint import check_url
+    from regrow.stages.generate.endpoint import check_key_variable, check_url
 
     check_url(config.endpoint)
+    check_key_variable(config.api_key_variable)
     if config.self_prompts:
         raise UserError(
             "self_prompts with endpoint: let MODEL write the prompts first, in a command without "

@@ -138,7 +138,8 @@ class Endpoint:
                     except UserError:  # which is a ValueError
                         raise
                     except (ValueError, LookupError, TypeError, AttributeError) as error:
-                        reason = f"the response is not what OpenAI's interface defines ({error!r})"
+                        said = self._safe(repr(error))
+                        reason = f"the response is not what OpenAI's interface defines ({said})"
                 else:
                     reason = self._status(response)
                     wait = max(wait, retry_after(response.headers.get("retry-after")))
@@ -237,6 +238,16 @@ def scored_token(token: str, logprob: float, top: list[tuple[str, float]]) -> di
     """A token of an answer, in the form of the file of log-probabilities."""
     ordered = sorted(top, key=lambda pair: -pair[1])
     return {"token": token, "logprob": logprob, "top": [list(pair) for pair in ordered]}
+
+
+def check_key_variable(name: str) -> None:
+    """Raise UserError for a name that no variable has; it is not repeated, as it may be the key."""
+    default = GenerateConfig.model_fields["api_key_variable"].default
+    if name != default and name not in os.environ:
+        raise UserError(
+            "api_key_variable: the environment has no variable of the name given (not shown here, "
+            f"as it may be the key itself): give the variable's name, such as {default}"
+        )
 
 
 def check_url(url: str) -> str:

@@ -151,7 +151,8 @@ def ask(
     room = int(checkpoint.config.get("max_position_embeddings") or 1 << 30) - config.max_new_tokens
     local, known, asked = config.endpoint is None, set[str](), Asked()
     long, counter = 0, Progress("reading prompts", config.limit or 0, "prompts")
-    for prompt in islice(prompts(data, config.split, bool(tokenizer.chat_template)), config.limit):
+    template = bool(config.chat_template and tokenizer.chat_template)
+    for prompt in islice(prompts(data, config.split, template), config.limit):
         ids = prompt.ids(tokenizer)
         if local:
             check_ids(ids, tokenizer, embedding_rows(checkpoint), checkpoint.folder)
