@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test test-slow lint types check clean
+.PHONY: install demo demo-task test test-slow lint types check clean
 
 install: $(VENV)/.installed
 
@@ -18,6 +18,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/regrow run examples/demo.yaml --out runs/demo
+
+demo-task: install
+	$(BIN)/python examples/one_job_data.py --out runs/one-job/data
+	$(BIN)/regrow run examples/one_job.yaml --out runs/one-job/run --batch-size 8
 
 # One test process for each core, each with one thread: threads of two processes slow each other down.
 test: install

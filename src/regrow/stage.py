@@ -25,6 +25,8 @@ STAGES = "regrow.stages"
 """The folder of the stages, for `plugins`."""
 BEFORE_PRUNE = "model before the last prune"
 """A note in `left`: a distillation may learn from that model."""
+BEFORE_FIRST_PRUNE = "model before the first prune"
+"""A note in `left`: distillations and evaluations may take that model as the teacher."""
 IN_ORDER = (
     "advise",
     "initialize",

@@ -12,7 +12,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from regrow.config import Config, Options
 from regrow.data.config import DataConfig
 from regrow.errors import UserError
-from regrow.stage import BEFORE_PRUNE, RecipePlan, RecipeRun, Stage, Step
+from regrow.stage import BEFORE_FIRST_PRUNE, BEFORE_PRUNE, RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import Text, open_model, print_lines
 from regrow.stages.distill.config import DistillConfig
 
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 class RecipeFields(Config):
     """The field that only a recipe has."""
 
-    learn_from: Literal["first", "before_prune"] = "first"
-    """The teacher: the recipe's model (first), or the model that the last prune began with
-    (before_prune), for a chain of shrinking teachers or a teacher that was trained before."""
+    learn_from: Literal["first", "before_prune", "before_first_prune"] = "first"
+    """The teacher: the recipe's model (first); the model that the last prune began with
+    (before_prune), for a chain of shrinking teachers; or the one that the first prune began with
+    (before_first_prune), for a teacher that the recipe trained before."""
 
 
 class DistillStage(Stage):
@@ -82,11 +83,13 @@ class DistillStage(Stage):
         from regrow.training.cache.folder import Cache
 
         config, options = step.config, plan.options
-        if _learns_from_parent(step):
+        if parent := _learns_from_parent(step):
             if step.teacher is not None:
-                raise UserError("teacher and learn_from before_prune: give one of them")
-            if BEFORE_PRUNE not in plan.left:
-                raise UserError("learn_from before_prune: there is no prune stage before it")
+                raise UserError(f"teacher and learn_from {step.extra.learn_from}: give one of them")
+            if parent not in plan.left:
+                raise UserError(
+                    f"learn_from {step.extra.learn_from}: there is no prune stage before it"
+                )
         check_on_policy(config, plan.data, options)
         budget_of(config, plan.data, options)
         teacher_placement(config, options)
@@ -139,8 +142,8 @@ class DistillStage(Stage):
         from regrow.stages.distill.stage import distill
 
         config, teacher = step.config, step.teacher or run.model
-        if _learns_from_parent(step):
-            teacher = run.left[BEFORE_PRUNE]
+        if parent := _learns_from_parent(step):
+            teacher = run.left[parent]
         if config.cache is None and teacher in run.caches:
             config = config.model_copy(update={"cache": str(run.caches[teacher])})
         if config.answers is None and teacher in run.answers:
@@ -169,9 +172,10 @@ class DistillStage(Stage):
         return teachers if prompts is None else [*teachers, prompts]
 
 
-def _learns_from_parent(step: Step) -> bool:
-    """Whether the teacher is the model that the last prune began with."""
-    return step.extra is not None and step.extra.learn_from == "before_prune"
+def _learns_from_parent(step: Step) -> str | None:
+    """The note of the model before a prune that is the teacher; None if the teacher is another."""
+    notes = {"before_prune": BEFORE_PRUNE, "before_first_prune": BEFORE_FIRST_PRUNE}
+    return None if step.extra is None else notes.get(step.extra.learn_from)
 
 
 def _check_cached(step: Step, plan: RecipePlan) -> None:

@@ -103,6 +103,7 @@ class ProfileStage(Stage):
         """Record that the current model has a profile, with or without Gram matrices."""
         plan.profiled = True
         plan.left["gram_tokens"] = _resolved(step, plan.steps).gram_tokens
+        plan.left["criteria"] = step.config.criteria
         if not plan.calibration_sequences:
             plan.calibration_sequences = step.config.samples
 

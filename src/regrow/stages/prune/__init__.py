@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from tyro.conf import OmitArgPrefixes
 
 from regrow.config import Machine
 from regrow.errors import UserError
-from regrow.pruning.config import PruneConfig
-from regrow.stage import BEFORE_PRUNE, RecipePlan, RecipeRun, Stage, Step
+from regrow.pruning.config import SIZES, PruneConfig
+from regrow.stage import BEFORE_FIRST_PRUNE, BEFORE_PRUNE, RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import Model, OptionalText, open_model, print_lines
 
 FILLS_ZEROS = "set repair to false, or prune before you sparsify"
@@ -76,6 +77,7 @@ class PruneStage(Stage):
                 f"repair by {step.config.repair_method} needs Gram matrices, and the profile "
                 "before it gathers none: raise its gram_tokens, or leave that field out"
             )
+        _check_criteria(step.config, plan.left.get("criteria", ()))
         if _is_first(step, plan) and step.config.plan is not None:
             make_plan(plan.checkpoint, step.config, None)
         elif _is_first(step, plan):
@@ -105,6 +107,7 @@ class PruneStage(Stage):
         plan.parameters = parameters_after(plan.checkpoint, step.config, plan.parameters)
         plan.config_now = config_after(plan.config_now, plan.family, step.config)
         plan.left[BEFORE_PRUNE] = step.location
+        plan.left.setdefault(BEFORE_FIRST_PRUNE, step.location)
         plan.fewer_tokens = plan.fewer_tokens or step.config.vocab_size is not None
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
@@ -118,6 +121,7 @@ class PruneStage(Stage):
 
         config, parent = step.config, run.current
         run.left[BEFORE_PRUNE] = str(parent)
+        run.left.setdefault(BEFORE_FIRST_PRUNE, str(parent))
         assert run.profile is not None
         given = (run.profile, run.data, run.options)
         if not config.repair:
@@ -131,6 +135,21 @@ class PruneStage(Stage):
         run.add("pruned", run.folder(folder))
         if (stage_dir.read(repaired) or {}).get("repair"):
             run.add("repaired", repaired)
+
+
+def _check_criteria(config: PruneConfig, measured: Collection[str]) -> None:
+    """Raise UserError if explicit sizes need a criterion that the profile does not compute."""
+    from regrow.pruning.choose import VOCAB_CRITERION
+
+    named = {"layers": config.layer_criterion, "vocab": VOCAB_CRITERION}
+    named["experts"] = config.expert_criterion or config.criterion
+    for dim in config.sizes():
+        criterion = named.get(dim, config.criterion)
+        if criterion not in measured:
+            raise UserError(
+                f"{SIZES[dim]} is chosen by {criterion}, which the profile before it does not "
+                f"compute ({', '.join(measured)}): add it to the criteria of the profile"
+            )
 
 
 def _is_first(step: Step, plan: RecipePlan) -> bool:
