@@ -81,7 +81,7 @@ def test_a_recipe_exports_a_verified_file_and_writes_model_cards(tmp_path: Path)
     for card in (out / "README.md", tmp_path / "mini" / "model" / "README.md"):
         card_text = card.read_text()
         assert card_text.startswith("---\nlicense: mit\n")
-        assert "- of the parent: mit (recognised from its file LICENSE)" in card_text
+        assert "- of the base model: mit (recognised from its file LICENSE)" in card_text
         assert "- 02-prune-repaired: prune of `" in card_text
         assert "- text.jsonl: licence unknown" in card_text
         assert str(tmp_path) not in card_text

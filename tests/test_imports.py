@@ -28,7 +28,7 @@ LEVELS = (
     ("cost",),
     ("layerwise", "quantization"),
     ("sparsity",),
-    ("stage",),
+    ("stage", "card"),
     ("families", "data"),
     ("plan", "profile_folder"),
     ("checkpoint",),

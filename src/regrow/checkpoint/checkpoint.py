@@ -46,6 +46,7 @@ class Checkpoint:
     def __init__(self, folder: str | Path, quantized: bool = False) -> None:
         """Open a folder; `quantized` also accepts the compressed-tensors format."""
         self.folder = Path(folder)
+        self.name = str(folder)  # `load` has the name that the user gave
         self.config = read_config(self.folder)
         # Written folders must not ask for remote code: a class of transformers reads the model.
         self.has_remote_code = self.config.pop("auto_map", None) is not None
@@ -262,9 +263,12 @@ def load(source: str | Path, quantized: bool = False) -> Checkpoint:
     if key in _opened and _opened[key][0] == stamps:
         checkpoint = _opened[key][1]
         if quantized or not checkpoint.quantized:
+            if str(source) != str(folder):
+                checkpoint.name = str(source)
             return checkpoint
     settled = all(map(identity.is_settled, stamps.values()))
     checkpoint = Checkpoint(folder, quantized)
+    checkpoint.name = str(source)
     if settled:
         _opened.pop(key, None)
         _opened[key] = stamps, checkpoint

@@ -44,9 +44,17 @@ class Licence:
 
     id: str | None = None
     source: str = ""
+    other: bool = False
+    """Whether the hub has no identifier of its own for it (`license: other` in the card)."""
 
     def __str__(self) -> str:
         return "unknown" if self.id is None else f"{self.id} ({self.source})"
+
+    def metadata(self) -> dict[str, str]:
+        """The licence as the hub's metadata of a model card; empty if it is unknown."""
+        if self.id is None:
+            return {}
+        return {"license": "other", "license_name": self.id} if self.other else {"license": self.id}
 
     @property
     def terms(self) -> str:
@@ -72,11 +80,17 @@ def _of_card(folder: Path) -> Licence | None:
     if not path.exists():
         return None
     front = re.match(r"---\n(.*?)\n---\n", path.read_text(encoding="utf-8", errors="replace"), re.S)
-    fields = yaml.safe_load(front[1]) if front else None
-    named = fields.get("license") if isinstance(fields, dict) else None
+    try:
+        fields = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:
+        return None
+    if not isinstance(fields, dict):
+        return None
+    other = fields.get("license") == "other"
+    named = fields.get("license_name" if other else "license")
     if not isinstance(named, str) or named in ("unknown", "other"):
         return None
-    return Licence(named, "from its model card")
+    return Licence(named, "from its model card", other)
 
 
 def _of_file(folder: Path) -> Licence | None:

@@ -19,7 +19,8 @@ from regrow.errors import UserError
 from regrow.runtime.progress import say
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab*", "LICENSE*"]
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab*"]
+HUB_FILES += ["LICENSE*", "README.md"]  # the card names the licence
 
 
 def resolve_model(source: str) -> Path:

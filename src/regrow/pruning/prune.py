@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from regrow import families, plugins
 from regrow import plan as plans
+from regrow.card import ModelDir
 from regrow.checkpoint import Checkpoint, load
 from regrow.config import Options
 from regrow.data.sequences import VALIDATE_EVERY
@@ -24,7 +25,7 @@ from regrow.pruning.cut import check, cut_config, cut_folder
 from regrow.pruning.repair import REPAIR, Repaired, RepairSetup
 from regrow.pruning.vocabulary import check_vocab_size
 from regrow.runtime.progress import say
-from regrow.stage_dir import Figure, StageDir, digest, refuse_input, require_space, write_json
+from regrow.stage_dir import Figure, digest, refuse_input, require_space, write_json
 
 DEEP = 0.6  # below this share of the parameters, one round cuts too much (Minitron: 1/3 a round)
 RUN_BYTES = 500_000_000
@@ -57,7 +58,8 @@ def prune_to_sizes(
     method = repair_method(config, measured) if config.repair and narrower else None
     if config.plan is not None:  # its digest matters, not its path; a copy is written to `out`
         config = config.model_copy(update={"plan": plans.FILE, "allow_sibling": False})
-    stage = StageDir(out, "prune", config, _inputs(checkpoint, plan, measured, search))
+    inputs = _inputs(checkpoint, plan, measured, search)
+    stage = ModelDir(out, "prune", config, inputs, checkpoint)
     if stage.complete:
         say(f"prune: {out} is complete and unchanged")
         return out

@@ -186,7 +186,7 @@ def _finish(recipe: Recipe, job: RecipeRun, keep_stages: KeepStages) -> None:
     """Copy the final model to model/, and delete intermediate weights if requested."""
     out = job.out
     if isinstance(job.current, Path):
-        from regrow.stages.export.card import write_card
+        from regrow.card import write_card
 
         _publish(job.current, out / "model")
         write_card(out / "model", job.current)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from regrow import stage_dir
+from regrow.card import ModelDir
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.checkpoint.carried import carry
@@ -87,7 +89,8 @@ def distill(
         **teachers.inputs,
         **answer_digests(config),
     }
-    stage = _stage(out, config, inputs)
+    parent = opened.like if opened.config is None else None
+    stage = _stage(out, config, inputs, parent, data, teachers.checkpoints)
     if stage.complete:
         say(f"distill: {out} is complete and unchanged")
         return out
@@ -121,14 +124,21 @@ def _too_little_memory(setup: DistillSetup, data: DataConfig, folder: Path) -> U
     )
 
 
-def _stage(out: Path, config: DistillConfig, inputs: dict[str, str]) -> StageDir:
+def _stage(
+    out: Path,
+    config: DistillConfig,
+    inputs: dict[str, str],
+    parent: Checkpoint | None,
+    data: DataConfig,
+    teachers: Iterable[Checkpoint],
+) -> StageDir:
     # The digest for resuming leaves out the budget, so that a larger one extends the same run.
     # `inputs` has the digests of cache, answers and prompts, so the names of these do not matter.
     names = ("cache", "answers", "own_answers", "on_policy_prompts")
     config = config.model_copy(update=dict.fromkeys(names))
     same_run = config.model_copy(update={"tokens": 1})
     resume = StageDir(out, "distill", same_run, inputs).digest
-    return StageDir(out, "distill", config, inputs, resumable=True, resume_digest=resume)
+    return ModelDir(out, "distill", config, inputs, parent, data, tuple(teachers), True, resume)
 
 
 def _run(

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from regrow.card import ModelDir
 from regrow.checkpoint import Checkpoint, bitmask
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.errors import UserError
 from regrow.plan import copy_plans
 from regrow.runtime.progress import say
 from regrow.sparsity import zeros
-from regrow.stage_dir import Figure, StageDir, refuse_input
+from regrow.stage_dir import Figure, refuse_input
 from regrow.stages.export import BITMASK, ExportConfig
 
 READERS = (
@@ -27,7 +28,7 @@ WEIGHT = bitmask.WEIGHT
 def write(checkpoint: Checkpoint, out: Path, config: ExportConfig) -> Path:
     """Write the folder `out`; raises UserError for a model without sparse weights."""
     refuse_input(out, checkpoint.folder)
-    stage = StageDir(out, "export", config, {"model": checkpoint.fingerprint})
+    stage = ModelDir(out, "export", config, {"model": checkpoint.fingerprint}, checkpoint)
     if stage.complete:
         say(f"export: {out} is complete and unchanged")
         return out

@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from regrow import families, llama_cpp, stage_dir
+from regrow import card, families, llama_cpp, stage_dir
+from regrow.card import CARD, lineage_of
 from regrow.checkpoint import Checkpoint, load
 from regrow.config import Config
 from regrow.data import DataConfig
@@ -30,14 +31,12 @@ from regrow.stages.export import (
     BITMASK,
     ExportConfig,
     bitmask_folder,
-    card,
     chat,
     hyperparameters,
     tensors,
     tokenizer,
     verify,
 )
-from regrow.stages.export.card import CARD, lineage_of
 from regrow.stages.export.chat import MODELFILE
 
 LONGEST = 512
@@ -84,8 +83,8 @@ def export(
             stage.figures += proof.figures()
             stage.extra["verified"] = proof.lines()
         (folder / MODELFILE).write_text(chat.text(source, file))
-        readme = card.text(source.name, source.lineage, source.family, stage.manifest(), file)
-        (folder / CARD).write_text(readme)
+        readme = card.text(source.name, source.lineage, checkpoint.config, stage.manifest(), file)
+        (folder / CARD).write_text(readme, encoding="utf-8")
     _tell(target, stage.figures, stage.extra)
     return target
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrow import llama_cpp
+from regrow.card import Lineage
 from regrow.checkpoint import Checkpoint
 from regrow.cost import role_of
 from regrow.errors import UserError
@@ -15,7 +16,6 @@ from regrow.quantization.formats import StorageFormat, StoredTensor, find_gguf, 
 from regrow.runtime.progress import progress
 from regrow.stage_dir import require_space
 from regrow.stages.export import hyperparameters, tokenizer
-from regrow.stages.export.card import Lineage
 from regrow.stages.export.tokenizer import Vocabulary
 
 if TYPE_CHECKING:

@@ -8,13 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from regrow import families
+from regrow.card import ModelDir
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.checkpoint.model_config import accept_config
 from regrow.checkpoint.random_model import random_model
 from regrow.errors import UserError, nearest
 from regrow.runtime.progress import say
-from regrow.stage_dir import StageDir, refuse_input
+from regrow.stage_dir import refuse_input
 from regrow.stages.initialize import InitializeConfig
 from regrow.training.shared_tokens import token_ids
 
@@ -34,7 +35,7 @@ def initialize(
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     stock = check(checkpoint, config)
     refuse_input(out, checkpoint.folder)
-    stage = StageDir(out, "initialize", config, {"model": checkpoint.fingerprint})
+    stage = ModelDir(out, "initialize", config, {"model": checkpoint.fingerprint}, parent=None)
     if stage.complete:
         say(f"initialize: {out} is complete and unchanged")
         return out

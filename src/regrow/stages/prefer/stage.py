@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from regrow.card import ModelDir
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.config import Options
@@ -21,7 +22,7 @@ from regrow.plan import copy_plans
 from regrow.runtime.batch_generator import BatchGenerator, Sampling
 from regrow.runtime.progress import progress, say
 from regrow.runtime.rows import Row, Rows, line
-from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
+from regrow.stage_dir import Figure, refuse_input, require_space
 from regrow.stages.prefer import PreferConfig, require_trl
 from regrow.stages.prefer.rank import Pair, pair_of, rank
 from regrow.training.shared_tokens import teacher_ids
@@ -54,7 +55,8 @@ def prefer(
     refuse_input(out, first.folder, second.folder)
     same_tokens(first, second)
     inputs = {"student": first.fingerprint, "teacher": second.fingerprint}
-    stage = StageDir(out, "prefer", config, {**inputs, "data": data_digest(data)}, resumable=True)
+    inputs["data"] = data_digest(data)
+    stage = ModelDir(out, "prefer", config, inputs, first, data, teachers=(second,), resumable=True)
     if stage.complete:
         say(f"prefer: {out} is complete and unchanged")
         return out

@@ -16,6 +16,7 @@ from regrow.calibration.layer_pass import LayerPass
 from regrow.calibration.modules import WEIGHT
 from regrow.calibration.quality import quality, report
 from regrow.calibration.text import calibration_text
+from regrow.card import ModelDir
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.config import Options
@@ -29,7 +30,7 @@ from regrow.quantization.formats import Scheme
 from regrow.quantization.grid import Grid
 from regrow.runtime.progress import say
 from regrow.sparsity import zeros
-from regrow.stage_dir import StageDir, refuse_input, require_space
+from regrow.stage_dir import refuse_input, require_space
 from regrow.stages.quantize import METHODS, QuantizeConfig, measure, pack
 from regrow.stages.quantize.choose import choose, fallbacks
 
@@ -56,7 +57,7 @@ def quantize(
     inputs = {"model": checkpoint.fingerprint}
     if data is not None:
         inputs["data"] = data_digest(data)
-    stage = StageDir(out, "quantize", config, inputs)
+    stage = ModelDir(out, "quantize", config, inputs, checkpoint, data)
     if stage.complete:
         say(f"quantize: {out} is complete and unchanged")
     else:

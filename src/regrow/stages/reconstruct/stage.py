@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from regrow import families
+from regrow.card import ModelDir
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.config import Options
@@ -38,7 +39,7 @@ from regrow.plan import Plan, copy_plans, stored_plans
 from regrow.runtime.precision import NEGLIGIBLE
 from regrow.runtime.progress import progress, say
 from regrow.sparsity import zeros
-from regrow.stage_dir import Figure, StageDir, refuse_input, require_space, write_json
+from regrow.stage_dir import Figure, refuse_input, require_space, write_json
 from regrow.stages.reconstruct import ReconstructConfig
 from regrow.stages.reconstruct.streams import Streams
 from regrow.stages.reconstruct.train_layer import Target, relative_error, train_layer
@@ -69,7 +70,9 @@ def reconstruct(
     refuse_input(out, cut.folder, dense.folder)
     plan = plan_between(cut, dense)
     inputs = {"student": cut.fingerprint, "teacher": dense.fingerprint, "data": data_digest(data)}
-    stage = StageDir(out, "reconstruct", config, inputs, resumable=True)
+    stage = ModelDir(
+        out, "reconstruct", config, inputs, cut, data, teachers=(dense,), resumable=True
+    )
     if stage.complete:
         say(f"reconstruct: {out} is complete and unchanged")
         return out

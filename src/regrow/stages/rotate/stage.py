@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow import families
+from regrow.card import ModelDir
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.config import Options
@@ -20,7 +21,7 @@ from regrow.layerwise import LayerByLayer, Spill
 from regrow.runtime.precision import widen
 from regrow.runtime.progress import progress, say
 from regrow.sparsity.zeros import refuse_filling
-from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
+from regrow.stage_dir import Figure, refuse_input, require_space
 from regrow.stages.rotate import RotateConfig, basis
 
 SHOWN = (0.9, 0.99)
@@ -48,7 +49,7 @@ def rotate(
     basis.check(family)
     refuse_filling(checkpoint, "a rotation", "rotate before you sparsify")
     inputs = {"model": checkpoint.fingerprint, "data": data_digest(data)}
-    stage = StageDir(out, "rotate", config, inputs)
+    stage = ModelDir(out, "rotate", config, inputs, checkpoint, data)
     if stage.complete:
         say(f"rotate: {out} is complete and unchanged")
         return out

@@ -24,6 +24,7 @@ from regrow.calibration.modules import (
 )
 from regrow.calibration.quality import quality, report
 from regrow.calibration.text import calibration_text
+from regrow.card import ModelDir
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.checkpoint.bitmask import stored_bytes
@@ -37,7 +38,7 @@ from regrow.plan import copy_plans
 from regrow.runtime.progress import say
 from regrow.sparsity import zeros
 from regrow.sparsity.pattern import Sparsity
-from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
+from regrow.stage_dir import Figure, refuse_input, require_space
 from regrow.stages.sparsify import METHODS, SparsifyConfig
 
 FOR_EXPERTS = "magnitude"
@@ -69,7 +70,7 @@ def sparsify(
         inputs["rewind_to"] = job.early.fingerprint
         refuse_input(out, job.early.folder)
         data = data if job.calibrates else None  # a rewound model is measured after its training
-    stage = StageDir(out, "sparsify", config, inputs)
+    stage = ModelDir(out, "sparsify", config, inputs, checkpoint, data)
     if stage.complete:
         say(f"sparsify: {out} is complete and unchanged")
     else:
