@@ -20,8 +20,8 @@ EXPECTED = {
     *("budget-1m", "budget-10m", "budget-100m"),
 }
 SMALL: dict[str, dict[str, Any]] = {
-    "profile": {"samples": 24},
-    "prune": {"multiple_of": 8, "num_candidates": 2},
+    "profile": {"samples": 12},
+    "prune": {"multiple_of": 8, "num_candidates": 1, "repair_tokens": 256},
     "distill": {
         "tokens": 256,
         "batch_tokens": 128,
@@ -33,6 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "generate": {"max_new_tokens": 8, "keep_unfinished": True, "limit": 60},
     "quantize": {"samples": 8},
     "evaluate": {
+        "metrics": ["perplexity"],
         "heldout_sequences": 4,
         "new_tokens": 4,
         "prefill_tokens": 16,
@@ -42,20 +43,25 @@ SMALL: dict[str, dict[str, Any]] = {
     "export": {"verify_tokens": 64},
 }
 """Fields with which a tiny model and little text do, by stage."""
+QUICK = {"edge-gguf", "frontier-to-small", "minitron-depth", "on-policy", "task-tiny"}
+"""Presets that run by default: together they have all stages and all inputs of presets."""
+DEEP = {"iterative-layers"}
+"""Presets that remove so few layers at a time that the model needs twelve."""
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     place = tmp_path_factory.mktemp("presets")
-    shape = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 12}
-    shape |= {"num_attention_heads": 8}
-    write_model(place / "model", **shape)
+    shape = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 8}
+    write_model(place / "model", **shape, num_hidden_layers=4)
+    write_model(place / "deep", num_hidden_layers=12)
     write_model(place / "teacher", num_hidden_layers=4)
-    text = write_text(place / "text.jsonl", documents=1500)
+    text = write_text(place / "text.jsonl", documents=1000)
     rows = [json.dumps({"prompt": f"{number} the quick brown fox"}) for number in range(200)]
     (place / "prompts.jsonl").write_text("\n".join(rows) + "\n")
     return {
         "MODEL": str(place / "model"),
+        "DEEP": str(place / "deep"),
         "DATA": (str(text),),
         "TEACHER": str(place / "teacher"),
         "PROMPTS": str(place / "prompts.jsonl"),
@@ -74,6 +80,8 @@ def overrides(recipe: recipes.Recipe) -> list[str]:
 def tiny(name: str, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     words = ("MODEL", "DATA", *NEEDS.get(name, ()))
     own = {word: given[word] for word in words}
+    if name in DEEP:
+        own["MODEL"] = given["DEEP"]
     return own, overrides(recipes.read(f"preset:{name}", None, own))
 
 
@@ -87,12 +95,17 @@ def test_all_are_there() -> None:
 def test_each_is_accepted(name: str, given: dict[str, Any]) -> None:
     own, small = tiny(name, given)
     recipe = recipes.read(f"preset:{name}", small, own)
-    assert recipe.model == given["MODEL"]
+    assert recipe.model == own["MODEL"]
     recipes.check(recipe, Options(device="cpu"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(EXPECTED))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in sorted(EXPECTED)
+    ],
+)
 def test_each_runs(name: str, given: dict[str, Any], tmp_path: Path) -> None:
     own, small = tiny(name, given)
     flags = [part for word in own for part in (presets.FLAGS[word], own[word])]
@@ -101,11 +114,14 @@ def test_each_runs(name: str, given: dict[str, Any], tmp_path: Path) -> None:
     call("run", f"preset:{name}", *flags, *sets, "--out", tmp_path / "out", "--device", "cpu")
     assert (tmp_path / "out" / "model" / "config.json").exists()
     assert (tmp_path / "out" / "report.html").exists()
+    assert "- base model: " in (tmp_path / "out" / "model" / "README.md").read_text()
 
 
 def test_shares_follow_the_model(given: dict[str, Any]) -> None:
-    depth = recipes.read("preset:minitron-depth", None, {w: given[w] for w in ("MODEL", "DATA")})
-    assert depth.stages[1] == {"prune": {"num_layers": 9}}
+    words = {"MODEL": given["DEEP"], "DATA": given["DATA"]}
+    assert recipes.read("preset:minitron-depth", None, words).stages[1] == {
+        "prune": {"num_layers": 9}
+    }
     width = recipes.read("preset:minitron-width", None, {w: given[w] for w in ("MODEL", "DATA")})
     assert width.stages[1] == {"prune": {"intermediate_size": 160}}  # 179 rounded down to 32
 

