@@ -92,7 +92,7 @@ def test_each_tokenizer_is_read_once(
         opened.append(str(folder))
         init(self, folder, *args, **kwargs)
 
-    monkeypatch.setattr("regrow.checkpoint.checkpoint._tokenizers", {})
+    monkeypatch.setattr("regrow.checkpoint.tokenizer_files._read", {})
     monkeypatch.setattr("regrow.checkpoint.checkpoint._opened", {})
     monkeypatch.setattr(identity, "SETTLED", -1.0)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", counted)

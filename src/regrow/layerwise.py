@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from regrow.checkpoint import Checkpoint
 from regrow.checkpoint.checkpoint import experts_option
@@ -113,7 +113,7 @@ class LayerByLayer:
         dtype: torch.dtype | None = None,
     ) -> LayerByLayer:
         """The model of a checkpoint; `read` can replace its tensors, `dtype` its compute dtype."""
-        config = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
+        config = checkpoint.stock_config()
         read, dtype = read or checkpoint.tensor, dtype or checkpoint.compute_dtype()
         return cls(family, config, checkpoint.names(), read, dtype, device)
 

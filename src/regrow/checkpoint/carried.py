@@ -14,7 +14,9 @@ OF_TOKENIZERS = (
     "chat_template*",
     "additional_chat_templates/*",
 )
-CARRIED = (*OF_TOKENIZERS, "generation_config.json", "LICENSE*", "NOTICE*")
+OF_PROCESSORS = ("*processor_config.json",)
+"""How a multimodal model reads images, videos and sound."""
+CARRIED = (*OF_TOKENIZERS, *OF_PROCESSORS, "generation_config.json", "LICENSE*", "NOTICE*")
 """Files that are copied from a checkpoint to the checkpoints derived from it."""
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrow import stage_dir
 from regrow.checkpoint import identity
-from regrow.checkpoint.carried import OF_TOKENIZERS, carry
+from regrow.checkpoint.carried import carry
 from regrow.checkpoint.model_config import (
     EMBEDDING,
     HEAD,
@@ -23,24 +23,30 @@ from regrow.checkpoint.model_config import (
     check_generation_config,
     is_tied,
     read_config,
-    read_json,
+    refuse_quantized,
+)
+from regrow.checkpoint.multimodal import (
+    Multimodal,
+    around,
+    is_multimodal,
+    open_whole,
+    read_multimodal,
 )
 from regrow.checkpoint.shards import DTYPES, PACKED, read_headers, write_shards
+from regrow.checkpoint.tokenizer_files import TOKENIZER_FILES, read_tokenizer
 from regrow.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-"""A folder with one of these files has a tokenizer."""
-
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 class Checkpoint:
     """A Hugging Face folder whose tensors are read from safetensors on demand.
 
-    Raises UserError for a missing or broken file, for a config that transformers refuses, and for
-    models that are not supported: quantized, multimodal, hybrid, pickled.
+    Of a multimodal folder, `config` and the tensors are those of its text model, under the names
+    that its own class gives them; `whole` has the rest. Raises UserError for a missing or broken
+    file, for a config that transformers refuses, and for models that are not supported: quantized
+    ones, pickled ones, and text models without a class.
     """
 
     def __init__(self, folder: str | Path, quantized: bool = False) -> None:
@@ -50,15 +56,40 @@ class Checkpoint:
         self.config = read_config(self.folder)
         # Written folders must not ask for remote code: a class of transformers reads the model.
         self.has_remote_code = self.config.pop("auto_map", None) is not None
+        self._open: tuple[str, Any] | None = None
+        self._stored_as: dict[str, str] = {}
+        self.whole: Multimodal | None = None
+        self._other_shards: dict[str, str] = {}
+        if is_multimodal(self.config):
+            self._read_whole()
         stock = accept_config(self.config, self.folder, quantized)
         check_generation_config(self.folder)
         self.quantized = bool(self.config.get("quantization_config"))
         self.tied = is_tied(self.config, stock)
-        self._shard_of, self._headers = read_headers(self.folder)
-        self._open: tuple[str, Any] | None = None
-        self._stored_as: dict[str, str] = {}
+        if self.whole is None:
+            self._shard_of, self._headers = read_headers(self.folder)
         if self.tied:
             self._check_tied()
+
+    def _read_whole(self) -> None:
+        """Take the text model of a multimodal folder: its config, and its tensors' own names.
+
+        A head that is stored and differs from the embedding is not tied, as in transformers.
+        """
+        refuse_quantized(self.config, self.folder)
+        shard_of, headers = read_headers(self.folder)
+        shapes = {name: tuple(entry["shape"]) for name, entry in headers.items()}
+        self.whole = whole = read_multimodal(self.config, shapes, self.folder)
+        self._stored_as = dict(whole.disk_names)
+        self._shard_of = {name: shard_of[disk] for name, disk in whole.disk_names.items()}
+        self._headers = {name: headers[disk] for name, disk in whole.disk_names.items()}
+        self._other_shards = {name: shard_of[name] for name in whole.others}
+        self._headers |= {name: headers[name] for name in whole.others}
+        if whole.text_config["tie_word_embeddings"] and HEAD in self._shard_of:
+            same = self.shapes[HEAD] == self.shapes[EMBEDDING]
+            if not same or not bool((self.tensor(HEAD) == self.tensor(EMBEDDING)).all()):
+                whole.text_config["tie_word_embeddings"] = False
+        self.config = dict(whole.text_config)
 
     def _check_tied(self) -> None:
         """If only the head is stored, use it as the embedding too, as transformers does.
@@ -108,13 +139,15 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor; its shard stays memory-mapped until another shard is read."""
+        return self._read(self._shard_of[name], self._stored_as.get(name, name))
+
+    def _read(self, shard: str, stored: str) -> torch.Tensor:
         from safetensors import safe_open
 
-        shard = self._shard_of[name]
         if self._open is None or self._open[0] != shard:
             self._open = None  # close the old shard first, so that two are never mapped
             self._open = (shard, safe_open(self.folder / shard, framework="pt"))
-        tensor: torch.Tensor = self._open[1].get_tensor(self._stored_as.get(name, name))
+        tensor: torch.Tensor = self._open[1].get_tensor(stored)
         return tensor
 
     @cached_property
@@ -147,8 +180,9 @@ class Checkpoint:
 
         Raises UserError when a weight is NaN or infinite.
         """
-        total = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for shard in sorted(set(self._shard_of.values())):
+        config = self.config if self.whole is None else self.whole.config
+        total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for shard in sorted({*self._shard_of.values(), *self._other_shards.values()}):
             shard_identity = identity.of_weights(self.folder / shard)
             if shard_identity.not_finite:
                 raise UserError(
@@ -157,6 +191,38 @@ class Checkpoint:
                 )
             total.update(shard_identity.sha256.encode())
         return total.hexdigest()
+
+    def stock_config(self) -> PretrainedConfig:
+        """The config as transformers reads it; of a multimodal folder, that of its text model."""
+        from transformers import CONFIG_MAPPING, AutoConfig
+
+        if self.whole is None:
+            return AutoConfig.from_pretrained(str(self.folder), local_files_only=True)
+        stock: PretrainedConfig = CONFIG_MAPPING[self.config["model_type"]].from_dict(
+            {**self.config}
+        )
+        stock._name_or_path = str(self.folder)
+        return stock
+
+    def refuse_multimodal(self, what: str) -> None:
+        """Raise UserError for a multimodal folder, with which `what` is not possible."""
+        if self.whole is not None:
+            raise UserError(f"{self.folder} is multimodal: {what}")
+
+    def others(self) -> dict[str, torch.Tensor]:
+        """The tensors of a multimodal folder beside its text model, on the meta device."""
+        import torch
+
+        dtypes, found = {**DTYPES, **PACKED}, {}
+        for name in self._other_shards:
+            entry = self._headers[name]
+            dtype = getattr(torch, dtypes[entry["dtype"]])
+            found[name] = torch.empty(entry["shape"], dtype=dtype, device="meta")
+        return found
+
+    def other(self, name: str) -> torch.Tensor:
+        """Read a tensor of a multimodal folder beside its text model."""
+        return self._read(self._other_shards[name], name)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -174,27 +240,15 @@ class Checkpoint:
                 f"no tokenizer in {self.folder}: expected one of {', '.join(TOKENIZER_FILES)}; "
                 "copy the parent model's tokenizer files there"
             )
-        key = self._tokenizer_key()
-        if key not in _tokenizers:
-            _tokenizers[key] = _read_tokenizer(self.folder)
-        return _tokenizers[key]
-
-    def _tokenizer_key(self) -> str:
-        """A digest of all files and config fields that define the tokenizer."""
-        patterns = (*OF_TOKENIZERS, "*.model", "*.tiktoken")
-        paths = sorted({path for pattern in patterns for path in self.folder.glob(pattern)})
-        digests = {
-            str(path.relative_to(self.folder)): identity.of_file(path).sha256
-            for path in paths
-            if path.is_file()
-        }
         classes = [self.config.get("model_type"), self.config.get("tokenizer_class")]
-        return stage_dir.digest(digests, classes)
+        return read_tokenizer(self.folder, classes)
 
     def model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-        """The whole model, loaded by transformers, in eval mode."""
+        """The model, loaded by transformers, in eval mode; of a multimodal folder its text model."""
         from transformers import AutoModelForCausalLM
 
+        if self.whole is not None:
+            return self._text_model(dtype).to(device).eval()  # type: ignore[arg-type]
         if self.quantized and importlib.util.find_spec("compressed_tensors") is None:
             raise UserError(
                 f"{self.folder} is quantized: pip install 'regrow[quantize]' to open it"
@@ -215,30 +269,27 @@ class Checkpoint:
         loaded: PreTrainedModel = model.to(device).eval()
         return loaded
 
+    def _text_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The text model of a multimodal folder, in its own class."""
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
-_tokenizers: dict[str, PreTrainedTokenizerBase] = {}
-"""The tokenizers that this process has loaded, by a digest of their files."""
-
-
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    present = [name for name in TOKENIZER_FILES if (folder / name).exists()]
-    if present == ["tokenizer.model"] and importlib.util.find_spec("sentencepiece") is None:
-        raise UserError(
-            f"{folder / 'tokenizer.model'} cannot be read without tokenizer.json: put the model's "
-            "tokenizer.json beside it, or pip install sentencepiece"
+        stock = self.stock_config()
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(stock)]
+        model: PreTrainedModel = kind.from_pretrained(
+            None,
+            config=stock,
+            state_dict={name: self.tensor(name).to(dtype, copy=True) for name in self.names()},
+            dtype=dtype,
+            **experts_option(dtype),
         )
-    for path in sorted(folder.glob("tokenizer*.json")):
-        read_json(path)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the tokenizer in {folder} cannot be read: {reason}") from error
-    return tokenizer
+        if (self.folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(str(self.folder))
+        return model
+
+    def whole_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The whole model of a multimodal folder, opened by its stock class."""
+        assert self.whole is not None
+        return open_whole(self.folder, self.whole.config, dtype)
 
 
 def experts_option(dtype: torch.dtype) -> dict[str, str]:
@@ -300,13 +351,27 @@ def save(model: PreTrainedModel, out: str | Path, like: Checkpoint) -> Path:
     return out
 
 
-def write_model(model: PreTrainedModel, folder: Path, like: Checkpoint) -> None:
-    """Like `save`, but without the rename, for a stage that writes into its own hidden folder."""
+def write_model(
+    model: PreTrainedModel, folder: Path, like: Checkpoint, whole: bool = True
+) -> None:
+    """Like `save`, but without the rename, for a stage that writes into its own hidden folder.
+
+    If `like` is multimodal and the model is its text model (`whole`), the other tensors of `like`
+    are written with it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stage_dir.require_space(folder, sum(p.numel() * p.element_size() for p in model.parameters()))
     model.config.__dict__.pop("auto_map", None)
-    model.save_pretrained(str(folder), safe_serialization=True)
-    carry(like.folder, folder)
+    if like.whole is None or not whole:
+        model.save_pretrained(str(folder), safe_serialization=True)
+        carry(like.folder, folder)
+        return
+    alone = folder / "text_model"
+    model.save_pretrained(str(alone), safe_serialization=True)
+    text = Checkpoint(alone)
+    tensors = ((name, text.tensor(name)) for name in text.names())
+    write(folder, text.config, {name: text.meta(name) for name in text.names()}, tensors, like)
+    shutil.rmtree(alone)
 
 
 def write(
@@ -322,9 +387,12 @@ def write(
     `layout` maps the names of the stream, in order, to tensors of the same shape and dtype, which
     may be on the meta device. A shard has at most `max_shard_bytes` (by default the size of the
     largest shard of `like`, or 5 GB). Tokenizer, chat template and generation config are copied
-    from `like`.
+    from `like`, and so are the tensors beside the text model if `like` is multimodal.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if like is not None and like.whole is not None:
+        config = like.whole.whole_config(config)
+        layout, tensors = around(like.whole, layout, tensors, like.others(), like.other)
     limit = max_shard_bytes or (like.shard_bytes() if like else 5_000_000_000)
     write_shards(folder, layout, tensors, limit)
     stage_dir.write_json(folder / "config.json", config)

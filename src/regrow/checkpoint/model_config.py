@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regrow.checkpoint.multimodal import is_multimodal, stock_of, text_config_of
 from regrow.errors import UserError, last_line
 
 if TYPE_CHECKING:
@@ -63,13 +64,9 @@ def accept_config(
     Raises UserError for a config that transformers refuses, and for kinds of models that are not
     supported; `quantized` accepts compressed-tensors.
     """
-    _refuse_quantized(config, place, quantized)
-    parts = [key for key in ("vision_config", "audio_config", "text_config") if config.get(key)]
-    if parts:
-        raise UserError(
-            f"{place} is multimodal (its config has {parts[0]}): only text models are supported; "
-            "give its language model as a separate checkpoint"
-        )
+    refuse_quantized(config, place, quantized)
+    if is_multimodal(config):
+        raise UserError(f"{place} is multimodal: give the config of its text model alone")
     stock = _stock_config(config, place)
     if stock is not None and not hasattr(stock, "num_attention_heads"):
         raise UserError(
@@ -79,12 +76,24 @@ def accept_config(
     return stock
 
 
+def text_fields(config: dict[str, Any], place: Path) -> dict[str, Any]:
+    """The fields of a config's text model: all of them, unless the model is multimodal.
+
+    Raises UserError for a text model that has no class of its own.
+    """
+    if not is_multimodal(config):
+        return config
+    refuse_quantized(config, place)
+    return text_config_of(stock_of(config, place), place)
+
+
 def is_tied(config: dict[str, Any], stock: PretrainedConfig | None) -> bool:
     """Whether the output head is tied to the embedding, by the config or its class's default."""
     return bool(config.get("tie_word_embeddings") if stock is None else stock.tie_word_embeddings)
 
 
-def _refuse_quantized(config: dict[str, Any], place: Path, quantized: bool) -> None:
+def refuse_quantized(config: dict[str, Any], place: Path, quantized: bool = False) -> None:
+    """Raise UserError for a quantized model; `quantized` accepts compressed-tensors."""
     quantization = config.get("quantization_config")
     if not quantization:
         return

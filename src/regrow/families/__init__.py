@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from regrow import plugins
@@ -77,7 +78,16 @@ def of(checkpoint: Checkpoint) -> Family:
         _check_multipliers(family, checkpoint)
     if not checkpoint.quantized:  # quantized tensors are packed and have other names
         family.check_tensors(checkpoint.config, checkpoint.shapes)
-    return family
+    return family if checkpoint.whole is None else _inside(family)
+
+
+def _inside(family: Family) -> Family:
+    """The table of a text model that other parts of a multimodal model depend on."""
+    refused = {
+        "hidden": "the model is multimodal, and its projector writes into all of these channels",
+        "vocab": "the model is multimodal, and its processor knows tokens by their ids",
+    }
+    return replace(family, refused={**family.refused, **refused})
 
 
 def of_config(config: dict[str, Any]) -> Family:

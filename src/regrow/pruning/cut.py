@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from regrow import families
 from regrow.checkpoint import Checkpoint
@@ -141,7 +141,7 @@ def cut_layers(
         assert result is not None and result[0] == name
         return result[1] if replace is None else replace(parent, result[1])
 
-    stock = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
+    stock = checkpoint.stock_config()
     small = type(stock).from_dict(cut_config(config, plan, family))
     shared = like if plan.hidden is None and plan.vocab is None else None
     return LayerByLayer(

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from regrow import families, plugins
 from regrow import plan as plans
@@ -263,8 +263,10 @@ def prove_reload(folder: Path) -> None:
         with torch.no_grad():
             logits = model(torch.arange(8)[None] % model.config.vocab_size).logits
         assert bool(logits.isfinite().all()), f"{folder} computes values that are not finite"
+        if checkpoint.whole is not None:
+            checkpoint.whole_model(torch.bfloat16)
         return
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    config = checkpoint.stock_config()
     with torch.device("meta"):
         stock = families.as_on_disk(family, AutoModelForCausalLM.from_config(config).state_dict())
     shapes = {name: tuple(value.shape) for name, value in stock.items()}

@@ -140,6 +140,7 @@ def merge_into(plain: PreTrainedModel, trained: PreTrainedModel) -> None:
 
 
 def _in_4_bits(base: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    base.refuse_multimodal("adapter qlora does not open it; take lora")
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )

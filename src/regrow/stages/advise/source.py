@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from regrow.checkpoint.model_config import accept_config, read_config
+from regrow.checkpoint.model_config import accept_config, read_config, text_fields
 from regrow.checkpoint.resolve import HUB_ID, gguf_of, resolve_model
 from regrow.errors import UserError
 
@@ -39,6 +39,7 @@ def open_source(model: str) -> Source:
         source = _of_hub(model)
     else:
         raise UserError(f"no such model folder, config.json or hub id: {model}")
+    source = source._replace(config=text_fields(source.config, Path(model)))
     accept_config(source.config, Path(model))
     return source
 

@@ -254,7 +254,7 @@ def _write(trainer: DistillTrainer, setup: DistillSetup, folder: Path) -> None:
     else:
         model = student.plain(trainer.student, dtype, dtypes)
     model.config.use_cache = True
-    checkpoints.write_model(model, folder, student.like)
+    checkpoints.write_model(model, folder, student.like, whole=student.config is None)
     if student.cut is not None:
         copy_plans(student.cut, folder)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
@@ -195,7 +194,7 @@ class Student:
 
     def on_meta(self) -> PreTrainedModel:
         """The student on the meta device, which takes no memory for weights."""
-        return _on_meta(self.config or AutoConfig.from_pretrained(str(self.like.folder)))
+        return _on_meta(self.config or self.like.stock_config())
 
     @property
     def cut(self) -> Path | None:

@@ -58,6 +58,7 @@ def describe(checkpoint: Checkpoint) -> list[str]:
 
 def sparse_modules(checkpoint: Checkpoint) -> list[str]:
     """The modules that a bitmask makes smaller; raises UserError when there is none."""
+    checkpoint.refuse_multimodal("bitmasks are not written into it")
     found = [
         name.removesuffix(WEIGHT)
         for name, weight in zeros.weights(checkpoint)

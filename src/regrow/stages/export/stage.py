@@ -97,8 +97,6 @@ def check(
     `model_name` is the model as the user named it; its name and licence are derived from it. Raises
     UserError.
     """
-    from transformers import AutoConfig
-
     family = families.of(checkpoint)
     if find_spec("gguf") is None:
         raise UserError("writing GGUF needs the gguf package: pip install 'regrow[gguf]'")
@@ -106,7 +104,7 @@ def check(
         llama_cpp.require(f"type {config.type}")
     if config.verify == "always":
         llama_cpp.require("verifying an export")
-    loaded = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
+    loaded = checkpoint.stock_config()
     hyperparameters.check(checkpoint, family, loaded)
     vocab_size = family.sizes(checkpoint.config)["vocab"]
     vocabulary = tokenizer.vocabulary(checkpoint, vocab_size, config.pre)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regrow.checkpoint import Checkpoint
 from regrow.data import DataConfig
@@ -79,7 +79,7 @@ def layer_major(
     spill: Spill,
 ) -> None:
     """Run all batches through one decoder layer after another; hidden states are kept on disk."""
-    config = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
+    config = checkpoint.stock_config()
     given = (collector.family, config, checkpoint.names(), checkpoint.tensor)
     shell = LayerByLayer(*given, dtype, device)
     last = len(shell.layers) - 1

@@ -87,6 +87,11 @@ def quantize(
 def check(checkpoint: Checkpoint, config: QuantizeConfig, data: DataConfig | None) -> QuantizeSetup:
     """Choose the schemes and methods of all layers; raises UserError before any slow work."""
     pack.check_extra()
+    if not config.dequantize:
+        checkpoint.refuse_multimodal(
+            "packed weights are not written into it; give dequantize (the rounded values as plain "
+            "weights), or export its text model to GGUF"
+        )
     family = families.of(checkpoint)
     setup = QuantizeSetup(checkpoint, family, config, choose(checkpoint, family, config))
     if setup.calibrates and data is None:

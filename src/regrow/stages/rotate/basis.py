@@ -32,6 +32,8 @@ def check(family: Family) -> None:
             f"{family.model_type} cannot be rotated: its table is derived, and does not say which "
             "norm each projection reads; cut hidden without a rotation"
         )
+    if reason := family.refused.get("hidden"):
+        raise UserError(f"{family.model_type} cannot be rotated: {reason}")
     if family.post_norm:
         raise UserError(
             f"{family.model_type} has norms after its attention and MLP, whose gains belong to "
