@@ -5,25 +5,33 @@
 derives the table of every causal language model class from the default config of its class (see
 EXAMPLES for those whose defaults are no model), proves each axis on a tiny random copy, and writes
 the page. A type that takes longer than `--seconds` is listed as such. Nothing is downloaded. What
-was derived before is read from the cache folder, so a second run is quick.
+was derived before is read from the cache folder, so a second run is quick. The page also has the
+time for the configs of two large models (LARGE), which is measured without that cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, logging
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from regrow import families
 from regrow.errors import UserError
@@ -36,6 +44,34 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 8},
 }
 """Fields without which the default config of a class builds no model."""
+LARGE: dict[str, dict[str, Any]] = {
+    "Llama 3 70B": {
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+    },
+    "Qwen3 235B-A22B": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "vocab_size": 151936,
+    },
+}
+"""Configs of the published sizes."""
 HERE = Path(__file__).parents[1]
 PAGE = """# Which models can be cut
 
@@ -53,15 +89,29 @@ cut folder is opened by the stock class. An axis is offered only if this proof s
 for your own config, once ([how to read what it finds](add-a-family.md)).
 
 `yes` means proven, `no` means refused, and an empty cell means that the model has no such axis.
-Under *packed*, `no` means that documents in one sequence see each other: regrow then refuses to
-measure or to train the model on packed text. Under *repair*, `no` means that there is no repair
+Under *packed*, `no` means that documents in one sequence see each other: regrow then gives each
+sequence one document. Under *repair*, `no` means that there is no repair
 after a cut.
 
 **{decoders} types have a table. {some} of them can be cut in depth and in the MLP or the experts,
 and {every} along every axis that they have.** Deriving and proving one takes {median:.0f} s at
-the median, and {longest:.0f} s at most, on one thread of a shared CPU.
+the median, and {longest:.0f} s at most, on one thread of a CPU that other work shared.
+{large}
 
 {table}
+
+## Multimodal models
+
+Of a multimodal folder, regrow measures, cuts, repairs and distils the text model. All other
+tensors are carried over byte for byte, and the stock class opens the whole folder. It cannot cut
+`hidden`, into which the model's projector writes, and `vocab`, as its processor knows tokens by
+their ids. These types have a text model with a table, which is named in brackets:
+
+{multimodal}
+
+## Packed text
+
+{packed}
 
 ## Why not
 
@@ -81,7 +131,7 @@ class Result:
     proven: tuple[str, ...] = ()
     axes: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
-    odd: tuple[str, ...] = ()
+    odd: dict[str, str] = field(default_factory=dict)
     reason: str = ""
     seconds: float = 0.0
 
@@ -114,7 +164,7 @@ def examine(name: str, seconds: int) -> Result:
             inner = config.get("text_config")
             if isinstance(inner, dict) and "num_attention_heads" not in config:
                 kind = inner.get("model_type", "another type")
-                return Result(name, reason=f"multimodal; its text model alone is a {kind}")
+                return Result(name, reason=f"multimodal; its text model is a {kind}")
             found = families.derived(config)
     except TooLongError:
         return Result(name, reason=f"not derived within {seconds} s")
@@ -161,6 +211,45 @@ def reasons(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def multimodal(results: list[Result]) -> str:
+    """The multimodal types whose text model has a table."""
+    known = {result.name for result in results if not result.reason}
+    names = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
+    found = []
+    for name in sorted(names):
+        with contextlib.suppress(Exception):  # a class without a default config
+            text = CONFIG_MAPPING[name]().text_config.model_type
+            if text in known:
+                found.append(f"{name} ({text})")
+    return ", ".join(found) + "."
+
+
+def packed(results: list[Result]) -> str:
+    """Why documents see each other, by type."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for result in results:
+        if "documents" in result.odd:
+            reason = result.odd["documents"].replace("model.layers.{layer}.", "")
+            by_reason[reason].append(result.name)
+    return "\n".join(f"- {', '.join(names)}: {reason}." for reason, names in by_reason.items())
+
+
+def large() -> str:
+    """The time to derive and prove the tables of large models, without the cache folder."""
+    said = []
+    for name, config in LARGE.items():
+        with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, REGROW_CACHE=folder):
+            start, cpu = time.perf_counter(), time.process_time()
+            found = families.derived(config)
+            taken, cpu = time.perf_counter() - start, time.process_time() - cpu
+        assert set(found.proven) == {axis for axis in AXES if axis in found.family.config_keys}
+        count = found.family.count(config) / 1e9
+        said.append(
+            f"{taken:.0f} s ({cpu:.0f} s of CPU time) for {name} ({count:.0f} B parameters)"
+        )
+    return f"No weights are read, so a large model costs the same: {', and '.join(said)}."
+
+
 def others(results: list[Result]) -> str:
     """The types without a table, by reason."""
     by_reason: dict[str, list[str]] = defaultdict(list)
@@ -185,6 +274,9 @@ def page(results: list[Result]) -> str:
         median=seconds[len(seconds) // 2],
         longest=seconds[-1],
         table=table(with_table),
+        multimodal=multimodal(with_table),
+        packed=packed(with_table),
+        large=large(),
         reasons=reasons(with_table),
         others=others([result for result in results if result.reason]),
     )

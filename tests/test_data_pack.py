@@ -234,3 +234,47 @@ def test_the_fingerprint_depends_on_every_tensor() -> None:
         copies[changed][1, 2] = 5 if changed < 3 else False
         fingerprints.add(Sequences(*copies).fingerprint)
     assert len(fingerprints) == 6
+
+
+def test_a_document_in_each_sequence() -> None:
+    """Against a version that cuts each document into pieces, and pads them."""
+    for seed, prefix in enumerate(PREFIXES):
+        documents = some_documents(seed, prefix=prefix)
+        packer = Packer(LENGTH, PAD, prefix=prefix, alone=True)
+        for document in documents:
+            packer.add(document)
+        found = packer.sequences(10**6)
+        wanted = [
+            rows + [(PAD, len(rows) + n, -100) for n in range(LENGTH - len(rows))]
+            for document in documents
+            for rows in pieces(document, prefix)
+            if any(label != -100 for _, _, label in rows) or len(rows) == LENGTH
+        ]
+        rows = [
+            list(zip(*row, strict=True))
+            for row in zip(
+                found.input_ids.tolist(),
+                found.position_ids.tolist(),
+                found.labels.tolist(),
+                strict=True,
+            )
+        ]
+        assert rows == wanted
+        assert found.num_documents == len(found)
+        assert bool((found.labels[~found.real] == -100).all()) and not bool(found.real.all())
+
+
+def pieces(document: Document, prefix: list[int]) -> list[list[tuple[int, int, int]]]:
+    """The parts of one document, each of at most LENGTH tokens and after the first with prefix."""
+    parts, start, ids = [], 0, document.ids
+    while start < len(ids):
+        head = prefix if start else []
+        end = min(len(ids), start + LENGTH - len(head))
+        rows = [(token, place, -100) for place, token in enumerate(head)]
+        for number in range(start, end):
+            place = len(head) + number - start
+            scored = document.scored[number] and number > start
+            rows.append((ids[number], place, ids[number] if scored else -100))
+        parts.append(rows)
+        start = end
+    return parts

@@ -16,9 +16,9 @@ from tiny_models import NAMES, SPECIAL, tiny_config
 from transformers import AutoModelForCausalLM
 
 from regrow import families
-from regrow.errors import UserError
+from regrow.errors import UserError, reason_of
 from regrow.families import Family, _derive
-from regrow.families._derive import find, plans, store
+from regrow.families._derive import find, plans, stock, store, whole
 from regrow.families._derive.tiny import shrink
 from regrow.plan import Plan
 from regrow.stage_dir import NAME as MANIFEST
@@ -112,6 +112,49 @@ def test_a_hybrid_has_heads_in_some_layers() -> None:
     assert {"layers", "mlp", "heads", "kv_heads", "vocab"} <= set(found.proven)
     q_proj = found.family.tensors["model.layers.{layer}.self_attn.q_proj.weight"]
     assert q_proj.unit == {"heads": 2 * config["head_dim"]}  # queries and their gates
+
+
+def test_an_error_of_ours_is_no_reason_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake in the code that finds tables stops it, instead of making an axis unproven."""
+    tiny = shrink(tiny_config("llama").to_dict())
+
+    def broken(*_: Any) -> Any:
+        raise TypeError("a mistake of ours")
+
+    places = {find.prove: "zeroed", find.axes: "of_templates", whole: "distance"}
+    for module, name in places.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, broken)
+            with pytest.raises(TypeError, match="a mistake of ours"):
+                find.find(tiny)
+
+
+def test_an_error_of_a_class_is_a_reason_with_its_name() -> None:
+    """Kept with its class and last line: here, of a config class that wants sizes that fit."""
+    config = {**tiny_config("llama", head_dim=None).to_dict(), "num_attention_heads": 5}
+    try:
+        stock.build(config)
+    except Exception as error:
+        reason = reason_of(error)
+    assert "is not a multiple of the number of attention heads (5)" in reason
+    ours = ZeroDivisionError("never raised by a class")
+    with pytest.raises(ZeroDivisionError):
+        reason_of(ours)
+
+
+def test_a_model_that_mixes_documents_says_where() -> None:
+    found = derived("gpt_oss", **OTHERS["gpt_oss"][0])
+    reader = "model.layers.{layer}.self_attn"
+    assert found.odd == {"documents": f"{reader} also reads the documents before a token's own"}
+    assert found.family.mixes == found.odd["documents"]
+
+
+def test_layers_with_other_shapes_have_no_table() -> None:
+    """Gemma 4 has heads of two widths: a row of a table has one shape in all layers."""
+    fields = {"layer_types": ["sliding_attention"] * 2 + ["full_attention"]}
+    config = tiny_config("gemma4_text", head_dim=8, global_head_dim=16, **fields).to_dict()
+    with pytest.raises(UserError, match="has other shapes in some layers"):
+        families.derived(config)
 
 
 def test_a_wrong_layout_is_not_proven(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +300,7 @@ def test_more_models_from_the_command_line(name: str, tmp_path: Path, refused: R
     better = stages(tmp_path / "model", tmp_path, [*sizes, "--multiple-of", 4])
     AutoModelForCausalLM.from_pretrained(better)
     said = refused("export", better, "--type", "F16", "--out", tmp_path / "x.gguf")
-    assert "llama.cpp has no architecture for" in said
+    assert "models cannot be exported: regrow writes GGUF for the types" in said
 
 
 def test_a_refused_axis_says_why(tmp_path: Path, refused: Refused) -> None:

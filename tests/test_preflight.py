@@ -130,6 +130,18 @@ def test_a_family_without_a_table_has_no_estimate() -> None:
     assert preflight.memory_lines({"model_type": "opt"}, [QWEN3_8B], *given) == []
 
 
+def test_a_derived_table_has_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every decoder: the lists of a config that has one entry for each layer are shortened."""
+    monkeypatch.setattr(preflight, "device_bytes", lambda device: int(400e9))
+    fields = {**TINY, "num_hidden_layers": 6, "pad_token_id": None, "bos_token_id": None}
+    config = CONFIG_MAPPING["smollm3"](**fields, eos_token_id=None).to_dict()
+    assert len(config["no_rope_layers"]) == 6
+    data = DataConfig.model_validate({"sources": ["x.txt"]})
+    given = (DistillConfig(), data, Options(device="cpu"))
+    (first, second) = preflight.memory_lines(config, [config], *given)
+    assert "memory of each device: " in first and "it fits" in second
+
+
 def test_errors_of_too_little_memory() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 50)

@@ -54,8 +54,7 @@ FIELDS: dict[str, dict[str, Any]] = {
             "linear_value_head_dim": 8,
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
-            "layer_types": ["linear_attention", "linear_attention", "linear_attention"]
-            + ["full_attention"],
+            "layer_types": [*["linear_attention"] * 3, "full_attention"],
         },
         "vision_config": {
             "depth": 2,

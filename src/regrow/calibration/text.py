@@ -6,8 +6,9 @@ from torch import Tensor
 
 from regrow.checkpoint import Checkpoint
 from regrow.data import DataConfig
-from regrow.data.sequences import Sequences, build_sequences, held_out
+from regrow.data.sequences import Sequences, held_out
 from regrow.errors import UserError
+from regrow.training.text import text_for
 
 Batches = list[dict[str, Tensor]]
 
@@ -22,7 +23,7 @@ def calibration_text(
     if data is None:
         return [], []
     tokenizer = checkpoint.tokenizer()
-    sequences = build_sequences(data, tokenizer, "calibration", samples, checkpoint)
+    sequences = text_for([checkpoint.config], data, tokenizer, "calibration", samples, checkpoint)
     if len(sequences) < 2:
         raise UserError(
             "too little text: 1 calibration sequence, and one is needed to calibrate on and one to "

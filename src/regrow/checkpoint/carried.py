@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""A folder with one of these files has a tokenizer."""
 OF_TOKENIZERS = (
     "tokenizer*",
     "special_tokens_map.json",

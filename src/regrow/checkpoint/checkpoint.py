@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrow import stage_dir
 from regrow.checkpoint import identity
-from regrow.checkpoint.carried import carry
+from regrow.checkpoint.carried import TOKENIZER_FILES, carry
 from regrow.checkpoint.model_config import (
     EMBEDDING,
     HEAD,
@@ -33,12 +33,12 @@ from regrow.checkpoint.multimodal import (
     read_multimodal,
 )
 from regrow.checkpoint.shards import DTYPES, PACKED, read_headers, write_shards
-from regrow.checkpoint.tokenizer_files import TOKENIZER_FILES, read_tokenizer
 from regrow.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 
 class Checkpoint:
     """A Hugging Face folder whose tensors are read from safetensors on demand.
@@ -133,7 +133,7 @@ class Checkpoint:
     def shard_bytes(self) -> int:
         """Bytes of the largest shard."""
         totals: dict[str, int] = {}
-        for name, shard in self._shard_of.items():
+        for name, shard in [*self._shard_of.items(), *self._other_shards.items()]:
             totals[shard] = totals.get(shard, 0) + self.bytes(name)
         return max(totals.values())
 
@@ -235,6 +235,8 @@ class Checkpoint:
         All checkpoints with the same tokenizer files share one object: copy it before changing
         it.
         """
+        from regrow.checkpoint.tokenizer_files import read_tokenizer
+
         if not self.has_tokenizer:
             raise UserError(
                 f"no tokenizer in {self.folder}: expected one of {', '.join(TOKENIZER_FILES)}; "
@@ -244,7 +246,7 @@ class Checkpoint:
         return read_tokenizer(self.folder, classes)
 
     def model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-        """The model, loaded by transformers, in eval mode; of a multimodal folder its text model."""
+        """The model in eval mode, loaded by transformers; of a multimodal folder its text model."""
         from transformers import AutoModelForCausalLM
 
         if self.whole is not None:
@@ -351,9 +353,7 @@ def save(model: PreTrainedModel, out: str | Path, like: Checkpoint) -> Path:
     return out
 
 
-def write_model(
-    model: PreTrainedModel, folder: Path, like: Checkpoint, whole: bool = True
-) -> None:
+def write_model(model: PreTrainedModel, folder: Path, like: Checkpoint, whole: bool = True) -> None:
     """Like `save`, but without the rename, for a stage that writes into its own hidden folder.
 
     If `like` is multimodal and the model is its text model (`whole`), the other tensors of `like`

@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from regrow import stage_dir
 from regrow.checkpoint import identity
-from regrow.checkpoint.carried import OF_TOKENIZERS
+from regrow.checkpoint.carried import OF_TOKENIZERS, TOKENIZER_FILES
 from regrow.checkpoint.model_config import read_json
 from regrow.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-"""A folder with one of these files has a tokenizer."""
 
 
 def read_tokenizer(folder: Path, classes: list[Any]) -> PreTrainedTokenizerBase:

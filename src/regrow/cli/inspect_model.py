@@ -28,9 +28,9 @@ FLAGS = {
 
 
 ODD = {
-    "cache": "Its logits with a cache of keys and values differ from those without.",
+    "cache": "Its logits with a cache of keys and values differ from those without: {}.",
     "documents": "Documents that are packed into one sequence see each other in this model, so "
-    "regrow refuses to measure and to train it on packed text.",
+    "regrow gives each sequence one document: {}.",
 }
 """What a derived model does that others do not; see `Derived.odd`."""
 
@@ -92,8 +92,8 @@ def _derived(checkpoint: Checkpoint, family: Family) -> Iterator[str]:
             yield f"There is no repair after a cut: {reason}."
         elif dim in family.config_keys:
             yield f"{dim} cannot be cut: {reason}."
-    for odd in derived.odd:
-        yield ODD[odd]
+    for odd, reason in derived.odd.items():
+        yield ODD[odd].format(reason)
 
 
 def _legal(checkpoint: Checkpoint, family: Family, dim: str) -> str:

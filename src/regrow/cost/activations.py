@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 
 from regrow.cost.model import ModelSize
+from regrow.errors import UserError, reason_of
 
 PROBED = (1, 2)
 """Numbers of layers of the two models whose difference is one layer."""
@@ -71,7 +74,7 @@ def _kept(
     """Bytes that autograd keeps in a model of `layers` layers, and those of one layer's copies."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():
+    with FakeTensorMode(), _said(config):
         model = _build(config, layers, rank)
         own = {weight.untyped_storage()._cdata for weight in model.parameters()}
         kept: dict[int, torch.Tensor] = {}
@@ -90,10 +93,22 @@ def _kept(
     return total, 0 if rank else 2 * matrices
 
 
+@contextmanager
+def _said(config: dict[str, Any]) -> Iterator[None]:
+    """Raise UserError for a class whose pass cannot be followed without values."""
+    try:
+        yield
+    except Exception as error:  # whatever a model class raises
+        raise UserError(
+            f"the memory of a step of {config['model_type']} is not known: {reason_of(error)}"
+        ) from None
+
+
 def _build(config: dict[str, Any], layers: int, rank: int) -> Any:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    fields = {key: value for key, value in config.items() if key != "layer_types"}
+    lists = {key for key, value in config.items() if isinstance(value, list)}
+    fields = {key: value for key, value in config.items() if key not in lists}
     fields |= {"num_hidden_layers": layers, "vocab_size": VOCABULARY}
     fields |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     logging.getLogger("transformers").setLevel(logging.ERROR)

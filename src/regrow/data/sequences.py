@@ -149,7 +149,8 @@ class Packer:
     positions start at 0. Its first token after the prefix is not scored, because the model does not
     see the text before it. With `scored_only`, tokens after which no token of their sequence is
     scored are left out: the beginning of a prompt that is longer than the room left, and all tokens
-    after the last answer. With `tagged`, the sequences have a `source`.
+    after the last answer. With `tagged`, the sequences have a `source`. With `alone`, a sequence
+    has one document, or a part of one, and padding after it.
     """
 
     def __init__(
@@ -159,10 +160,12 @@ class Packer:
         scored_only: bool = False,
         tagged: bool = False,
         prefix: Sequence[int] = (),
+        alone: bool = False,
     ) -> None:
         assert len(prefix) + 2 <= sequence_length, "no room for a token that is predicted"
         self.sequence_length, self.pad_id = sequence_length, pad_id
-        self.scored_only, self.tagged = scored_only, tagged
+        self.scored_only, self.tagged, self.alone = scored_only, tagged, alone
+        self.lengths: list[int] = []  # of the full sequences, without padding
         self.prefix = np.array(prefix, dtype=np.int32)
         self.documents = self.tokens = 0
         self.full: list[NDArray[np.int32]] = []  # each [3 or 4, T]: ids, positions, labels, source
@@ -178,6 +181,10 @@ class Packer:
         start = self._begin(labels, 0)
         while start < len(ids):
             start = self._begin(labels, self._place(ids, labels, start, document.source))
+        if self.alone and self.used:
+            if bool((self.sequence[2] != IGNORED).any()):
+                self._finish()
+            self.sequence, self.used = self._empty(), 0
 
     def _place(
         self, ids: NDArray[np.int32], labels: NDArray[np.int32], start: int, source: int
@@ -194,8 +201,7 @@ class Packer:
         self.sequence[3:, span] = source
         self.used = span.stop
         if self.used == self.sequence_length:
-            self.full.append(self.sequence)
-            self.sequence, self.used = self._empty(), 0
+            self._finish()
         # If only the prefix of a document fitted, the document begins in the next sequence.
         return 0 if end < len(ids) and end <= len(self.prefix) else end
 
@@ -206,7 +212,8 @@ class Packer:
         padding is not scored and is a separate document.
         """
         full = self.full[:num_sequences]
-        real = np.ones((len(full), self.sequence_length), dtype=bool)
+        lengths = np.array(self.lengths[:num_sequences], dtype=np.int64).reshape(-1, 1)
+        real = np.arange(self.sequence_length) < lengths
         if not full and self.used:
             full = [self.sequence.copy()]
             full[0][1, self.used :] = np.arange(self.sequence_length - self.used)
@@ -216,6 +223,16 @@ class Packer:
             for row in range(len(self.sequence))
         )
         return Sequences(ids, positions, labels, torch.from_numpy(real), *source)
+
+    def _finish(self) -> None:
+        """Keep the sequence; the positions of padding continue those of its last document."""
+        padding = self.sequence_length - self.used
+        if padding:
+            last = self.sequence[1, self.used - 1]
+            self.sequence[1, self.used :] = last + 1 + np.arange(padding)
+        self.full.append(self.sequence)
+        self.lengths.append(self.used)
+        self.sequence, self.used = self._empty(), 0
 
     def _begin(self, labels: NDArray[np.int32], start: int) -> int:
         """The start of the next piece: `start`, or later so that the piece has a scored token."""
@@ -251,6 +268,7 @@ def build_sequences(
     num_sequences: int,
     model: Checkpoint | None = None,
     cache: Path | None = None,
+    alone: bool = False,
 ) -> Sequences:
     """Build `num_sequences` sequences of a split; the sources' token shares follow their weights.
 
@@ -258,14 +276,15 @@ def build_sequences(
     before any text. Reads only as much text as needed. A smaller build has the first sequences of a
     larger one. For `train` a source that is used up starts again in another order. In other splits
     it is left out, and a message says so if there are fewer sequences than requested. `cache` is
-    the folder for files of `package:` sources (see sources.resolve).
+    the folder for files of `package:` sources (see sources.resolve). With `alone`, each sequence
+    has one document and padding after it.
     Raises UserError if there is no token to score, and for a token id beyond the embedding of
     `model`.
     """
     assert num_sequences >= 1, num_sequences
     tagged = any(source.losses is not None for source in data.sources)
     pad, prefix = _pad_id(tokenizer, model), prefix_ids(tokenizer)
-    packer = Packer(data.sequence_length, pad, split == "train", tagged, prefix)
+    packer = Packer(data.sequence_length, pad, split == "train", tagged, prefix, alone)
     counter = Progress(f"reading {split} text", num_sequences * data.sequence_length, "tokens")
     for document in blend(BuildContext(data, tokenizer, split, cache, model, counter)):
         packer.add(document)

@@ -31,8 +31,10 @@ __all__ = [
     "cut",
     "cut_config",
     "cut_tensor",
+    "exported",
     "get",
     "in_memory",
+    "mixes",
     "new_name",
     "of",
     "of_config",
@@ -115,9 +117,25 @@ def derived(config: dict[str, Any]) -> Derived:
         raise UserError(f"{config['model_type']}: no table can be derived: {error}") from None
 
 
+def mixes(config: dict[str, Any]) -> str:
+    """Why packed documents see each other in a model of this config; empty if they do not.
+
+    It is also empty for a model that no table can describe.
+    """
+    try:
+        return of_config(config).mixes
+    except UserError:
+        return ""
+
+
 def typed() -> list[str]:
     """The model types whose tables are written by hand."""
     return plugins.names(__name__)
+
+
+def exported() -> list[str]:
+    """The model types that have a name in llama.cpp, and so can be exported to GGUF."""
+    return [name for name in typed() if get(name).gguf is not None]
 
 
 def _stock_class(model_type: str) -> bool:

@@ -96,6 +96,9 @@ class Family:
     stream (Granite)."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """For each dimension that cannot be cut, the reason; under `repair`, why there is none."""
+    mixes: str = ""
+    """Why documents that are packed into one sequence see each other in this model; empty if they
+    do not."""
     derived: bool = False
     """Whether the table was found by `regrow.families.derive`, for one config."""
 

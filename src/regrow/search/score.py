@@ -22,7 +22,6 @@ from regrow.checkpoint import Checkpoint
 from regrow.config import Options
 from regrow.cost import file_bytes, ram_bytes
 from regrow.data import DataConfig
-from regrow.data.sequences import build_sequences
 from regrow.errors import UserError
 from regrow.families import Family
 from regrow.plan import Plan
@@ -35,6 +34,7 @@ from regrow.search.shapes import HANDFUL, Shape
 from regrow.training.head import head_of
 from regrow.training.model_check import check_model
 from regrow.training.teacher import final_hidden, mean_loss, scored
+from regrow.training.text import text_for
 
 SCORED_SEQUENCES = 8
 SCORER_REPAIR_TOKENS = 4096  # tokens for the repair of a finalist
@@ -62,7 +62,9 @@ class CutScorer:
         self.batch_size = options.batch_size
         used = int(profile.info["samples"])
         wanted = used + num_sequences
-        sequences = build_sequences(data, checkpoint.tokenizer(), "calibration", wanted, checkpoint)
+        sequences = text_for(
+            [checkpoint.config], data, checkpoint.tokenizer(), "calibration", wanted, checkpoint
+        )
         if len(sequences) < wanted:
             raise UserError(
                 f"too little calibration text to choose on: {len(sequences)} sequences, of which "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regrow import families
 from regrow.errors import UserError
 from regrow.training.head import head_of
 
@@ -25,14 +26,17 @@ LARGEST_LOGIT = 30.0
 
 
 @torch.no_grad()
-def check_model(model: PreTrainedModel, packed: bool = True) -> None:
+def check_model(model: PreTrainedModel, packed: bool | None = None) -> None:
     """Raise UserError for a model with unsupported logits or mixed packed documents.
 
     Two rows of two documents run in one batch, and only the first document differs between the
-    rows. With `packed`, the states of the second document must be equal in both rows. The logits of
-    the model must equal those of `head_of` on the same states.
+    rows. With `packed`, the states of the second document must be equal in both rows; by default
+    it is true unless the model's table says that it mixes documents, whose text is then not packed
+    (`training.text`). The logits of the model must equal those of `head_of` on the same states.
     """
     name, head = model.config.model_type, head_of(model)
+    if packed is None:
+        packed = not families.mixes(model.config.to_dict())
     states: list[Tensor] = []
 
     def scale(module: Any, arguments: Any, outputs: Any) -> Any:

@@ -32,8 +32,9 @@ class Derived:
     family: Family
     proven: tuple[str, ...]
     """Dimensions that can be cut; `family.refused` has the reasons for the others."""
-    odd: tuple[str, ...]
-    """`cache`: generation with a cache differs. `documents`: packed documents see each other."""
+    odd: dict[str, str]
+    """What the model does that others do not, with the reason. `cache`: generation with a cache
+    differs. `documents`: packed documents see each other."""
 
 
 def derive(config: dict[str, Any]) -> Derived:
@@ -44,13 +45,20 @@ def derive(config: dict[str, Any]) -> Derived:
     """
     key = json.dumps(config, sort_keys=True, default=str)
     if key not in _known:
-        _known[key] = store.remembered(
-            "table", config, lambda: _derive(config), store.write_derived, store.read_derived
-        )
-    return _known[key]
+        try:
+            _known[key] = store.remembered(
+                "table", config, lambda: _derive(config), store.write_derived, store.read_derived
+            )
+        except UnsupportedError as error:
+            _known[key] = str(error)
+    known = _known[key]
+    if isinstance(known, str):
+        raise UnsupportedError(known)
+    return known
 
 
-_known: dict[str, Derived] = {}
+_known: dict[str, Derived | str] = {}
+"""By config the table, or why there is none."""
 
 
 def _derive(config: dict[str, Any]) -> Derived:

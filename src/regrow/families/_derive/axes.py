@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from regrow.families._derive.stock import shapes
+from regrow.errors import reason_of
+from regrow.families._derive.stock import UnsupportedError, shapes
 from regrow.families._derive.tiny import EXPERTS, HEADS, KV_HEADS, Tiny, template_of, with_layers
 from regrow.families._rows import Axis
 
@@ -42,11 +43,14 @@ class Found:
 def find_axes(tiny: Tiny) -> tuple[Found, dict[str, Any]]:
     """The possible layouts of each axis, and the tiny config with an explicit head_dim.
 
-    Raises KeyError when the config lacks the size of a dimension that every decoder has.
+    Raises UnsupportedError when the config lacks the size of a dimension that every decoder has.
     """
     config = dict(tiny.config)
+    for key in ("hidden_size", "vocab_size"):
+        if not isinstance(config.get(key), int):
+            raise UnsupportedError(f"its config has no {key}")
     base = of_templates(config)
-    head_dim = _explicit_head_dim(config, base)
+    head_dim, no_head_dim = _explicit_head_dim(config, base)
     if head_dim is not None:
         config["head_dim"] = head_dim
         base = of_templates(config)
@@ -55,17 +59,22 @@ def find_axes(tiny: Tiny) -> tuple[Found, dict[str, Any]]:
     if found.kv_heads_unused:
         config[KV_HEADS] = config[HEADS]
         base = of_templates(config)
-    changes = {
+    changes: dict[str, tuple[int, Shapes | str]] = {
         dim: _change(config, base, dim, key) for dim, key in found.keys.items() if dim != "layers"
     }
     fewer = list(range(len(tiny.layers) - 1))
     changes["layers"] = -1, of_templates(with_layers(config, tiny.per_layer, fewer))
     if found.keys["kv_heads"] == found.keys["heads"]:
         changes.pop("kv_heads")
-    for dim, (_, changed) in changes.items():
-        if changed is None:
-            found.refused[dim] = f"no other {found.keys[dim]} builds a model of this config"
-    usable = {dim: change for dim, change in changes.items() if change[1] is not None}
+    usable: dict[str, tuple[int, Shapes]] = {}
+    for dim, (step, changed) in changes.items():
+        if isinstance(changed, str):
+            said = f"no other {found.keys[dim]} builds a model of this config: {changed}"
+            found.refused[dim] = said
+        else:
+            usable[dim] = step, changed
+    if no_head_dim and "heads" in found.refused:
+        found.refused["heads"] += f"; no other head_dim does: {no_head_dim}"
     if head_dim is not None:
         wide = of_templates({**config, "head_dim": head_dim + 8})
         found.per_head = frozenset(
@@ -107,16 +116,16 @@ def of_templates(config: dict[str, Any]) -> Shapes:
     return {template_of(name)[0]: shape for name, shape in shapes(config).items()}
 
 
-def _explicit_head_dim(config: dict[str, Any], base: Shapes) -> int | None:
-    """The head_dim of the copy, if its class reads it from the config."""
+def _explicit_head_dim(config: dict[str, Any], base: Shapes) -> tuple[int | None, str]:
+    """The head_dim of the copy, if its class reads it; and why no other one builds a model."""
     usual = config.get("head_dim") or config["hidden_size"] // config[HEADS]
     try:
         other = of_templates({**config, "head_dim": usual + 8})
-    except Exception:  # whatever the class raises for sizes that contradict each other
-        return None
+    except Exception as error:  # whatever the class raises for sizes that contradict each other
+        return None, reason_of(error)
     heads = [name for name in base if other.get(name) != base[name]]
     projections = [name for name in heads if len(base[name]) == 2]
-    return int(usual) if projections else None
+    return (int(usual) if projections else None), ""
 
 
 def _keys(config: dict[str, Any], base: Shapes) -> dict[str, str]:
@@ -131,11 +140,11 @@ def _keys(config: dict[str, Any], base: Shapes) -> dict[str, str]:
     widths = [key for key, value in config.items() if MLP_KEYS.search(key) and _is_size(value)]
     for key in experts[:1]:
         _, changed = _change(config, base, "experts", key)
-        if changed is not None and changed != base:
+        if not isinstance(changed, str) and changed != base:
             keys["experts"] = key
     for key in widths:
         _, changed = _change(config, base, "mlp", key)
-        if changed is None or changed == base:
+        if isinstance(changed, str) or changed == base:
             continue
         dim = _width_of(base, changed, config, keys.get("experts"))
         if dim is not None and dim not in keys:
@@ -145,7 +154,7 @@ def _keys(config: dict[str, Any], base: Shapes) -> dict[str, str]:
 
 def _no_kv_heads(config: dict[str, Any], base: Shapes, keys: dict[str, str]) -> bool:
     """Whether a config key for KV heads has no effect on any tensor."""
-    if keys["kv_heads"] == HEADS or config[KV_HEADS] == config[HEADS]:
+    if keys["kv_heads"] == HEADS or config.get(KV_HEADS) == config[HEADS]:
         return False
     return _change(config, base, "kv_heads", KV_HEADS)[1] == base
 
@@ -167,30 +176,33 @@ def _width_of(
     return "mlp" if plain and not any("shared" in name for name in names) else None
 
 
-def _change(config: dict[str, Any], base: Shapes, dim: str, key: str) -> tuple[int, Shapes | None]:
-    """By how much the size of a dimension was changed, and the shapes after that."""
-    now = config[key]
+def _change(config: dict[str, Any], base: Shapes, dim: str, key: str) -> tuple[int, Shapes | str]:
+    """By how much the size of a dimension was changed, and the shapes after that.
+
+    Where no other size builds a model, what the class says instead of the shapes.
+    """
+    now, said = config[key], ""
     steps = {"heads": [now], "kv_heads": [now], "hidden": [now], "vocab": [16]}
     for step in steps.get(dim, [now, 8, 32]):
         new = {**config, key: now + step}
         if dim == "heads" and config.get(KV_HEADS) == config[HEADS]:
             new[KV_HEADS] = now + step
-        if dim == "kv_heads" and config[KV_HEADS] == config[HEADS]:
+        if dim == "kv_heads" and config.get(KV_HEADS, config[HEADS]) == config[HEADS]:
             return step, base  # the same heads
         try:
             return step, of_templates(new)
-        except Exception:  # whatever the class raises for sizes that contradict each other
-            continue
-    return 1, None
+        except Exception as error:  # whatever the class raises for sizes that do not fit
+            said = said or reason_of(error)
+    return 1, said
 
 
 def _growth(
-    name: str, shape: tuple[int, ...], changes: dict[str, tuple[int, Shapes | None]]
+    name: str, shape: tuple[int, ...], changes: dict[str, tuple[int, Shapes]]
 ) -> list[dict[str, float]]:
     """For each axis the rows that it gains for one more unit of each dimension."""
     axes: list[dict[str, float]] = [{} for _ in shape]
     for dim, (step, changed) in changes.items():
-        other = (changed or {}).get(name)
+        other = changed.get(name)
         if other is None or len(other) != len(shape):
             continue
         for axis, (before, after) in enumerate(zip(shape, other, strict=True)):

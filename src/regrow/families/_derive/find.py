@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -10,10 +9,11 @@ from typing import Any
 
 import torch
 
+from regrow.errors import reason_of
 from regrow.families._derive import axes, disk, modules, norms, prove
 from regrow.families._derive.axes import Found, Layout
 from regrow.families._derive.prove import NotProvenError, Subject
-from regrow.families._derive.stock import build, shapes, silent
+from regrow.families._derive.stock import UnsupportedError, build, shapes, silent
 from regrow.families._derive.table import Facts, assemble
 from regrow.families._derive.tiny import HEADS, KV_HEADS, Tiny, template_of
 from regrow.families._derive.whole import prove_whole
@@ -33,7 +33,7 @@ class Findings:
     choice: dict[str, tuple[Layout | None, ...]]
     facts: Facts
     proven: tuple[str, ...]
-    odd: tuple[str, ...]
+    odd: dict[str, str]
 
 
 def find(tiny: Tiny) -> Findings:
@@ -42,7 +42,9 @@ def find(tiny: Tiny) -> Findings:
     with silent():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # some vectors keep the random values of the class
-            model = build(config, "cpu")
+            model: Any = build(config, "cpu")
+        if not isinstance(getattr(model.base_model, "layers", None), torch.nn.ModuleList):
+            raise UnsupportedError("its layers are not in base_model.layers")
         prove.randomize(model)
         tensors, ids = disk.written(model), _ids(config)
         facts = norms.find_norms(model, found, config)
@@ -56,7 +58,8 @@ def find(tiny: Tiny) -> Findings:
             setattr(facts, key, value)
         proven = [dim for dim in proven if _measurable(dim, found, facts)]
         odd = _whole(_family(config, tiny, found, choice, facts), subject, found, proven)
-    return Findings(found, choice, facts, tuple(proven), tuple(odd))
+        facts.mixes = odd.get("documents", "")
+    return Findings(found, choice, facts, tuple(proven), odd)
 
 
 def _prove_each(
@@ -127,8 +130,8 @@ def _proven(
         except NotProvenError as error:
             reason = reason or str(error)
             continue
-        except Exception as error:
-            reason = reason or f"{type(error).__name__} {str(error)[:160]}"
+        except Exception as error:  # whatever a model class raises
+            reason = reason or reason_of(error)
             continue
         return trial
     found.refused[dim] = reason
@@ -141,14 +144,14 @@ def _measurable(dim: str, found: Found, facts: Facts) -> bool:
     return dim not in found.refused
 
 
-def _whole(family: Family, subject: Subject, found: Found, proven: list[str]) -> list[str]:
+def _whole(family: Family, subject: Subject, found: Found, proven: list[str]) -> dict[str, str]:
     try:
         return prove_whole(family, subject, proven)
     except NotProvenError as error:
         for dim in proven:
             found.refused[dim] = f"cut together with the others: {error}"
         proven.clear()
-        return []
+        return {}
 
 
 def _heads_divide_hidden(config: dict[str, Any]) -> bool:
@@ -160,7 +163,9 @@ def _heads_divide_hidden(config: dict[str, Any]) -> bool:
         trial[KV_HEADS] = 5 if config[KV_HEADS] == config[HEADS] else 1
     built = []
     for hidden in (88, 80):
-        with contextlib.suppress(Exception):
+        try:
             build({**trial, "hidden_size": hidden})
             built.append(hidden)
+        except Exception as error:  # whatever the class raises for sizes that do not fit
+            reason_of(error)
     return built == [80]

@@ -33,7 +33,7 @@ class Step:
 
 
 @torch.no_grad()
-def trace(model: Any, ids: Tensor) -> list[Step]:
+def trace(model: Any, ids: Tensor, **inputs: Tensor) -> list[Step]:
     """The calls of all modules in one forward pass, in the order in which they end."""
     steps: list[Step] = []
 
@@ -56,7 +56,7 @@ def trace(model: Any, ids: Tensor) -> list[Step]:
         if name
     ]
     try:
-        model(ids, use_cache=False)
+        model(ids, use_cache=False, **inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -146,7 +146,7 @@ def _usual_experts(module: Any, up: Tensor, down: Tensor) -> bool:
     chosen, weight = torch.tensor([[0], [1], [0]]), torch.tensor([[0.5], [0.25], [0.75]])
     try:
         out = module(h, chosen, weight)
-    except Exception:  # experts with other inputs
+    except (TypeError, ValueError, RuntimeError, IndexError):  # experts with other inputs
         return False
     for row, expert in enumerate((0, 1, 0)):
         gate, wide = (up[expert] @ h[row]).chunk(2)
@@ -187,7 +187,7 @@ def _stream(
             added = (part if norm is None else norm).made
             if before is None or after is None or added is None:
                 continue
-            factor = _ratio(after.view_as(before) - before, added.view_as(before))
+            factor = _ratio(after.reshape(before.shape) - before, added.reshape(before.shape))
             if factor is None:
                 return f"the output of {part.template} is not what is added to the stream"
             factors.append(factor)
@@ -222,6 +222,8 @@ def _middle(inside: list[Step], whole: Step, family: Family) -> Step | None:
     readers = family.readers("hidden")
     for step in inside:
         if step.given is None or step.given.numel() != stream.numel():
+            continue
+        if step.given.shape[-1] != stream.shape[-1]:  # a norm over single heads
             continue
         if not step.template.endswith("norm") and not any(
             reader.startswith(f"{step.template}.") for reader in readers

@@ -55,7 +55,7 @@ def _offset_of(module: nn.Module, weight: Tensor) -> float | None:
     x = x + 4
     try:
         out = module(x)
-    except Exception:  # a module that is not called with one tensor
+    except (TypeError, ValueError, RuntimeError, IndexError):  # it takes other inputs
         return None
     if not isinstance(out, Tensor) or out.shape != x.shape:
         return None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.errors import last_line
+from regrow.errors import reason_of
 from regrow.families._cut import cut, cut_config
 from regrow.families._derive.plans import plan_for, zeroed
 from regrow.families._derive.stock import shapes, silent, stock
@@ -168,9 +168,7 @@ def cut_config_of(family: Family, subject: Subject, plan: Plan) -> dict[str, Any
         stock(new)
         return new
     except Exception as error:  # whatever a config class raises
-        raise NotProvenError(
-            f"its config class refuses the cut: {last_line(error)[:160]}"
-        ) from None
+        raise NotProvenError(f"its config class refuses the cut: {reason_of(error)}") from None
 
 
 def student_of(
@@ -189,9 +187,7 @@ def student_of(
     try:
         return subject.model(new, kept)
     except Exception as error:  # whatever a model class raises
-        raise NotProvenError(
-            f"its class cannot build the cut model: {last_line(error)[:160]}"
-        ) from None
+        raise NotProvenError(f"its class cannot build the cut model: {reason_of(error)}") from None
 
 
 def _prove_layers(family: Family, subject: Subject) -> None:

@@ -9,13 +9,13 @@ from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from regrow.errors import UserError, last_line
+from regrow.errors import UserError, reason_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-class UnsupportedError(Exception):
+class UnsupportedError(UserError):
     """A model for which no table can be found; the text is the reason."""
 
 
@@ -35,7 +35,7 @@ def stock(config: dict[str, Any]) -> PretrainedConfig:
     try:
         made: PretrainedConfig = kind.from_dict(copy.deepcopy(config))
     except Exception as error:  # whatever a config class raises for a value that it refuses
-        reason = last_line(error)
+        reason = reason_of(error)
         raise UserError(f"transformers refuses this {model_type} config: {reason}") from None
     return made
 

@@ -81,7 +81,7 @@ def read_derived(fields: dict[str, Any]) -> Derived:
 
     family = {key: _tuples(value) for key, value in fields["family"].items()}
     tensors = {name: _row(row) for name, row in fields["tensors"].items()}
-    return Derived(Family(tensors=tensors, **family), tuple(fields["proven"]), tuple(fields["odd"]))
+    return Derived(Family(tensors=tensors, **family), tuple(fields["proven"]), fields["odd"])
 
 
 def _tuples(value: Any) -> Any:
@@ -123,6 +123,4 @@ def read_findings(fields: dict[str, Any]) -> Findings:
         name: tuple(None if lay is None else (tuple(lay[0]), bool(lay[1])) for lay in axes)
         for name, axes in fields["choice"].items()
     }
-    return Findings(
-        Found(**found), choice, Facts(**facts), tuple(fields["proven"]), tuple(fields["odd"])
-    )
+    return Findings(Found(**found), choice, Facts(**facts), tuple(fields["proven"]), fields["odd"])

@@ -33,6 +33,7 @@ class Facts:
     residual: dict[str, str] = field(default_factory=dict)
     post_norm: dict[str, str] = field(default_factory=dict)
     residual_multiplier: float = 1.0
+    mixes: str = ""
 
 
 def assemble(
@@ -77,6 +78,7 @@ def assemble(
         writes_head_dim=found.writes_head_dim,
         residual_multiplier=facts.residual_multiplier,
         refused=dict(found.refused),
+        mixes=facts.mixes,
         derived=True,
     )
 

@@ -12,8 +12,14 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
 
-from regrow.errors import last_line
-from regrow.families._derive.stock import UnsupportedError, build, explicit, shapes, silent
+from regrow.errors import reason_of
+from regrow.families._derive.stock import (
+    UnsupportedError,
+    build,
+    explicit,
+    shapes,
+    silent,
+)
 from regrow.families._table import PER_LAYER
 
 HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
@@ -54,8 +60,6 @@ class Tiny:
     """Config keys that a cut of layers changes."""
     kinds: dict[str, tuple[int, ...]]
     """For each tensor inside layers, by template, the layers of the original that have it."""
-    varying: frozenset[str]
-    """Templates whose tensors have different shapes in different layers."""
 
 
 def template_of(name: str) -> tuple[str, int | None]:
@@ -161,17 +165,29 @@ def _picked(full: dict[str, Any], per_layer: dict[str, How]) -> tuple[Tiny | Non
     """The copy with a few layers of each kind, if it runs; otherwise None and the error."""
     try:
         found = shapes(full)
+        having, forms = _having(found)
+        _refuse_varying(forms)
         kinds = _signatures(found, full, per_layer)
         layers = _some_of_each(kinds)
         small = with_layers(full, per_layer, layers)
-        _run(small)
+        if problem := _run(small):
+            return None, problem
     except UnsupportedError:
         raise
     except Exception as error:  # whatever a model's own code raises for sizes that do not fit
-        return None, f"{type(error).__name__} {last_line(error)[:160]}"
-    having, forms = _having(found)
-    varying = frozenset(template for template, each in forms.items() if len(each) > 1)
-    return Tiny(small, tuple(layers), per_layer, having, varying), ""
+        return None, reason_of(error)
+    return Tiny(small, tuple(layers), per_layer, having), ""
+
+
+def _refuse_varying(forms: dict[str, set[tuple[int, ...]]]) -> None:
+    """Refuse a tensor whose shape depends on the layer, as with heads of two widths (Gemma 4)."""
+    for template, each in forms.items():
+        if len(each) > 1:
+            few = " and ".join(map(str, sorted(each)[:2]))
+            raise UnsupportedError(
+                f"{template} has other shapes in some layers (in a small copy {few}), and a table "
+                "has one for all"
+            )
 
 
 def _having(
@@ -215,12 +231,13 @@ def _some_of_each(kinds: list[Any]) -> list[int]:
     return sorted(chosen + others[: max(0, 3 - len(chosen))])
 
 
-def _run(config: dict[str, Any]) -> None:
-    """Run the copy once; its own code checks sizes that the config class does not."""
+def _run(config: dict[str, Any]) -> str:
+    """Run the copy once, as its own code checks sizes too; returns why it cannot be used, or ''."""
     import torch
 
     count = sum(tensor.numel() for tensor in build(config).state_dict().values())
     if count > MOST_PARAMETERS:
-        raise ValueError(f"the smallest copy has {count:,} parameters")
+        return f"the smallest copy has {count:,} parameters"
     with torch.no_grad(), silent():
         build(config, "cpu")(torch.arange(2, 14).repeat(2, 1), use_cache=False)
+    return ""

@@ -12,7 +12,7 @@ from regrow import families, stage_dir
 from regrow.checkpoint import Checkpoint, load
 from regrow.config import Options
 from regrow.data import DataConfig, Split
-from regrow.data.sequences import IGNORED, Sequences, build_sequences
+from regrow.data.sequences import IGNORED, Sequences
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.runtime import distributed
@@ -34,6 +34,7 @@ from regrow.training.cache.store import Store, write_shard
 from regrow.training.cache.teacher import head_from
 from regrow.training.head import Head
 from regrow.training.teacher import Teacher, scored
+from regrow.training.text import text_for
 
 CONVENTIONS = {
     "hidden": "KL(teacher || stored), held-out",
@@ -120,8 +121,8 @@ def cache(
         "train": -(-config.tokens // data.sequence_length),
     }
     sequences: dict[str, Sequences] = {
-        "heldout" if split == "validation" else split: build_sequences(
-            data, tokenizer, split, count, checkpoint
+        "heldout" if split == "validation" else split: text_for(
+            [checkpoint.config], data, tokenizer, split, count, checkpoint
         )
         for split, count in counts.items()
     }

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from regrow import families, plugins
 from regrow.config import Options
 from regrow.cost.memory import Placement, TrainingMemory, TrainingSetup, training_memory
 from regrow.cost.model import ModelSize
@@ -62,19 +61,20 @@ def memory_lines(
     """The expected memory of each device, whether it is there, and what would make it fit.
 
     `student` and `teachers` are configs; `at_most`: the student will be smaller. No line for a
-    model whose family has no table.
+    model whose family has no table, or whose pass cannot be followed.
     """
-    known = plugins.names(families.__name__)
-    if any(each.get("model_type") not in known for each in (student, *teachers)):
-        return []
     models = ModelSize(student), [ModelSize(each) for each in teachers]
     setup, device = setup_of(config, data, options), options.torch_device()
+    try:
+        memory = _memory(*models, setup)
+    except UserError:  # a family without a table, or a class whose pass cannot be followed
+        return []
     beside = CONTEXT.get(device.type, 0.0)
 
     def total(setup: TrainingSetup) -> float:
         return _memory(*models, setup).total + beside
 
-    there, memory = device_bytes(device), _memory(*models, setup)
+    there = device_bytes(device)
     parts = sorted(memory.parts.items(), key=lambda part: -part[1])
     words = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts if size > 5e6)
     lines = [

@@ -14,7 +14,7 @@ from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.config import Options
 from regrow.data import DataConfig
-from regrow.data.sequences import Sequences, build_sequences
+from regrow.data.sequences import Sequences
 from regrow.errors import UserError
 from regrow.plan import stored_plans
 from regrow.quantization.formats import Scheme, find_scheme
@@ -29,6 +29,7 @@ from regrow.training.callbacks import CHOSEN_BY
 from regrow.training.features import FeatureLosses, LayerMapping, LossBalancer, at_depths, needs_of
 from regrow.training.loss_weights import LossWeights
 from regrow.training.teacher import TeacherPlacement
+from regrow.training.text import text_for
 
 TRAINER = "trainer"
 """The folder of the trainer's checkpoints, inside the stage's folder."""
@@ -230,9 +231,11 @@ class DistillSetup:
         Raises UserError for too little text, and for tokens that one of the models lacks.
         """
         tokenizer = self.teachers.tokenizer()
-        heldout = build_sequences(data, tokenizer, "validation", self.config.heldout_sequences)
+        configs = [self.student.fields, *(each.config for each in self.teachers.checkpoints)]
+        count = self.config.heldout_sequences
+        heldout = text_for(configs, data, tokenizer, "validation", count)
         count = self.budget.steps * self.config.batch_tokens // data.sequence_length
-        train = build_sequences(text, tokenizer, "train", count)
+        train = text_for(configs, text, tokenizer, "train", count)
         self.teachers.check(heldout, train)
         return train, heldout
 

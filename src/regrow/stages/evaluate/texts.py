@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -16,10 +16,11 @@ from regrow import plugins
 from regrow.data import DataConfig, SourceConfig
 from regrow.data.documents import prefix_ids
 from regrow.data.files import open_text, plain_name
-from regrow.data.sequences import Sequences, build_sequences
+from regrow.data.sequences import Sequences
 from regrow.data.sources import READERS, reader_of, resolve
 from regrow.errors import UserError
 from regrow.stages.evaluate.config import HELDOUT, EvaluateConfig
+from regrow.training.text import text_for
 
 IGNORED = -100
 ROW_SEPARATOR = "\n\n"
@@ -57,9 +58,11 @@ def build_texts(
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluateConfig,
     openings: dict[str, str] | None = None,
+    configs: Iterable[dict[str, Any]] = (),
 ) -> list[Text]:
     """Build the held-out sequences of `data`, if any, then each further text of the config.
 
+    `configs` are those of the models that will read them.
     A further text has `config.text_tokens` tokens, or is the string in `openings`. Raises UserError
     for a text that is missing, too short, or of an unknown file type.
     """
@@ -70,7 +73,7 @@ def build_texts(
             f"and a window needs two more; set it to {len(prefix) + 2} or more"
         )
     if data is not None:
-        sequences = build_sequences(data, tokenizer, "heldout", config.heldout_sequences)
+        sequences = text_for(configs, data, tokenizer, "heldout", config.heldout_sequences)
         convention = (
             f"{len(sequences)} held-out sequences of {data.sequence_length} tokens of the data; "
             f"{_begun(tokenizer, prefix)}; documents do not attend to each other; prompts, padding "

@@ -62,13 +62,14 @@ def texts_of(
     if len(rules) > 1:  # files differ, but the rules may be equal
         fingerprints = {key: fingerprint(tokenizer) for key, tokenizer in rules.items()}
         keys = {label: fingerprints[id(tokenizer)] for label, tokenizer in tokenizers.items()}
-    built = {keys[first]: build_texts(data, tokenizers[first], config)}
+    configs = [model.config for model in models.values() if isinstance(model, Checkpoint)]
+    built = {keys[first]: build_texts(data, tokenizers[first], config, None, configs)}
     if len(set(keys.values())) == 1:
         return _split_alike({label: built[key] for label, key in keys.items()}, models, tokenizers)
     openings = openings_of(tokenizers[first], config)
     for label, key in keys.items():
         if key not in built:
-            built[key] = build_texts(data, tokenizers[label], config, openings)
+            built[key] = build_texts(data, tokenizers[label], config, openings, configs)
     say(
         "evaluate: the models' tokenizers differ, so perplexities per token cannot be compared and "
         f"are left out; compare bits per byte, or perplexities per token of {first}"

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.families import Family
@@ -39,7 +40,8 @@ def check(checkpoint: Checkpoint, family: Family, config: Any) -> None:
     """Raise UserError, with the reason, when llama.cpp would compute another result."""
     if family.gguf is None:
         raise UserError(
-            f"llama.cpp has no architecture for {family.model_type} models: they cannot be exported"
+            f"{family.model_type} models cannot be exported: regrow writes GGUF for the types "
+            f"{', '.join(families.exported())}"
         )
     architecture, raw = family.gguf, checkpoint.config
     allowed = ACTIVATION.get(architecture, "silu")

@@ -15,7 +15,6 @@ from regrow.card import CARD, lineage_of
 from regrow.checkpoint import Checkpoint, load
 from regrow.config import Config
 from regrow.data import DataConfig
-from regrow.data.sequences import build_sequences
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.quantization.formats import (
@@ -38,6 +37,7 @@ from regrow.stages.export import (
     verify,
 )
 from regrow.stages.export.chat import MODELFILE
+from regrow.training.text import text_for
 
 LONGEST = 512
 """Most tokens of a window for the comparison."""
@@ -139,7 +139,7 @@ def _text(
         ids = tokenizer(verify.SAMPLE)["input_ids"]
         return [ids[: min(window_tokens, config.verify_tokens)]], (verify.SAMPLE, "a built-in text")
     num_sequences = -(-config.verify_tokens // min(window_tokens, data.sequence_length))
-    blocks = build_sequences(data, tokenizer, "heldout", num_sequences, checkpoint)
+    blocks = text_for([checkpoint.config], data, tokenizer, "heldout", num_sequences, checkpoint)
     rows = zip(blocks.input_ids, blocks.real, strict=True)
     windows = [ids[real][:window_tokens].tolist() for ids, real in rows]
     left = config.verify_tokens

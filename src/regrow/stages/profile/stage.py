@@ -15,7 +15,7 @@ from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.config import Options
 from regrow.data import DataConfig
-from regrow.data.sequences import VALIDATE_EVERY, Sequences, build_sequences, fit_and_validate
+from regrow.data.sequences import VALIDATE_EVERY, Sequences, fit_and_validate
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.families import Family
@@ -28,6 +28,7 @@ from regrow.stages.profile.collect import Batch, Collector
 from regrow.stages.profile.importance import REMOVALS, score_all, statistics_needed
 from regrow.stages.profile.passes import Batches, count_tokens, layer_major, removal_order, resident
 from regrow.training.model_check import check_model
+from regrow.training.text import text_for
 
 MEANS = ("input_output_distance", "angular_distance")  # means over tokens; the others are sums
 
@@ -58,7 +59,9 @@ def profile(
         return Profile(out)
     tokenizer = checkpoint.tokenizer()
     require_space(Path(out), estimate_bytes(checkpoint, config))
-    sequences = build_sequences(data, tokenizer, "calibration", config.samples, checkpoint)
+    sequences = text_for(
+        [checkpoint.config], data, tokenizer, "calibration", config.samples, checkpoint
+    )
     with stage as folder:
         gram_sequences = min((config.gram_tokens or 0) // data.sequence_length, len(sequences))
         having = [d for d in config.grams if family.layers_of(d, checkpoint.config)]

@@ -31,7 +31,7 @@ from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.config import Options
 from regrow.data.config import DataConfig, Split
-from regrow.data.sequences import Sequences, build_sequences
+from regrow.data.sequences import Sequences
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.layerwise import LayerByLayer
@@ -46,6 +46,7 @@ from regrow.stages.reconstruct.train_layer import Target, relative_error, train_
 from regrow.training.model_check import check_model
 from regrow.training.shared_tokens import teacher_ids
 from regrow.training.teacher import Teacher, mean_loss, scored
+from regrow.training.text import text_for
 
 STATE = "reconstruction.json"
 LAYERS = "layers"
@@ -111,7 +112,10 @@ def _text(data: DataConfig, student: Checkpoint, config: ReconstructConfig) -> l
     tokenizer = student.tokenizer()
     count = -(-config.tokens // data.sequence_length)
     wanted: dict[Split, int] = {"train": count, "validation": config.validation_sequences}
-    return [build_sequences(data, tokenizer, split, n, student) for split, n in wanted.items()]
+    return [
+        text_for([student.config], data, tokenizer, split, n, student)
+        for split, n in wanted.items()
+    ]
 
 
 class Reconstruction:

@@ -15,7 +15,7 @@ from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.config import Options
 from regrow.data import DataConfig
-from regrow.data.sequences import Sequences, build_sequences
+from regrow.data.sequences import Sequences
 from regrow.data.sources import data_digest
 from regrow.layerwise import LayerByLayer, Spill
 from regrow.runtime.precision import widen
@@ -23,6 +23,7 @@ from regrow.runtime.progress import progress, say
 from regrow.sparsity.zeros import refuse_filling
 from regrow.stage_dir import Figure, refuse_input, require_space
 from regrow.stages.rotate import RotateConfig, basis
+from regrow.training.text import text_for
 
 SHOWN = (0.9, 0.99)
 """Shares of the mean square; the stage reports the number of channels that contain each share."""
@@ -57,7 +58,9 @@ def rotate(
     layout = basis.layout(names, checkpoint.meta, family, checkpoint.config)
     require_space(out, sum(t.numel() * t.element_size() for t in layout.values()))
     tokenizer = checkpoint.tokenizer()
-    sequences = build_sequences(data, tokenizer, "calibration", config.samples, checkpoint)
+    sequences = text_for(
+        [checkpoint.config], data, tokenizer, "calibration", config.samples, checkpoint
+    )
     with stage as folder:
         moment_HH = second_moment(checkpoint, sequences, options, Spill(folder / "spill"))
         shutil.rmtree(folder / "spill", ignore_errors=True)
