@@ -97,7 +97,8 @@ def _check_text(plan: RecipePlan) -> None:
     if not plan.calibration_to_choose:
         return
     wanted = plan.calibration_sequences + plan.calibration_to_choose
-    available = len(build_sequences(plan.data, tokenizer, "calibration", wanted))
+    alone = bool(families.mixes(plan.checkpoint.config))
+    available = len(build_sequences(plan.data, tokenizer, "calibration", wanted, alone=alone))
     if available < wanted:
         profile = next(step for step in plan.steps if step.name == "profile")
         raise UserError(

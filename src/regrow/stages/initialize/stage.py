@@ -41,7 +41,7 @@ def initialize(
         return out
     with stage as folder:
         drawn = random_model(stock, config.seed, checkpoint.folder)
-        checkpoints.write_model(drawn, folder, checkpoint)
+        checkpoints.write_model(drawn, folder, checkpoint, whole=False)
     say(describe(checkpoint, config))
     return out
 
