@@ -138,7 +138,7 @@ class Sequential:
     def _solve_reader(self, template: str, dim: str, new: int, old: int) -> None:
         module = self._cut.model.get_submodule(_module(template, new))
         assert isinstance(module, nn.Linear)
-        (fit, validate), tokens = (Moments.empty(_joined(module)) for _ in range(2)), 0
+        (fit, validate), errors = (Moments.empty(_joined(module)) for _ in range(2)), list[Tensor]()
         for n, (subset, inputs) in enumerate(self._batches):
             x_BTi, stream_BTH = self._reach(template, dim, new, n, inputs)
             self._reached["input"].put(n, x_BTi)
@@ -153,19 +153,22 @@ class Sequential:
                 x_Ni = torch.cat([x_Ni, torch.ones_like(x_Ni[:, :1])], dim=1)
             moments = validate if subset == "validate" else fit
             moments.add(x_Ni * weight_N1, target_BTH[real] * weight_N1)
-            tokens += len(x_Ni) if moments is validate else 0
-        small = validate.error(_joined(module)) < self._rounding(dim) * tokens
-        ridges = () if small else self.ridges
+            if moments is validate:
+                error_NH = widen(module(x_BTi[real])) - target_BTH[real]
+                after_NH = (widen(stream_BTH) + target_BTH)[real]
+                errors.append(error_NH.square().sum(-1) / after_NH.square().sum(-1))
+        exact = float(torch.cat(errors).mean()) < self._rounding(dim)
+        ridges = () if exact else self.ridges
         self._put(module, template, old, refit(_joined(module), fit, validate, ridges))
 
     def _rounding(self, dim: str) -> float:
-        """An error per token, in the reader's output, that is only the rounding of the streams.
+        """The mean of |W x̂ − target|² / |h⁺|² that is only the rounding of the streams.
 
-        0 if there is a norm between reader and stream, which changes the scale.
+        0 if there is a norm between reader and stream, or a multiplier: they change the scale.
         """
-        if dim in self.setup.family.post_norm:
-            return 0.0
-        return NEGLIGIBLE / self.setup.family.residual_multiplier**2
+        family = self.setup.family
+        scaled = dim in family.post_norm or family.residual_multiplier != 1
+        return 0.0 if scaled else NEGLIGIBLE
 
     def _reach(
         self, template: str, dim: str, new: int, n: int, inputs: dict[str, Tensor]
