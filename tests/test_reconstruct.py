@@ -169,6 +169,31 @@ def test_a_layer_that_makes_the_model_worse_is_not_kept(
     assert not any(row["kept"] for row in manifest["layers"])
 
 
+@pytest.mark.parametrize(
+    ("kl", "new"),
+    [
+        ([1.0, 1.2, 0.9], [True, True, True, True]),  # later layers made up for the first ones
+        ([1.0, 0.8, 0.9], [True, True, False, False]),
+        ([1.0, 1.2, 1.1], [False, False, False, False]),
+        ([1.0, 0.8, float("nan")], [True, True, False, False]),
+    ],
+)
+def test_the_layers_after_the_best_check_get_their_old_weights_back(
+    kl: list[float], new: list[bool], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = write_trained(tmp_path / "teacher", text, num_hidden_layers=4)
+    student = cut_of(teacher, tmp_path, mlp=32)
+    measured = iter(kl)
+    monkeypatch.setattr(stage.Reconstruction, "_kl", lambda *_, **__: next(measured))
+    out = reconstruct(student, teacher, data_of(text), tmp_path / "out", CONFIG, OPTIONS)
+    old, got = (load_file(folder / "model.safetensors") for folder in (student, out))
+    changed = {name.split(".")[2] for name in old if not torch.equal(old[name], got[name])}
+    assert changed == {str(layer) for layer, is_new in enumerate(new) if is_new}
+    manifest = read(out)
+    assert manifest is not None
+    assert [row["kept"] for row in manifest["layers"]] == new
+
+
 def test_a_killed_run_resumes_to_the_same_result(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

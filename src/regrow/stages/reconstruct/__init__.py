@@ -39,8 +39,8 @@ class ReconstructConfig(Config):
     validation_sequences: int = Field(default=8, ge=1)
     """Sequences of the validation split by which a layer, and the model, is accepted."""
     checks: int = Field(default=4, ge=1)
-    """How often the whole model is checked on the way. The layers since the last check keep their
-    old weights where they made the model worse."""
+    """How often the whole model is checked on the way. At the end, the layers after the check with
+    the lowest KL get their old weights back."""
     seed: int = 0
     """Seed of the order of the text."""
 

@@ -8,8 +8,10 @@ teacher's stream on the channels that the cut kept, the loss is the mean over to
     |ĥ⁺ − h⁺|² / |h⁺|²
 
 A trained layer is kept if its error on text that it was not trained on is lower. The whole model is
-checked several times on the way, by its KL to the teacher on that text: layers that lowered their
-own errors and yet made the model worse go back to their old weights.
+checked several times on the way, by its KL to the teacher on that text. At the end, the layers
+after the check with the lowest KL go back to their old weights: they lowered their own errors and
+yet made the model worse. It does not go back at once, because later layers make up for earlier
+ones.
 
 Shapes: B sequences, T tokens, H kept channels of the residual stream.
 """
@@ -138,7 +140,7 @@ class Reconstruction:
         self.rows: list[dict[str, Any]] = []
         """Per layer: its error before and after, and whether it was kept."""
         self.kl: list[float] = []
-        """KL of the model to the teacher, before and at each check that it passed."""
+        """KL of the model to the teacher, before and at each check."""
         self._new: dict[str, Path] = {}
         """The file that has the new tensor of a name."""
         train, validation = text
@@ -165,7 +167,9 @@ class Reconstruction:
         kept = self.plan.kept_layers()
         ends = [*kept[1:], self.plan.before["layers"]]
         layers = len(kept)
-        checks = {round((n + 1) * layers / self.config.checks) for n in range(self.config.checks)}
+        checks = sorted(
+            {round((n + 1) * layers / self.config.checks) for n in range(self.config.checks)} - {0}
+        )
         done = self._resume()
         streams = Streams(self.folder / "streams", self._batches(), self._dense, self._cut)
         if not self.kl:
@@ -173,20 +177,21 @@ class Reconstruction:
         tokens = self._tokens * self.config.passes
         with progress("reconstruct", layers * tokens) as counter:
             counter.resume_at(done * tokens)
-            start = max([0, *(check for check in checks if check <= done)])
             for layer in range(layers):
                 streams.advance_dense(
                     range(ends[layer - 1] if layer else 0, ends[layer]), self.ids_V
                 )
                 if layer >= done:
                     self._train(layer, streams, counter)
-                if layer == start:
-                    streams.remember()
                 streams.advance_cut(layer)
                 if layer + 1 in checks and layer >= done:
-                    self._check(start, layer + 1, streams)
-                start = layer + 1 if layer + 1 in checks else start
+                    self.kl.append(self._kl())
+                    say(
+                        f"reconstruct: {layer + 1} layers done, KL to the teacher "
+                        f"{self.kl[-1]:.4f} nats"
+                    )
                 self._save_state(layer + 1)
+        self._keep_best([0, *checks])
 
     def _batches(self) -> list[dict[str, Tensor]]:
         return [*self.train, *self.validation]
@@ -237,24 +242,20 @@ class Reconstruction:
 
         return target
 
-    def _check(self, start: int, end: int, streams: Streams) -> None:
-        """Keep the layers from `start` to `end` only if the model is no worse with them."""
-        kl = self._kl()
-        if kl <= self.kl[-1]:
-            self.kl.append(kl)
-            say(f"reconstruct: {end} layers done, KL to the teacher {kl:.4f} nats")
+    def _keep_best(self, checked: list[int]) -> None:
+        """Give the layers after the check with the lowest KL their old weights back."""
+        best = min(range(len(self.kl)), key=self.kl.__getitem__)
+        if best == len(self.kl) - 1:
             return
         say(
-            f"reconstruct: layers {start} to {end - 1} keep their old weights: with the new ones "
-            f"the model's KL to the teacher is {kl:.4f} instead of {self.kl[-1]:.4f} nats"
+            f"reconstruct: the layers from {checked[best]} on keep their old weights: with the new "
+            f"ones the model's KL to the teacher is {self.kl[-1]:.4f} instead of "
+            f"{self.kl[best]:.4f} nats"
         )
-        for name in [name for name, path in self._new.items() if start <= int(path.stem) < end]:
+        for name in [name for name, path in self._new.items() if int(path.stem) >= checked[best]]:
             del self._new[name]
-        for row in self.rows[start:end]:
+        for row in self.rows[checked[best] :]:
             row["kept"] = False
-        streams.restore()
-        for layer in range(start, end):
-            streams.advance_cut(layer)
 
     @torch.no_grad()
     def _measure_teacher(self, checkpoint: Checkpoint) -> None:
@@ -303,6 +304,6 @@ class Reconstruction:
         kept = sum(row["kept"] for row in self.rows)
         return [
             Figure(name="KL before", value=self.kl[0], unit="nats", convention=convention),
-            Figure(name="KL after", value=self.kl[-1], unit="nats", convention=convention),
+            Figure(name="KL after", value=min(self.kl), unit="nats", convention=convention),
             Figure(name="layers with new weights", value=kept, n=len(self.rows)),
         ]

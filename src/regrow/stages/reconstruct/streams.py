@@ -30,13 +30,13 @@ class Streams:
     ) -> None:
         self.batches, self._models = batches, {"dense": dense, "cut": cut}
         tokens = sum(batch["input_ids"].numel() for batch in batches)
-        width = sum(m.model.config.hidden_size * n for m, n in ((dense, 1), (cut, 2)))
+        width = sum(m.model.config.hidden_size for m in (dense, cut))
         free = psutil.virtual_memory().available
         self._spills = tokens * width * cut.dtype.itemsize > SHARE_OF_RAM * free
         self._kept: dict[str, dict[int, Tensor] | Spill] = {
-            name: Spill(folder / name) if self._spills else {} for name in ("dense", "cut", "start")
+            name: Spill(folder / name) if self._spills else {} for name in ("dense", "cut")
         }
-        self._begun = {"dense": False, "cut": False, "start": False}
+        self._begun = {"dense": False, "cut": False}
 
     def dense(self, number: int) -> Tensor:
         """The teacher's stream [B, T, H] of a batch."""
@@ -56,20 +56,6 @@ class Streams:
     def advance_cut(self, layer: int) -> None:
         """Take the student's stream through a layer, with the weights that it has now."""
         self._advance("cut", layer, None)
-
-    def remember(self) -> None:
-        """Keep the student's stream as it is, for `restore`."""
-        self._begun["start"] = self._begun["cut"]
-        if self._begun["cut"]:
-            for number in range(len(self.batches)):
-                self._put("start", number, self._get("cut", number))
-
-    def restore(self) -> None:
-        """Go back to the stream that `remember` kept."""
-        self._begun["cut"] = self._begun["start"]
-        if self._begun["start"]:
-            for number in range(len(self.batches)):
-                self._put("cut", number, self._get("start", number))
 
     def _advance(self, name: str, layer: int, ids_V: Tensor | None) -> None:
         model = self._models[name]
