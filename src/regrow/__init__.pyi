@@ -24,6 +24,8 @@ from regrow.stages.generate import GenerateConfig as GenerateConfig
 from regrow.stages.generate.stage import generate as generate
 from regrow.stages.initialize import InitializeConfig as InitializeConfig
 from regrow.stages.initialize.stage import initialize as initialize
+from regrow.stages.learn_masks import LearnMasksConfig as LearnMasksConfig
+from regrow.stages.learn_masks.stage import learn_masks as learn_masks
 from regrow.stages.prefer import PreferConfig as PreferConfig
 from regrow.stages.prefer.stage import prefer as prefer
 from regrow.stages.profile import ProfileConfig as ProfileConfig

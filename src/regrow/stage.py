@@ -30,7 +30,17 @@ BEFORE_FIRST_PRUNE = "model before the first prune"
 IN_ORDER = (
     "advise",
     "initialize",
-    *("profile", "rotate", "compare", "prune", "reconstruct", "generate", "cache", "distill"),
+    *(
+        "profile",
+        "learn_masks",
+        "rotate",
+        "compare",
+        "prune",
+        "reconstruct",
+        "generate",
+        "cache",
+        "distill",
+    ),
     "prefer",
     *("sparsify", "quantize", "evaluate", "export", "report"),
 )

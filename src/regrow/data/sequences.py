@@ -124,6 +124,12 @@ class Sequences(Dataset[dict[str, Tensor]]):
         return tensors if self.source is None else {**tensors, "source": self.source}
 
 
+def joined(parts: Sequence[Sequences]) -> Sequences:
+    """The sequences of all parts, one after the other; all parts have the same tensors."""
+    tensors = [part._tensors() for part in parts]
+    return Sequences(**{name: torch.cat([each[name] for each in tensors]) for name in tensors[0]})
+
+
 def fit_and_validate(
     sequences: Sequences, count: int, batch_size: int
 ) -> Iterator[tuple[Subset | None, dict[str, Tensor]]]:

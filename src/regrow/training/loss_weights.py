@@ -72,13 +72,14 @@ class LossWeights:
             terms.append(Term(name, weight, loss, module.NEEDS_TEACHER))
         return terms
 
-    def validation(self, name: str) -> LossWeights:
-        """These losses, with `name` added as the first one, for measurements on held-out text.
+    def validation(self, *names: str) -> LossWeights:
+        """These losses, with `names` added as the first ones, for measurements on held-out text.
 
         The temperature is 1, and products are exact: in bfloat16 a KL of 3e-5 would become 2e-4.
         """
-        by_source = tuple({name: 0.0, **weights} for weights in self.by_source)
-        weights = {name: 0.0, **self.weights}
+        first = dict.fromkeys(names, 0.0)
+        by_source = tuple({**first, **weights} for weights in self.by_source)
+        weights = {**first, **self.weights}
         return replace(self, weights=weights, temperature=1.0, exact=True, by_source=by_source)
 
     @property

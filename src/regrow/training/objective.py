@@ -32,7 +32,7 @@ def bind_loss(
     teacher: AnyTeacher | None,
     loss_weights: LossWeights,
     feature_losses: FeatureLosses | None = None,
-    measured_first: str = CHOSEN_BY,
+    measured_first: tuple[str, ...] = (CHOSEN_BY,),
 ) -> Callable[[], None]:
     """Make `student(**batch)` return the summed loss; returns a function that undoes this.
 
@@ -41,12 +41,11 @@ def bind_loss(
     are `loss` (the sum of all weighted losses), `main` (the same without feature losses), `parts`
     (the unweighted sum of each loss by name), `tokens` (the number of scored tokens) and `counts`
     (the number of tokens, by name, of each loss that only some sources have). In eval mode all
-    losses are measured at temperature 1 and with exact products. The loss `measured_first` is then
-    measured first, even if it is not a training loss; a training step computes it only if it is
-    one.
+    losses are measured at temperature 1 and with exact products. The losses `measured_first` are
+    then measured first, even if they are not training losses; a training step computes only those.
     """
     stock = student.forward
-    measured = loss_weights if teacher is None else loss_weights.validation(measured_first)
+    measured = loss_weights if teacher is None else loss_weights.validation(*measured_first)
     objective = _Objective(teacher, loss_weights, measured, feature_losses)
 
     def forward(

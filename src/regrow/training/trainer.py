@@ -6,8 +6,10 @@ the running means of the loss balancer.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,10 +21,11 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer
 
-from regrow.data.sequences import IGNORED
+from regrow.data.sequences import IGNORED, Sequences
 from regrow.errors import UserError
 from regrow.training.adapters import has_adapter, load_adapter
 from regrow.training.callbacks import COUNT_PREFIX, MetricSums
+from regrow.training.dynamic_blend import LOSS, DynamicBlend
 from regrow.training.features import MAIN, FeatureLosses
 from regrow.training.on_policy import StudentWriter
 from regrow.training.rates import scale_rates
@@ -95,24 +98,41 @@ class FeatureLossTrainer(Trainer):
             self.feature_losses.load_state_dict(state)
 
 
+BLEND_STATE = "blend.json"
+"""A file in each checkpoint of a training whose sources have changing shares."""
+
+
+@dataclass(frozen=True)
+class TrainedBlend:
+    """The changing shares of the sources, and the validation sequences of each."""
+
+    blend: DynamicBlend
+    heldout: list[Sequences]
+    in_step: int
+    """Sequences in an optimizer step."""
+
+
 class DistillTrainer(FeatureLossTrainer):
     """Trains on a step's summed loss ÷ its scored tokens, over all micro-batches and ranks.
 
     Sequences are read in order, so that a run with a larger budget continues a shorter one. With a
-    `writer`, the student itself writes some of them.
+    `writer`, the student itself writes some of them. With a `blend`, each evaluation changes the
+    shares of the sources. The change acts one step later, as the next step's first micro-batch is
+    already read.
     """
 
     def __init__(
         self,
         *args: Any,
         writer: StudentWriter | None = None,
+        blend: TrainedBlend | None = None,
         attention_rate: float = 1.0,
         embedding_rate: float = 1.0,
         **kwargs: Any,
     ) -> None:
         self.rates = (attention_rate, embedding_rate)
         super().__init__(*args, **kwargs)
-        self.writer = writer
+        self.writer, self.blend = writer, blend
         self.logged = MetricSums()
         self.step_loss = torch.zeros(())
         self.model_accepts_loss_kwargs = True  # Trainer then counts the scored tokens
@@ -238,15 +258,13 @@ class DistillTrainer(FeatureLossTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The mean of each loss over all ranks' validation sequences, in nats per scored token."""
         self.student.eval()
-        sums = MetricSums()
-        dataloader = self.get_eval_dataloader()
-        for inputs in dataloader:
-            inputs = self._prepare_inputs(inputs)
-            with self.compute_loss_context_manager():
-                outputs = self.model_wrapped(**_model_inputs(inputs))
-            sums.add(_sums(outputs))
+        sums, more = MetricSums(), {}
+        if self.blend is None:
+            sums.add(self._measured(None).sums)
+        else:
+            more = self._change_shares(self.blend, sums)
         means = sums.means(self.sum_over_ranks)
-        metrics = {f"eval_{name}": value for name, value in means.items()}
+        metrics = {f"eval_{name}": value for name, value in {**means, **more}.items()}
         for value in metrics.values():
             if not math.isfinite(value):
                 step = self.state.global_step
@@ -256,6 +274,46 @@ class DistillTrainer(FeatureLossTrainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _measured(self, sequences: Sequences | None) -> MetricSums:
+        """The sums of each loss over validation sequences; None stands for all of them."""
+        sums = MetricSums()
+        for inputs in self.get_eval_dataloader(sequences):
+            inputs = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                outputs = self.model_wrapped(**_model_inputs(inputs))
+            sums.add(_sums(outputs))
+        return sums
+
+    def _change_shares(self, trained: TrainedBlend, total: MetricSums) -> dict[str, float]:
+        """Measure each source, add to `total`, and change the shares; returns losses and shares."""
+        losses = []
+        for sequences in trained.heldout:
+            sums = self._measured(sequences)
+            total.add(sums.sums)
+            losses.append(sums.means(self.sum_over_ranks)[LOSS])
+        blend = trained.blend
+        first = (self.state.global_step + 1) * trained.in_step
+        if all(map(math.isfinite, losses)):
+            blend.update(losses, first)
+        rows = zip(blend.names, losses, blend.shares, strict=True)
+        return {
+            key: value
+            for name, loss, share in rows
+            for key, value in ((f"{LOSS} of {name}", loss), (f"share of {name}", share))
+        }
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.blend is not None and self.args.should_save:
+            state = json.dumps(self.blend.blend.state_dict())
+            (Path(output_dir) / BLEND_STATE).write_text(state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.blend is not None:
+            state = json.loads((Path(checkpoint) / BLEND_STATE).read_text())
+            self.blend.blend.load_state_dict(state)
 
 
 class _EvenShares(Dataset[dict[str, Tensor]]):

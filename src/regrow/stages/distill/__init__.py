@@ -75,6 +75,7 @@ class DistillStage(Stage):
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError if losses, budget, answers and cache are not compatible."""
         from regrow.sparsity.zeros import NOTE
+        from regrow.stages.distill.domains import check_domains
         from regrow.stages.distill.on_policy import check_on_policy
         from regrow.stages.distill.setup import budget_of
         from regrow.stages.distill.student import Student, check_keeps_zeros, check_student
@@ -83,6 +84,7 @@ class DistillStage(Stage):
         from regrow.training.cache.folder import Cache
 
         config, options = step.config, plan.options
+        check_domains(config, plan.data, options)
         if parent := _learns_from_parent(step):
             if step.teacher is not None:
                 raise UserError(f"teacher and learn_from {step.extra.learn_from}: give one of them")
@@ -180,6 +182,7 @@ def _learns_from_parent(step: Step) -> str | None:
 
 def _check_cached(step: Step, plan: RecipePlan) -> None:
     """Raise UserError for fields that a cache does not support."""
+    from regrow.stages.distill.domains import check_domains
     from regrow.stages.distill.on_policy import check_on_policy
     from regrow.stages.distill.teacher import (
         FEWER_TOKENS,
@@ -192,6 +195,7 @@ def _check_cached(step: Step, plan: RecipePlan) -> None:
     if plan.fewer_tokens:
         raise UserError(FEWER_TOKENS)
     cached = step.config.model_copy(update={"cache": "of the recipe"})
+    check_domains(cached, plan.data, plan.options)
     check_on_policy(cached, plan.data, plan.options)
     check_extra_teachers(cached)
     teacher_placement(cached, plan.options)
@@ -213,6 +217,7 @@ def estimate(
 ) -> list[str]:
     """The estimated steps, time and memory: 2 N_teacher + 6 N_student operations per token."""
     from regrow.cost import parameters
+    from regrow.stages.distill.domains import check_domains
     from regrow.stages.distill.on_policy import check_on_policy
     from regrow.stages.distill.preflight import memory_lines
     from regrow.stages.distill.student import check_student
@@ -220,6 +225,7 @@ def estimate(
     from regrow.stages.distill.text import answer_digests, loss_weights_of, training_text
 
     check_on_policy(config, data, options)
+    check_domains(config, data, options)
     text = training_text(data, config)
     loss_weights_of(config, text)
     answer_digests(config)

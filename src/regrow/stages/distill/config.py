@@ -130,6 +130,13 @@ class DistillConfig(Config):
     """Freeze the embedding (and a head tied to it) and the first N layers. This is faster. If only
     later layers were cut, the frozen layers are the teacher's, and then run once for both
     models."""
+    dynamic_blend: bool = False
+    """Change the shares of the sources at each evaluation, every eval_tokens: a source whose
+    held-out loss is further above its reference gets more. The sources' weights are the first
+    shares."""
+    reference_losses: tuple[float, ...] = ()
+    """For dynamic_blend: a loss for each source, in their order, in nats per token. Without them,
+    the teacher's own losses are measured at the start."""
     keep_zeros: bool = True
     """Keep the zeros of a sparse student (one that sparsify made, or with 30 % of zeros in the
     matrices of its layers). Otherwise training fills them, and the result is dense."""

@@ -26,6 +26,7 @@ from regrow.stages.distill.teacher import TeacherSetup, teacher_placement
 from regrow.training import sharding
 from regrow.training.adapters import Adapter
 from regrow.training.callbacks import CHOSEN_BY
+from regrow.training.dynamic_blend import LOSS
 from regrow.training.features import FeatureLosses, LayerMapping, LossBalancer, at_depths, needs_of
 from regrow.training.loss_weights import LossWeights
 from regrow.training.teacher import TeacherPlacement
@@ -203,6 +204,12 @@ class DistillSetup:
         """The loss that chooses the best student, on the validation sequences."""
         asked = self.config.chosen_by
         return self.teachers.chosen_by if asked == CHOSEN_BY else asked
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The losses that are measured on held-out text beside the training losses."""
+        more = (LOSS,) if self.config.dynamic_blend else ()
+        return (self.config.chosen_by, *more)
 
     @property
     def sharded(self) -> bool:

@@ -32,6 +32,7 @@ from regrow.runtime.progress import progress, say
 from regrow.sparsity import zeros
 from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
 from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.domains import Domains, check_domains
 from regrow.stages.distill.on_policy import check_on_policy, writer_of
 from regrow.stages.distill.preflight import advice
 from regrow.stages.distill.setup import TRAINER, DistillSetup, arguments_of
@@ -41,6 +42,7 @@ from regrow.stages.distill.text import answer_digests, loss_weights_of, training
 from regrow.training import sharding
 from regrow.training.callbacks import CHOSEN_BY, MetricsWriter, ProgressCallback
 from regrow.training.checkpoints import last_checkpoint
+from regrow.training.dynamic_blend import BlendedSequences
 from regrow.training.frozen_layers import decoder_layers
 from regrow.training.objective import bind_loss
 from regrow.training.on_policy import NumberedSequences
@@ -78,6 +80,7 @@ def distill(
     device = options.torch_device()
     teacher = teacher if isinstance(teacher, Checkpoint) else load(teacher)
     check_on_policy(config, data, options)
+    check_domains(config, data, options)
     opened = open_student(student, teacher)
     text = training_text(data, config)
     loss_weights = loss_weights_of(config, text)
@@ -96,7 +99,10 @@ def distill(
         return out
     setup = DistillSetup.of(opened, teachers, loss_weights, data, config, options)
     require_space(out, setup.bytes())
-    train, heldout = setup.sequences(data, text)
+    domains = Domains.open(setup, data) if config.dynamic_blend else None
+    train, heldout = (
+        setup.sequences(data, text) if domains is None else (domains.train, domains.all_heldout())
+    )
     distributed.join(cpu=device.type == "cpu")
     with stage as folder:
         if distributed.is_main():
@@ -105,7 +111,7 @@ def distill(
         if device.index is not None:
             torch.cuda.set_device(device)  # the trainer uses the current device
         try:
-            _run(setup, stage, folder, train, heldout, device, data, metrics)
+            _run(setup, stage, folder, train, heldout, device, data, metrics, domains)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -145,11 +151,12 @@ def _run(
     setup: DistillSetup,
     stage: StageDir,
     folder: Path,
-    train: Sequences,
+    train: Sequences | BlendedSequences,
     heldout: Sequences,
     device: torch.device,
     data: DataConfig,
     metrics: Path | None,
+    domains: Domains | None = None,
 ) -> None:
     """Train the student, then write the best checkpoint and the figures."""
     teachers, config, budget = setup.teachers, setup.config, setup.budget
@@ -164,22 +171,28 @@ def _run(
         compile_layers(
             model, teacher_model, setup.placement, 0 if shared is None else config.freeze_layers
         )
-    writer = writer_of(setup, model, train, data)
+    dataset: Sequences | BlendedSequences | NumberedSequences = train
+    writer = None
+    if isinstance(train, Sequences):
+        writer = writer_of(setup, model, train, data)
+        dataset = train if writer is None else NumberedSequences(train)
+    blend = None if domains is None else domains.trained(teacher_model, budget.micro)
     trainer = DistillTrainer(
         model=model,
         args=arguments_of(folder, config, setup.options, device, budget, setup.chosen_by),
-        train_dataset=train if writer is None else NumberedSequences(train),
+        train_dataset=dataset,
         eval_dataset=heldout,
         feature_losses=feature_losses,
         writer=writer,
+        blend=blend,
         attention_rate=config.attention_rate,
         embedding_rate=config.embedding_rate,
     )
     with ExitStack() as bound:
         if shared is not None:
             bound.callback(shared.close)
-        first = config.chosen_by
-        bound.callback(bind_loss(model, teacher_model, loss_weights, feature_losses, first))
+        losses = (loss_weights, feature_losses, setup.measured)
+        bound.callback(bind_loss(model, teacher_model, *losses))
         if setup.scheme is not None:
             bound.callback(bind_rounding(model, setup.scheme))
         _train(trainer, setup, stage.out, folder, metrics)
