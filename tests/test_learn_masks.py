@@ -27,6 +27,7 @@ from regrow.checkpoint import Checkpoint, load
 from regrow.cli.main import main
 from regrow.config import parse
 from regrow.plan import Plan
+from regrow.profile_folder import Profile
 from regrow.stages.learn_masks import stage as learning
 
 OPTIONS = Options(device="cpu", batch_size=4)
@@ -68,7 +69,7 @@ def learned(place: Path) -> Path:
 
 
 def scores_in(folder: Path) -> dict[str, torch.Tensor]:
-    scores: dict[str, torch.Tensor] = load_file(folder / "scores.safetensors")
+    scores: dict[str, torch.Tensor] = load_file(folder / "profile/scores.safetensors")
     return scores
 
 
@@ -88,7 +89,7 @@ def test_prune_cuts_to_that_shape(learned: Path, tmp_path: Path) -> None:
         layer_criterion="learned_masks",
         repair=False,
     )
-    out = prune(learned / "model", tmp_path / "cut", sizes, learned)
+    out = prune(learned, tmp_path / "cut", sizes, learned / "profile")
     config = load(out).config
     assert config["num_hidden_layers"] == 2
     assert (config["hidden_size"], config["intermediate_size"]) == (36, 24)
@@ -107,7 +108,8 @@ def test_the_cut_model_is_the_one_that_was_measured(
 
     sizes = {"criterion": "learned_masks", "layer_criterion": "learned_masks", "repair": False}
     config = PruneConfig.model_validate({**SHAPE, "multiple_of": 4, **sizes})
-    model = load(prune(learned / "model", tmp_path / "cut", config, learned)).model(torch.float32)
+    cut = prune(learned, tmp_path / "cut", config, learned / "profile")
+    model = load(cut).model(torch.float32)
     text = data_of(place / "text.jsonl")
     sequences = build_sequences(text, load(place / "model").tokenizer(), "validation", 4)
     batch = next(sequences.batches(4))
@@ -133,9 +135,10 @@ def test_masks_alone_find_channels_that_do_nothing(place: Path, tmp_path: Path) 
         }
     )
     data = data_of(place / "text.jsonl")
-    profile = learn_masks(place / "model", data, tmp_path / "out", config, OPTIONS)
-    assert not (tmp_path / "out/model").exists()
-    assert profile.fingerprint == load(place / "model").fingerprint
+    out = load(learn_masks(place / "model", data, tmp_path / "out", config, OPTIONS))
+    profile, before = Profile(out.folder / "profile"), load(place / "model")
+    assert all(torch.equal(out.tensor(name), before.tensor(name)) for name in before.names())
+    profile.check_fingerprint(out)
     scores = profile.scores("learned_masks", "mlp")["1"]
     useless = torch.zeros(56, dtype=torch.bool)
     useless[::4] = True
@@ -163,7 +166,7 @@ def test_a_killed_run_ends_with_the_same_result(
     learn_masks(place / "model", data, out, config, OPTIONS)
     for name, scores in scores_in(tmp_path / "whole").items():
         assert torch.equal(scores_in(out)[name], scores), name
-    one, other = Checkpoint(tmp_path / "whole/model"), Checkpoint(out / "model")
+    one, other = Checkpoint(tmp_path / "whole"), Checkpoint(out)
     assert one.fingerprint == other.fingerprint
 
 

@@ -27,8 +27,9 @@ FIELDS = {
     "kv_heads": "num_key_value_heads",
 }
 """The field of each dimension that masks can cut."""
-MODEL = "model"
-"""The folder of the trained model, inside the stage's folder."""
+CRITERION = "learned_masks"
+PROFILE = "profile"
+"""The folder of the scores, inside the model's folder."""
 
 
 class LearnMasksConfig(Config):
@@ -119,7 +120,7 @@ class LearnMasksStage(Stage):
 
         Args:
             model: Hugging Face folder, hub id, GGUF file, or package:NAME.
-            out: Folder to write the scores and the trained model to.
+            out: Folder to write the trained model and its profile to.
             masks: Target shape, losses and budget.
             machine: Device and batch size.
             dry_run: Check everything and print what would be done.
@@ -149,6 +150,7 @@ class LearnMasksStage(Stage):
     def leave(self, step: Step, plan: RecipePlan) -> None:
         """Record that the current model has a profile."""
         plan.profiled = True
+        plan.left["criteria"] = (CRITERION,)
         plan.left["gram_tokens"] = 0
         if not plan.calibration_sequences:
             plan.calibration_sequences = step.config.samples
@@ -159,9 +161,8 @@ class LearnMasksStage(Stage):
 
         out = run.folder(folder)
         learn_masks(run.current, run.data, out, step.config, run.options)
-        if step.config.train_weights:
-            run.add("trained with masks", out / MODEL)
-        run.profile = out
+        run.add("trained with masks", out)
+        run.profile = out / PROFILE
 
 
 def estimate(checkpoint: Checkpoint, data: DataConfig, config: LearnMasksConfig) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regrow import families
+from regrow.card import ModelDir
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.config import Options
@@ -21,18 +22,18 @@ from regrow.data import DataConfig
 from regrow.data.sequences import Sequences, build_sequences
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
-from regrow.profile_folder import INFO, SCORES, SEQUENCES, Profile
+from regrow.plan import copy_plans
+from regrow.profile_folder import INFO, SCORES, SEQUENCES
 from regrow.runtime.progress import progress, say
 from regrow.sparsity import zeros
-from regrow.stage_dir import Figure, StageDir, refuse_input, require_space, write_json
-from regrow.stages.learn_masks import MODEL, LearnMasksConfig
+from regrow.stage_dir import Figure, refuse_input, require_space, write_json
+from regrow.stages.learn_masks import CRITERION, PROFILE, LearnMasksConfig
 from regrow.training.loss_weights import LossWeights
 from regrow.training.masks import Masks, masked
 from regrow.training.model_check import check_model
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher, place_teacher
 
-CRITERION = "learned_masks"
 STATE = "state.pt"
 ADVICE = "set train_weights to false, or learn the masks before you sparsify"
 
@@ -43,14 +44,14 @@ def learn_masks(
     out: str | Path,
     config: LearnMasksConfig,
     options: Options | None = None,
-) -> Profile:
-    """Train `model` with masks that reach a shape; write and return a profile of their scores.
+) -> Path:
+    """Train `model` with masks that reach a shape; write it with the masks' scores, return `out`.
 
-    Xia et al., 2023, arXiv:2310.06694. The profile has the criterion `learned_masks`; a unit's
-    score is its log α. With `train_weights` the profile is that of the trained model in `model/`,
-    which is the one to prune. An interrupted run continues. Raises UserError for a shape that the
-    model cannot have, for sparse weights that training would fill, and for a loss that is not
-    finite.
+    Xia et al., 2023, arXiv:2310.06694. `profile/` in the folder is the profile of the model there:
+    it has the criterion `learned_masks`, and a unit's score is its log α. Without `train_weights`
+    the model is the same as before. An interrupted run continues. Raises UserError for a shape
+    that the model cannot have, for sparse weights that training would fill, and for a loss that is
+    not finite.
     """
     out, options = Path(out), options or Options()
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
@@ -60,10 +61,10 @@ def learn_masks(
     if config.train_weights:
         zeros.refuse_filling(checkpoint, "training with masks", ADVICE)
     inputs = {"model": checkpoint.fingerprint, "data": data_digest(data)}
-    stage = StageDir(out, "learn_masks", config, inputs, resumable=True)
+    stage = ModelDir(out, "learn_masks", config, inputs, checkpoint, data, resumable=True)
     if stage.complete:
         say(f"learn_masks: {out} is complete and unchanged")
-        return Profile(out)
+        return out
     require_space(out, 3 * 12 * sum(math.prod(shape) for shape in checkpoint.shapes.values()))
     tokenizer = checkpoint.tokenizer()
     count = steps * (config.batch_tokens // data.sequence_length)
@@ -75,7 +76,7 @@ def learn_masks(
         stage.figures += run.figures(heldout)
         kept = build_sequences(data, tokenizer, "calibration", config.samples, checkpoint)
         _write(folder, stage, checkpoint, run, kept, data)
-    return Profile(out)
+    return out
 
 
 def check(
@@ -264,31 +265,31 @@ class _MaskTraining:
 
 def _write(
     folder: Path,
-    stage: StageDir,
+    stage: ModelDir,
     checkpoint: Checkpoint,
     run: _MaskTraining,
     sequences: Sequences,
     data: DataConfig,
 ) -> None:
-    """Write the scores, the text for a repair and, if it was trained, the model."""
+    """Write the model, its scores, and the text for a repair."""
     scores = {
         f"{CRITERION}/{key}": log_alpha_U.detach().float().cpu().contiguous()
         for key, log_alpha_U in run.masks.log_alphas.items()
     }
-    fingerprint = checkpoint.fingerprint
-    if run.config.train_weights:
-        stored = {name: getattr(torch, checkpoint.dtype(name)) for name in checkpoint.names()}
-        for name, weight in run.model.named_parameters():
-            weight.data = weight.data.to(stored.get(name, run.dtype))
-        checkpoints.write_model(run.model, folder / MODEL, checkpoint)
-        fingerprint = Checkpoint(folder / MODEL).fingerprint
-    save_file(scores, folder / SCORES)
-    sequences.save(folder / SEQUENCES)
+    stored = {name: getattr(torch, checkpoint.dtype(name)) for name in checkpoint.names()}
+    for name, weight in run.model.named_parameters():
+        weight.data = weight.data.to(stored.get(name, run.dtype))
+    checkpoints.write_model(run.model, folder, checkpoint)
+    copy_plans(checkpoint.folder, folder)
+    measured = folder / PROFILE
+    measured.mkdir(exist_ok=True)
+    save_file(scores, measured / SCORES)
+    sequences.save(measured / SEQUENCES)
     info = {
         "digest": stage.digest,
         "grams": [],
         "gram_tokens": 0,
-        "fingerprint": fingerprint,
+        "fingerprint": Checkpoint(folder).fingerprint,
         "model_type": checkpoint.config["model_type"],
         "criteria": [CRITERION],
         "samples": len(sequences),
@@ -297,5 +298,5 @@ def _write(
         "token_weight": "uniform",
         "target": run.masks.after,
     }
-    write_json(folder / INFO, info)
+    write_json(measured / INFO, info)
     (folder / STATE).unlink(missing_ok=True)
