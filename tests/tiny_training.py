@@ -123,7 +123,9 @@ def start_ranks(world: int, work: Callable[..., None], *work_arguments: str) -> 
     They fork from a server that has the test modules imported already, once for all.
     """
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_trainer", "test_distill_ranks", "test_sharding"])
+    context.set_forkserver_preload(
+        ["test_trainer", "test_distill_ranks", "test_sharding", "test_ranks"]
+    )
     arguments = (world, free_port(), work, work_arguments)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server has no other

@@ -26,12 +26,12 @@ __all__ = sorted([*_HOMES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
     from regrow.plugins import names
 
     if name in names("regrow.stages"):
         from regrow.stage import find
 
         return find(name).function
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'regrow' has no attribute {name!r}")

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache, partial, wraps
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from regrow import plugins
 from regrow.config import Config, Options, parse
 from regrow.data.config import DataConfig, Split
 from regrow.errors import UserError, unknown
+from regrow.runtime import distributed
 
 if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint
     from regrow.families import Family
 
+T = TypeVar("T")
 STAGES = "regrow.stages"
 """The folder of the stages, for `plugins`."""
 BEFORE_PRUNE = "model before the last prune"
@@ -178,8 +181,9 @@ class Stage:
     """Whether it writes a new model: a profile and own answers of the model before are outdated."""
     needs_plain_weights: ClassVar[bool] = False
     """Whether it is refused after a `quantize` whose weights are final."""
-    distributed: ClassVar[bool] = False
-    """Whether all processes of a job (torchrun) share its work; otherwise process 0 does it."""
+    ranks: ClassVar[Literal["first", "split"]] = "first"
+    """What the processes of a job (torchrun) do: the first one works while the others wait, or
+    the work is split among all of them."""
     less_memory: ClassVar[str] = "lower --batch-size"
     """The advice of a run that ran out of memory: what to change."""
     reads: ClassVar[tuple[Split, ...]] = ()
@@ -201,8 +205,13 @@ class Stage:
     def function(self) -> Callable[..., Any]:
         """The stage as a Python function, `regrow.NAME`: the one in `stage.py` of its folder."""
         module = import_module(f"{STAGES}.{self.name}.stage")
-        function: Callable[..., Any] = getattr(module, self.name)
-        return function
+        own: Callable[..., Any] = getattr(module, self.name)
+        return _on_ranks(self, own)
+
+    def on_ranks(self, work: Callable[[], T]) -> T:
+        """Do `work()` in the processes of a job, as `ranks` says; every process has the result."""
+        with distributed.together():
+            return work() if self.ranks == "split" else distributed.on_first(work)
 
     def command(self, *arguments: Any, **flags: Any) -> None:
         """The stage as a command: the parameters are its flags, the docstring is its help."""
@@ -233,6 +242,15 @@ class Stage:
     def inputs(self, step: Step) -> Iterable[str]:
         """Hashes of further inputs, beside the recipe's model, data and teacher."""
         return ()
+
+
+@cache
+def _on_ranks(stage: Stage, function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*arguments: Any, **fields: Any) -> Any:
+        return stage.on_ranks(partial(function, *arguments, **fields))
+
+    return call
 
 
 def names() -> list[str]:

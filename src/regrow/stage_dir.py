@@ -126,6 +126,7 @@ class StageDir:
         self.partial = out.parent / f".{out.name}.partial"
         if distributed.is_main():
             recover(out)
+        distributed.agree(f"the inputs of {name}", self.digest)
         refuse_foreign(out, name)
 
     @property
@@ -138,6 +139,7 @@ class StageDir:
         if distributed.is_main():
             self._begin()
         distributed.wait()
+        distributed.require_shared(self.partial / MARK)
         return self.partial
 
     def _begin(self) -> None:
@@ -166,6 +168,7 @@ class StageDir:
         except OSError as caught:
             self._abandon(caught)
             raise
+        distributed.wait()  # until every process can read the result
 
     def _abandon(self, error: BaseException) -> None:
         self.meter.stop()

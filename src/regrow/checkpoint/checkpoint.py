@@ -34,6 +34,7 @@ from regrow.checkpoint.multimodal import (
 )
 from regrow.checkpoint.shards import DTYPES, PACKED, read_headers, write_shards
 from regrow.errors import UserError
+from regrow.runtime import distributed
 
 if TYPE_CHECKING:
     import torch
@@ -225,6 +226,13 @@ class Checkpoint:
         return self._read(self._other_shards[name], name)
 
     @property
+    def outline(self) -> str:
+        """SHA-256 of the config and of the weight files' names and sizes, which are not read."""
+        files = {name: (self.folder / name).stat().st_size for name in self._shard_of.values()}
+        text = json.dumps([self.config, files], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether the folder has a tokenizer."""
         return any((self.folder / name).exists() for name in TOKENIZER_FILES)
@@ -256,7 +264,8 @@ class Checkpoint:
                 f"{self.folder} is quantized: pip install 'regrow[quantize]' to open it"
             )
         # compressed-tensors prints progress bars that cannot be switched off.
-        with redirect_stderr(io.StringIO()) if self.quantized else nullcontext():
+        silent = redirect_stderr(io.StringIO()) if self.quantized else nullcontext()
+        with silent, distributed.hidden_group():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(self.folder),
                 dtype=dtype,

@@ -7,7 +7,6 @@ import io
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from typing import Any
@@ -78,6 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         from regrow.runtime.memory import is_out_of_memory
 
+        if distributed.lost_peer(error):
+            return _refuse("another process of this job has ended: run the same command again")
         if not is_out_of_memory(error):
             raise
         return _refuse(f"memory ran out: {_less_memory(arguments[0])}, and run again")
@@ -120,17 +121,25 @@ def _command(name: str) -> Callable[..., None]:
 
 
 def _run(arguments: list[str]) -> None:
-    """Run a command; a command that is not distributed runs only in process 0 of a job."""
+    """Run a command; a command whose work cannot be split runs only in process 0 of a job."""
     chosen = _parse(arguments)
-    if distributed.world_size() == 1 or _is_shared(arguments[0]):
+    if distributed.world_size() == 1:
         chosen()
+    elif _is_split(arguments):
+        with distributed.together():
+            chosen()
+        distributed.leave()
     elif distributed.is_main():
         with distributed.alone():
             chosen()
 
 
-def _is_shared(command: str) -> bool:
-    return command == "run" or (command in stage.names() and stage.find(command).distributed)
+def _is_split(arguments: list[str]) -> bool:
+    """Whether all processes of a job run a command: a recipe, or a stage that splits its work."""
+    command = arguments[0]
+    if "--dry-run" in arguments:
+        return False
+    return command == "run" or (command in stage.names() and stage.find(command).ranks == "split")
 
 
 def _parse(arguments: list[str]) -> Callable[[], None]:
@@ -152,7 +161,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
     except SystemExit as stop:
         refused = _validation_error(stop)
         if refused is None:
-            _leave_to_main()
+            distributed.leave_error_to_main()
             sys.stderr.write(messages.getvalue())
             raise
     first = refused.errors()[0]
@@ -189,15 +198,9 @@ def _validation_error(error: BaseException | None) -> ValidationError | None:
 
 
 def _refuse(message: str) -> int:
-    _leave_to_main()
+    distributed.leave_error_to_main()
     print(f"regrow: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
-
-
-def _leave_to_main() -> None:
-    """Wait for process 0 to print the same error; torchrun then stops the other processes."""
-    if not distributed.is_main():
-        time.sleep(distributed.GRACE)
 
 
 def _quiet() -> None:

@@ -151,13 +151,23 @@ def data_digest(data: DataConfig) -> str:
     """
     contents = []
     for source in data.sources:
-        path = Path(source.source).expanduser()
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in files:
-            if file.is_file():
-                stat = file.stat()
-                contents.append([file.name, _content(file, stat.st_size, stat.st_mtime_ns)])
+        for file in _files(source):
+            stat = file.stat()
+            contents.append([file.name, _content(file, stat.st_size, stat.st_mtime_ns)])
     return stage_dir.digest(data.model_dump(mode="json"), contents)
+
+
+def outline(source: SourceConfig) -> str:
+    """The SHA-256 of the names and sizes of a local source's files, whose content is not read."""
+    files = [[file.name, file.stat().st_size] for file in _files(source)]
+    return stage_dir.digest(source.source, files)
+
+
+def _files(source: SourceConfig) -> list[Path]:
+    """The files of a local source; none of other sources."""
+    path = Path(source.source).expanduser()
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [file for file in files if file.is_file()]
 
 
 @lru_cache(maxsize=4096)

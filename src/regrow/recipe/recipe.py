@@ -16,7 +16,7 @@ from regrow import stage_dir
 from regrow.checkpoint import load
 from regrow.config import Config, Options, parse
 from regrow.data.config import DataConfig
-from regrow.data.sources import data_digest
+from regrow.data.sources import data_digest, outline
 from regrow.errors import UserError
 from regrow.recipe import presets
 from regrow.recipe.iterate import expand
@@ -110,24 +110,44 @@ def run(
     """Run a recipe into `out`: stages/NN-name/, metrics.jsonl, model/ and report.html.
 
     If a run is repeated, complete and unchanged stages are skipped, and it continues where it
-    stopped. In a job of several processes (torchrun), the distributed stages (generate, cache,
-    distill) run in all processes; the other stages run in process 0 while the rest wait. Raises
+    stopped. In a job of several processes (torchrun), a stage runs as its `ranks` says. Raises
     UserError, before any slow work, for a recipe that cannot succeed.
     """
     recipe = recipe if isinstance(recipe, Recipe) else read(recipe)
     out, options = Path(out), options or Options()
-    on_main = partial(distributed.on_main, cpu=options.torch_device().type == "cpu")
-    if not on_main(partial(_begin, recipe, out, options)):
-        return out
+    with distributed.together():
+        _agree(recipe)
+        if distributed.on_first(partial(_begin, recipe, out, options)):
+            distributed.require_shared(out / RECIPE)
+            _run_stages(recipe, out, options, keep_stages)
+    return out
+
+
+def _agree(recipe: Recipe) -> None:
+    """Raise UserError if the processes of a job see different recipes, models or texts."""
+    if distributed.world_size() > 1:
+        fields = recipe.model_dump(mode="json")
+        distributed.agree("the recipe", stage_dir.digest(fields, stage_dir.versions()))
+        distributed.on_first(partial(_outlines, recipe))  # downloads, and converts GGUF files
+        for what, value in _outlines(recipe).items():
+            distributed.agree(what, value)
+
+
+def _outlines(recipe: Recipe) -> dict[str, str]:
+    """Hashes of what can be read quickly of each model and source: names, shapes and sizes."""
+    models = {f"the model {model}": load(model).outline for model in _models(recipe)}
+    return models | {f"the text {each.source}": outline(each) for each in recipe.data.sources}
+
+
+def _run_stages(recipe: Recipe, out: Path, options: Options, keep_stages: KeepStages) -> None:
     job = RecipeRun(recipe.model, recipe.data, recipe.steps(), out, options)
     for number, step in enumerate(job.steps, start=1):
         title, start = f"── {number}/{len(job.steps)} {step.name}", time.monotonic()
         say(title)
         work = partial(_run_stage, step, job, f"{number:02d}-{step.name}")
-        vars(job).update(work() if step.stage.distributed else on_main(work))
+        vars(job).update(step.stage.on_ranks(work))
         say(f"{title}: done in {clock(time.monotonic() - start)}")
-    on_main(partial(_finish, recipe, job, keep_stages))
-    return out
+    distributed.on_first(partial(_finish, recipe, job, keep_stages))
 
 
 def _run_stage(step: Step, job: RecipeRun, folder: str) -> dict[str, Any]:
@@ -161,8 +181,12 @@ def _digest(recipe: Recipe) -> str:
 
 def _fingerprints(recipe: Recipe) -> list[str]:
     """Fingerprints of the model and all teachers; raises UserError if weights contain NaN."""
-    models = {recipe.model, *(step.teacher for step in recipe.steps() if step.teacher)}
-    return [load(model).fingerprint for model in sorted(models)]
+    return [load(model).fingerprint for model in _models(recipe)]
+
+
+def _models(recipe: Recipe) -> list[str]:
+    """The recipe's model and all teachers."""
+    return sorted({recipe.model, *(step.teacher for step in recipe.steps() if step.teacher)})
 
 
 def _begin(recipe: Recipe, out: Path, options: Options) -> bool:

@@ -66,7 +66,7 @@ class CacheStage(Stage):
 
     config = CacheConfig
     takes_teacher = True
-    distributed = True
+    ranks = "split"
     reads = ("validation", "train")
 
     def command(

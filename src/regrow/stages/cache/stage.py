@@ -127,7 +127,6 @@ def cache(
         for split, count in counts.items()
     }
     _check_space(stage, header, sequences)
-    distributed.join(cpu=device.type == "cpu")
     with stage as folder:
         if distributed.is_main():
             _tidy(folder, stage)

@@ -17,6 +17,7 @@ class CompareStage(Stage):
 
     config = PruneConfig
     in_recipes = False
+    ranks = "split"
     uses = ("profile", "prune")
 
     def command(

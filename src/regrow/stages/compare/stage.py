@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from regrow.pruning.choose import choose, full_sizes
 from regrow.pruning.config import PruneConfig
 from regrow.pruning.cut import cut_folder
 from regrow.pruning.prune import repair_method, repair_setup, try_repair
+from regrow.runtime import distributed
 from regrow.runtime.progress import clock, say
 from regrow.search.score import SCORED_SEQUENCES, CutScorer
 from regrow.search.shapes import check_keep_params
@@ -163,28 +165,35 @@ def compare(
     out = None if out is None else output_file(Path(out))
     comparison = comparison_plan(checkpoint, measured, config, rounds, heads)
     scorer = CutScorer(checkpoint, measured, data, options)
-    rows: list[dict[str, Any]] = []
-    for name in comparison.criteria:
+    own: dict[str, dict[str, Any]] = {}
+    for name in distributed.share(comparison.criteria):
         plan = _choose(checkpoint, measured, config, comparison, name)
-        rows.append({"criterion": name, **_cost(scorer, plan, config)})
-        _show(rows[-1])
+        own[name] = {"criterion": name, **_cost(scorer, plan, config)}
+        _show(own[name])
+    scored = distributed.merged(own)
+    rows = [scored[name] for name in comparison.criteria]
     if len(comparison.steps) > 1:
-        plan = choose_in_rounds(checkpoint, measured, data, config, comparison.steps, options)
-        name = config.layer_criterion if comparison.only_layers else config.criterion
-        rows.append(
-            {"criterion": name, **_cost(scorer, plan, config), "rounds": len(comparison.steps)}
-        )
+
+        def re_estimated() -> dict[str, Any]:
+            plan = choose_in_rounds(checkpoint, measured, data, config, comparison.steps, options)
+            name = config.layer_criterion if comparison.only_layers else config.criterion
+            cost = _cost(scorer, plan, config)
+            return {"criterion": name, **cost, "rounds": len(comparison.steps)}
+
+        rows.append(distributed.on_first(re_estimated))
         _show(rows[-1])
     rows.sort(key=lambda row: row.get("kl_repaired", row["kl"]))
     family = families.of(checkpoint)
     share = family.count(checkpoint.config, comparison.after) / family.count(checkpoint.config)
-    _print(rows, f"{share:.1%} kept: {comparison.sizes}")
     table: dict[str, Any] = {"sizes": comparison.sizes, "keep": share, "rows": rows}
     if heads > 0:
-        table["heads"] = remove_heads(scorer, heads)
-        Console().print(heads_table(table["heads"], heads))
-    if out is not None:
-        write_json(out, table)
+        table["heads"] = distributed.on_first(partial(remove_heads, scorer, heads))
+    if distributed.is_main():
+        _print(rows, f"{share:.1%} kept: {comparison.sizes}")
+        if heads > 0:
+            Console().print(heads_table(table["heads"], heads))
+        if out is not None:
+            write_json(out, table)
     return rows
 
 

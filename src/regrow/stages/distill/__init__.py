@@ -36,7 +36,7 @@ class DistillStage(Stage):
     config = DistillConfig
     recipe_fields = RecipeFields
     takes_teacher = True
-    distributed = True
+    ranks = "split"
     changes_weights = True
     needs_plain_weights = True
     reads = ("validation", "train")

@@ -103,7 +103,6 @@ def distill(
     train, heldout = (
         setup.sequences(data, text) if domains is None else (domains.train, domains.all_heldout())
     )
-    distributed.join(cpu=device.type == "cpu")
     with stage as folder:
         if distributed.is_main():
             adopt_finished(out, folder, stage, config)

@@ -43,6 +43,7 @@ class EvaluateStage(Stage):
     recipe_fields = RecipeFields
     takes_teacher = True
     reads = ("heldout",)
+    ranks = "split"
     less_memory = "lower --batch-sizes and --prefill-tokens, or --batch-size"
 
     def command(

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from regrow.errors import UserError
+from regrow.runtime import distributed
 from regrow.runtime.progress import Progress, progress
 from regrow.stage_dir import Figure, write_json
 from regrow.stages.evaluate.config import EvaluateConfig
@@ -55,15 +56,21 @@ class ResultCache:
         self.folder, self.model = folder, model
 
     def get(self, name: str, compute: Callable[[], MetricResult]) -> MetricResult:
-        """Return the stored result of `name`, or call `compute()` and store its result."""
+        """Return the stored result of `name`, or call `compute()` and store its result.
+
+        In a job of several processes all of them call this, or all compute.
+        """
         if self.folder is None:
             return compute()
         path = self._path(self.folder, name)
-        if path.exists():
-            stored = json.loads(path.read_text())
+        text = distributed.from_first(lambda: path.read_text() if path.exists() else None)
+        if text is not None:
+            stored = json.loads(text)
             figures = [Figure.model_validate(figure) for figure in stored.pop("figures")]
             return MetricResult(figures, **stored)
         result = compute()
+        if not distributed.is_main():
+            return result
         self.folder.mkdir(exist_ok=True)
         figures_json = [figure.model_dump(mode="json") for figure in result.figures]
         rest = {"generations": result.generations, "items": result.items}
@@ -105,7 +112,8 @@ class TeacherOutputs:
     head: Head
     vocab_size: int
     """Number of token ids; the head's rows after these are padding of the embedding."""
-    windows: dict[str, list[Window]]
+    windows: dict[str, dict[int, Window]]
+    """Windows of this process by text and number."""
     restricted: bool = False
     """Whether it was run on the other model's tokens, with only their rows in its head."""
 
@@ -154,7 +162,13 @@ class EvalModel(ABC):
         """The metrics that are computed in one pass over a text, by name."""
         self.teacher: TeacherOutputs | None = None
         """Outputs of the teacher; without them, metrics that read the teacher are skipped."""
+        self.share_size = 1
+        """Consecutive windows that the same process of a job reads; equal for all models."""
         self._sums: dict[str, TextSums] = {}
+
+    def has_window(self, number: int) -> bool:
+        """Whether this process of a job reads that window of a text."""
+        return number // self.share_size % distributed.world_size() == distributed.rank()
 
     @property
     def loaded(self) -> bool:
@@ -181,7 +195,7 @@ class EvalModel(ABC):
 
     @abstractmethod
     def logits(self, text: Text, counter: Progress) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield (window number, logits [N, V], targets [N]), window by window.
+        """Yield (number, logits [N, V], targets [N]) of the windows of this process of a job.
 
         Only scored positions are included. A window may come in several chunks, and the logits are
         at least float32.
@@ -239,7 +253,19 @@ class EvalModel(ABC):
                     values_N = _values(name, metric, logits_NV, teacher_NV, targets_N)
                     text_sums.sums[name][window] += float(values_N.cpu().sum(dtype=torch.float64))
                 text_sums.counts[window] += len(targets_N)
-        return text_sums
+        return _of_all_ranks(text_sums)
+
+
+def _of_all_ranks(own: TextSums) -> TextSums:
+    """Sums of the windows of all processes; each window belongs to one of them."""
+    counts, sums = zip(*distributed.gathered((own.counts, own.sums)), strict=True)
+    return TextSums(
+        [max(each) for each in zip(*counts, strict=True)],
+        {
+            name: [sum(each) for each in zip(*(part[name] for part in sums), strict=True)]
+            for name in own.sums
+        },
+    )
 
 
 def _values(

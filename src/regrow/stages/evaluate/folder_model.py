@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import count
 
 import numpy
 import torch
@@ -20,6 +21,7 @@ from regrow.checkpoint import Checkpoint
 from regrow.config import Options
 from regrow.cost import forward_flops
 from regrow.errors import UserError
+from regrow.runtime import distributed
 from regrow.runtime.batch_generator import BatchGenerator, Sampling
 from regrow.runtime.greedy import continuation, step
 from regrow.runtime.progress import Progress, progress
@@ -61,8 +63,9 @@ class FolderEvalModel(EvalModel):
         self.source, self.arithmetic = checkpoint.folder, str(dtype).removeprefix("torch.")
         if checkpoint.quantized:
             self.arithmetic += " from decompressed weights"
+        self.share_size = options.batch_size
         self.keep_states = keep_states
-        self._kept: dict[str, list[Window]] = {}
+        self._kept: dict[str, dict[int, Window]] = {}
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -103,8 +106,8 @@ class FolderEvalModel(EvalModel):
     def logits(self, text: Text, counter: Progress) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Logits from final hidden states, in chunks; exact to float32 in any compute dtype."""
         size = max(16, CHUNK_ELEMENTS // self.head.rows)
-        kept = []
-        for number, window in enumerate(self._windows(text, counter)):
+        kept = {}
+        for number, window in self._windows(text, counter):
             for states_NH, targets_N in zip(
                 window.states_NH.split(size), window.targets_N.split(size), strict=True
             ):
@@ -112,26 +115,34 @@ class FolderEvalModel(EvalModel):
                 logits_NV = self.head.logits(states_NH, self.head.weight_VH, exact=True)
                 yield number, logits_NV, targets_N.to(self.device)
             if self.keep_states:
-                kept.append(window)
+                kept[number] = window
         if self.keep_states:
             self._kept[text.name] = kept
 
-    def _windows(self, text: Text, counter: Progress) -> Iterator[Window]:
-        """Yield each window's final hidden states at the scored positions, in host memory."""
-        for batch in text.sequences.batches(self.batch_size):
+    def _windows(self, text: Text, counter: Progress) -> Iterator[tuple[int, Window]]:
+        """Yield (number, final hidden states at the scored positions) of this process's windows.
+
+        The states are in host memory.
+        """
+        batches = text.sequences.batches(self.batch_size)
+        for start, batch in zip(
+            range(0, len(text.sequences), self.batch_size), batches, strict=True
+        ):
+            if not self.has_window(start):
+                continue
             states_BTH = self.model.base_model(
                 input_ids=batch["input_ids"].to(self.device),
                 position_ids=batch["position_ids"].to(self.device),
                 use_cache=False,
             ).last_hidden_state
             # Position t predicts token t + 1.
-            for states_TH, labels_T, real_T in zip(
-                states_BTH, batch["labels"], batch["real"], strict=True
+            for number, states_TH, labels_T, real_T in zip(
+                count(start), states_BTH, batch["labels"], batch["real"], strict=False
             ):
                 scored = labels_T[1:] != IGNORED
                 states_NH = states_TH[:-1][scored.to(self.device)].cpu()
-                yield Window(states_NH, labels_T[1:][scored])
-                counter.advance(int(real_T.sum()))
+                yield number, Window(states_NH, labels_T[1:][scored])
+                counter.advance(int(real_T.sum()) * distributed.world_size())
 
     @torch.no_grad()
     def as_teacher(self, texts: list[Text], ids_V: Tensor | None) -> TeacherOutputs:
@@ -150,11 +161,11 @@ class FolderEvalModel(EvalModel):
         head = replace(self.head, weight_VH=rows_of(weight_VH, ids_V))
         return TeacherOutputs(self.label, head, len(ids_V), windows, restricted=True)
 
-    def _states(self, text: Text) -> list[Window]:
+    def _states(self, text: Text) -> dict[int, Window]:
         with progress(
             f"evaluate {self.label} as the teacher on {text.name}", int(text.sequences.real.sum())
         ) as counter:
-            return list(self._windows(text, counter))
+            return dict(self._windows(text, counter))
 
     def continuation(self, ids: list[int], new_tokens: int) -> list[int]:
         """Uses the KV cache; stops at an end token of the generation config or the tokenizer."""

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from regrow.checkpoint import Checkpoint, identity, load
 from regrow.errors import UserError
 from regrow.llama_cpp import GgufModel, require, threads
+from regrow.runtime import distributed
 from regrow.runtime.greedy import until
 from regrow.runtime.progress import Progress
 from regrow.stages.evaluate.eval_model import EvalModel, now
@@ -133,7 +134,7 @@ class GgufEvalModel(EvalModel):
 
     def logits(self, text: Text, counter: Progress) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Logits of llama.cpp in float32; each document of a sequence is read separately."""
-        for number in range(len(text.sequences)):
+        for number in filter(self.has_window, range(len(text.sequences))):
             for logits_NV, targets_N in self._scored(text.sequences[number], counter):
                 yield number, logits_NV, targets_N
 
@@ -153,7 +154,7 @@ class GgufEvalModel(EvalModel):
                 if scored.any():
                     logits_TV = torch.from_numpy(self.model.logits(ids[:last], first))
                     yield logits_TV[: len(targets)][scored], targets[scored]
-                counter.advance(last - first)
+                counter.advance((last - first) * distributed.world_size())
 
     def continuation(self, ids: list[int], new_tokens: int) -> list[int]:
         """Uses llama.cpp's KV cache; stops at an end token of the file or the tokenizer."""

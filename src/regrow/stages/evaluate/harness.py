@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -26,6 +26,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from regrow.errors import UserError
+from regrow.runtime import distributed
 from regrow.runtime.progress import Progress, progress, say
 from regrow.stages.evaluate.eval_model import EvalModel
 from regrow.stages.evaluate.folder_model import FolderEvalModel
@@ -120,15 +121,20 @@ class Model(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> Any:
         """Greedy generation after each context, up to a stop string."""
-        with progress(self.title, len(requests), "requests") as self.counter:
-            return super().generate_until(requests, disable_tqdm=True)
+
+        def generate(own: list[Instance]) -> Any:
+            with progress(self.title, len(own), "requests") as self.counter:
+                return super(Model, self).generate_until(own, disable_tqdm=True)
+
+        return _split(requests, generate)
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
-        # lm_eval sends one request for all continuations that differ only in their last token.
-        distinct = {(*context, *continuation[:-1]) for _, context, continuation in requests}
-        kwargs["disable_tqdm"] = True
-        with progress(self.title, len(distinct), "requests") as self.counter:
-            return super()._loglikelihood_tokens(requests, **kwargs)
+        def score(own: list[Any]) -> Any:
+            kwargs["disable_tqdm"] = True
+            with progress(self.title, len(set(map(_sent, own))), "requests") as self.counter:
+                return super(Model, self)._loglikelihood_tokens(own, **kwargs)
+
+        return _split(requests, score, _sent)
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
@@ -139,6 +145,26 @@ class Model(HFLM):
         tokens: torch.Tensor = super()._model_generate(context, *args, **kwargs)
         self.counter.advance(len(context))
         return tokens
+
+
+def _sent(request: Any) -> tuple[int, ...]:
+    """The tokens that lm_eval sends: continuations may differ in the last token only."""
+    _, context, continuation = request
+    return (*context, *continuation[:-1])
+
+
+def _split(
+    requests: list[Any],
+    work: Callable[[list[Any]], Any],
+    group: Callable[[Any], Any] | None = None,
+) -> list[Any]:
+    """Results of `work` by the processes of a job; requests of one `group` stay in one process."""
+    groups = [n if group is None else group(request) for n, request in enumerate(requests)]
+    own = set(distributed.share(list(dict.fromkeys(groups))))
+    numbers = [number for number, name in enumerate(groups) if name in own]
+    results = work([requests[number] for number in numbers]) if numbers else []
+    results = distributed.merged(dict(zip(numbers, results, strict=True)))
+    return [results[number] for number in range(len(requests))]
 
 
 def model_of(model: EvalModel) -> Model | GgufLM:
@@ -278,6 +304,9 @@ class GgufLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Iterable[Any], **kwargs: Any
     ) -> list[tuple[float, bool]]:
+        return _split(list(requests), self._score_all, lambda request: tuple(request[1]))
+
+    def _score_all(self, requests: list[Any]) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
         # Sorted neighbours share long prefixes, which llama.cpp keeps in its KV cache.
         order = sorted(range(len(pairs)), key=lambda i: pairs[i][0] + pairs[i][1])
@@ -316,6 +345,11 @@ class GgufLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Greedy generation after each context, up to a stop string."""
+        for request in requests:
+            self.tok_encode(request.args[0])  # in every process, for `remark`
+        return _split(requests, self._generate_all)
+
+    def _generate_all(self, requests: list[Instance]) -> list[str]:
         answers = []
         with progress(self.title, len(requests), "requests") as counter:
             for context, options in (request.args for request in requests):

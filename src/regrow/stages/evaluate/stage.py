@@ -24,6 +24,7 @@ from regrow.data import DataConfig
 from regrow.data.files import sha256_of
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
+from regrow.runtime import distributed
 from regrow.runtime.progress import say
 from regrow.stage_dir import Figure, StageDir, digest, write_json
 from regrow.stages.evaluate.answer_rows import check_answers, digest_of
@@ -94,17 +95,19 @@ def evaluate(
         setup = _prepare(checkpoints, teacher, data, config, options, tasks)
         with stage as folder:
             results = measure_all(setup, folder / PARTS)
-            write_json(folder / EVALUATION, _evaluation(results, teacher, config))
-            if any(result.items for result in results.values()):
-                items = {label: result.items for label, result in results.items()}
-                (folder / ITEMS).write_text(json.dumps(items) + "\n")
-            shutil.rmtree(folder / PARTS, ignore_errors=True)
+            if distributed.is_main():
+                write_json(folder / EVALUATION, _evaluation(results, teacher, config))
+                if any(result.items for result in results.values()):
+                    items = {label: result.items for label, result in results.items()}
+                    (folder / ITEMS).write_text(json.dumps(items) + "\n")
+                shutil.rmtree(folder / PARTS, ignore_errors=True)
             stage.figures += [
                 figure.model_copy(update={"name": f"{label}/{figure.name}"})
                 for label in checkpoints
                 for figure in results[label].figures
             ]
-    show(json.loads((Path(out) / EVALUATION).read_text()))
+    if distributed.is_main():
+        show(json.loads((Path(out) / EVALUATION).read_text()))
     return Path(out)
 
 
@@ -217,7 +220,9 @@ class EvaluationSetup:
         }
         tokenizer, texts = self.tokenizers[label], self.texts[label]
         if isinstance(checkpoint, GgufFile):
-            return GgufEvalModel(label, checkpoint, tokenizer, texts, reads)
+            gguf = GgufEvalModel(label, checkpoint, tokenizer, texts, reads)
+            gguf.share_size = self.options.batch_size
+            return gguf
         dtype: torch.dtype = getattr(torch, self.config.dtype)
         return FolderEvalModel(
             *(label, checkpoint, tokenizer, texts, dtype, self.options, reads, keep_states)
@@ -283,7 +288,8 @@ def measure_all(setup: EvaluationSetup, folder: Path) -> dict[str, MetricResult]
             label: str, metric: ModuleType = metric, measured: dict[str, MetricResult] = measured
         ) -> MetricResult:
             if not measured:
-                measured.update(metric.measure_all(models, setup.config, setup.teacher))
+                arguments = (models, setup.config, setup.teacher)
+                measured.update(distributed.on_first(partial(metric.measure_all, *arguments)))
             return measured[label]
 
         for label in setup.checkpoints:
@@ -339,10 +345,15 @@ def _announced(text: str, compute: Callable[[], MetricResult]) -> Callable[[], M
 
 
 def _measure(name: str, metric: ModuleType, model: EvalModel, context: Context) -> MetricResult:
-    """Call the metric's `measure` or, if it has none, average `per_token` over every text."""
+    """Call the metric's `measure` or, if it has none, average `per_token` over every text.
+
+    The processes of a job share the texts, and what a metric with `RANKS = "split"` shares itself.
+    Process 0 alone calls other metrics, such as those that measure time.
+    """
     if hasattr(metric, "measure"):
-        result: MetricResult = metric.measure(model, context)
-        return result
+        work: Callable[[], MetricResult] = partial(metric.measure, model, context)
+        split = hasattr(metric, "per_token") or getattr(metric, "RANKS", "first") == "split"
+        return work() if split else distributed.on_first(work)
     convention, teacher = metric.CONVENTION, context.teacher
     if metric.READS_TEACHER:
         assert teacher is not None, f"{name} has nothing to compare with"

@@ -89,7 +89,7 @@ class GenerateStage(Stage):
     config = GenerateConfig
     recipe_fields = RecipeFields
     takes_teacher = True
-    distributed = True
+    ranks = "split"
 
     def command(
         self,

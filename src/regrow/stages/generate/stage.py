@@ -67,7 +67,6 @@ def generate(
     read = sum(len(ids) for _, ids in asked)
     count = len(asked) or config.self_prompts
     require_space(out, (16 + 40 * config.top_logprobs) * (read + count * config.max_new_tokens))
-    distributed.join(cpu=options.torch_device().type == "cpu")
     with stage as folder:
         if data is None:
             asked = work.self_written(folder)

@@ -61,6 +61,7 @@ class ProfileStage(Stage):
     config = ProfileConfig
     needs_plain_weights = True
     reads = ("calibration",)
+    ranks = "split"
     less_memory = "lower --batch-size, or give --order layer"
 
     def command(

@@ -1,9 +1,9 @@
 """Collect statistics with hooks while a model, or one layer of it, processes calibration text.
 
 B sequences, T tokens, N real tokens, d channels. Padding is dropped before anything is counted.
-Sums are computed in at least float32, without converting a whole batch at once: on a CPU a batch is
-split into portions whose wide copies stay in the cache, which halves the time of a sum of squares.
-On a GPU, portions would only mean more kernel launches.
+Sums over a batch are computed in at least float32, and added up in float64. A batch is not
+converted at once: on a CPU it is split into portions whose wide copies stay in the cache, which
+halves the time of a sum of squares. On a GPU, portions would only mean more kernel launches.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from regrow.data.sequences import Subset
 from regrow.families import Family
 from regrow.layerwise import LAYER
 from regrow.profile_folder import Gram
+from regrow.runtime import distributed
 from regrow.runtime.precision import float32_at_least, widen, widest
 from regrow.stages.profile.importance import GRADIENTS, PAIRS, REMOVALS
 from regrow.stages.profile.routed import Routed
@@ -121,13 +122,17 @@ class Collector:
         return handles
 
     def take_grams(self, layer: int) -> dict[str, Gram]:
-        """Remove and return the Gram matrices of one layer, by dimension."""
-        taken = {}
+        """Remove and return the Gram matrices of one layer, by dimension, over all processes."""
+        own: dict[str, Tensor] = {}
         for dim in self.gram_dims:
-            sums = self.grams.pop((dim, layer), None)
-            if sums is not None:
-                taken[dim] = Gram(fit=sums.sums["fit"].cpu(), validate=sums.sums["validate"].cpu())
-        return taken
+            sums = self.grams.pop((dim, layer), _GramSums()).sums
+            own |= {f"{dim}/{subset}": sum_dd for subset, sum_dd in sums.items()}
+        whole = distributed.sum_over_ranks(own)
+        return {
+            dim: Gram(fit=whole[f"{dim}/fit"].cpu(), validate=whole[f"{dim}/validate"].cpu())
+            for dim in self.gram_dims
+            if f"{dim}/fit" in whole
+        }
 
     def _hidden_modules(self, per_layer: bool) -> list[str]:
         return [name for name in self.family.observe["hidden"] if ("{layer}" in name) == per_layer]
@@ -258,6 +263,7 @@ class Collector:
                     self._add(f"{name}/{place}", value.sum(0))
 
     def _add(self, key: str, value: Tensor) -> None:
+        value = value.to(widest(value.device))  # the order of the batches then hardly matters
         self.sums[key] = value if key not in self.sums else self.sums[key] + value
 
     def _real(self, x_BTd: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from regrow.checkpoint import Checkpoint
 from regrow.data import DataConfig
 from regrow.data.blend import BuildContext, blend
 from regrow.layerwise import LayerByLayer, SkippedLayer, Spill
+from regrow.runtime import distributed
 from regrow.runtime.progress import Progress, progress
 from regrow.stages.profile.collect import Batch, Collector
 from regrow.training.head import head_loss, head_of
@@ -62,7 +63,7 @@ def run_through(
             hidden_BTH = final_hidden(model, moved)
             if collector.backward:
                 _backward(model, hidden_BTH, moved)
-        progress.advance(int(batch.real_BT.sum()))
+        progress.advance(int(batch.real_BT.sum()) * distributed.world_size())
     for handle in handles:
         handle.remove()
 
@@ -89,7 +90,7 @@ def layer_major(
             for number, (batch, inputs) in enumerate(batches):
                 collector.start(_on(batch, device))
                 spill.put(number, shell.step(inputs, spill.get(number) if layer else None))
-                progress.advance(int(batch.real_BT.sum()))
+                progress.advance(int(batch.real_BT.sum()) * distributed.world_size())
             for handle in handles:
                 handle.remove()
         take_grams(layer)
@@ -123,11 +124,12 @@ def removal_order(model: PreTrainedModel, batches: list[dict[str, Tensor]], loss
     title = f"{loss} without each layer"
     with progress(title, passes_for(len(layers)), "passes") as counter:
         for _ in range(rounds + 1):
-            cost = {}
-            for layer in left:
+            own = {}
+            for layer in distributed.share(left):
                 _skip(model, layers, {*order, layer})
-                cost[layer] = mean_loss(model, batches, reference, head_of(model), loss)
-                counter.advance(1)
+                own[layer] = mean_loss(model, batches, reference, head_of(model), loss)
+                counter.advance(distributed.world_size())
+            cost = distributed.merged(own)
             left.sort(key=lambda layer: cost[layer])
             if len(order) < rounds:
                 order.append(left.pop(0))

@@ -21,6 +21,7 @@ from regrow.errors import UserError
 from regrow.families import Family
 from regrow.layerwise import Spill
 from regrow.profile_folder import INFO, SCORES, SEQUENCES, STATISTICS, Gram, Profile, gram_path
+from regrow.runtime import distributed
 from regrow.runtime.progress import progress, say
 from regrow.stage_dir import Figure, StageDir, require_space, write_json
 from regrow.stages.profile import ProfileConfig
@@ -59,8 +60,10 @@ def profile(
         return Profile(out)
     tokenizer = checkpoint.tokenizer()
     require_space(Path(out), estimate_bytes(checkpoint, config))
-    sequences = text_for(
-        [checkpoint.config], data, tokenizer, "calibration", config.samples, checkpoint
+    sequences = distributed.from_first(
+        lambda: text_for(
+            [checkpoint.config], data, tokenizer, "calibration", config.samples, checkpoint
+        )
     )
     with stage as folder:
         gram_sequences = min((config.gram_tokens or 0) // data.sequence_length, len(sequences))
@@ -70,29 +73,44 @@ def profile(
         sizes = family.sizes(checkpoint.config)
         collector = Collector(family, needs, grams, weighted, sizes["head_dim"])
         _run(checkpoint, sequences, gram_sequences, collector, folder, options)
-        statistics = _tidy(collector.sums, sizes, _count(sequences))
+        sums = distributed.sum_over_ranks(collector.sums)
+        statistics = _tidy(sums, sizes, _count(sequences))
         statistics |= _removals(checkpoint, sequences, collector, config, options)
         if "vocab" in needs:
-            counts = count_tokens(data, tokenizer, sizes["vocab"], config.vocab_tokens)
-            statistics["token_count/vocab/all"] = counts
-        save_file(statistics, folder / STATISTICS)
-
-        def gram(dim: str, layer: int) -> Tensor:
-            return load_file(gram_path(folder, dim, layer))["fit"]
-
-        scores = score_all(config, statistics, _count(sequences), checkpoint, family, gram)
-        save_file(scores, folder / SCORES)
-        sequences.save(folder / SEQUENCES)
-        about = {
-            "digest": stage.digest,  # differs between profiles of one model on different texts
-            "grams": grams,
-            "gram_tokens": gram_sequences * data.sequence_length,
-        }
-        write_json(folder / INFO, about | _info(checkpoint, sequences, config, data))
+            statistics["token_count/vocab/all"] = distributed.from_first(
+                lambda: count_tokens(data, tokenizer, sizes["vocab"], config.vocab_tokens)
+            )
+        if distributed.is_main():
+            about = {
+                "digest": stage.digest,  # differs between profiles of one model on different texts
+                "grams": grams,
+                "gram_tokens": gram_sequences * data.sequence_length,
+            }
+            _write(checkpoint, family, sequences, statistics, config, folder)
+            write_json(folder / INFO, about | _info(checkpoint, sequences, config, data))
         stage.figures.append(
             Figure(name="calibration tokens", value=_count(sequences), unit="tokens")
         )
     return Profile(out)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    family: Family,
+    sequences: Sequences,
+    statistics: dict[str, Tensor],
+    config: ProfileConfig,
+    folder: Path,
+) -> None:
+    """Write the statistics, the scores of all criteria, and the text."""
+
+    def gram(dim: str, layer: int) -> Tensor:
+        return load_file(gram_path(folder, dim, layer))["fit"]
+
+    save_file(statistics, folder / STATISTICS)
+    scores = score_all(config, statistics, _count(sequences), checkpoint, family, gram)
+    save_file(scores, folder / SCORES)
+    sequences.save(folder / SEQUENCES)
 
 
 def _info(
@@ -131,14 +149,16 @@ def _run(
     options: Options,
 ) -> None:
     device, dtype = options.torch_device(), checkpoint.compute_dtype()
-    (folder / "grams").mkdir()
+    if distributed.is_main():
+        (folder / "grams").mkdir()
 
     def take_grams(layer: int) -> None:
         for dim, gram in collector.take_grams(layer).items():
-            _save_gram(gram, gram_path(folder, dim, layer))
+            if distributed.is_main():
+                _save_gram(gram, gram_path(folder, dim, layer))
 
     resident_order = options.order == "resident" or (
-        options.order == "auto" and _fits(checkpoint, collector, device)
+        options.order == "auto" and all(distributed.gathered(_fits(checkpoint, collector, device)))
     )
     passes = 1 if resident_order else checkpoint.config["num_hidden_layers"]
     if (collector.backward or collector.removals or collector.pairs) and not resident_order:
@@ -147,12 +167,12 @@ def _run(
             "perplexity_drop) or pairs of layers (angular_distance) need the whole model on the "
             "device, where it does not fit: leave them out, or give another --device"
         )
-    batches = _batches(sequences, gram_sequences, options.batch_size)
+    batches = distributed.share(_batches(sequences, gram_sequences, options.batch_size))
     with progress("profile", _count(sequences) * passes) as counter:
         if resident_order:
             resident(checkpoint, batches, collector, take_grams, device, dtype, counter)
             return
-        spill = Spill(folder / "spill")
+        spill = Spill(folder / f"spill-{distributed.rank()}")
         layer_major(checkpoint, batches, collector, take_grams, device, dtype, counter, spill)
         shutil.rmtree(spill.folder)
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from regrow.data.documents import chat_prompt_ids
+from regrow.runtime import distributed
 from regrow.stages.evaluate.eval_model import Context, EvalModel, MetricResult
+
+RANKS = "split"
 
 
 def measure(model: EvalModel, context: Context) -> MetricResult:
     """Generate an answer to each prompt, which is a user turn if there is a chat template."""
     config = context.config
-    generations = []
-    for prompt in config.prompts:
-        ids = prompt_ids(prompt, model.tokenizer)
+    texts = {}
+    for number in distributed.share(range(len(config.prompts))):
+        ids = prompt_ids(config.prompts[number], model.tokenizer)
         new = model.continuation(ids, config.new_tokens)
         text = model.tokenizer.decode(new, skip_special_tokens=True)
         assert isinstance(text, str)
-        generations.append({"prompt": prompt, "text": text.strip()})
+        texts[number] = text.strip()
+    texts = distributed.merged(texts)
+    generations = [{"prompt": p, "text": texts[n]} for n, p in enumerate(config.prompts)]
     return MetricResult(generations=generations)
 
 

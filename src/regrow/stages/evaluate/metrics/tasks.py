@@ -17,6 +17,7 @@ from regrow.stages.evaluate.task_rows import Rows, convention
 if TYPE_CHECKING:
     from regrow.stages.evaluate.harness import GgufLM, Model
 
+RANKS = "split"
 OURS = ("perplexity", "bits_per_byte")
 """Names of figures on texts; a task's figure with the same name gets the prefix `task_`."""
 
