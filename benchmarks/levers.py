@@ -2,12 +2,14 @@
 
     python benchmarks/levers.py --texts ../shared/data --out runs/levers [--only NAME ...]
 
-The student is that of protocol P1 (SmolLM2-135M-Instruct, MLPs cut from 1,536 to 1,024 channels,
-repaired layer after layer). A lever is a list of stages that follow the repair; levers with the
-same first stages share them. Test: perplexity and KL to the dense model on the first 8,192 tokens
-of WikiText-2, LAMBADA and C4, on which nothing is calibrated or trained. Processor time is that of
-the stages after the repair. Resumable: run it again and it goes on. Writes
-`levers.md` into `--out`.
+The students are cuts of SmolLM2-135M-Instruct: `width`, that of protocol P1, has MLPs of 1,024
+instead of 1,536 channels and is repaired layer after layer; `depth` has 23 of its 30 layers and is
+repaired likewise; `minitron` is the width cut by Minitron's scores and without repair, and
+`minitron depth` is the depth cut without repair. A lever is a student and a list of stages that
+follow; levers with the same first stages share them. Test: perplexity and KL to the dense model on
+the first 8,192 tokens of WikiText-2, LAMBADA and C4, on which nothing is calibrated or trained.
+Processor time is that of the stages after the cut and its repair. Resumable: run it again and it
+goes on. Writes `levers.md` into `--out`.
 """
 
 from __future__ import annotations
@@ -48,7 +50,14 @@ def local(**fields: Any) -> Step:
 
 
 LOCAL = local(tokens=36_864)
-LEVERS: dict[str, list[Step]] = {
+AFTER = kl(**SHORT, learning_rate=5e-5)
+STUDENTS: dict[str, dict[str, Any]] = {
+    "width": {"intermediate_size": 1024},
+    "depth": {"num_layers": 23, "layer_criterion": "block_influence"},
+    "minitron": {"intermediate_size": 1024, "criterion": "minitron", "repair": False},
+    "minitron depth": {"num_layers": 23, "layer_criterion": "block_influence", "repair": False},
+}
+WIDTH: dict[str, list[Step]] = {
     "repaired": [],
     "KL 50 k": [kl(**SHORT)],
     "KL 50 k, MLP 3e-4, rest a tenth": [
@@ -56,22 +65,39 @@ LEVERS: dict[str, list[Step]] = {
     ],
     "KL 50 k, β2 0.999": [kl(**SHORT, beta2=0.999)],
     "local, 37 k tokens twice": [LOCAL],
-    "local, 37 k tokens twice, then KL 50 k at 5e-5": [LOCAL, kl(**SHORT, learning_rate=5e-5)],
+    "local, 37 k tokens twice, then KL 50 k at 5e-5": [LOCAL, AFTER],
     "KL 100 k": [kl()],
     "local, 98 k tokens twice": [local()],
 }
+OTHERS: dict[str, tuple[str, list[Step]]] = {
+    "depth: repaired": ("depth", []),
+    "depth: local, 37 k tokens twice": ("depth", [LOCAL]),
+    "depth: local, then KL 50 k at 5e-5, 11 layers frozen": (
+        "depth",
+        [LOCAL, kl(**SHORT, learning_rate=5e-5, freeze_layers=11)],
+    ),
+    "depth: local, then KL 50 k at 5e-5": ("depth", [LOCAL, AFTER]),
+    "depth: KL 100 k": ("depth", [kl()]),
+    "Minitron's scores, no repair": ("minitron", []),
+    "Minitron's scores, no repair: KL 100 k": ("minitron", [kl()]),
+    "depth, no repair": ("minitron depth", []),
+    "depth, no repair: KL 100 k": ("minitron depth", [kl()]),
+}
+LEVERS = {name: ("width", steps) for name, steps in WIDTH.items()} | OTHERS
 
 
 def main() -> None:
     arguments = _arguments()
     out, data = arguments.out, blend(arguments.texts)
-    config = ProfileConfig(criteria=("activation_l2",), samples=96)
+    criteria = ("activation_l2", "minitron", "block_influence")
+    config = ProfileConfig(criteria=criteria, samples=96)
     measured = profile(DENSE, data, out / "profile", config, Options(batch_size=2))
-    student = out / "student"
-    prune(DENSE, student, PruneConfig(intermediate_size=1024), measured, data)
     rows: dict[str, tuple[float, dict[str, float]]] = {}
     for name in arguments.only or LEVERS:
-        seconds, model = _run(student, LEVERS[name], data, out)
+        kind, steps = LEVERS[name]
+        student = out / kind.replace(" ", "-")
+        prune(DENSE, student, PruneConfig(**STUDENTS[kind]), measured, data)
+        seconds, model = _run(student, steps, data, out)
         folder = out / f"{model.name}-figures"
         rows[name] = (
             seconds,
@@ -86,7 +112,8 @@ def _run(student: Path, steps: list[Step], data: Any, out: Path) -> tuple[float,
     """Run the steps that are not there yet; returns all their processor seconds and the model."""
     seconds, model = 0.0, student
     for count, (stage, fields) in enumerate(steps, start=1):
-        key = hashlib.sha256(json.dumps(steps[:count], sort_keys=True).encode()).hexdigest()[:10]
+        text = json.dumps([student.name, steps[:count]], sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()[:10]
         model, used = _step(model, out / f"{stage}-{key}", stage, fields, data)
         seconds += used
     return seconds, model

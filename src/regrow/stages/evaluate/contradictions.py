@@ -11,7 +11,7 @@ from regrow.stages.evaluate.eval_model import MetricResult
 
 STANDARD_ERRORS = 2.0
 """A score fell when its mean paired difference is below 0 by more than so many standard errors."""
-SCORES = ("acc", "exact_match")
+SCORES = ("acc", "exact_match", "exact_answers")
 """How the names of scores of tasks begin for which more is better."""
 
 
