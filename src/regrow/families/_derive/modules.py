@@ -117,7 +117,9 @@ def _is_linear(steps: list[Step], template: str) -> bool:
 
 def _before_readers(steps: list[Step], family: Family) -> tuple[str, ...]:
     """The modules whose output projections read: norms, or the layers where there are none."""
-    readers = {name.removesuffix(".weight") for name in family.readers("hidden")}
+    on_disk = set(family.readers("hidden"))
+    named = [name for name, parts in family.memory.items() if on_disk & set(parts)]
+    readers = {name.removesuffix(".weight") for name in (*on_disk, *named)}
     found: dict[str, None] = {}
     for step in steps:
         if step.template in readers and step.template != family.head.removesuffix(".weight"):
