@@ -92,6 +92,12 @@ def test_other_models(name: str) -> None:
     assert set(found.proven) == set(found.family.config_keys) - refused
 
 
+def test_a_single_kv_head_stays() -> None:
+    found = derived("arcee", num_key_value_heads=1)
+    assert found.family.refused == {"kv_heads": "the model has only one"}
+    assert "heads" in found.proven and "hidden" in found.proven
+
+
 def test_granite_multiplies_what_it_adds_to_the_stream() -> None:
     found = derived("granite", **OTHERS["granite"][0])
     assert found.family.residual_multiplier == pytest.approx(0.22, abs=1e-5)

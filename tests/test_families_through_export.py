@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from regrow.checkpoint import Checkpoint
 
 TEXT: dict[str, tuple[dict[str, Any], list[Any]]] = {
-    "llama": ({}, ["--num-layers", 2, "--intermediate-size", 40, "--hidden-size", 40]),
+    "llama": ({}, ["--num-layers", 2, "--intermediate-size", 40, "--hidden-size", 36]),
     "smollm3": ({"no_rope_layer_interval": 2}, ["--num-layers", 2, "--num-attention-heads", 4]),
     "olmo2": ({}, ["--num-attention-heads", 4, "--intermediate-size", 40]),
     "granite": (
@@ -27,7 +27,7 @@ TEXT: dict[str, tuple[dict[str, Any], list[Any]]] = {
     ),
     "glm4": ({"head_dim": 8}, ["--num-layers", 2, "--num-key-value-heads", 1]),
     "gpt_oss": ({"num_local_experts": 4}, ["--num-layers", 2, "--hidden-size", 40]),
-    "qwen3_moe": ({}, ["--num-experts", 3, "--hidden-size", 40]),
+    "qwen3_moe": ({"decoder_sparse_step": 1}, ["--num-experts", 3, "--hidden-size", 40]),
     "ministral3": ({"head_dim": 8}, ["--hidden-size", 40]),
 }
 """Fields of the config, and the sizes to prune to."""

@@ -94,6 +94,8 @@ def distance(one: Tensor, other: Tensor) -> float:
 @torch.no_grad()
 def prove(family: Family, subject: Subject, dim: str) -> None:
     """Prove that one dimension can be cut; raises NotProvenError with what went wrong."""
+    if family.sizes(subject.config)[dim] < 2:
+        raise NotProvenError("the model has only one")
     if dim == "layers":
         _prove_layers(family, subject)
     elif dim == "experts":
