@@ -4,9 +4,9 @@
         --out runs/learned_masks
 
 The model is stories260K (5 layers, hidden 64, MLP 172; trained on children's stories), first
-trained on 500 k tokens of Wikipedia, novels and instructions: that is the dense model here. It is
-cut to 4 layers, hidden 48 and MLP 112, without repair, in two ways, each of which sees `--tokens`
-tokens of the same blend, with the KL to the dense model as loss:
+trained on `--dense-tokens` tokens of Wikipedia, novels and instructions: this is the dense model
+here. It is cut to 4 layers, hidden 48 and MLP 112, without repair, in two ways, each of which sees
+`--tokens` tokens of the same blend, with the KL to the dense model as loss:
 
 - learned: masks and weights learn on `--mask-tokens` of them, then the cut model is distilled on
   the rest, with the fixed shares of the sources and, in a second run, with `dynamic_blend`;
@@ -64,7 +64,12 @@ def main() -> None:
         arguments.model,
         data,
         out / "dense",
-        _training(500_000, 2 * rate, losses={"cross_entropy": 1.0}, chosen_by="cross_entropy"),
+        _training(
+            arguments.dense_tokens,
+            2 * rate,
+            losses={"cross_entropy": 1.0},
+            chosen_by="cross_entropy",
+        ),
     )
     masks = LearnMasksConfig(
         **SHAPE,
@@ -167,6 +172,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a small trained model")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--dense-tokens", type=int, default=500_000, help="before the cut")
     parser.add_argument("--tokens", type=int, default=500_000, help="after the dense model")
     parser.add_argument("--mask-tokens", type=int, default=200_000, help="of these, with masks")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
