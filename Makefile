@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo demo-task test test-slow lint types check clean
+.PHONY: install demo demo-task test test-slow lint types check docs clean
 
 install: $(VENV)/.installed
 
@@ -39,5 +39,10 @@ types: install
 
 check: lint types test
 
+# The documentation as a site in site/, with all links checked.
+docs: install
+	$(PIP) -e '.[docs]'
+	$(BIN)/python docs/site.py --out site
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -1,4 +1,4 @@
-"""Line charts as small SVG files, for the pages in docs/."""
+"""Line and bar charts as small SVG files, for the pages in docs/."""
 
 from __future__ import annotations
 
@@ -56,6 +56,37 @@ def line_chart(
     parts += [_text(across(x), HEIGHT - BOTTOM + 18, f"{x:g}", "middle") for x in xs]
     for number, line in enumerate(lines):
         parts += _drawn(line, number, across, down)
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def bar_chart(title: str, groups: Sequence[str], series: dict[str, Sequence[float]]) -> str:
+    """An SVG of horizontal bars: in each group one bar of each series, with its value beside it."""
+    row, left = 16, 150
+    height = TOP + len(groups) * (row * len(series) + 12) + 8
+    longest = max(value for values in series.values() for value in values)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
+        _text(10, 18, title),
+    ]
+    for number, group in enumerate(groups):
+        top = TOP + number * (row * len(series) + 12)
+        parts.append(_text(left - 8, top + row * len(series) / 2 + 4, group, "end"))
+        for place, values in enumerate(series.values()):
+            y, width = top + place * row, (WIDTH - RIGHT - left - 40) * values[number] / longest
+            parts.append(
+                f'<rect x="{left}" y="{y + 2}" width="{width:.1f}" height="{row - 4}" '
+                f'fill="{COLOURS[place]}"/>'
+            )
+            parts.append(_text(left + width + 5, y + 12, f"{values[number]:.3g}"))
+    for place, name in enumerate(series):
+        y = TOP + 10 + 18 * place
+        start = WIDTH - RIGHT + 14
+        parts.append(
+            f'<rect x="{start}" y="{y - 6}" width="22" height="12" fill="{COLOURS[place]}"/>'
+        )
+        parts.append(_text(start + 28, y + 4, name))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -1,8 +1,11 @@
 """The preflight's memory and time of a distillation against what a distillation really takes.
 
     python benchmarks/preflight.py --texts ../shared/data --out runs/preflight
+    python benchmarks/preflight.py --texts ../shared/data --out runs/preflight_small --size small
 
-Three student shapes with random weights under SmolLM2-135M, each with several settings. Every run
+Three student shapes with random weights under SmolLM2-135M, each with several settings; with
+`--size small`, under a teacher with random weights and half of its width, with one setting, in
+three minutes of one core. Every run
 is `regrow.distill` for a few steps in a process of its own. Memory: the highest sum of anonymous
 pages (RssAnon, sampled every 2 ms) minus that after all imports, with an allocator that returns
 freed memory at once (MALLOC_MMAP_THRESHOLD_). Time, in another process with the usual allocator:
@@ -36,7 +39,9 @@ from regrow.cost.memory import training_memory
 from regrow.cost.model import ModelSize
 from regrow.stages.distill.preflight import setup_of
 
-LENGTH, STEPS, TIMED_STEPS = 256, 2, 4
+LENGTHS = {"full": 256, "small": 128}
+"""Tokens per sequence."""
+STEPS, TIMED_STEPS = 2, 4
 TIMED = ("4 sequences", "4, checkpointing")
 """Settings whose steps are also timed."""
 SHAPES: dict[str, dict[str, Any]] = {
@@ -61,13 +66,44 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
     },
 }
+SMALL_TEACHER = {
+    "model_type": "llama",
+    "num_hidden_layers": 12,
+    "hidden_size": 288,
+    "intermediate_size": 768,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+SMALL_SHAPES: dict[str, dict[str, Any]] = {
+    "llama, 12 layers of 288": {**SMALL_TEACHER, "intermediate_size": 512},
+    "qwen3, 4 layers of 384": {
+        "model_type": "qwen3",
+        "num_hidden_layers": 4,
+        "hidden_size": 384,
+        "intermediate_size": 1152,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "tie_word_embeddings": False,
+    },
+    "gemma3, 6 layers of 256": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 6,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+}
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "0"}
 """Variables with which glibc returns freed memory to the system."""
 KEPT = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of the teacher's config that every student has."""
-SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "4 sequences": {},
-    "8 sequences": {"training": {"batch_tokens": 8 * LENGTH}, "machine": {"batch_size": 8}},
+    "8 sequences": {"sequences": 8, "machine": {"batch_size": 8}},
     "2 × 2 sequences": {"machine": {"batch_size": 2}},
     "4, checkpointing": {"machine": {"gradient_checkpointing": True}},
     "4, lora": {"training": {"adapter": "lora"}},
@@ -81,8 +117,9 @@ def main() -> None:
         print(json.dumps(_run(*arguments.run, arguments)))
         return
     rows = {}
-    for shape in SHAPES:
-        for setting in SETTINGS:
+    small = arguments.size == "small"
+    for shape in SMALL_SHAPES if small else SHAPES:
+        for setting in TIMED[:1] if small else SETTINGS:
             kept = arguments.out / f"{_name(shape)}-{_name(setting)}.json"
             if not kept.exists():
                 kept.parent.mkdir(parents=True, exist_ok=True)
@@ -126,6 +163,7 @@ def _measured(
     shape: str, setting: str, arguments: argparse.Namespace, variables: dict[str, str]
 ) -> dict[str, Any]:
     flags = ["--texts", str(arguments.texts), "--out", str(arguments.out)]
+    flags += ["--size", arguments.size]
     command = [sys.executable, __file__, "--run", shape, setting, *flags]
     shutil.rmtree(_work(shape, setting, arguments), ignore_errors=True)
     environment = {**os.environ, **variables}
@@ -136,29 +174,33 @@ def _measured(
 
 def _run(shape: str, setting: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Distil for a few steps; the largest memory above that of the imports, and a step's time."""
-    student = _student(shape, arguments.out / "students" / _name(shape))
+    length, students = LENGTHS[arguments.size], arguments.out / "students"
+    student = _written({**SHAPES, **SMALL_SHAPES}[shape], students / _name(shape))
+    small = arguments.size == "small"
+    teacher = str(_written(SMALL_TEACHER, students / "teacher")) if small else DENSE
     changed = SETTINGS[setting]
-    training: dict[str, Any] = {"batch_tokens": 4 * LENGTH, "heldout_sequences": 1}
+    batch_tokens = changed.get("sequences", 4) * length
+    training: dict[str, Any] = {"batch_tokens": batch_tokens, "heldout_sequences": 1}
     training |= {"eval_tokens": 10**9, **changed.get("training", {})}
     steps = STEPS if "MALLOC_TRIM_THRESHOLD_" in os.environ else TIMED_STEPS
     training["tokens"] = steps * training["batch_tokens"]
     config = DistillConfig.model_validate(training)
     options = Options(device="cpu", **changed.get("machine", {}))
     data = DataConfig.model_validate(
-        {"sources": [str(arguments.texts / "train" / "novels.jsonl.gz")], "sequence_length": LENGTH}
+        {"sources": [str(arguments.texts / "train" / "novels.jsonl.gz")], "sequence_length": length}
     )
-    sizes = ModelSize(load(student).config), ModelSize(load(DENSE).config)
+    sizes = ModelSize(load(student).config), ModelSize(load(teacher).config)
     setup = setup_of(config, data, options)
     predicted = training_memory(*sizes, setup)
-    rate = _rate()
+    rate = _rate(4 * length)
     times: list[float] = []
     watch = _Watch()
     Trainer.training_step = _timed(Trainer.training_step, times)  # type: ignore[method-assign]
     with watch:
-        distill(student, DENSE, data, _work(shape, setting, arguments), config, options)
+        distill(student, teacher, data, _work(shape, setting, arguments), config, options)
     backward = 4 if config.adapter != "none" else 6
     backward += 2 if options.gradient_checkpointing else 0
-    each = sizes[1].forward(LENGTH) + backward / 2 * sizes[0].forward(LENGTH)
+    each = sizes[1].forward(length) + backward / 2 * sizes[0].forward(length)
     micro = [b - a for a, b in pairwise(times)][setup.accumulation :]
     return {
         "predicted": predicted.total,
@@ -176,9 +218,9 @@ def _work(shape: str, setting: str, arguments: argparse.Namespace) -> Path:
     return Path(arguments.out / "work" / f"{_name(shape)}-{_name(setting)}")
 
 
-def _rate() -> float:
+def _rate(tokens: int) -> float:
     """Operations per processor second of a bf16 product of the students' largest shapes."""
-    x, w = torch.randn(4 * LENGTH, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
+    x, w = torch.randn(tokens, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
     start = time.process_time()
     for _ in range(20):
         _ = x @ w.T
@@ -223,12 +265,11 @@ def _timed(step: Any, times: list[float]) -> Any:
     return timed
 
 
-def _student(shape: str, folder: Path) -> Path:
-    """A student of this shape with random weights in bfloat16, and the teacher's tokenizer."""
+def _written(fields: dict[str, Any], folder: Path) -> Path:
+    """A model of this shape with random weights in bfloat16, and SmolLM2's tokenizer."""
     if (folder / "config.json").exists():
         return folder
     dense = load(DENSE)
-    fields = SHAPES[shape]
     kept = {key: dense.config[key] for key in KEPT if key in dense.config}
     base = kept if "model_type" in fields else {**dense.config}
     config = AutoConfig.for_model(**{**base, **fields})
@@ -247,6 +288,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=Path, required=True, help="folder with train/ and eval/")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
+    parser.add_argument("--size", choices=tuple(LENGTHS), default="full", help="of the models")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -108,6 +108,27 @@ def test_the_hub_learns_licence_and_data_sets() -> None:
     assert public_source("org/words:train") == "org/words:train"
 
 
+def test_an_evaluation_is_a_table_of_teacher_and_result() -> None:
+    how = "first 512 tokens of a novel"
+    figures = [
+        {"name": f"{label}/perplexity/novel", "value": value, "n": 511, "convention": how}
+        for label, value in (("teacher", 40.88), ("pruned", 104.0), ("distilled", 93.47))
+    ]
+    figures += [
+        {"name": "distilled/kl/novel", "value": 1.207, "unit": "nats", "n": 511},
+        {"name": "distilled/ttft", "value": 5753.0, "unit": "ms"},
+        {"name": "distilled/prefill_speedup", "value": 1.1},
+    ]
+    stages = {"04-evaluate": {"stage": "evaluate", "figures": figures}}
+    card = text("x", Lineage("x", "org/base", Licence(), stages=stages), {"model_type": "llama"})
+    assert "| figure | teacher | distilled | unit | n |" in card
+    assert "| perplexity/novel | 40.88 | 93.47 |  | 511 |" in card
+    assert "| kl/novel | – | 1.207 | nats | 511 |" in card
+    assert f"- perplexity/novel: {how}" in card
+    for absent in ("pruned", "ttft", "speedup"):
+        assert absent not in card
+
+
 def test_licences_in_metadata(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text("---\nlicense: [\n---\n")

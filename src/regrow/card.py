@@ -30,7 +30,10 @@ TEXTS = {
     "/test/botchan.txt": "public domain (a novel of 1906, Project Gutenberg)",
 }
 """Licences of texts that the project itself uses, by the end of the source's name."""
-NOT_COMPARED = ("speed", "seconds", "tokens/s")
+TIMES = ("speed", "seconds", "tokens/s", "ms")
+"""Units of figures that hold for one machine only; a card leaves them out."""
+RELATIVE_TIMES = ("_speedup", "_of_flops")
+"""Endings of the names of such figures without a unit."""
 NO_CHANGE = ("profile", "generate", "cache", "compare", "evaluate", "export", "report")
 """Stages that do not change the weights."""
 
@@ -356,24 +359,69 @@ def _recipe(lineage: Lineage) -> str:
 
 def _figures(lineage: Lineage, exported: dict[str, Any] | None) -> str:
     """The figures of the last evaluation, else of the last stage, and those of the export."""
-    rows: list[str] = []
     evaluated = [m for m in lineage.stages.values() if m.get("stage") == "evaluate"]
-    measured = evaluated or [m for m in lineage.stages.values() if "figures" in m]
-    for manifest in [*measured[-1:], *([exported] if exported else [])]:
-        rows += [_row(f) for f in manifest.get("figures", []) if f.get("unit") not in NOT_COMPARED]
-    if not rows:
+    others = [m for m in lineage.stages.values() if "figures" in m]
+    parts = _compared(_lasting(evaluated[-1])) if evaluated else []
+    flat = [] if evaluated else others[-1:]
+    rows = [_row(f) for m in [*flat, *([exported] if exported else [])] for f in _lasting(m)]
+    if rows:
+        parts += ["| figure | value | unit | n | how |\n|---|---:|---|---:|---|", *rows]
+    if not parts:
         return "## Figures\n\nNone were measured.\n"
-    head = "| figure | value | unit | n | how |\n|---|---:|---|---:|---|\n"
     fallbacks = "".join(f"\n- {line}" for line in (exported or {}).get("fallbacks", []))
     fallback_note = f"\nTensors in another type:\n{fallbacks}\n" if fallbacks else ""
-    return f"## Figures\n\n{head}" + "\n".join(rows) + f"\n{fallback_note}"
+    return "## Figures\n\n" + "\n".join(parts) + f"\n{fallback_note}"
+
+
+def _lasting(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures that do not depend on the machine."""
+    return [
+        figure
+        for figure in manifest.get("figures", [])
+        if figure.get("unit") not in TIMES and not str(figure["name"]).endswith(RELATIVE_TIMES)
+    ]
+
+
+def _compared(figures: list[dict[str, Any]]) -> list[str]:
+    """A table of an evaluation: the first and the last of its models side by side, and the methods.
+
+    The names of its figures are MODEL/FIGURE.
+    """
+    values: dict[str, dict[str, dict[str, Any]]] = {}
+    labels = list(dict.fromkeys(str(figure["name"]).partition("/")[0] for figure in figures))
+    shown = list(dict.fromkeys([*labels[:1], *labels[-1:]]))
+    for figure in figures:
+        label, _, name = str(figure["name"]).partition("/")
+        if label in shown:
+            values.setdefault(name, {})[label] = figure
+    lines = [
+        f"| figure | {' | '.join(shown)} | unit | n |",
+        "|---|" + "---:|" * len(shown) + "---|---:|",
+    ]
+    methods = []
+    for name, by_label in values.items():
+        last = [*by_label.values()][-1]
+        cells = [_number(by_label[label]["value"]) if label in by_label else "–" for label in shown]
+        cells = [name, *cells, last.get("unit", ""), str(last.get("n", ""))]
+        lines.append(f"| {' | '.join(cells)} |")
+        if last.get("convention"):
+            methods.append(f"- {name}: {last['convention']}")
+    return [*lines, "\nHow they were measured:\n", *methods, ""] if values else []
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
 def _row(figure: dict[str, Any]) -> str:
-    value = figure["value"]
-    shown = f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
     convention = str(figure.get("convention", "")).replace("|", "\\|")
-    cells = (figure["name"], shown, figure.get("unit", ""), figure.get("n", ""), convention)
+    cells = (
+        figure["name"],
+        _number(figure["value"]),
+        figure.get("unit", ""),
+        figure.get("n", ""),
+        convention,
+    )
     return f"| {' | '.join(map(str, cells))} |"
 
 
