@@ -61,7 +61,7 @@ def line_chart(
 
 def bar_chart(title: str, groups: Sequence[str], series: dict[str, Sequence[float]]) -> str:
     """An SVG of horizontal bars: in each group one bar of each series, with its value beside it."""
-    row, left = 16, 150
+    row, left = 16, max(120, 16 + 7 * max(map(len, groups)))
     height = TOP + len(groups) * (row * len(series) + 12) + 8
     longest = max(value for values in series.values() for value in values)
     parts = [
@@ -80,7 +80,7 @@ def bar_chart(title: str, groups: Sequence[str], series: dict[str, Sequence[floa
                 f'fill="{COLOURS[place]}"/>'
             )
             parts.append(_text(left + width + 5, y + 12, f"{values[number]:.3g}"))
-    for place, name in enumerate(series):
+    for place, name in enumerate(series if len(series) > 1 else ()):
         y = TOP + 10 + 18 * place
         start = WIDTH - RIGHT + 14
         parts.append(

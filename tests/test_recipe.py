@@ -99,7 +99,7 @@ def test_each_tokenizer_is_read_once(
     monkeypatch.setattr(Checkpoint, "__init__", begun)
     run(recipe_of(place), tmp_path / "out")
     assert read == [str(place / "model")]  # the student's is a copy of it
-    assert len(opened) == len(set(opened)) == 7
+    assert len(opened) == len(set(opened)) == 6
 
 
 STAGES = ["01-profile", "02-prune", "02-prune-repaired", "03-distill", "04-evaluate"]
