@@ -102,6 +102,12 @@ def test_an_unknown_command_is_refused_with_the_nearest(capsys: pytest.CaptureFi
     assert line.startswith("regrow: error: no command named 'distil' — did you mean 'distill'?")
 
 
+def test_a_command_may_be_written_with_a_hyphen(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["learn-masks", "--help"])
+    assert capsys.readouterr().out.startswith("usage: regrow learn_masks")
+
+
 def test_a_flag_without_a_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--no-such-flag"]) == 2
     (line,) = capsys.readouterr().err.splitlines()

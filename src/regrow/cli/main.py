@@ -54,6 +54,8 @@ def _pairs(parts: list[str]) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return 0 on success, and 2 with a one-line error for bad input."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and not arguments[0].startswith("-"):  # learn-masks is learn_masks
+        arguments = [arguments[0].replace("-", "_"), *arguments[1:]]
     if arguments in (["--version"], ["-V"]):
         print(f"regrow {regrow.__version__}")
         return 0
