@@ -135,7 +135,7 @@ JOBS: dict[str, Job] = {
     "cache": _cache,
     "export": _export,
 }
-ELSEWHERE = {"distill", "advise", "initialize", "learn_masks", "report", "prefer"}
+ELSEWHERE = {"distill", "advise", "prepare", "initialize", "learn_masks", "report", "prefer"}
 """distill: test_distill_ranks. Process 0 alone runs the others, as it runs prune."""
 
 

@@ -28,6 +28,8 @@ from regrow.stages.learn_masks import LearnMasksConfig as LearnMasksConfig
 from regrow.stages.learn_masks.stage import learn_masks as learn_masks
 from regrow.stages.prefer import PreferConfig as PreferConfig
 from regrow.stages.prefer.stage import prefer as prefer
+from regrow.stages.prepare import PrepareConfig as PrepareConfig
+from regrow.stages.prepare.stage import prepare as prepare
 from regrow.stages.profile import ProfileConfig as ProfileConfig
 from regrow.stages.profile.stage import profile as profile
 from regrow.stages.prune.stage import prune as prune

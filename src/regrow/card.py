@@ -17,7 +17,8 @@ from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint.licence import Licence, licence_of
 from regrow.checkpoint.model_config import read_json
 from regrow.config import Config
-from regrow.data.config import DataConfig
+from regrow.data.config import DataConfig, SourceConfig
+from regrow.data.prepared_folder import PreparedFolder
 from regrow.stage_dir import StageDir
 
 CARD = "README.md"
@@ -98,7 +99,7 @@ class ModelDir(StageDir):
         before = _before(self.parent)
         fields = self.config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
         given = _without_paths(fields)
-        own = [source.source for source in self.data.sources] if self.data else []
+        own = [_text_of(source) for source in self.data.sources] if self.data else []
         names = {parent_name(each.name): each for each in self.teachers}
         further = {
             name: licence_of(each.name, each.folder)
@@ -237,6 +238,12 @@ def parent_name(model: str) -> str:
     """A parent's public name: a hub id or a package unchanged, for a local path only the name."""
     public = model.startswith(PACKAGE) or not Path(model).expanduser().exists()
     return model if public else short_name(model)
+
+
+def _text_of(source: SourceConfig) -> str:
+    """A source, or for a prepared one the text that it was prepared from."""
+    prepared = PreparedFolder.of(source)
+    return source.source if prepared is None else prepared.index.source.source
 
 
 def public_source(source: str) -> str:

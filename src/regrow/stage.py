@@ -32,6 +32,7 @@ BEFORE_FIRST_PRUNE = "model before the first prune"
 """A note in `left`: distillations and evaluations may take that model as the teacher."""
 IN_ORDER = (
     "advise",
+    "prepare",
     "initialize",
     *(
         "profile",

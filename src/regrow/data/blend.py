@@ -7,12 +7,21 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from regrow.data.config import DataConfig, Split
-from regrow.data.documents import Document, Passage, pieces, read_row, split_of, tokenize
+from regrow.data.documents import (
+    Document,
+    Passage,
+    piece_size,
+    pieces,
+    read_row,
+    split_of,
+    tokenize,
+)
+from regrow.data.prepared import Prepared
 from regrow.data.sources import rows
 from regrow.errors import UserError
 from regrow.runtime.progress import Progress, say
@@ -25,8 +34,17 @@ SHUFFLED_CHARACTERS = 2_000_000
 READ_AHEAD = 8_000_000
 """Characters to read at most to fill the shuffle buffer; a small split has a smaller buffer."""
 TOKENIZED_AT_ONCE = 32
-PIECE = 8_000
-"""Section length of a long document, in characters, or 8 · sequence_length if that is more."""
+
+
+class Sized(Protocol):
+    """Text, or a reference to text that is stored elsewhere, with its length."""
+
+    @property
+    def characters(self) -> int:
+        """The length of the text."""
+
+
+SizedT = TypeVar("SizedT", bound=Sized)
 
 
 @dataclass(frozen=True)
@@ -65,24 +83,24 @@ def blend(context: BuildContext) -> Iterator[Document]:
         yield document
 
 
-def shuffled(passages: Iterable[Passage], random: Random, characters: int) -> Iterator[Passage]:
+def shuffled(passages: Iterable[SizedT], random: Random, characters: int) -> Iterator[SizedT]:
     """Yield the passages in random order.
 
     The buffer has at most 1,000 passages, and at most `characters` characters of text.
     """
-    buffer: list[Passage] = []
+    buffer: list[SizedT] = []
     size = 0
     for passage in passages:
         buffer.append(passage)
-        size += len(passage.text)
+        size += passage.characters
         while len(buffer) > SHUFFLED_PASSAGES or size > characters:
-            size -= len(_swap_out(buffer, random).text)
+            size -= _swap_out(buffer, random).characters
             yield buffer.pop()
     random.shuffle(buffer)
     yield from buffer
 
 
-def _swap_out(buffer: list[Passage], random: Random) -> Passage:
+def _swap_out(buffer: list[SizedT], random: Random) -> SizedT:
     """Swap a random passage with the last one, which can be removed cheaply, and return it."""
     chosen = random.randrange(len(buffer))
     buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
@@ -94,18 +112,23 @@ def _documents(number: int, context: BuildContext) -> Iterator[Document]:
 
     A source without any scored token is read only once.
     """
-    data, source = context.data, context.data.sources[number]
+    source = context.data.sources[number]
+    prepared = Prepared.of(source)
+    if prepared is not None:
+        prepared.check(context.data, context.tokenizer)
     epoch = 0
     while True:
-        random = Random(f"{data.seed}/{number}/{epoch}")
-        stream = shuffled(_passages(number, context), random, _buffer_characters(context))
+        name = f"{context.data.seed}/{number}/{epoch}"
         any_scored = False
-        while batch := list(islice(stream, TOKENIZED_AT_ONCE)):
-            for document in tokenize(batch, context.tokenizer):
-                any_scored = any_scored or any(document.scored[1:])
-                if (model := context.model) is not None:
-                    check_ids(document.ids, context.tokenizer, embedding_rows(model), model.folder)
-                yield replace(document, source=number)
+        for document in (
+            _tokenized(number, context, name)
+            if prepared is None
+            else _stored(prepared, context, name)
+        ):
+            any_scored = any_scored or any(document.scored[1:])
+            if (model := context.model) is not None:
+                check_ids(document.ids, context.tokenizer, embedding_rows(model), model.folder)
+            yield replace(document, source=number)
         if context.split != "train" or not any_scored:
             return
         if epoch == 0:
@@ -113,9 +136,27 @@ def _documents(number: int, context: BuildContext) -> Iterator[Document]:
         epoch += 1
 
 
+def _tokenized(number: int, context: BuildContext, name: str) -> Iterator[Document]:
+    """Yield one source's documents once; `name` seeds their order."""
+    stream = shuffled(_passages(number, context), Random(name), _buffer_characters(context))
+    while batch := list(islice(stream, TOKENIZED_AT_ONCE)):
+        yield from tokenize(batch, context.tokenizer)
+
+
+def _stored(prepared: Prepared, context: BuildContext, name: str) -> Iterator[Document]:
+    """Yield a prepared source's documents once, in the order that it was prepared for."""
+    if prepared.index.order == "shuffled":
+        stream = prepared.shuffled(context.data, context.split, name)
+    else:
+        in_order = prepared.passages(context.data, context.split)
+        stream = shuffled(in_order, Random(name), _buffer_characters(context))
+    for passage in stream:
+        yield prepared.document(passage)
+
+
 def _passages(number: int, context: BuildContext) -> Iterator[Passage]:
     """Yield one source's passages of the split, in the order of its rows."""
-    size = max(PIECE, 8 * context.data.sequence_length)
+    size = piece_size(context.data.sequence_length)
     for count, (location, row) in enumerate(rows(context.data.sources[number], context.cache), 1):
         if context.counter is not None:
             context.counter.advance(0, f"row {count:,} of {context.data.sources[number].source}")

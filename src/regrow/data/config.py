@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -11,6 +13,8 @@ from regrow.config import Config
 from regrow.errors import nearest
 
 Split = Literal["train", "calibration", "validation", "heldout"]
+SOURCES = "prepared.json"
+"""The file of a prepared folder that lists its sources, each with a subfolder of its own."""
 
 
 class SourceConfig(Config):
@@ -18,8 +22,8 @@ class SourceConfig(Config):
 
     source: str = Field(min_length=1)
     """A file or folder (.txt, .jsonl, .parquet, each also .gz), `package:NAME==VERSION/path` for a
-    file inside a PyPI distribution, or a hub id: `org/name`, `org/name:split`,
-    `org/name@config:split`."""
+    file inside a PyPI distribution, a hub id: `org/name`, `org/name:split`,
+    `org/name@config:split`, or a folder that `regrow prepare` wrote."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Share of the blend's tokens, relative to the other sources' weights."""
     reader: str | None = None
@@ -80,7 +84,7 @@ class DataConfig(Config):
             raise ValueError(
                 "the list is empty: give at least one file, folder, package: file or hub id"
             )
-        return sources
+        return [part for each in sources for part in _parts(each, alone=len(sources) == 1)]
 
     @field_validator("calibration_fraction", "validation_fraction")
     @classmethod
@@ -91,3 +95,25 @@ class DataConfig(Config):
             fractions = " and ".join(f"{name} {value}" for name, value in others.items())
             raise ValueError(f"together with {fractions} this leaves no train text; lower one")
         return fraction
+
+
+def _parts(source: SourceConfig, alone: bool) -> list[SourceConfig]:
+    """The sources of a folder that `regrow prepare` wrote, with their shares; else the source.
+
+    Beside other sources, the shares of the folder's sources add up to the folder's own weight.
+    """
+    folder = Path(source.source).expanduser()
+    if not (folder / SOURCES).is_file():
+        return [source]
+    if source.reader is not None or source.sha256 is not None:
+        raise ValueError(f"{folder} is a prepared folder: leave out reader and sha256")
+    parts = json.loads((folder / SOURCES).read_text(encoding="utf-8"))
+    total = 1.0 if alone else sum(part["weight"] for part in parts) / source.weight
+    return [
+        SourceConfig(
+            source=str(folder / part["folder"]),
+            weight=part["weight"] / total,
+            losses=part["losses"] if source.losses is None else source.losses,
+        )
+        for part in parts
+    ]

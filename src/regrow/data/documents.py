@@ -16,6 +16,8 @@ from regrow.data.wikitext import sections
 from regrow.errors import UserError
 
 ALLOWED = "`text`, `prompt` + `completion`, `question` + `answer`, or `messages`"
+PIECE = 8_000
+"""Section length of a long document, in characters, or 8 · sequence_length if that is more."""
 DEEPEST = 64
 """The maximum nesting depth of lists and objects in a turn."""
 
@@ -36,6 +38,11 @@ class Passage:
     """A number in [0, 1) that decides the split; None: `place_of` computes it from the text."""
     location: str = field(default="", compare=False)
     """The file and row that it comes from, for error messages."""
+
+    @property
+    def characters(self) -> int:
+        """The length of its text."""
+        return len(self.text)
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,11 @@ def split_of(text: str, data: DataConfig, place: float | None = None) -> Split:
         return "calibration"
     u -= data.heldout_fraction + data.calibration_fraction
     return "validation" if u < data.validation_fraction else "train"
+
+
+def piece_size(sequence_length: int) -> int:
+    """The section length of a long document, in characters."""
+    return max(PIECE, 8 * sequence_length)
 
 
 def pieces(passage: Passage, size: int) -> Iterator[Passage]:

@@ -8,6 +8,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from shutil import copyfileobj
 from typing import IO, TextIO, cast
@@ -39,6 +40,19 @@ def open_seekable(path: Path) -> Iterator[IO[bytes]]:
             copyfileobj(packed, unpacked)
             unpacked.seek(0)
             yield unpacked
+
+
+def local_files(source: str) -> list[Path]:
+    """The files of a local file or folder, sorted; none for other sources."""
+    path = Path(source).expanduser()
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [file for file in files if file.is_file()]
+
+
+@lru_cache(maxsize=4096)
+def content_of(path: Path, size: int, changed: int) -> str:
+    """The SHA-256 of a file, computed once per process unless the file changes."""
+    return sha256_of(path)
 
 
 def plain_name(path: Path) -> str:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from regrow import plugins, stage_dir
 from regrow.config import cache_folder
 from regrow.data import packages
-from regrow.data.config import DataConfig, SourceConfig
-from regrow.data.files import check_sha256, plain_name, sha256_of
+from regrow.data.config import SOURCES, DataConfig, SourceConfig
+from regrow.data.files import check_sha256, content_of, local_files, plain_name, sha256_of
+from regrow.data.prepared_folder import PreparedFolder
 from regrow.data.readers import without_nulls
 from regrow.errors import UserError
 
@@ -80,6 +80,11 @@ def resolve(source: SourceConfig, cache: Path | None = None) -> list[Path]:
         kept = cache if cache is not None else cache_folder()
         return [packages.fetch(source.source, source.sha256, kept)]
     path = Path(source.source).expanduser()
+    if PreparedFolder.of(source) is not None or (path / SOURCES).is_file():
+        raise UserError(
+            f"{path}: this folder has prepared tokens, not text, which is needed here: give the "
+            "text that it was prepared from"
+        )
     if path.is_dir():
         if source.sha256 is not None:
             raise UserError(f"{path}: sha256 is for a single file, this is a folder; leave it out")
@@ -94,7 +99,11 @@ def resolve(source: SourceConfig, cache: Path | None = None) -> list[Path]:
 
 
 def check_source(source: SourceConfig) -> None:
-    """Raise UserError for a local source that does not exist or has no reader."""
+    """Raise UserError for a local source that is missing, has no reader, or has changed since it
+    was prepared."""
+    if (prepared := PreparedFolder.of(source)) is not None:
+        prepared.check_source()
+        return
     if not source.source.startswith(packages.PREFIX) and not _is_hub(source):
         resolve(source)
 
@@ -151,26 +160,18 @@ def data_digest(data: DataConfig) -> str:
     """
     contents = []
     for source in data.sources:
-        for file in _files(source):
+        if (prepared := PreparedFolder.of(source)) is not None:
+            contents.append(["prepared", prepared.digest])
+            continue
+        for file in local_files(source.source):
             stat = file.stat()
-            contents.append([file.name, _content(file, stat.st_size, stat.st_mtime_ns)])
+            contents.append([file.name, content_of(file, stat.st_size, stat.st_mtime_ns)])
     return stage_dir.digest(data.model_dump(mode="json"), contents)
 
 
 def outline(source: SourceConfig) -> str:
     """The SHA-256 of the names and sizes of a local source's files, whose content is not read."""
-    files = [[file.name, file.stat().st_size] for file in _files(source)]
+    if (prepared := PreparedFolder.of(source)) is not None:
+        return stage_dir.digest(source.source, prepared.digest)
+    files = [[file.name, file.stat().st_size] for file in local_files(source.source)]
     return stage_dir.digest(source.source, files)
-
-
-def _files(source: SourceConfig) -> list[Path]:
-    """The files of a local source; none of other sources."""
-    path = Path(source.source).expanduser()
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [file for file in files if file.is_file()]
-
-
-@lru_cache(maxsize=4096)
-def _content(path: Path, size: int, changed: int) -> str:
-    """The SHA-256 of a file, computed once per process unless the file changes."""
-    return sha256_of(path)
