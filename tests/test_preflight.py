@@ -26,11 +26,14 @@ TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3")
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_kept_bytes_are_those_of_a_real_pass(model_type: str) -> None:
+def test_kept_bytes_are_those_of_a_real_pass(model_type: str, half: bool) -> None:
     """The sum over the tensors that autograd really keeps, for packed documents with data."""
     fields = {**TINY, "model_type": model_type, "pad_token_id": 0, "tie_word_embeddings": True}
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(fields)).train()
+    stock, dtype = CONFIG_MAPPING[model_type].from_dict(fields), torch.float32
+    dtype = torch.bfloat16 if half else dtype
+    model = AutoModelForCausalLM.from_config(stock, dtype=dtype).train()
     own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -47,10 +50,10 @@ def test_kept_bytes_are_those_of_a_real_pass(model_type: str) -> None:
         )
     assert states.last_hidden_state.requires_grad
     real = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-    found = activations(ModelSize(fields), batch, length)
+    found = activations(ModelSize(fields), batch, length, half=half)
     assert found.base + 3 * (found.layer + found.copies) == pytest.approx(real, rel=0.02)
     matrices = sum(w.numel() for w in model.base_model.layers[0].parameters() if w.ndim == 2)
-    assert found.copies == 2 * matrices
+    assert found.copies == (0 if half else 2 * matrices)
 
 
 def test_experts_are_estimated() -> None:
@@ -86,6 +89,8 @@ def test_settings_take_less() -> None:
     assert 120e9 < plain < 155e9  # does not fit a GPU of 80 GB
     copies = total(sharding="ddp", devices=8)
     assert copies == plain + 4 * student.parameters  # the buckets of gradients
+    once = training_memory(student, teacher, TrainingSetup(1, 512, sharding="ddp", devices=8))
+    assert "gradients" not in once.parts  # they are views of the buckets
     shards = total(sharding="fsdp", devices=8, teacher="shares")
     assert 30e9 < shards < 50e9
     assert shards == total(sharding="hsdp", devices=8, teacher="shares")
@@ -98,7 +103,12 @@ def test_settings_take_less() -> None:
     assert total(adapter_rank=16) < plain / 2
     assert total(checkpointing=True) < plain
     assert total(teacher="int8") < total() > total(teacher="disk") > total(teacher="cache")
-    assert total(master_bytes=2.0, moment_bytes=2.0) == plain - 8 * student.parameters
+    assert total(moment_bytes=2.0) == plain - 6 * student.parameters
+    half = TrainingSetup(4, 512, 2, master_bytes=2.0, moment_bytes=2.0)
+    parts = training_memory(student, teacher, half).parts
+    state = parts["weights"] + parts["optimizer"] + parts["gradients"]
+    assert state == 6 * student.parameters
+    assert "half-precision weights" not in {name for name, size in parts.items() if size}
 
 
 def test_adapters_are_counted() -> None:
@@ -122,6 +132,62 @@ def test_what_would_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert flags[-1] == "--gradient-checkpointing --offload-teacher"
     monkeypatch.setattr(preflight, "device_bytes", lambda device: int(1e9))
     assert "no setting here makes it fit; the least is" in preflight.memory_lines(*given)[2]
+
+
+def test_all_weights_of_6b_under_an_8b_teacher_on_one_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """80 GB: AdamW needs 114.6, and the two smaller optimizers fit; the parts counted by hand."""
+    monkeypatch.setattr(preflight, "device_bytes", lambda device: int(80e9))
+    monkeypatch.setattr(Options, "torch_device", lambda options: torch.device("cuda"))
+    student, teacher = {**QWEN3_8B, "num_hidden_layers": 24}, [QWEN3_8B]
+    data = DataConfig.model_validate({"sources": ["x.txt"], "sequence_length": 512})
+
+    def lines(**fields: Any) -> list[str]:
+        config = DistillConfig(batch_tokens=4 * 512, **fields)
+        return preflight.memory_lines(student, teacher, config, data, Options(batch_size=4))
+
+    plain = lines()
+    assert plain[0].startswith("  memory of each device: 114.57 GB")
+    assert plain[1:] == [
+        "  it does not fit: this cuda has 80.00 GB",
+        "  these settings would fit:",
+        "    --optimizer adamw_8bit: 79.50 GB",
+        "    --gradient-checkpointing --optimizer adamw_8bit: 76.35 GB",
+        "    --optimizer adamw_bf16: 55.43 GB",
+        "    --gradient-checkpointing --optimizer adamw_bf16: 52.85 GB",
+    ]
+    half = lines(optimizer="adamw_bf16")
+    assert half[0].startswith("  memory of each device: 55.43 GB")
+    count, teachers = 5_875_378_176, 8_190_735_360
+    assert ModelSize(student).parameters == count
+    for name, size in (
+        ("weights", 2 * count),
+        ("optimizer", (2 + 8 / 256) * count),
+        ("teacher", 2 * teachers),
+        ("loss", 4 * 151_936 * 4_096 + 4 * 2_048 * 4_096),  # the head's gradient; a stream
+    ):
+        assert f"{name} {size / 1e9:.2f}" in half[0]
+    assert half[1] == "  it fits: this cuda has 80.00 GB"
+    assert "--optimizer" not in preflight.advice(
+        student, teacher, DistillConfig(batch_tokens=4 * 512), data, Options(batch_size=4)
+    )  # a run cannot continue with another optimizer
+
+
+def test_shards_may_go_to_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Advice after out-of-memory: the same checkpoints, with the shards in the host's memory."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    student, teacher = {**QWEN3_8B, "num_hidden_layers": 24}, [QWEN3_8B]
+    data = DataConfig.model_validate({"sources": ["x.txt"], "sequence_length": 512})
+    config = DistillConfig(batch_tokens=8 * 512)
+
+    def advice(sharding: Any) -> str:
+        options = Options(device="cpu", batch_size=1, sharding=sharding)
+        return preflight.advice(student, teacher, config, data, options)
+
+    assert "--sharding fsdp_offload (" in advice("fsdp")
+    assert "fsdp_offload" not in advice("fsdp_offload")
+    assert "fsdp_offload" not in advice("none")
 
 
 def test_a_family_without_a_table_has_no_estimate() -> None:

@@ -30,6 +30,7 @@ from regrow.training.objective import bind_loss
 from regrow.training.trainer import DistillTrainer
 
 SHARDED = OPTIONS.model_copy(update={"sharding": "fsdp"})
+OFFLOADED = OPTIONS.model_copy(update={"sharding": "fsdp_offload"})
 CPU = torch.device("cpu")
 
 
@@ -109,6 +110,52 @@ def _work(rank: int, place: str, folder: str) -> None:
     with pytest.raises(UserError, match="written with sharding fsdp and cannot continue with none"):
         distill(*job, OPTIONS)
     distill(*job, SHARDED)
+
+
+def _offload(rank: int, place: str, folder: str) -> None:
+    """A run whose second half has its shards in the host's memory, and one without."""
+    pretend_gpus()
+    pinned: list[Tensor] = []
+
+    def pin(tensor: Tensor, *_: Any) -> Tensor:  # there is no device to pin memory for
+        pinned.append(tensor)
+        return tensor
+
+    Tensor.pin_memory = pin
+    where = Path(place)
+    steps = CONFIG.model_copy(update={"tokens": 4 * 128, "eval_tokens": 2 * 128})
+    sharded: list[bool] = []
+    began = ProgressCallback.on_step_begin
+
+    def look(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step:  # in the first step, `model` is still the one before sharding
+            parameters = list(given["model"].parameters())
+            sharded.append(all(isinstance(each, DTensor) for each in parameters))
+        began(self, args, state, control, **given)
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    job = (where / "pruned", where / "teacher", data(where))
+    ProgressCallback.on_step_begin = look  # type: ignore[method-assign]
+    distill(*job, Path(folder) / "shards", steps, SHARDED)
+    assert sharded and all(sharded) and not pinned
+    ProgressCallback.on_step_begin = stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        distill(*job, Path(folder) / "moved", steps, SHARDED)
+    ProgressCallback.on_step_begin = began  # type: ignore[method-assign]
+    distill(*job, Path(folder) / "moved", steps, OFFLOADED)
+    assert pinned
+
+
+def test_shards_in_the_hosts_memory_train_the_same(tmp_path: Path) -> None:
+    """The same student bit for bit, by a run that began without."""
+    place = write_place(tmp_path / "place")
+    start_ranks(2, _offload, str(place), str(tmp_path))
+    expected = weights(tmp_path / "shards")
+    for key, value in weights(tmp_path / "moved").items():
+        assert torch.equal(value, expected[key]), key
 
 
 def test_two_sharded_processes_train_what_one_process_trains(tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def _train_share(rank: int, folder: str, share: str) -> None:
             Path(folder) / name, sequences // accumulation, accumulation, ddp_backend="gloo"
         )
         weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
+        assert len(watch.storages) < len(weights) / 4  # gradients are views of DDP's buckets
         torch.save((watch.gradients, weights), Path(folder) / f"{name}.pt")
         accumulation *= 2
 

@@ -77,12 +77,14 @@ class Watch(TrainerCallback):
     def __init__(self) -> None:
         self.gradients: dict[str, Tensor] = {}
         self.recorded: list[Any] = []
+        self.storages: set[int] = set()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         named = given["model"].named_parameters()
         self.gradients = {
             name.removeprefix("module."): parameter.grad.clone() for name, parameter in named
         }
+        self.storages = {p.grad.untyped_storage().data_ptr() for p in given["model"].parameters()}
         self.recorded.append({parameter.dtype for parameter in given["model"].parameters()})
 
 

@@ -37,18 +37,21 @@ class Activations(NamedTuple):
     """Bytes of the half-precision copies of one layer's weights, which autocast makes."""
 
 
-def activations(model: ModelSize, batch: int, length: int, rank: int = 0) -> Activations:
+def activations(
+    model: ModelSize, batch: int, length: int, rank: int = 0, half: bool = False
+) -> Activations:
     """The bytes that a student keeps for a micro-batch, computed in bfloat16.
 
-    The student has float32 weights, or with a `rank` frozen bfloat16 weights and adapters.
+    The student has float32 weights; with `half` bfloat16 weights; or with a `rank` frozen bfloat16
+    weights and adapters.
     """
     if "experts" in model.sizes:
-        return _estimated(model, batch * length, rank)
+        return _estimated(model, batch * length, half or rank > 0)
     text = json.dumps(model.config, sort_keys=True, default=str)
-    return _probed(text, batch, length, rank)
+    return _probed(text, batch, length, rank, half)
 
 
-def _estimated(model: ModelSize, tokens: int, rank: int) -> Activations:
+def _estimated(model: ModelSize, tokens: int, half: bool) -> Activations:
     """The same counts for a mixture of experts, whose routing cannot run without data.
 
     As in a dense layer: 26 · hidden around the two norms and 14 · heads · head_dim in attention;
@@ -59,23 +62,25 @@ def _estimated(model: ModelSize, tokens: int, rank: int) -> Activations:
     heads, hidden = full["heads"] * full["head_dim"], full["hidden"]
     experts = chosen * (8 * full["expert_mlp"] + 8 * hidden)
     layer = tokens * (26 * hidden + 14 * heads + experts)
-    return Activations(layer, tokens * 12 * hidden, 0 if rank else 2 * model.layer_parameters)
+    return Activations(layer, tokens * 12 * hidden, 0 if half else 2 * model.layer_parameters)
 
 
 @lru_cache(maxsize=64)
-def _probed(text: str, batch: int, length: int, rank: int) -> Activations:
-    (one, _), (two, copies) = (_kept(json.loads(text), n, batch, length, rank) for n in PROBED)
+def _probed(text: str, batch: int, length: int, rank: int, half: bool) -> Activations:
+    (one, _), (two, copies) = (
+        _kept(json.loads(text), n, batch, length, rank, half) for n in PROBED
+    )
     return Activations(two - one - copies, one - (two - one), copies)
 
 
 def _kept(
-    config: dict[str, Any], layers: int, batch: int, length: int, rank: int
+    config: dict[str, Any], layers: int, batch: int, length: int, rank: int, half: bool
 ) -> tuple[int, int]:
     """Bytes that autograd keeps in a model of `layers` layers, and those of one layer's copies."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(), _said(config):
-        model = _build(config, layers, rank)
+        model = _build(config, layers, rank, half)
         own = {weight.untyped_storage()._cdata for weight in model.parameters()}
         kept: dict[int, torch.Tensor] = {}
 
@@ -90,7 +95,7 @@ def _kept(
             model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
         total = sum(kept[key].untyped_storage().nbytes() for key in kept.keys() - own)
         matrices = sum(w.numel() for w in model.base_model.layers[0].parameters() if w.ndim == 2)
-    return total, 0 if rank else 2 * matrices
+    return total, 0 if rank or half else 2 * matrices
 
 
 @contextmanager
@@ -104,7 +109,7 @@ def _said(config: dict[str, Any]) -> Iterator[None]:
         ) from None
 
 
-def _build(config: dict[str, Any], layers: int, rank: int) -> Any:
+def _build(config: dict[str, Any], layers: int, rank: int, half: bool) -> Any:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     lists = {key for key, value in config.items() if isinstance(value, list)}
@@ -113,7 +118,7 @@ def _build(config: dict[str, Any], layers: int, rank: int) -> Any:
     fields |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     logging.getLogger("transformers").setLevel(logging.ERROR)
     stock = CONFIG_MAPPING[config["model_type"]].from_dict(fields)
-    dtype = torch.bfloat16 if rank else torch.float32
+    dtype = torch.bfloat16 if rank or half else torch.float32
     model = AutoModelForCausalLM.from_config(stock, dtype=dtype).train()
     if rank:
         model.requires_grad_(False)

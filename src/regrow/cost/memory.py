@@ -50,14 +50,19 @@ class TrainingSetup:
     cpu_offload: bool = False
     """Whether weights, gradients and moments lie in the host's memory (FSDP's CPU offload)."""
     master_bytes: float = 4.0
-    """Bytes of a trained weight: 4, or 2 with stochastic rounding."""
+    """Bytes of a trained weight, and of its gradient: 4, or 2 with stochastic rounding."""
     moment_bytes: float = 8.0
-    """Bytes of the optimizer's moments for a weight: 8 for AdamW, 2 for AdamW in 8 bits."""
+    """Bytes of the optimizer's moments for a weight: 8 for AdamW, about 2 for AdamW in 8 bits."""
 
     @property
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
         return self.batch * self.length
+
+    @property
+    def half(self) -> bool:
+        """Whether the trained weights are in half precision, so that autocast copies none."""
+        return self.master_bytes < 4
 
     @property
     def shards(self) -> int:
@@ -85,11 +90,15 @@ def training_memory(
     student: ModelSize, teacher: ModelSize | None, setup: TrainingSetup
 ) -> TrainingMemory:
     """The memory of a training step on each device; without a teacher: next-token training."""
-    kept = activations(student, setup.batch, setup.length, setup.adapter_rank)
+    kept = activations(student, setup.batch, setup.length, setup.adapter_rank, setup.half)
     state, host = _state(student, setup)
     state["teacher"] = 0.0 if teacher is None else _teacher_bytes(teacher, setup)
-    gradients = 0.0 if setup.cpu_offload else 4 * _trained(student, setup) / setup.shards
+    gradients = setup.master_bytes * _trained(student, setup) / setup.shards
+    if setup.cpu_offload:
+        gradients = 0.0
     before = gradients if setup.accumulation > 1 else 0.0
+    if setup.sharding == "ddp":  # the gradients become views of the buckets
+        gradients = 0.0
     moments = {
         "teacher": {"gradients": before, "teacher's activations": _running(teacher, setup)},
         "loss": {"gradients": before, **_at_loss(student, setup, kept)},
@@ -124,14 +133,14 @@ def _state(student: ModelSize, setup: TrainingSetup) -> tuple[dict[str, float], 
     if setup.adapter_rank:
         weights = setup.frozen_bytes * student.parameters + 4 * trained
     else:
-        weights = setup.master_bytes * trained + 4 * (student.parameters - trained)
+        weights = setup.master_bytes * student.parameters
     state = {"weights": weights, "optimizer": setup.moment_bytes * trained}
     state = {name: size / setup.shards for name, size in state.items()}
     if setup.sharding == "ddp":
-        state["gradient buckets"] = 4 * trained
+        state["gradient buckets"] = setup.master_bytes * trained
     if not setup.cpu_offload:
         return state, 0.0
-    return {}, sum(state.values()) + 4 * trained / setup.shards
+    return {}, sum(state.values()) + setup.master_bytes * trained / setup.shards
 
 
 def _teacher_bytes(teacher: ModelSize, setup: TrainingSetup) -> float:
@@ -178,7 +187,9 @@ def _at_loss(student: ModelSize, setup: TrainingSetup, kept: Activations) -> dic
     if sharded:
         parts["half-precision weights"] += 2 * student.table * (1 if student.tied else 2)
     backward = _backward(student, setup, kept) + (kept.layer if setup.checkpointing else 0)
-    parts["work"] = max(_head_work(student, setup, bool(setup.adapter_rank)), backward)
+    parts["work"] = max(
+        _head_work(student, setup, bool(setup.adapter_rank) or setup.half), backward
+    )
     return parts
 
 

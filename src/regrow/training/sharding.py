@@ -23,7 +23,13 @@ WHOLE = "pytorch_model_fsdp.bin"
 def is_sharded(options: Options) -> bool:
     """Whether `sharding` or the config of `accelerate launch` requests sharding."""
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return options.sharding == "fsdp" or launched
+    return options.sharding != "none" or launched
+
+
+def offloads(options: Options) -> bool:
+    """Whether the student's shards and their optimizer are kept in the host's memory."""
+    launched = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+    return options.sharding == "fsdp_offload" or (is_sharded(options) and launched)
 
 
 def require(options: Options, device: torch.device, adapter: str) -> None:
@@ -51,7 +57,10 @@ def training_fields(options: Options) -> dict[str, Any]:
         fields["deepspeed"] = options.deepspeed
     if is_sharded(options):
         whole = "FULL_STATE_DICT"
-        fields |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": whole}}
+        config: dict[str, Any] = {"version": 2, "state_dict_type": whole}
+        if offloads(options):
+            config["cpu_offload"] = True
+        fields |= {"fsdp": True, "fsdp_config": config}
         # Otherwise every device would keep the gradients of all layers between the micro-batches.
         fields["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     return fields

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset, SequentialSampler
@@ -28,6 +29,7 @@ from regrow.training.callbacks import COUNT_PREFIX, MetricSums
 from regrow.training.dynamic_blend import LOSS, DynamicBlend
 from regrow.training.features import MAIN, FeatureLosses
 from regrow.training.on_policy import StudentWriter
+from regrow.training.optimizers import run_eagerly_on_cpu
 from regrow.training.rates import scale_rates
 
 FEATURE_LOSS_STATE = "feature_losses.pt"
@@ -145,12 +147,22 @@ class DistillTrainer(FeatureLossTrainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(dataset)
 
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """accelerate's arguments: the gradients of DDP are views of the buckets that it sends."""
+        fields: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        for handler in fields["kwargs_handlers"]:
+            if isinstance(handler, DistributedDataParallelKwargs):
+                handler.gradient_as_bucket_view = True
+        return fields
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The optimizer, with a group of parameters for each learning rate."""
         exists = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.rates != (1, 1) and not exists:
             scale_rates(optimizer, self.student, *self.rates)
+        if not exists:
+            run_eagerly_on_cpu(optimizer)
         return optimizer
 
     def create_scheduler(

@@ -33,6 +33,10 @@ class DistillConfig(Config):
     """The final learning rate of the cosine schedule, as a share of the peak."""
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises to its peak; at least one step."""
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16"] = "adamw"
+    """adamw takes 16 bytes for each trained weight (weights, gradients and moments in float32);
+    adamw_8bit has its moments in 8 bits and takes 10; adamw_bf16 also has weights and gradients in
+    bfloat16, with stochastic rounding, and takes 6. The last two need torchao."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay."""
     beta2: float = Field(default=0.95, gt=0, lt=1)

@@ -16,14 +16,14 @@ from regrow.runtime.memory import device_bytes
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.setup import budget_of
 from regrow.stages.distill.teacher import teacher_placement
-from regrow.training import sharding
+from regrow.training import optimizers, sharding
 
 SHOWN = 4
 """Settings that are shown at most."""
 CONTEXT = {"cuda": 1.0e9, "cpu": 0.7e9}
 """Bytes beside the tensors: CUDA's context and gaps; imports of a process."""
 
-NEW_RUN = {"--cache", "--teacher-dtype", "--sharding", "--adapter"}
+NEW_RUN = {"--cache", "--teacher-dtype", "--sharding", "--adapter", "--optimizer"}
 """Flags with which a run starts anew: its checkpoints are of another kind, or teach otherwise."""
 
 Total = Callable[[TrainingSetup], float]
@@ -36,6 +36,7 @@ def setup_of(config: DistillConfig, data: DataConfig, options: Options) -> Train
     placement: Placement = teacher_placement(config, options)
     devices = distributed.world_size()
     sharded = sharding.is_sharded(options)
+    optimizer = optimizers.KINDS[config.optimizer]
     return TrainingSetup(
         batch=micro,
         length=data.sequence_length,
@@ -47,6 +48,9 @@ def setup_of(config: DistillConfig, data: DataConfig, options: Options) -> Train
         teacher="cache" if config.cache else placement,
         sharding="fsdp" if sharded else "ddp" if devices > 1 else "none",
         devices=devices,
+        cpu_offload=sharding.offloads(options),
+        master_bytes=optimizer.dtype.itemsize,
+        moment_bytes=optimizer.moment_bytes,
     )
 
 
@@ -109,7 +113,8 @@ def advice(
         now, sizes = total(setup), [(name, total(s)) for name, s in changes(setup, total)]
     except UserError:  # a family without a table
         return "give --batch-size 1 or --gradient-checkpointing"
-    kept = [(name, size) for name, size in sizes if not set(name.split()) & NEW_RUN]
+    new = NEW_RUN - ({"--sharding"} if setup.shards > 1 else set())  # shards stay shards
+    kept = [(name, size) for name, size in sizes if not set(name.split()) & new]
     less = [f"{name} ({size / 1e9:.2f} GB)" for name, size in kept if size < 0.98 * now]
     needed = f"a step needs about {now / 1e9:.2f} GB on each device"
     return needed + (f"; give {' or '.join(less[:SHOWN])}" if less else "")
@@ -130,13 +135,23 @@ def changes(setup: TrainingSetup, total: Total) -> list[tuple[str, TrainingSetup
     if setup.teacher == "whole":
         for flag, place in TEACHERS.items():
             add(flag, replace(base, teacher=place))
+    if not setup.adapter_rank and setup.shards == 1:
+        for name in SMALLER_OPTIMIZERS:
+            found.append((f"--optimizer {name}", _with(setup, name)))
+            if flags:
+                add(f"--optimizer {name}", _with(base, name))
+    if setup.shards > 1 and not setup.cpu_offload:
+        add("--sharding fsdp_offload", replace(base, cpu_offload=True))
     if setup.sharding == "none":
         place = "shares" if setup.teacher == "whole" else setup.teacher
+        plain = _with(base, "adamw")  # neither shards nor adapters have others
+        flags += " --optimizer adamw" if plain != base else ""
         for devices in (2, 4, 8) if place in ("shares", "cache") else ():
-            shards = replace(base, sharding="fsdp", devices=devices, teacher=place)
+            shards = replace(plain, sharding="fsdp", devices=devices, teacher=place)
             add(f"--sharding fsdp on {devices} GPUs", shards)
+            add(f"--sharding fsdp_offload on {devices} GPUs", replace(shards, cpu_offload=True))
         if not setup.adapter_rank:
-            add("--adapter lora", replace(base, adapter_rank=16))
+            add("--adapter lora", replace(plain, adapter_rank=16))
     return found
 
 
@@ -157,6 +172,14 @@ def _same_result(setup: TrainingSetup) -> list[tuple[str, TrainingSetup]]:
     return found
 
 
+def _with(setup: TrainingSetup, optimizer: str) -> TrainingSetup:
+    """The setup with an optimizer."""
+    kind = optimizers.KINDS[optimizer]
+    return replace(setup, master_bytes=kind.dtype.itemsize, moment_bytes=kind.moment_bytes)
+
+
+SMALLER_OPTIMIZERS = ("adamw_8bit", "adamw_bf16")
+"""Optimizers that take less memory than AdamW in float32, on a GPU."""
 TEACHERS: dict[str, Placement] = {
     "--cache (of regrow cache)": "cache",
     "--teacher-dtype int8": "int8",
@@ -179,7 +202,7 @@ def _fitting(setup: TrainingSetup, total: Total, there: float, device: str) -> l
     usable = [
         (name, total(each))
         for name, each in changes(setup, total)
-        if device == "cuda" or "fsdp" not in name
+        if device == "cuda" or not ("fsdp" in name or "--optimizer" in name)
     ]
     if not usable:
         return []

@@ -23,7 +23,7 @@ from regrow.runtime.progress import say
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.student import Student, check_student
 from regrow.stages.distill.teacher import TeacherSetup, teacher_placement
-from regrow.training import sharding
+from regrow.training import optimizers, sharding
 from regrow.training.adapters import Adapter
 from regrow.training.callbacks import CHOSEN_BY
 from regrow.training.dynamic_blend import LOSS
@@ -90,7 +90,6 @@ def arguments_of(
         weight_decay=config.weight_decay,
         adam_beta2=config.beta2,
         max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch_fused",
         bf16=True,
         use_cpu=device.type == "cpu",
         logging_steps=1,
@@ -114,6 +113,7 @@ def arguments_of(
         seed=config.seed,
         activation_checkpointing=options.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
+        **optimizers.KINDS[config.optimizer].fields,
         **sharding.training_fields(options),
     )
     if sharding.is_sharded(options):
@@ -224,12 +224,14 @@ class DistillSetup:
     def bytes(self) -> int:
         """Bytes on disk: the best, the last and the next checkpoint, and the written student.
 
-        A checkpoint has the weights and the optimizer's two moments in float32.
+        A checkpoint has the weights and the optimizer's two moments.
         """
         student, adapter = self.student, self.adapter
         trained = student.parameters if adapter is None else adapter.parameters(student.on_meta())
-        each = 16 if self.sharded else 12  # a sharded run writes the weights twice
-        return trained * 3 * each + student.parameters * self.dtype.itemsize
+        kind = optimizers.KINDS[self.config.optimizer]
+        copies = 2 if self.sharded else 1  # a sharded run writes the weights twice
+        each = copies * kind.dtype.itemsize + kind.moment_bytes
+        return round(trained * 3 * each) + student.parameters * self.dtype.itemsize
 
     def sequences(self, data: DataConfig, text: DataConfig) -> tuple[Sequences, Sequences]:
         """The training sequences, from `text`, and the validation sequences, from `data`.

@@ -39,7 +39,7 @@ from regrow.stages.distill.setup import TRAINER, DistillSetup, arguments_of
 from regrow.stages.distill.student import compile_layers, open_student
 from regrow.stages.distill.teacher import TeacherSetup, freeze, mass_lost, show_attentions
 from regrow.stages.distill.text import answer_digests, loss_weights_of, training_text
-from regrow.training import sharding
+from regrow.training import optimizers, sharding
 from regrow.training.callbacks import CHOSEN_BY, MetricsWriter, ProgressCallback
 from regrow.training.checkpoints import last_checkpoint
 from regrow.training.dynamic_blend import BlendedSequences
@@ -160,7 +160,8 @@ def _run(
     """Train the student, then write the best checkpoint and the figures."""
     teachers, config, budget = setup.teachers, setup.config, setup.budget
     loss_weights, feature_losses = setup.loss_weights, setup.feature_losses
-    model = setup.student.model(config.seed, setup.adapter, device)
+    dtype = optimizers.KINDS[config.optimizer].dtype
+    model = setup.student.model(config.seed, setup.adapter, device, dtype)
     keep_zeros(setup, model, stage)
     teacher_model = teachers.model(config, device, setup.placement)
     lost = mass_lost(teacher_model, heldout, budget.micro)

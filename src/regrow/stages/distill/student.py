@@ -29,7 +29,7 @@ from regrow.sparsity import zeros
 from regrow.sparsity.zeros import would_fill
 from regrow.stage_dir import digest
 from regrow.stages.distill.config import DistillConfig
-from regrow.training import adapters, frozen_layers, sharding
+from regrow.training import adapters, frozen_layers, optimizers, sharding
 from regrow.training.adapters import Adapter
 from regrow.training.frozen_layers import decoder_layers
 from regrow.training.model_check import check_model
@@ -158,9 +158,13 @@ class Student:
         return Adapter(config.lora_rank, config.lora_alpha, targets, quantized, first)
 
     def model(
-        self, seed: int, adapter: Adapter | None = None, device: torch.device | None = None
+        self,
+        seed: int,
+        adapter: Adapter | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> PreTrainedModel:
-        """The model in float32 and eval mode; random weights are drawn with `seed`.
+        """The model in `dtype` and eval mode; random weights are drawn with `seed`.
 
         With `adapter` the weights are frozen in their stored dtype, and float32 adapters train.
         """
@@ -168,9 +172,11 @@ class Student:
         if adapter is not None:
             model = adapter.model(self.like, device or torch.device("cpu"), seed)
         elif self.config is None:
-            model = self.like.model(torch.float32)
+            model = self.like.model(dtype)
         else:
             model = random_model(self.config, seed, self.like.folder)
+            for parameter in model.parameters():  # not the buffers: RoPE needs float32
+                parameter.data = parameter.data.to(dtype)
         with suppress(UserError):  # a model without a table has its own names on disk
             families.accept_disk_names(families.of_config(model.config.to_dict()), model)
         model.register_load_state_dict_post_hook(_require_all_used)
@@ -215,6 +221,7 @@ def check_student(student: Student, config: DistillConfig, options: Options) -> 
     if config.freeze_layers:
         frozen_layers.check(student.on_meta(), config.freeze_layers)
     sharding.require(options, device, config.adapter)
+    optimizers.require(config.optimizer, options, config.adapter, config.fake_quantize)
     if student.sparsity is not None and config.keep_zeros:
         check_keeps_zeros(f"the student {student.like.folder} is sparse", config, options)
     return adapter
