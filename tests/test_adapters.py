@@ -151,7 +151,7 @@ def test_a_killed_run_resumes_from_checkpoints_that_hold_only_adapters(
 def test_bad_lora_settings_are_refused_before_any_slow_work(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "build_sequences", lambda *_: pytest.fail("reads text"))
+    monkeypatch.setattr(setup, "text_for", lambda *_: pytest.fail("reads text"))
 
     def refused(student: str, **fields: object) -> str:
         config = DistillConfig.model_validate({**LORA.model_dump(), **fields})

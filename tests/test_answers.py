@@ -57,14 +57,14 @@ def test_the_student_learns_from_both_kinds_of_answers(
 ) -> None:
     """Half of the tokens each; a raised budget goes on, equal to one run; answers may move."""
     data, seen = data_of(place / "prompts.jsonl"), []
-    build = setup.build_sequences
+    build = setup.text_for
 
     def watched(*given: Any) -> Any:
         sequences = build(*given)
         seen.append(sequences)
         return sequences
 
-    monkeypatch.setattr(setup, "build_sequences", watched)
+    monkeypatch.setattr(setup, "text_for", watched)
     given = (place / "pruned", place / "teacher", data)
     whole = distill(*given, tmp_path / "whole", contrastive(place), OPTIONS)
     heldout, train = seen

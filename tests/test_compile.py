@@ -63,7 +63,14 @@ def test_compiled_layers_give_the_same_gradient() -> None:
     assert float((compiled - plain).norm() / plain.norm()) < 1e-5
 
 
-@pytest.mark.parametrize(("frozen", "checkpointing"), [(0, False), (1, False), (0, True)])
+@pytest.mark.parametrize(
+    ("frozen", "checkpointing"),
+    [
+        (1, False),
+        pytest.param(0, False, marks=pytest.mark.slow),
+        pytest.param(0, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_distillation_with_compiled_layers_is_as_good_as_without(
     place: Path, frozen: int, checkpointing: bool
 ) -> None:

@@ -112,7 +112,7 @@ def test_refused_before_any_slow_work(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other tokenizers, and a batch that is no number of whole blocks."""
-    monkeypatch.setattr(setup, "build_sequences", lambda *_: pytest.fail("reads text"))
+    monkeypatch.setattr(setup, "text_for", lambda *_: pytest.fail("reads text"))
     shutil.copytree(place / "stranger", tmp_path / "other")
     tiny_tokenizer(vocab_size=300).save_pretrained(str(tmp_path / "other"))
     with pytest.raises(UserError, match="different tokenizers"):  # the teacher lacks tokens

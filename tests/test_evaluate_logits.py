@@ -129,9 +129,9 @@ def test_one_pass_for_all_in_chunks(
     plain, head_logits = folder_model.FolderEvalModel._windows, Head.logits
 
     def counted(self: Any, text: Any, counter: Any) -> Any:
-        for window in plain(self, text, counter):
+        for number, window in plain(self, text, counter):
             read.append(len(window.targets_N))
-            yield window
+            yield number, window
 
     def noted(self: Head, states_NH: Tensor, *arguments: Any, **more: Any) -> Tensor:
         rows.append(len(states_NH))

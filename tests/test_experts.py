@@ -259,12 +259,13 @@ def test_a_student_takes_back_what_it_was_saved_as(name: str, tmp_path: Path) ->
 
 def test_experts_are_cut_without_grams_and_heads_are_repaired(place: Path, tmp_path: Path) -> None:
     text = ("--data", place / "text.jsonl", *TEXT)
-    call("profile", place / "model", *text, "--samples", 8, "--gram-tokens", 0,
-         "--out", tmp_path / "profile")  # fmt: skip
+    for name, samples in (("profile", 8), ("larger", 96)):
+        call("profile", place / "model", *text, "--samples", samples, "--gram-tokens", 0,
+             "--out", tmp_path / name)  # fmt: skip
     call("prune", place / "model", "--profile", tmp_path / "profile", "--num-experts", 3,
          "--out", tmp_path / "cut")  # fmt: skip
-    call("prune", place / "model", "--profile", place / "profile", "--num-key-value-heads", 1,
-         "--num-experts", 3, "--multiple-of", 4, "--out", tmp_path / "heads")  # fmt: skip
+    call("prune", place / "model", "--profile", tmp_path / "larger", "--num-key-value-heads", 1,
+         "--multiple-of", 4, "--out", tmp_path / "heads")  # fmt: skip
     repaired = json.loads((tmp_path / "heads/manifest.json").read_text())["repair"]
     layers = Checkpoint(place / "model").config["num_hidden_layers"]
     assert sum(name.endswith("o_proj.weight") for name in repaired) == layers

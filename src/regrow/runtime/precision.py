@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NEGLIGIBLE = 2.0**-16
-"""|error|² / |stream|² of rounding a stream to bfloat16: less than this is nothing to correct."""
+
+def rounding(dtype: torch.dtype) -> float:
+    """|error|² / |stream|² that rounding a stream to `dtype` makes; less is nothing to correct.
+
+    Half a unit in the last place, squared; not less than 2⁻⁴⁰, which the sums of products make.
+    """
+    return max((torch.finfo(dtype).eps / 2) ** 2, 2.0**-40)
 
 
 def float32_at_least(dtype: torch.dtype) -> torch.dtype:

@@ -31,7 +31,7 @@ from regrow.layerwise import LayerByLayer, Spill
 from regrow.pruning.cut import cut_layers
 from regrow.pruning.repair import RepairSetup, Solutions
 from regrow.pruning.repair._ridge import Moments, Solution, refit
-from regrow.runtime.precision import NEGLIGIBLE, widen
+from regrow.runtime.precision import rounding, widen
 from regrow.runtime.progress import Progress, progress
 
 GRAMS = False
@@ -168,7 +168,7 @@ class Sequential:
         """
         family = self.setup.family
         scaled = dim in family.post_norm or family.residual_multiplier != 1
-        return 0.0 if scaled else NEGLIGIBLE
+        return 0.0 if scaled else rounding(self._cut.dtype)
 
     def _reach(
         self, template: str, dim: str, new: int, n: int, inputs: dict[str, Tensor]

@@ -38,7 +38,7 @@ from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.layerwise import LayerByLayer
 from regrow.plan import Plan, copy_plans, stored_plans
-from regrow.runtime.precision import NEGLIGIBLE
+from regrow.runtime.precision import rounding
 from regrow.runtime.progress import progress, say
 from regrow.sparsity import zeros
 from regrow.stage_dir import Figure, refuse_input, require_space, write_json
@@ -205,7 +205,7 @@ class Reconstruction:
         target = self._target(streams)
         with self._cut.resident(layer) as module:
             before = relative_error(self._cut, streams, unseen, target)
-            if before < NEGLIGIBLE:
+            if before < rounding(self._cut.dtype):
                 self.rows.append({"layer": layer, "before": before, "after": before, "kept": False})
                 counter.advance(self._tokens * self.config.passes)
                 return
