@@ -333,6 +333,7 @@ def _read(rank: int, place: str, out: str) -> None:
     distributed.join()
 
 
+@pytest.mark.slow
 def test_two_processes_read_the_same_sequences(place: Path, tmp_path: Path) -> None:
     start_ranks(2, _read, str(place), str(tmp_path))
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]

@@ -149,6 +149,7 @@ def _offload(rank: int, place: str, folder: str) -> None:
     assert pinned
 
 
+@pytest.mark.slow
 def test_shards_in_the_hosts_memory_train_the_same(tmp_path: Path) -> None:
     """The same student bit for bit, by a run that began without."""
     place = write_place(tmp_path / "place")
