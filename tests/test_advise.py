@@ -238,6 +238,19 @@ def test_licences(card: str, file: str, use: Any, allows: str) -> None:
     assert len(found.lines(use)) > (1 if found.source else 0)
 
 
+def test_the_licence_of_a_gguf_file_is_in_its_keys(tmp_path: Path) -> None:
+    import gguf
+
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_license("apache-2.0")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    found = licence(Source(str(path), {}, "", ""), "commercial")
+    assert (found.name, found.allows) == ("apache-2.0", "yes")
+
+
 def test_tables_are_complete() -> None:
     for name, row in tables.table("licences").items():
         for use in ("open", "internal", "commercial", "competing"):

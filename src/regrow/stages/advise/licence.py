@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from regrow.checkpoint.licence import licence_of
+from regrow.checkpoint.resolve import gguf_of
 from regrow.stages.advise.config import Use
 from regrow.stages.advise.source import Source
 from regrow.stages.advise.tables import table
@@ -57,8 +59,10 @@ class Licence(NamedTuple):
 
 
 def licence(source: Source, use: Use) -> Licence:
-    """The licence of a model by its card, else by its LICENSE file, and what it says of a use."""
+    """The licence of a model by its card, its LICENSE file or its GGUF keys, and what it allows."""
     name = of_card(source.card) or of_file(source.licence)
+    if not name and gguf_of(source.name) is not None:
+        name = (licence_of(source.name).id or "").lower()
     known: dict[str, Any] | None = table("licences").get(name)
     if known is None:
         return Licence(name, "unknown", (), "")
