@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from regrow.config import Options
 from regrow.data import DataConfig
-from regrow.data.sequences import Sequences, build_sequences, joined
+from regrow.data.sequences import Sequences, joined
 from regrow.errors import UserError
 from regrow.runtime import distributed
 from regrow.runtime.progress import say
@@ -16,6 +16,7 @@ from regrow.stages.distill.config import DistillConfig
 from regrow.training.dynamic_blend import BlendedSequences, DynamicBlend, teacher_losses
 from regrow.training.objective import AnyTeacher
 from regrow.training.teacher import Teacher
+from regrow.training.text import text_for
 from regrow.training.trainer import TrainedBlend
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ class Domains:
         train, heldout = [], []
         for source in data.sources:
             alone = data.model_copy(update={"sources": [source]})
-            heldout.append(build_sequences(alone, tokenizer, "validation", each_heldout))
-            train.append(build_sequences(alone, tokenizer, "train", total))
+            heldout.append(text_for(setup.configs, alone, tokenizer, "validation", each_heldout))
+            train.append(text_for(setup.configs, alone, tokenizer, "train", total))
             setup.teachers.check(heldout[-1], train[-1])
         weights = [source.weight for source in data.sources]
         blend = DynamicBlend(_names(data), weights, config.reference_losses)

@@ -233,14 +233,18 @@ class DistillSetup:
         each = copies * kind.dtype.itemsize + kind.moment_bytes
         return round(trained * 3 * each) + student.parameters * self.dtype.itemsize
 
+    @property
+    def configs(self) -> list[dict[str, Any]]:
+        """The configs of all models that read the text."""
+        return [self.student.fields, *(each.config for each in self.teachers.checkpoints)]
+
     def sequences(self, data: DataConfig, text: DataConfig) -> tuple[Sequences, Sequences]:
         """The training sequences, from `text`, and the validation sequences, from `data`.
 
         The validation sequences choose the best checkpoint; `evaluate` does not read their split.
         Raises UserError for too little text, and for tokens that one of the models lacks.
         """
-        tokenizer = self.teachers.tokenizer()
-        configs = [self.student.fields, *(each.config for each in self.teachers.checkpoints)]
+        tokenizer, configs = self.teachers.tokenizer(), self.configs
         count = self.config.heldout_sequences
         heldout = text_for(configs, data, tokenizer, "validation", count)
         count = self.budget.steps * self.config.batch_tokens // data.sequence_length

@@ -19,7 +19,8 @@ from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.config import Options
 from regrow.data import DataConfig
-from regrow.data.sequences import Sequences, build_sequences
+from regrow.data.config import Split
+from regrow.data.sequences import Sequences
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.plan import copy_plans
@@ -33,6 +34,7 @@ from regrow.training.masks import Masks, masked
 from regrow.training.model_check import check_model
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import Teacher, place_teacher
+from regrow.training.text import text_for
 
 STATE = "state.pt"
 ADVICE = "set train_weights to false, or learn the masks before you sparsify"
@@ -68,14 +70,16 @@ def learn_masks(
     require_space(out, 3 * 12 * sum(math.prod(shape) for shape in checkpoint.shapes.values()))
     tokenizer = checkpoint.tokenizer()
     count = steps * (config.batch_tokens // data.sequence_length)
-    train = build_sequences(data, tokenizer, "train", count, checkpoint)
-    heldout = build_sequences(data, tokenizer, "validation", config.heldout_sequences, checkpoint)
+
+    def text(split: Split, sequences: int) -> Sequences:
+        return text_for([checkpoint.config], data, tokenizer, split, sequences, checkpoint)
+
+    train, heldout = text("train", count), text("validation", config.heldout_sequences)
     with stage as folder:
         run = _MaskTraining.of(checkpoint, masks, config, options, device)
         run.train(train, steps, folder)
         stage.figures += run.figures(heldout)
-        kept = build_sequences(data, tokenizer, "calibration", config.samples, checkpoint)
-        _write(folder, stage, checkpoint, run, kept, data)
+        _write(folder, stage, checkpoint, run, text("calibration", config.samples), data)
     return out
 
 
