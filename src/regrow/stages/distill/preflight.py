@@ -36,8 +36,7 @@ def setup_of(config: DistillConfig, data: DataConfig, options: Options) -> Train
     placement: Placement = teacher_placement(config, options)
     devices = distributed.world_size()
     sharded = sharding.is_sharded(options)
-    optimizer = optimizers.KINDS[config.optimizer]
-    return TrainingSetup(
+    setup = TrainingSetup(
         batch=micro,
         length=data.sequence_length,
         accumulation=accumulation,
@@ -49,9 +48,8 @@ def setup_of(config: DistillConfig, data: DataConfig, options: Options) -> Train
         sharding="fsdp" if sharded else "ddp" if devices > 1 else "none",
         devices=devices,
         cpu_offload=sharding.offloads(options),
-        master_bytes=optimizer.dtype.itemsize,
-        moment_bytes=optimizer.moment_bytes,
     )
+    return _with(setup, config.optimizer)
 
 
 def memory_lines(
