@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretend_cuda import FakeCuda
 from safetensors.torch import load_file
 from tiny_distillation import CONFIG, OPTIONS, data, held_out, write_place
 from tiny_folders import write_model
@@ -55,7 +56,7 @@ def test_a_linear_layer_in_int8_is_close_to_the_original(bias: bool) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(40, 30, bias=bias, dtype=torch.float64)
     layer.weight.data[3] = 0
-    rounded = Int8Linear(layer)
+    rounded = Int8Linear(layer, CPU)
     assert (rounded.codes_RC.dtype, rounded.scale_R.shape) == (torch.int8, (30,))
     rows = []
     for weight, codes, step in zip(
@@ -83,6 +84,30 @@ def test_an_int8_teacher_gives_almost_the_same_logits(checkpoint: Checkpoint) ->
         if isinstance(module, nn.Linear) and module is not exact.get_output_embeddings():
             codes = rounded.get_submodule(name).get_buffer("codes_RC")
             assert (codes.shape, codes.itemsize) == (module.weight.shape, 1)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3_text"])
+def test_an_int8_teacher_is_rounded_on_its_device(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on the CPU, to the bit, some rows at a time; little more is there than stays there."""
+    checkpoint = write_model(tmp_path, name, torch.bfloat16, num_hidden_layers=4)
+    expected = place_teacher(checkpoint, "int8", CPU)
+    monkeypatch.setattr("regrow.training.teacher.ROUNDED_ELEMENTS", 7 * 24)
+    with FakeCuda() as fake:
+        model = place_teacher(checkpoint, "int8", torch.device("cuda"))
+        beside = fake.peak - fake.allocated()
+        for operation in ("sort", "round", "round_", "amax"):
+            assert fake.where[operation] == {"cuda"}
+        assert all(fake.is_there(tensor) for tensor in model.state_dict().values())
+        logits = model(IDS.to("cuda"), position_ids=POSITIONS.to("cuda"), use_cache=False).logits
+        assert fake.is_there(logits)
+    largest = max(m.codes_RC.numel() for m in model.modules() if isinstance(m, Int8Linear))
+    assert beside < 2 * largest + 40 * 7 * 24  # bytes of a linear layer in bfloat16, and of rows
+    assert torch.equal(logits, logits_of(expected))
+    found = model.state_dict()
+    for key, value in expected.state_dict().items():
+        assert torch.equal(found[key], value), key
 
 
 def test_a_teacher_on_disk_gives_the_same_logits_with_one_layer_in_memory(

@@ -140,7 +140,8 @@ def _scales(
     bottom, top = _range(scheme)
     steps = top - bottom
     reach = high - low if not scheme.symmetric else 2 * torch.maximum(high, -low)
-    scale = (reach / steps).to(dtype)
+    # By a tensor: CUDA multiplies by the reciprocal of a number, and the last bit may differ.
+    scale = (reach / torch.full_like(reach, steps)).to(dtype)
     scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale)
     if scheme.symmetric:
         return scale, None

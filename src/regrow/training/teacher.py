@@ -34,6 +34,8 @@ from regrow.training.shared_tokens import NONE, rows_of
 
 TeacherPlacement: TypeAlias = Literal["whole", "int8", "shares", "disk"]
 """On the device, the same in 8 bits, sharded over ranks, or read from disk layer by layer."""
+ROUNDED_ELEMENTS = 1 << 24
+"""Weights that are rounded to 8 bits at once; sorting them takes some 20 bytes for each."""
 
 
 class States(NamedTuple):
@@ -252,8 +254,7 @@ def place_teacher(
         return LayerByLayer.of(checkpoint, family, device, dtype=torch.bfloat16).streamed()
     model = checkpoint.model(torch.bfloat16, device if placement == "whole" else "cpu")
     if placement == "int8":
-        round_linear(model)
-        model.to(device)  # type: ignore[arg-type]
+        round_linear(model, device)
     elif placement == "shares":
         sharding.share(model, device)
     return model
@@ -264,18 +265,21 @@ class Int8Linear(nn.Module):
 
     y = (x · Qᵀ) · s + b with W ≈ s · Q. bfloat16 represents the integers of Q (at most 128)
     exactly, and the scale multiplies the result, so the product s · Q is never rounded.
+
+    The weight is rounded on `device`, some rows at a time, and stays there.
     """
 
     codes_RC: Tensor
     scale_R: Tensor
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, device: torch.device) -> None:
         super().__init__()
         weight_RC = layer.weight.detach()
-        grid = fit(weight_RC, SCHEMES["int8"], weight_RC.dtype)
-        codes_RC = (grid.nearest(weight_RC) / grid.scale_RG.float()).round().to(torch.int8)
-        self.register_buffer("codes_RC", codes_RC)
-        self.register_buffer("scale_R", grid.scale_RG.squeeze(1))
+        rows = max(1, ROUNDED_ELEMENTS // layer.in_features)
+        parts = [_int8(part_RC.to(device)) for part_RC in weight_RC.split(rows)]
+        codes, scales = zip(*parts, strict=True)
+        self.register_buffer("codes_RC", torch.cat(codes))
+        self.register_buffer("scale_R", torch.cat(scales))
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -284,11 +288,20 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-@torch.no_grad()
-def round_linear(model: PreTrainedModel) -> None:
-    """Replace every linear layer except the output head by an Int8Linear, one after the other.
+def _int8(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """The integers [R, C] and the scales [R] of a weight."""
+    grid = fit(weight_RC, SCHEMES["int8"], weight_RC.dtype)
+    codes_RC = (grid.nearest(weight_RC) / grid.scale_RG.float()).round().to(torch.int8)
+    return codes_RC, grid.scale_RG.squeeze(1)
 
-    Routers and stacked experts are not linear layers, so they do not change.
+
+@torch.no_grad()
+def round_linear(model: PreTrainedModel, device: torch.device) -> None:
+    """Move a model from the host to `device`, with linear layers as Int8Linear except the head.
+
+    They are rounded on the device one after the other, so that it never has more than some rows of
+    them in the original dtype. Routers and stacked experts are not linear layers, so they do not
+    change.
     """
     head = model.get_output_embeddings()
     linear = [
@@ -298,4 +311,5 @@ def round_linear(model: PreTrainedModel) -> None:
     ]
     while linear:
         name, module = linear.pop()
-        model.set_submodule(name, Int8Linear(module))
+        model.set_submodule(name, Int8Linear(module, device))
+    model.to(device)  # type: ignore[arg-type]
