@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tiny_distillation import (
     write_place,
 )
 from tiny_tokenizer import tiny_tokenizer
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from regrow.checkpoint import load
@@ -33,7 +35,9 @@ from regrow.stages.distill.student import open_student
 from regrow.stages.distill.text import loss_weights_of
 from regrow.stages.evaluate.config import EvaluateConfig
 from regrow.stages.evaluate.texts import build_texts
+from regrow.training.callbacks import ProgressCallback
 from regrow.training.checkpoints import last_checkpoint
+from regrow.training.trainer import DistillTrainer
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +221,90 @@ def test_a_raised_budget_goes_on(distilled: dict[str, Path], place: Path, tmp_pa
     assert state["best_metric"] == min(value for step, value in held_out(out).items() if step)
     assert figures(out)["held-out KL"] == state["best_metric"]
     assert kl_of(out, place) == pytest.approx(state["best_metric"], rel=0.03)
+
+
+def stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    original = DistillTrainer.training_step
+
+    def stops(self: DistillTrainer, *given: Any, **named: Any) -> Tensor:
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return original(self, *given, **named)
+
+    patch.setattr(DistillTrainer, "training_step", stops)
+
+
+def test_a_run_continues_exactly_from_a_checkpoint_between_two_measurements(
+    distilled: dict[str, Path], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measured every 4 steps, saved in every step, stopped in step 8: it continues from step 7."""
+    often = OPTIONS.model_copy(update={"save_minutes": 1e-9})
+    job = (place / "pruned", place / "teacher", data(place), tmp_path / "out", CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 7)
+        with pytest.raises(KeyboardInterrupt):
+            distill(*job, often)
+    kept = {path.name for path in tmp_path.glob(".out.partial/trainer/*")}
+    assert kept == {"checkpoint-4", "checkpoint-7"}  # the best one and the last one
+    capsys.readouterr()
+    out = distill(*job, OPTIONS)
+    assert "continues from checkpoint-7" in capsys.readouterr().err
+    assert held_out(out) == held_out(distilled["pruned"])
+    name = "model.safetensors"
+    assert (out / name).read_bytes() == (distilled["pruned"] / name).read_bytes()
+    kept = {path.name for path in (out / "trainer").iterdir()}
+    assert kept == {path.name for path in (distilled["pruned"] / "trainer").iterdir()}
+
+
+def test_a_checkpoint_is_never_written_with_weights_that_are_nan(
+    place: Path, tmp_path: Path
+) -> None:
+    """No evaluation sees the weights before a checkpoint that the clock asked for."""
+    often = OPTIONS.model_copy(update={"save_minutes": 1e-9})
+    original = ProgressCallback.on_step_end
+
+    def spoil(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
+        original(self, args, state, control)
+        if state.global_step == 3:
+            with torch.no_grad():
+                next(given["model"].parameters())[0, 0] = float("nan")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProgressCallback, "on_step_end", spoil)
+        with pytest.raises(UserError, match=r"NaN or infinite at step 3; .*\(checkpoint-2\)"):
+            distill(
+                *(place / "pruned", place / "teacher", data(place), tmp_path / "out"), CONFIG, often
+            )
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [
+        ({}, 49),  # 25,000 tokens
+        ({"tokens": 100_000, "batch_tokens": 1024}, 24),
+        ({"tokens": 4096}, 8),  # once, at the end
+        ({"tokens": 100_000, "batch_tokens": 16_384}, 6),
+        ({"batch_tokens": 16_384}, 10),
+        ({"tokens": 10**9, "batch_tokens": 2**20}, 24),  # a fortieth
+        ({"tokens": 10**9, "batch_tokens": 2**20, "eval_tokens": 1}, 1),
+        ({"tokens": 10**9, "batch_tokens": 2**20, "eval_tokens": 2**21}, 2),
+    ],
+)
+def test_steps_between_two_measurements(fields: dict[str, int], steps: int) -> None:
+    assert setup.steps_between_measurements(DistillConfig(**fields)) == steps
+
+
+def test_a_larger_budget_is_measured_less_often(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "MEASURED_TOKENS", 1)
+    monkeypatch.setattr(setup, "MEASURED_STEPS", 1)
+    monkeypatch.setattr(setup, "MEASUREMENTS", 3)
+    job = (place / "pruned", place / "teacher", data(place), tmp_path / "out")
+    for steps in (3, 12):
+        config = CONFIG.model_copy(update={"tokens": steps * 128, "eval_tokens": None})
+        out = distill(*job, config, OPTIONS)
+    assert list(held_out(out)) == [0, 1, 2, 3, 4, 8, 12]
 
 
 def test_the_last_whole_checkpoint_is_gone_on_from(place: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from regrow.config import parse
 from regrow.data.sequences import build_sequences
 from regrow.stages.distill.domains import check_domains
 from regrow.training import text
+from regrow.training.checkpoints import last_checkpoint
 from regrow.training.dynamic_blend import BlendedSequences, DynamicBlend, teacher_losses, updated
 from regrow.training.teacher import Teacher
 from regrow.training.trainer import DistillTrainer
@@ -130,7 +131,6 @@ def test_a_run_changes_its_shares_and_a_killed_run_continues_exactly(
     assert first.count(1) == 3  # the weights of the sources, until the second step
     assert later.count(0) > 0.8 * len(later)
 
-    killed = place / "killed"
     step = DistillTrainer.training_step
 
     def stops(self: DistillTrainer, *args: Any, **kwargs: Any) -> Tensor:
@@ -138,17 +138,22 @@ def test_a_run_changes_its_shares_and_a_killed_run_continues_exactly(
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(DistillTrainer, "training_step", stops)
-        with pytest.raises(KeyboardInterrupt):
-            distill(*given, killed, config, OPTIONS)
-    distill(*given, killed, config, OPTIONS)
-    again = [row for row in metrics(killed) if "heldout_kl" in row]
     drop = ("seconds", "stage")
-    assert [{k: v for k, v in row.items() if k not in drop} for row in again] == [
-        {k: v for k, v in row.items() if k not in drop} for row in rows
-    ]
-    assert Checkpoint(killed).fingerprint == Checkpoint(whole).fingerprint
+    for minutes, last in ((30.0, 4), (1e-9, 6)):  # saved at measurements, and in every step
+        options = OPTIONS.model_copy(update={"save_minutes": minutes})
+        killed = place / f"killed-{last}"
+        with monkeypatch.context() as patch:
+            patch.setattr(DistillTrainer, "training_step", stops)
+            with pytest.raises(KeyboardInterrupt):
+                distill(*given, killed, config, options)
+        partial = place / f".{killed.name}.partial" / "trainer"
+        assert last_checkpoint(partial) == partial / f"checkpoint-{last}"
+        distill(*given, killed, config, options)
+        again = [row for row in metrics(killed) if "heldout_kl" in row]
+        assert [{k: v for k, v in row.items() if k not in drop} for row in again] == [
+            {k: v for k, v in row.items() if k not in drop} for row in rows
+        ]
+        assert Checkpoint(killed).fingerprint == Checkpoint(whole).fingerprint
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -231,11 +231,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.parametrize("seldom", [{}, {"eval_tokens": 4 * 128, "on_policy_steps": 2}])
 def test_a_killed_run_goes_on_to_the_same_student(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seldom: dict[str, int]
 ) -> None:
+    """Seldom measured but often saved, it continues where the student writes, before step 2."""
     given = (place / "pruned", place / "teacher", data(place))
-    whole = distill(*given, tmp_path / "whole", config(), OPTIONS)
+    own = config(**seldom)
+    whole = distill(*given, tmp_path / "whole", own, OPTIONS)
     original = DistillTrainer.training_step
 
     def killed(self: DistillTrainer, *more: Any, **named: Any) -> Tensor:
@@ -244,10 +247,13 @@ def test_a_killed_run_goes_on_to_the_same_student(
         return original(self, *more, **named)
 
     monkeypatch.setattr(DistillTrainer, "training_step", killed)
+    often = OPTIONS.model_copy(update={"save_minutes": 1e-9} if seldom else {})
     with pytest.raises(KeyboardInterrupt):
-        distill(*given, tmp_path / "cut", config(), OPTIONS)
+        distill(*given, tmp_path / "cut", own, often)
+    kept = [path.name for path in tmp_path.glob(".cut.partial/trainer/*")]
+    assert kept == ["checkpoint-2"]
     monkeypatch.setattr(DistillTrainer, "training_step", original)
-    cut = distill(*given, tmp_path / "cut", config(), OPTIONS)
+    cut = distill(*given, tmp_path / "cut", own, OPTIONS)
     name = "model.safetensors"
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
     rows, again = (

@@ -116,6 +116,29 @@ def _train_share(rank: int, folder: str, share: str) -> None:
         accumulation *= 2
 
 
+def _saved_by_time(rank: int, folder: str) -> None:
+    """Two runs, in each of which the clock of one rank alone asks for a checkpoint."""
+    for late in (0, 1):
+        student, teacher = pair()
+        out = Path(folder) / f"late-{late}"
+        fields = {"save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 1}
+        trainer = DistillTrainer(
+            model=student,
+            args=arguments(out, max_steps=3, ddp_backend="gloo", **fields),
+            train_dataset=tiny_sequences(),
+            save_seconds=0 if rank == late else math.inf,
+        )
+        bind_loss(student, teacher, MIX)
+        trainer.train()
+
+
+def test_the_clock_of_the_first_rank_decides_when_all_write_a_checkpoint(tmp_path: Path) -> None:
+    start_ranks(2, _saved_by_time, str(tmp_path))
+    for late, steps in ((0, {1, 2, 3}), (1, {3})):
+        saved = {int(path.name.split("-")[1]) for path in (tmp_path / f"late-{late}").iterdir()}
+        assert saved == steps
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_give_the_gradient_and_the_weights_of_one_process(
     tmp_path: Path, exact: dict[str, Tensor], world: int

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from regrow.errors import UserError, nearest
@@ -154,6 +154,9 @@ class Options(ProfileMachine):
     or two of compilation."""
     gradient_checkpointing: bool = False
     """Distill with activations recomputed in the backward pass: less memory, more time."""
+    save_minutes: float = Field(default=30.0, gt=0)
+    """Minutes without a checkpoint after which a distillation writes one, also between two
+    measurements; a stopped run loses at most that time."""
 
 
 def cache_folder() -> Path:

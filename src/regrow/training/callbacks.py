@@ -70,7 +70,11 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Start the display at the last step of an earlier process."""
+        """Start the display at the last step of an earlier process.
+
+        A run with a larger budget measures less often, and Trainer would keep the old interval.
+        """
+        state.eval_steps, state.save_steps = int(args.eval_steps or 0), int(args.save_steps)
         self.progress.resume_at(state.global_step * self.tokens_per_step)
 
     def on_step_end(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from regrow.config import Options
@@ -98,6 +98,13 @@ def share(model: PreTrainedModel, device: torch.device) -> None:
     fully_shard(model.base_model, mesh=mesh, ignored_params=rest)
     for parameter in rest:
         parameter.data = parameter.data.to(device)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor, or a tensor that is not sharded."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def require_same(checkpoint: Path, sharded: bool) -> None:

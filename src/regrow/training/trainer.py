@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel, Trainer
 
 from regrow.data.sequences import IGNORED, Sequences
 from regrow.errors import UserError
+from regrow.training import sharding
 from regrow.training.adapters import has_adapter, load_adapter
 from regrow.training.callbacks import COUNT_PREFIX, MetricSums
 from regrow.training.dynamic_blend import LOSS, DynamicBlend
@@ -120,7 +122,7 @@ class DistillTrainer(FeatureLossTrainer):
     Sequences are read in order, so that a run with a larger budget continues a shorter one. With a
     `writer`, the student itself writes some of them. With a `blend`, each evaluation changes the
     shares of the sources. The change acts one step later, as the next step's first micro-batch is
-    already read.
+    already read. After `save_seconds` without a checkpoint one is written, by the clock of rank 0.
     """
 
     def __init__(
@@ -130,10 +132,12 @@ class DistillTrainer(FeatureLossTrainer):
         blend: TrainedBlend | None = None,
         attention_rate: float = 1.0,
         embedding_rate: float = 1.0,
+        save_seconds: float = math.inf,
         **kwargs: Any,
     ) -> None:
         self.rates = (attention_rate, embedding_rate)
         super().__init__(*args, **kwargs)
+        self.save_seconds, self.saved_at = save_seconds, time.monotonic()
         self.writer, self.blend = writer, blend
         self.logged = MetricSums()
         self.step_loss = torch.zeros(())
@@ -249,13 +253,48 @@ class DistillTrainer(FeatureLossTrainer):
         loss = super().training_step(*args, **kwargs)
         self.step_loss = self.step_loss.to(loss.device) + loss
         if self.accelerator.sync_gradients:
-            total, self.step_loss = float(self.sum_over_ranks(self.step_loss)), torch.zeros(())
+            late = self.args.process_index == 0 and self._seconds_unsaved() > self.save_seconds
+            # Both in one transfer: all ranks must write a checkpoint after the same step.
+            sums = torch.stack([self.step_loss, torch.full_like(self.step_loss, late)])
+            (total, due), self.step_loss = self.sum_over_ranks(sums).tolist(), torch.zeros(())
+            if due and self._continues_exactly(self.state.global_step + 1):
+                self.control.should_save = True
             if not math.isfinite(total):
                 raise NotFiniteError(
                     f"the loss became {total} at step {self.state.global_step + 1}"
                 )
             self.end_step()
         return loss
+
+    def _seconds_unsaved(self) -> float:
+        return time.monotonic() - self.saved_at
+
+    def _continues_exactly(self, step: int) -> bool:
+        """Whether a checkpoint before optimizer step `step` has all that the run needs later.
+
+        The text that the student has written is in no checkpoint, so it must write anew there.
+        """
+        return self.writer is None or self.writer.due(step, int(self.args.save_steps))
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint; raises NotFiniteError if a weight is NaN or infinite."""
+        self._require_finite_weights()
+        super()._save_checkpoint(*args, **kwargs)
+        self.saved_at = time.monotonic()
+
+    @torch.no_grad()
+    def _require_finite_weights(self) -> None:
+        """Raise NotFiniteError, on all ranks, as a checkpoint may be written without an evaluation.
+
+        The sums of the weights are finite only if the weights are, and need no memory.
+        """
+        trained = (each for each in self.student.parameters() if each.requires_grad)
+        sums = [sharding.local(weight).sum(dtype=torch.float32) for weight in trained]
+        bad = (~torch.stack(sums).isfinite()).sum().to(self.args.device)
+        if self.sum_over_ranks(bad) > 0:
+            raise NotFiniteError(
+                f"the weights became NaN or infinite at step {self.state.global_step}"
+            )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log a row; a training row also gets each loss and feature loss by name."""

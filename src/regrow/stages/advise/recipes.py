@@ -31,8 +31,6 @@ def schedule(tokens: float) -> dict[str, Any]:
     fields["batch_tokens"] = batch
     if tokens >= 1e9:
         fields["min_learning_rate_ratio"] = 0.1
-    if tokens >= 1e6:
-        fields["eval_tokens"] = int(tokens / 40)
     return fields
 
 

@@ -72,8 +72,9 @@ class DistillConfig(Config):
     rtn."""
     balance_feature_losses: bool = False
     """Multiply the weight of each feature loss by (running mean of `losses` ÷ its running mean)."""
-    eval_tokens: int = Field(default=25_000, ge=1)
-    """Training tokens between two measurements of the held-out KL, each with a checkpoint."""
+    eval_tokens: int | None = Field(default=None, ge=1)
+    """Training tokens between two measurements of the held-out KL, each with a checkpoint. By
+    default a fortieth of `tokens`, and at least 25,000 tokens and 10 steps."""
     heldout_sequences: int = Field(default=16, ge=1)
     """Sequences of the validation split on which the held-out KL is measured."""
     cache: str | None = None
@@ -118,7 +119,7 @@ class DistillConfig(Config):
     """The temperature at which the student writes."""
     on_policy_steps: int = Field(default=8, ge=1)
     """Optimizer steps for which the student writes at once. 1 is strictly on-policy; larger numbers
-    write in larger batches, which is faster. It also writes anew after each checkpoint."""
+    write in larger batches, which is faster. It also writes anew after each measurement."""
     adapter: Literal["none", "lora", "qlora"] = "none"
     """none trains all weights; lora trains low-rank adapters beside frozen weights and merges them
     in the result; qlora does the same with frozen weights in 4 bits."""
@@ -135,7 +136,7 @@ class DistillConfig(Config):
     later layers were cut, the frozen layers are the teacher's, and then run once for both
     models."""
     dynamic_blend: bool = False
-    """Change the shares of the sources at each evaluation, every eval_tokens: a source whose
+    """Change the shares of the sources at each measurement (eval_tokens): a source whose
     held-out loss is further above its reference gets more. The sources' weights are the first
     shares."""
     reference_losses: tuple[float, ...] = ()

@@ -35,6 +35,13 @@ from regrow.training.text import text_for
 TRAINER = "trainer"
 """The folder of the trainer's checkpoints, inside the stage's folder."""
 
+MEASUREMENTS = 40
+"""Measurements of the held-out losses in a long run, unless the config says otherwise."""
+MEASURED_TOKENS = 25_000
+"""The least training tokens between two of these measurements."""
+MEASURED_STEPS = 10
+"""The least optimizer steps between two of them."""
+
 
 class Budget(NamedTuple):
     """Optimizer steps, sequences per micro-batch, micro-batches per step and device."""
@@ -66,6 +73,14 @@ def steps_in(config: DistillConfig) -> int:
     return max(1, round(config.tokens / config.batch_tokens))
 
 
+def steps_between_measurements(config: DistillConfig) -> int:
+    """The number of optimizer steps from one measurement of the held-out losses to the next."""
+    tokens, least = config.eval_tokens, 1
+    if tokens is None:
+        tokens, least = max(MEASURED_TOKENS, config.tokens // MEASUREMENTS), MEASURED_STEPS
+    return min(steps_in(config), max(least, round(tokens / config.batch_tokens)))
+
+
 def arguments_of(
     folder: Path,
     config: DistillConfig,
@@ -76,7 +91,7 @@ def arguments_of(
 ) -> TrainingArguments:
     """The trainer's arguments; the loss `chosen_by` chooses the best checkpoint."""
     steps, micro, accumulation = budget
-    every = max(1, min(steps, round(config.eval_tokens / config.batch_tokens)))
+    every = steps_between_measurements(config)
     arguments = TrainingArguments(
         output_dir=str(folder / TRAINER),
         max_steps=steps,

@@ -187,6 +187,7 @@ def _run(
         blend=blend,
         attention_rate=config.attention_rate,
         embedding_rate=config.embedding_rate,
+        save_seconds=60 * setup.options.save_minutes,
     )
     with ExitStack() as bound:
         if shared is not None:
