@@ -188,6 +188,12 @@ def test_shards_may_go_to_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> N
     assert "--sharding fsdp_offload (" in advice("fsdp")
     assert "fsdp_offload" not in advice("fsdp_offload")
     assert "fsdp_offload" not in advice("none")
+    for kind, shown in (("lora", True), ("qlora", False)):  # 4-bit weights are not sharded
+        one = DistillConfig(batch_tokens=8 * 512, adapter=kind)
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        setup = preflight.setup_of(one, data, Options(batch_size=1))
+        names = [name for name, _ in preflight.changes(setup, lambda each: 1.0)]
+        assert any("--sharding fsdp" in name for name in names) == shown
 
 
 def test_a_family_without_a_table_has_no_estimate() -> None:

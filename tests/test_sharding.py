@@ -13,18 +13,21 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
-from test_distill_ranks import weights
+from safetensors.torch import load_file
+from test_distill_ranks import LORA, weights
 from test_trainer import error, slow_gradients
-from tiny_distillation import CONFIG, OPTIONS, STEPS, data, held_out, rows_of, write_place
+from tiny_distillation import CONFIG, OPTIONS, STEPS, data, held_out, kl_of, rows_of, write_place
+from tiny_folders import write_model
 from tiny_training import MIX, arguments, pair, start_ranks, tiny_sequences, train
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback
 
 from regrow.config import Options
 from regrow.errors import UserError
 from regrow.stages.distill.stage import distill
 from regrow.training import sharding
+from regrow.training.adapters import Adapter
 from regrow.training.callbacks import ProgressCallback
 from regrow.training.objective import bind_loss
 from regrow.training.trainer import DistillTrainer
@@ -149,6 +152,88 @@ def _offload(rank: int, place: str, folder: str) -> None:
     assert pinned
 
 
+def low_rank_student(folder: Path) -> PreTrainedModel:
+    """The pair's student in float32, with adapters whose product is not zero."""
+    base = write_model(folder, num_hidden_layers=2, seed=1)
+    student = Adapter(3, 6.0, ("q_proj", "down_proj")).model(base, CPU, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    return student
+
+
+def train_adapters(base: Path, out: Path, batch_size: int, **fields: Any) -> dict[str, Tensor]:
+    """The adapters after three steps, by every rank's share of each step."""
+    student, teacher = low_rank_student(base), pair()[1]
+    given = arguments(out, max_steps=3, per_device_train_batch_size=batch_size, **fields)
+    if given.fsdp:
+        sharding.keep_precision(given)
+        sharding.share(teacher.model, CPU)
+    trainer = DistillTrainer(model=student, args=given, train_dataset=tiny_sequences(24))
+    bind_loss(student, teacher, MIX)
+    trainer.train()
+    named = dict(trainer.model.named_parameters())
+    if given.fsdp:
+        assert all(isinstance(parameter, DTensor) for parameter in named.values())
+    return {name: full_tensor(p) for name, p in named.items() if p.requires_grad}
+
+
+RECOMPUTED = {
+    "activation_checkpointing": True,
+    "activation_checkpointing_kwargs": {"use_reentrant": False},
+}
+
+
+def _adapters(rank: int, place: str, folder: str) -> None:
+    pretend_gpus()
+    base, three = Path(folder) / f"base-{rank}", Path(folder) / "three"
+    trained = train_adapters(base, three, 4, **RECOMPUTED, **sharding.training_fields(SHARDED))
+    torch.save(trained, Path(folder) / f"{rank}.pt")
+    where, out = Path(place), Path(folder) / "out"
+    job = (where / "pruned", where / "teacher", data(where))
+    began = ProgressCallback.on_step_begin
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+
+    distill(*job, Path(folder) / "whole", LORA, SHARDED)
+    ProgressCallback.on_step_begin = stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        distill(*job, out, LORA, SHARDED)
+    ProgressCallback.on_step_begin = began  # type: ignore[method-assign]
+    distill(*job, out, LORA, SHARDED)
+
+
+def test_adapters_beside_sharded_weights_are_those_of_one_process(tmp_path: Path) -> None:
+    """In float32; and a stopped run in bfloat16 continues exactly, and its result is merged."""
+    place = write_place(tmp_path / "place")
+    start_ranks(2, _adapters, str(place), str(tmp_path))
+    expected = train_adapters(tmp_path / "base", tmp_path / "alone", 8)
+    before = dict(low_rank_student(tmp_path / "again").named_parameters())
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+            assert float((value - before[name]).detach().abs().max()) > 1e-3
+    out = tmp_path / "out"
+    assert not list(out.rglob("pytorch_model_fsdp.bin"))
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(out)[name], value), name
+    job = (place / "pruned", place / "teacher", data(place))
+    single = distill(*job, tmp_path / "single", LORA, OPTIONS)
+    assert held_out(out) == pytest.approx(held_out(single), rel=1e-2)
+    model = AutoModelForCausalLM.from_pretrained(str(out))
+    best = min(value for step, value in held_out(out).items() if step)
+    assert best < 0.95 * held_out(out)[0]
+    assert kl_of(out, place) == pytest.approx(best, rel=0.03)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    pairs = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert {value.dtype for value in pairs.values()} == {torch.float32}
+
+
 @pytest.mark.slow
 def test_shards_in_the_hosts_memory_train_the_same(tmp_path: Path) -> None:
     """The same student bit for bit, by a run that began without."""
@@ -203,7 +288,7 @@ def test_bad_sharding_settings_are_refused_in_one_line(
     assert "needs several processes" in refused(sharding="fsdp")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "needs GPUs" in refused("cpu", sharding="fsdp")
-    assert "adapter lora" in refused(adapter="lora", sharding="fsdp")
+    assert "set adapter to lora" in refused(adapter="qlora", sharding="fsdp")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert "needs GPUs" in refused("cpu")  # asked for by accelerate launch
     monkeypatch.delenv("ACCELERATE_USE_FSDP")

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError, nearest
 from regrow.runtime.precision import float32_at_least
+from regrow.training import sharding
 
 NAME = "default"
 PREFIX = "base_model.model."
@@ -107,16 +108,21 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Load the adapters that `model.save_pretrained` wrote to a folder; all must match."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    """Load the adapters that `model.save_pretrained` wrote to a folder; all must match.
+
+    The model's adapters may be sharded over the processes.
+    """
     from safetensors.torch import load_file
 
-    tensors = {
-        name.removeprefix(PREFIX): tensor
-        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    adapters = {
+        PREFIX + name.replace(f".{NAME}.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if f".{NAME}." in name
     }
-    assert tensors.keys() == get_peft_model_state_dict(model, adapter_name=NAME).keys()
-    set_peft_model_state_dict(model, tensors, NAME)
+    assert tensors.keys() == adapters.keys()
+    for name, parameter in adapters.items():
+        sharding.fill(parameter, tensors[name])
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from regrow.config import Options
 from regrow.errors import UserError
 from regrow.runtime import distributed
 
-WHOLE = "pytorch_model_fsdp.bin"
-"""The file with the gathered weights in a checkpoint of a sharded run."""
+GATHERED = "optimizer.bin"
+"""The file with the gathered optimizer in a checkpoint of a sharded run."""
 
 
 def is_sharded(options: Options) -> bool:
@@ -46,8 +46,8 @@ def require(options: Options, device: torch.device, adapter: str) -> None:
         raise UserError(
             "sharding fsdp needs GPUs (accelerate shards nothing on the CPU): leave it out"
         )
-    if adapter != "none":
-        raise UserError(f"sharding fsdp with adapter {adapter}: set one of them to none")
+    if adapter == "qlora":  # accelerate does not shard weights that are stored in 4 bits
+        raise UserError("sharding fsdp with adapter qlora: not supported; set adapter to lora")
 
 
 def training_fields(options: Options) -> dict[str, Any]:
@@ -107,9 +107,36 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, or a tensor that is not sharded. All ranks must call it."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return tensor
+    shard: Any = tensor.to(tensor.device_mesh.device_type)
+    whole: Tensor = shard.full_tensor()
+    return whole
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into a parameter, or its part into this process's shard."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        # Without a source rank each process cuts its shard out of its own copy.
+        shards = distribute_tensor(
+            whole.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None
+        )
+        parameter.to_local().copy_(shards.to_local())
+    else:
+        parameter.copy_(whole)
+
+
 def require_same(checkpoint: Path, sharded: bool) -> None:
     """Raise UserError if a sharded run would continue an unsharded one, or the reverse."""
-    if (checkpoint / WHOLE).exists() != sharded:
+    if (checkpoint / GATHERED).exists() != sharded:
         was, now = ("none", "fsdp") if sharded else ("fsdp", "none")
         raise UserError(
             f"{checkpoint} was written with sharding {was} and cannot continue with {now}: "

@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from accelerate import DistributedDataParallelKwargs
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer import SCHEDULER_NAME
 
 from regrow.data.sequences import IGNORED, Sequences
 from regrow.errors import UserError
@@ -86,10 +88,14 @@ class FeatureLossTrainer(Trainer):
             projection.grad = None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+        self._save_state(output_dir)
         state = {} if self.feature_losses is None else self.feature_losses.state_dict()
         if state and self.args.should_save:
             torch.save(state, Path(output_dir) / FEATURE_LOSS_STATE)
+
+    def _save_state(self, output_dir: str) -> None:
+        """Write the state of the optimizer and of the schedule."""
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -197,6 +203,29 @@ class DistillTrainer(FeatureLossTrainer):
             load_adapter(self.student, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student, or only its adapters."""
+        if not self._shards_adapter():
+            super().save_model(output_dir, _internal_call)
+            return
+        trained = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
+        state = {name: sharding.gathered(p.detach()).cpu() for name, p in trained.items()}
+        self._save(output_dir, state_dict=state)
+
+    def _save_state(self, output_dir: str) -> None:
+        if not self._shards_adapter():
+            super()._save_state(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _shards_adapter(self) -> bool:
+        """Whether adapters are trained beside sharded weights, which Trainer would gather."""
+        return bool(self.is_fsdp_enabled) and has_adapter(self.student)
 
     def _load_best_model(self) -> None:
         if has_adapter(self.student):

@@ -140,16 +140,17 @@ def changes(setup: TrainingSetup, total: Total) -> list[tuple[str, TrainingSetup
                 add(f"--optimizer {name}", _with(base, name))
     if setup.shards > 1 and not setup.cpu_offload:
         add("--sharding fsdp_offload", replace(base, cpu_offload=True))
+    plain = _with(base, "adamw")  # neither shards nor adapters have others
+    flags += " --optimizer adamw" if plain != base else ""
     if setup.sharding == "none":
         place = "shares" if setup.teacher == "whole" else setup.teacher
-        plain = _with(base, "adamw")  # neither shards nor adapters have others
-        flags += " --optimizer adamw" if plain != base else ""
-        for devices in (2, 4, 8) if place in ("shares", "cache") else ():
+        in_4_bits = bool(setup.adapter_rank) and setup.frozen_bytes < 2  # not with shards
+        for devices in (2, 4, 8) if place in ("shares", "cache") and not in_4_bits else ():
             shards = replace(plain, sharding="fsdp", devices=devices, teacher=place)
             add(f"--sharding fsdp on {devices} GPUs", shards)
             add(f"--sharding fsdp_offload on {devices} GPUs", replace(shards, cpu_offload=True))
-        if not setup.adapter_rank:
-            add("--adapter lora", replace(plain, adapter_rank=16))
+    if not setup.adapter_rank:
+        add("--adapter lora", replace(plain, adapter_rank=16))
     return found
 
 

@@ -39,7 +39,7 @@ from regrow.stages.distill.setup import TRAINER, DistillSetup, arguments_of
 from regrow.stages.distill.student import compile_layers, open_student
 from regrow.stages.distill.teacher import TeacherSetup, freeze, mass_lost, show_attentions
 from regrow.stages.distill.text import answer_digests, loss_weights_of, training_text
-from regrow.training import optimizers, sharding
+from regrow.training import adapters, optimizers, sharding
 from regrow.training.callbacks import CHOSEN_BY, MetricsWriter, ProgressCallback
 from regrow.training.checkpoints import last_checkpoint
 from regrow.training.dynamic_blend import BlendedSequences
@@ -259,14 +259,18 @@ def _write(trainer: DistillTrainer, setup: DistillSetup, folder: Path) -> None:
     """Write the best student, its adapters if they are kept, and its plan files."""
     student, dtype = setup.student, setup.dtype
     dtypes = student.dtypes() if setup.scheme is None else {}
-    if setup.config.keep_adapters and setup.adapter is not None:
-        trainer.student.save_pretrained(str(folder / ADAPTER))
-    if trainer.is_fsdp_enabled:  # the best checkpoint is a stock folder with the full weights
+    trained = trainer.student
+    if trainer.is_fsdp_enabled:  # the best checkpoint has the full weights, or the full adapters
         assert trainer.state.best_model_checkpoint is not None
-        best = Checkpoint(trainer.state.best_model_checkpoint)
-        model = student.plain(best.model(torch.float32 if dtypes else dtype), dtype, dtypes)
-    else:
-        model = student.plain(trainer.student, dtype, dtypes)
+        best = Path(trainer.state.best_model_checkpoint)
+        if setup.adapter is None:
+            trained = Checkpoint(best).model(torch.float32 if dtypes else dtype)
+        else:
+            trained = student.model(setup.config.seed, setup.adapter)
+            adapters.load_adapter(trained, best)
+    if setup.config.keep_adapters and setup.adapter is not None:
+        trained.save_pretrained(str(folder / ADAPTER))
+    model = student.plain(trained, dtype, dtypes)
     model.config.use_cache = True
     checkpoints.write_model(model, folder, student.like, whole=student.config is None)
     if student.cut is not None:
