@@ -104,7 +104,10 @@ class FakeCuda(TorchFunctionMode):
             self._refuse_mixing(name, tensors, on_device)
             if tensors:
                 self.where[name].add("cuda" if on_device else "cpu")
-        result = func(*args, **kwargs)
+        if name == "histc" and not args[0].is_floating_point():  # CUDA counts integers too
+            result = func(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
+        else:
+            result = func(*args, **kwargs)
         if makes or (asked is None and on_device):
             self._send(result)
         return result

@@ -103,6 +103,8 @@ def test_settings_take_less() -> None:
     assert total(adapter_rank=16) < plain / 2
     assert total(checkpointing=True) < plain
     assert total(teacher="int8") < total() > total(teacher="disk") > total(teacher="cache")
+    layer = (2 * teacher.parameters - 4 * teacher.table) / 36
+    assert total(teacher="disk", device="cuda") == total(teacher="disk") + layer  # the next one
     assert total(moment_bytes=2.0) == plain - 6 * student.parameters
     half = TrainingSetup(4, 512, 2, master_bytes=2.0, moment_bytes=2.0)
     parts = training_memory(student, teacher, half).parts

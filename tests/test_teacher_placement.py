@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from pretend_cuda import FakeCuda
+from pretend_streams import FakeStreams
 from safetensors.torch import load_file
 from tiny_distillation import CONFIG, OPTIONS, data, held_out, write_place
 from tiny_folders import write_model
@@ -18,6 +21,7 @@ from regrow.checkpoint import Checkpoint
 from regrow.config import Options
 from regrow.errors import UserError
 from regrow.recipe.check import check_steps
+from regrow.runtime import prefetch
 from regrow.stage import parse_step
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import distill
@@ -130,6 +134,43 @@ def test_a_teacher_on_disk_gives_the_same_logits_with_one_layer_in_memory(
     assert loaded == [[n] for n in range(len(layers))] * 2
     assert all(map(on_meta, layers))
     assert streamed.device == CPU
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gemma3_text"])
+def test_a_gpu_gets_the_next_layer_while_one_computes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit as the whole teacher, also after a pass that was stopped in the middle."""
+    checkpoint = write_model(tmp_path, name, torch.bfloat16)
+    expected = logits_of(place_teacher(checkpoint, "whole", CPU))
+    with FakeCuda() as fake, FakeStreams(0, at_once=True).install(monkeypatch) as streams:
+        monkeypatch.setattr(torch.cuda, "device", lambda *_: nullcontext())
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+        monkeypatch.setattr(prefetch, "pinned", lambda size: torch.empty(size, dtype=torch.uint8))
+        model = place_teacher(checkpoint, "disk", torch.device("cuda"))
+        layers, stays = list(model.base_model.layers), fake.allocated()
+        inputs = {"input_ids": IDS.to("cuda"), "position_ids": POSITIONS.to("cuda")}
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="stopped"), stop_in(layers[2].mlp):
+                model(**inputs, use_cache=False)
+            for _ in range(2):
+                assert torch.equal(model(**inputs, use_cache=False).logits.cpu(), expected)
+            assert all(map(on_meta, layers))
+        assert streams.copies == 2 * (3 + 2 * len(layers)) + 1  # the last one is of the next pass
+        largest = max(sum(t.nbytes for t in layer.parameters()) for layer in layers)
+        assert fake.allocated() - stays < 2 * (largest + 40 * prefetch.ALIGNMENT)
+
+
+@contextmanager
+def stop_in(module: nn.Module) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise RuntimeError("stopped")
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def on_meta(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from regrow.checkpoint import Checkpoint
 from regrow.checkpoint.checkpoint import experts_option
 from regrow.families import Family, in_memory
+from regrow.runtime.prefetch import Prefetch
 
 LAYER = "model.layers.{layer}"
 
@@ -131,28 +132,48 @@ class LayerByLayer:
             handle.remove()
         own.to("meta")
 
-    def streamed(self) -> PreTrainedModel:
-        """The model for whole passes: a layer's weights are in memory only while it runs."""
+    def streamed(self, prefetch: bool = False) -> PreTrainedModel:
+        """The model for whole passes: a layer's weights are in memory only while it runs.
+
+        With `prefetch` a GPU gets the next layer meanwhile; a thread then calls `read`.
+        """
         if self.family.head in self.names:
             self._set(self.family.head, self._read(self.family.head), True)
         else:
             self.model.tie_weights()
+        ahead = None
+        if prefetch and self.device.type == "cuda":
+            ahead = Prefetch(self._on_host, len(self.layers), self.device)
         for number, layer in enumerate(self.layers):
-            layer.register_forward_pre_hook(partial(self._before, number))
-            layer.register_forward_hook(self._after)
+            layer.register_forward_pre_hook(partial(self._before, number, ahead))
+            layer.register_forward_hook(partial(self._after, number, ahead))
         model: PreTrainedModel = self.model
         return model
 
-    def _before(self, number: int, layer: nn.Module, inputs: Any) -> None:
-        self._fill(number)
+    def _before(self, number: int, ahead: Prefetch | None, layer: nn.Module, inputs: Any) -> None:
+        if ahead is None:
+            self._fill(number)
+            return
+        for name, value in ahead.take(number).items():
+            self._set(name, value, True)
 
-    def _after(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
+    def _after(
+        self, number: int, ahead: Prefetch | None, layer: nn.Module, inputs: Any, output: Tensor
+    ) -> None:
         layer.to("meta")
+        if ahead is not None:
+            ahead.release(number)
 
     def _fill(self, layer: int) -> None:
         """Load a layer's weights onto the device."""
         for name, value in in_memory(self.family, self._config, layer, self._read):
             self._set(name, value, True)
+
+    def _on_host(self, layer: int) -> dict[str, Tensor]:
+        """A layer's weights in the host's memory; they may be views of a mapped file."""
+        return dict(
+            in_memory(self.family, self._config, layer, lambda name: self.read(name).to(self.dtype))
+        )
 
     def step(self, inputs: dict[str, Tensor], hidden_BTH: Tensor | None) -> Tensor:
         """Output [B, T, H] of the layer in memory; without `hidden_BTH`, for the embedding."""

@@ -53,6 +53,8 @@ class TrainingSetup:
     """Bytes of a trained weight, and of its gradient: 4, or 2 with stochastic rounding."""
     moment_bytes: float = 8.0
     """Bytes of the optimizer's moments for a weight: 8 for AdamW, about 2 for AdamW in 8 bits."""
+    device: str = "cpu"
+    """The type of the device: a GPU takes more memory where that saves time."""
 
     @property
     def tokens(self) -> int:
@@ -152,7 +154,7 @@ def _teacher_bytes(teacher: ModelSize, setup: TrainingSetup) -> float:
         "whole": tables + layers,
         "int8": tables + layers / 2,
         "shares": tables + layers / setup.devices + layer,
-        "disk": tables + layer,
+        "disk": tables + layer * (2 if setup.device == "cuda" else 1),  # the next one is copied
         "cache": 2 * teacher.table,
     }[setup.teacher]
 

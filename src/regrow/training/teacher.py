@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple, TypeAlias
@@ -247,11 +248,12 @@ def place_teacher(
     """Load a checkpoint as a frozen bfloat16 model.
 
     With `disk`, embedding, final norm and head stay on the device; each layer's weights are read
-    from their file whenever the layer runs.
+    from their file whenever the layer runs, and on a GPU while the layer before it runs.
     """
     if placement == "disk":
-        family = families.of(checkpoint)
-        return LayerByLayer.of(checkpoint, family, device, dtype=torch.bfloat16).streamed()
+        family, own = families.of(checkpoint), copy(checkpoint)  # a thread reads its files
+        shell = LayerByLayer.of(own, family, device, dtype=torch.bfloat16)
+        return shell.streamed(prefetch=True)
     model = checkpoint.model(torch.bfloat16, device if placement == "whole" else "cpu")
     if placement == "int8":
         round_linear(model, device)

@@ -48,6 +48,7 @@ def setup_of(config: DistillConfig, data: DataConfig, options: Options) -> Train
         sharding="fsdp" if sharded else "ddp" if devices > 1 else "none",
         devices=devices,
         cpu_offload=sharding.offloads(options),
+        device=options.torch_device().type,
     )
     return _with(setup, config.optimizer)
 
