@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from regrow.data.documents import Document
 from regrow.data.sequences import IGNORED, Packer, Sequences
 from regrow.errors import UserError
-from regrow.training.cross_tokenizer import teacher as cross_tokenizer_teacher
+from regrow.runtime import chunks
 from regrow.training.cross_tokenizer.align import Aligner, Span, token_bytes
 from regrow.training.cross_tokenizer.teacher import (
     CrossTokenizerTeacher,
@@ -308,7 +308,7 @@ def test_no_tensor_of_tokens_times_vocabulary() -> None:
 def test_chunks_of_the_default_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without `chunk_tokens`, a chunk has at most CHUNK_ELEMENTS logits, in both passes."""
     n, size = 400, 50
-    monkeypatch.setattr(cross_tokenizer_teacher, "CHUNK_ELEMENTS", 40 * size)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 40 * size)
     hidden, weight = torch.randn(n, 4, requires_grad=True), torch.randn(size, 4)
     with Largest(ignored=set()) as largest:
         values = log_probabilities(hidden, Head(weight), torch.zeros(n, dtype=torch.int64), size)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from regrow import plugins
 from regrow.plan import Plan
 from regrow.pruning.cut import cut_model
-from regrow.training import head
+from regrow.runtime import chunks
 from regrow.training.features import (
     FEATURE_LOSSES,
     FeatureLosses,
@@ -212,7 +212,7 @@ def test_the_lens_is_computed_in_chunks(name: str, monkeypatch: pytest.MonkeyPat
     unchunked["loss"].backward()
     gradients = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 1)  # chunks of 16 tokens
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 1)  # chunks of 16 tokens
     tokens = int(unchunked["tokens"])
     assert tokens > 3 * 16
     shapes = {p.shape for model in (student, teacher.model) for p in model.parameters()}

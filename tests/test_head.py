@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from pretend_cuda import FakeCuda
 from slow_losses import BETA, NAMES, SKEW
 from slow_losses import slow as slow_loss
 from tiny_models import tiny_model
 from torch import Tensor
 
+from regrow.runtime import chunks
+from regrow.runtime.chunks import head_chunk
 from regrow.training.head import Head, head_loss, head_of, scale_of
 from regrow.training.loss_weights import LossWeights
 
@@ -54,6 +59,15 @@ class Case:
             Head(random(teacher_v, h + 2), teacher_softcap),
         )
         self.targets_N = torch.randint(0, min(v, teacher_v), (n,), generator=draw)
+
+    def to(self, device: str) -> Case:
+        """The same case on a device, with leaves of its own."""
+        self.student_NH = self.student_NH.detach().to(device).requires_grad_()
+        weight_VH = self.student.weight_VH.detach().to(device).requires_grad_()
+        self.student = replace(self.student, weight_VH=weight_VH)
+        self.teacher_NH, self.targets_N = self.teacher_NH.to(device), self.targets_N.to(device)
+        self.teacher = replace(self.teacher, weight_VH=self.teacher.weight_VH.to(device))
+        return self
 
     def chunked(
         self, mix: LossWeights, chunk: int | None = None
@@ -204,6 +218,47 @@ def test_equal_models_give_exactly_zero(dtype: torch.dtype) -> None:
         hidden, weight = case.gradients(value)
         assert not hidden.any()
         assert not weight.any()
+
+
+def test_chunks_of_the_device() -> None:
+    """On a CPU some 100 tokens of a large vocabulary, on a GPU about a thousand, within 2 GiB."""
+    assert head_chunk("cpu", 151_936) == head_chunk("mps", 151_936) == (110, 4)
+    assert head_chunk("cuda", 151_936) == (1009, 2)
+    for vocabulary in (32_000, 128_256, 151_936, 262_144, 10_000_000):
+        chunk = head_chunk("cuda", vocabulary)
+        assert 16 <= chunk.tokens <= 2048
+        bytes_of_two = vocabulary * chunk.tokens * (10 + 2 * 2)
+        assert chunk.bytes(10_000, vocabulary) == bytes_of_two
+        if vocabulary < 1_000_000:
+            assert bytes_of_two <= 2 << 30
+    assert head_chunk("cuda", 1000).bytes(30, 1000) == 30 * 1000 * 12
+
+
+@pytest.mark.parametrize("name", ["mix", "all"])
+def test_a_gpu_computes_the_same_loss_in_its_own_chunks(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(sizes=(50, H, V, V))
+    expected, parts = case.chunked(MIXES[name])
+    slopes = case.gradients(expected)
+    monkeypatch.setattr(chunks, "GPU_TOKENS", 20)
+    rows: list[int] = []
+    plain = Head.logits
+
+    def logits(head: Head, hidden_NH: Tensor, *more: Any) -> Tensor:
+        rows.append(len(hidden_NH))
+        return plain(head, hidden_NH, *more)
+
+    monkeypatch.setattr(Head, "logits", logits)
+    with FakeCuda():
+        there = Case(sizes=(50, H, V, V)).to("cuda")
+        value, found = there.chunked(MIXES[name])
+        gradients = there.gradients(value)
+    assert sorted(rows) == 2 * [10] + 4 * [20]  # of student and teacher
+    for actual, right in zip((value, *gradients), (expected, *slopes), strict=True):
+        torch.testing.assert_close(actual, right, rtol=1e-12, atol=1e-13)
+    for loss, right in parts.items():
+        torch.testing.assert_close(found[loss], right, rtol=1e-12, atol=1e-13)
 
 
 def test_no_token_gives_a_zero_with_a_graph() -> None:

@@ -9,7 +9,8 @@ from test_head import MIXES, Case
 from tiny_training import Largest
 from torch import Tensor
 
-from regrow.training.head import CHUNKS_TOGETHER, Head, add_product, head_loss, product, split
+from regrow.runtime.chunks import CHUNKS_TOGETHER
+from regrow.training.head import Head, add_product, head_loss, product, split
 from regrow.training.loss_weights import LossWeights
 
 
@@ -127,7 +128,7 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(
 ) -> None:
     """The largest tensors are some chunks of logits, whatever N and V are."""
     budget = 1 << 12
-    monkeypatch.setattr("regrow.training.head.CHUNK_ELEMENTS", budget)
+    monkeypatch.setattr("regrow.runtime.chunks.CHUNK_ELEMENTS", budget)
     weights = dict.fromkeys(NAMES, 1.0) if name == "all" else {name: 1.0}
     mix = LossWeights(weights, 2.0, exact=exact)
     small, big = largest_of_head(mix, 256, 128, 32), largest_of_head(mix, 512, 256, 16)

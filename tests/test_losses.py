@@ -23,8 +23,9 @@ from tiny_training import Largest
 from torch import Tensor
 
 from regrow import plugins
+from regrow.runtime.chunks import CHUNKS_TOGETHER
 from regrow.stages.distill.config import DistillConfig
-from regrow.training.head import CHUNKS_TOGETHER, Head, head_loss
+from regrow.training.head import Head, head_loss
 from regrow.training.loss_weights import LossWeights, with_gradient
 
 LOSSES = plugins.names("regrow.training.losses")

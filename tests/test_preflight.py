@@ -104,7 +104,11 @@ def test_settings_take_less() -> None:
     assert total(checkpointing=True) < plain
     assert total(teacher="int8") < total() > total(teacher="disk") > total(teacher="cache")
     layer = (2 * teacher.parameters - 4 * teacher.table) / 36
-    assert total(teacher="disk", device="cuda") == total(teacher="disk") + layer  # the next one
+    held = [
+        training_memory(student, teacher, TrainingSetup(4, 512, teacher="disk", device=device))
+        for device in ("cpu", "cuda")
+    ]
+    assert held[1].parts["teacher"] == pytest.approx(held[0].parts["teacher"] + layer)
     assert total(moment_bytes=2.0) == plain - 6 * student.parameters
     half = TrainingSetup(4, 512, 2, master_bytes=2.0, moment_bytes=2.0)
     parts = training_memory(student, teacher, half).parts
@@ -139,7 +143,7 @@ def test_what_would_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_weights_of_6b_under_an_8b_teacher_on_one_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """80 GB: AdamW needs 114.6, and the two smaller optimizers fit; the parts counted by hand."""
+    """80 GB: AdamW needs 116.4, and the two smaller optimizers can fit; parts by hand."""
     monkeypatch.setattr(preflight, "device_bytes", lambda device: int(80e9))
     monkeypatch.setattr(Options, "torch_device", lambda options: torch.device("cuda"))
     student, teacher = {**QWEN3_8B, "num_hidden_layers": 24}, [QWEN3_8B]
@@ -150,17 +154,17 @@ def test_all_weights_of_6b_under_an_8b_teacher_on_one_gpu(
         return preflight.memory_lines(student, teacher, config, data, Options(batch_size=4))
 
     plain = lines()
-    assert plain[0].startswith("  memory of each device: 114.57 GB")
+    assert plain[0].startswith("  memory of each device: 116.42 GB")
     assert plain[1:] == [
         "  it does not fit: this cuda has 80.00 GB",
         "  these settings would fit:",
-        "    --optimizer adamw_8bit: 79.50 GB",
         "    --gradient-checkpointing --optimizer adamw_8bit: 76.35 GB",
-        "    --optimizer adamw_bf16: 55.43 GB",
+        "    --optimizer adamw_bf16: 57.06 GB",
         "    --gradient-checkpointing --optimizer adamw_bf16: 52.85 GB",
+        "    --gradient-checkpointing --sharding fsdp on 2 GPUs: 60.35 GB",
     ]
     half = lines(optimizer="adamw_bf16")
-    assert half[0].startswith("  memory of each device: 55.43 GB")
+    assert half[0].startswith("  memory of each device: 57.06 GB")
     count, teachers = 5_875_378_176, 8_190_735_360
     assert ModelSize(student).parameters == count
     for name, size in (

@@ -153,8 +153,8 @@ def test_no_tensor_of_a_step_grows_with_tokens_times_vocabulary(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Four times as many (token × vocabulary) pairs: the largest tensor at most doubles."""
-    monkeypatch.setattr("regrow.training.head.CHUNK_ELEMENTS", 1 << 13)
-    monkeypatch.setattr("regrow.training.head.CHUNKS_TOGETHER", 2)
+    monkeypatch.setattr("regrow.runtime.chunks.CHUNK_ELEMENTS", 1 << 13)
+    monkeypatch.setattr("regrow.runtime.chunks.CHUNKS_TOGETHER", 2)
     small, big = largest_of_step(2, 1024), largest_of_step(4, 2048)
     assert small[0] < 128 * 1024 / 2, small
     assert big[0] <= 2 * small[0], (small, big)

@@ -13,13 +13,12 @@ from typing import Literal
 
 from regrow.cost.activations import Activations, activations
 from regrow.cost.model import ModelSize
+from regrow.runtime.chunks import head_chunk
 
 Sharding = Literal["none", "ddp", "fsdp", "hsdp"]
 """One process, copies on all devices, shards over all devices, or shards inside a node."""
 Placement = Literal["whole", "int8", "shares", "disk", "cache"]
 """Where the teacher's weights are; `cache`: only its head, beside stored outputs."""
-CHUNK_ELEMENTS, CHUNKS_TOGETHER = 1 << 24, 4
-"""As in `training.head`: logits of one chunk, and chunks whose gradients are multiplied at once."""
 NODE = 8
 """Devices of a node: the shards of `hsdp`."""
 GATHERED = 2
@@ -198,10 +197,8 @@ def _at_loss(student: ModelSize, setup: TrainingSetup, kept: Activations) -> dic
 def _head_work(student: ModelSize, setup: TrainingSetup, half: bool) -> float:
     """Temporary bytes of head and loss: the head in half precision, and chunks of logits."""
     vocabulary = student.sizes["vocab"]
-    chunk = min(setup.tokens, max(16, CHUNK_ELEMENTS // vocabulary))
-    together = min(setup.tokens, chunk * CHUNKS_TOGETHER)
-    copy = 0 if half else 2 * student.table
-    return float(copy + 2 * together * vocabulary + 10 * chunk * vocabulary)
+    chunks = head_chunk(setup.device, vocabulary).bytes(setup.tokens, vocabulary)
+    return float(chunks + (0 if half else 2 * student.table))
 
 
 def _backward(student: ModelSize, setup: TrainingSetup, kept: Activations) -> float:

@@ -18,14 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from regrow.errors import UserError
+from regrow.runtime.chunks import HeadChunk, head_chunk
 from regrow.runtime.precision import float32_at_least
 from regrow.training.cache.sparse import Sparse
 from regrow.training.loss_weights import LossWeights
 
-CHUNK_ELEMENTS = 1 << 24
-"""The number of logits in one chunk: 64 MB in float32."""
-CHUNKS_TOGETHER = 4
-"""The number of chunks whose gradients are multiplied at once, in the compute dtype."""
 ADDED_ELEMENTS = 1 << 23
 """The number of elements of a product that are added at once: 32 MB in float32."""
 
@@ -128,7 +125,9 @@ def head_loss(
     compute = torch.get_autocast_dtype(student_NH.device.type)
     if not torch.is_autocast_enabled(student_NH.device.type):
         compute = student_NH.dtype
-    chunk = chunk_tokens or max(16, CHUNK_ELEMENTS // student.weight_VH.shape[0])
+    chunk = head_chunk(student_NH.device.type, student.rows)
+    if chunk_tokens is not None:
+        chunk = chunk._replace(tokens=chunk_tokens)
     groups = (loss_weights,) if source_N is None else loss_weights.groups[1:]
     inputs = _Inputs(student, teacher, groups, compute, chunk, sparse, source_N)
     weight_VH = student.weight_VH
@@ -151,8 +150,7 @@ class _Inputs:
     groups: tuple[LossWeights, ...]
     """One element for all tokens or, with `source_N`, one for the tokens of each source."""
     compute: torch.dtype
-    chunk: int
-    """Tokens per chunk."""
+    size: HeadChunk
     sparse: Sparse | None
     source_N: Tensor | None
 
@@ -161,9 +159,14 @@ class _Inputs:
         return self.groups[0].exact
 
     @property
+    def chunk(self) -> int:
+        """The number of tokens in a chunk."""
+        return self.size.tokens
+
+    @property
     def together(self) -> int:
         """The number of tokens in the chunks that are multiplied at once."""
-        return self.chunk * CHUNKS_TOGETHER
+        return self.size.tokens * self.size.together
 
 
 class _HeadLoss(torch.autograd.Function):

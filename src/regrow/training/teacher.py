@@ -27,8 +27,9 @@ from regrow.data.sequences import Sequences
 from regrow.layerwise import LayerByLayer
 from regrow.quantization.formats import SCHEMES
 from regrow.quantization.grid import fit
+from regrow.runtime.chunks import CHUNK_ELEMENTS
 from regrow.training import sharding
-from regrow.training.head import CHUNK_ELEMENTS, Head, head_loss, head_of
+from regrow.training.head import Head, head_loss, head_of
 from regrow.training.loss_weights import LossWeights
 from regrow.training.model_check import check_model
 from regrow.training.shared_tokens import NONE, rows_of

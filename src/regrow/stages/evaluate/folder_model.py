@@ -23,6 +23,7 @@ from regrow.cost import forward_flops
 from regrow.errors import UserError
 from regrow.runtime import distributed
 from regrow.runtime.batch_generator import BatchGenerator, Sampling
+from regrow.runtime.chunks import CHUNK_ELEMENTS
 from regrow.runtime.greedy import continuation, step
 from regrow.runtime.progress import Progress, progress
 from regrow.stages.evaluate.eval_model import (
@@ -33,7 +34,7 @@ from regrow.stages.evaluate.eval_model import (
     now,
 )
 from regrow.stages.evaluate.texts import IGNORED, Text, in_other_ids
-from regrow.training.head import CHUNK_ELEMENTS, Head, head_of
+from regrow.training.head import Head, head_of
 from regrow.training.model_check import check_model
 from regrow.training.shared_tokens import rows_of, token_ids
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from regrow.runtime.chunks import head_chunk
 from regrow.runtime.precision import float32_at_least
 from regrow.training.cross_tokenizer.align import Aligner, Tokens
 from regrow.training.head import (
-    CHUNK_ELEMENTS,
     Head,
     add_product,
     head_loss,
@@ -48,7 +48,7 @@ def log_probabilities(
     compute = hidden_NH.dtype
     if torch.is_autocast_enabled(hidden_NH.device.type):
         compute = torch.get_autocast_dtype(hidden_NH.device.type)
-    chunk = chunk_tokens or max(16, CHUNK_ELEMENTS // size)
+    chunk = chunk_tokens or head_chunk(hidden_NH.device.type, size).tokens
     inputs = _Inputs(head, size, compute, exact, chunk)
     log_q_N: Tensor = _LogProbabilities.apply(hidden_NH, head.weight_VH, targets_N, inputs)
     return log_q_N

@@ -20,8 +20,9 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from regrow import plugins
+from regrow.runtime.chunks import CHUNK_ELEMENTS
 from regrow.training.cache.sparse import Sparse
-from regrow.training.head import CHUNK_ELEMENTS, Head
+from regrow.training.head import Head
 
 
 class Format(Protocol):
