@@ -93,9 +93,11 @@ def test_settings_take_less() -> None:
     assert "gradients" not in once.parts  # they are views of the buckets
     shards = total(sharding="fsdp", devices=8, teacher="shares")
     assert 30e9 < shards < 50e9
-    assert shards == total(sharding="hsdp", devices=8, teacher="shares")
+    assert shards == total(sharding="hsdp", devices=8, teacher="node_shares")
     assert total(sharding="fsdp", devices=64, teacher="shares") < shards
-    assert total(sharding="hsdp", devices=64, teacher="shares") == pytest.approx(shards, rel=0.1)
+    assert shards == total(sharding="hsdp", devices=64, teacher="node_shares")
+    fours = total(sharding="fsdp", devices=4, teacher="shares")
+    assert fours == total(sharding="hsdp", devices=64, node=4, teacher="node_shares")
     off = TrainingSetup(4, 512, 2, sharding="fsdp", devices=8, teacher="shares", cpu_offload=True)
     offloaded = training_memory(student, teacher, off)
     assert offloaded.total < shards
@@ -183,6 +185,7 @@ def test_all_weights_of_6b_under_an_8b_teacher_on_one_gpu(
 def test_shards_may_go_to_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Advice after out-of-memory: the same checkpoints, with the shards in the host's memory."""
     monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     student, teacher = {**QWEN3_8B, "num_hidden_layers": 24}, [QWEN3_8B]
     data = DataConfig.model_validate({"sources": ["x.txt"], "sequence_length": 512})
     config = DistillConfig(batch_tokens=8 * 512)
@@ -193,6 +196,10 @@ def test_shards_may_go_to_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> N
 
     assert "--sharding fsdp_offload (" in advice("fsdp")
     assert "fsdp_offload" not in advice("fsdp_offload")
+    assert "--sharding fsdp (" in advice("hsdp")
+    hybrid = Options(batch_size=1, sharding="hsdp")
+    inside = preflight.setup_of(config, data, hybrid)
+    assert (inside.shards, inside.teacher, inside.devices) == (4, "node_shares", 8)
     assert "fsdp_offload" not in advice("none")
     for kind, shown in (("lora", True), ("qlora", False)):  # 4-bit weights are not sharded
         one = DistillConfig(batch_tokens=8 * 512, adapter=kind)

@@ -34,6 +34,7 @@ from regrow.training.trainer import DistillTrainer
 
 SHARDED = OPTIONS.model_copy(update={"sharding": "fsdp"})
 OFFLOADED = OPTIONS.model_copy(update={"sharding": "fsdp_offload"})
+HYBRID = OPTIONS.model_copy(update={"sharding": "hsdp"})
 CPU = torch.device("cpu")
 
 
@@ -64,31 +65,35 @@ def pretend_gpus() -> None:
     sharding.require = lambda *_: None
 
 
+def step_in_shards(file: Path, tied: bool, batch_size: int, options: Options) -> None:
+    """One step of two micro-batches; writes the gradients and the weights after it."""
+    student, teacher = pair(tie_word_embeddings=tied)
+    sharding.share(teacher.model, CPU, in_node=options.sharding == "hsdp")
+    weight = next(teacher.model.base_model.layers.parameters())
+    assert isinstance(weight, DTensor)
+    assert weight.device_mesh.shape == (2,)
+    training_arguments = arguments(
+        file.with_suffix(""),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=2,
+        activation_checkpointing=tied,
+        **sharding.training_fields(options),
+    )
+    sharding.keep_precision(training_arguments)
+    trainer = DistillTrainer(model=student, args=training_arguments, train_dataset=tiny_sequences())
+    watch = Watch()
+    trainer.add_callback(watch)
+    bind_loss(student, teacher, MIX)
+    trainer.train()
+    assert watch.sharded
+    after = {name: full_tensor(p) for name, p in trainer.model.named_parameters()}
+    torch.save((watch.gradients, after), file)
+
+
 def _work(rank: int, place: str, folder: str) -> None:
     pretend_gpus()
     for tied in (True, False):
-        student, teacher = pair(tie_word_embeddings=tied)
-        sharding.share(teacher.model, CPU)
-        layers = teacher.model.base_model.layers
-        assert isinstance(next(layers.parameters()), DTensor)
-        training_arguments = arguments(
-            Path(folder) / "step",
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            activation_checkpointing=tied,
-            **sharding.training_fields(SHARDED),
-        )
-        sharding.keep_precision(training_arguments)
-        trainer = DistillTrainer(
-            model=student, args=training_arguments, train_dataset=tiny_sequences()
-        )
-        watch = Watch()
-        trainer.add_callback(watch)
-        bind_loss(student, teacher, MIX)
-        trainer.train()
-        assert watch.sharded
-        after = {name: full_tensor(p) for name, p in trainer.model.named_parameters()}
-        torch.save((watch.gradients, after), Path(folder) / f"{rank}-{tied}.pt")
+        step_in_shards(Path(folder) / f"{rank}-{tied}.pt", tied, 2, SHARDED)
     folder_of_models, out = Path(place), Path(folder) / "out"
     job = (
         folder_of_models / "pruned",
@@ -150,6 +155,68 @@ def _offload(rank: int, place: str, folder: str) -> None:
     ProgressCallback.on_step_begin = began  # type: ignore[method-assign]
     distill(*job, Path(folder) / "moved", steps, OFFLOADED)
     assert pinned
+
+
+def _hybrid_step(rank: int, folder: str) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    pretend_gpus()
+    step_in_shards(Path(folder) / f"{rank}.pt", False, 1, HYBRID)
+
+
+def _hybrid(rank: int, place: str, folder: str) -> None:
+    """Two nodes of two processes each; the run continues with shards over all four."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    pretend_gpus()
+    where, out = Path(place), Path(folder) / "out"
+    job = (where / "pruned", where / "teacher", data(where), out)
+    steps = CONFIG.model_copy(update={"tokens": 4 * 128, "eval_tokens": 2 * 128})
+    often = HYBRID.model_copy(update={"save_minutes": 1e-9})
+    stops: list[int] = []
+    meshes: list[Any] = []
+    began = ProgressCallback.on_step_begin
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step == stops[-1]:
+            meshes.extend(each.device_mesh.shape for each in given["model"].parameters())
+            raise KeyboardInterrupt
+
+    ProgressCallback.on_step_begin = stop  # type: ignore[method-assign]
+    for step in (2, 3):
+        stops.append(step)
+        with pytest.raises(KeyboardInterrupt):
+            distill(*job, steps, often)
+    assert set(meshes) == {(2, 2)}
+    ProgressCallback.on_step_begin = began  # type: ignore[method-assign]
+    distill(*job, steps, SHARDED)
+
+
+def test_shards_in_each_node_train_what_one_process_trains(tmp_path: Path) -> None:
+    start_ranks(4, _hybrid_step, str(tmp_path))
+    exact = slow_gradients(tiny_sequences(), tie_word_embeddings=False)
+    for rank in range(4):
+        gradients, after = torch.load(tmp_path / f"{rank}.pt")
+        assert error(gradients, exact) < 1e-5
+    student, teacher = pair(tie_word_embeddings=False)
+    trainer = DistillTrainer(
+        model=student,
+        args=arguments(tmp_path / "alone", per_device_train_batch_size=8),
+        train_dataset=tiny_sequences(),
+    )
+    bind_loss(student, teacher, MIX)
+    trainer.train()
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(after[name], parameter.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_with_shards_in_each_node_continues_with_shards_over_all(tmp_path: Path) -> None:
+    place = write_place(tmp_path / "place")
+    start_ranks(4, _hybrid, str(place), str(tmp_path))
+    steps = CONFIG.model_copy(update={"tokens": 4 * 128, "eval_tokens": 2 * 128})
+    job = (place / "pruned", place / "teacher", data(place))
+    single = distill(*job, tmp_path / "single", steps, OPTIONS)
+    assert held_out(tmp_path / "out") == pytest.approx(held_out(single), rel=1e-2)
+    assert held_out(single)[4] < 0.98 * held_out(single)[0]
 
 
 def low_rank_student(folder: Path) -> PreTrainedModel:
@@ -288,6 +355,10 @@ def test_bad_sharding_settings_are_refused_in_one_line(
     assert "needs several processes" in refused(sharding="fsdp")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "needs GPUs" in refused("cpu", sharding="fsdp")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "there are 2 processes, 2 of them on this node" in refused(sharding="hsdp")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert "sharding hsdp needs several nodes with two or more" in refused(sharding="hsdp")
     assert "set adapter to lora" in refused(adapter="qlora", sharding="fsdp")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert "needs GPUs" in refused("cpu")  # asked for by accelerate launch

@@ -140,10 +140,11 @@ class ProfileMachine(Machine):
 class Options(ProfileMachine):
     """Device, batch size and the use of memory; nothing here changes a result."""
 
-    sharding: Literal["none", "fsdp", "fsdp_offload"] = "none"
+    sharding: Literal["none", "fsdp", "fsdp_offload", "hsdp"] = "none"
     """Use of several GPUs in a distillation: each GPU has a full copy of student, optimizer and
     teacher (none), or a shard of them (fsdp: FSDP2, for models larger than a GPU). fsdp_offload
-    also keeps the student's shards, gradients and optimizer in the host's memory, and is slower."""
+    also keeps the student's shards, gradients and optimizer in the host's memory, and is slower.
+    hsdp shards inside each node and has copies on all nodes, which moves less between them."""
     deepspeed: str | None = None
     """Distill under DeepSpeed with this config file (JSON, ZeRO stage 0 to 2)."""
     offload_teacher: bool = False

@@ -17,10 +17,10 @@ from regrow.runtime.chunks import head_chunk
 
 Sharding = Literal["none", "ddp", "fsdp", "hsdp"]
 """One process, copies on all devices, shards over all devices, or shards inside a node."""
-Placement = Literal["whole", "int8", "shares", "disk", "cache"]
+Placement = Literal["whole", "int8", "shares", "node_shares", "disk", "cache"]
 """Where the teacher's weights are; `cache`: only its head, beside stored outputs."""
 NODE = 8
-"""Devices of a node: the shards of `hsdp`."""
+"""Devices of a node, where it is not known: the shards of `hsdp`."""
 GATHERED = 2
 """Layers that FSDP2 holds whole at once: the one that runs and the one that is fetched."""
 
@@ -46,6 +46,8 @@ class TrainingSetup:
     teacher: Placement = "whole"
     sharding: Sharding = "none"
     devices: int = 1
+    node: int = NODE
+    """Devices of a node."""
     cpu_offload: bool = False
     """Whether weights, gradients and moments lie in the host's memory (FSDP's CPU offload)."""
     master_bytes: float = 4.0
@@ -68,7 +70,7 @@ class TrainingSetup:
     @property
     def shards(self) -> int:
         """Parts into which the student's weights are divided."""
-        return {"fsdp": self.devices, "hsdp": min(NODE, self.devices)}.get(self.sharding, 1)
+        return {"fsdp": self.devices, "hsdp": min(self.node, self.devices)}.get(self.sharding, 1)
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def _teacher_bytes(teacher: ModelSize, setup: TrainingSetup) -> float:
         "whole": tables + layers,
         "int8": tables + layers / 2,
         "shares": tables + layers / setup.devices + layer,
+        "node_shares": tables + layers / min(setup.node, setup.devices) + layer,
         "disk": tables + layer * (2 if setup.device == "cuda" else 1),  # the next one is copied
         "cache": 2 * teacher.table,
     }[setup.teacher]

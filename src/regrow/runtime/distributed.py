@@ -41,6 +41,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """The number of processes of the job on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
+
+
 def rank() -> int:
     """The index of this process, from 0."""
     return int(os.environ.get("RANK", "0"))

@@ -58,7 +58,7 @@ def require(name: str, options: Options, adapter: str, fake_quantize: str | None
     excluded = {
         "deepspeed": options.deepspeed is not None,
         # Its moments would be saved as types that torch.load refuses (torchao 0.18, torch 2.13).
-        "sharding fsdp": sharding.is_sharded(options),
+        sharding.name(options): sharding.is_sharded(options),
     }
     if KINDS[name].dtype != torch.float32:
         excluded |= {

@@ -32,6 +32,11 @@ def offloads(options: Options) -> bool:
     return options.sharding == "fsdp_offload" or (is_sharded(options) and launched)
 
 
+def name(options: Options) -> str:
+    """The sharding as messages call it."""
+    return f"sharding {'fsdp' if options.sharding == 'none' else options.sharding}"
+
+
 def require(options: Options, device: torch.device, adapter: str) -> None:
     """Raise UserError for a sharding or a DeepSpeed config that is not supported here."""
     if options.deepspeed is not None:
@@ -40,14 +45,16 @@ def require(options: Options, device: torch.device, adapter: str) -> None:
         return
     if distributed.world_size() < 2:
         raise UserError(
-            "sharding fsdp needs several processes: start with torchrun, or leave it out"
+            f"{name(options)} needs several processes: start with torchrun, or leave it out"
         )
     if device.type == "cpu":
         raise UserError(
-            "sharding fsdp needs GPUs (accelerate shards nothing on the CPU): leave it out"
+            f"{name(options)} needs GPUs (accelerate shards nothing on the CPU): leave it out"
         )
     if adapter == "qlora":  # accelerate does not shard weights that are stored in 4 bits
-        raise UserError("sharding fsdp with adapter qlora: not supported; set adapter to lora")
+        raise UserError(f"{name(options)} with adapter qlora: not supported; set adapter to lora")
+    if options.sharding == "hsdp":
+        _require_nodes()
 
 
 def training_fields(options: Options) -> dict[str, Any]:
@@ -61,6 +68,14 @@ def training_fields(options: Options) -> dict[str, Any]:
         if offloads(options):
             config["cpu_offload"] = True
         fields |= {"fsdp": True, "fsdp_config": config}
+        if options.sharding == "hsdp":
+            from accelerate import ParallelismConfig
+
+            shards = distributed.local_world_size()
+            copies = distributed.world_size() // shards
+            fields["parallelism_config"] = ParallelismConfig(
+                dp_replicate_size=copies, dp_shard_size=shards
+            )
         # Otherwise every device would keep the gradients of all layers between the micro-batches.
         fields["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     return fields
@@ -79,16 +94,19 @@ def keep_precision(arguments: TrainingArguments) -> None:
     )
 
 
-def share(model: PreTrainedModel, device: torch.device) -> None:
+def share(model: PreTrainedModel, device: torch.device, in_node: bool = False) -> None:
     """Shard a frozen model's layers over the processes; a layer is gathered only while it runs.
 
+    With `in_node` each node has all shards, and layers are gathered inside it.
     Embedding, final norm and head are not sharded, because they are read outside the forward pass.
     Layers move to the device one at a time, so the whole model is never on the device.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (distributed.world_size(),))
+    shards = distributed.local_world_size() if in_node else distributed.world_size()
+    shape = (distributed.world_size() // shards, shards)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards"))["shards"]
     names = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     inside = {parameter for layer in layers for parameter in layer.parameters()}
@@ -142,6 +160,19 @@ def require_same(checkpoint: Path, sharded: bool) -> None:
             f"{checkpoint} was written with sharding {was} and cannot continue with {now}: "
             f"give --sharding {was}, or another --out"
         )
+
+
+def _require_nodes() -> None:
+    from transformers.utils import is_accelerate_available
+
+    devices, in_node = distributed.world_size(), distributed.local_world_size()
+    if in_node < 2 or devices % in_node or devices == in_node:
+        raise UserError(
+            "sharding hsdp needs several nodes with two or more processes each, the same number on "
+            f"all (there are {devices} processes, {in_node} of them on this node): take fsdp"
+        )
+    if not is_accelerate_available("1.12.0"):
+        raise UserError("sharding hsdp needs accelerate 1.12 or later: upgrade it, or take fsdp")
 
 
 def _require_deepspeed(path: Path, sharded: bool) -> None:

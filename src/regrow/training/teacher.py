@@ -34,8 +34,9 @@ from regrow.training.loss_weights import LossWeights
 from regrow.training.model_check import check_model
 from regrow.training.shared_tokens import NONE, rows_of
 
-TeacherPlacement: TypeAlias = Literal["whole", "int8", "shares", "disk"]
-"""On the device, the same in 8 bits, sharded over ranks, or read from disk layer by layer."""
+TeacherPlacement: TypeAlias = Literal["whole", "int8", "shares", "node_shares", "disk"]
+"""On the device, the same in 8 bits, sharded over all ranks or over those of each node, or read
+from disk layer by layer."""
 ROUNDED_ELEMENTS = 1 << 24
 """Weights that are rounded to 8 bits at once; sorting them takes some 20 bytes for each."""
 
@@ -258,8 +259,8 @@ def place_teacher(
     model = checkpoint.model(torch.bfloat16, device if placement == "whole" else "cpu")
     if placement == "int8":
         round_linear(model, device)
-    elif placement == "shares":
-        sharding.share(model, device)
+    elif placement in ("shares", "node_shares"):
+        sharding.share(model, device, in_node=placement == "node_shares")
     return model
 
 

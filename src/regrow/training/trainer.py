@@ -279,6 +279,9 @@ class DistillTrainer(FeatureLossTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; raises NotFiniteError, on all ranks, before the optimizer step."""
+        if self.args.parallelism_config is not None:  # nodes have copies of the shards
+            shards: Any = self.model
+            shards.set_requires_all_reduce(self.accelerator.sync_gradients)
         loss = super().training_step(*args, **kwargs)
         self.step_loss = self.step_loss.to(loss.device) + loss
         if self.accelerator.sync_gradients:

@@ -13,6 +13,7 @@ from regrow.errors import UserError
 from regrow.runtime import distributed
 from regrow.runtime.progress import say
 from regrow.stages.distill.config import DistillConfig
+from regrow.training import sharding
 from regrow.training.dynamic_blend import BlendedSequences, DynamicBlend, teacher_losses
 from regrow.training.objective import AnyTeacher
 from regrow.training.teacher import Teacher
@@ -42,7 +43,7 @@ def check_domains(config: DistillConfig, data: DataConfig, options: Options) -> 
         "cross_tokenizer spans": config.cross_tokenizer != "refuse",
         "losses of single sources": any(source.losses is not None for source in data.sources),
         "several processes": distributed.world_size() > 1,
-        "sharding fsdp": options.sharding != "none",
+        sharding.name(options): sharding.is_sharded(options),
     }
     for name, found in incompatible.items():
         if found:

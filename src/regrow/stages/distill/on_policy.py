@@ -31,10 +31,11 @@ def check_on_policy(config: DistillConfig, data: DataConfig, options: Options) -
     """Raise UserError where a student cannot write during its training."""
     if not config.on_policy_share:
         return
+    shards = sharding.name(options)
     refused = {
         "a cache holds the teacher's outputs for text that exists": config.cache is not None,
         "cross_tokenizer spans compares no single tokens": config.cross_tokenizer != "refuse",
-        "sharding fsdp leaves no process with the whole student": sharding.is_sharded(options),
+        f"{shards} leaves no process with the whole student": sharding.is_sharded(options),
         "deepspeed is not supported": options.deepspeed is not None,
         "torch_compile would compile the layers for each length": options.torch_compile,
     }

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from regrow.config import Options
-from regrow.cost.memory import Placement, TrainingMemory, TrainingSetup, training_memory
+from regrow.cost.memory import Placement, Sharding, TrainingMemory, TrainingSetup, training_memory
 from regrow.cost.model import ModelSize
 from regrow.data.config import DataConfig
 from regrow.errors import UserError
@@ -35,7 +35,9 @@ def setup_of(config: DistillConfig, data: DataConfig, options: Options) -> Train
     _, micro, accumulation = budget_of(config, data, options)
     placement: Placement = teacher_placement(config, options)
     devices = distributed.world_size()
-    sharded = sharding.is_sharded(options)
+    kind: Sharding = "ddp" if devices > 1 else "none"
+    if sharding.is_sharded(options):
+        kind = "hsdp" if options.sharding == "hsdp" else "fsdp"
     setup = TrainingSetup(
         batch=micro,
         length=data.sequence_length,
@@ -45,8 +47,9 @@ def setup_of(config: DistillConfig, data: DataConfig, options: Options) -> Train
         frozen_layers=config.freeze_layers,
         checkpointing=options.gradient_checkpointing,
         teacher="cache" if config.cache else placement,
-        sharding="fsdp" if sharded else "ddp" if devices > 1 else "none",
+        sharding=kind,
         devices=devices,
+        node=distributed.local_world_size(),
         cpu_offload=sharding.offloads(options),
         device=options.torch_device().type,
     )
@@ -140,7 +143,11 @@ def changes(setup: TrainingSetup, total: Total) -> list[tuple[str, TrainingSetup
             if flags:
                 add(f"--optimizer {name}", _with(base, name))
     if setup.shards > 1 and not setup.cpu_offload:
-        add("--sharding fsdp_offload", replace(base, cpu_offload=True))
+        place = "shares" if setup.teacher == "node_shares" else setup.teacher
+        shards = replace(base, sharding="fsdp", teacher=place)
+        if setup.sharding == "hsdp":
+            add("--sharding fsdp", shards)
+        add("--sharding fsdp_offload", replace(shards, cpu_offload=True))
     plain = _with(base, "adamw")  # neither shards nor adapters have others
     flags += " --optimizer adamw" if plain != base else ""
     if setup.sharding == "none":

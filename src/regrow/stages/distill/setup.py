@@ -156,7 +156,7 @@ def fake_quantize_scheme(student: Student, config: DistillConfig, sharded: bool)
     if name is None:
         return None
     if config.adapter != "none" or sharded:
-        what = f"adapter {config.adapter}" if config.adapter != "none" else "sharding fsdp"
+        what = f"adapter {config.adapter}" if config.adapter != "none" else "sharding"
         raise UserError(f"fake_quantize {name} with {what}: set one of them to none")
     fields = student.config.to_dict() if student.config else student.like.config
     if "experts" in families.of_config(fields).config_keys:

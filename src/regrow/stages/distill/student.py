@@ -49,7 +49,7 @@ def check_compile(config: DistillConfig, options: Options) -> None:
         "feature_losses": bool(config.feature_losses),
         f"fake_quantize {config.fake_quantize}": config.fake_quantize is not None,
         f"adapter {config.adapter}": config.adapter != "none",
-        "sharding fsdp": sharding.is_sharded(options),
+        sharding.name(options): sharding.is_sharded(options),
         "deepspeed": options.deepspeed is not None,
     }
     for name, given in incompatible.items():
@@ -233,7 +233,7 @@ def check_keeps_zeros(sparse: str, config: DistillConfig, options: Options) -> N
     if config.adapter != "none":
         raise would_fill(sparse, f"adapter {config.adapter}", advice)
     if sharding.is_sharded(options):
-        raise would_fill(sparse, "sharding fsdp", advice)
+        raise would_fill(sparse, sharding.name(options), advice)
 
 
 def _require_all_used(module: Any, keys: Any) -> None:

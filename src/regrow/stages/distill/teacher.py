@@ -60,7 +60,8 @@ def teacher_placement(config: DistillConfig, options: Options) -> TeacherPlaceme
     """The placement of the teacher's weights; raises UserError for contradicting options."""
     asked: dict[str, TeacherPlacement] = {}
     if sharding.is_sharded(options):
-        asked["sharding fsdp"] = "shares"
+        hybrid = options.sharding == "hsdp"
+        asked[sharding.name(options)] = "node_shares" if hybrid else "shares"
     if config.teacher_dtype == "int8":
         asked["teacher_dtype int8"] = "int8"
     if options.offload_teacher:
@@ -343,7 +344,8 @@ def check_cross_tokenizer(config: DistillConfig, options: Options) -> None:
             "tokens; set it to 1, and span_temperature instead"
         )
     if sharding.is_sharded(options):
-        raise UserError("cross_tokenizer spans with sharding fsdp is not supported: leave one out")
+        what = sharding.name(options)
+        raise UserError(f"cross_tokenizer spans with {what} is not supported: leave one out")
 
 
 def say_coverage(aligner: Aligner, heldout: Sequences) -> None:
