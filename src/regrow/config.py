@@ -153,6 +153,10 @@ class Options(ProfileMachine):
     torch_compile: bool = False
     """Compile the layers of a distillation's models: faster steps with less memory, after a minute
     or two of compilation."""
+    attention: Literal["sdpa", "flex_attention"] = "sdpa"
+    """Kernel of attention in a distillation. sdpa reads a mask of tokens × tokens where documents
+    are packed; flex_attention, on a GPU, skips the blocks between two documents and is for long
+    sequences."""
     gradient_checkpointing: bool = False
     """Distill with activations recomputed in the backward pass: less memory, more time."""
     save_minutes: float = Field(default=30.0, gt=0)

@@ -37,9 +37,16 @@ from regrow.stages.distill.on_policy import check_on_policy, writer_of
 from regrow.stages.distill.preflight import advice
 from regrow.stages.distill.setup import TRAINER, DistillSetup, arguments_of
 from regrow.stages.distill.student import compile_layers, open_student
-from regrow.stages.distill.teacher import TeacherSetup, freeze, mass_lost, show_attentions
+from regrow.stages.distill.teacher import (
+    TeacherSetup,
+    freeze,
+    live_models,
+    mass_lost,
+    show_attentions,
+)
 from regrow.stages.distill.text import answer_digests, loss_weights_of, training_text
 from regrow.training import adapters, optimizers, sharding
+from regrow.training.attention import set_attention
 from regrow.training.callbacks import CHOSEN_BY, MetricsWriter, ProgressCallback
 from regrow.training.checkpoints import last_checkpoint
 from regrow.training.dynamic_blend import BlendedSequences
@@ -166,6 +173,10 @@ def _run(
     teacher_model = teachers.model(config, device, setup.placement)
     lost = mass_lost(teacher_model, heldout, budget.micro)
     show_attentions(model, teacher_model, feature_losses)
+    if setup.options.attention != "sdpa":
+        set_attention(model, setup.options.attention, check=not setup.sharded)
+        for each in live_models(teacher_model):
+            set_attention(each, setup.options.attention)
     shared = freeze(model, teacher_model, config, loss_weights, feature_losses, setup.placement)
     if setup.options.torch_compile:
         compile_layers(

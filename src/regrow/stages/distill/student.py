@@ -31,6 +31,7 @@ from regrow.stage_dir import digest
 from regrow.stages.distill.config import DistillConfig
 from regrow.training import adapters, frozen_layers, optimizers, sharding
 from regrow.training.adapters import Adapter
+from regrow.training.features import needs_of
 from regrow.training.frozen_layers import decoder_layers
 from regrow.training.model_check import check_model
 from regrow.training.objective import AnyTeacher
@@ -80,6 +81,25 @@ def compile_layers(
     for model in models:
         for layer in decoder_layers(model)[shared:]:
             layer.compile()
+
+
+def check_attention(student: Student, config: DistillConfig, options: Options) -> None:
+    """Raise UserError if the device or the config does not allow the options' attention."""
+    kernel = f"attention {options.attention}"
+    if options.attention == "sdpa":
+        return
+    device = options.torch_device()
+    if device.type != "cuda":
+        raise UserError(f"{kernel} needs a CUDA device, and this is {device}: leave it out")
+    incompatible = {
+        "the attention feature loss": "attentions" in needs_of(config.feature_losses),
+        f"on_policy_share {config.on_policy_share:g}": config.on_policy_share > 0,
+        "torch_compile": options.torch_compile,
+        "attention_dropout in the student's config.json": student.fields.get("attention_dropout"),
+    }
+    for name, given in incompatible.items():
+        if given:
+            raise UserError(f"{kernel} with {name}: not supported; leave out one of them")
 
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -215,6 +235,7 @@ def check_student(student: Student, config: DistillConfig, options: Options) -> 
     """
     device = options.torch_device()
     check_compile(config, options)
+    check_attention(student, config, options)
     adapter = student.adapter(config, device)
     if options.torch_compile:
         frozen_layers.decoder_layers(student.on_meta())

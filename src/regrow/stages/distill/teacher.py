@@ -118,6 +118,15 @@ def show_attentions(
         give_attentions(teacher.model)
 
 
+def live_models(teacher: AnyTeacher) -> list[PreTrainedModel]:
+    """The models that run in a teacher; none of a cache."""
+    if isinstance(teacher, CrossTokenizerTeacher):
+        return [teacher.teacher.model]
+    if isinstance(teacher, MixedTeacher):
+        return [each.model for each in teacher.teachers]
+    return [teacher.model] if isinstance(teacher, Teacher) else []
+
+
 def freeze(
     model: PreTrainedModel,
     teacher: AnyTeacher,
