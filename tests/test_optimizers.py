@@ -155,8 +155,9 @@ def test_what_is_not_supported_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     optimizers.require("adamw_8bit", Options(), "lora", "int4")
     assert "with adapter lora" in said("adamw_bf16", "lora")
     assert "with fake_quantize int4" in said("adamw_bf16", scheme="int4")
-    assert "with sharding fsdp:" in said("adamw_8bit", sharding="fsdp")
-    assert "with sharding fsdp" in said("adamw_bf16", sharding="fsdp_offload")
+    optimizers.require("adamw_8bit", Options(sharding="hsdp"), "none", None)
+    assert "with sharding fsdp:" in said("adamw_bf16", sharding="fsdp")
+    assert "with sharding fsdp_offload" in said("adamw_8bit", sharding="fsdp_offload")
     assert "with deepspeed" in said("adamw_8bit", deepspeed="x.json")
 
 

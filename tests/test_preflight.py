@@ -197,6 +197,10 @@ def test_shards_may_go_to_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> N
     assert "--sharding fsdp_offload (" in advice("fsdp")
     assert "fsdp_offload" not in advice("fsdp_offload")
     assert "--sharding fsdp (" in advice("hsdp")
+    setup = preflight.setup_of(config, data, Options(batch_size=1, sharding="fsdp"))
+    names = [name for name, _ in preflight.changes(setup, lambda each: 1.0)]
+    assert "--optimizer adamw_8bit" in names
+    assert "--optimizer adamw_bf16" not in names
     hybrid = Options(batch_size=1, sharding="hsdp")
     inside = preflight.setup_of(config, data, hybrid)
     assert (inside.shards, inside.teacher, inside.devices) == (4, "node_shares", 8)

@@ -20,6 +20,7 @@ from tiny_distillation import CONFIG, OPTIONS, STEPS, data, held_out, kl_of, row
 from tiny_folders import write_model
 from tiny_training import MIX, arguments, pair, start_ranks, tiny_sequences, train
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback
 
@@ -286,7 +287,7 @@ def test_adapters_beside_sharded_weights_are_those_of_one_process(tmp_path: Path
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
             assert float((value - before[name]).detach().abs().max()) > 1e-3
     out = tmp_path / "out"
-    assert not list(out.rglob("pytorch_model_fsdp.bin"))
+    assert not list(out.rglob("pytorch_model_fsdp*"))  # the frozen weights are in no checkpoint
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(weights(out)[name], value), name
     job = (place / "pruned", place / "teacher", data(place))
@@ -299,6 +300,65 @@ def test_adapters_beside_sharded_weights_are_those_of_one_process(tmp_path: Path
     assert not any("lora" in name for name, _ in model.named_parameters())
     pairs = load_file(out / "adapter" / "adapter_model.safetensors")
     assert {value.dtype for value in pairs.values()} == {torch.float32}
+
+
+EIGHT_BITS = CONFIG.model_copy(
+    update={"optimizer": "adamw_8bit", "tokens": 4 * 128, "eval_tokens": 2 * 128}
+)
+
+
+def _eight_bits(rank: int, place: str, folder: str) -> None:
+    """A whole run, and one that stops in step 4 and continues from step 2."""
+    pretend_gpus()
+    where = Path(place)
+    job = (where / "pruned", where / "teacher", data(where))
+    save, quantized = DistillTrainer._save_optimizer_and_scheduler, []
+
+    def watch(self: DistillTrainer, output: str) -> None:
+        moments = [state["exp_avg"] for state in self.optimizer.optimizer.state.values()]
+        kinds = [type(sharding.local(each)).__name__ for each in moments]
+        quantized.append(kinds.count("OptimState8bit"))
+        save(self, output)
+
+    DistillTrainer._save_optimizer_and_scheduler = watch  # type: ignore[method-assign]
+    distill(*job, Path(folder) / "whole", EIGHT_BITS, SHARDED)
+    assert all(quantized)
+    began = ProgressCallback.on_step_begin
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    ProgressCallback.on_step_begin = stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        distill(*job, Path(folder) / "cut", EIGHT_BITS, SHARDED)
+    ProgressCallback.on_step_begin = began  # type: ignore[method-assign]
+    distill(*job, Path(folder) / "cut", EIGHT_BITS, SHARDED)
+
+
+def test_moments_in_8_bits_are_sharded_and_continue_exactly(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    place = write_place(tmp_path / "place")
+    start_ranks(2, _eight_bits, str(place), str(tmp_path))
+    expected = weights(tmp_path / "whole")
+    for name, value in weights(tmp_path / "cut").items():
+        assert torch.equal(value, expected[name]), name
+    job = (place / "pruned", place / "teacher", data(place))
+    single = held_out(distill(*job, tmp_path / "single", EIGHT_BITS, OPTIONS))
+    assert held_out(tmp_path / "whole") == pytest.approx(single, rel=2e-2)
+    assert single[4] < 0.9 * single[0]
+
+
+def test_shards_that_cannot_be_divided_anew_are_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise CheckpointException("misaligned", {})
+
+    monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", refuse)
+    trainer = DistillTrainer(model=pair()[0], args=arguments(tmp_path))
+    with pytest.raises(UserError, match="cannot be divided among 1 processes"):
+        trainer._load_optimizer_and_scheduler("checkpoint-4")
 
 
 @pytest.mark.slow

@@ -57,11 +57,12 @@ def require(name: str, options: Options, adapter: str, fake_quantize: str | None
         )
     excluded = {
         "deepspeed": options.deepspeed is not None,
-        # Its moments would be saved as types that torch.load refuses (torchao 0.18, torch 2.13).
-        sharding.name(options): sharding.is_sharded(options),
+        "sharding fsdp_offload": sharding.offloads(options),  # torchao's step would be uncompiled
     }
     if KINDS[name].dtype != torch.float32:
         excluded |= {
+            # accelerate makes the trained weights float32 before it shards them (1.15).
+            sharding.name(options): sharding.is_sharded(options),
             f"adapter {adapter}": adapter != "none",
             f"fake_quantize {fake_quantize}": fake_quantize is not None,
         }

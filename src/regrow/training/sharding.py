@@ -16,8 +16,8 @@ from regrow.config import Options
 from regrow.errors import UserError
 from regrow.runtime import distributed
 
-GATHERED = "optimizer.bin"
-"""The file with the gathered optimizer in a checkpoint of a sharded run."""
+OPTIMIZER = "optimizer_0"
+"""The folder with the optimizer's shards in a checkpoint of a sharded run."""
 
 
 def is_sharded(options: Options) -> bool:
@@ -63,8 +63,7 @@ def training_fields(options: Options) -> dict[str, Any]:
     if options.deepspeed is not None:
         fields["deepspeed"] = options.deepspeed
     if is_sharded(options):
-        whole = "FULL_STATE_DICT"
-        config: dict[str, Any] = {"version": 2, "state_dict_type": whole}
+        config: dict[str, Any] = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
         if offloads(options):
             config["cpu_offload"] = True
         fields |= {"fsdp": True, "fsdp_config": config}
@@ -154,7 +153,7 @@ def fill(parameter: Tensor, whole: Tensor) -> None:
 
 def require_same(checkpoint: Path, sharded: bool) -> None:
     """Raise UserError if a sharded run would continue an unsharded one, or the reverse."""
-    if (checkpoint / GATHERED).exists() != sharded:
+    if (checkpoint / OPTIMIZER).exists() != sharded:
         was, now = ("none", "fsdp") if sharded else ("fsdp", "none")
         raise UserError(
             f"{checkpoint} was written with sharding {was} and cannot continue with {now}: "

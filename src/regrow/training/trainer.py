@@ -20,6 +20,7 @@ import torch
 from accelerate import DistributedDataParallelKwargs
 from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer
@@ -205,9 +206,12 @@ class DistillTrainer(FeatureLossTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the student, or only its adapters."""
-        if not self._shards_adapter():
+        """Write the student, or only its adapters; a sharded student is gathered for that."""
+        if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
+            return
+        if not self._shards_adapter():
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
             return
         trained = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
         state = {name: sharding.gathered(p.detach()).cpu() for name, p in trained.items()}
@@ -393,7 +397,14 @@ class DistillTrainer(FeatureLossTrainer):
             (Path(output_dir) / BLEND_STATE).write_text(state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except CheckpointException:
+            assert checkpoint is not None
+            raise UserError(
+                f"{Path(checkpoint).name}: the optimizer's shards cannot be divided among "
+                f"{self.args.world_size} processes: continue with as many as wrote them"
+            ) from None
         if checkpoint is not None and self.blend is not None:
             state = json.loads((Path(checkpoint) / BLEND_STATE).read_text())
             self.blend.blend.load_state_dict(state)

@@ -137,19 +137,19 @@ def changes(setup: TrainingSetup, total: Total) -> list[tuple[str, TrainingSetup
     if setup.teacher == "whole":
         for flag, place in TEACHERS.items():
             add(flag, replace(base, teacher=place))
-    if not setup.adapter_rank and setup.shards == 1:
-        for name in SMALLER_OPTIMIZERS:
+    if not setup.adapter_rank and not setup.cpu_offload:
+        for name in SMALLER_OPTIMIZERS if setup.shards == 1 else ("adamw_8bit",):
             found.append((f"--optimizer {name}", _with(setup, name)))
             if flags:
                 add(f"--optimizer {name}", _with(base, name))
-    if setup.shards > 1 and not setup.cpu_offload:
-        place = "shares" if setup.teacher == "node_shares" else setup.teacher
-        shards = replace(base, sharding="fsdp", teacher=place)
-        if setup.sharding == "hsdp":
-            add("--sharding fsdp", shards)
-        add("--sharding fsdp_offload", replace(shards, cpu_offload=True))
-    plain = _with(base, "adamw")  # neither shards nor adapters have others
+    place = "shares" if setup.teacher == "node_shares" else setup.teacher
+    if setup.sharding == "hsdp":
+        add("--sharding fsdp", replace(base, sharding="fsdp", teacher=place))
+    plain = _with(base, "adamw")  # what follows does not work with all of the others
     flags += " --optimizer adamw" if plain != base else ""
+    if setup.shards > 1 and not setup.cpu_offload:
+        shards = replace(plain, sharding="fsdp", teacher=place, cpu_offload=True)
+        add("--sharding fsdp_offload", shards)
     if setup.sharding == "none":
         place = "shares" if setup.teacher == "whole" else setup.teacher
         in_4_bits = bool(setup.adapter_rank) and setup.frozen_bytes < 2  # not with shards
