@@ -17,7 +17,7 @@ from regrow.cost.memory import TrainingSetup, adapter_parameters, training_memor
 from regrow.cost.model import ModelSize
 from regrow.data.config import DataConfig
 from regrow.runtime.memory import is_out_of_memory
-from regrow.stages.distill import preflight
+from regrow.stages.distill import preflight, training_lines
 from regrow.stages.distill.config import DistillConfig
 from regrow.training.trainer import DistillTrainer
 
@@ -180,6 +180,32 @@ def test_all_weights_of_6b_under_an_8b_teacher_on_one_gpu(
     assert "--optimizer" not in preflight.advice(
         student, teacher, DistillConfig(batch_tokens=4 * 512), data, Options(batch_size=4)
     )  # a run cannot continue with another optimizer
+
+
+@pytest.mark.parametrize(
+    ("tokens", "batch", "usual"),
+    [
+        (200_000, 512, None),
+        (1_000_000, 512, 2048),
+        (1_000_000, 2048, None),
+        (10_000_000, 2048, 16384),
+        (100_000_000, 131072, None),
+    ],
+)
+def test_short_steps_on_a_gpu_are_named(
+    tokens: int, batch: int, usual: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the dry run, with the usual number of tokens of a step; a CPU is busy in any step."""
+    data = DataConfig.model_validate({"sources": ["x.txt"], "sequence_length": 512})
+    config, options = DistillConfig(tokens=tokens, batch_tokens=batch), Options(device="cpu")
+    assert len(training_lines(10**9, 10**9, data, config, options)) == 2
+    monkeypatch.setattr(Options, "torch_device", lambda options: torch.device("cuda"))
+    more = training_lines(10**9, 10**9, data, config, options)[2:]
+    if usual is None:
+        assert more == []
+    else:
+        assert f"--batch-tokens {usual} is usual for {tokens:,} tokens" in more[0]
+        assert tokens / usual > 200
 
 
 def test_shards_may_go_to_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 There is one module for each question: `operations` and `storage` for one model, `model` for a model
 of which only the config is known, `memory` and `activations` for the memory of a training step,
-`devices` and `jobs` for hours and money on named devices.
+`devices` and `jobs` for hours and money on named devices, `steps` for the tokens of a step.
 """
 
 from regrow.cost.operations import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from regrow.cost.steps import usual_batch
 from regrow.stages.advise.config import AdviseConfig
 
 PLACEHOLDER = "text.jsonl"
@@ -19,16 +20,9 @@ Stages = list[dict[str, Any] | str]
 
 
 def schedule(tokens: float) -> dict[str, Any]:
-    """Batch and rate for a number of tokens.
-
-    Up to a few million by our own runs (docs/teaching.md): steps of 512 tokens, 1,024 from 300 k,
-    2,048 from a million. Above that no run of ours decides: 65,536, and from a billion on 3·10⁶
-    with the rate falling to a tenth, as NVIDIA Model-Optimizer does.
-    """
+    """Batch and rate for a number of tokens; from a billion on the rate falls to a tenth."""
     fields: dict[str, Any] = {"tokens": int(tokens), "learning_rate": 1e-4}
-    steps = {3e5: 512, 1e6: 1024, 5e6: 2048, 5e7: 16384, 1e9: 65536}
-    batch = next((size for limit, size in steps.items() if tokens < limit), 3 * 1024 * 1024)
-    fields["batch_tokens"] = batch
+    fields["batch_tokens"] = usual_batch(tokens)
     if tokens >= 1e9:
         fields["min_learning_rate_ratio"] = 0.1
     return fields

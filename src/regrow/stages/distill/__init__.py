@@ -242,6 +242,7 @@ def training_lines(
 ) -> list[str]:
     """Steps and time of `estimate`, from parameter counts; the models need not exist yet."""
     from regrow.cost import seconds_for, training_operations
+    from regrow.cost.steps import usual_batch
     from regrow.runtime.progress import clock
     from regrow.stages.distill.setup import budget_of
 
@@ -249,11 +250,18 @@ def training_lines(
     teacher = 0 if config.cache else teacher
     seconds = seconds_for(config.tokens, training_operations(student, teacher, config.adapter))
     own = f", {config.on_policy_share:.0%} written by the student" if config.on_policy_share else ""
-    return [
+    lines = [
         f"distill: {steps} steps of {config.batch_tokens:,} tokens{own} "
         f"({accumulation} micro-batches of {micro} sequences)",
         f"  time at best {clock(seconds)}",
     ]
+    usual = usual_batch(config.tokens)
+    if options.torch_device().type == "cuda" and config.batch_tokens < usual:
+        lines.append(
+            f"  a GPU is mostly idle in such short steps: --batch-tokens {usual} is usual for "
+            f"{config.tokens:,} tokens, at the same learning rate"
+        )
+    return lines
 
 
 STAGE = DistillStage()
