@@ -302,6 +302,39 @@ def test_adapters_beside_sharded_weights_are_those_of_one_process(tmp_path: Path
     assert {value.dtype for value in pairs.values()} == {torch.float32}
 
 
+def _not_finite(rank: int, place: str, out: str) -> None:
+    pretend_gpus()
+    stock = DistillTrainer.compute_loss
+
+    def spoiled(self: DistillTrainer, *given: Any, **fields: Any) -> Any:
+        loss = stock(self, *given, **fields)
+        return loss * float("nan") if self.state.global_step == 5 else loss
+
+    DistillTrainer.compute_loss = spoiled  # type: ignore[method-assign]
+    where = Path(place)
+    with pytest.raises(UserError, match=r"nan at step 6; the last good checkpoint \(checkpoint-4"):
+        distill(where / "pruned", where / "teacher", data(where), out, CONFIG, SHARDED)
+
+
+def test_the_last_checkpoint_of_a_failed_run_in_shards_is_a_stock_model(tmp_path: Path) -> None:
+    place, out = write_place(tmp_path / "place"), tmp_path / "out"
+    start_ranks(2, _not_finite, str(place), str(out))
+    expected = held_out_after(place, tmp_path / "single", 4)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        str(tmp_path / "out-stopped"), output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert next(model.parameters()).dtype == torch.float32
+    assert kl_of(tmp_path / "out-stopped", place) == pytest.approx(expected, rel=0.03)
+
+
+def held_out_after(place: Path, out: Path, step: int) -> float:
+    """The held-out KL after a step of one process."""
+    job = (place / "pruned", place / "teacher", data(place))
+    return held_out(distill(*job, out, CONFIG, OPTIONS))[step]
+
+
 EIGHT_BITS = CONFIG.model_copy(
     update={"optimizer": "adamw_8bit", "tokens": 4 * 128, "eval_tokens": 2 * 128}
 )

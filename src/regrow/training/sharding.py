@@ -18,6 +18,8 @@ from regrow.runtime import distributed
 
 OPTIMIZER = "optimizer_0"
 """The folder with the optimizer's shards in a checkpoint of a sharded run."""
+WEIGHTS = "pytorch_model_fsdp_0"
+"""The folder with the shards of the weights there."""
 
 
 def is_sharded(options: Options) -> bool:
@@ -149,6 +151,18 @@ def fill(parameter: Tensor, whole: Tensor) -> None:
         parameter.to_local().copy_(shards.to_local())
     else:
         parameter.copy_(whole)
+
+
+def load_shards(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Fill a whole model with the shards of a checkpoint; one process does it without the others.
+
+    The names, shapes and dtypes must be those of the model that was sharded.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.FileSystemReader(checkpoint / WEIGHTS)
+    with distributed.hidden_group():
+        dcp.load({"model": model.state_dict()}, storage_reader=reader)
 
 
 def require_same(checkpoint: Path, sharded: bool) -> None:

@@ -206,12 +206,15 @@ class DistillTrainer(FeatureLossTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the student, or only its adapters; a sharded student is gathered for that."""
+        """Write the student, or only its adapters; of a sharded student the config, as each process
+        writes its own shards beside it.
+        """
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
         if not self._shards_adapter():
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            if self.args.should_save:
+                self.student.config.save_pretrained(str(output_dir or self.args.output_dir))
             return
         trained = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
         state = {name: sharding.gathered(p.detach()).cpu() for name, p in trained.items()}

@@ -244,8 +244,7 @@ class DistillSetup:
         student, adapter = self.student, self.adapter
         trained = student.parameters if adapter is None else adapter.parameters(student.on_meta())
         kind = optimizers.KINDS[self.config.optimizer]
-        copies = 2 if self.sharded and adapter is None else 1  # written whole, and for resuming
-        each = copies * kind.dtype.itemsize + kind.moment_bytes
+        each = kind.dtype.itemsize + kind.moment_bytes
         return round(trained * 3 * each) + student.parameters * self.dtype.itemsize
 
     @property

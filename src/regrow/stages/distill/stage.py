@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -262,7 +263,9 @@ def _train(
                 f"from {'the start' if last is None else last.name}"
             ) from None
         except NotFiniteError as error:
-            saved = rescue(folder / TRAINER, out, setup.student.like)
+            gathers = trainer.is_fsdp_enabled and setup.adapter is None
+            finish = partial(_gather, setup) if gathers else None
+            saved = rescue(folder / TRAINER, out, setup.student.like, finish)
             raise UserError(f"{error}; {saved}; lower the learning rate") from None
 
 
@@ -271,14 +274,9 @@ def _write(trainer: DistillTrainer, setup: DistillSetup, folder: Path) -> None:
     student, dtype = setup.student, setup.dtype
     dtypes = student.dtypes() if setup.scheme is None else {}
     trained = trainer.student
-    if trainer.is_fsdp_enabled:  # the best checkpoint has the full weights, or the full adapters
+    if trainer.is_fsdp_enabled:
         assert trainer.state.best_model_checkpoint is not None
-        best = Path(trainer.state.best_model_checkpoint)
-        if setup.adapter is None:
-            trained = Checkpoint(best).model(torch.float32 if dtypes else dtype)
-        else:
-            trained = student.model(setup.config.seed, setup.adapter)
-            adapters.load_adapter(trained, best)
+        trained = _whole(setup, Path(trainer.state.best_model_checkpoint))
     if setup.config.keep_adapters and setup.adapter is not None:
         trained.save_pretrained(str(folder / ADAPTER))
     model = student.plain(trained, dtype, dtypes)
@@ -286,6 +284,22 @@ def _write(trainer: DistillTrainer, setup: DistillSetup, folder: Path) -> None:
     checkpoints.write_model(model, folder, student.like, whole=student.config is None)
     if student.cut is not None:
         copy_plans(student.cut, folder)
+
+
+def _whole(setup: DistillSetup, checkpoint: Path) -> PreTrainedModel:
+    """The student of a sharded run's checkpoint, on the CPU; for one process."""
+    dtype = optimizers.KINDS[setup.config.optimizer].dtype
+    trained = setup.student.model(setup.config.seed, setup.adapter, dtype=dtype)
+    if setup.adapter is None:
+        sharding.load_shards(trained, checkpoint)
+    else:
+        adapters.load_adapter(trained, checkpoint)
+    return trained
+
+
+def _gather(setup: DistillSetup, checkpoint: Path) -> None:
+    """Make a stock model of a checkpoint of shards, which stay beside it."""
+    _whole(setup, checkpoint).save_pretrained(str(checkpoint))
 
 
 def _figures(trainer: DistillTrainer, tokens: int) -> list[Figure]:
@@ -329,10 +343,13 @@ def adopt_finished(out: Path, folder: Path, stage: StageDir, config: DistillConf
     partial.rename(folder / TRAINER)
 
 
-def rescue(trainer: Path, out: Path, like: Checkpoint) -> str:
+def rescue(
+    trainer: Path, out: Path, like: Checkpoint, finish: Callable[[Path], None] | None = None
+) -> str:
     """Move the last checkpoint of a failed run beside `out`, and return a message about it.
 
-    All ranks call it: rank 0 moves the folder after all of them have looked for it.
+    All ranks call it: rank 0 moves the folder after all of them have looked for it, and calls
+    `finish` with its new path.
     """
     last = last_checkpoint(trainer)
     distributed.wait()
@@ -343,5 +360,7 @@ def rescue(trainer: Path, out: Path, like: Checkpoint) -> str:
         shutil.rmtree(stopped, ignore_errors=True)
         last.rename(stopped)
         carry(like.folder, stopped)
+        if finish is not None:
+            finish(stopped)
     distributed.wait()
     return f"the last good checkpoint ({last.name}) is kept in {stopped}"
