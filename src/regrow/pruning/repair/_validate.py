@@ -47,7 +47,7 @@ def validation_kl(
 def _validation_batch(setup: RepairSetup) -> dict[str, Tensor]:
     """One batch, so that each layer is read once; all tokens but the first of a text are scored."""
     sequences = Sequences.load(setup.profile.sequences_path())
-    count = max(1, TOKENS // sequences.input_ids.shape[1])
+    count = max(1, TOKENS // sequences.length)
     subsets = dict(fit_and_validate(sequences, len(sequences), len(sequences)))
     batch = {name: tensor[:count] for name, tensor in subsets["validate"].items()}
     follows = batch["real"] & (batch["position_ids"] > 0)

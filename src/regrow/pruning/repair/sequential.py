@@ -30,7 +30,7 @@ from regrow.data.sequences import VALIDATE_EVERY, Sequences, Subset, fit_and_val
 from regrow.layerwise import LayerByLayer, Spill
 from regrow.pruning.cut import cut_layers
 from regrow.pruning.repair import RepairSetup, Solutions
-from regrow.pruning.repair._ridge import Moments, Solution, refit
+from regrow.pruning.repair._ridge import Observations, Solution, refit
 from regrow.runtime.precision import rounding, widen
 from regrow.runtime.progress import Progress, progress
 
@@ -138,7 +138,8 @@ class Sequential:
     def _solve_reader(self, template: str, dim: str, new: int, old: int) -> None:
         module = self._cut.model.get_submodule(_module(template, new))
         assert isinstance(module, nn.Linear)
-        (fit, validate), errors = (Moments.empty(_joined(module)) for _ in range(2)), list[Tensor]()
+        weight = _joined(module)
+        fit, validate, errors = Observations(weight), Observations(weight), list[Tensor]()
         for n, (subset, inputs) in enumerate(self._batches):
             x_BTi, stream_BTH = self._reach(template, dim, new, n, inputs)
             self._reached["input"].put(n, x_BTi)
@@ -151,15 +152,15 @@ class Sequential:
             x_Ni = widen(x_BTi[real])
             if module.bias is not None:
                 x_Ni = torch.cat([x_Ni, torch.ones_like(x_Ni[:, :1])], dim=1)
-            moments = validate if subset == "validate" else fit
-            moments.add(x_Ni * weight_N1, target_BTH[real] * weight_N1)
-            if moments is validate:
+            seen = validate if subset == "validate" else fit
+            seen.add(x_Ni * weight_N1, target_BTH[real] * weight_N1)
+            if seen is validate:
                 error_NH = widen(module(x_BTi[real])) - target_BTH[real]
                 after_NH = (widen(stream_BTH) + target_BTH)[real]
                 errors.append(error_NH.square().sum(-1) / after_NH.square().sum(-1))
         exact = float(torch.cat(errors).mean()) < self._rounding(dim)
         ridges = () if exact else self.ridges
-        self._put(module, template, old, refit(_joined(module), fit, validate, ridges))
+        self._put(module, template, old, refit(weight, fit, validate, ridges))
 
     def _rounding(self, dim: str) -> float:
         """The mean of |W x̂ − target|² / |h⁺|² that is only the rounding of the streams.
@@ -271,6 +272,6 @@ def _joined(module: nn.Linear) -> Tensor:
 def _batches(setup: RepairSetup) -> list[tuple[Subset | None, dict[str, Tensor]]]:
     """The profile's text up to `setup.tokens`, in batches of one subset each."""
     sequences = Sequences.load(setup.profile.sequences_path())
-    count = max(VALIDATE_EVERY, setup.tokens // sequences.input_ids.shape[1])
+    count = max(VALIDATE_EVERY, setup.tokens // sequences.length)
     selected = sequences.select(range(min(len(sequences), count)))
     return list(fit_and_validate(selected, len(selected), setup.options.batch_size))
