@@ -82,7 +82,10 @@ def _compare(place: Path, out: Path) -> None:
 
 
 def _prune(place: Path, out: Path) -> None:
-    regrow.prune(place / "model", out, SMALLER, place / "profile")
+    regrow.prune(place / "model", out / "sizes", SMALLER, place / "profile")
+    target = SMALLER.model_copy(update={"intermediate_size": None, "keep_params": 0.8})
+    data = data_of(place / "text.jsonl")
+    regrow.prune(place / "model", out / "search", target, place / "profile", data, RESIDENT)
 
 
 def _quantize(place: Path, out: Path) -> None:
@@ -136,7 +139,7 @@ JOBS: dict[str, Job] = {
     "export": _export,
 }
 ELSEWHERE = {"distill", "advise", "prepare", "initialize", "learn_masks", "report", "prefer"}
-"""distill: test_distill_ranks. Process 0 alone runs the others, as it runs prune."""
+"""distill: test_distill_ranks. Process 0 alone runs the others, as it runs quantize."""
 
 
 def _all(rank: int, place: str, out: str) -> None:

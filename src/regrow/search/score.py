@@ -29,6 +29,8 @@ from regrow.profile_folder import Profile
 from regrow.pruning.config import PruneConfig
 from regrow.pruning.prune import repair_by, repair_setup
 from regrow.pruning.sorted_model import SortedModel
+from regrow.runtime import distributed
+from regrow.runtime.precision import half
 from regrow.runtime.progress import progress, say
 from regrow.search.shapes import HANDFUL, Shape
 from regrow.training.head import head_of
@@ -73,7 +75,8 @@ class CutScorer:
             )
         self.sequences = list(sequences.select(range(used, wanted)).batches(1))
         self.tokens = num_sequences * data.sequence_length
-        dense = checkpoint.model(torch.bfloat16, options.torch_device())
+        device = options.torch_device()
+        dense = checkpoint.model(half(device), device)
         check_model(dense)
         self.dense = SortedModel(dense, families.of(checkpoint), order)
         start = time.perf_counter()
@@ -213,16 +216,22 @@ class Rounds:
         """The rows with their KL on a share of the text, the best first.
 
         With `repair`, the KL is that of the repaired model if it is lower than in the previous
-        round, on the same text: a repair that does not help is not applied.
+        round, on the same text: a repair that does not help is not applied. The processes of a job
+        share the rows.
         """
         before = [row["kl"] for row in rows]
         config = self.config if repair else None
-        with progress(f"search, round {number} of {of}", len(rows), "shapes") as counter:
-            for row, earlier in zip(rows, before, strict=True):
-                kl = self.scorer.kl(row["plan"], config, share)
-                row |= {"kl": _lower(kl, earlier) if repair else kl, "round": number}
-                self.cost += self.scorer.share(share) * row["keep"]
-                counter.advance(1, f"KL {row['kl']:.3f}")
+        mine = distributed.share(range(len(rows)))
+        found: dict[int, float] = {}
+        with progress(f"search, round {number} of {of}", len(mine), "shapes") as counter:
+            for place in mine:
+                found[place] = self.scorer.kl(rows[place]["plan"], config, share)
+                counter.advance(1, f"KL {found[place]:.3f}")
+            found = distributed.merged(found)
+        for place, (row, earlier) in enumerate(zip(rows, before, strict=True)):
+            kl = found[place]
+            row |= {"kl": _lower(kl, earlier) if repair else kl, "round": number}
+            self.cost += self.scorer.share(share) * row["keep"]
         self.seconds += counter.seconds()
         if number > 1:
             agreement = rank_correlation(before, [row["kl"] for row in rows])

@@ -22,6 +22,7 @@ class PruneStage(Stage):
     config = PruneConfig
     changes_weights = True
     needs_plain_weights = True
+    ranks = "split"
     uses = ("distill",)
 
     def command(
@@ -117,6 +118,7 @@ class PruneStage(Stage):
         """
         from regrow import stage_dir
         from regrow.plan import FILE
+        from regrow.runtime import distributed
         from regrow.stages.prune.stage import prune
 
         config, parent = step.config, run.current
@@ -133,7 +135,7 @@ class PruneStage(Stage):
         plain = PruneConfig(plan=str(repaired / FILE), repair=False)
         prune(parent, run.folder(folder), plain, run.profile)
         run.add("pruned", run.folder(folder))
-        if (stage_dir.read(repaired) or {}).get("repair"):
+        if distributed.from_first(lambda: (stage_dir.read(repaired) or {}).get("repair")):
             run.add("repaired", repaired)
 
 

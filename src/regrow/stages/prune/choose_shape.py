@@ -14,6 +14,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from regrow.pruning.choose import choose, full_sizes
 from regrow.pruning.config import PruneConfig
 from regrow.pruning.prune import prune_to_sizes
 from regrow.pruning.sorted_model import SORTED, order_by
+from regrow.runtime import distributed
 from regrow.runtime.progress import say
 from regrow.search.latency import Timing
 from regrow.search.score import (
@@ -93,7 +95,10 @@ def _tried(
     data: DataConfig,
     options: Options,
 ) -> list[Row]:
-    """The scored rows: those of the last round first, the best at the top, then earlier rounds."""
+    """The scored rows: those of the last round first, the best at the top, then earlier rounds.
+
+    The processes of a job share the shapes; the first one alone measures time.
+    """
     family, parent = families.of(checkpoint), checkpoint.config
     dims = _cut_by(shapes, family, parent) if shapes else _scored(profile, config.criterion)
     order = order_by(family, parent, profile, config.criterion, dims)
@@ -119,13 +124,15 @@ def _tried(
             "max_bytes or max_ram"
         )
     if config.timed:
-        shapes = shapes_for(checkpoint, config, timing.target())
+        target = distributed.from_first(timing.target)
+        shapes = shapes_for(checkpoint, config, target)
     left, out = [row_with_plan(shape) for shape in shapes], list[Row]()
     steps = rounds_for(len(left), finalists_for(config))
     whole = next(number for number, (share, _) in enumerate(steps, start=1) if share == 1.0)
     for number, (share, survivors) in enumerate(steps, start=1):
         if number == whole:  # before the repair, because timing may change the shapes
-            left, slow = timing.time(left, row_with_plan)
+            timed = partial(timing.time, left, row_with_plan)
+            left, slow = distributed.from_first(timed)
             out = slow + out
         left = rounds.score(left, number, len(steps), share, number > whole)
         left, out = left[:survivors], left[survivors:] + out
@@ -152,16 +159,18 @@ def _halved(
         digest(profile.info),
     )
     path = scratch / ROUNDS
-    saved = json.loads(path.read_text()) if path.exists() else {}
+    saved = distributed.from_first(lambda: json.loads(path.read_text()) if path.exists() else {})
     if saved.get("asked") != asked:
-        shutil.rmtree(scratch, ignore_errors=True)
         saved = {"asked": asked, "rows": _tried(checkpoint, shapes, profile, config, data, options)}
-        scratch.mkdir(parents=True)
-        write_json(path, saved)
+        if distributed.is_main():
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            write_json(path, saved)
     rows: list[Row] = saved["rows"]
     last = [row for row in rows if row["round"] == rows[0]["round"]][: config.halving_shapes]
     score = Distillations(checkpoint, profile, config, data, options, scratch)
-    return halve(last, config.halving_tokens, score, score.drop) + rows[len(last) :]
+    best = distributed.on_first(partial(halve, last, config.halving_tokens, score, score.drop))
+    return best + rows[len(last) :]
 
 
 def _cut_by(shapes: list[Shape], family: Family, config: dict[str, Any]) -> set[str]:

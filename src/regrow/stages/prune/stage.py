@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from regrow.errors import UserError
 from regrow.profile_folder import Profile
 from regrow.pruning.config import PruneConfig
 from regrow.pruning.prune import prune_to_sizes, repair_method
+from regrow.runtime import distributed
 from regrow.search.shapes import check_keep_params, named, to_try
 from regrow.sparsity.zeros import refuse_filling
 from regrow.stage_dir import StageDir, digest, read
@@ -33,7 +35,8 @@ def prune(
     """Prune to a target (by a shape search), to sizes, or by a plan.
 
     Targets are keep_params and the limits max_bytes, max_ram, max_prefill_ms and max_decode_ms;
-    several must all be met. Raises UserError for an impossible target, and for a search without
+    several must all be met. The processes of a job share the shapes that a search scores; the first
+    one alone cuts and repairs. Raises UserError for an impossible target, and for a search without
     `data`.
     """
     out = Path(out)
@@ -41,7 +44,9 @@ def prune(
     if config.repair:
         refuse_filling(checkpoint, "repair", FILLS_ZEROS)
     if not config.searches:
-        return prune_to_sizes(checkpoint, out, config, profile, options=options)
+        return distributed.on_first(
+            partial(prune_to_sizes, checkpoint, out, config, profile, options=options)
+        )
     if profile is None:
         raise UserError(
             f"{named(config)} needs a profile: make one with regrow profile, give --profile"
@@ -52,7 +57,8 @@ def prune(
         repair_method(config, measured)
     asked = digest(config.model_dump(mode="json"), None if data is None else data_digest(data))
     scratch = out.parent / f".{out.name}.search"
-    table = _earlier_choice(out, asked, checkpoint, measured, config)
+    earlier = partial(_earlier_choice, out, asked, checkpoint, measured, config)
+    table = distributed.from_first(earlier)
     if table is None:
         if to_try(config, shapes) and data is None:
             raise UserError(
@@ -61,9 +67,11 @@ def prune(
         given = (checkpoint, shapes, measured, config, data, options or Options(), scratch)
         table = choose_shape(*given)
     chosen = next(row for row in table if row["chosen"])
-    sizes = config.with_sizes(chosen["sizes"])
-    prune_to_sizes(checkpoint, out, sizes, measured, {"candidates": table}, asked, options)
-    shutil.rmtree(scratch, ignore_errors=True)
+    sizes, extra = config.with_sizes(chosen["sizes"]), dict[str, object](candidates=table)
+    cut = partial(prune_to_sizes, checkpoint, out, sizes, measured, extra, asked, options)
+    distributed.on_first(cut)
+    if distributed.is_main():
+        shutil.rmtree(scratch, ignore_errors=True)
     return out
 
 
