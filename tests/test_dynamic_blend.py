@@ -13,6 +13,7 @@ import torch
 from tiny_distillation import CONFIG, OPTIONS, write_place
 from tiny_folders import data_of, write_text
 from tiny_job import refused
+from tiny_training import start_ranks
 from torch import Tensor
 
 from regrow import DataConfig, DistillConfig, UserError, distill, families
@@ -154,6 +155,26 @@ def test_a_run_changes_its_shares_and_a_killed_run_continues_exactly(
             {k: v for k, v in row.items() if k not in drop} for row in rows
         ]
         assert Checkpoint(killed).fingerprint == Checkpoint(whole).fingerprint
+
+
+def _distill(rank: int, place: str, out: str) -> None:
+    where = Path(place)
+    distill(where / "pruned", where / "teacher", two(where), Path(out), DYNAMIC, OPTIONS)
+
+
+def test_two_processes_change_the_shares_as_one_does(place: Path, tmp_path: Path) -> None:
+    _distill(0, str(place), str(tmp_path / "one"))
+    start_ranks(2, _distill, str(place), str(tmp_path / "several"))
+    one, several = (
+        [row for row in metrics(tmp_path / name) if "heldout_kl" in row]
+        for name in ("one", "several")
+    )
+    assert [row["step"] for row in several] == [row["step"] for row in one]
+    assert one[-1]["heldout_share of text"] != pytest.approx(one[0]["heldout_share of text"], 1e-2)
+    for alone, together in zip(one, several, strict=True):
+        for name, value in alone.items():
+            if name.startswith("heldout_"):
+                assert together[name] == pytest.approx(value, rel=1e-2), name
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

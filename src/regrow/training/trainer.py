@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import SCHEDULER_NAME
 
-from regrow.data.sequences import IGNORED, Sequences
+from regrow.data.sequences import IGNORED
 from regrow.errors import UserError
 from regrow.training import sharding
 from regrow.training.adapters import has_adapter, load_adapter
@@ -118,7 +118,7 @@ class TrainedBlend:
     """The changing shares of the sources, and the validation sequences of each."""
 
     blend: DynamicBlend
-    heldout: list[Sequences]
+    heldout: list[Any]
     in_step: int
     """Sequences in an optimizer step."""
 
@@ -153,6 +153,9 @@ class DistillTrainer(FeatureLossTrainer):
         if self.args.world_size > 1 and self.eval_dataset is not None:
             share = self.args.world_size * self.args.per_device_eval_batch_size
             self.eval_dataset = _EvenShares(self.eval_dataset, share)
+            if blend is not None:
+                heldout = [_EvenShares(sequences, share) for sequences in blend.heldout]
+                self.blend = replace(blend, heldout=heldout)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -365,7 +368,7 @@ class DistillTrainer(FeatureLossTrainer):
         )
         return metrics
 
-    def _measured(self, sequences: Sequences | None) -> MetricSums:
+    def _measured(self, sequences: Any) -> MetricSums:
         """The sums of each loss over validation sequences; None stands for all of them."""
         sums = MetricSums()
         for inputs in self.get_eval_dataloader(sequences):

@@ -42,7 +42,6 @@ def check_domains(config: DistillConfig, data: DataConfig, options: Options) -> 
         "on_policy_share": config.on_policy_share > 0,
         "cross_tokenizer spans": config.cross_tokenizer != "refuse",
         "losses of single sources": any(source.losses is not None for source in data.sources),
-        "several processes": distributed.world_size() > 1,
         sharding.name(options): sharding.is_sharded(options),
     }
     for name, found in incompatible.items():
@@ -90,7 +89,9 @@ class Domains:
         """The blend for the trainer; measures the teacher's losses if none were given."""
         if not self.blend.references:
             assert isinstance(teacher, Teacher)
-            self.blend.references = teacher_losses(teacher, self.heldout, batch_size)
+            measured = teacher_losses(teacher, self.heldout, batch_size)
+            # One process's figures for all, because GPUs may differ in the last bits.
+            self.blend.references = distributed.gathered(measured)[0]
         named = zip(self.blend.names, self.blend.references, strict=True)
         say("distill: reference losses: " + ", ".join(f"{name} {loss:.3f}" for name, loss in named))
         return TrainedBlend(self.blend, self.heldout, self.in_step)
