@@ -21,6 +21,8 @@ FIRST_WORDS = {
     "llama 3.2 community license": "llama3.2",
     "llama 3.3 community license": "llama3.3",
     "gemma terms of use": "gemma",
+    "qwen research license": "qwen-research",
+    "tongyi qianwen license": "qwen",
 }
 """The hub's name of a licence by the first words of its text."""
 TERMS = {
@@ -72,14 +74,18 @@ def licence_of(model: str, folder: Path | None = None) -> Licence:
     folder = folder or Path(model).expanduser()
     if not folder.is_dir():
         return Licence()
-    return _of_card(folder) or _of_file(folder) or Licence()
+    card = of_card(_text(folder / "README.md"))
+    texts = ((path.name, _text(path)) for path in sorted(folder.glob("LICENSE*")))
+    return card or next(filter(None, (of_text(text, name) for name, text in texts)), Licence())
 
 
-def _of_card(folder: Path) -> Licence | None:
-    path = folder / "README.md"
-    if not path.exists():
-        return None
-    front = re.match(r"---\n(.*?)\n---\n", path.read_text(encoding="utf-8", errors="replace"), re.S)
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def of_card(text: str) -> Licence | None:
+    """The licence in the metadata of a model card; None if there is none."""
+    front = re.match(r"\s*---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
         fields = yaml.safe_load(front[1]) if front else None
     except yaml.YAMLError:
@@ -93,13 +99,13 @@ def _of_card(folder: Path) -> Licence | None:
     return Licence(named, "from its model card", other)
 
 
-def _of_file(folder: Path) -> Licence | None:
-    for path in sorted(folder.glob("LICENSE*")):
-        words = path.read_text(encoding="utf-8", errors="replace").lower().replace(",", "").split()
-        opening = " ".join(words[:24])
-        for first, name in FIRST_WORDS.items():
-            if opening.startswith(first):
-                return Licence(name, f"recognised from its file {path.name}")
+def of_text(text: str, name: str) -> Licence | None:
+    """The licence of a licence file, by its first words; None if it is not a known one."""
+    words = text.lower().replace(",", "").replace("#", "").split()
+    opening = " ".join(words[:24])
+    for first, licence in FIRST_WORDS.items():
+        if opening.startswith(first):
+            return Licence(licence, f"recognised from its file {name}")
     return None
 
 

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, NamedTuple
 
-import yaml
-
-from regrow.checkpoint.licence import licence_of
+from regrow.checkpoint.licence import Licence, licence_of, of_card, of_text
 from regrow.checkpoint.resolve import gguf_of
 from regrow.stages.advise.config import Use
 from regrow.stages.advise.source import Source
 from regrow.stages.advise.tables import table
 
-TITLES = {
-    "apache license": "apache-2.0",
-    "mit license": "mit",
-    "llama 2 community license": "llama2",
-    "meta llama 3 community license": "llama3",
-    "llama 3.1 community license": "llama3.1",
-    "llama 3.2 community license": "llama3.2",
-    "llama 3.3 community license": "llama3.3",
-    "gemma terms of use": "gemma",
-    "qwen research license": "qwen-research",
-    "tongyi qianwen license": "qwen",
-}
-"""Titles in the first lines of a LICENSE file."""
 WORDS = {
     "yes": "allows it",
     "conditions": "allows it under conditions",
@@ -34,7 +18,7 @@ WORDS = {
 }
 
 
-class Licence(NamedTuple):
+class Permission(NamedTuple):
     """A licence, and what it says about a use."""
 
     name: str
@@ -58,33 +42,13 @@ class Licence(NamedTuple):
         return [words, *(f"  read: {each}" for each in self.read), f"  source: {self.source}"]
 
 
-def licence(source: Source, use: Use) -> Licence:
+def licence(source: Source, use: Use) -> Permission:
     """The licence of a model by its card, its LICENSE file or its GGUF keys, and what it allows."""
-    name = of_card(source.card) or of_file(source.licence)
-    if not name and gguf_of(source.name) is not None:
-        name = (licence_of(source.name).id or "").lower()
+    found = of_card(source.card) or of_text(source.licence, "LICENSE")
+    if found is None:
+        found = licence_of(source.name) if gguf_of(source.name) is not None else Licence()
+    name = (found.id or "").lower()
     known: dict[str, Any] | None = table("licences").get(name)
     if known is None:
-        return Licence(name, "unknown", (), "")
-    return Licence(name, str(known[use]), tuple(known["read"]), str(known["source"]))
-
-
-def of_card(card: str) -> str:
-    """The licence in the metadata of a model card; empty if there is none."""
-    match = re.match(r"\s*---\s*\n(.*?)\n---", card, re.DOTALL)
-    if match is None:
-        return ""
-    try:
-        fields = yaml.safe_load(match[1])
-    except yaml.YAMLError:
-        return ""
-    if not isinstance(fields, dict):
-        return ""
-    name = str(fields.get("license") or "").lower()
-    return str(fields.get("license_name") or "other").lower() if name == "other" else name
-
-
-def of_file(text: str) -> str:
-    """The licence of a LICENSE file by its title; empty if it is not a known one."""
-    head = " ".join(text.lower().split())[:400]
-    return next((name for title, name in TITLES.items() if title in head), "")
+        return Permission(name, "unknown", (), "")
+    return Permission(name, str(known[use]), tuple(known["read"]), str(known["source"]))

@@ -18,7 +18,7 @@ from regrow.stage_dir import refuse_foreign
 from regrow.stages.advise import recipes
 from regrow.stages.advise.answers import BITS, Answer, Limits, decode_seconds, gigabytes
 from regrow.stages.advise.config import AdviseConfig
-from regrow.stages.advise.licence import Licence, licence
+from regrow.stages.advise.licence import Permission, licence
 from regrow.stages.advise.source import open_source
 from regrow.stages.advise.strategies import answers
 from regrow.stages.advise.tables import siblings
@@ -40,7 +40,7 @@ class Advice:
     """The mildest way that keeps all targets; None if there is none."""
     others: tuple[Answer, ...]
     """Further ways that keep all targets, or the nearest ones if none does."""
-    licence: Licence
+    licence: Permission
 
     def lines(self) -> list[str]:
         """What to print."""
