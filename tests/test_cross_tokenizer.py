@@ -342,7 +342,8 @@ def test_special_tokens_that_the_teacher_lacks_are_refused() -> None:
     marked.check_specials(sequences)
     assert marked.coverage(sequences) > 0.5
     plain = block_of(chat)
-    plain.labels[:] = IGNORED
+    nothing = torch.full_like(plain.labels, IGNORED)
+    plain = Sequences(plain.input_ids, plain.position_ids, nothing, plain.real)
     with pytest.raises(UserError, match="both tokenizers change all of the text"):
         Aligner(chat, other).coverage(plain)
     words = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import random
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from regrow.data import sequences, stack
 from regrow.data.documents import Document
 from regrow.data.sequences import Packer, Sequences
 
@@ -278,3 +280,42 @@ def pieces(document: Document, prefix: list[int]) -> list[list[tuple[int, int, i
         parts.append(rows)
         start = end
     return parts
+
+
+@pytest.mark.parametrize("tagged", [False, True])
+def test_a_long_text_is_kept_in_a_file_and_is_the_same(
+    tagged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [
+        Document(list(range(n, n + 3 + n % 11)), [n % 3 > 0] * (3 + n % 11), n % 2)
+        for n in range(300)
+    ]
+
+    def packed() -> Sequences:
+        packer = Packer(LENGTH, PAD, scored_only=True, tagged=tagged)
+        for document in documents:
+            packer.add(document)
+        return packer.sequences(200)
+
+    short = packed()
+    monkeypatch.setattr(stack, "IN_MEMORY", 10 * 4 * LENGTH)
+    mapped: list[object] = []
+    made = stack.Stack.stacked
+
+    def noted(self: stack.Stack, count: int) -> Any:
+        mapped.append(made(self, count))
+        return mapped[-1]
+
+    monkeypatch.setattr(stack.Stack, "stacked", noted)
+    long = packed()
+    assert isinstance(mapped[0], np.memmap)
+    assert long.fingerprint == short.fingerprint
+    monkeypatch.setattr(sequences, "PART_TOKENS", 3 * LENGTH)
+    assert long.fingerprint == short.fingerprint
+    assert long.num_documents == short.num_documents > 200
+    assert long.scored_tokens == short.scored_tokens
+    assert torch.equal(long.ids_used(), short.input_ids.unique())
+    for one, other in zip(long.batches(7), short.batches(7), strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert {tensor.dtype for tensor in one.values()} == {torch.int64, torch.bool}

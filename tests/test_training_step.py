@@ -21,7 +21,7 @@ from tiny_training import (
     train,
 )
 
-from regrow.data.sequences import IGNORED
+from regrow.data.sequences import IGNORED, Sequences
 from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import bind_loss
 from regrow.training.teacher import final_hidden
@@ -77,7 +77,8 @@ def test_packed_documents_do_not_see_each_other(model_type: str) -> None:
 
 def test_a_batch_with_nothing_to_score_gives_zero(tmp_path: Path) -> None:
     sequences = tiny_sequences()
-    sequences.labels[:] = IGNORED
+    nothing = torch.full_like(sequences.labels, IGNORED)
+    sequences = Sequences(sequences.input_ids, sequences.position_ids, nothing, sequences.real)
     before = {name: p.clone() for name, p in pair()[0].named_parameters()}
     trainer, watch = train(tmp_path, 4, 2, sequences)
     assert trainer.state.log_history[0]["loss"] == 0.0

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from regrow.data.blend import BuildContext, blend, embedding_rows
 from regrow.data.config import DataConfig, Split
 from regrow.data.documents import Document, prefix_ids
+from regrow.data.stack import Stack
 from regrow.errors import UserError
 from regrow.runtime.progress import Progress, say
 
@@ -32,6 +33,8 @@ IGNORED = -100
 """The label of a token that is not scored."""
 VALIDATE_EVERY = 8
 """A fit on calibration sequences leaves out every 8th sequence, for validation."""
+PART_TOKENS = 1 << 18
+"""Tokens that are read at once where a whole text is looked through."""
 
 
 Subset = Literal["fit", "validate"]
@@ -50,6 +53,9 @@ class Sequences(Dataset[dict[str, Tensor]]):
     or -100 if that token is not scored; as Hugging Face models expect, labels are not shifted. A
     document's first token in a sequence is never scored. `real` is False for padding. `source`,
     int64 [n, T], is the number of each token's source if a source has its own losses, else None.
+
+    Tensors may be given as int32, and may be memory-mapped. They are then kept so, and each of the
+    properties makes an int64 copy of all sequences: for long texts use `[]`, `batches` or `parts`.
     """
 
     def __init__(
@@ -62,71 +68,114 @@ class Sequences(Dataset[dict[str, Tensor]]):
     ) -> None:
         assert input_ids.shape == position_ids.shape == labels.shape == real.shape
         assert source is None or source.shape == input_ids.shape
-        self.input_ids, self.position_ids = input_ids, position_ids
-        self.labels, self.real, self.source = labels, real, source
+        self._kept = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "labels": labels,
+            "real": real,
+        }
+        if source is not None:
+            self._kept["source"] = source
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Ids of the tokens, int64 [n, T]."""
+        return self._kept["input_ids"].long()
+
+    @property
+    def position_ids(self) -> Tensor:
+        """Positions in the documents, int64 [n, T]."""
+        return self._kept["position_ids"].long()
+
+    @property
+    def labels(self) -> Tensor:
+        """Ids of the scored tokens, -100 for others, int64 [n, T]."""
+        return self._kept["labels"].long()
+
+    @property
+    def real(self) -> Tensor:
+        """False for padding, bool [n, T]."""
+        return self._kept["real"]
+
+    @property
+    def source(self) -> Tensor | None:
+        """Numbers of the sources, int64 [n, T], or None."""
+        return self._kept["source"].long() if "source" in self._kept else None
+
+    @property
+    def length(self) -> int:
+        """T, the number of tokens in a sequence."""
+        return int(self._kept["input_ids"].shape[1])
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self._kept["input_ids"])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: tensor[index] for name, tensor in self._tensors().items()}
+        return {name: _wide(tensor[index]) for name, tensor in self._kept.items()}
 
     @property
     def num_documents(self) -> int:
         """The number of documents; one that continues in the next sequence counts again."""
-        return int(((self.position_ids == 0) & self.real).sum())
+        return sum(int(((p["position_ids"] == 0) & p["real"]).sum()) for p in self.parts())
 
     @property
     def scored_tokens(self) -> int:
         """The number of labels that are not -100."""
-        return int((self.labels != IGNORED).sum())
+        return sum(int((part["labels"] != IGNORED).sum()) for part in self.parts())
 
     @property
     def fingerprint(self) -> str:
         """The SHA-256 of the tensors and their shape, as hex."""
-        digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
-        for tensor in self._tensors().values():
-            digest.update(tensor.contiguous().numpy().tobytes())
+        digest = hashlib.sha256(repr((len(self), self.length)).encode())
+        for name in self._kept:
+            for part in self.parts(name):
+                digest.update(part[name].contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def ids_used(self) -> Tensor:
+        """Every id that occurs in the sequences once, in ascending order, int64."""
+        found = [part["input_ids"].unique() for part in self.parts("input_ids")]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *found]).unique()
+
+    def parts(self, *names: str) -> Iterator[dict[str, Tensor]]:
+        """Yield some of the tensors, or all, for a few thousand tokens at a time."""
+        rows = max(1, PART_TOKENS // self.length)
+        for start in range(0, len(self), rows):
+            part = slice(start, start + rows)
+            yield {name: _wide(self._kept[name][part]) for name in names or self._kept}
 
     def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """Yield the sequences in order, `batch_size` at a time; the last batch may be smaller."""
         for start in range(0, len(self), batch_size):
             rows = slice(start, start + batch_size)
-            yield {name: tensor[rows] for name, tensor in self._tensors().items()}
+            yield {name: _wide(tensor[rows]) for name, tensor in self._kept.items()}
 
     def select(self, indices: Sequence[int]) -> Sequences:
         """The sequences at these indices."""
         rows = torch.tensor(list(indices), dtype=torch.int64)
-        return Sequences(**{name: tensor[rows] for name, tensor in self._tensors().items()})
+        return Sequences(**{name: tensor[rows] for name, tensor in self._kept.items()})
 
     def save(self, path: Path) -> None:
         """Write the tensors to a safetensors file, ids as int32."""
         narrow = {
             name: tensor if tensor.dtype == torch.bool else tensor.int()
-            for name, tensor in self._tensors().items()
+            for name, tensor in self._kept.items()
         }
         save_file({name: tensor.contiguous() for name, tensor in narrow.items()}, path)
 
     @classmethod
     def load(cls, path: Path) -> Sequences:
         """Read the sequences that `save` wrote."""
-        tensors = load_file(path)
-        return cls(**{n: t if t.dtype == torch.bool else t.long() for n, t in tensors.items()})
+        return cls(**load_file(path))
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {
-            "input_ids": self.input_ids,
-            "position_ids": self.position_ids,
-            "labels": self.labels,
-            "real": self.real,
-        }
-        return tensors if self.source is None else {**tensors, "source": self.source}
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.bool else tensor.long()
 
 
 def joined(parts: Sequence[Sequences]) -> Sequences:
     """The sequences of all parts, one after the other; all parts have the same tensors."""
-    tensors = [part._tensors() for part in parts]
+    tensors = [part._kept for part in parts]
     return Sequences(**{name: torch.cat([each[name] for each in tensors]) for name in tensors[0]})
 
 
@@ -174,8 +223,8 @@ class Packer:
         self.lengths: list[int] = []  # of the full sequences, without padding
         self.prefix = np.array(prefix, dtype=np.int32)
         self.documents = self.tokens = 0
-        self.full: list[NDArray[np.int32]] = []  # each [3 or 4, T]: ids, positions, labels, source
-        self.sequence = self._empty()
+        self.sequence = self._empty()  # [3 or 4, T]: ids, positions, labels, source
+        self.full = Stack(self.sequence.shape)
         self.used = 0
 
     def add(self, document: Document) -> None:
@@ -217,18 +266,19 @@ class Packer:
         An incomplete last sequence is dropped unless it is the only one. Then it is padded; the
         padding is not scored and is a separate document.
         """
-        full = self.full[:num_sequences]
+        rows = self.full.stacked(num_sequences)
         lengths = np.array(self.lengths[:num_sequences], dtype=np.int64).reshape(-1, 1)
-        real = np.arange(self.sequence_length) < lengths
-        if not full and self.used:
-            full = [self.sequence.copy()]
-            full[0][1, self.used :] = np.arange(self.sequence_length - self.used)
-            real = (np.arange(self.sequence_length) < self.used)[None]
-        ids, positions, labels, *source = (
-            _stacked([sequence[row] for sequence in full], real)
-            for row in range(len(self.sequence))
-        )
-        return Sequences(ids, positions, labels, torch.from_numpy(real), *source)
+        if not len(rows) and self.used:
+            rows = self.sequence.copy()[None]
+            rows[0, 1, self.used :] = np.arange(self.sequence_length - self.used)
+            lengths = np.array([[self.used]])
+        if bool((lengths == self.sequence_length).all()):  # a view takes no memory
+            real = torch.ones(1, 1, dtype=torch.bool).expand(len(rows), self.sequence_length)
+        else:
+            real = torch.from_numpy(np.arange(self.sequence_length) < lengths)
+        names = ("input_ids", "position_ids", "labels", "source")[: rows.shape[1]]
+        tensors = {name: torch.from_numpy(rows[:, row]) for row, name in enumerate(names)}
+        return Sequences(**tensors, real=real)
 
     def _finish(self) -> None:
         """Keep the sequence; the positions of padding continue those of its last document."""
@@ -257,14 +307,6 @@ class Packer:
     def _empty(self) -> NDArray[np.int32]:
         fill = [[self.pad_id], [0], [IGNORED], [0]][: 3 + self.tagged]
         return np.repeat(np.array(fill, dtype=np.int32), self.sequence_length, axis=1)
-
-
-def _stacked(rows: list[NDArray[np.int32]], like: NDArray[np.bool_]) -> torch.Tensor:
-    """Stack rows to int64 [n, T]; they are int32 until then, which halves the memory of a build."""
-    tensor = torch.empty(like.shape, dtype=torch.int64)
-    for at, row in enumerate(rows):
-        tensor[at] = torch.from_numpy(row)
-    return tensor
 
 
 def build_sequences(

@@ -48,11 +48,12 @@ def text_prompts(
     """
     prompts = []
     for row in rows:
-        starts = ((sequences.position_ids[row] == 0) & sequences.real[row]).nonzero().flatten()
-        end = int(sequences.real[row].sum())
+        packed = sequences[row]
+        starts = ((packed["position_ids"] == 0) & packed["real"]).nonzero().flatten()
+        end = int(packed["real"].sum())
         for start, stop in pairwise([*starts.tolist(), end]):
-            ids = sequences.input_ids[row, start:stop].tolist()
-            scored = (sequences.labels[row, start:stop] != IGNORED).nonzero().flatten().tolist()
+            ids = packed["input_ids"][start:stop].tolist()
+            scored = (packed["labels"][start:stop] != IGNORED).nonzero().flatten().tolist()
             if scored and scored[0] > prefix + 1:
                 prompts.append(ids[: scored[0]])
             else:

@@ -136,7 +136,7 @@ def check_text(
 
     `rows` are the numbers of rows of the student's and the teacher's embedding.
     """
-    used = sequences.input_ids.unique()
+    used = sequences.ids_used()
     most = min(rows) if ids_V is None else rows[0]
     lacking, reason = used >= most, f"an embedding of {most} rows lacks"
     if ids_V is not None and not lacking.any():

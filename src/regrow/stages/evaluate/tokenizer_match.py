@@ -89,7 +89,7 @@ def _split_alike(
     alike = dict(texts)
     for label, model in models.items():
         for text in texts[label]:
-            used, rows = text.sequences.input_ids.unique().tolist(), embedding_rows(model)
+            used, rows = text.sequences.ids_used().tolist(), embedding_rows(model)
             check_ids(used, tokenizers[label], rows, model.folder)
         if isinstance(model, GgufFile):
             different = _split_apart(texts[label], model, tokenizers[label])

@@ -127,7 +127,7 @@ class Cache:
 
     def check_sequences(self, sequences: Sequences, split: str) -> None:
         """Raise UserError if a sequence with a scored token is missing from the cache."""
-        length = sequences.input_ids.shape[1]
+        length = sequences.length
         wanted = [key for key, there in _keyed(sequences) if there]
         missing = sum(key not in self.stores[split] for key in wanted)
         if not missing:

@@ -141,7 +141,7 @@ class Aligner:
     def check_specials(self, sequences: Sequences) -> None:
         """Raise UserError for a special token in these sequences that the teacher lacks."""
         ignored = {self.student.bos_token_id, self.student.pad_token_id, self.student.unk_token_id}
-        for i in sequences.input_ids.unique().tolist():
+        for i in sequences.ids_used().tolist():
             if self.student_bytes[i] is None and i not in self.special and i not in ignored:
                 token = self.student.convert_ids_to_tokens(i)
                 raise UserError(
