@@ -37,6 +37,7 @@ from regrow import (
 )
 
 Step = tuple[str, dict[str, Any]]
+Row = dict[str, float]
 KL = {"tokens": 100_000, "eval_tokens": 25_000}
 SHORT = {"tokens": 50_000}
 
@@ -92,20 +93,18 @@ def main() -> None:
     criteria = ("activation_l2", "minitron", "block_influence")
     config = ProfileConfig(criteria=criteria, samples=96)
     measured = profile(DENSE, data, out / "profile", config, Options(batch_size=2))
-    rows: dict[str, tuple[float, dict[str, float]]] = {}
+    trained: dict[str, tuple[float, Path]] = {}
     for name in arguments.only or LEVERS:
         kind, steps = LEVERS[name]
         student = out / kind.replace(" ", "-")
         prune(DENSE, student, PruneConfig(**STUDENTS[kind]), measured, data)
-        seconds, model = _run(student, steps, data, out)
-        folder = out / f"{model.name}-figures"
-        rows[name] = (
-            seconds,
-            measure({"model": model}, folder, arguments.texts, TESTS, 8192)["model"],
-        )
-        table = _table(rows, arguments.texts, out)
-        (out / "levers.md").write_text(table)
-        print(table, flush=True)
+        trained[name] = _run(student, steps, data, out)
+    # All at once, because the dense model then reads the texts only once.
+    models: dict[str, Path | str] = {model.name: model for _, model in trained.values()}
+    found = measure({"dense": DENSE, **models}, out / "figures", arguments.texts, TESTS, 8192)
+    table = _table({name: (s, found[m.name]) for name, (s, m) in trained.items()}, found["dense"])
+    (out / "levers.md").write_text(table)
+    print(table, flush=True)
 
 
 def _run(student: Path, steps: list[Step], data: Any, out: Path) -> tuple[float, Path]:
@@ -133,8 +132,7 @@ def _step(
     return folder, used
 
 
-def _table(rows: dict[str, tuple[float, dict[str, float]]], texts: Path, out: Path) -> str:
-    dense = measure({"dense": DENSE}, out / "dense-figures", texts, TESTS, 8192)["dense"]
+def _table(rows: dict[str, tuple[float, Row]], dense: Row) -> str:
     head = " | ".join(f"{name} × dense | KL" for name in TESTS)
     lines = [f"| lever | processor minutes | {head} |", "|---|---:|" + "---:|---:|" * len(TESTS)]
     for name, (seconds, row) in rows.items():
