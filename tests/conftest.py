@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 import tiny_job
 from tiny_folders import write_text
 from tiny_job import Refused, write_job
+
+# The same on every machine; test_precision.py is about machines without bfloat16.
+os.environ["REGROW_PRECISION"] = "bfloat16"
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,7 @@ class LayerByLayer:
     ) -> LayerByLayer:
         """The model of a checkpoint; `read` can replace its tensors, `dtype` its compute dtype."""
         config = checkpoint.stock_config()
-        read, dtype = read or checkpoint.tensor, dtype or checkpoint.compute_dtype()
+        read, dtype = read or checkpoint.tensor, dtype or checkpoint.compute_dtype(device)
         return cls(family, config, checkpoint.names(), read, dtype, device)
 
     @contextmanager

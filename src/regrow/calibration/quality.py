@@ -28,7 +28,7 @@ def quality(
     `kl` says which models are compared. The logits are computed in float32: logits rounded to
     bfloat16 would add about 1e-4 to a KL that is often smaller.
     """
-    dtype = before.compute_dtype()
+    dtype = before.compute_dtype(device)
     model = before.model(dtype, device)
     check_model(model)
     reference = reference_states(model, batches)

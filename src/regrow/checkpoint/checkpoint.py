@@ -160,12 +160,15 @@ class Checkpoint:
                 totals[dtype] += self.bytes(name)
         return max(totals, key=lambda dtype: totals[dtype])
 
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype to compute in: bfloat16 for half precision, otherwise the stored dtype."""
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype to compute in: `precision.half` for half precision, else the stored dtype."""
         import torch
 
-        half = self.main_dtype == "float16"
-        dtype: torch.dtype = torch.bfloat16 if half else getattr(torch, self.main_dtype)
+        from regrow.runtime.precision import half
+
+        if self.main_dtype in ("bfloat16", "float16"):
+            return half(device)
+        dtype: torch.dtype = getattr(torch, self.main_dtype)
         return dtype
 
     def meta(self, name: str) -> torch.Tensor:

@@ -145,7 +145,7 @@ def cut_layers(
     small = type(stock).from_dict(cut_config(config, plan, family))
     shared = like if plan.hidden is None and plan.vocab is None else None
     return LayerByLayer(
-        family, small, parents, read, checkpoint.compute_dtype(), device, like=shared
+        family, small, parents, read, checkpoint.compute_dtype(device), device, like=shared
     )
 
 

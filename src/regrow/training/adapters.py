@@ -45,7 +45,7 @@ class Adapter:
         """
         from peft import LoraConfig
 
-        dtype = base.compute_dtype()
+        dtype = base.compute_dtype(device)
         model = _in_4_bits(base, dtype, device) if self.quantized else base.model(dtype)
         layers = range(self.first_layer, model.config.num_hidden_layers)
         torch.manual_seed(seed)

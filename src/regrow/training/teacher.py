@@ -28,6 +28,7 @@ from regrow.layerwise import LayerByLayer
 from regrow.quantization.formats import SCHEMES
 from regrow.quantization.grid import fit
 from regrow.runtime.chunks import CHUNK_ELEMENTS
+from regrow.runtime.precision import half
 from regrow.training import sharding
 from regrow.training.head import Head, head_loss, head_of
 from regrow.training.loss_weights import LossWeights
@@ -247,16 +248,16 @@ class MixedTeacher:
 def place_teacher(
     checkpoint: Checkpoint, placement: TeacherPlacement, device: torch.device
 ) -> PreTrainedModel:
-    """Load a checkpoint as a frozen bfloat16 model.
+    """Load a checkpoint as a frozen model, in bfloat16 or what `precision.half` says.
 
     With `disk`, embedding, final norm and head stay on the device; each layer's weights are read
     from their file whenever the layer runs, and on a GPU while the layer before it runs.
     """
     if placement == "disk":
         family, own = families.of(checkpoint), copy(checkpoint)  # a thread reads its files
-        shell = LayerByLayer.of(own, family, device, dtype=torch.bfloat16)
+        shell = LayerByLayer.of(own, family, device, dtype=half(device))
         return shell.streamed(prefetch=True)
-    model = checkpoint.model(torch.bfloat16, device if placement == "whole" else "cpu")
+    model = checkpoint.model(half(device), device if placement == "whole" else "cpu")
     if placement == "int8":
         round_linear(model, device)
     elif placement in ("shares", "node_shares"):

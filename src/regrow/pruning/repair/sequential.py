@@ -219,7 +219,9 @@ class Sequential:
     def _put(self, module: nn.Linear, template: str, old: int, solution: Solution) -> None:
         name = template.replace("{layer}", str(old))
         self.solutions[name] = (solution.ridge, solution.error_before, solution.error_after)
-        weight = solution.weight
+        # Rounded as it will be stored, also if the model computes in more bits.
+        stored = getattr(torch, self.setup.checkpoint.dtype(name))
+        weight = solution.weight.to(stored)
         if module.bias is not None:
             weight, bias = weight[:, :-1], weight[:, -1]
             module.bias = nn.Parameter(bias.to(module.bias.dtype), requires_grad=False)

@@ -16,6 +16,7 @@ from regrow.data.sequences import IGNORED, Sequences
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.runtime import distributed
+from regrow.runtime.precision import half
 from regrow.runtime.progress import Progress, progress, say
 from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
 from regrow.stages.cache import CacheConfig
@@ -136,7 +137,7 @@ def cache(
         }
         distributed.wait()  # before anything is written, so that all ranks see the same work
         if any(todo.values()):
-            model = Teacher(checkpoint.model(torch.bfloat16, device))
+            model = Teacher(checkpoint.model(half(device), device))
             stage.figures.append(_fill(folder, header, model, sequences, todo, options.batch_size))
         distributed.wait()
         if distributed.is_main():
@@ -192,7 +193,7 @@ def _check_space(stage: StageDir, header: Header, sequences: dict[str, Sequences
     needed = 0.0
     for split, form in header.formats().items():
         todo = missing_sequences(sequences[split], *(Store(folder / split) for folder in folders))
-        labels = sequences[split].labels[list(todo.values())]
+        labels = sequences[split].select(list(todo.values())).labels
         needed += form.bytes_per_token() * int((labels[:, 1:] != IGNORED).sum())
     require_space(stage.out, int(needed))
 

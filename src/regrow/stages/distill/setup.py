@@ -19,6 +19,7 @@ from regrow.errors import UserError
 from regrow.plan import stored_plans
 from regrow.quantization.formats import Scheme, find_scheme
 from regrow.runtime import distributed
+from regrow.runtime.precision import half
 from regrow.runtime.progress import say
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.student import Student, check_student
@@ -105,7 +106,7 @@ def arguments_of(
         weight_decay=config.weight_decay,
         adam_beta2=config.beta2,
         max_grad_norm=config.max_grad_norm,
-        bf16=True,
+        bf16=torch.bfloat16 in (half(device), optimizers.KINDS[config.optimizer].dtype),
         use_cpu=device.type == "cpu",
         logging_steps=1,
         eval_strategy="steps",

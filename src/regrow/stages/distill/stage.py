@@ -78,8 +78,8 @@ def distill(
     `cross_tokenizer: spans` the two may have different tokenizers, and the probabilities of spans
     of text are compared.
 
-    Computes in bfloat16 with float32 weights. Keeps the checkpoint with the lowest held-out KL,
-    or with the lowest held-out loss `chosen_by`.
+    Computes in bfloat16 (or what `precision.half` says) with float32 weights. Keeps the checkpoint
+    with the lowest held-out KL, or with the lowest held-out loss `chosen_by`.
     Writes metrics to `metrics.jsonl` in the folder and also to `metrics`, if set. An interrupted
     run continues from its last checkpoint; a larger `tokens` extends a finished run. Raises
     UserError for different tokenizers, too little text, and a loss that becomes NaN or infinite.
@@ -306,9 +306,12 @@ def _figures(trainer: DistillTrainer, tokens: int) -> list[Figure]:
     metric = trainer.args.metric_for_best_model
     assert metric is not None
     rows = [row for row in trainer.state.log_history if metric in row]
-    name, convention = "held-out KL", f"KL(teacher || student) on {VALIDATION}, bf16, exact logits"
+    dtype = "bf16" if trainer.args.bf16 else "float32"
+    name = "held-out KL"
+    convention = f"KL(teacher || student) on {VALIDATION}, {dtype}, exact logits"
     if metric == "eval_cross_entropy":
-        name, convention = "held-out cross-entropy", f"per scored token of {VALIDATION}, bf16"
+        name = "held-out cross-entropy"
+        convention = f"per scored token of {VALIDATION}, {dtype}"
     elif metric != f"eval_{CHOSEN_BY}":
         name = "held-out span KL"
         convention = (

@@ -15,6 +15,7 @@ from regrow.config import Options
 from regrow.data import DataConfig
 from regrow.data.sequences import Sequences
 from regrow.errors import UserError
+from regrow.runtime.precision import name_of
 from regrow.runtime.progress import say
 from regrow.stage_dir import Figure
 from regrow.stages.distill.config import DistillConfig
@@ -102,7 +103,7 @@ def mass_lost(teacher: AnyTeacher, heldout: Sequences, batch_size: int) -> list[
         f"distill: the {count:,} tokens that both models have are compared; the teacher gives "
         f"{lost:.2%} of its probability to other tokens, on held-out text"
     )
-    convention = "mean over scored held-out tokens, bf16"
+    convention = f"mean over scored held-out tokens, {name_of(teacher.model.dtype)}"
     name = "teacher's probability outside the shared tokens"
     return [Figure(name=name, value=lost, unit="share", convention=convention)]
 

@@ -60,8 +60,9 @@ class EvaluateConfig(Config):
     """Tokens to generate after each timed prompt."""
     repeats: int = Field(default=5, ge=1)
     """Number of timed runs after one warm-up run; the models take turns."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Data type of the computation."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Data type of the computation; auto is bfloat16, or float32 where the device has no products
+    in bfloat16 (CPUs without AVX-512, GPUs before Ampere)."""
 
     @field_validator("prefill_tokens", "batch_sizes", mode="before")
     @classmethod

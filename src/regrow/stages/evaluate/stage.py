@@ -25,6 +25,7 @@ from regrow.data.files import sha256_of
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.runtime import distributed
+from regrow.runtime.precision import half
 from regrow.runtime.progress import say
 from regrow.stage_dir import Figure, StageDir, digest, write_json
 from regrow.stages.evaluate.answer_rows import check_answers, digest_of
@@ -223,7 +224,8 @@ class EvaluationSetup:
             gguf = GgufEvalModel(label, checkpoint, tokenizer, texts, reads)
             gguf.share_size = self.options.batch_size
             return gguf
-        dtype: torch.dtype = getattr(torch, self.config.dtype)
+        device, name = self.options.torch_device(), self.config.dtype
+        dtype: torch.dtype = half(device) if name == "auto" else getattr(torch, name)
         return FolderEvalModel(
             *(label, checkpoint, tokenizer, texts, dtype, self.options, reads, keep_states)
         )

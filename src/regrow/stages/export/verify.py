@@ -197,7 +197,7 @@ def _dtype(checkpoint: Checkpoint, path: Path) -> torch.dtype:
     if psutil.virtual_memory().available > 4 * stored // width + path.stat().st_size:
         return torch.float32
     say("verify: too little memory for float32; transformers computes in the stored dtype")
-    return checkpoint.compute_dtype()
+    return checkpoint.compute_dtype(torch.device("cpu"))
 
 
 def _difference(tokenizer: object, gguf: GgufModel, text: str) -> str | None:

@@ -37,7 +37,8 @@ class Work:
     def loaded(self) -> Any:
         """The model."""
         if self.model is None:
-            dtype, device = self.checkpoint.compute_dtype(), self.options.torch_device()
+            device = self.options.torch_device()
+            dtype = self.checkpoint.compute_dtype(device)
             self.model = self.checkpoint.model(dtype, device)
         return self.model
 

@@ -25,6 +25,7 @@ from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.plan import copy_plans
 from regrow.profile_folder import INFO, SCORES, SEQUENCES
+from regrow.runtime.precision import half, name_of
 from regrow.runtime.progress import progress, say
 from regrow.sparsity import zeros
 from regrow.stage_dir import Figure, refuse_input, require_space, write_json
@@ -141,7 +142,7 @@ class _MaskTraining:
 
     def train(self, train: Sequences, steps: int, folder: Path) -> None:
         """Train masks, multipliers and weights, from the last state in `folder` on."""
-        config, length = self.config, train.input_ids.shape[1]
+        config, length = self.config, train.length
         optimizer = self._optimizer()
         start = self._restore(folder / STATE, optimizer)
         every = max(1, round(config.save_tokens / config.batch_tokens))
@@ -201,7 +202,9 @@ class _MaskTraining:
             yield {name: batch[name].to(self.device) for name in names}
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=half(self.device) == torch.bfloat16
+        )
 
     def _save(self, path: Path, optimizer: torch.optim.AdamW, step: int) -> None:
         state = {
@@ -260,7 +263,8 @@ class _MaskTraining:
                 with masked(self.model, self.masks), self._autocast():
                     outputs = self.model(**batch)
                 loss, tokens = loss + float(outputs["loss"]), tokens + int(outputs["tokens"])
-            convention = "nats per scored token of the validation split, bf16"
+            dtype = name_of(half(self.device))
+            convention = f"nats per scored token of the validation split, {dtype}"
             sizes.append(Figure(name=name, value=loss / tokens, unit="nats", convention=convention))
             say(f"learn_masks: {name} {loss / tokens:.4f} nats")
         undo()

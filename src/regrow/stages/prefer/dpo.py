@@ -19,6 +19,7 @@ from regrow import families, plugins
 from regrow.checkpoint import Checkpoint
 from regrow.config import Options
 from regrow.errors import UserError
+from regrow.runtime.precision import half
 from regrow.runtime.progress import Progress, progress, say
 from regrow.stages.prefer import PreferConfig
 from regrow.stages.prefer.rank import Pair
@@ -49,7 +50,8 @@ def train_pairs(
 ) -> tuple[PreTrainedModel, dict[str, float]]:
     """The trained student in its stored dtype, and the means of the last tenth of the steps.
 
-    Computes in bfloat16 with float32 weights. Raises UserError if the loss becomes NaN.
+    Computes in bfloat16 (or what `precision.half` says) with float32 weights. Raises UserError if
+    the loss becomes NaN.
     """
     model, reference = student.model(torch.float32), student.model(torch.float32)
     if model.config.model_type in plugins.names(families.__name__):
@@ -103,7 +105,7 @@ def _arguments(count: int, folder: Path, config: PreferConfig, options: Options)
         warmup_steps=round(config.warmup_ratio * config.epochs * count / config.batch_pairs),
         beta=config.beta,
         max_length=None,
-        bf16=True,
+        bf16=half(device) == torch.bfloat16,
         use_cpu=device.type == "cpu",
         optim="adamw_torch_fused",
         gradient_checkpointing=options.gradient_checkpointing,

@@ -115,7 +115,8 @@ def _written(
     known = rows.read()
     todo = sorted((key for key in asked if key not in known), key=lambda key: -len(asked[key]))
     if todo:
-        model = student.model(student.compute_dtype(), options.torch_device())
+        device = options.torch_device()
+        model = student.model(student.compute_dtype(device), device)
         sampling = Sampling(config.max_new_tokens, config.temperature, seed=config.seed)
         generator = BatchGenerator(model, student.tokenizer(), sampling)
         with progress("writing answers", len(asked), "prompts") as counter:

@@ -148,7 +148,8 @@ def _run(
     folder: Path,
     options: Options,
 ) -> None:
-    device, dtype = options.torch_device(), checkpoint.compute_dtype()
+    device = options.torch_device()
+    dtype = checkpoint.compute_dtype(device)
     if distributed.is_main():
         (folder / "grams").mkdir()
 
@@ -186,7 +187,8 @@ def _removals(
 ) -> dict[str, Tensor]:
     if not collector.removals:
         return {}
-    model = checkpoint.model(checkpoint.compute_dtype(), options.torch_device())
+    device = options.torch_device()
+    model = checkpoint.model(checkpoint.compute_dtype(device), device)
     check_model(model)
     some = sequences.select(range(min(config.removal_sequences, len(sequences))))
     batches = list(some.batches(options.batch_size))

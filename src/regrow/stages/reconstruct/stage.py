@@ -144,11 +144,11 @@ class Reconstruction:
         self._new: dict[str, Path] = {}
         """The file that has the new tensor of a name."""
         train, validation = text
-        size = max(1, config.batch_tokens // train.input_ids.shape[1])
+        size = max(1, config.batch_tokens // train.length)
         self.train = list(train.batches(size))
         self._tokens = sum(int(batch["real"].sum()) for batch in self.train)
         self.validation = list(validation.batches(1))
-        dtype = student.compute_dtype()
+        dtype = student.compute_dtype(self.device)
         self._dense = LayerByLayer.of(teacher, families.of(teacher), self.device, dtype=dtype)
         self._cut = LayerByLayer.of(
             student, self.family, self.device, read=self.current, dtype=dtype
