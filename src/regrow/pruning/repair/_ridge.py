@@ -69,16 +69,16 @@ class Observations:
 
     def error(self, weight: Tensor) -> float:
         """Σ w_t² |W x − t|², from sums as tr(W X Wᵀ) − 2 tr(W Tᵀ) + Σ w_t² |t|²."""
+        total = self.error_of_rows(weight, slice(None))
+        return total if self.tokens is not None else max(total + self.tt, 0.0)
+
+    def error_of_rows(self, weight: Tensor, rows: Tensor | slice) -> float:
+        """The same for some of the rows, `weight`; from sums without the constant Σ w_t² |t|²."""
         if self.tokens is not None:
-            errors = ((x @ weight.T - t).square() for x, t in self.tokens)
+            errors = ((x @ weight.T - t[:, rows]).square() for x, t in self.tokens)
             return sum(float(error.sum(dtype=torch.float64)) for error in errors)
-        return max(_without_target(weight, self.xx, self.tx) + self.tt, 0.0)
-
-
-def _without_target(weight: Tensor, xx: Tensor, tx: Tensor) -> float:
-    """tr(W X Wᵀ) − 2 tr(W Tᵀ), for some rows or all."""
-    quadratic = ((weight @ xx) * weight).sum(dtype=torch.float64)
-    return float(quadratic - 2 * (weight * tx).sum(dtype=torch.float64))
+        quadratic = ((weight @ self.xx) * weight).sum(dtype=torch.float64)
+        return float(quadratic - 2 * (weight * self.tx[rows]).sum(dtype=torch.float64))
 
 
 def changes(
@@ -118,10 +118,10 @@ def _changes_of(
     if fit.tokens is not None:
         return _changes_by_tokens(weight, fit.tokens, ridges)
     residual = (fit.tx.double() - weight.double() @ fit.xx.double()).T
-    if len(ridges) > 1 and validate.tokens is None:
+    if len(ridges) > 1:
         rows = torch.arange(0, len(weight), -(-len(weight) // CHOOSING_ROWS), device=weight.device)
         errors = {
-            ridge: _without_target(weight[rows] + change, validate.xx, validate.tx[rows])
+            ridge: validate.error_of_rows(weight[rows] + change, rows)
             for ridge, change in _solutions(
                 fit.xx.clone(), residual[:, rows].to(fit.xx.dtype), ridges
             )
