@@ -12,7 +12,7 @@ from tiny_job import LENGTH, call, refused, write_model, write_text
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from regrow.config import Options
-from regrow.cost.activations import activations
+from regrow.cost.activations import Numbers, activations
 from regrow.cost.memory import TrainingSetup, adapter_parameters, training_memory
 from regrow.cost.model import ModelSize
 from regrow.data.config import DataConfig
@@ -26,13 +26,13 @@ TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3")
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("numbers", ["mixed", "half", "float32"])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_kept_bytes_are_those_of_a_real_pass(model_type: str, half: bool) -> None:
+def test_kept_bytes_are_those_of_a_real_pass(model_type: str, numbers: Numbers) -> None:
     """The sum over the tensors that autograd really keeps, for packed documents with data."""
     fields = {**TINY, "model_type": model_type, "pad_token_id": 0, "tie_word_embeddings": True}
-    stock, dtype = CONFIG_MAPPING[model_type].from_dict(fields), torch.float32
-    dtype = torch.bfloat16 if half else dtype
+    stock = CONFIG_MAPPING[model_type].from_dict(fields)
+    dtype = torch.bfloat16 if numbers == "half" else torch.float32
     model = AutoModelForCausalLM.from_config(stock, dtype=dtype).train()
     own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -43,17 +43,17 @@ def test_kept_bytes_are_those_of_a_real_pass(model_type: str, half: bool) -> Non
 
     batch, length = 2, 24
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", torch.bfloat16):
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=numbers != "float32"):
         positions = torch.arange(length // 2).repeat(batch, 2)  # two documents in each sequence
         states = model.base_model(
             torch.zeros(batch, length, dtype=torch.long), position_ids=positions, use_cache=False
         )
     assert states.last_hidden_state.requires_grad
     real = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-    found = activations(ModelSize(fields), batch, length, half=half)
+    found = activations(ModelSize(fields), batch, length, numbers=numbers)
     assert found.base + 3 * (found.layer + found.copies) == pytest.approx(real, rel=0.02)
     matrices = sum(w.numel() for w in model.base_model.layers[0].parameters() if w.ndim == 2)
-    assert found.copies == (0 if half else 2 * matrices)
+    assert found.copies == (2 * matrices if numbers == "mixed" else 0)
 
 
 def test_experts_are_estimated() -> None:
@@ -75,6 +75,20 @@ def test_state_by_hand() -> None:
     layers = count - 2 * student.table
     assert parts["half-precision weights"] == pytest.approx(2 * layers, rel=1e-3)
     assert memory.total == sum(parts.values())
+
+
+def test_a_device_that_computes_in_float32() -> None:
+    """The teacher takes twice the memory, and there are no copies of weights."""
+    teacher = ModelSize(QWEN3_8B)
+    student = teacher.resized(layers=24)
+    mixed, wide = (
+        training_memory(student, teacher, TrainingSetup(16, 512, compute_bytes=size)).parts
+        for size in (2, 4)
+    )
+    assert wide["teacher"] == 2 * mixed["teacher"] == 4 * teacher.parameters
+    assert wide["weights"] == mixed["weights"]
+    assert "half-precision weights" not in wide
+    assert wide["activations"] > 1.3 * mixed["activations"]
 
 
 def test_settings_take_less() -> None:

@@ -1,7 +1,7 @@
 """Bytes that a student keeps for its backward pass, found without memory and without weights.
 
-The student is built with fake tensors, which have shapes and no data. One forward pass under the
-autocast of a distillation then shows each tensor that autograd keeps. The result is exact for all
+The student is built with fake tensors, which have shapes and no data. One forward pass in the
+numbers of a distillation then shows each tensor that autograd keeps. The result is exact for all
 families without experts; those of a mixture of experts are estimated from the sizes.
 """
 
@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from torch import nn
 from regrow.cost.model import ModelSize
 from regrow.errors import UserError, reason_of
 
+Numbers = Literal["mixed", "half", "float32"]
+"""A student's weights and products: float32 and bfloat16, both bfloat16, or both float32."""
 PROBED = (1, 2)
 """Numbers of layers of the two models whose difference is one layer."""
 VOCABULARY = 8
@@ -38,20 +40,19 @@ class Activations(NamedTuple):
 
 
 def activations(
-    model: ModelSize, batch: int, length: int, rank: int = 0, half: bool = False
+    model: ModelSize, batch: int, length: int, rank: int = 0, numbers: Numbers = "mixed"
 ) -> Activations:
-    """The bytes that a student keeps for a micro-batch, computed in bfloat16.
+    """The bytes that a student keeps for a micro-batch.
 
-    The student has float32 weights; with `half` bfloat16 weights; or with a `rank` frozen bfloat16
-    weights and adapters.
+    With a `rank` its weights are frozen, in the numbers of the products, beside float32 adapters.
     """
     if "experts" in model.sizes:
-        return _estimated(model, batch * length, half or rank > 0)
+        return _estimated(model, batch * length, rank, numbers)
     text = json.dumps(model.config, sort_keys=True, default=str)
-    return _probed(text, batch, length, rank, half)
+    return _probed(text, batch, length, rank, numbers)
 
 
-def _estimated(model: ModelSize, tokens: int, half: bool) -> Activations:
+def _estimated(model: ModelSize, tokens: int, rank: int, numbers: Numbers) -> Activations:
     """The same counts for a mixture of experts, whose routing cannot run without data.
 
     As in a dense layer: 26 · hidden around the two norms and 14 · heads · head_dim in attention;
@@ -62,25 +63,27 @@ def _estimated(model: ModelSize, tokens: int, half: bool) -> Activations:
     heads, hidden = full["heads"] * full["head_dim"], full["hidden"]
     experts = chosen * (8 * full["expert_mlp"] + 8 * hidden)
     layer = tokens * (26 * hidden + 14 * heads + experts)
-    return Activations(layer, tokens * 12 * hidden, 0 if half else 2 * model.layer_parameters)
+    wider = 2 if numbers == "float32" else 1
+    copies = 2 * model.layer_parameters if numbers == "mixed" and not rank else 0
+    return Activations(wider * layer, wider * tokens * 12 * hidden, copies)
 
 
 @lru_cache(maxsize=64)
-def _probed(text: str, batch: int, length: int, rank: int, half: bool) -> Activations:
+def _probed(text: str, batch: int, length: int, rank: int, numbers: Numbers) -> Activations:
     (one, _), (two, copies) = (
-        _kept(json.loads(text), n, batch, length, rank, half) for n in PROBED
+        _kept(json.loads(text), n, batch, length, rank, numbers) for n in PROBED
     )
     return Activations(two - one - copies, one - (two - one), copies)
 
 
 def _kept(
-    config: dict[str, Any], layers: int, batch: int, length: int, rank: int, half: bool
+    config: dict[str, Any], layers: int, batch: int, length: int, rank: int, numbers: Numbers
 ) -> tuple[int, int]:
     """Bytes that autograd keeps in a model of `layers` layers, and those of one layer's copies."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(), _said(config):
-        model = _build(config, layers, rank, half)
+        model = _build(config, layers, rank, numbers)
         own = {weight.untyped_storage()._cdata for weight in model.parameters()}
         kept: dict[int, torch.Tensor] = {}
 
@@ -91,11 +94,11 @@ def _kept(
         ids = torch.zeros(batch, length, dtype=torch.long)
         positions = torch.arange(length).expand(batch, -1)
         saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with saved, torch.autocast("cpu", torch.bfloat16):
+        with saved, torch.autocast("cpu", torch.bfloat16, enabled=numbers != "float32"):
             model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
         total = sum(kept[key].untyped_storage().nbytes() for key in kept.keys() - own)
         matrices = sum(w.numel() for w in model.base_model.layers[0].parameters() if w.ndim == 2)
-    return total, 0 if rank or half else 2 * matrices
+    return total, 2 * matrices if numbers == "mixed" and not rank else 0
 
 
 @contextmanager
@@ -109,7 +112,7 @@ def _said(config: dict[str, Any]) -> Iterator[None]:
         ) from None
 
 
-def _build(config: dict[str, Any], layers: int, rank: int, half: bool) -> Any:
+def _build(config: dict[str, Any], layers: int, rank: int, numbers: Numbers) -> Any:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     lists = {key for key, value in config.items() if isinstance(value, list)}
@@ -118,7 +121,8 @@ def _build(config: dict[str, Any], layers: int, rank: int, half: bool) -> Any:
     fields |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     logging.getLogger("transformers").setLevel(logging.ERROR)
     stock = CONFIG_MAPPING[config["model_type"]].from_dict(fields)
-    dtype = torch.bfloat16 if rank or half else torch.float32
+    whole = numbers == "float32" or (numbers == "mixed" and not rank)
+    dtype = torch.float32 if whole else torch.bfloat16
     model = AutoModelForCausalLM.from_config(stock, dtype=dtype).train()
     if rank:
         model.requires_grad_(False)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from regrow.cost.activations import Activations, activations
+from regrow.cost.activations import Activations, Numbers, activations
 from regrow.cost.model import ModelSize
 from regrow.runtime.chunks import head_chunk
 
@@ -56,6 +56,8 @@ class TrainingSetup:
     """Bytes of the optimizer's moments for a weight: 8 for AdamW, about 2 for AdamW in 8 bits."""
     device: str = "cpu"
     """The type of the device: a GPU takes more memory where that saves time."""
+    compute_bytes: int = 2
+    """Bytes of a number in products: 2, or 4 on a device that computes in float32."""
 
     @property
     def tokens(self) -> int:
@@ -63,9 +65,16 @@ class TrainingSetup:
         return self.batch * self.length
 
     @property
-    def half(self) -> bool:
-        """Whether the trained weights are in half precision, so that autocast copies none."""
-        return self.master_bytes < 4
+    def numbers(self) -> Numbers:
+        """The numbers of the trained weights and of the products."""
+        if self.master_bytes < 4:
+            return "half"
+        return "mixed" if self.copies else "float32"
+
+    @property
+    def copies(self) -> bool:
+        """Whether autocast copies the trained weights in half precision."""
+        return self.master_bytes > self.compute_bytes
 
     @property
     def shards(self) -> int:
@@ -93,7 +102,7 @@ def training_memory(
     student: ModelSize, teacher: ModelSize | None, setup: TrainingSetup
 ) -> TrainingMemory:
     """The memory of a training step on each device; without a teacher: next-token training."""
-    kept = activations(student, setup.batch, setup.length, setup.adapter_rank, setup.half)
+    kept = activations(student, setup.batch, setup.length, setup.adapter_rank, setup.numbers)
     state, host = _state(student, setup)
     state["teacher"] = 0.0 if teacher is None else _teacher_bytes(teacher, setup)
     gradients = setup.master_bytes * _trained(student, setup) / setup.shards
@@ -148,16 +157,17 @@ def _state(student: ModelSize, setup: TrainingSetup) -> tuple[dict[str, float], 
 
 def _teacher_bytes(teacher: ModelSize, setup: TrainingSetup) -> float:
     """Bytes of the teacher's weights on one device."""
-    tables = 2 * teacher.table * (1 if teacher.tied else 2)
-    layers = 2 * teacher.parameters - tables
+    number = setup.compute_bytes
+    tables = number * teacher.table * (1 if teacher.tied else 2)
+    layers = number * teacher.parameters - tables
     layer = layers / teacher.sizes["layers"]
     return {
         "whole": tables + layers,
-        "int8": tables + layers / 2,
+        "int8": tables + layers / number,
         "shares": tables + layers / setup.devices + layer,
         "node_shares": tables + layers / min(setup.node, setup.devices) + layer,
         "disk": tables + layer * (2 if setup.device == "cuda" else 1),  # the next one is copied
-        "cache": 2 * teacher.table,
+        "cache": number * teacher.table,
     }[setup.teacher]
 
 
@@ -173,7 +183,9 @@ def _running(teacher: ModelSize | None, setup: TrainingSetup) -> float:
             full["expert_mlp"] * teacher.family.value(teacher.config, "num_experts_per_tok"),
         )
     heads = full["heads"] * full["head_dim"]
-    return 2.0 * setup.tokens * (4 * full["hidden"] + max(3 * wide, 5 * heads))
+    return (
+        float(setup.compute_bytes) * setup.tokens * (4 * full["hidden"] + max(3 * wide, 5 * heads))
+    )
 
 
 def _at_loss(student: ModelSize, setup: TrainingSetup, kept: Activations) -> dict[str, float]:
@@ -191,17 +203,16 @@ def _at_loss(student: ModelSize, setup: TrainingSetup, kept: Activations) -> dic
     if sharded:
         parts["half-precision weights"] += 2 * student.table * (1 if student.tied else 2)
     backward = _backward(student, setup, kept) + (kept.layer if setup.checkpointing else 0)
-    parts["work"] = max(
-        _head_work(student, setup, bool(setup.adapter_rank) or setup.half), backward
-    )
+    parts["work"] = max(_head_work(student, setup), backward)
     return parts
 
 
-def _head_work(student: ModelSize, setup: TrainingSetup, half: bool) -> float:
+def _head_work(student: ModelSize, setup: TrainingSetup) -> float:
     """Temporary bytes of head and loss: the head in half precision, and chunks of logits."""
     vocabulary = student.sizes["vocab"]
     chunks = head_chunk(setup.device, vocabulary).bytes(setup.tokens, vocabulary)
-    return float(chunks + (0 if half else 2 * student.table))
+    copied = setup.copies and not setup.adapter_rank
+    return float(chunks + (2 * student.table if copied else 0))
 
 
 def _backward(student: ModelSize, setup: TrainingSetup, kept: Activations) -> float:
@@ -215,7 +226,8 @@ def _backward(student: ModelSize, setup: TrainingSetup, kept: Activations) -> fl
     tensors = setup.tokens * (6 * wide + 8 * full["hidden"])
     if setup.shards > 1:
         return float(tensors + 4 * GATHERED * student.layer_parameters)
-    return float(tensors + (0 if setup.adapter_rank else 6 * wide * full["hidden"]))
+    matrix = wide * full["hidden"] * (4 + 2 * setup.copies)
+    return float(tensors + (0 if setup.adapter_rank else matrix))
 
 
 def _at_update(student: ModelSize, setup: TrainingSetup, kept: Activations) -> dict[str, float]:

@@ -13,6 +13,7 @@ from regrow.data.config import DataConfig
 from regrow.errors import UserError
 from regrow.runtime import distributed
 from regrow.runtime.memory import device_bytes
+from regrow.runtime.precision import half
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.setup import budget_of
 from regrow.stages.distill.teacher import teacher_placement
@@ -38,12 +39,14 @@ def setup_of(config: DistillConfig, data: DataConfig, options: Options) -> Train
     kind: Sharding = "ddp" if devices > 1 else "none"
     if sharding.is_sharded(options):
         kind = "hsdp" if options.sharding == "hsdp" else "fsdp"
+    device = options.torch_device()
+    compute = half(device).itemsize
     setup = TrainingSetup(
         batch=micro,
         length=data.sequence_length,
         accumulation=accumulation,
         adapter_rank=0 if config.adapter == "none" else config.lora_rank,
-        frozen_bytes=0.6 if config.adapter == "qlora" else 2.0,
+        frozen_bytes=0.6 if config.adapter == "qlora" else float(compute),
         frozen_layers=config.freeze_layers,
         checkpointing=options.gradient_checkpointing,
         teacher="cache" if config.cache else placement,
@@ -51,7 +54,8 @@ def setup_of(config: DistillConfig, data: DataConfig, options: Options) -> Train
         devices=devices,
         node=distributed.local_world_size(),
         cpu_offload=sharding.offloads(options),
-        device=options.torch_device().type,
+        device=device.type,
+        compute_bytes=compute,
     )
     return _with(setup, config.optimizer)
 
