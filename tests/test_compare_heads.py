@@ -42,7 +42,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> CutScorer:
     profile(checkpoint.folder, data_of(text), folder / "profile", config, OPTIONS)
     opened = Checkpoint(checkpoint.folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regrow.search.score.torch.bfloat16", torch.float32)
+        patch.setenv("REGROW_PRECISION", "float32")
         return CutScorer(opened, Profile(folder / "profile"), data_of(text), OPTIONS)
 
 

@@ -197,11 +197,11 @@ MIX = LossWeights(
 
 def tagged_sequences() -> Sequences:
     """A source for each document, and so that one has many more tokens than the other."""
-    sequences = tiny_sequences()
-    document = (sequences.position_ids == 0).long().cumsum(1)
-    rows = torch.arange(len(sequences))[:, None]
-    sequences.source = ((document == 1) | (rows == 3)).long()
-    return sequences
+    plain = tiny_sequences()
+    document = (plain.position_ids == 0).long().cumsum(1)
+    rows = torch.arange(len(plain))[:, None]
+    source = ((document == 1) | (rows == 3)).long()
+    return Sequences(plain.input_ids, plain.position_ids, plain.labels, plain.real, source)
 
 
 def whole_step(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
@@ -293,7 +293,8 @@ def test_held_out_forward_kl_is_of_all_tokens_and_others_of_their_own(tmp_path: 
     measured = trainer.evaluate()
     undo()
     assert set(measured) == {"eval_forward_kl", "eval_skewed_kl", "eval_skewed_reverse_kl"}
-    sequences.source = None
+    parts = (sequences.input_ids, sequences.position_ids, sequences.labels, sequences.real)
+    trainer.eval_dataset = Sequences(*parts)
     undo = bind_loss(student, teacher, LossWeights({"forward_kl": 1.0}))
     assert trainer.evaluate()["eval_forward_kl"] == pytest.approx(measured["eval_forward_kl"])
     undo()

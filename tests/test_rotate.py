@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regrow import families
 from regrow.checkpoint import Checkpoint
-from regrow.data.sequences import build_sequences
+from regrow.data.sequences import Sequences, build_sequences
 from regrow.errors import UserError
 from regrow.layerwise import Spill
 from regrow.pruning.cut import cut_model
@@ -87,7 +87,9 @@ def test_the_second_moment_equals_the_slow_version(tmp_path: Path, text: Path) -
     """Against hooks on the whole model, token by token, without padding."""
     checkpoint = write_model(tmp_path / "model", "qwen3", torch.float64)
     sequences = build_sequences(data_of(text), checkpoint.tokenizer(), "calibration", 5)
-    sequences.real[-1, 20:] = False
+    real = sequences.real.clone()
+    real[-1, 20:] = False
+    sequences = Sequences(sequences.input_ids, sequences.position_ids, sequences.labels, real)
     measured = second_moment(checkpoint, sequences, OPTIONS, Spill(tmp_path / "spill"))
     model, recorded = checkpoint.model(torch.float64), list[Tensor]()
     for name, module in model.named_modules():

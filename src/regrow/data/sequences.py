@@ -170,7 +170,8 @@ class Sequences(Dataset[dict[str, Tensor]]):
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.bool else tensor.long()
+    """A tensor as models read it; `real` may be a view that repeats one value."""
+    return tensor.contiguous() if tensor.dtype == torch.bool else tensor.long()
 
 
 def joined(parts: Sequence[Sequences]) -> Sequences:
