@@ -13,6 +13,7 @@ from tiny_models import tiny_ids, tiny_model
 from tiny_tokenizer import SENTENCES, tiny_tokenizer
 
 from regrow.runtime.greedy import continuation, decode, prefill
+from regrow.stages.evaluate import table
 from regrow.stages.evaluate.eval_model import ratio
 from regrow.stages.evaluate.stage import conventions
 from regrow.stages.evaluate.texts import opening, text_files, windows
@@ -83,3 +84,23 @@ def test_conventions_keep_what_models_share() -> None:
     assert same == {"decode": "batch 1; x"}
     differ = conventions({"a": named("batch 1; runs 1"), "b": named("batch 1; runs 12")})
     assert differ == {"decode": "batch 1"}
+
+
+def test_a_wide_table_is_split_and_loses_no_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"perplexity/text {number}" for number in range(30)]
+    figures = [{"name": name, "value": 100.25 + number} for number, name in enumerate(names)]
+    labels = ["teacher", "a student with a long name"]
+    table.show({"labels": labels, "figures": dict.fromkeys(labels, figures), "metrics": []})
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert all(f"ppl text {number} " in shown for number in range(30))
+    assert all(shown.count(f" {value['value']:.2f} ") == 2 for value in figures)
+    assert 2 < shown.count("a student with a long name") < 8
+
+
+def test_columns_that_fit_stay_in_one_table() -> None:
+    figures = [{"name": "parameters", "value": 5.0}, {"name": "kl/x", "value": 0.5}]
+    evaluation = {"labels": ["a"], "figures": {"a": figures}}
+    assert table.fitting(evaluation, ["parameters", "kl/x"], 160) == [["parameters", "kl/x"]]
+    assert table.fitting(evaluation, ["parameters", "kl/x"], 10) == [["parameters"], ["kl/x"]]
+    assert table.fitting(evaluation, [], 160) == []

@@ -19,10 +19,8 @@ ORDER = (
     "bits_per_byte",
     "kl",
     "agreement",
-    "acceptance",
-    "accepted_length",
-    "draft_speedup",
 )
+DRAFT = ("acceptance", "accepted_length", "draft_speedup")
 SPEED = (
     "prefill",
     "prefill_speedup",
@@ -47,9 +45,9 @@ TITLES = {
     "agreement": "top-1 agreement",
     "exact_answers": "exact answers",
     "exact_answers_kept": "kept",
-    "acceptance": "draft acceptance",
-    "accepted_length": "tokens/teacher pass",
-    "draft_speedup": "× as draft",
+    "acceptance": "accepted",
+    "accepted_length": "tokens/pass",
+    "draft_speedup": "× speed",
     "bytes": "MB",
     "bits_per_weight": "bits/weight",
     "bytes_as_bitmask": "MB as bitmask",
@@ -69,20 +67,22 @@ TITLES = {
 
 
 def show(evaluation: dict[str, Any]) -> None:
-    """Print tables to stdout: size and quality, speed, tasks."""
+    """Print tables to stdout: size and quality, drafting for the teacher, speed, tasks."""
     width = None if sys.stdout.isatty() else 160
     console = Console(file=sys.stdout, width=width)
     names = column_names(evaluation)
     metrics = evaluation.get("metrics", ())
     quality = {*ORDER, *metrics, *(f"{metric}{KEPT}" for metric in metrics)}
+    quality -= {*DRAFT}
     parts = {"evaluation": [name for name in names if _kind(name) in quality]}
+    parts["as a draft for the teacher"] = [name for name in names if _kind(name) in DRAFT]
     for name in names:
         if _kind(name) in SPEED:
             setting = name.partition("/")[2]
             parts.setdefault(f"speed {setting}".rstrip(), []).append(name)
     for heading, columns in parts.items():
-        if columns:
-            console.print(table(evaluation, heading, columns))
+        for some in fitting(evaluation, columns, console.width):
+            console.print(table(evaluation, heading, some))
     shown = {name for columns in parts.values() for name in columns}
     if tasks := [name for name in names if name not in shown]:
         console.print(task_table(evaluation, tasks))
@@ -90,18 +90,47 @@ def show(evaluation: dict[str, Any]) -> None:
         console.print(_plain(f"warning: {sentence}"))
 
 
+def fitting(evaluation: dict[str, Any], columns: list[str], width: int) -> list[list[str]]:
+    """The columns in as few groups as fit into `width` characters, in their order.
+
+    A table that is too wide would lose its figures: they would be cut to a few letters.
+    """
+    room = width - max(map(len, evaluation["labels"])) - len("│  │")
+    groups: list[list[str]] = [[]]
+    left = room
+    for name in columns:
+        needed = len("  │") + max(map(len, [_heading(name), *_cells(evaluation, name)]))
+        if needed > left and groups[-1]:
+            groups.append([])
+            left = room
+        groups[-1].append(name)
+        left -= needed
+    return [group for group in groups if group]
+
+
+def _heading(name: str) -> str:
+    kind = _kind(name)
+    return TITLES[kind] if kind in SPEED else title(name)
+
+
+def _cells(evaluation: dict[str, Any], name: str) -> list[str]:
+    """The figure of each model, or a dash."""
+    found = []
+    for label in evaluation["labels"]:
+        values = {f["name"]: f["value"] for f in evaluation["figures"][label]}
+        found.append(cell(name, values[name]) if name in values else "–")
+    return found
+
+
 def table(evaluation: dict[str, Any], heading: str, columns: list[str]) -> Table:
     """A table with a row per model and a column per figure."""
     result = Table(title=heading, title_justify="left")
     result.add_column("model", no_wrap=True)
     for name in columns:
-        kind, _, _ = name.partition("/")
-        heading = TITLES[kind] if kind in SPEED else title(name)
-        result.add_column(heading, justify="right", no_wrap=True)
-    for label in evaluation["labels"]:
-        values = {f["name"]: f["value"] for f in evaluation["figures"][label]}
-        cells = [cell(name, values[name]) if name in values else "–" for name in columns]
-        result.add_row(_plain(label), *cells)
+        result.add_column(_heading(name), justify="right", no_wrap=True)
+    figures = [_cells(evaluation, name) for name in columns]
+    for number, label in enumerate(evaluation["labels"]):
+        result.add_row(_plain(label), *(cells[number] for cells in figures))
     return result
 
 
@@ -143,7 +172,7 @@ def column_names(evaluation: dict[str, Any]) -> list[str]:
     names = dict.fromkeys(f["name"] for rows in evaluation["figures"].values() for f in rows)
 
     def place(name: str) -> int:
-        order, kind = ORDER + SPEED, _kind(name)
+        order, kind = ORDER + DRAFT + SPEED, _kind(name)
         return order.index(kind) if kind in order else len(order)
 
     return sorted(names, key=place)
