@@ -6,7 +6,7 @@
   megabytes in one jsonl file, with one process for each core, against the fast tokenizer's own
   `encode_batch` on the documents, already in memory, with as many threads. Both in turn,
   `--rounds` times; the time of starting (a run on 100 rows) is subtracted from prepare's.
-- Memory: the highest anonymous memory (RssAnon, sampled every 20 ms) of `regrow prepare` and its
+- Memory: the highest anonymous memory (RssAnon, sampled every 5 ms) of `regrow prepare` and its
   processes, and of a process that then reads `READ` sequences of the result at random, for
   `--tokens` tokens of synthetic text.
 - Kill: prepare is killed when a part of its shards is written, and run again.
@@ -28,11 +28,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
+
+from process_memory import watch
 
 from regrow import DataConfig, load
 from regrow.data.sequences import build_sequences
@@ -78,8 +80,8 @@ def _speed(arguments: argparse.Namespace) -> list[str]:
         for at in range(0, len(documents), 1024):
             tokenizer.encode_batch(documents[at : at + 1024], add_special_tokens=False)
         alone = time.perf_counter() - start
-        short = _prepare(place / "short.jsonl", place / f"short-{turn}").seconds
-        whole = _prepare(place / "long.jsonl", place / f"long-{turn}").seconds - short
+        short = _prepare(place / "short.jsonl", place / f"short-{turn}")[0]
+        whole = _prepare(place / "long.jsonl", place / f"long-{turn}")[0] - short
         ratios.append(alone / whole)
         speeds.append(characters / whole)
         shutil.rmtree(place / f"long-{turn}")
@@ -102,17 +104,14 @@ def _memory(arguments: argparse.Namespace) -> list[str]:
         place.mkdir(parents=True, exist_ok=True)
         text, out = place / "text.jsonl", place / "prepared"
         _write(text, _synthetic(wanted))
-        ran = _prepare(text, out)
+        seconds, peak = _prepare(text, out)
         tokens = json.loads(next(out.glob("*/index.json")).read_text())["tokens"]
-        code = (
-            f"from {__name__ if __name__ != '__main__' else 'prepare'} import read_sample; "
-            f"read_sample({str(out)!r})"
-        )
-        reading = Watched([sys.executable, "-c", code], cwd=Path(__file__).parent)
+        code = f"from prepare import read_sample; read_sample({str(out)!r})"
+        _, reading = _watched([sys.executable, "-c", code], cwd=Path(__file__).parent)
         shards = sum(file.stat().st_size for file in out.rglob("*.npy"))
         lines.append(
             f"| {tokens / 1e6:.1f} M | {text.stat().st_size / 1e6:.0f} | {shards / 1e6:.0f} "
-            f"| {ran.peak / 1e6:.0f} | {reading.peak / 1e6:.0f} | {ran.seconds:.0f} |"
+            f"| {peak / 1e6:.0f} | {reading / 1e6:.0f} | {seconds:.0f} |"
         )
         shutil.rmtree(place)
     return [*lines, ""]
@@ -194,53 +193,16 @@ def _command(source: Path, out: Path) -> list[str]:
     return [*command, "--out", str(out), "--shard-characters", str(SHARD)]
 
 
-def _prepare(source: Path, out: Path) -> Watched:
+def _prepare(source: Path, out: Path) -> tuple[float, int]:
+    """Seconds and peak memory of `regrow prepare`."""
     shutil.rmtree(out, ignore_errors=True)
-    return Watched(_command(source, out))
+    return _watched(_command(source, out))
 
 
-class Watched:
-    """A process that has run: its seconds, and the peak of its and its children's memory."""
-
-    def __init__(self, command: list[str], cwd: Path | None = None) -> None:
-        self.peak = 0
-        start = time.perf_counter()
-        process = subprocess.Popen(
-            command, cwd=cwd, start_new_session=True, stderr=subprocess.DEVNULL
-        )
-        stop = threading.Event()
-        thread = threading.Thread(target=self._sample, args=(process.pid, stop))
-        thread.start()
-        code = process.wait()
-        self.seconds = time.perf_counter() - start
-        stop.set()
-        thread.join()
-        assert code == 0, (command, code)
-
-    def _sample(self, session: int, stop: threading.Event) -> None:
-        while not stop.wait(0.02):
-            self.peak = max(self.peak, sum(map(_anonymous, _processes(session))))
-
-
-def _processes(session: int) -> list[str]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if os.getsid(int(entry.name)) == session:
-                    found.append(entry.name)
-            except OSError:
-                continue
-    return found
-
-
-def _anonymous(process: str) -> int:
-    try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"RssAnon:\s+(\d+)", status)
-    return 1024 * int(found.group(1)) if found else 0
+def _watched(command: list[str], **options: Any) -> tuple[float, int]:
+    code, seconds, peak = watch(command, stderr=subprocess.DEVNULL, **options)
+    assert code == 0, (command, code)
+    return seconds, peak
 
 
 def _arguments() -> argparse.Namespace:

@@ -6,7 +6,7 @@ import ctypes
 import gc
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,34 @@ from typing import Any
 def watch(command: list[str], **options: Any) -> tuple[int, float, int]:
     """Exit code, seconds, and peak anonymous memory in bytes, sampled every 5 ms.
 
-    `options` are those of Popen.
+    The memory is that of the process and of all that it has started. `options` are those of Popen.
     """
     start, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, **options)
     while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
-            break
-        for line in status.splitlines():
-            if line.startswith("RssAnon:"):
-                peak = max(peak, int(line.split()[1]) * 1024)
+        peak = max(peak, 1024 * sum(map(_anonymous, _with_children(str(process.pid)))))
         time.sleep(0.005)
     return process.wait(), time.perf_counter() - start, peak
+
+
+def _with_children(process: str) -> Iterator[str]:
+    """The process and those that it and its children have started."""
+    yield process
+    for task in Path(f"/proc/{process}/task").glob("*/children"):
+        try:
+            children = task.read_text().split()
+        except OSError:  # the process or its thread has ended
+            continue
+        for child in children:
+            yield from _with_children(child)
+
+
+def _anonymous(process: str) -> int:
+    """Anonymous memory of a process in kB; 0 if it has ended."""
+    try:
+        return _status("RssAnon", process)
+    except (OSError, KeyError):
+        return 0
 
 
 def peak_above(run: Callable[[], Any]) -> int:
@@ -43,9 +57,9 @@ def peak_above(run: Callable[[], Any]) -> int:
     return 1024 * (_status("VmHWM") - before)
 
 
-def _status(name: str) -> int:
-    """A field of /proc/self/status in kB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def _status(name: str, process: str = "self") -> int:
+    """A field of /proc/PROCESS/status in kB."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1])
     raise KeyError(name)
