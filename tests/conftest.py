@@ -7,11 +7,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_job
 from tiny_folders import write_text
 from tiny_job import Refused, write_job
+
+from regrow import families
+from regrow.training import text as text_module
 
 # The same on every machine; test_precision.py is about machines without bfloat16.
 os.environ["REGROW_PRECISION"] = "bfloat16"
@@ -39,6 +43,21 @@ def place(shared: Path, tmp_path: Path) -> Path:
 def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
     """Runs a command that must be refused; returns what it said."""
     return functools.partial(tiny_job.refused, capsys)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """All models mix documents; collects whether each text gets one document in a sequence."""
+    found: list[bool] = []
+    build = text_module.build_sequences
+
+    def noted(*given: Any, **more: Any) -> Any:
+        found.append(more["alone"])
+        return build(*given, **more)
+
+    monkeypatch.setattr(families, "mixes", lambda _: "its layers read across documents")
+    monkeypatch.setattr(text_module, "build_sequences", noted)
+    return found
 
 
 @pytest.fixture

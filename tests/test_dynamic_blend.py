@@ -16,12 +16,11 @@ from tiny_job import refused
 from tiny_training import start_ranks
 from torch import Tensor
 
-from regrow import DataConfig, DistillConfig, UserError, distill, families
+from regrow import DataConfig, DistillConfig, UserError, distill
 from regrow.checkpoint import Checkpoint, load
 from regrow.config import parse
 from regrow.data.sequences import build_sequences
 from regrow.stages.distill.domains import check_domains
-from regrow.training import text
 from regrow.training.checkpoints import last_checkpoint
 from regrow.training.dynamic_blend import BlendedSequences, DynamicBlend, teacher_losses, updated
 from regrow.training.teacher import Teacher
@@ -206,17 +205,8 @@ def test_one_source_is_refused_on_the_command_line(
 
 
 def test_a_model_that_mixes_documents_gets_one_in_each_sequence(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, alone: list[bool]
 ) -> None:
-    alone: list[bool] = []
-    build = text.build_sequences
-
-    def noted(*given: Any, **more: Any) -> Any:
-        alone.append(more["alone"])
-        return build(*given, **more)
-
-    monkeypatch.setattr(families, "mixes", lambda _: "its layers read across documents")
-    monkeypatch.setattr(text, "build_sequences", noted)
     config = DYNAMIC.model_copy(update={"tokens": 128, "reference_losses": (2.0, 6.0)})
     distill(place / "pruned", place / "teacher", two(place), tmp_path / "out", config, OPTIONS)
     assert alone == [True] * 4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from regrow import (
     PruneConfig,
     SparsifyConfig,
     UserError,
-    families,
     learn_masks,
     prune,
     sparsify,
@@ -31,7 +29,6 @@ from regrow.config import parse
 from regrow.plan import Plan
 from regrow.profile_folder import Profile
 from regrow.stages.learn_masks import stage as learning
-from regrow.training import text
 
 OPTIONS = Options(device="cpu", batch_size=4)
 SHAPE = {
@@ -227,17 +224,8 @@ def test_a_recipe_learns_prunes_and_distils(tmp_path: Path) -> None:
 
 
 def test_a_model_that_mixes_documents_gets_one_in_each_sequence(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, alone: list[bool]
 ) -> None:
-    alone: list[bool] = []
-    build = text.build_sequences
-
-    def noted(*given: Any, **more: Any) -> Any:
-        alone.append(more["alone"])
-        return build(*given, **more)
-
-    monkeypatch.setattr(families, "mixes", lambda _: "its layers read across documents")
-    monkeypatch.setattr(text, "build_sequences", noted)
     config = CONFIG.model_copy(update={"tokens": CONFIG.batch_tokens})
     data = data_of(place / "text.jsonl")
     learn_masks(place / "model", data, tmp_path / "out", config, OPTIONS)
