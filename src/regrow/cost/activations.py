@@ -21,7 +21,8 @@ from regrow.cost.model import ModelSize
 from regrow.errors import UserError, reason_of
 
 Numbers = Literal["mixed", "half", "float32"]
-"""A student's weights and products: float32 and bfloat16, both bfloat16, or both float32."""
+"""A student's weights and products: float32 and bfloat16, both bfloat16, or both float32. Weights
+that are frozen beside adapters have the numbers of the products."""
 PROBED = (1, 2)
 """Numbers of layers of the two models whose difference is one layer."""
 VOCABULARY = 8
@@ -44,15 +45,15 @@ def activations(
 ) -> Activations:
     """The bytes that a student keeps for a micro-batch.
 
-    With a `rank` its weights are frozen, in the numbers of the products, beside float32 adapters.
+    With a `rank` its weights are frozen beside float32 adapters.
     """
     if "experts" in model.sizes:
-        return _estimated(model, batch * length, rank, numbers)
+        return _estimated(model, batch * length, numbers)
     text = json.dumps(model.config, sort_keys=True, default=str)
     return _probed(text, batch, length, rank, numbers)
 
 
-def _estimated(model: ModelSize, tokens: int, rank: int, numbers: Numbers) -> Activations:
+def _estimated(model: ModelSize, tokens: int, numbers: Numbers) -> Activations:
     """The same counts for a mixture of experts, whose routing cannot run without data.
 
     As in a dense layer: 26 · hidden around the two norms and 14 · heads · head_dim in attention;
@@ -64,7 +65,7 @@ def _estimated(model: ModelSize, tokens: int, rank: int, numbers: Numbers) -> Ac
     experts = chosen * (8 * full["expert_mlp"] + 8 * hidden)
     layer = tokens * (26 * hidden + 14 * heads + experts)
     wider = 2 if numbers == "float32" else 1
-    copies = 2 * model.layer_parameters if numbers == "mixed" and not rank else 0
+    copies = 2 * model.layer_parameters if numbers == "mixed" else 0
     return Activations(wider * layer, wider * tokens * 12 * hidden, copies)
 
 
@@ -98,7 +99,7 @@ def _kept(
             model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
         total = sum(kept[key].untyped_storage().nbytes() for key in kept.keys() - own)
         matrices = sum(w.numel() for w in model.base_model.layers[0].parameters() if w.ndim == 2)
-    return total, 2 * matrices if numbers == "mixed" and not rank else 0
+    return total, 2 * matrices if numbers == "mixed" else 0
 
 
 @contextmanager
@@ -121,8 +122,7 @@ def _build(config: dict[str, Any], layers: int, rank: int, numbers: Numbers) -> 
     fields |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     logging.getLogger("transformers").setLevel(logging.ERROR)
     stock = CONFIG_MAPPING[config["model_type"]].from_dict(fields)
-    whole = numbers == "float32" or (numbers == "mixed" and not rank)
-    dtype = torch.float32 if whole else torch.bfloat16
+    dtype = torch.bfloat16 if numbers == "half" else torch.float32
     model = AutoModelForCausalLM.from_config(stock, dtype=dtype).train()
     if rank:
         model.requires_grad_(False)

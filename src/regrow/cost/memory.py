@@ -66,15 +66,16 @@ class TrainingSetup:
 
     @property
     def numbers(self) -> Numbers:
-        """The numbers of the trained weights and of the products."""
-        if self.master_bytes < 4:
+        """The numbers of the student's weights and of the products."""
+        stored = self.compute_bytes if self.adapter_rank else self.master_bytes
+        if stored < 4:
             return "half"
-        return "mixed" if self.copies else "float32"
+        return "mixed" if self.compute_bytes < 4 else "float32"
 
     @property
     def copies(self) -> bool:
         """Whether autocast copies the trained weights in half precision."""
-        return self.master_bytes > self.compute_bytes
+        return self.numbers == "mixed"
 
     @property
     def shards(self) -> int:
@@ -183,9 +184,8 @@ def _running(teacher: ModelSize | None, setup: TrainingSetup) -> float:
             full["expert_mlp"] * teacher.family.value(teacher.config, "num_experts_per_tok"),
         )
     heads = full["heads"] * full["head_dim"]
-    return (
-        float(setup.compute_bytes) * setup.tokens * (4 * full["hidden"] + max(3 * wide, 5 * heads))
-    )
+    numbers = setup.tokens * (4 * full["hidden"] + max(3 * wide, 5 * heads))
+    return float(setup.compute_bytes * numbers)
 
 
 def _at_loss(student: ModelSize, setup: TrainingSetup, kept: Activations) -> dict[str, float]:
@@ -211,8 +211,7 @@ def _head_work(student: ModelSize, setup: TrainingSetup) -> float:
     """Temporary bytes of head and loss: the head in half precision, and chunks of logits."""
     vocabulary = student.sizes["vocab"]
     chunks = head_chunk(setup.device, vocabulary).bytes(setup.tokens, vocabulary)
-    copied = setup.copies and not setup.adapter_rank
-    return float(chunks + (2 * student.table if copied else 0))
+    return float(chunks + (2 * student.table if setup.copies else 0))
 
 
 def _backward(student: ModelSize, setup: TrainingSetup, kept: Activations) -> float:

@@ -16,13 +16,12 @@ IN_MEMORY = 256_000_000
 class Stack:
     """Arrays of one shape, int32, which are stacked at the end.
 
-    More than `in_memory` bytes are written to a file without a name in the folder for temporary
+    More than `IN_MEMORY` bytes are written to a file without a name in the folder for temporary
     files, and read through a memory map. The operating system may drop its pages at any time.
     """
 
-    def __init__(self, shape: tuple[int, ...], in_memory: int | None = None) -> None:
+    def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape, self.count = shape, 0
-        self.in_memory = IN_MEMORY if in_memory is None else in_memory
         self.waiting: list[NDArray[np.int32]] = []
         self.file: IO[bytes] | None = None
         self.mapped: NDArray[np.int32] | None = None
@@ -34,7 +33,7 @@ class Stack:
         """Add an array, which must not be changed afterwards."""
         self.waiting.append(array)
         self.count += 1
-        if len(self.waiting) * 4 * prod(self.shape) > self.in_memory:
+        if len(self.waiting) * 4 * prod(self.shape) > IN_MEMORY:
             self._write()
 
     def stacked(self, count: int) -> NDArray[np.int32]:

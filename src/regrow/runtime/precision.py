@@ -39,6 +39,11 @@ def _has_bfloat16(device: torch.device) -> bool:
     return True
 
 
+def autocast(device: torch.device) -> torch.autocast:
+    """A context in which a model with float32 weights computes in `half` precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=half(device) == torch.bfloat16)
+
+
 def name_of(dtype: torch.dtype) -> str:
     """bf16, or the data type's own name."""
     return "bf16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")

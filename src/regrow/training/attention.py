@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from regrow.errors import MOST_CHARACTERS, UserError
+from regrow.runtime.precision import autocast
 from regrow.training.model_check import check_model
 
 
@@ -39,5 +40,5 @@ def set_attention(model: PreTrainedModel, attention: str, check: bool = True) ->
 def _run_in_half_precision(model: PreTrainedModel) -> None:
     """A short pass as in a training, where queries and values may come in different dtypes."""
     ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
-    with torch.autocast(model.device.type, torch.bfloat16):
+    with autocast(model.device):
         model.base_model(input_ids=ids, position_ids=ids.cumsum(-1), use_cache=False)

@@ -25,7 +25,7 @@ from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.plan import copy_plans
 from regrow.profile_folder import INFO, SCORES, SEQUENCES
-from regrow.runtime.precision import half, name_of
+from regrow.runtime.precision import autocast, half, name_of
 from regrow.runtime.progress import progress, say
 from regrow.sparsity import zeros
 from regrow.stage_dir import Figure, refuse_input, require_space, write_json
@@ -183,7 +183,7 @@ class _MaskTraining:
         for batch in self._batches(rows):
             draw = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             self.masks.draw(draw)  # the same masks in all micro-batches of a step
-            with masked(self.model, self.masks), self._autocast():
+            with masked(self.model, self.masks), autocast(self.device):
                 loss = self.model(**batch)["loss"] / scored
             loss.backward()
             total += float(loss.detach())
@@ -200,11 +200,6 @@ class _MaskTraining:
         for batch in rows.batches(self.batch_size):
             names = ("input_ids", "position_ids", "labels")
             yield {name: batch[name].to(self.device) for name in names}
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=half(self.device) == torch.bfloat16
-        )
 
     def _save(self, path: Path, optimizer: torch.optim.AdamW, step: int) -> None:
         state = {
@@ -260,7 +255,7 @@ class _MaskTraining:
             self.masks.set(values)
             loss = tokens = 0.0
             for batch in self._batches(heldout):
-                with masked(self.model, self.masks), self._autocast():
+                with masked(self.model, self.masks), autocast(self.device):
                     outputs = self.model(**batch)
                 loss, tokens = loss + float(outputs["loss"]), tokens + int(outputs["tokens"])
             dtype = name_of(half(self.device))
