@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +25,24 @@ from tiny_training import MIX, arguments, pair, start_ranks, tiny_sequences, tra
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+)
 
+from regrow.checkpoint import Checkpoint
+from regrow.checkpoint.random_model import on_meta
 from regrow.config import Options
 from regrow.errors import UserError
 from regrow.stages.distill.stage import distill
 from regrow.training import sharding
 from regrow.training.adapters import Adapter
 from regrow.training.callbacks import ProgressCallback
+from regrow.training.load_once import load_once, send, weights_of
 from regrow.training.objective import bind_loss
 from regrow.training.trainer import DistillTrainer
 
@@ -64,6 +77,19 @@ def pretend_gpus() -> None:
 
     Trainer.create_accelerator_and_postprocess = create
     sharding.require = lambda *_: None
+
+
+@contextmanager
+def only_first_reads(rank: int) -> Iterator[None]:
+    """Let all processes but the first refuse to load a checkpoint's weights."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("this process needs no weights")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.setattr(Checkpoint, "model", refuse)
+        yield
 
 
 def step_in_shards(file: Path, tied: bool, batch_size: int, options: Options) -> None:
@@ -118,7 +144,8 @@ def _work(rank: int, place: str, folder: str) -> None:
     del os.environ["ACCELERATE_USE_FSDP"]  # as it would be in a new process
     with pytest.raises(UserError, match="written with sharding fsdp and cannot continue with none"):
         distill(*job, OPTIONS)
-    distill(*job, SHARDED)
+    with only_first_reads(rank):
+        distill(*job, SHARDED)
 
 
 def _offload(rank: int, place: str, folder: str) -> None:
@@ -220,6 +247,61 @@ def test_a_run_with_shards_in_each_node_continues_with_shards_over_all(tmp_path:
     assert held_out(single)[4] < 0.98 * held_out(single)[0]
 
 
+def wide_model(seed: int | None) -> PreTrainedModel:
+    """A model of 27 MB in bfloat16 with a stored buffer; on the meta device without a seed."""
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=16384,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=4096,
+        tie_word_embeddings=True,
+    )
+    if seed is None:
+        model = on_meta(config)
+    else:
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        model.to(torch.bfloat16)
+    model.register_buffer("bias", torch.full((3,), float(seed or 0)))
+    return model.eval()
+
+
+def resident() -> int:
+    """Bytes of this process's own memory that the system has provided."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+def _one_reads(rank: int, folder: str) -> None:
+    before = resident()
+    model = load_once(partial(wide_model, 7), partial(wide_model, None))
+    grown = resident() - before
+    assert grown > 20e6 if rank == 0 else grown < 5e6, (rank, grown)
+    sent = weights_of(model)
+    sharding.share(model, CPU)
+    send(sent, model, CPU)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    state = {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
+    rotations = dict(model.named_buffers())
+    torch.save((state, rotations, model(torch.arange(9)[None]).logits), f"{folder}/{rank}.pt")
+
+
+def test_one_process_reads_the_weights_and_all_have_them(tmp_path: Path) -> None:
+    """The others have memory that the system has not provided; dtypes and buffers are the same."""
+    start_ranks(2, _one_reads, str(tmp_path))
+    model = wide_model(7)
+    logits = model(torch.arange(9)[None]).logits
+    for rank in range(2):
+        state, buffers, found = torch.load(tmp_path / f"{rank}.pt")
+        assert state.keys() == model.state_dict().keys()
+        for name, value in {**model.state_dict(), **dict(model.named_buffers())}.items():
+            same = {**buffers, **state}[name]
+            assert same.dtype == value.dtype
+            assert torch.equal(same, value), name
+        torch.testing.assert_close(found, logits)
+
+
 def low_rank_student(folder: Path) -> PreTrainedModel:
     """The pair's student in float32, with adapters whose product is not zero."""
     base = write_model(folder, num_hidden_layers=2, seed=1)
@@ -266,7 +348,8 @@ def _adapters(rank: int, place: str, folder: str) -> None:
         if state.global_step == 6:
             raise KeyboardInterrupt
 
-    distill(*job, Path(folder) / "whole", LORA, SHARDED)
+    with only_first_reads(rank):
+        distill(*job, Path(folder) / "whole", LORA, SHARDED)
     ProgressCallback.on_step_begin = stop  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         distill(*job, out, LORA, SHARDED)

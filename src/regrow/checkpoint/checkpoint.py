@@ -261,7 +261,8 @@ class Checkpoint:
         from transformers import AutoModelForCausalLM
 
         if self.whole is not None:
-            return self._text_model(dtype).to(device).eval()  # type: ignore[arg-type]
+            with distributed.hidden_group():
+                return self._text_model(dtype).to(device).eval()  # type: ignore[arg-type]
         if self.quantized and importlib.util.find_spec("compressed_tensors") is None:
             raise UserError(
                 f"{self.folder} is quantized: pip install 'regrow[quantize]' to open it"

@@ -135,15 +135,15 @@ def _stock_config(config: dict[str, Any], place: Path) -> PretrainedConfig | Non
 @lru_cache(maxsize=64)
 def _make(fields: str) -> PretrainedConfig:
     """The transformers config for a config.json, after a model was built from a copy of it."""
-    import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
+
+    from regrow.checkpoint.random_model import on_meta
 
     raw = json.loads(fields)
     config: PretrainedConfig = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     unquantized = copy.deepcopy(config)
     unquantized.__dict__.pop("quantization_config", None)
-    with torch.device("meta"):
-        AutoModelForCausalLM.from_config(unquantized)
+    on_meta(unquantized)  # raises if transformers cannot build it
     return config
 
 

@@ -180,12 +180,11 @@ def stock_of(config: dict[str, Any], folder: Path) -> PretrainedConfig:
 
 def _parts_of(text_config: dict[str, Any]) -> set[str]:
     """Names of the modules and parameters directly in the base of the text model."""
-    import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[text_config["model_type"]].from_dict({**text_config})
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config).base_model
+    from regrow.checkpoint.random_model import on_meta
+
+    base = on_meta(CONFIG_MAPPING[text_config["model_type"]].from_dict({**text_config})).base_model
     return {*dict(base.named_children()), *dict(base.named_parameters(recurse=False))}
 
 

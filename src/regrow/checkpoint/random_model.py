@@ -1,4 +1,4 @@
-"""Models with random weights, from a config and a seed."""
+"""Models from a config alone: with random weights, or without weights."""
 
 from __future__ import annotations
 
@@ -21,4 +21,14 @@ def random_model(config: PretrainedConfig, seed: int, like: Path) -> PreTrainedM
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     if (like / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(str(like))
+    return model
+
+
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The model on the meta device, which takes no memory for weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model

@@ -8,12 +8,12 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from regrow import families, plugins
 from regrow import plan as plans
 from regrow.card import ModelDir
 from regrow.checkpoint import Checkpoint, load
+from regrow.checkpoint.random_model import on_meta
 from regrow.config import Options
 from regrow.data.sequences import VALIDATE_EVERY
 from regrow.errors import UserError
@@ -267,8 +267,7 @@ def prove_reload(folder: Path) -> None:
             checkpoint.whole_model(torch.bfloat16)
         return
     config = checkpoint.stock_config()
-    with torch.device("meta"):
-        stock = families.as_on_disk(family, AutoModelForCausalLM.from_config(config).state_dict())
+    stock = families.as_on_disk(family, on_meta(config).state_dict())
     shapes = {name: tuple(value.shape) for name, value in stock.items()}
     assert checkpoint.shapes.items() <= shapes.items(), f"{folder} is not what its config says"
 

@@ -43,12 +43,16 @@ class Adapter:
 
         A is drawn with `seed` and B is zero, so the outputs are the same as without the adapters.
         """
-        from peft import LoraConfig
-
         dtype = base.compute_dtype(device)
         model = _in_4_bits(base, dtype, device) if self.quantized else base.model(dtype)
-        layers = range(self.first_layer, model.config.num_hidden_layers)
         torch.manual_seed(seed)
+        return self.attach(model)
+
+    def attach(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model with new adapters; it may be on the meta device."""
+        from peft import LoraConfig
+
+        layers = range(self.first_layer, model.config.num_hidden_layers)
         model.add_adapter(
             LoraConfig(
                 r=self.rank,
@@ -60,7 +64,7 @@ class Adapter:
         )
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.to(float32_at_least(dtype))
+                parameter.data = parameter.data.to(float32_at_least(parameter.dtype))
         return model.eval()
 
     def parameters(self, model: PreTrainedModel) -> int:

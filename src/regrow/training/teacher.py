@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from regrow import families
 from regrow.checkpoint import Checkpoint
+from regrow.checkpoint.random_model import on_meta
 from regrow.data.sequences import Sequences
 from regrow.layerwise import LayerByLayer
 from regrow.quantization.formats import SCHEMES
@@ -31,6 +32,7 @@ from regrow.runtime.chunks import CHUNK_ELEMENTS
 from regrow.runtime.precision import half
 from regrow.training import sharding
 from regrow.training.head import Head, head_loss, head_of
+from regrow.training.load_once import load_once, send, weights_of
 from regrow.training.loss_weights import LossWeights
 from regrow.training.model_check import check_model
 from regrow.training.shared_tokens import NONE, rows_of
@@ -257,11 +259,21 @@ def place_teacher(
         family, own = families.of(checkpoint), copy(checkpoint)  # a thread reads its files
         shell = LayerByLayer.of(own, family, device, dtype=half(device))
         return shell.streamed(prefetch=True)
+    if placement in ("shares", "node_shares"):
+        return _shared(checkpoint, device, in_node=placement == "node_shares")
     model = checkpoint.model(half(device), device if placement == "whole" else "cpu")
     if placement == "int8":
         round_linear(model, device)
-    elif placement in ("shares", "node_shares"):
-        sharding.share(model, device, in_node=placement == "node_shares")
+    return model
+
+
+def _shared(checkpoint: Checkpoint, device: torch.device, in_node: bool) -> PreTrainedModel:
+    """A model in shards, whose weights process 0 reads and sends."""
+    load, config = partial(checkpoint.model, half(device)), checkpoint.stock_config()
+    model = load_once(load, lambda: on_meta(config).eval())
+    weights = weights_of(model)
+    sharding.share(model, device, in_node)
+    send(weights, model, device)
     return model
 
 

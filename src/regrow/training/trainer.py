@@ -33,6 +33,7 @@ from regrow.training.adapters import has_adapter, load_adapter
 from regrow.training.callbacks import COUNT_PREFIX, MetricSums
 from regrow.training.dynamic_blend import LOSS, DynamicBlend
 from regrow.training.features import MAIN, FeatureLosses
+from regrow.training.load_once import send, weights_of
 from regrow.training.on_policy import StudentWriter
 from regrow.training.optimizers import run_eagerly_on_cpu
 from regrow.training.rates import scale_rates
@@ -147,6 +148,7 @@ class DistillTrainer(FeatureLossTrainer):
         self.save_seconds, self.saved_at = save_seconds, time.monotonic()
         self.writer, self.blend = writer, blend
         self.logged = MetricSums()
+        self._unsent: list[Tensor] | None = None  # weights that other processes lack
         self.step_loss = torch.zeros(())
         self.model_accepts_loss_kwargs = True  # Trainer then counts the scored tokens
         self.loss_is_scaled_for_ga = True
@@ -201,8 +203,22 @@ class DistillTrainer(FeatureLossTrainer):
         assert isinstance(self.model, PreTrainedModel)
         return self.model
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Shard the student or wrap it; shards get the weights of process 0, the only ones."""
+        self._unsent = weights_of(self.student) if self.is_fsdp_enabled else None
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self._send_weights()
+        return prepared
+
+    def _send_weights(self) -> None:
+        """Send them once: a checkpoint, which has weights too, is read after that."""
+        if self._unsent is not None:
+            send(self._unsent, self.student, self.args.device)
+            self._unsent = None
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load a checkpoint; Trainer does not support checkpoints that contain only adapters."""
+        self._send_weights()
         if has_adapter(self.student):
             load_adapter(self.student, Path(resume_from_checkpoint))
         else:

@@ -52,6 +52,7 @@ from regrow.training.callbacks import CHOSEN_BY, MetricsWriter, ProgressCallback
 from regrow.training.checkpoints import last_checkpoint
 from regrow.training.dynamic_blend import BlendedSequences
 from regrow.training.frozen_layers import decoder_layers
+from regrow.training.load_once import load_once
 from regrow.training.objective import bind_loss
 from regrow.training.on_policy import NumberedSequences
 from regrow.training.trainer import DistillTrainer, NotFiniteError
@@ -169,7 +170,7 @@ def _run(
     teachers, config, budget = setup.teachers, setup.config, setup.budget
     loss_weights, feature_losses = setup.loss_weights, setup.feature_losses
     dtype = optimizers.KINDS[config.optimizer].dtype
-    model = setup.student.model(config.seed, setup.adapter, device, dtype)
+    model = _student(setup, device, dtype)
     keep_zeros(setup, model, stage)
     teacher_model = teachers.model(config, device, setup.placement)
     lost = mass_lost(teacher_model, heldout, budget.micro)
@@ -212,6 +213,13 @@ def _run(
     if distributed.is_main():
         _write(trainer, setup, folder)
     stage.figures += _figures(trainer, budget.steps * config.batch_tokens) + lost
+
+
+def _student(setup: DistillSetup, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The student before training; only process 0 has its weights if they will be sharded."""
+    student, adapter = setup.student, setup.adapter
+    load = partial(student.model, setup.config.seed, adapter, device, dtype)
+    return load_once(load, partial(student.skeleton, adapter)) if setup.sharded else load()
 
 
 def keep_zeros(setup: DistillSetup, model: PreTrainedModel, stage: StageDir) -> None:

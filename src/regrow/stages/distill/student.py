@@ -12,16 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
 from regrow import families
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint.model_config import accept_config
-from regrow.checkpoint.random_model import random_model
+from regrow.checkpoint.random_model import on_meta, random_model
 from regrow.config import Options
 from regrow.errors import UserError
 from regrow.runtime.progress import say
@@ -197,11 +193,13 @@ class Student:
             model = random_model(self.config, seed, self.like.folder)
             for parameter in model.parameters():  # not the buffers: RoPE needs float32
                 parameter.data = parameter.data.to(dtype)
-        with suppress(UserError):  # a model without a table has its own names on disk
-            families.accept_disk_names(families.of_config(model.config.to_dict()), model)
-        model.register_load_state_dict_post_hook(_require_all_used)
         check_model(model)
-        return model
+        return _accepting(model)
+
+    def skeleton(self, adapter: Adapter | None = None) -> PreTrainedModel:
+        """The model of `model` on the meta device, without its dtypes and its weights."""
+        model = self.on_meta().eval()
+        return _accepting(model if adapter is None else adapter.attach(model))
 
     def plain(
         self, trained: PreTrainedModel, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]
@@ -220,7 +218,7 @@ class Student:
 
     def on_meta(self) -> PreTrainedModel:
         """The student on the meta device, which takes no memory for weights."""
-        return _on_meta(self.config or self.like.stock_config())
+        return on_meta(self.config or self.like.stock_config())
 
     @property
     def cut(self) -> Path | None:
@@ -255,6 +253,14 @@ def check_keeps_zeros(sparse: str, config: DistillConfig, options: Options) -> N
         raise would_fill(sparse, f"adapter {config.adapter}", advice)
     if sharding.is_sharded(options):
         raise would_fill(sparse, sharding.name(options), advice)
+
+
+def _accepting(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, which reads its checkpoints by the names on disk, all of whose tensors it uses."""
+    with suppress(UserError):  # a model without a table has its own names on disk
+        families.accept_disk_names(families.of_config(model.config.to_dict()), model)
+    model.register_load_state_dict_post_hook(_require_all_used)
+    return model
 
 
 def _require_all_used(module: Any, keys: Any) -> None:
@@ -307,9 +313,3 @@ def _config(path: Path, fields: dict[str, Any], teacher: Checkpoint) -> Pretrain
     if config is None:
         raise UserError(f"{path}: transformers knows no model_type {fields['model_type']!r}")
     return config
-
-
-def _on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model

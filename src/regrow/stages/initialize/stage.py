@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from regrow import families
 from regrow.card import ModelDir
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.checkpoint.model_config import accept_config
-from regrow.checkpoint.random_model import random_model
+from regrow.checkpoint.random_model import on_meta, random_model
 from regrow.errors import UserError, nearest
 from regrow.runtime.progress import say
 from regrow.stage_dir import refuse_input
@@ -82,6 +81,4 @@ def describe(checkpoint: Checkpoint, config: InitializeConfig) -> str:
 
 def parameters_of(config: PretrainedConfig) -> int:
     """The number of parameters; tied weights count once."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in on_meta(config).parameters())
