@@ -98,7 +98,6 @@ def test_a_distillation_with_compiled_layers_is_as_good_as_without(
         ({"feature_losses": {"hidden": 1.0}}, {}, "feature_losses"),
         ({"fake_quantize": "int8"}, {}, "fake_quantize int8"),
         ({"adapter": "lora"}, {}, "adapter lora"),
-        ({}, {"sharding": "fsdp"}, "sharding fsdp"),
         ({}, {"deepspeed": "zero.json"}, "deepspeed"),
     ],
 )

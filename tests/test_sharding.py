@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 import torch.multiprocessing
 from safetensors.torch import load_file
 from test_distill_ranks import LORA, weights
@@ -39,6 +40,7 @@ from regrow.checkpoint.random_model import on_meta
 from regrow.config import Options
 from regrow.errors import UserError
 from regrow.stages.distill.stage import distill
+from regrow.stages.distill.student import compile_layers
 from regrow.training import sharding
 from regrow.training.adapters import Adapter
 from regrow.training.callbacks import ProgressCallback
@@ -48,7 +50,9 @@ from regrow.training.trainer import DistillTrainer
 
 SHARDED = OPTIONS.model_copy(update={"sharding": "fsdp"})
 OFFLOADED = OPTIONS.model_copy(update={"sharding": "fsdp_offload"})
+COMPILED = SHARDED.model_copy(update={"torch_compile": True})
 HYBRID = OPTIONS.model_copy(update={"sharding": "hsdp"})
+FEW_STEPS = CONFIG.model_copy(update={"tokens": 4 * 128, "eval_tokens": 2 * 128})
 CPU = torch.device("cpu")
 
 
@@ -99,6 +103,8 @@ def step_in_shards(file: Path, tied: bool, batch_size: int, options: Options) ->
     weight = next(teacher.model.base_model.layers.parameters())
     assert isinstance(weight, DTensor)
     assert weight.device_mesh.shape == (2,)
+    if options.torch_compile:
+        compile_layers(student, teacher, "shares")
     training_arguments = arguments(
         file.with_suffix(""),
         per_device_train_batch_size=batch_size,
@@ -115,6 +121,34 @@ def step_in_shards(file: Path, tied: bool, batch_size: int, options: Options) ->
     assert watch.sharded
     after = {name: full_tensor(p) for name, p in trainer.model.named_parameters()}
     torch.save((watch.gradients, after), file)
+
+
+def _compiled(rank: int, place: str, folder: str) -> None:
+    """A step in float32, and a distillation in bfloat16 that makes its activations again."""
+    pretend_gpus()
+    step_in_shards(Path(folder) / f"{rank}.pt", True, 2, COMPILED)
+    counted = torch._dynamo.utils.counters
+    assert counted["stats"]["unique_graphs"] >= 2  # of a student's layer, and of a teacher's
+    assert not counted["graph_break"]
+    where = Path(place)
+    job = (where / "pruned", where / "teacher", data(where))
+    again = COMPILED.model_copy(update={"gradient_checkpointing": True})
+    distill(*job, Path(folder) / "out", FEW_STEPS, again)
+    assert not counted["graph_break"]
+
+
+@pytest.mark.slow
+def test_compiled_layers_in_shards_train_what_one_process_trains(tmp_path: Path) -> None:
+    place = write_place(tmp_path / "place")
+    start_ranks(2, _compiled, str(place), str(tmp_path))
+    exact = slow_gradients(tiny_sequences())
+    for rank in range(2):
+        assert error(torch.load(tmp_path / f"{rank}.pt")[0], exact) < 1e-5
+    single = distill(
+        place / "pruned", place / "teacher", data(place), tmp_path / "one", FEW_STEPS, OPTIONS
+    )
+    # Compiled layers round to bfloat16 less often.
+    assert held_out(tmp_path / "out") == pytest.approx(held_out(single), rel=3e-2)
 
 
 def _work(rank: int, place: str, folder: str) -> None:
@@ -159,7 +193,6 @@ def _offload(rank: int, place: str, folder: str) -> None:
 
     Tensor.pin_memory = pin
     where = Path(place)
-    steps = CONFIG.model_copy(update={"tokens": 4 * 128, "eval_tokens": 2 * 128})
     sharded: list[bool] = []
     began = ProgressCallback.on_step_begin
 
@@ -175,13 +208,13 @@ def _offload(rank: int, place: str, folder: str) -> None:
 
     job = (where / "pruned", where / "teacher", data(where))
     ProgressCallback.on_step_begin = look  # type: ignore[method-assign]
-    distill(*job, Path(folder) / "shards", steps, SHARDED)
+    distill(*job, Path(folder) / "shards", FEW_STEPS, SHARDED)
     assert sharded and all(sharded) and not pinned
     ProgressCallback.on_step_begin = stop  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        distill(*job, Path(folder) / "moved", steps, SHARDED)
+        distill(*job, Path(folder) / "moved", FEW_STEPS, SHARDED)
     ProgressCallback.on_step_begin = began  # type: ignore[method-assign]
-    distill(*job, Path(folder) / "moved", steps, OFFLOADED)
+    distill(*job, Path(folder) / "moved", FEW_STEPS, OFFLOADED)
     assert pinned
 
 
@@ -197,7 +230,6 @@ def _hybrid(rank: int, place: str, folder: str) -> None:
     pretend_gpus()
     where, out = Path(place), Path(folder) / "out"
     job = (where / "pruned", where / "teacher", data(where), out)
-    steps = CONFIG.model_copy(update={"tokens": 4 * 128, "eval_tokens": 2 * 128})
     often = HYBRID.model_copy(update={"save_minutes": 1e-9})
     stops: list[int] = []
     meshes: list[Any] = []
@@ -212,10 +244,10 @@ def _hybrid(rank: int, place: str, folder: str) -> None:
     for step in (2, 3):
         stops.append(step)
         with pytest.raises(KeyboardInterrupt):
-            distill(*job, steps, often)
+            distill(*job, FEW_STEPS, often)
     assert set(meshes) == {(2, 2)}
     ProgressCallback.on_step_begin = began  # type: ignore[method-assign]
-    distill(*job, steps, SHARDED)
+    distill(*job, FEW_STEPS, SHARDED)
 
 
 def test_shards_in_each_node_train_what_one_process_trains(tmp_path: Path) -> None:
@@ -240,9 +272,8 @@ def test_shards_in_each_node_train_what_one_process_trains(tmp_path: Path) -> No
 def test_a_run_with_shards_in_each_node_continues_with_shards_over_all(tmp_path: Path) -> None:
     place = write_place(tmp_path / "place")
     start_ranks(4, _hybrid, str(place), str(tmp_path))
-    steps = CONFIG.model_copy(update={"tokens": 4 * 128, "eval_tokens": 2 * 128})
     job = (place / "pruned", place / "teacher", data(place))
-    single = distill(*job, tmp_path / "single", steps, OPTIONS)
+    single = distill(*job, tmp_path / "single", FEW_STEPS, OPTIONS)
     assert held_out(tmp_path / "out") == pytest.approx(held_out(single), rel=1e-2)
     assert held_out(single)[4] < 0.98 * held_out(single)[0]
 

@@ -46,7 +46,6 @@ def check_compile(config: DistillConfig, options: Options) -> None:
         "feature_losses": bool(config.feature_losses),
         f"fake_quantize {config.fake_quantize}": config.fake_quantize is not None,
         f"adapter {config.adapter}": config.adapter != "none",
-        sharding.name(options): sharding.is_sharded(options),
         "deepspeed": options.deepspeed is not None,
     }
     for name, given in incompatible.items():
