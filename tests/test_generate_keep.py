@@ -16,8 +16,10 @@ from tiny_tokenizer import tiny_tokenizer
 
 from regrow.checkpoint import Checkpoint
 from regrow.data.sequences import build_sequences
+from regrow.errors import UserError
 from regrow.runtime.batch_generator import BatchGenerator
 from regrow.stage_dir import read as read_manifest
+from regrow.stages.generate import check
 from regrow.stages.generate.keep import diverse, fault, plain, repetition
 from regrow.stages.generate.self_prompts import beginning
 from regrow.stages.generate.stage import LOGPROBS, generate
@@ -48,6 +50,30 @@ def test_faults_by_hand() -> None:
     assert fault({**row, "error": "no"}, ALL, None) == "refused by the endpoint"
     unfinished = ALL.model_copy(update={"keep_unfinished": False})
     assert fault({**row, "finished": False}, unfinished, None) == "unfinished"
+
+
+def test_answers_in_another_language_are_left_out() -> None:
+    pytest.importorskip("py3langid")
+    german = "Die Hauptstadt von Frankreich ist Paris, und sie liegt an der Seine."
+    english = "The capital of France is Paris, and it lies on the river Seine."
+    unclear = ["42", "Paris.", "f(x) = x + 1", "e4 e5 Nf3 Nc6 Bb5 a6 Ba4 Nf6 O-O Be7"]
+    for languages, other in ((("en",), {german}), (("de",), {english}), (("en", "de"), set())):
+        config = ALL.model_copy(update={"languages": languages})
+        for text in (german, english, *unclear):
+            row: Any = {"answer": text, "finished": True, "tokens": 9}
+            expected = "in another language" if text in other else None
+            assert fault(row, config, None) == expected, text
+            assert fault(row, ALL, None) is None
+
+
+def test_wrong_languages_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("py3langid")
+    config = ALL.model_copy(update={"languages": ("en", "english")})
+    with pytest.raises(UserError, match="languages 'english': allowed are ISO 639 codes"):
+        check(config, prompts=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'regrow\[language\]'"):
+        check(config, prompts=True)
 
 
 def test_duplicates_are_of_case_and_space_alone() -> None:

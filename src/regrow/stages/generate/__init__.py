@@ -65,6 +65,9 @@ class GenerateConfig(Config):
     """Leave out answers in which a larger share of the runs of three words occurred before."""
     max_perplexity: float | None = Field(default=None, gt=1)
     """Leave out answers with a larger perplexity under MODEL."""
+    languages: tuple[str, ...] = ()
+    """Leave out answers in a language that is none of these (ISO 639 codes, such as en). An answer
+    that is too short to tell is kept."""
     select: int | None = Field(default=None, ge=1)
     """The number of rows to write: those that differ most from each other."""
     licence: str | None = None
@@ -173,6 +176,10 @@ def check(config: GenerateConfig, prompts: bool) -> None:
         raise UserError("self_prompts and prompts from data: give one of them")
     if not config.self_prompts and not prompts:
         raise UserError("no prompts: give --data, or --self-prompts N to let the model write them")
+    if config.languages:
+        from regrow.stages.generate.language import check_languages
+
+        check_languages(config.languages)
     if config.endpoint is None:
         if config.served_model is not None:
             raise UserError(f"served_model {config.served_model}: give the endpoint that serves it")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from regrow.runtime.rows import Row
 from regrow.stages.generate import GenerateConfig
+from regrow.stages.generate.language import is_other
 
 FEATURES = 512
 """The number of hashed features of a text."""
@@ -36,6 +37,8 @@ def fault(row: Row, config: GenerateConfig, perplexity: float | None) -> str | N
         return "too short"
     if config.max_repetition is not None and repetition(row["answer"]) > config.max_repetition:
         return "repeats itself"
+    if is_other(row["answer"], config.languages):
+        return "in another language"
     limit = config.max_perplexity
     if limit is not None and perplexity is not None and not perplexity <= limit:
         return "too unlikely"

@@ -83,7 +83,7 @@ def _stage(out: Path, config: GenerateConfig, inputs: dict[str, str]) -> StageDi
     # These fields only select the answers to write, or say how to ask, so earlier answers stay.
     names = (
         *("limit", "keep_unfinished", "min_new_tokens", "max_repetition", "max_perplexity"),
-        *("select", "licence", "accept_licence", "request_timeout", "max_attempts"),
+        *("languages", "select", "licence", "accept_licence", "request_timeout", "max_attempts"),
         *("api_key_variable", "endpoint"),
     )
     fields = GenerateConfig.model_fields
