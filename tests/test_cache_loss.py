@@ -10,7 +10,7 @@ from tiny_cache import states_and_head
 from torch import Tensor
 
 from regrow.training.cache.formats import samples, topk
-from regrow.training.cache.sparse import Sparse
+from regrow.training.cache.sparse import PADDING, Sparse
 from regrow.training.head import Head, head_loss
 from regrow.training.loss_weights import LossWeights
 
@@ -21,8 +21,16 @@ KL = LossWeights({"forward_kl": 1.0})
 
 def stored(kind: str) -> Sparse:
     states, head = states_and_head()
-    form = topk.Format(V, k=6) if kind == "topk" else samples.Format(V, draws=20)
-    return form.decode(form.encode(states, head, KEY))  # type: ignore[return-value]
+    form = samples.Format(V, draws=20) if kind == "samples" else topk.Format(V, k=6)
+    sparse: Sparse = form.decode(form.encode(states, head, KEY))  # type: ignore[assignment]
+    if kind != "padded":
+        return sparse
+    known = 1 + torch.arange(N)[:, None] % 6  # rows with 1 to 6 known ids
+    lost_NK = torch.arange(6) >= known
+    p_NK, tail_N = sparse.probability_NK.masked_fill(lost_NK, 0), sparse.tail_N
+    assert tail_N is not None
+    tail_N = tail_N + (sparse.probability_NK - p_NK).sum(-1)
+    return Sparse(V, sparse.ids_NK.masked_fill(lost_NK, PADDING), p_NK, tail_N)
 
 
 def student(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Head, Tensor]:
@@ -41,7 +49,7 @@ def slow(logits_NV: Tensor, sparse: Sparse) -> Tensor:
         pairs = [(p, q[i]) for p, i in zip(probabilities, ids, strict=True) if p > 0]
         if sparse.tail_N is not None:
             rest = torch.ones(len(q), dtype=torch.bool)
-            rest[ids] = False
+            rest[ids[ids != PADDING]] = False
             pairs.append((sparse.tail_N[row].double(), q[rest].sum()))
             total = total + sum(p * (p / mass).log() for p, mass in pairs)
         else:
@@ -50,7 +58,7 @@ def slow(logits_NV: Tensor, sparse: Sparse) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("kind", ["topk", "samples"])
+@pytest.mark.parametrize("kind", ["topk", "padded", "samples"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("chunk", [1, 7, N, 3 * N])
 def test_value_and_gradient_equal_the_slow_version(

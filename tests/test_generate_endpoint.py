@@ -22,7 +22,8 @@ from regrow.data import DataConfig
 from regrow.errors import UserError
 from regrow.stage_dir import read as read_manifest
 from regrow.stages.generate import GenerateConfig, endpoint
-from regrow.stages.generate.stage import LOGPROBS, generate
+from regrow.stages.generate.stage import generate
+from regrow.training.answer_targets import TOP_LOGPROBS
 
 KEY = "sk-very-secret-0123456789"
 OPTIONS = Options(device="cpu", batch_size=4)
@@ -158,7 +159,7 @@ def test_answers_in_order_with_what_was_asked(server: Server, place: Path, tmp_p
         assert body["path"] == "/v1/chat/completions"
         assert (body["model"], body["max_tokens"], body["temperature"]) == ("tiny", 50, 0.7)
         assert (body["top_p"], body["logprobs"], body["top_logprobs"]) == (0.9, True, 2)
-    kept = [json.loads(line) for line in (out / LOGPROBS).read_text().splitlines()]
+    kept = [json.loads(line) for line in (out / TOP_LOGPROBS).read_text().splitlines()]
     assert [row["id"] for row in kept] == [row["id"] for row in found]
     top = {"token": "You", "logprob": -0.25, "top": [["You", -0.25], ["No", -2.5]]}
     assert all(row["tokens"] == [top] for row in kept)
@@ -185,7 +186,7 @@ def test_without_a_template_prompts_are_continued(
     assert [row["completion"] for row in rows_of(out)] == [f"You said: {p}\n" for p in PROMPTS[:2]]
     assert {body["path"] for body in server.asked} == {"/v1/completions"}
     assert all((body["logprobs"], body["temperature"]) == (2, 0.0) for body in server.asked)
-    (top,) = json.loads((out / LOGPROBS).read_text().splitlines()[0])["tokens"]
+    (top,) = json.loads((out / TOP_LOGPROBS).read_text().splitlines()[0])["tokens"]
     assert top == {"token": "You", "logprob": -0.25, "top": [["You", -0.25], ["No", -2.5]]}
 
 

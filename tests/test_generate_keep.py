@@ -22,7 +22,8 @@ from regrow.stage_dir import read as read_manifest
 from regrow.stages.generate import check
 from regrow.stages.generate.keep import diverse, fault, plain, repetition
 from regrow.stages.generate.self_prompts import beginning
-from regrow.stages.generate.stage import LOGPROBS, generate
+from regrow.stages.generate.stage import generate
+from regrow.training.answer_targets import TOP_LOGPROBS
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_top_log_probabilities_are_those_of_the_model(place: Path, tmp_path: Pat
     model, tokenizer = checkpoint.model(torch.float32), checkpoint.tokenizer()
     config = ALL.model_copy(update={"top_logprobs": 3, "temperature": 3.0, "top_p": 0.8})
     out = generate(place / "model", data(place), tmp_path / "out", config, options(4))
-    rows = [json.loads(line) for line in (out / LOGPROBS).read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / TOP_LOGPROBS).read_text().splitlines()]
     assert len(rows) == 9
     for answered, row in zip(rows_of(out), rows, strict=True):
         prompt = tokenizer.apply_chat_template(

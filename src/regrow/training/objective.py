@@ -89,7 +89,9 @@ class _Objective:
         targets_N = batch["labels"][:, 1:][mask]
         source_N = None if source_BT is None else source_BT[:, 1:][mask]
         reads = {} if self.feature_losses is None else self.feature_losses.reads
-        teacher_states, sparse = self._of_teacher(teacher, batch, loss_weights, reads)
+        teacher_states, sparse = self._of_teacher(
+            teacher, batch, loss_weights, reads, student.training
+        )
         student_states, head = hidden_states(student, batch, **reads), head_of(student)
         if teacher is not None:
             head, targets_N = teacher.compared(head, targets_N)
@@ -121,8 +123,12 @@ class _Objective:
         batch: Batch,
         loss_weights: LossWeights,
         reads: dict[str, bool],
+        training: bool,
     ) -> tuple[States | None, Sparse | None]:
-        """The teacher's states if a loss needs them, or a cache's distributions instead."""
+        """The teacher's states if a loss needs them, or stored distributions instead."""
+        targets = teacher.targets if training and isinstance(teacher, Teacher) else None
+        if targets is not None and loss_weights.needs_teacher:
+            return None, targets.sparse(batch)
         if isinstance(teacher, CachedTeacher) and loss_weights.needs_teacher:
             sparse = teacher.sparse(batch)
             if sparse is not None:

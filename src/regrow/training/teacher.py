@@ -31,6 +31,7 @@ from regrow.quantization.grid import fit
 from regrow.runtime.chunks import CHUNK_ELEMENTS
 from regrow.runtime.precision import half
 from regrow.training import sharding
+from regrow.training.answer_targets import AnswerTargets
 from regrow.training.head import Head, head_loss, head_of
 from regrow.training.load_once import load_once, send, weights_of
 from regrow.training.loss_weights import LossWeights
@@ -70,6 +71,8 @@ class Teacher:
         check_model(self.model)
         self.ids_V = None if ids_V is None else ids_V.to(model.device)
         self.size = size
+        self.targets: AnswerTargets | None = None
+        """Distributions that replace its own while the student trains."""
         self.shared_S: Tensor | None = None
         """The student's ids that the teacher also has; None for all of them."""
         if self.ids_V is not None and bool((self.ids_V == NONE).any()):

@@ -100,6 +100,7 @@ class DistillStage(Stage):
             check_keeps_zeros(f"the weights are sparse after {plan.left[NOTE]}", config, options)
         open_extra_teachers(config, plan.checkpoint)
         text = training_text(plan.data, config)
+        _check_targets(step, plan)
         loss_weights_of(config, text)
         answer_digests(config)
         if config.cache is not None:
@@ -178,6 +179,29 @@ def _learns_from_parent(step: Step) -> str | None:
     """The note of the model before a prune that is the teacher; None if the teacher is another."""
     notes = {"before_prune": BEFORE_PRUNE, "before_first_prune": BEFORE_FIRST_PRUNE}
     return None if step.extra is None else notes.get(step.extra.learn_from)
+
+
+def _check_targets(step: Step, plan: RecipePlan) -> None:
+    """Raise UserError unless the answers of an earlier stage have the log-probabilities asked for.
+
+    Answers that the config names are looked at too.
+    """
+    from regrow.stages.distill.teacher import check_targets
+    from regrow.training.answer_targets import TOP_LOGPROBS, check_logprobs
+
+    config = step.config
+    if config.answer_targets == "teacher":
+        return
+    if config.answers is not None:
+        check_logprobs(Path(config.answers))
+    elif (step.teacher or plan.model) in plan.answers:
+        config = config.model_copy(update={"answers": "of the recipe"})
+        if TOP_LOGPROBS not in plan.left:
+            raise UserError(
+                f"answer_targets {config.answer_targets}: the generate stage before it stores no "
+                "log-probabilities: give it top_logprobs: 20"
+            )
+    check_targets(config, plan.data)
 
 
 def _check_cached(step: Step, plan: RecipePlan) -> None:

@@ -96,6 +96,10 @@ class DistillConfig(Config):
     """A folder of `regrow generate` with the teacher's answers, which replace the text to train on;
     the held-out KL is still measured on the data. A recipe uses the last generate stage by the
     teacher before this one."""
+    answer_targets: Literal["teacher", "top_logprobs"] = "teacher"
+    """Where the distributions on `answers` come from: the teacher, which reads them, or the
+    log-probabilities that are stored with them (generate --top-logprobs), for a teacher that only
+    answers from a server. The held-out KL is then still that to the teacher."""
     own_answers: str | None = None
     """A folder of `regrow generate` with the student's answers, which are added to the text to
     train on, with own_losses. A recipe uses a generate stage by this student before this one."""

@@ -22,8 +22,9 @@ from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.student import Student
 from regrow.stages.distill.text import loss_weights_of
 from regrow.training import frozen_layers, sharding
+from regrow.training.answer_targets import AnswerTargets
 from regrow.training.cache.folder import Cache, shared_ids
-from regrow.training.cache.teacher import CachedTeacher, check_use, head_from
+from regrow.training.cache.teacher import CachedTeacher, beyond_forward_kl, check_use, head_from
 from regrow.training.callbacks import CHOSEN_BY, SPAN_CHOSEN_BY
 from regrow.training.cross_tokenizer.align import Aligner
 from regrow.training.cross_tokenizer.teacher import CrossTokenizerTeacher
@@ -182,6 +183,47 @@ def open_cache(
     return cache
 
 
+def check_targets(config: DistillConfig, text: DataConfig) -> None:
+    """Raise UserError for what the stored log-probabilities of answers do not support."""
+    if config.answer_targets == "teacher":
+        return
+    name = f"answer_targets {config.answer_targets}"
+    if config.answers is None:
+        raise UserError(f"{name}: there are no answers; give the folder of `regrow generate`")
+    incompatible = {
+        "own_answers": config.own_answers is not None,
+        f"on_policy_share {config.on_policy_share:g}": config.on_policy_share > 0,
+        "extra_teachers": bool(config.extra_teachers),
+        "dynamic_blend": config.dynamic_blend,
+        "feature_losses": bool(config.feature_losses),
+        "cross_tokenizer spans": config.cross_tokenizer == "spans",
+    }
+    for other, given in incompatible.items():
+        if given:
+            raise UserError(f"{name} with {other}: not supported; leave out one of them")
+    what = beyond_forward_kl(loss_weights_of(config, text))
+    if what is not None:
+        raise UserError(
+            f"{name}: {what} needs all of the teacher's logits: use forward_kl at temperature 1"
+        )
+
+
+def open_targets(
+    config: DistillConfig, student: Student, teacher: Checkpoint, ids_V: Tensor | None
+) -> AnswerTargets | None:
+    """The stored log-probabilities of the answers, if the config asks for them."""
+    if config.answer_targets == "teacher":
+        return None
+    if ids_V is not None:
+        raise UserError(
+            f"answer_targets {config.answer_targets}: the student {student.like.folder} has other "
+            "tokens than the teacher; leave it out, so that the teacher reads the answers"
+        )
+    assert config.answers is not None
+    tokenizer = teacher.tokenizer()
+    return AnswerTargets(config.answers, tokenizer, shared_ids(teacher, tokenizer))
+
+
 def check_loss(config: DistillConfig, format: str, text: DataConfig) -> None:
     """Raise UserError for a loss that a cache of this format does not support."""
     check_use(format, loss_weights_of(config, text), needs_layers=bool(config.feature_losses))
@@ -244,6 +286,8 @@ class TeacherSetup:
     """A cache that replaces the teacher's layers."""
     extra_teachers: list[ExtraTeacher] = field(default_factory=list)
     """Teachers beside the first one."""
+    targets: AnswerTargets | None = None
+    """Stored log-probabilities of answers, which replace the teacher in training."""
     aligner: Aligner | None = None
     """Compares text spans if the teacher has another tokenizer; None otherwise."""
 
@@ -257,6 +301,7 @@ class TeacherSetup:
         text: DataConfig,
     ) -> TeacherSetup:
         """Raises UserError if teacher, student, `text` and config are not compatible."""
+        check_targets(config, text)
         aligner = aligner_of(config, student.like, teacher, options)
         if aligner is not None and any(source.losses is not None for source in text.sources):
             raise UserError(
@@ -267,9 +312,9 @@ class TeacherSetup:
             return cls(student, teacher, aligner=aligner)
         ids_V = teacher_ids(student.like, teacher)
         extra_teachers = open_extra_teachers(config, student.like, ids_V)
-        return cls(
-            student, teacher, ids_V, open_cache(config, teacher, ids_V, text), extra_teachers
-        )
+        cache = open_cache(config, teacher, ids_V, text)
+        targets = open_targets(config, student, teacher, ids_V)
+        return cls(student, teacher, ids_V, cache, extra_teachers, targets)
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
@@ -283,6 +328,8 @@ class TeacherSetup:
         hashes = {"teacher": first.fingerprint}
         if self.cached is not None:
             hashes["cache"] = self.cached.fingerprint
+        if self.targets is not None:
+            hashes["log-probabilities"] = self.targets.fingerprint
         return hashes | {f"teacher {n}": other.fingerprint for n, other in enumerate(others, 2)}
 
     @property
@@ -310,6 +357,11 @@ class TeacherSetup:
                 self.cached.check_sequences(sequences, split)
         if self.aligner is not None:
             say_coverage(self.aligner, heldout)
+        if self.targets is not None:
+            say(
+                f"distill: {self.targets.coverage(train):.1%} of the training tokens have stored "
+                "log-probabilities; the others are learned as text"
+            )
 
     def model(
         self, config: DistillConfig, device: torch.device, placement: TeacherPlacement
@@ -319,6 +371,9 @@ class TeacherSetup:
         if self.aligner is not None:
             assert isinstance(teacher, Teacher)
             return CrossTokenizerTeacher(teacher, self.aligner, config.span_temperature)
+        if self.targets is not None:
+            assert isinstance(teacher, Teacher)
+            teacher.targets = self.targets
         return mixed_teacher(teacher, self.extra_teachers, placement)
 
 

@@ -58,7 +58,7 @@ class GenerateConfig(Config):
     """Attempts for each prompt; the waits between them double, and follow Retry-After."""
     top_logprobs: int = Field(default=0, ge=0, le=20)
     """The number of most likely tokens to keep at each position of the answers, with their
-    log-probabilities, in top_logprobs.ndjson."""
+    log-probabilities, in top_logprobs.jsonlines."""
     min_new_tokens: int = Field(default=1, ge=1)
     """Leave out answers with fewer tokens."""
     max_repetition: float | None = Field(default=None, ge=0, le=1)
@@ -141,7 +141,14 @@ class GenerateStage(Stage):
 
     def leave(self, step: Step, plan: RecipePlan) -> None:
         """Record in the plan that answers of the teacher, or of the current model, exist."""
-        plan.answers.add((step.teacher or plan.model) if step.extra.by == "teacher" else "")
+        from regrow.training.answer_targets import TOP_LOGPROBS
+
+        by_teacher = step.extra.by == "teacher"
+        plan.answers.add((step.teacher or plan.model) if by_teacher else "")
+        if by_teacher:
+            plan.left.pop(TOP_LOGPROBS, None)
+            if step.config.top_logprobs:
+                plan.left[TOP_LOGPROBS] = step.config.top_logprobs
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
         """Answer the prompts with the teacher or with the current model."""

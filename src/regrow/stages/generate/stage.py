@@ -27,11 +27,8 @@ from regrow.stages.generate import GenerateConfig, check
 from regrow.stages.generate.keep import diverse, fault, plain
 from regrow.stages.generate.local import Asked
 from regrow.stages.generate.work import Work
+from regrow.training.answer_targets import ANSWERS, TOP_LOGPROBS
 from regrow.training.cache.folder import tokenizer_fingerprint
-
-ANSWERS = "answers.jsonl"
-LOGPROBS = "top_logprobs.ndjson"
-"""A file whose ending no reader of text has, so that the folder can be given as data."""
 
 
 def generate(
@@ -194,7 +191,7 @@ def _finish(
     with (folder / ANSWERS).open("w", encoding="utf-8") as file:
         file.writelines(line(asked[n].answered(rows[n]["answer"])) for n in kept)
     if config.top_logprobs:
-        with (folder / LOGPROBS).open("w", encoding="utf-8") as file:
+        with (folder / TOP_LOGPROBS).open("w", encoding="utf-8") as file:
             file.writelines(
                 line({"id": rows[n]["id"], "tokens": rows[n].get("scored")}) for n in kept
             )

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PADDING = -1
+"""The id that fills rows with fewer known ids than others, after these, where there is a tail."""
+
 
 @dataclass(frozen=True)
 class Sparse:
@@ -58,26 +61,30 @@ class Sparse:
         a lower bound of the full KL. With samples, an unbiased estimate: −Σ p̂ log q − entropy. Both
         are from arXiv:2503.16870.
         """
-        known_NK = student_NV.gather(-1, self.ids_NK)
+        padded_NK = self.ids_NK == PADDING
+        ids_NK = torch.where(padded_NK, self.ids_NK[:, :1], self.ids_NK)
+        known_NK = student_NV.gather(-1, ids_NK).masked_fill(padded_NK, -torch.inf)
         p_NK = self.probability_NK.to(student_NV.dtype)
         if self.tail_N is None:
             log_q_NV = student_NV.log_softmax(-1)
-            value_N = -(p_NK * log_q_NV.gather(-1, self.ids_NK)).sum(-1)
+            value_N = -(p_NK * log_q_NV.gather(-1, ids_NK)).sum(-1)
             if self.entropy_N is not None:
                 value_N = value_N - self.entropy_N
-            return value_N, log_q_NV.exp_().scatter_add_(-1, self.ids_NK, -p_NK)
+            return value_N, log_q_NV.exp_().scatter_add_(-1, ids_NK, -p_NK)
         # The softmax over the tail alone: q of a tail id is its share of the tail times q of the
         # tail.
-        student_NV.scatter_(-1, self.ids_NK, -torch.inf)
+        student_NV.scatter_(-1, ids_NK, -torch.inf)
         log_tail_N = student_NV.logsumexp(-1)
         log_z_N = torch.logaddexp(log_tail_N, known_NK.logsumexp(-1))
         log_q_NK, log_q_tail_N = known_NK - log_z_N[:, None], log_tail_N - log_z_N
         tail_N = self.tail_N.to(student_NV.dtype)
-        value_N = (torch.xlogy(p_NK, p_NK) - p_NK * log_q_NK).sum(-1)
+        difference_NK = torch.xlogy(p_NK, p_NK) - p_NK * log_q_NK
+        value_N = difference_NK.masked_fill(padded_NK, 0).sum(-1)
         value_N = value_N + torch.xlogy(tail_N, tail_N) - tail_N * log_q_tail_N
         gradient_NV = student_NV.sub_(log_tail_N[:, None]).exp_()
         gradient_NV.mul_((log_q_tail_N.exp() - tail_N)[:, None])
-        return value_N, gradient_NV.scatter_(-1, self.ids_NK, log_q_NK.exp() - p_NK)
+        # The gradient of the known ids is 0 so far, and padding adds 0 to it.
+        return value_N, gradient_NV.scatter_add_(-1, ids_NK, log_q_NK.exp() - p_NK)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Sparse:
         tail_N, entropy_N = self.tail_N, self.entropy_N

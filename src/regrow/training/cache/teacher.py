@@ -83,11 +83,18 @@ def check_use(format: str, mix: LossWeights, needs_layers: bool) -> None:
         raise UserError("feature losses need the live teacher: leave out the cache, or them")
     if format == "hidden":
         return
-    terms = [term for each in mix.groups for term in each.terms()]
-    others = [loss for loss, _, _, needs in terms if needs and loss not in ANY_CACHE]
-    if others or mix.temperature != 1.0:
-        what = f"the loss {others[0]}" if others else f"temperature {mix.temperature:g}"
+    what = beyond_forward_kl(mix)
+    if what is not None:
         raise UserError(
             f"{what} needs all of the teacher's logits, and the cache has {format}: make one with "
             "--format hidden, or use forward_kl at temperature 1"
         )
+
+
+def beyond_forward_kl(mix: LossWeights) -> str | None:
+    """The loss, or the temperature, that a distribution of few known ids is not enough for."""
+    terms = [term for each in mix.groups for term in each.terms()]
+    others = [loss for loss, _, _, needs in terms if needs and loss not in ANY_CACHE]
+    if others:
+        return f"the loss {others[0]}"
+    return None if mix.temperature == 1.0 else f"temperature {mix.temperature:g}"
