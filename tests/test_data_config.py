@@ -76,3 +76,10 @@ def test_configs_import_without_torch() -> None:
     code = "import sys; import regrow.data.config; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_text_instead_of_a_path_is_refused_in_one_line() -> None:
+    text = "This text is too long for the name of a file. " * 8
+    with pytest.raises(UserError, match=r"… is no file or folder .*: give the path") as caught:
+        parse(DataConfig, {"sources": [text]}, "data")
+    assert "\n" not in str(caught.value)

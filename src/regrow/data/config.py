@@ -103,7 +103,14 @@ def _parts(source: SourceConfig, alone: bool) -> list[SourceConfig]:
     Beside other sources, the shares of the folder's sources add up to the folder's own weight.
     """
     folder = Path(source.source).expanduser()
-    if not (folder / SOURCES).is_file():
+    try:
+        prepared = (folder / SOURCES).is_file()
+    except OSError as error:  # too long for a name, for instance
+        raise ValueError(
+            f"{source.source[:40]}… is no file or folder ({error.strerror}): give the path of a "
+            "file with the text"
+        ) from None
+    if not prepared:
         return [source]
     if source.reader is not None or source.sha256 is not None:
         raise ValueError(f"{folder} is a prepared folder: leave out reader and sha256")
