@@ -208,7 +208,8 @@ def test_a_folder_without_fitting_log_probabilities_is_refused(place: Path, tmp_
     (folder / TOP_LOGPROBS).write_text('{"id": "0", "tokens"\n')
     with pytest.raises(UserError, match=r"top_logprobs.jsonlines is broken"):
         AnswerTargets(folder, *given)
-    (folder / TOP_LOGPROBS).write_text(json.dumps({"id": "0", "tokens": []}) + "\n")
+    foreign = {"token": "Zürich", "logprob": -0.1, "top": [["Zürich", -0.1], ["Bern", -3.0]]}
+    (folder / TOP_LOGPROBS).write_text(json.dumps({"id": "0", "tokens": [foreign]}) + "\n")
     with pytest.raises(UserError, match="no token of the answers is a token of this model"):
         AnswerTargets(folder, *given)
 

@@ -191,7 +191,8 @@ def _places(
         said[written] = math.exp(entry["logprob"])
         known = {i: p for i, p in said.items() if i is not None and 0 <= i < vocab_size}
         total = max(1.0, sum(known.values()))
-        yield at, {i: p / total for i, p in known.items()}
+        if known:
+            yield at, {i: p / total for i, p in known.items()}
         if written != number:
             return
 
