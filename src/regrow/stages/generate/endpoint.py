@@ -69,6 +69,7 @@ class Endpoint:
             headers=headers,
             timeout=httpx2.Timeout(config.request_timeout, connect=min(30, config.request_timeout)),
             limits=httpx2.Limits(max_connections=None),
+            mounts={"all://127.0.0.1": None},  # no proxy reaches this machine's own address
         )
         self.stopped = threading.Event()
         try:

@@ -19,7 +19,7 @@ from regrow.data.blend import check_ids, embedding_rows
 from regrow.data.prompts import Prompt, prompts
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
-from regrow.runtime import distributed
+from regrow.runtime import distributed, vllm_server
 from regrow.runtime.progress import Progress, say
 from regrow.runtime.rows import Row, Rows, line
 from regrow.stage_dir import Figure, StageDir, digest, refuse_input, require_space
@@ -41,10 +41,10 @@ def generate(
     """Let `model` answer the prompts of `data`; write `answers.jsonl`, which can be used as data.
 
     Without `data` the model writes `self_prompts` prompts itself. With an `endpoint` its answers
-    replace those of `model`. A plain prompt is a user's turn if the tokenizer has a chat template;
-    otherwise it is continued. Every prompt begins with BOS if the tokenizer puts it before any
-    text. Rows are in the prompts' order, for all batch sizes. An interrupted run continues; several
-    processes share the prompts.
+    replace those of `model`, which vLLM runs with `backend` vllm. A plain prompt is a user's turn
+    if the tokenizer has a chat template; otherwise it is continued. Every prompt begins with BOS if
+    the tokenizer puts it before any text. Rows are in the prompts' order, for all batch sizes. An
+    interrupted run continues; several processes share the prompts.
     Raises UserError for missing or empty prompts, for a token id beyond the model's embedding, for
     an endpoint that gives no answers, and if no answer is kept.
     """
@@ -103,6 +103,8 @@ def inputs_of(
     }
     if config.endpoint is not None:
         inputs["endpoint"] = config.served_model or config.endpoint
+    if config.backend == "vllm":
+        inputs["vllm options"] = digest(vllm_server.options())
     return inputs if data is None else {**inputs, "data": data_digest(data)}
 
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from regrow.checkpoint import Checkpoint
 from regrow.checkpoint.licence import Licence
 from regrow.config import Options
-from regrow.runtime import distributed
+from regrow.data.prompts import Prompt
+from regrow.runtime import distributed, vllm_server
 from regrow.runtime.batch_generator import BatchGenerator, Sampling
 from regrow.runtime.rows import Rows
 from regrow.stages.generate import GenerateConfig
@@ -33,6 +34,8 @@ class Work:
     model: Any = None
     served: str = ""
     """The endpoint's name of its model."""
+    engine: str = "vLLM"
+    """With backend vllm, its name, and its version if it was started."""
 
     def loaded(self) -> Any:
         """The model."""
@@ -57,18 +60,36 @@ class Work:
         distributed.wait()  # before anything is written, so that all ranks see the same work
         todo = [(prompt, ids) for prompt, ids in asked if prompt.key not in known]
         size, total = self.options.batch_size, len(asked)
+        left = [prompt for prompt, _ in todo]
         if self.config.endpoint is not None:
-            endpoint = Endpoint(self.config)
-            self.served = endpoint.model
-            try:
-                left = [prompt for prompt, _ in todo]
-                answer_remotely(rows, endpoint, self.tokenizer, left, total, size)
-            finally:
-                endpoint.close()
+            self.served = self._ask(self.config, rows, left, total, size)
+        elif todo and self.config.backend == "vllm":
+            self._ask_vllm(rows, left, total)
         elif todo:
             generator = BatchGenerator(self.loaded(), self.tokenizer, sampling_of(self.config))
             answer_locally(rows, generator, self.tokenizer, todo, total, size)
         distributed.wait()
+
+    def _ask_vllm(self, rows: Rows, todo: list[Prompt], total: int) -> None:
+        device, patience = self.options.torch_device(), self.config.request_timeout
+        dtype = self.checkpoint.compute_dtype(device)
+        with vllm_server.serve(self.checkpoint.folder, dtype, device) as server:
+            self.engine = f"vLLM {server.version}"
+            patience = max(patience, vllm_server.REQUEST_TIMEOUT)
+            own = {"endpoint": server.url, "request_timeout": patience}
+            config = self.config.model_copy(update=own)
+            self._ask(config, rows, todo, total, vllm_server.AT_ONCE)
+
+    def _ask(
+        self, config: GenerateConfig, rows: Rows, todo: list[Prompt], total: int, at_once: int
+    ) -> str:
+        """Ask a server for answers; return its name of its model."""
+        endpoint = Endpoint(config)
+        try:
+            answer_remotely(rows, endpoint, self.tokenizer, todo, total, at_once)
+        finally:
+            endpoint.close()
+        return endpoint.model
 
     def judge(self, folder: Path, asked: Asked) -> dict[str, float]:
         """The perplexity of each answer by its prompt's key; empty if no limit is set."""
@@ -91,7 +112,8 @@ class Work:
     def answered_by(self, named: str, licence: Licence) -> dict[str, Any]:
         """What the manifest says of the model that answered."""
         if self.config.endpoint is None:
-            return {"model": named, "licence": str(licence)}
+            engine = {"engine": self.engine} if self.config.backend == "vllm" else {}
+            return {"model": named, **engine, "licence": str(licence)}
         served = {"endpoint": self.config.endpoint, "model": self.served}
         return {**served, "licence": str(licence)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import cached_property, partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ from regrow.stages.evaluate.eval_model import Context, EvalModel, MetricResult, 
 from regrow.stages.evaluate.task_rows import Rows, convention
 
 if TYPE_CHECKING:
-    from regrow.stages.evaluate.harness import GgufLM, Model
+    from regrow.stages.evaluate.engine_lm import EngineLM
+    from regrow.stages.evaluate.harness import Model
 
 RANKS = "split"
 OURS = ("perplexity", "bits_per_byte")
@@ -27,27 +29,31 @@ def measure(model: EvalModel, context: Context) -> MetricResult:
     result = MetricResult()
     if not context.tasks:
         return result
-    harness = _Harness(model)
-    for rows in context.tasks:
-        name = f"tasks-{rows.source.name}"
-        result.extend(context.cache.get(name, partial(_task, harness, rows, context)))
+    with ExitStack() as stack:
+        harness = _Harness(model, context.config.backend, stack)
+        for rows in context.tasks:
+            name = f"tasks-{rows.source.name}"
+            result.extend(context.cache.get(name, partial(_task, harness, rows, context)))
     if context.teacher_result is not None:
         result.figures.extend(kept_shares(result, context.teacher_result))
     return result
 
 
 class _Harness:
-    """A model, and its lm_eval interface, which is created for the first task."""
+    """A model, and its lm_eval interface, which is created for the first task.
 
-    def __init__(self, model: EvalModel) -> None:
-        self.model = model
+    It stays open until the stack is closed.
+    """
+
+    def __init__(self, model: EvalModel, backend: str, stack: ExitStack) -> None:
+        self.model, self.backend, self.stack = model, backend, stack
 
     @cached_property
-    def lm(self) -> Model | GgufLM:
-        from regrow.stages.evaluate.harness import model_of, quiet_log
+    def lm(self) -> Model | EngineLM:
+        from regrow.stages.evaluate.harness import opened, quiet_log
 
         with quiet_log(None):
-            return model_of(self.model)
+            return self.stack.enter_context(opened(self.model, self.backend))
 
 
 def _task(harness: _Harness, rows: Rows, context: Context) -> MetricResult:
@@ -63,7 +69,7 @@ def _task(harness: _Harness, rows: Rows, context: Context) -> MetricResult:
         if not math.isfinite(value):
             raise UserError(
                 f"{model.label} gives {name} {value}: its checkpoint "
-                f"({model.source}) is broken, or overflows in {model.arithmetic}"
+                f"({model.source}) is broken, or overflows in {harness.lm.arithmetic}"
             )
         figure = Figure(
             name=name,
@@ -125,7 +131,7 @@ def _figure_convention(
     if rows.source.task is not None and rows.source.task.config.get("num_fewshot"):
         shots += " of the training split" if rows.shots else " of the other rows"
     row_text = f"{convention(rows, context.config.limit)}, {shots}"
-    engine = f"lm_eval {version('lm_eval')}, no chat template, {harness.model.arithmetic}"
+    engine = f"lm_eval {version('lm_eval')}, no chat template, {harness.lm.arithmetic}"
     return ", ".join(part for part in (row_text, scoring, engine, harness.lm.remark) if part)
 
 
