@@ -27,7 +27,9 @@ from regrow.checkpoint import load
 from regrow.data import DataConfig
 from regrow.data.sequences import build_sequences
 from regrow.runtime.batch_generator import BatchGenerator, Sampling
+from regrow.runtime.precision import half
 
+CPU = torch.device("cpu")
 NEW = 96
 WAYS: dict[str, dict[str, Any]] = {
     "KL on text": {},
@@ -97,7 +99,7 @@ def _own_text(model: Path, arguments: argparse.Namespace) -> dict[str, float]:
     )
     tokenizer = load(DENSE).tokenizer()
     prompts = build_sequences(text, tokenizer, "train", arguments.prompts).input_ids[:, :32]
-    student, dense = (load(path).model(torch.bfloat16) for path in (model, DENSE))
+    student, dense = (load(path).model(half(CPU)) for path in (model, DENSE))
     generator = BatchGenerator(student, tokenizer, Sampling(NEW, seed=1))
     kl = nll = count = 0.0
     for start in range(0, len(prompts), 32):

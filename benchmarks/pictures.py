@@ -52,7 +52,7 @@ def line_chart(
     ]
     for y in ticks:
         parts += [_stroke([(LEFT, down(y)), (WIDTH - RIGHT, down(y))], "#e3e7ec", 1)]
-        parts += [_text(LEFT - 6, down(y) + 4, f"{y:,.4g}", "end")]
+        parts += [_text(LEFT - 6, down(y) + 4, f"{y:,.5g}", "end")]
     parts += [_text(across(x), HEIGHT - BOTTOM + 18, f"{x:g}", "middle") for x in xs]
     for number, line in enumerate(lines):
         parts += _drawn(line, number, across, down)
