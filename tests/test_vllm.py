@@ -339,9 +339,12 @@ def assert_same_scores(place: Path, tmp_path: Path) -> dict[str, dict[str, Any]]
     return figures
 
 
-def test_vllm_scores_tasks_as_transformers_does(place: Path, started: Path, tmp_path: Path) -> None:
+def test_vllm_scores_tasks_as_transformers_does(
+    place: Path, started: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Choices, continuations and written answers; the figures say by what."""
     figures = assert_same_scores(place, tmp_path)
+    assert "vLLM 9.9: answers after" in capsys.readouterr().err
     for figure in figures.values():
         assert "no chat template, vLLM 9.9, float32" in figure["convention"]
     assert len(starts(started)) == 1

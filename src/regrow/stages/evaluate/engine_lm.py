@@ -33,8 +33,8 @@ class EngineLM(TemplateLM):
     def __init__(self, model: EvalModel, max_length: int) -> None:
         super().__init__()
         self.tokenizer: PreTrainedTokenizerBase = model.tokenizer
-        self.label, self.arithmetic, self.max_length = model.label, model.arithmetic, max_length
-        self.title = f"evaluate {model.label}"
+        self.arithmetic, self.max_length = model.arithmetic, max_length
+        self.label = self.title = f"evaluate {model.label}"
 
     @abstractmethod
     def score_all(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
