@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +76,15 @@ def main() -> None:
 def _write_prompts(arguments: argparse.Namespace) -> None:
     """The first prompts, to be answered, and the last rows, whose answers are a test text."""
     with gzip.open(arguments.texts / "train" / "instructions.jsonl.gz", "rt") as file:
-        lines = file.readlines()
-    prompts = [json.dumps({"prompt": json.loads(line)["prompt"]}) + "\n" for line in lines]
-    (arguments.out / "prompts.jsonl").write_text("".join(islice(prompts, arguments.prompts)))
-    (arguments.out / "test.jsonl").write_text("".join(lines[-TEST_ROWS:]))
+        rows = [json.loads(line) for line in file]
+    prompts = [{"prompt": row["prompt"]} for row in rows[: arguments.prompts]]
+    tests = [
+        {"context": row["prompt"] + "\n", "continuation": row["completion"]}
+        for row in rows[-TEST_ROWS:]
+    ]
+    for name, written in (("prompts", prompts), ("test", tests)):
+        text = "".join(json.dumps(row) + "\n" for row in written)
+        (arguments.out / f"{name}.jsonl").write_text(text)
 
 
 def _answers(name: str, arguments: argparse.Namespace) -> Path:
