@@ -56,7 +56,7 @@ class AnswerTargets:
         found, vocabulary = dict[int, Distribution](), _Vocabulary(tokenizer)
         for document, entries in _answers(self.folder, tokenizer):
             places = dict(_places(document, entries, vocabulary, vocab_size))
-            keys = _keys(document.ids, [at == 0 for at in range(len(document.ids))])
+            keys = _keys(document.ids, range(len(document.ids)))
             found |= {key: places[at] for at, key in enumerate(keys) if at in places}
         if not found:
             raise UserError(
@@ -100,7 +100,7 @@ class AnswerTargets:
         keys, targets = list[int](), list[int]()
         names = ("input_ids", "position_ids", "labels")
         for ids, positions, labels in zip(*(batch[name].tolist() for name in names), strict=True):
-            for at, key in enumerate(_keys(ids, [each == 0 for each in positions])):
+            for at, key in enumerate(_keys(ids, positions)):
                 if at and labels[at] != IGNORED:
                     keys.append(key)
                     targets.append(labels[at])
@@ -206,11 +206,11 @@ def _last_run(scored: list[bool]) -> list[int]:
     return list(range(max(start, 0), end + 1))
 
 
-def _keys(ids: list[int], starts: list[bool]) -> Iterator[int]:
-    """For each token the hash of the ids before it in its document."""
+def _keys(ids: Sequence[int], positions: Sequence[int]) -> Iterator[int]:
+    """For each token the hash of the ids before it in its document, which begins at position 0."""
     hasher = hashlib.blake2b(digest_size=8)
-    for number, starts_here in zip(ids, starts, strict=True):
-        if starts_here:
+    for number, position in zip(ids, positions, strict=True):
+        if position == 0:
             hasher = hashlib.blake2b(digest_size=8)
         yield int.from_bytes(hasher.copy().digest(), "little")
         hasher.update(number.to_bytes(4, "little"))
