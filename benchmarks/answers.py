@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from protocol import DENSE, TESTS, blend, figures
+from protocol import DENSE, TESTS, blend, figures, table, width_student
 
 from regrow import (
     DataConfig,
@@ -27,13 +27,9 @@ from regrow import (
     EvaluateConfig,
     GenerateConfig,
     Options,
-    ProfileConfig,
-    PruneConfig,
     distill,
     evaluate,
     generate,
-    profile,
-    prune,
 )
 
 HARD = {"losses": {"cross_entropy": 1.0}, "chosen_by": "forward_kl"}
@@ -57,14 +53,7 @@ def main() -> None:
     out, data = arguments.out, blend(arguments.texts)
     out.mkdir(parents=True, exist_ok=True)
     _write_prompts(arguments)
-    measured = profile(
-        DENSE,
-        data,
-        out / "profile",
-        ProfileConfig(criteria=("activation_l2",), samples=96, gram_tokens=49152),
-    )
-    cut = PruneConfig(intermediate_size=1024, repair_method="gram")
-    student = prune(DENSE, out / "student", cut, measured)
+    student = width_student(out, data)
     rows = {"untrained": _measured(student, "untrained", arguments)}
     for way in arguments.ways:
         model = _taught(way, student, data, arguments)
@@ -136,10 +125,8 @@ def _folder(way: str) -> str:
 
 
 def _table(rows: dict[str, list[str]]) -> str:
-    titles = ["way", *(title for test in MEASURED for title in (f"{test} × dense", f"{test} KL"))]
-    lines = ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(titles) - 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
-    return "\n".join(lines) + "\n"
+    columns = (title for test in MEASURED for title in (f"{test} × dense", f"{test} KL"))
+    return table(["way", *columns], rows)
 
 
 def _arguments() -> argparse.Namespace:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from protocol import DENSE, TESTS, blend, figures, measure
+from protocol import DENSE, TESTS, blend, figures, measure, table, width_student
 
-from regrow import DistillConfig, Options, ProfileConfig, PruneConfig, distill, profile, prune
+from regrow import DistillConfig, Options, distill
 from regrow.checkpoint import load
 from regrow.data import DataConfig
 from regrow.data.sequences import build_sequences
@@ -50,11 +50,7 @@ SHOWN, TOKENS = ("wikitext2", "c4"), 4096
 def main() -> None:
     arguments = _arguments()
     out, data = arguments.out, blend(arguments.texts)
-    config = ProfileConfig(criteria=("activation_l2",), samples=96, gram_tokens=49152)
-    measured = profile(DENSE, data, out / "profile", config)
-    student = prune(
-        DENSE, out / "student", PruneConfig(intermediate_size=1024, repair_method="gram"), measured
-    )
+    student = width_student(out, data)
     measure({"dense": DENSE}, out / "dense", arguments.texts, SHOWN, TOKENS)
     rows = {"untrained": _row(student, "untrained", 0, 0.0, arguments)}
     for way in arguments.ways:
@@ -140,9 +136,7 @@ def _table(rows: dict[str, list[str]]) -> str:
     for test in SHOWN:
         titles += [f"{test} × dense", f"{test} KL"]
     titles += ["KL on its own text", "dense perplexity of its own text"]
-    lines = ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(titles) - 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
-    return "\n".join(lines) + "\n"
+    return table(titles, rows)
 
 
 def _arguments() -> argparse.Namespace:
