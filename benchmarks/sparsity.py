@@ -11,7 +11,8 @@ those rows, and the tables and pictures have all rows that are complete in `--ou
 
 Each model is calibrated on `--samples` sequences of 512 tokens of the blend of protocol P1
 (protocol.py). A row "trained" is the model of its name after distillation towards the dense model
-on `--tokens` tokens of that blend, with its zeros kept. Perplexity ÷ that of the dense model and
+on `--tokens` tokens of that blend, with its zeros kept; all are taught from one cache of the dense
+model's exact hidden states. Perplexity ÷ that of the dense model and
 KL(dense ‖ model), on the first `--text-tokens` tokens of WikiText-2 raw test and of the C4 sample,
 on which nothing was calibrated or trained. `speed` times matrix products on this machine: dense,
 with zeros, and in torch's compressed rows (lower quartile of ten rounds). Writes `sparsity.md`,
@@ -33,7 +34,16 @@ from pictures import Line, line_chart
 from protocol import DENSE, Figures, blend, figures, measure
 from torch import Tensor
 
-from regrow import DistillConfig, Options, SparsifyConfig, distill, sparsify, stage_dir
+from regrow import (
+    CacheConfig,
+    DistillConfig,
+    Options,
+    SparsifyConfig,
+    cache,
+    distill,
+    sparsify,
+    stage_dir,
+)
 from regrow.sparsity.pattern import Sparsity
 from regrow.stages.sparsify.methods.magnitude import sparsify as by_magnitude
 
@@ -125,7 +135,9 @@ def _model(row: Row, arguments: argparse.Namespace) -> Path | str:
     start = sparsify(DENSE, arguments.out / sparse.file, config, data, options)
     if not row.trained:
         return start
+    exact = CacheConfig(tokens=arguments.tokens, format="hidden")
     training = DistillConfig(
+        cache=str(cache(DENSE, data, arguments.out / "cache", exact, options)),
         tokens=arguments.tokens,
         learning_rate=arguments.learning_rate,
         eval_tokens=10_000,

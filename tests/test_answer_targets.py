@@ -81,7 +81,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sequences_of(folder: Path, tokenizer: Any) -> Sequences:
     data = DataConfig(
         sources=[str(folder)],  # type: ignore[list-item]
-        sequence_length=64,
+        sequence_length=44,
         heldout_fraction=0.2,
         calibration_fraction=0.2,
     )
@@ -124,7 +124,7 @@ def chat_of(place: Path, ids: torch.Tensor) -> str:
 def test_targets_are_the_teachers_probabilities_of_the_packed_text(
     place: Path, spelling: str
 ) -> None:
-    """A token whose document began in an earlier sequence is learned as text."""
+    """The tokens of a document that is longer than a sequence are learned as text in its rest."""
     sequences = sequences_of(place / spelling, Checkpoint(place / "teacher").tokenizer())
     targets = targets_of(place, spelling)
     batch = next(sequences.batches(len(sequences)))

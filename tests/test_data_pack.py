@@ -13,7 +13,7 @@ import torch
 
 from regrow.data import sequences, stack
 from regrow.data.documents import Document
-from regrow.data.sequences import Packer, Sequences
+from regrow.data.sequences import OPEN, Packer, Sequences
 
 LENGTH, PAD = 8, 9
 PREFIXES = ([], [5], [5, 6])
@@ -21,19 +21,54 @@ PREFIXES = ([], [5], [5, 6])
 
 
 def slow(documents: list[Document], prefix: list[int]) -> list[list[tuple[int, int, int]]]:
-    """Full sequences of (id, position, label), one token after the other."""
-    sequences: list[list[tuple[int, int, int]]] = [[]]
+    """Sequences of (id, position, label), one token after the other.
+
+    A document whose tokens after the prefix are not all scored stays in one sequence if it can. At
+    the end, sequences with such a document are padded, and one without is dropped.
+    """
+    kept: list[list[tuple[int, int, int]]] = []
+    waiting: list[list[tuple[int, int, int]]] = []
+    full: list[list[tuple[int, int, int]]] = []
+
+    def fullest(room: int) -> list[tuple[int, int, int]]:
+        fitting = [row for row in waiting if len(row) + room <= LENGTH]
+        if not fitting:
+            waiting.append([])
+            return waiting[-1]
+        return next(row for row in fitting if len(row) == max(map(len, fitting)))
+
+    def finish(row: list[tuple[int, int, int]]) -> None:
+        waiting[:] = [other for other in waiting if other is not row]
+        last = row[-1][1]
+        full.append(row + [(PAD, last + 1 + n, -100) for n in range(LENGTH - len(row))])
+
     for document in documents:
-        position, within = 0, False
-        for number, token in enumerate(document.ids):
-            if len(sequences[-1]) == LENGTH:
-                prefix_part = prefix[:number]
-                sequences.append([(i, place, -100) for place, i in enumerate(prefix_part)])
-                position, within = len(prefix_part), number > len(prefix)
+        whole = not all(document.scored[len(prefix) :]) and len(document.ids) <= LENGTH
+        row = fullest(len(document.ids) if whole else 1)
+        position = number = 0
+        while number < len(document.ids):
+            within = False
+            if len(row) == LENGTH:
+                finish(row)
+                number = 0 if number <= len(prefix) else number
+                within, position = number > 0, 0
+                row = fullest(len(prefix) + 1 if within else 1)
+                for token in prefix * within:
+                    row.append((token, position, -100))
+                    position += 1
+            token = document.ids[number]
             scored = document.scored[number] and position > 0 and not within
-            sequences[-1].append((token, position, token if scored else -100))
-            position, within = position + 1, False
-    return [sequence for sequence in sequences if len(sequence) == LENGTH]
+            row.append((token, position, token if scored else -100))
+            position, number = position + 1, number + 1
+        kept += [row] * whole
+        if len(row) == LENGTH:
+            finish(row)
+        elif whole and len(waiting) > OPEN:
+            finish(fullest(1))
+    for row in sorted(waiting, key=len, reverse=True):
+        if any(row is other for other in kept):
+            finish(row)
+    return full
 
 
 def pack(
@@ -65,7 +100,7 @@ def test_packing_equals_a_hand_made_example() -> None:
         [
             Document([11, 12, 13], [no, yes, yes]),
             Document([21, 22, 23, 24, 25, 26, 27, 28, 29, 20], [yes] * 10),
-            Document([31, 32, 33, 34], [yes, no, no, yes]),
+            Document([31, 32, 33, 34], [yes] * 4),
         ]
     )
     assert sequences.input_ids.tolist() == [
@@ -75,10 +110,10 @@ def test_packing_equals_a_hand_made_example() -> None:
     assert sequences.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 0, 1, 2]]
     assert sequences.labels.tolist() == [
         [-100, 12, 13, -100, 22, 23, 24, 25],
-        [-100, 27, 28, 29, 20, -100, -100, -100],
+        [-100, 27, 28, 29, 20, -100, 32, 33],
     ]
     assert sequences.real.all()
-    assert (sequences.num_documents, sequences.scored_tokens) == (4, 10)
+    assert (sequences.num_documents, sequences.scored_tokens) == (4, 12)
 
 
 def test_packing_with_bos_equals_a_hand_made_example() -> None:
@@ -125,7 +160,7 @@ def test_packing_equals_the_slow_version(prefix: list[int]) -> None:
         assert sequences.input_ids.tolist() == expected[..., 0].tolist()
         assert sequences.position_ids.tolist() == expected[..., 1].tolist()
         assert sequences.labels.tolist() == expected[..., 2].tolist()
-        assert sequences.real.all()
+        assert sequences.real.tolist() == (expected[..., 0] != PAD).tolist()
         assert (sequences.labels[:, 0] == -100).all()
         assert sequences.num_documents == (expected[..., 1] == 0).sum()
         assert sequences.scored_tokens == (expected[..., 2] != -100).sum()
@@ -134,10 +169,32 @@ def test_packing_equals_the_slow_version(prefix: list[int]) -> None:
         assert not torch.isin(sequences.labels, torch.tensor(prefix, dtype=torch.int64)).any()
 
 
+def test_a_prompt_and_its_answer_stay_together() -> None:
+    """Best fit: each goes to the fullest sequence with room, and plain text fills the rest."""
+    no, yes = False, True
+
+    def turn(first: int, size: int) -> Document:
+        return Document([*range(first, first + size)], [no] + [yes] * (size - 1))
+
+    # 5 + 3, 6 + 2, and 4 with text; the last text continues in a sequence that is dropped.
+    documents = [turn(11, 5), turn(21, 6), turn(31, 4), turn(41, 3), turn(51, 2)]
+    documents.append(Document([*range(61, 67)], [yes] * 6))
+    assert pack(documents).input_ids.tolist() == [
+        [11, 12, 13, 14, 15, 41, 42, 43],
+        [21, 22, 23, 24, 25, 26, 51, 52],
+        [31, 32, 33, 34, 61, 62, 63, 64],
+    ]
+    # More than OPEN sequences wait: the fullest is padded, and the others follow it at the end.
+    sizes = [5, 6, *[5] * (OPEN - 1)]
+    found = pack([turn(11, size) for size in sizes])
+    assert found.real.sum(-1).tolist() == [6] + [5] * OPEN
+    assert found.scored_tokens == sum(sizes) - len(sizes)
+
+
 def test_the_only_sequence_is_padded() -> None:
     sequences = pack([Document([11, 12, 13], [True] * 3), Document([21, 22], [False, True])])
     assert sequences.input_ids.tolist() == [[11, 12, 13, 21, 22, PAD, PAD, PAD]]
-    assert sequences.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    assert sequences.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
     assert sequences.labels.tolist() == [[-100, 12, 13, -100, 22, -100, -100, -100]]
     assert sequences.real.tolist() == [[True] * 5 + [False] * 3]
     assert (sequences.num_documents, sequences.scored_tokens) == (2, 3)
@@ -154,18 +211,17 @@ def test_scored_only_leaves_out_prompts_that_predict_nothing() -> None:
     packer.add(Document([11, 12, 13], [no, yes, yes]))
     # Five places are left: the last five tokens, which end with the answer.
     packer.add(Document(list(range(21, 41)), [no] * 19 + [yes]))
-    # Two answers far apart: half of the room before the first, all that follows the last goes.
+    # Two answers far apart: half of the room is before the first, and the last one ends the text.
     ids = list(range(50, 90))
     packer.add(Document(ids, [token in (62, 79) for token in ids]))
     packer.add(Document([91, 92, 93], [no] * 3))
     packer.add(Document([94, 95, 96], [no, no, yes]))
-    sequences = packer.sequences(9)
+    sequences = packer.sequences(3)
     assert sequences.input_ids.tolist() == [
         [11, 12, 13, 36, 37, 38, 39, 40],
         [58, 59, 60, 61, 62, 63, 64, 65],
-        [75, 76, 77, 78, 79, 80, 81, 82],
+        [72, 73, 74, 75, 76, 77, 78, 79],
     ]
-    assert packer.sequence[0, : packer.used].tolist() == [94, 95, 96]
     assert [row[row != -100].tolist() for row in sequences.labels] == [[12, 13, 40], [62], [79]]
 
 

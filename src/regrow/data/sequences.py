@@ -33,6 +33,8 @@ IGNORED = -100
 """The label of a token that is not scored."""
 VALIDATE_EVERY = 8
 """A fit on calibration sequences leaves out every 8th sequence, for validation."""
+OPEN = 16
+"""Sequences that may wait for a document that fits."""
 PART_TOKENS = 1 << 18
 """Tokens that are read at once where a whole text is looked through."""
 
@@ -197,16 +199,57 @@ def fit_and_validate(
             yield name, batch
 
 
-class Packer:
-    """Concatenates documents into sequences of exactly T tokens.
+class _Open:
+    """A sequence with room left: int32 [3 or 4, T] with ids, positions, labels and the source."""
 
-    A document that does not fit continues in the next sequence as a separate document: it begins
-    with the `prefix` (the tokens, such as BOS, that the tokenizer puts before any text), and its
-    positions start at 0. Its first token after the prefix is not scored, because the model does not
-    see the text before it. With `scored_only`, tokens after which no token of their sequence is
-    scored are left out: the beginning of a prompt that is longer than the room left, and all tokens
-    after the last answer. With `tagged`, the sequences have a `source`. With `alone`, a sequence
-    has one document, or a part of one, and padding after it.
+    def __init__(self, length: int, pad_id: int, tagged: bool) -> None:
+        fill = [[pad_id], [0], [IGNORED], [0]][: 3 + tagged]
+        self.rows = np.repeat(np.array(fill, dtype=np.int32), length, axis=1)
+        self.used = 0
+        self.keeps_whole = False
+
+    @property
+    def room(self) -> int:
+        """The number of tokens that still fit."""
+        return self.rows.shape[1] - self.used
+
+    def append(
+        self, ids: NDArray[np.int32], labels: NDArray[np.int32], source: int, first: int = 0
+    ) -> None:
+        """Append a document, or a part of one; the token at index `first` is not scored."""
+        span = slice(self.used, self.used + len(ids))
+        self.rows[0, span], self.rows[1, span], self.rows[2, span] = (
+            ids,
+            np.arange(len(ids)),
+            labels,
+        )
+        self.rows[2, self.used + first] = IGNORED
+        self.rows[3:, span] = source
+        self.used = span.stop
+
+    def padded(self) -> NDArray[np.int32]:
+        """The rows; the positions of padding continue those of the last document."""
+        last = self.rows[1, self.used - 1]
+        self.rows[1, self.used :] = last + 1 + np.arange(self.room)
+        return self.rows
+
+
+class Packer:
+    """Packs documents into sequences of exactly T tokens.
+
+    A document with tokens that are not scored, such as a prompt and its answer, stays whole if it
+    has at most T tokens. It goes to the fullest of the open sequences that have room for it (best
+    fit). At most `OPEN` sequences are open; the fullest is then padded.
+
+    Other documents, such as plain text, go to the fullest open sequence. What does not fit
+    continues in the next sequence as a separate document: it begins with the `prefix` (the tokens,
+    such as BOS, that the tokenizer puts before any text), and its positions start at 0. Its first
+    token after the prefix is not scored, because the model does not see the text before it.
+
+    With `scored_only`, tokens after which no token of their sequence is scored are left out: the
+    beginning of a prompt that is longer than the room left, and all tokens after the last answer.
+    With `tagged`, the sequences have a `source`. With `alone`, a sequence has one document, or a
+    part of one, and padding after it.
     """
 
     def __init__(
@@ -224,55 +267,81 @@ class Packer:
         self.lengths: list[int] = []  # of the full sequences, without padding
         self.prefix = np.array(prefix, dtype=np.int32)
         self.documents = self.tokens = 0
-        self.sequence = self._empty()  # [3 or 4, T]: ids, positions, labels, source
-        self.full = Stack(self.sequence.shape)
-        self.used = 0
+        self.open: list[_Open] = []
+        self.full = Stack((3 + tagged, sequence_length))
 
     def add(self, document: Document) -> None:
-        """Append a document, whose first tokens are the prefix."""
+        """Add a document, whose first tokens are the prefix."""
         ids = np.array(document.ids, dtype=np.int32)
         labels = np.where(np.array(document.scored, dtype=bool), ids, IGNORED)
         self.documents += 1
         self.tokens += len(ids)
-        start = self._begin(labels, 0)
-        while start < len(ids):
-            start = self._begin(labels, self._place(ids, labels, start, document.source))
-        if self.alone and self.used:
-            if bool((self.sequence[2] != IGNORED).any()):
-                self._finish()
-            self.sequence, self.used = self._empty(), 0
+        if self.scored_only:
+            ends = (labels[1:] != IGNORED).nonzero()[0] + 2
+            ids, labels = (
+                ids[: ends[-1] if len(ends) else 0],
+                labels[: ends[-1] if len(ends) else 0],
+            )
+        prompted = bool((labels[len(self.prefix) :] == IGNORED).any())
+        if prompted and len(ids) <= self.sequence_length:
+            self._place_whole(ids, labels, document.source)
+        else:
+            start = self._begin(labels, 0)
+            while start < len(ids):
+                start = self._begin(labels, self._place(ids, labels, start, document.source))
+        if self.alone and self.open:
+            if bool((self.open[0].rows[2] != IGNORED).any()):
+                self._finish(self.open[0])
+            self.open = []
+
+    def _place_whole(self, ids: NDArray[np.int32], labels: NDArray[np.int32], source: int) -> None:
+        sequence = self._fullest(len(ids))
+        sequence.append(ids, labels, source)
+        sequence.keeps_whole = True
+        if not sequence.room:
+            self._finish(sequence)
+        elif len(self.open) > OPEN:
+            self._finish(self._fullest(1))
 
     def _place(
         self, ids: NDArray[np.int32], labels: NDArray[np.int32], start: int, source: int
     ) -> int:
-        """Fill the sequence with the document from `start` on; returns the start of the rest."""
+        """Fill a sequence with the document from `start` on; returns the start of the rest."""
         prefix = self.prefix if start else self.prefix[:0]
-        room = self.sequence_length - self.used
-        end = min(len(ids), start + room - len(prefix))
-        span = slice(self.used, self.used + len(prefix) + end - start)
-        self.sequence[0, span] = np.concatenate([prefix, ids[start:end]])
-        self.sequence[1, span] = np.arange(span.stop - span.start)
-        self.sequence[2, span] = np.concatenate([np.full_like(prefix, IGNORED), labels[start:end]])
-        self.sequence[2, self.used + len(prefix)] = IGNORED
-        self.sequence[3:, span] = source
-        self.used = span.stop
-        if self.used == self.sequence_length:
-            self._finish()
+        sequence = self._fullest(len(prefix) + 1)
+        end = min(len(ids), start + sequence.room - len(prefix))
+        unscored = np.full_like(prefix, IGNORED)
+        sequence.append(
+            np.concatenate([prefix, ids[start:end]]),
+            np.concatenate([unscored, labels[start:end]]),
+            source,
+            len(prefix),
+        )
+        if not sequence.room:
+            self._finish(sequence)
         # If only the prefix of a document fitted, the document begins in the next sequence.
         return 0 if end < len(ids) and end <= len(self.prefix) else end
 
-    def sequences(self, num_sequences: int) -> Sequences:
-        """The first `num_sequences` full sequences, or as many as there are; n may be 0.
+    def _fullest(self, room: int) -> _Open:
+        """The fullest open sequence with room for so many tokens, or a new one."""
+        fitting = [sequence for sequence in self.open if sequence.room >= room]
+        if fitting:
+            return min(fitting, key=lambda sequence: sequence.room)
+        self.open.append(_Open(self.sequence_length, self.pad_id, self.tagged))
+        return self.open[-1]
 
-        An incomplete last sequence is dropped unless it is the only one. Then it is padded; the
-        padding is not scored and is a separate document.
+    def sequences(self, num_sequences: int) -> Sequences:
+        """The first `num_sequences` sequences, or as many as there are; n may be 0.
+
+        After the full ones come those with documents that stay whole, padded. One with only plain
+        text that is not full is dropped, unless it is the only one. Padding is not scored. Ends
+        the packing.
         """
+        for sequence in sorted(self.open, key=lambda sequence: sequence.room):
+            if len(self.full) < num_sequences and (sequence.keeps_whole or not len(self.full)):
+                self._finish(sequence)
         rows = self.full.stacked(num_sequences)
         lengths = np.array(self.lengths[:num_sequences], dtype=np.int64).reshape(-1, 1)
-        if not len(rows) and self.used:
-            rows = self.sequence.copy()[None]
-            rows[0, 1, self.used :] = np.arange(self.sequence_length - self.used)
-            lengths = np.array([[self.used]])
         if bool((lengths == self.sequence_length).all()):  # a view takes no memory
             real = torch.ones(1, 1, dtype=torch.bool).expand(len(rows), self.sequence_length)
         else:
@@ -281,15 +350,10 @@ class Packer:
         tensors = {name: torch.from_numpy(rows[:, row]) for row, name in enumerate(names)}
         return Sequences(**tensors, real=real)
 
-    def _finish(self) -> None:
-        """Keep the sequence; the positions of padding continue those of its last document."""
-        padding = self.sequence_length - self.used
-        if padding:
-            last = self.sequence[1, self.used - 1]
-            self.sequence[1, self.used :] = last + 1 + np.arange(padding)
-        self.full.append(self.sequence)
-        self.lengths.append(self.used)
-        self.sequence, self.used = self._empty(), 0
+    def _finish(self, sequence: _Open) -> None:
+        self.full.append(sequence.padded())
+        self.lengths.append(sequence.used)
+        self.open.remove(sequence)
 
     def _begin(self, labels: NDArray[np.int32], start: int) -> int:
         """The start of the next piece: `start`, or later so that the piece has a scored token."""
@@ -298,16 +362,13 @@ class Packer:
         later = (labels[start + 1 :] != IGNORED).nonzero()[0]
         if not len(later):
             return len(labels)
-        first, room = start + 1 + int(later[0]), self.sequence_length - self.used
-        room_later = room - len(self.prefix)  # of a piece that begins within the document
+        first, prefix = start + 1 + int(later[0]), len(self.prefix)
+        room = self._fullest(prefix + 1 if start else 1).room
+        room_later = room - prefix  # of a piece that begins within the document
         if first < start + (room_later if start else room) or room_later < 1:
             return start
         # The rest of the document if it fits; else half of the room is before the first scored one.
         return max(start, min(len(labels) - room_later, first - room_later // 2))
-
-    def _empty(self) -> NDArray[np.int32]:
-        fill = [[self.pad_id], [0], [IGNORED], [0]][: 3 + self.tagged]
-        return np.repeat(np.array(fill, dtype=np.int32), self.sequence_length, axis=1)
 
 
 def build_sequences(
