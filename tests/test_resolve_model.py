@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +25,7 @@ from tiny_folders import write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from regrow.checkpoint import load, resolve
+from regrow.checkpoint.model_cache import cached_model
 from regrow.checkpoint.resolve import resolve_model
 from regrow.errors import UserError
 from regrow.families import of
@@ -63,10 +67,10 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     "content", [b"", b"hello world" * 99, b"GGUF\x03\x00\x00\x00" + b"\xff" * 99]
 )
 def test_a_file_that_is_no_gguf_is_refused(content: bytes, tmp_path: Path, cache: Path) -> None:
-    """Refused in a line, and nothing stays in the cache."""
+    """Refused in a line, and no model stays in the cache."""
     (tmp_path / "model.gguf").write_bytes(content)
     assert f"{tmp_path / 'model.gguf'} cannot be read as GGUF: " in refusal(tmp_path / "model.gguf")
-    assert list((cache / "models").iterdir()) == []
+    assert [path.suffix for path in (cache / "models").iterdir()] == [".lock"]
 
 
 def test_a_gguf_file_without_the_extra_is_refused(
@@ -97,6 +101,25 @@ def test_a_converted_gguf_is_cached_by_all_its_bytes(
         folders.add(resolve.convert_gguf(path))
     assert len(folders) == 2
     assert converted == [tmp_path / "one" / "model.gguf", tmp_path / "other" / "model.gguf"]
+
+
+def test_a_model_that_two_ask_for_at_once_is_converted_once(cache: Path) -> None:
+    started, made = threading.Event(), list[Path]()
+
+    def write(folder: Path) -> None:
+        made.append(folder)
+        started.set()
+        time.sleep(0.3)
+        (folder / "config.json").write_text("{}")
+
+    def ask() -> Path:
+        return cached_model("model", "converting", write)
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(ask)
+        assert started.wait(10)
+        assert ask() == first.result() == cache / "models" / "model"
+    assert len(made) == 1 and not made[0].exists()
 
 
 def test_a_hub_id_is_downloaded_to_a_folder(

@@ -9,16 +9,15 @@ number of values before each row; and MODULE.shape, the numbers R and C.
 from __future__ import annotations
 
 import math
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrow import stage_dir
 from regrow.checkpoint import identity
 from regrow.checkpoint.carried import carry
-from regrow.config import cache_folder
+from regrow.checkpoint.model_cache import cached_model
 from regrow.errors import UserError
-from regrow.runtime.progress import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,19 +92,9 @@ def unpacked(folder: Path, config: dict[str, Any]) -> Path:
 
     files = [folder / name for name in weight_files(folder)]
     key = stage_dir.digest([identity.of_file(path).sha256 for path in files], config)
-    out = cache_folder() / "models" / f"{folder.resolve().name}-{key[:16]}"
-    if (out / "config.json").exists():
-        return out
-    say(f"unpacking the bitmasks of {folder} to {out}")
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _write(folder, config, partial)
-        stage_dir.replace_folder(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return out
+    name = f"{folder.resolve().name}-{key[:16]}"
+    write = partial(_write, folder, config)
+    return cached_model(name, f"unpacking the bitmasks of {folder}", write)
 
 
 def _write(folder: Path, config: dict[str, Any], out: Path) -> None:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
-import shutil
 from contextlib import redirect_stderr
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from regrow import stage_dir
 from regrow.checkpoint import identity
+from regrow.checkpoint.model_cache import cached_model
 from regrow.checkpoint.model_config import read_json
-from regrow.config import cache_folder
 from regrow.errors import UserError
-from regrow.runtime.progress import say
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab*"]
@@ -66,19 +64,8 @@ def convert_gguf(path: Path) -> Path:
     """
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{path.name} is a GGUF file: pip install 'regrow[gguf]' to read it")
-    out = cache_folder() / "models" / f"{path.stem}-{identity.of_file(path).sha256[:16]}"
-    if (out / "config.json").exists():
-        return out
-    say(f"dequantizing {path.name} to {out}")
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _dequantize(path, partial)
-        stage_dir.replace_folder(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return out
+    name = f"{path.stem}-{identity.of_file(path).sha256[:16]}"
+    return cached_model(name, f"dequantizing {path.name}", partial(_dequantize, path))
 
 
 def _dequantize(path: Path, folder: Path) -> None:
