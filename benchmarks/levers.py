@@ -5,11 +5,13 @@
 The students are cuts of SmolLM2-135M-Instruct: `width`, that of protocol P1, has MLPs of 1,024
 instead of 1,536 channels and is repaired layer after layer; `depth` has 23 of its 30 layers and is
 repaired likewise; `minitron` is the width cut by Minitron's scores and without repair, and
-`minitron depth` is the depth cut without repair. A lever is a student and a list of stages that
-follow; levers with the same first stages share them. Test: perplexity and KL to the dense model on
-the first 8,192 tokens of WikiText-2, LAMBADA and C4, on which nothing is calibrated or trained.
-Processor time is that of the stages after the cut and its repair. Resumable: run it again and it
-goes on. Writes `levers.md` into `--out`.
+`minitron depth` is the depth cut without repair. `third` has MLPs of 608 channels, 64 % of the
+parameters, and `29 layers` one layer less. A lever is a student and a list of stages that follow;
+levers with the same first stages share them. A stage `cut` profiles the model as it then is, and
+cuts and repairs it again. Test: perplexity and KL to the dense model on the first 8,192 tokens of
+WikiText-2, LAMBADA and C4, on which nothing is calibrated or trained. Processor time is that of the
+stages after the first cut and its repair. Resumable: run it again and it goes on. Writes
+`levers.md` into `--out`.
 """
 
 from __future__ import annotations
@@ -50,6 +52,10 @@ def local(**fields: Any) -> Step:
     return ("reconstruct", fields)
 
 
+def cut(**fields: Any) -> Step:
+    return ("cut", fields)
+
+
 LOCAL = local(tokens=36_864)
 AFTER = kl(**SHORT, learning_rate=5e-5)
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -57,7 +63,15 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "depth": {"num_layers": 23, "layer_criterion": "block_influence"},
     "minitron": {"intermediate_size": 1024, "criterion": "minitron", "repair": False},
     "minitron depth": {"num_layers": 23, "layer_criterion": "block_influence", "repair": False},
+    "third": {"intermediate_size": 608},
+    "29 layers": {"num_layers": 29, "layer_criterion": "block_influence", "repair": False},
 }
+BRIEF = kl(tokens=7_168, feature_losses={"hidden": 0.1}, balance_feature_losses=True)
+ONE_BY_ONE = [
+    step
+    for layers in range(28, 22, -1)
+    for step in (cut(**STUDENTS["29 layers"] | {"num_layers": layers}), BRIEF)
+]
 WIDTH: dict[str, list[Step]] = {
     "repaired": [],
     "KL 50 k": [kl(**SHORT)],
@@ -69,6 +83,7 @@ WIDTH: dict[str, list[Step]] = {
     "local, 37 k tokens twice, then KL 50 k at 5e-5": [LOCAL, AFTER],
     "KL 100 k": [kl()],
     "local, 98 k tokens twice": [local()],
+    "local, 98 k tokens twice, then KL 100 k at 5e-5": [local(), kl(learning_rate=5e-5)],
 }
 OTHERS: dict[str, tuple[str, list[Step]]] = {
     "depth: repaired": ("depth", []),
@@ -79,6 +94,18 @@ OTHERS: dict[str, tuple[str, list[Step]]] = {
     ),
     "depth: local, then KL 50 k at 5e-5": ("depth", [LOCAL, AFTER]),
     "depth: KL 100 k": ("depth", [kl()]),
+    "depth: KL 50 k": ("depth", [kl(**SHORT)]),
+    "depth: layer by layer, KL + hidden, 7 times 7 k": ("29 layers", [BRIEF, *ONE_BY_ONE]),
+    "−36 %: repaired": ("third", []),
+    "−36 %: KL 100 k": ("third", [kl()]),
+    "−36 % in two rounds: KL 50 k, cut, KL 50 k": (
+        "width",
+        [kl(**SHORT), cut(**STUDENTS["third"]), kl(**SHORT)],
+    ),
+    "−36 % in two rounds, the second from the first": (
+        "width",
+        [kl(**SHORT), cut(**STUDENTS["third"]), kl(**SHORT, learn_from="before_prune")],
+    ),
     "Minitron's scores, no repair": ("minitron", []),
     "Minitron's scores, no repair: KL 100 k": ("minitron", [kl()]),
     "depth, no repair": ("minitron depth", []),
@@ -109,27 +136,43 @@ def main() -> None:
 
 def _run(student: Path, steps: list[Step], data: Any, out: Path) -> tuple[float, Path]:
     """Run the steps that are not there yet; returns all their processor seconds and the model."""
-    seconds, model = 0.0, student
+    seconds, model, uncut = 0.0, student, str(student)
     for count, (stage, fields) in enumerate(steps, start=1):
         text = json.dumps([student.name, steps[:count]], sort_keys=True)
-        key = hashlib.sha256(text.encode()).hexdigest()[:10]
-        model, used = _step(model, out / f"{stage}-{key}", stage, fields, data)
+        folder = out / f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+        if stage == "cut":
+            uncut = str(model)
+        fields = dict(fields)
+        teacher = uncut if fields.pop("learn_from", None) == "before_prune" else DENSE
+        model, used = _step(model, teacher, folder, stage, fields, data)
         seconds += used
     return seconds, model
 
 
 def _step(
-    model: Path, folder: Path, stage: str, fields: dict[str, Any], data: Any
+    model: Path, teacher: str, folder: Path, stage: str, fields: dict[str, Any], data: Any
 ) -> tuple[Path, float]:
     calls: dict[str, Callable[..., Path]] = {"distill": distill, "reconstruct": reconstruct}
     configs: dict[str, Any] = {"distill": DistillConfig, "reconstruct": ReconstructConfig}
     times = folder.with_name(folder.name + ".json")
     before = json.loads(times.read_text()) if times.exists() else 0.0
     start = time.process_time()
-    calls[stage](model, DENSE, data, folder, configs[stage](**fields), Options())
+    if stage == "cut":
+        _cut(model, folder, fields, data)
+    else:
+        calls[stage](model, teacher, data, folder, configs[stage](**fields), Options())
     used = before if folder.exists() and before else time.process_time() - start
     times.write_text(json.dumps(used))
     return folder, used
+
+
+def _cut(model: Path, out: Path, fields: dict[str, Any], data: Any) -> None:
+    """Profile the model as it is, and cut it."""
+    criterion = fields.get("layer_criterion", "activation_l2")
+    config = ProfileConfig(criteria=(criterion,), samples=96)
+    place = out.with_name(out.name + "-profile")
+    measured = profile(model, data, place, config, Options(batch_size=2))
+    prune(model, out, PruneConfig(**fields), measured, data)
 
 
 def _table(rows: dict[str, tuple[float, Row]], dense: Row) -> str:

@@ -179,6 +179,8 @@ def slow_outputs(
         for begin, end in pairwise([*starts, sequences.input_ids.shape[1]]):
             ids = sequences.input_ids[row, begin:end]
             scored = (sequences.labels[row, begin:end] != IGNORED).tolist()
+            if not sequences.real[row, begin]:
+                continue
             aligned = aligner.align(ids.tolist())
             assert aligned is not None
             teacher_ids = torch.tensor(aligned[0])

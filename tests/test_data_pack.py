@@ -39,8 +39,7 @@ def slow(documents: list[Document], prefix: list[int]) -> list[list[tuple[int, i
 
     def finish(row: list[tuple[int, int, int]]) -> None:
         waiting[:] = [other for other in waiting if other is not row]
-        last = row[-1][1]
-        full.append(row + [(PAD, last + 1 + n, -100) for n in range(LENGTH - len(row))])
+        full.append(row + [(PAD, place, -100) for place in range(LENGTH - len(row))])
 
     for document in documents:
         whole = not all(document.scored[len(prefix) :]) and len(document.ids) <= LENGTH
@@ -162,7 +161,8 @@ def test_packing_equals_the_slow_version(prefix: list[int]) -> None:
         assert sequences.labels.tolist() == expected[..., 2].tolist()
         assert sequences.real.tolist() == (expected[..., 0] != PAD).tolist()
         assert (sequences.labels[:, 0] == -100).all()
-        assert sequences.num_documents == (expected[..., 1] == 0).sum()
+        starts = (expected[..., 1] == 0) & (expected[..., 0] != PAD)
+        assert sequences.num_documents == starts.sum()
         assert sequences.scored_tokens == (expected[..., 2] != -100).sum()
         for sequence in sequences.input_ids:
             assert sequence[: len(prefix)].tolist() == prefix
@@ -194,7 +194,7 @@ def test_a_prompt_and_its_answer_stay_together() -> None:
 def test_the_only_sequence_is_padded() -> None:
     sequences = pack([Document([11, 12, 13], [True] * 3), Document([21, 22], [False, True])])
     assert sequences.input_ids.tolist() == [[11, 12, 13, 21, 22, PAD, PAD, PAD]]
-    assert sequences.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
+    assert sequences.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
     assert sequences.labels.tolist() == [[-100, 12, 13, -100, 22, -100, -100, -100]]
     assert sequences.real.tolist() == [[True] * 5 + [False] * 3]
     assert (sequences.num_documents, sequences.scored_tokens) == (2, 3)
@@ -239,7 +239,8 @@ def test_scored_only_scores_something_in_every_piece(prefix: list[int]) -> None:
         for row, (places, labels) in enumerate(
             zip(sequences.position_ids, sequences.labels, strict=True)
         ):
-            starts = [*(places == 0).nonzero().flatten().tolist(), LENGTH]
+            used = int(sequences.real[row].sum())
+            starts = [*(places[:used] == 0).nonzero().flatten().tolist(), used]
             for begin, end in pairwise(starts):  # a rest of the row can be too short to score
                 begin_ids = sequences.input_ids[row, begin:end][: len(prefix)].tolist()
                 assert begin_ids == prefix[: end - begin]

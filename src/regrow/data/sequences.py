@@ -227,10 +227,10 @@ class _Open:
         self.rows[3:, span] = source
         self.used = span.stop
 
-    def padded(self) -> NDArray[np.int32]:
-        """The rows; the positions of padding continue those of the last document."""
-        last = self.rows[1, self.used - 1]
-        self.rows[1, self.used :] = last + 1 + np.arange(self.room)
+    def padded(self, separate: bool) -> NDArray[np.int32]:
+        """The rows; padding is a separate document, or continues the positions of the last one."""
+        first = 0 if separate else self.rows[1, self.used - 1] + 1
+        self.rows[1, self.used :] = first + np.arange(self.room)
         return self.rows
 
 
@@ -351,7 +351,7 @@ class Packer:
         return Sequences(**tensors, real=real)
 
     def _finish(self, sequence: _Open) -> None:
-        self.full.append(sequence.padded())
+        self.full.append(sequence.padded(separate=not self.alone))
         self.lengths.append(sequence.used)
         self.open.remove(sequence)
 
