@@ -113,9 +113,9 @@ def test_the_kl_is_that_of_the_distillation(place: Path, tmp_path: Path) -> None
 
     checkpoint, profile = Checkpoint(place / "model"), Profile(place / "profile")
     score = halving.Distillations(checkpoint, profile, CONFIG, data, OPTIONS, tmp_path)
-    row = {"name": "mlp", "sizes": {"mlp": 100}}
+    row = {"name": "mlp", "sizes": {"mlp": 100}, "format": "bf16"}
     kl = score(row, 1024)
-    manifest = read(tmp_path / "mlp100-distilled")
+    manifest = read(tmp_path / "mlp100-bf16-distilled")
     assert manifest is not None
     figures = {figure["name"]: figure["value"] for figure in manifest["figures"]}
     assert kl == figures["held-out KL"] <= figures["held-out KL before"]

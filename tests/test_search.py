@@ -83,7 +83,7 @@ def test_a_repair_that_does_harm_does_not_count(
     repaired = iter([9.0, float("nan"), 2.5])
     plain = iter([2.0, 1.0, 3.0])
 
-    def kl(self: Any, plan: Any, config: PruneConfig | None, share: float) -> float:
+    def kl(self: Any, plan: Any, config: PruneConfig | None, *_: Any) -> float:
         return next(plain if config is None else repaired)
 
     monkeypatch.setattr(score.CutScorer, "kl", kl)

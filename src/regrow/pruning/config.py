@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from regrow.config import Config
+from regrow.quantization import formats
 
 SIZES = {
     "layers": "num_layers",
@@ -22,6 +23,8 @@ SIZES = {
 """The config field of each dimension."""
 TARGETS = ("keep_params", "max_bytes", "max_ram", "max_prefill_ms", "max_decode_ms")
 """The fields that set a target and leave the shape to a search."""
+PLAIN = "bf16"
+"""The format whose weights are not rounded."""
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -61,6 +64,11 @@ class PruneConfig(Config):
     """Upper limit on the milliseconds per generated token after that prompt, on this machine."""
     format: str = "bf16"
     """Weight format for counting bytes: bf16, int8, int4-g128, q8_0, q4_0, q4_k_m, …."""
+    formats: tuple[str, ...] = ()
+    """Formats among which a search for max_bytes or max_ram chooses, in place of `format`: bf16,
+    int8, int4-g32, int4-g64, int4-g128. Every candidate is scored with its weights rounded to the
+    format. The whole model is a candidate in each format in which it meets the limits; if it is the
+    best one, nothing is pruned, and a line says how to quantize it."""
     context_length: int = Field(default=2048, ge=1)
     """Number of tokens in the KV cache for max_ram."""
     prompt_tokens: int = Field(default=512, ge=1)
@@ -121,6 +129,23 @@ class PruneConfig(Config):
             )
         return allow_sibling
 
+    @field_validator("formats")
+    @classmethod
+    def _rounds_weights(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name != PLAIN and formats.find_scheme(name).dynamic:
+                raise ValueError(f"{name} also rounds inputs: give bf16, int8 or a kind of int4")
+        return names
+
+    @model_validator(mode="after")
+    def _has_bytes(self) -> PruneConfig:
+        if self.formats and (self.timed or (self.max_bytes or self.max_ram) is None):
+            raise ValueError(
+                "formats are chosen under a limit of max_bytes or max_ram, without a limit in "
+                "milliseconds: give one of these, or format instead of formats"
+            )
+        return self
+
     @property
     def timed(self) -> bool:
         """Whether the config limits a latency."""
@@ -136,7 +161,8 @@ class PruneConfig(Config):
         sizes = {dim: getattr(self, key) for dim, key in SIZES.items()}
         return {dim: size for dim, size in sizes.items() if size is not None}
 
-    def with_sizes(self, sizes: dict[str, int]) -> PruneConfig:
-        """This config with explicit sizes by dimension in place of its targets."""
-        named = {SIZES[dim]: size for dim, size in sizes.items()}
-        return self.model_copy(update={**dict.fromkeys(TARGETS), "halving_tokens": 0, **named})
+    def with_sizes(self, sizes: dict[str, int], format: str) -> PruneConfig:
+        """This config with explicit sizes by dimension, and a format, in place of its targets."""
+        named: dict[str, object] = {SIZES[dim]: size for dim, size in sizes.items()}
+        named |= {"halving_tokens": 0, "format": format, "formats": ()}
+        return self.model_copy(update={**dict.fromkeys(TARGETS), **named})

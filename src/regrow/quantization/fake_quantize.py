@@ -26,8 +26,7 @@ def bind_rounding(student: PreTrainedModel, scheme: Scheme) -> Callable[[], None
     2018, arXiv:1712.05877). A layer whose width does not fit gets the scheme's fallback. The
     returned function restores the layers and rounds their weights to the grids.
     """
-    head = student.get_output_embeddings()
-    linear = [m for m in student.modules() if isinstance(m, nn.Linear) and m is not head]
+    linear = _linear_layers(student)
     grids = {module: grid_of(module.weight, scheme) for module in linear}
 
     def forward(self: nn.Linear, x: Tensor) -> Tensor:
@@ -42,6 +41,23 @@ def bind_rounding(student: PreTrainedModel, scheme: Scheme) -> Callable[[], None
             module.weight.data = grids[module].nearest(module.weight.data)
 
     return settle
+
+
+@torch.no_grad()
+def round_weights(model: PreTrainedModel, scheme: Scheme) -> None:
+    """Round the weights of the linear layers, except the head, to the grids of a scheme.
+
+    The model gets new tensors, so that another model with views of the old ones does not change.
+    """
+    for module in _linear_layers(model):
+        weight_RC = module.weight.data
+        rounded_RC = grid_of(weight_RC, scheme).nearest(weight_RC).to(weight_RC.dtype)
+        module.weight = nn.Parameter(rounded_RC, requires_grad=False)
+
+
+def _linear_layers(model: PreTrainedModel) -> list[nn.Linear]:
+    head = model.get_output_embeddings()
+    return [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
 
 
 @torch.no_grad()

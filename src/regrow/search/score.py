@@ -26,9 +26,11 @@ from regrow.errors import UserError
 from regrow.families import Family
 from regrow.plan import Plan
 from regrow.profile_folder import Profile
-from regrow.pruning.config import PruneConfig
+from regrow.pruning.config import PLAIN, PruneConfig
 from regrow.pruning.prune import repair_by, repair_setup
 from regrow.pruning.sorted_model import SortedModel
+from regrow.quantization.fake_quantize import round_weights
+from regrow.quantization.formats import Scheme, find_scheme
 from regrow.runtime import distributed
 from regrow.runtime.precision import half
 from regrow.runtime.progress import progress, say
@@ -91,11 +93,18 @@ class CutScorer:
         return self._count(wanted) / len(self.sequences)
 
     @torch.no_grad()
-    def kl(self, plan: Plan, config: PruneConfig | None = None, share: float = 1.0) -> float:
+    def kl(
+        self,
+        plan: Plan,
+        config: PruneConfig | None = None,
+        share: float = 1.0,
+        scheme: Scheme | None = None,
+    ) -> float:
         """KL(dense ‖ cut) in nats per scored token, on the first `share` of the sequences.
 
-        With a `config`, the cut model is repaired by its settings, on at most 4,096 tokens.
-        Raises UserError for a plan that cuts the vocabulary.
+        With a `config`, the cut model is repaired by its settings, on at most 4,096 tokens. With a
+        `scheme`, its weights are rounded to the grids of that scheme. Raises UserError for a plan
+        that cuts the vocabulary.
         """
         if plan.vocab is not None:
             raise UserError(
@@ -104,12 +113,14 @@ class CutScorer:
             )
         with tempfile.TemporaryDirectory(prefix="regrow-") as work:
             repaired = None
-            if config is not None:
+            if config is not None and plan.after != plan.before:
                 tokens = min(config.repair_tokens, SCORER_REPAIR_TOKENS)
                 less = config.model_copy(update={"repair_tokens": tokens})
                 given = (self.checkpoint, self.profile, plan, less, Path(work), self.options)
                 repaired = repair_by(repair_setup(*given), less)
             student = self.dense.cut(plan, repaired)
+        if scheme is not None:
+            round_weights(student, scheme)
         batches, reference = zip(*self.text(share), strict=True)
         head = head_of(self.dense.model)
         return mean_loss(student, batches, reference, head, "forward_kl")
@@ -188,14 +199,15 @@ def passes_for(count: int, finalists: int = 0) -> float:
 
 def row_of(shape: Shape, family: Family, config: dict[str, Any], prune: PruneConfig) -> Row:
     """The table row of a shape before it is scored; `kl` is None."""
+    format = shape.format or prune.format
     return {
         "name": shape.name,
         "sizes": shape.sizes,
         "parameters": shape.parameters,
         "keep": shape.parameters / family.count(config),
-        "format": prune.format,
-        "bytes": file_bytes(family, config, prune.format, shape.sizes),
-        "ram": ram_bytes(family, config, prune.format, prune.context_length, shape.sizes),
+        "format": format,
+        "bytes": file_bytes(family, config, format, shape.sizes),
+        "ram": ram_bytes(family, config, format, prune.context_length, shape.sizes),
         "kl": None,
         "round": 0,
         "chosen": False,
@@ -225,7 +237,9 @@ class Rounds:
         found: dict[int, float] = {}
         with progress(f"search, round {number} of {of}", len(mine), "shapes") as counter:
             for place in mine:
-                found[place] = self.scorer.kl(rows[place]["plan"], config, share)
+                row = rows[place]
+                scheme = scheme_of(row, self.config)
+                found[place] = self.scorer.kl(row["plan"], config, share, scheme)
                 counter.advance(1, f"KL {found[place]:.3f}")
             found = distributed.merged(found)
         for place, (row, earlier) in enumerate(zip(rows, before, strict=True)):
@@ -245,6 +259,12 @@ class Rounds:
             f"cost {self.cost:.1f} dense evaluations of {self.scorer.tokens:,} tokens (by the "
             f"clock, with cutting and repair, {clock:.1f})"
         )
+
+
+def scheme_of(row: Row, config: PruneConfig) -> Scheme | None:
+    """The scheme to which a row's weights are rounded, if the search chooses the format."""
+    chosen = config.formats and row["format"] != PLAIN
+    return find_scheme(row["format"]) if chosen else None
 
 
 def _lower(kl: float, other: float) -> float:

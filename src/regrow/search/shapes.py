@@ -34,6 +34,8 @@ class Shape:
     name: str
     sizes: Sizes
     parameters: int
+    format: str | None = None
+    """The format in which it meets the target, if a search chooses among several."""
 
 
 def candidates(
@@ -267,10 +269,48 @@ def to_try(config: PruneConfig, shapes: list[Shape]) -> int:
 
 def shapes_for(checkpoint: Checkpoint, config: PruneConfig, target: Target) -> list[Shape]:
     """The candidate shapes for a target: up to 8 from a fixed list, or more from a grid."""
+    if config.formats:
+        return _in_formats(checkpoint, config)
     model = (families.of(checkpoint), checkpoint.config, target, config.multiple_of)
     if config.num_candidates <= HANDFUL:
         return candidates(*model)[: config.num_candidates]
     return grid(*model, config.num_candidates)
+
+
+def _in_formats(checkpoint: Checkpoint, config: PruneConfig) -> list[Shape]:
+    """The whole model in each format in which it meets the limits, and cuts in the other formats.
+
+    Raises UserError when no shape meets them in any format, when the whole model meets them in all
+    of them, and for a mixture of experts, whose experts are not rounded in memory.
+    """
+    family, parent = families.of(checkpoint), checkpoint.config
+    if family.memory:
+        raise UserError(
+            f"formats: the experts of a {family.model_type} model are not rounded in memory; give "
+            "one format instead"
+        )
+    shapes, refusals = list[Shape](), list[UserError]()
+    share = max(1, config.num_candidates // len(config.formats))
+    for name in dict.fromkeys(config.formats):
+        only = config.model_copy(update={"formats": (), "format": name, "num_candidates": share})
+        target = target_of(family, parent, only)
+        if target.keep_params is None and target.within({}):
+            shapes.append(Shape(f"whole model, {name}", {}, family.count(parent), name))
+            continue
+        try:
+            cuts = shapes_for(checkpoint, only, target)
+        except UserError as error:
+            refusals.append(error)
+            continue
+        shapes += [replace(each, name=f"{each.name}, {name}", format=name) for each in cuts]
+    if not shapes:
+        raise refusals[0]
+    if not any(shape.sizes for shape in shapes):
+        raise UserError(
+            f"{named(config)}: the whole model meets the limit in {', '.join(config.formats)}: "
+            "nothing to cut; quantize it, or give less"
+        )
+    return shapes
 
 
 def named(config: PruneConfig) -> str:

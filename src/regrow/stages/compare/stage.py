@@ -205,7 +205,7 @@ def comparison_plan(
     if rounds < 1 or heads < 0:
         raise UserError(f"rounds {rounds}, heads {heads}: give 1 or more rounds, 0 or more heads")
     shapes = check_keep_params(checkpoint, config)
-    sizes = (config.with_sizes(shapes[0].sizes) if shapes else config).sizes()
+    sizes = (config.with_sizes(shapes[0].sizes, config.format) if shapes else config).sizes()
     if not sizes:
         raise UserError("nothing to compare at: give keep_params, or sizes such as num_layers")
     if "vocab" in sizes:

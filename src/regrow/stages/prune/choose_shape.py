@@ -41,12 +41,14 @@ from regrow.search.score import (
     finalists_for,
     rounds_for,
     row_of,
+    scheme_of,
     sequences_for,
 )
 from regrow.search.shapes import Shape, named, shapes_for, to_try
 from regrow.stage_dir import digest, write_json
 
 if TYPE_CHECKING:
+    from regrow.quantization.formats import Scheme
     from regrow.stages.distill.config import DistillConfig
 
 SHOWN = 10
@@ -82,7 +84,7 @@ def choose_shape(
         rows = _halved(*given, scratch) if config.halving_tokens else _tried(*given)
     rows[0]["chosen"] = True
     say(f"search: chose {rows[0]['name']}")
-    for line in fallbacks(family, checkpoint.config, config.format, rows[0]["sizes"]):
+    for line in fallbacks(family, checkpoint.config, rows[0]["format"], rows[0]["sizes"]):
         say(f"search: {line}")
     return rows
 
@@ -254,14 +256,16 @@ class Distillations:
         known, key = self._known(), _key(row)
         if str(tokens) in known.get(key, {}):
             return float(known[key][str(tokens)])
-        sizes = self.config.with_sizes(row["sizes"])
-        cut = prune_to_sizes(self.checkpoint, self.folder / key, sizes, self.profile)
+        cut = self.checkpoint.folder
+        if row["sizes"]:
+            sizes = self.config.with_sizes(row["sizes"], row["format"])
+            cut = prune_to_sizes(self.checkpoint, self.folder / key, sizes, self.profile)
         trained = distill(
             cut,
             self.checkpoint,
             self.data,
             self.folder / f"{key}-distilled",
-            self._config(tokens),
+            self._config(tokens, scheme_of(row, self.config)),
             self.options,
         )
         manifest = stage_dir.read(trained)
@@ -272,14 +276,22 @@ class Distillations:
         write_json(self.folder / RUNGS, known)
         return value
 
-    def _config(self, tokens: int) -> DistillConfig:
-        """A distillation, evaluated at its start and then once per first rung's length."""
+    def _config(self, tokens: int, scheme: Scheme | None) -> DistillConfig:
+        """A distillation, evaluated at its start and then once per first rung's length.
+
+        With a scheme, it trains for the grids of that scheme.
+        """
         from regrow.stages.distill.config import DistillConfig
 
         length = self.data.sequence_length
         batch = math.ceil(BATCH_TOKENS / length) * length
         every = max(batch, self.config.halving_tokens)
-        return DistillConfig(tokens=max(tokens, batch), batch_tokens=batch, eval_tokens=every)
+        return DistillConfig(
+            tokens=max(tokens, batch),
+            batch_tokens=batch,
+            eval_tokens=every,
+            fake_quantize=None if scheme is None else scheme.name,
+        )
 
     def _known(self) -> dict[str, dict[str, float]]:
         path = self.folder / RUNGS
@@ -295,7 +307,9 @@ class Distillations:
 
 
 def _key(row: Row) -> str:
-    return "-".join(f"{dim}{size}" for dim, size in sorted(row["sizes"].items()))
+    return "-".join(
+        [*(f"{dim}{size}" for dim, size in sorted(row["sizes"].items())), row["format"]]
+    )
 
 
 def _order(value: float) -> float:

@@ -19,7 +19,7 @@ from regrow.cost import (
 from regrow.errors import UserError
 from regrow.families import Family
 from regrow.pruning.choose import full_sizes
-from regrow.pruning.config import PruneConfig
+from regrow.pruning.config import PLAIN, PruneConfig
 from regrow.pruning.prune import make_plan
 from regrow.pruning.repair import REPAIR
 from regrow.runtime.progress import clock
@@ -70,7 +70,7 @@ def estimate(
         )
     if len(shapes) > SHOWN:
         lines.append(f"  … and {len(shapes) - SHOWN} more")
-    model = (family, checkpoint.config, config.format)
+    model = (family, checkpoint.config, shapes[0].format or config.format)
     lines += [f"  {line}" for line in fallbacks(*model, shapes[0].sizes)]
     lines += _repair_lines(checkpoint, config, profile_tokens)
     return [*lines, *_search_lines(checkpoint, config, to_try(config, shapes), sequence_length)]
@@ -122,10 +122,11 @@ def _repair_lines(
 
 def _counted(checkpoint: Checkpoint, config: PruneConfig, shape: Shape) -> str:
     """Bytes on disk and in memory, if the config limits them."""
-    model = (families.of(checkpoint), checkpoint.config, config.format)
+    format = shape.format or config.format
+    model = (families.of(checkpoint), checkpoint.config, format)
     text = ""
-    if config.format != "bf16" or config.max_bytes is not None:
-        text += f"{file_bytes(*model, shape.sizes) / 1e6:,.1f} MB in {config.format}  "
+    if format != PLAIN or config.max_bytes is not None:
+        text += f"{file_bytes(*model, shape.sizes) / 1e6:,.1f} MB in {format}  "
     if config.max_ram is not None:
         ram = ram_bytes(*model, config.context_length, shape.sizes)
         text += f"{ram / 1e6:,.1f} MB of RAM at {config.context_length} tokens  "

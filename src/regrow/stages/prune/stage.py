@@ -14,9 +14,10 @@ from regrow.data import DataConfig
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.profile_folder import Profile
-from regrow.pruning.config import PruneConfig
+from regrow.pruning.config import PLAIN, PruneConfig
 from regrow.pruning.prune import prune_to_sizes, repair_method
 from regrow.runtime import distributed
+from regrow.runtime.progress import say
 from regrow.search.shapes import check_keep_params, named, to_try
 from regrow.sparsity.zeros import refuse_filling
 from regrow.stage_dir import StageDir, digest, read
@@ -67,12 +68,36 @@ def prune(
         given = (checkpoint, shapes, measured, config, data, options or Options(), scratch)
         table = choose_shape(*given)
     chosen = next(row for row in table if row["chosen"])
-    sizes, extra = config.with_sizes(chosen["sizes"]), dict[str, object](candidates=table)
+    if not chosen["sizes"]:
+        raise _whole_is_best(table, config)
+    sizes = config.with_sizes(chosen["sizes"], chosen["format"])
+    extra = dict[str, object](candidates=table)
     cut = partial(prune_to_sizes, checkpoint, out, sizes, measured, extra, asked, options)
     distributed.on_first(cut)
     if distributed.is_main():
         shutil.rmtree(scratch, ignore_errors=True)
+    if config.formats and chosen["format"] != PLAIN:
+        say(
+            f"prune: the size is that in {chosen['format']}: distil, and then run regrow quantize "
+            f"with --scheme {chosen['format']}"
+        )
     return out
+
+
+def _whole_is_best(table: list[dict[str, Any]], config: PruneConfig) -> UserError:
+    """The error for a search in which the whole model in some format is better than every cut."""
+    whole, cut = table[0], next(row for row in table if row["sizes"])
+
+    def told(row: dict[str, Any]) -> str:
+        kl = [row["kl"], *row.get("distilled", {}).values()][-1]
+        return f"{row['name']}, {row['bytes'] / 1e6:,.1f} MB, KL {kl:.3f}"
+
+    smallest = min(row["bytes"] for row in table if not row["sizes"])
+    return UserError(
+        f"{named(config)}: pruning does not pay: {told(whole)}; the best cut is {told(cut)}. Run "
+        f"regrow quantize with --scheme {whole['format']}, or give less than "
+        f"{smallest / 1e6:,.1f} MB"
+    )
 
 
 def _earlier_choice(
@@ -88,5 +113,6 @@ def _earlier_choice(
         return None
     table: list[dict[str, Any]] = json.loads(path.read_text())
     chosen = next(row for row in table if row["chosen"])
-    stage = StageDir(out, "prune", config.with_sizes(chosen["sizes"]), inputs)
+    sizes = config.with_sizes(chosen["sizes"], chosen["format"])
+    stage = StageDir(out, "prune", sizes, inputs)
     return table if stage.complete else None
