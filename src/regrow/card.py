@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from regrow import stage_dir
+from regrow import stage, stage_dir
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint.licence import Licence, licence_of
 from regrow.checkpoint.model_config import read_json
@@ -35,8 +35,6 @@ TIMES = ("speed", "seconds", "tokens/s", "ms")
 """Units of figures that hold for one machine only; a card leaves them out."""
 RELATIVE_TIMES = ("_speedup", "_of_flops")
 """Endings of the names of such figures without a unit."""
-NO_CHANGE = ("profile", "generate", "cache", "compare", "evaluate", "export", "report")
-"""Stages that do not change the weights."""
 
 
 @dataclass(frozen=True)
@@ -315,7 +313,12 @@ def _front(lineage: Lineage, file: str | None) -> str:
 
 
 def _producing_stages(lineage: Lineage) -> dict[str, dict[str, Any]]:
-    return {n: m for n, m in lineage.stages.items() if m.get("stage") not in NO_CHANGE}
+    return {n: m for n, m in lineage.stages.items() if _changes_weights(str(m.get("stage")))}
+
+
+def _changes_weights(name: str) -> bool:
+    """Whether a stage changes the weights; a stage that is not installed here may have done so."""
+    return name not in stage.names() or stage.find(name).changes_weights
 
 
 def _lineage(lineage: Lineage, model_type: str) -> str:
