@@ -218,11 +218,7 @@ class _Open:
     ) -> None:
         """Append a document, or a part of one; the token at index `first` is not scored."""
         span = slice(self.used, self.used + len(ids))
-        self.rows[0, span], self.rows[1, span], self.rows[2, span] = (
-            ids,
-            np.arange(len(ids)),
-            labels,
-        )
+        self.rows[:3, span] = ids, np.arange(len(ids)), labels
         self.rows[2, self.used + first] = IGNORED
         self.rows[3:, span] = source
         self.used = span.stop
@@ -277,11 +273,9 @@ class Packer:
         self.documents += 1
         self.tokens += len(ids)
         if self.scored_only:
-            ends = (labels[1:] != IGNORED).nonzero()[0] + 2
-            ids, labels = (
-                ids[: ends[-1] if len(ends) else 0],
-                labels[: ends[-1] if len(ends) else 0],
-            )
+            scored = (labels[1:] != IGNORED).nonzero()[0]
+            end = scored[-1] + 2 if len(scored) else 0
+            ids, labels = ids[:end], labels[:end]
         prompted = bool((labels[len(self.prefix) :] == IGNORED).any())
         if prompted and len(ids) <= self.sequence_length:
             self._place_whole(ids, labels, document.source)
