@@ -22,6 +22,7 @@ demo: install
 demo-task: install
 	$(BIN)/python examples/one_job_data.py --out runs/one-job/data
 	$(BIN)/regrow run examples/one_job.yaml --out runs/one-job/run --batch-size 8
+	$(BIN)/regrow run examples/one_job_hundredth.yaml --out runs/one-job/hundredth --batch-size 32
 
 # One test process for each core, each with one thread: threads of two processes slow each other down.
 test: install

@@ -3,12 +3,12 @@
     python benchmarks/one_job.py --texts ../shared/data --out runs/one-job
 
 The job is to turn a command to a house into an exact instruction (examples/one_job_data.py). The
-script runs `make demo-task` (examples/one_job.yaml): SmolLM2-135M-Instruct is fine-tuned, its
-vocabulary, layers and MLPs are cut by what the task uses, and it is taught by its own uncut self.
-Then it makes two more models: the half again, cut by importance on general text (protocol P1), with
-the same training; and a model of a hundredth from scratch, from answers of the teacher. Printed is
-the share of exact answers on sentence patterns that no model has seen, with intervals. Resumable:
-run it again and it goes on. Writes `one_job.md` into `--out`.
+script runs the recipes of `make demo-task`. In examples/one_job.yaml, SmolLM2-135M-Instruct is
+fine-tuned, its vocabulary, layers and MLPs are cut by what the task uses, and it is taught by its
+own uncut self. In examples/one_job_hundredth.yaml, a model of a hundredth learns the half's answers
+from scratch. The script also cuts the half again, by importance on general text (protocol P1), and
+trains it in the same way. Printed is the share of exact answers on sentence patterns that no model
+has seen, with intervals. Resumable: run it again and it goes on. Writes `one_job.md` into `--out`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ from regrow import (
     DataConfig,
     DistillConfig,
     EvaluateConfig,
-    GenerateConfig,
     Options,
     ProfileConfig,
     PruneConfig,
     distill,
     evaluate,
     export,
-    generate,
     profile,
     prune,
     run,
@@ -47,7 +45,8 @@ TEACHER, CUT, HALF, QUARTER, INT8 = (
     "07-distill",
     "08-quantize",
 )
-"""Folders of the recipe's stages."""
+HUNDREDTH = "03-distill"
+"""Folders of the stages of both recipes."""
 
 
 def main() -> None:
@@ -70,7 +69,7 @@ def main() -> None:
         "quarter": stages / QUARTER,
         "quarter, int8": stages / INT8,
         "quarter, Q8_0 by llama.cpp": export(stages / QUARTER, out / "quarter.gguf"),
-        "hundredth": _tiny(stages, recipe, arguments, options),
+        "hundredth": _tiny(stages, arguments),
     }
     cuts = {
         "half, untrained": stages / CUT,
@@ -101,24 +100,20 @@ def _general(stages: Path, recipe: Recipe, arguments: argparse.Namespace, option
     return distill(half, stages / TEACHER, recipe.data, folder / "taught", taught, options)
 
 
-def _tiny(stages: Path, recipe: Recipe, arguments: argparse.Namespace, options: Options) -> Path:
+def _tiny(stages: Path, arguments: argparse.Namespace) -> Path:
     """A model of a hundredth, from scratch, on answers of the half, which has the same tokens."""
-    out, teacher = arguments.out, stages / HALF
-    asking = GenerateConfig(
-        limit=arguments.tiny_answers, greedy=True, max_new_tokens=32, chat_template=False
+    out = arguments.out
+    recipe = read(
+        EXAMPLES / "one_job_hundredth.yaml",
+        [
+            f"stages.generate.limit={arguments.tiny_answers}",
+            f"stages.distill.tokens={arguments.tiny_tokens}",
+            f"stages.evaluate.answers.test={out / 'data' / 'test.jsonl'}",
+        ],
+        {"MODEL": str(stages / HALF), "DATA": [str(out / "data" / "train.jsonl")]},
     )
-    answers = generate(teacher, recipe.data, out / "answers", asking, options)
-    training = DistillConfig(
-        tokens=arguments.tiny_tokens,
-        batch_tokens=2048,
-        learning_rate=2e-3,
-        losses={"cross_entropy": 1.0},
-        answers=str(answers),
-        eval_tokens=arguments.tiny_tokens // 4,
-        heldout_sequences=4,
-    )
-    config = EXAMPLES / "one_job_tiny.json"
-    return distill(config, teacher, recipe.data, out / "tiny", training, options)
+    run(recipe, out / "hundredth", Options(batch_size=32))
+    return Path(out / "hundredth" / "stages" / HUNDREDTH)
 
 
 def _evaluated(
@@ -169,7 +164,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, required=True, help="folder with general text")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
     parser.add_argument("--limit", type=int, default=300, help="test rows")
-    parser.add_argument("--tiny-answers", type=int, default=3000, help="answers of the teacher")
+    parser.add_argument("--tiny-answers", type=int, default=4000, help="answers of the half")
     parser.add_argument("--tiny-tokens", type=int, default=1_000_000, help="tokens of the tiny one")
     parser.add_argument("--batch-size", type=int, default=8)
     return parser.parse_args()

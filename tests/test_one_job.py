@@ -181,6 +181,31 @@ def test_the_recipe_runs(place: Path, tmp_path: Path) -> None:
     assert re.search(r"\d% to \d+\.\d%", page)
 
 
+def test_the_recipe_of_a_hundredth_runs(place: Path, tmp_path: Path) -> None:
+    """A random model with the tokens of the given one learns its answers."""
+    fields: dict[str, Any] = yaml.safe_load((EXAMPLES / "one_job_hundredth.yaml").read_text())
+    fields["model"] = str(place / "model")
+    fields["data"] |= {"sources": str(place / "train.jsonl"), "sequence_length": 32}
+    given = {name: stage for each in fields["stages"] if isinstance(each, dict)
+             for name, stage in each.items()}  # fmt: skip
+    given["generate"] |= {"limit": 40, "max_new_tokens": 4}
+    given["generate"]["keep_unfinished"] = True  # random weights write no end
+    given["distill"] |= {"tokens": 256, "batch_tokens": 64, "heldout_sequences": 2}
+    given["evaluate"] |= {"answers": {"test": str(place / "test.jsonl")}, "limit": 4, "repeats": 1}
+    fields["stages"] = [e for e in fields["stages"] if e == "report" or "export" not in e]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(fields, sort_keys=False))
+    out = recipe.run(path, tmp_path / "out", Options(device="cpu"))
+    taught = Checkpoint(out / "stages" / "03-distill")
+    assert taught.config["hidden_size"] == 128 and taught.config["num_hidden_layers"] == 6
+    manifest = read_manifest(taught.folder) or {}
+    rows = (out / "stages" / "02-generate" / "answers.jsonl").read_text().splitlines()
+    assert 20 < len(rows) <= 40  # equal answers are left out
+    assert "answers" in manifest["inputs"]
+    evaluation = json.loads((out / "stages" / "05-evaluate" / "evaluation.json").read_text())
+    assert {"teacher", "distilled", "quantized"} <= set(evaluation["figures"])
+
+
 def test_a_criterion_that_the_profile_lacks_is_told_at_once(place: Path, tmp_path: Path) -> None:
     fields = tiny_recipe(place)
     fields["stages"][1]["profile"]["criteria"] = ["activation_l2", "block_influence"]
