@@ -32,7 +32,7 @@ from regrow import (
     generate,
 )
 
-HARD = {"losses": {"cross_entropy": 1.0}, "chosen_by": "forward_kl"}
+HARD = {"losses": {"cross_entropy": 1.0}, "chosen_by": "last"}
 STORED = {"answer_targets": "top_logprobs"}
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "KL on real text": ("", {}),

@@ -223,6 +223,27 @@ def test_a_raised_budget_goes_on(distilled: dict[str, Path], place: Path, tmp_pa
     assert kl_of(out, place) == pytest.approx(state["best_metric"], rel=0.03)
 
 
+@pytest.mark.parametrize("chosen_by", ["forward_kl", "last"])
+def test_which_checkpoint_is_kept_is_told(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], chosen_by: str
+) -> None:
+    """The teacher itself learns hard labels: each checkpoint is further from it."""
+    fields = {**TOO_FAST, "losses": {"cross_entropy": 1.0}, "chosen_by": chosen_by}
+    config = CONFIG.model_copy(update={**fields, "learning_rate": 3e-3})
+    teacher, out = place / "teacher", tmp_path / "out"
+    distill(teacher, teacher, data(place), out, config, OPTIONS)
+    found, said = held_out(out), capsys.readouterr().err
+    assert found[0] < 1e-3 < found[4]
+    assert found[4] < found[12]
+    kept = 12 if chosen_by == "last" else min(list(found)[1:], key=lambda step: found[step])
+    assert figures(out)["held-out KL"] == found[kept]
+    assert figures(out)["training tokens of the kept student"] == kept * 128
+    assert kl_of(out, place) == pytest.approx(found[kept], rel=0.05)
+    assert f"held-out KL 0.000 before, {found[kept]:.3f} in the student that is kept" in said
+    assert ("--chosen-by last keeps these" in said) == (chosen_by != "last")
+    assert ("was lower before the training" in said) == (chosen_by != "last")
+
+
 def stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
     original = DistillTrainer.training_step
 

@@ -87,7 +87,9 @@ def test_a_student_that_learns_the_text_alone(place: Path) -> None:
     assert not any("forward_kl" in key or "heldout_kl" in key for row in rows for key in row)
     found = {f["name"]: f["value"] for f in (stage_dir.read(place / "trained") or {})["figures"]}
     assert found["held-out cross-entropy"] == min(heldout)
-    with pytest.raises(UserError, match="chosen_by cross_entropy: it must be one of the losses"):
+    with pytest.raises(
+        UserError, match="chosen_by cross_entropy: it must be last, or one of the losses"
+    ):
         parse(DistillConfig, {"chosen_by": "cross_entropy"}, "distill")
 
 

@@ -14,6 +14,8 @@ from regrow.quantization import formats
 
 LOSSES = "regrow.training.losses"
 FEATURE_LOSSES = "regrow.training.feature_losses"
+LAST = "last"
+"""The value of chosen_by that keeps the last checkpoint."""
 
 
 class DistillConfig(Config):
@@ -46,9 +48,11 @@ class DistillConfig(Config):
     losses: dict[str, float] = Field(default_factory=lambda: {"forward_kl": 1.0})
     """Weight of each output loss by its name: forward_kl, reverse_kl, jsd, skewed_kl,
     skewed_reverse_kl, total_variation, cross_entropy (hard labels), or one of your own."""
-    chosen_by: Literal["forward_kl", "cross_entropy"] = "forward_kl"
-    """The held-out loss that chooses the best checkpoint. cross_entropy is for a student that
-    learns the text alone (`losses: {cross_entropy: 1}`); the teacher then does not run at all."""
+    chosen_by: Literal["forward_kl", "cross_entropy", "last"] = "forward_kl"
+    """The held-out loss that chooses the checkpoint to keep. cross_entropy is for a student that
+    learns the text alone (`losses: {cross_entropy: 1}`); the teacher then does not run at all. last
+    keeps the last one, for a student that learns answers as hard labels: the more of them it
+    learns, the further it is from the teacher on other text."""
     temperature: float = Field(default=1.0, gt=0)
     """T: both models' logits are divided by T, and the losses multiplied by T², in all losses
     except cross_entropy."""
@@ -154,9 +158,9 @@ class DistillConfig(Config):
 
     @model_validator(mode="after")
     def _measured(self) -> DistillConfig:
-        if self.chosen_by not in {"forward_kl", *self.losses}:
+        if self.chosen_by not in {"forward_kl", LAST, *self.losses}:
             raise ValueError(
-                f"chosen_by {self.chosen_by}: it must be one of the losses "
+                f"chosen_by {self.chosen_by}: it must be last, or one of the losses "
                 f"({', '.join(self.losses)})"
             )
         return self

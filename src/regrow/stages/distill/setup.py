@@ -21,7 +21,7 @@ from regrow.quantization.formats import Scheme, find_scheme
 from regrow.runtime import distributed
 from regrow.runtime.precision import half
 from regrow.runtime.progress import say
-from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.config import LAST, DistillConfig
 from regrow.stages.distill.student import Student, check_student
 from regrow.stages.distill.teacher import TeacherSetup, teacher_placement
 from regrow.training import optimizers, sharding
@@ -90,7 +90,9 @@ def arguments_of(
     budget: Budget,
     chosen_by: str,
 ) -> TrainingArguments:
-    """The trainer's arguments; the loss `chosen_by` chooses the best checkpoint."""
+    """The trainer's arguments; the loss `chosen_by` chooses the best checkpoint, unless the last
+    one is kept.
+    """
     steps, micro, accumulation = budget
     every = steps_between_measurements(config)
     arguments = TrainingArguments(
@@ -115,7 +117,7 @@ def arguments_of(
         save_strategy="steps",
         save_steps=every,
         save_total_limit=2,  # best and last; with 1, Trainer deletes the last one at the end
-        load_best_model_at_end=True,
+        load_best_model_at_end=config.chosen_by != LAST,
         metric_for_best_model=f"eval_{chosen_by}",
         greater_is_better=False,
         report_to=_trackers(folder),
@@ -217,15 +219,16 @@ class DistillSetup:
 
     @property
     def chosen_by(self) -> str:
-        """The loss that chooses the best student, on the validation sequences."""
+        """The loss that is followed on the validation sequences, and chooses the best student."""
         asked = self.config.chosen_by
-        return self.teachers.chosen_by if asked == CHOSEN_BY else asked
+        return self.teachers.chosen_by if asked in (CHOSEN_BY, LAST) else asked
 
     @property
     def measured(self) -> tuple[str, ...]:
         """The losses that are measured on held-out text beside the training losses."""
         more = (LOSS,) if self.config.dynamic_blend else ()
-        return (self.config.chosen_by, *more)
+        asked = self.config.chosen_by
+        return (CHOSEN_BY if asked == LAST else asked, *more)
 
     @property
     def sharded(self) -> bool:

@@ -32,7 +32,7 @@ from regrow.runtime.memory import is_out_of_memory
 from regrow.runtime.progress import progress, say
 from regrow.sparsity import zeros
 from regrow.stage_dir import Figure, StageDir, refuse_input, require_space
-from regrow.stages.distill.config import DistillConfig
+from regrow.stages.distill.config import LAST, DistillConfig
 from regrow.stages.distill.domains import Domains, check_domains
 from regrow.stages.distill.on_policy import check_on_policy, writer_of
 from regrow.stages.distill.preflight import advice
@@ -166,7 +166,7 @@ def _run(
     metrics: Path | None,
     domains: Domains | None = None,
 ) -> None:
-    """Train the student, then write the best checkpoint and the figures."""
+    """Train the student, then write the checkpoint to keep and the figures."""
     teachers, config, budget = setup.teachers, setup.config, setup.budget
     loss_weights, feature_losses = setup.loss_weights, setup.feature_losses
     dtype = optimizers.KINDS[config.optimizer].dtype
@@ -212,7 +212,7 @@ def _run(
         _train(trainer, setup, stage.out, folder, metrics)
     if distributed.is_main():
         _write(trainer, setup, folder)
-    stage.figures += _figures(trainer, budget.steps * config.batch_tokens) + lost
+    stage.figures += _figures(trainer, config, budget.steps) + lost
 
 
 def _student(setup: DistillSetup, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -278,13 +278,12 @@ def _train(
 
 
 def _write(trainer: DistillTrainer, setup: DistillSetup, folder: Path) -> None:
-    """Write the best student, its adapters if they are kept, and its plan files."""
+    """Write the student to keep, its adapters if they are kept, and its plan files."""
     student, dtype = setup.student, setup.dtype
     dtypes = student.dtypes() if setup.scheme is None else {}
     trained = trainer.student
     if trainer.is_fsdp_enabled:
-        assert trainer.state.best_model_checkpoint is not None
-        trained = _whole(setup, Path(trainer.state.best_model_checkpoint))
+        trained = _whole(setup, folder / TRAINER / f"checkpoint-{_kept_step(trainer)}")
     if setup.config.keep_adapters and setup.adapter is not None:
         trained.save_pretrained(str(folder / ADAPTER))
     model = student.plain(trained, dtype, dtypes)
@@ -310,7 +309,16 @@ def _gather(setup: DistillSetup, checkpoint: Path) -> None:
     _whole(setup, checkpoint).save_pretrained(str(checkpoint))
 
 
-def _figures(trainer: DistillTrainer, tokens: int) -> list[Figure]:
+def _kept_step(trainer: DistillTrainer) -> int:
+    """The step of the checkpoint that is kept."""
+    state = trainer.state
+    if not trainer.args.load_best_model_at_end:
+        return int(state.global_step)
+    assert state.best_model_checkpoint is not None
+    return int(state.best_model_checkpoint.rsplit("-", 1)[1])
+
+
+def _figures(trainer: DistillTrainer, config: DistillConfig, steps: int) -> list[Figure]:
     metric = trainer.args.metric_for_best_model
     assert metric is not None
     rows = [row for row in trainer.state.log_history if metric in row]
@@ -327,15 +335,35 @@ def _figures(trainer: DistillTrainer, tokens: int) -> list[Figure]:
             f"{VALIDATION}"
         )
     first = Figure(name=f"{name} before", value=rows[0][metric], unit="nats", convention=convention)
-    # Step 0 is also measured but has no checkpoint: the best metric is that of the kept checkpoint.
-    assert trainer.state.best_metric is not None
-    best = Figure(
-        name=name,
-        value=trainer.state.best_metric,
-        unit="nats",
-        convention=convention,
-    )
-    return [first, best, Figure(name="training tokens", value=tokens, unit="tokens")]
+    step = _kept_step(trainer)  # step 0 is also measured but has no checkpoint
+    kept = next(row[metric] for row in reversed(rows) if row["step"] == step)
+    _tell(name, rows[0][metric], kept, (step, steps), config)
+    return [
+        first,
+        Figure(name=name, value=kept, unit="nats", convention=convention),
+        Figure(name="training tokens", value=steps * config.batch_tokens, unit="tokens"),
+        Figure(
+            name="training tokens of the kept student",
+            value=step * config.batch_tokens,
+            unit="tokens",
+        ),
+    ]
+
+
+def _tell(
+    name: str, before: float, kept: float, steps: tuple[int, int], config: DistillConfig
+) -> None:
+    """Say which student is kept, and whether the training brought it nearer to its aim."""
+    step, last = (each * config.batch_tokens for each in steps)
+    say(f"distill: {name} {before:.3f} before, {kept:.3f} in the student that is kept")
+    if step < last:
+        taught = "" if set(config.losses) - {"cross_entropy"} else "; --chosen-by last keeps these"
+        say(
+            f"distill: that is the one after {step:,} of {last:,} tokens; later ones have a higher "
+            f"{name}{taught}"
+        )
+    if kept > before and config.chosen_by != LAST:
+        say(f"distill: the {name} was lower before the training: try a lower learning rate")
 
 
 def adopt_finished(out: Path, folder: Path, stage: StageDir, config: DistillConfig) -> None:
