@@ -81,6 +81,7 @@ WIDTH: dict[str, list[Step]] = {
     "KL 50 k, β2 0.999": [kl(**SHORT, beta2=0.999)],
     "local, 37 k tokens twice": [LOCAL],
     "local, 37 k tokens twice, then KL 50 k at 5e-5": [LOCAL, AFTER],
+    "local, 37 k tokens twice, then KL 100 k at 5e-5": [LOCAL, kl(learning_rate=5e-5)],
     "KL 100 k": [kl()],
     "local, 98 k tokens twice": [local()],
     "local, 98 k tokens twice, then KL 100 k at 5e-5": [local(), kl(learning_rate=5e-5)],
