@@ -204,7 +204,7 @@ def comparison_plan(
     profile.check_fingerprint(checkpoint)
     if rounds < 1 or heads < 0:
         raise UserError(f"rounds {rounds}, heads {heads}: give 1 or more rounds, 0 or more heads")
-    shapes = check_keep_params(checkpoint, config)
+    shapes = [shape for shape in check_keep_params(checkpoint, config) if shape.sizes]
     sizes = (config.with_sizes(shapes[0].sizes, config.format) if shapes else config).sizes()
     if not sizes:
         raise UserError("nothing to compare at: give keep_params, or sizes such as num_layers")
