@@ -311,11 +311,10 @@ def _gather(setup: DistillSetup, checkpoint: Path) -> None:
 
 def _kept_step(trainer: DistillTrainer) -> int:
     """The step of the checkpoint that is kept."""
-    state = trainer.state
     if not trainer.args.load_best_model_at_end:
-        return int(state.global_step)
-    assert state.best_model_checkpoint is not None
-    return int(state.best_model_checkpoint.rsplit("-", 1)[1])
+        return int(trainer.state.global_step)
+    assert trainer.state.best_global_step is not None
+    return int(trainer.state.best_global_step)
 
 
 def _figures(trainer: DistillTrainer, config: DistillConfig, steps: int) -> list[Figure]:

@@ -307,9 +307,8 @@ class Distillations:
 
 
 def _key(row: Row) -> str:
-    return "-".join(
-        [*(f"{dim}{size}" for dim, size in sorted(row["sizes"].items())), row["format"]]
-    )
+    sizes = [f"{dim}{size}" for dim, size in sorted(row["sizes"].items())]
+    return "-".join([*sizes, row["format"]])
 
 
 def _order(value: float) -> float:
