@@ -105,6 +105,10 @@ def small(stage: str, given: dict[str, Any]) -> dict[str, Any]:
         made["prompts"] = str(EXAMPLES / "prompts.jsonl")
     if stage == "profile" and "criteria" in given:
         del made["gram_tokens"]
+    if "intermediate_size" in given:
+        made["intermediate_size"] = given["intermediate_size"] * 56 // 1536
+    if "num_layers" in given:
+        made["num_layers"] = 3
     if stage == "distill" and "on_policy_share" in given:
         made |= {"on_policy_prompt_tokens": 6, "on_policy_new_tokens": 8}
     return made
@@ -126,6 +130,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "teacher_correction.yaml",
         "layer_by_layer.yaml",
         "answers_and_preferences.yaml",
+        "contrastive.yaml",
+        "two_rounds.yaml",
     ],
 )
 def test_the_examples_run(place: Path, tmp_path: Path, name: str) -> None:

@@ -218,6 +218,41 @@ def test_distill_a_model_with_fewer_tokens(place: Path) -> None:
     assert (out / "tokenizer.json").read_bytes() == (place / "cut" / "tokenizer.json").read_bytes()
 
 
+@torch.no_grad()
+def test_the_teacher_ranks_answers_of_a_model_with_fewer_tokens(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores of the pairs against float64 runs of the teacher on the same tokens, by their text."""
+    pytest.importorskip("trl")
+    from regrow.stages.prefer import PreferConfig, dpo
+    from regrow.stages.prefer.stage import prefer
+
+    trained: list[Any] = []
+    train_pairs = dpo.train_pairs
+
+    def noted(student: Checkpoint, pairs: Any, *rest: Any) -> Any:
+        trained.extend(pairs)
+        with torch.enable_grad():
+            return train_pairs(student, pairs, *rest)
+
+    monkeypatch.setattr(dpo, "train_pairs", noted)
+    rows = "".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(40))
+    (tmp_path / "prompts.jsonl").write_text(rows)
+    config = PreferConfig(max_new_tokens=6, keep_unfinished=True, min_margin=0, temperature=2)
+    out = tmp_path / "out"
+    data = data_of(tmp_path / "prompts.jsonl")
+    prefer(place / "cut", place / "model", data, out, config, OPTIONS)
+    teacher, own = Checkpoint(place / "model"), Checkpoint(place / "cut").tokenizer()
+    ids, model = teacher.tokenizer().get_vocab(), teacher.model(torch.float64)
+    assert len(own) < len(ids) and trained
+    for pair in trained:
+        for answer, score in zip((pair.chosen, pair.rejected), pair.scores, strict=True):
+            given = [ids[token] for token in own.convert_ids_to_tokens(pair.prompt + answer)]
+            log_p = model(torch.tensor([given])).logits[0, :-1].log_softmax(-1)
+            own_T = log_p.gather(-1, torch.tensor(given[1:])[:, None])[-len(answer) :]
+            assert score == pytest.approx(float(own_T.mean()), rel=0.05, abs=2e-3)  # bf16
+
+
 def test_another_models_tokens_are_refused(place: Path, tmp_path: Path) -> None:
     data = data_of(place / "text.jsonl")
     with pytest.raises(UserError, match="have different tokenizers"):  # a teacher with fewer

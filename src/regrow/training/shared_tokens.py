@@ -68,6 +68,11 @@ def token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
+def shared_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of ids in a distribution; padding rows of the embedding are left out."""
+    return min(int(checkpoint.config["vocab_size"]), token_ids(tokenizer))
+
+
 def ids_in(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, vocab_size: int
 ) -> Tensor | None:

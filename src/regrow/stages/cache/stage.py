@@ -26,7 +26,6 @@ from regrow.training.cache.folder import (
     VERSION,
     Header,
     missing_sequences,
-    shared_ids,
     tokenizer_fingerprint,
 )
 from regrow.training.cache.formats import Format, log_probabilities, make
@@ -34,6 +33,7 @@ from regrow.training.cache.sparse import Sparse
 from regrow.training.cache.store import Store, write_shard
 from regrow.training.cache.teacher import head_from
 from regrow.training.head import Head
+from regrow.training.shared_tokens import shared_ids
 from regrow.training.teacher import Teacher, scored
 from regrow.training.text import text_for
 

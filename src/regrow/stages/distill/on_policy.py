@@ -16,7 +16,6 @@ from regrow.runtime.progress import say
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.setup import DistillSetup
 from regrow.training import sharding
-from regrow.training.cache.folder import shared_ids
 from regrow.training.on_policy import (
     PROMPTS_AT_ONCE,
     StudentWriter,
@@ -24,7 +23,7 @@ from regrow.training.on_policy import (
     share_out,
     text_prompts,
 )
-from regrow.training.shared_tokens import NONE
+from regrow.training.shared_tokens import NONE, shared_ids
 
 
 def check_on_policy(config: DistillConfig, data: DataConfig, options: Options) -> None:

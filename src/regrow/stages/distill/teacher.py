@@ -23,7 +23,7 @@ from regrow.stages.distill.student import Student
 from regrow.stages.distill.text import loss_weights_of
 from regrow.training import frozen_layers, sharding
 from regrow.training.answer_targets import AnswerTargets
-from regrow.training.cache.folder import Cache, shared_ids
+from regrow.training.cache.folder import Cache
 from regrow.training.cache.teacher import CachedTeacher, beyond_forward_kl, check_use, head_from
 from regrow.training.callbacks import CHOSEN_BY, SPAN_CHOSEN_BY
 from regrow.training.cross_tokenizer.align import Aligner
@@ -32,7 +32,13 @@ from regrow.training.features import FeatureLosses, give_attentions
 from regrow.training.frozen_layers import SharedPrefix
 from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import AnyTeacher
-from regrow.training.shared_tokens import NONE, check_text, comparable, teacher_ids
+from regrow.training.shared_tokens import (
+    NONE,
+    check_text,
+    comparable,
+    shared_ids,
+    teacher_ids,
+)
 from regrow.training.teacher import MixedTeacher, Teacher, TeacherPlacement, place_teacher
 
 if TYPE_CHECKING:

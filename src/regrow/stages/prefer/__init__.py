@@ -29,6 +29,9 @@ class PreferConfig(Config):
     """Also compare answers that max_new_tokens cut off."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """The temperature at which the student answers."""
+    chat_template: bool = True
+    """Make a plain prompt a user's turn if the tokenizer has a chat template. Otherwise, and
+    without this, the student continues the prompt, as in rows of `prompt` + `completion`."""
     min_margin: float = Field(default=0.1, ge=0)
     """The least difference, in nats per token under the teacher, between the answers of a pair."""
     beta: float = Field(default=0.1, gt=0)
@@ -77,7 +80,7 @@ class PreferStage(Stage):
 
         Args:
             student: The model to train.
-            teacher: The model that ranks the student's answers; it must have the same tokens.
+            teacher: The model that ranks the student's answers; it must have all of their tokens.
             text: The prompts, in rows with `messages`, `prompt` or `question`.
             out: Folder to write the trained model to.
             training: Answers, and the training on their pairs.
@@ -87,9 +90,9 @@ class PreferStage(Stage):
         require_trl()
         first, second = open_model(student), open_model(teacher)
         if dry_run:
-            from regrow.stages.prefer.stage import questions, same_tokens
+            from regrow.stages.prefer.stage import ids_of_teacher, questions
 
-            same_tokens(first, second)
+            ids_of_teacher(first, second)
             count = len(questions(text.blend(), first, training))
             print_lines(estimate(count, training), out)
             return
@@ -107,7 +110,8 @@ class PreferStage(Stage):
         for source in data.sources:
             check_source(source)
         if at_hand(data):
-            next(prompts(data, "train", bool(plan.checkpoint.tokenizer().chat_template)), None)
+            template = step.config.chat_template and plan.checkpoint.tokenizer().chat_template
+            next(prompts(data, "train", bool(template)), None)
 
     def dry_run(self, step: Step, plan: RecipePlan) -> list[str]:
         """The number of answers, if it is known."""

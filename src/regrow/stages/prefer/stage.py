@@ -10,6 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from regrow.card import ModelDir
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
@@ -25,7 +28,7 @@ from regrow.runtime.rows import Row, Rows, line
 from regrow.stage_dir import Figure, refuse_input, require_space
 from regrow.stages.prefer import PreferConfig, require_trl
 from regrow.stages.prefer.rank import Pair, pair_of, rank
-from regrow.training.shared_tokens import teacher_ids
+from regrow.training.shared_tokens import NONE, comparable, shared_ids, teacher_ids
 from regrow.training.teacher import place_teacher
 
 PAIRS = "pairs.ndjson"
@@ -42,10 +45,11 @@ def prefer(
 ) -> Path:
     """Train `student` by DPO on pairs of its answers to the prompts of `data`; return `out`.
 
-    The teacher ranks the answers to a prompt by their mean log-probability per token. The best and
-    the worst make a pair (DPO; Rafailov et al., 2023, arXiv:2305.18290). The student as it was is
-    the reference. Writes the pairs as text to `pairs.ndjson`. An interrupted run continues.
-    Raises UserError for other tokens in the teacher, for prompts that need a chat template where
+    The teacher ranks the answers to a prompt by their mean log-probability per token. It needs all
+    tokens of the student, and may have more (after a vocabulary cut). The best and the worst answer
+    make a pair (DPO; Rafailov et al., 2023, arXiv:2305.18290). The student as it was is the
+    reference. Writes the pairs as text to `pairs.ndjson`. An interrupted run continues.
+    Raises UserError for a teacher that lacks tokens, for prompts that need a chat template where
     there is none, and if no pair is left.
     """
     require_trl()
@@ -53,7 +57,7 @@ def prefer(
     first = student if isinstance(student, Checkpoint) else load(student)
     second = teacher if isinstance(teacher, Checkpoint) else load(teacher)
     refuse_input(out, first.folder, second.folder)
-    same_tokens(first, second)
+    ids_V = ids_of_teacher(first, second)
     inputs = {"student": first.fingerprint, "teacher": second.fingerprint}
     inputs["data"] = data_digest(data)
     stage = ModelDir(out, "prefer", config, inputs, first, data, teachers=(second,), resumable=True)
@@ -64,7 +68,7 @@ def prefer(
     require_space(out, 12 * 3 * sum(int(first.meta(name).numel()) for name in first.names()))
     with stage as folder:
         answers = _written(folder, first, asked, config, options)
-        pairs = _ranked(folder, first, second, asked, answers, config, options)
+        pairs = _ranked(folder, second, ids_V, asked, answers, config, options)
         from regrow.stages.prefer.dpo import TRAINER, train_pairs
 
         model, logged = train_pairs(first, pairs, folder, config, options)
@@ -74,13 +78,19 @@ def prefer(
     return out
 
 
-def same_tokens(student: Checkpoint, teacher: Checkpoint) -> None:
-    """Raise UserError unless both models have the same token ids."""
-    if teacher_ids(student, teacher) is not None:
+def ids_of_teacher(student: Checkpoint, teacher: Checkpoint) -> Tensor | None:
+    """The teacher's id [V] of each token of the student; None if all ids are equal.
+
+    Raises UserError if the teacher lacks a token that the student may write.
+    """
+    known = comparable(student, teacher)
+    ids_V = teacher_ids(student, teacher) if known else None
+    if not known or (ids_V is not None and bool((ids_V == NONE).any())):
         raise UserError(
-            f"prefer: the student {student.folder} has other token ids than the teacher: the "
-            "teacher ranks its answers token by token, so they must be the same"
+            f"prefer: the student {student.folder} has tokens that the teacher lacks: the teacher "
+            "ranks its answers token by token, so give a teacher that has all of them"
         )
+    return ids_V
 
 
 def questions(data: DataConfig, student: Checkpoint, config: PreferConfig) -> dict[str, list[int]]:
@@ -90,7 +100,7 @@ def questions(data: DataConfig, student: Checkpoint, config: PreferConfig) -> di
     """
     tokenizer = student.tokenizer()
     room = int(student.config.get("max_position_embeddings") or 1 << 30) - config.max_new_tokens
-    template = bool(tokenizer.chat_template)
+    template = config.chat_template and bool(tokenizer.chat_template)
     read = islice(prompts(data, "train", template), config.limit)
     asked = {prompt.key: prompt.ids(tokenizer) for prompt in read}
     fitting = {key: ids for key, ids in asked.items() if len(ids) <= room}
@@ -117,8 +127,14 @@ def _written(
     if todo:
         device = options.torch_device()
         model = student.model(student.compute_dtype(device), device)
-        sampling = Sampling(config.max_new_tokens, config.temperature, seed=config.seed)
-        generator = BatchGenerator(model, student.tokenizer(), sampling)
+        tokenizer = student.tokenizer()
+        sampling = Sampling(
+            config.max_new_tokens,
+            config.temperature,
+            seed=config.seed,
+            vocab_size=shared_ids(student, tokenizer),
+        )
+        generator = BatchGenerator(model, tokenizer, sampling)
         with progress("writing answers", len(asked), "prompts") as counter:
             counter.resume_at(len(asked) - len(todo))
             for start in range(0, len(todo), options.batch_size):
@@ -143,8 +159,8 @@ def _answers(
 
 def _ranked(
     folder: Path,
-    student: Checkpoint,
     teacher: Checkpoint,
+    ids_V: Tensor | None,
     asked: dict[str, list[int]],
     answers: dict[str, Row],
     config: PreferConfig,
@@ -160,7 +176,8 @@ def _ranked(
         with progress("ranking answers", len(asked), "prompts") as counter:
             counter.resume_at(len(asked) - len(todo))
             for key in todo:
-                scores = rank(model, asked[key], answers[key]["answers"], options.batch_size)
+                prompt, *given = _as_teacher([asked[key], *answers[key]["answers"]], ids_V)
+                scores = rank(model, prompt, given, options.batch_size)
                 rows.append([{"id": key, "scores": scores}])
                 counter.advance(1)
     scored = rows.read()
@@ -176,6 +193,11 @@ def _ranked(
         )
     say(f"prefer: {len(pairs):,} pairs from {len(asked):,} prompts")
     return pairs
+
+
+def _as_teacher(texts: list[list[int]], ids_V: Tensor | None) -> list[list[int]]:
+    """The same tokens by the teacher's ids."""
+    return texts if ids_V is None else [ids_V[torch.tensor(ids)].tolist() for ids in texts]
 
 
 def _write(folder: Path, student: Checkpoint, pairs: list[Pair], model: Any) -> None:

@@ -26,7 +26,6 @@ from regrow.data.sequences import IGNORED
 from regrow.errors import UserError
 from regrow.training.cache.formats import Format, make
 from regrow.training.cache.store import Store
-from regrow.training.shared_tokens import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,11 +84,6 @@ class Header(Config):
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """The digest of the tokens and their ids."""
     return stage_dir.digest(sorted(tokenizer.get_vocab().items()))
-
-
-def shared_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The number of ids in a distribution; padding rows of the embedding are left out."""
-    return min(int(checkpoint.config["vocab_size"]), token_ids(tokenizer))
 
 
 class Cache:
