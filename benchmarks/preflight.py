@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from process_memory import anonymous
 from protocol import DENSE
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.trainer import Trainer
@@ -232,7 +233,7 @@ class _Watch(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.start_bytes, self.peak, self.at, self.running = _anonymous(), 0, 0.0, True
+        self.start_bytes, self.peak, self.at, self.running = anonymous("self"), 0, 0.0, True
 
     def __enter__(self) -> None:
         self.begin = time.monotonic()
@@ -244,17 +245,10 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         while self.running:
-            now = _anonymous() - self.start_bytes
+            now = anonymous("self") - self.start_bytes
             if now > self.peak:
                 self.peak, self.at = now, time.monotonic() - self.begin
             time.sleep(0.002)
-
-
-def _anonymous() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("no RssAnon")
 
 
 def _timed(step: Any, times: list[float]) -> Any:

@@ -19,7 +19,7 @@ def watch(command: list[str], **options: Any) -> tuple[int, float, int]:
     start, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, **options)
     while process.poll() is None:
-        peak = max(peak, 1024 * sum(map(_anonymous, _with_children(str(process.pid)))))
+        peak = max(peak, sum(map(anonymous, _with_children(str(process.pid)))))
         time.sleep(0.005)
     return process.wait(), time.perf_counter() - start, peak
 
@@ -36,10 +36,10 @@ def _with_children(process: str) -> Iterator[str]:
             yield from _with_children(child)
 
 
-def _anonymous(process: str) -> int:
-    """Anonymous memory of a process in kB; 0 if it has ended."""
+def anonymous(process: str) -> int:
+    """Anonymous memory of a process in bytes; 0 if it has ended."""
     try:
-        return _status("RssAnon", process)
+        return 1024 * _status("RssAnon", process)
     except (OSError, KeyError):
         return 0
 

@@ -88,6 +88,23 @@ def test_where_the_whole_model_is_best_it_is_not_pruned(
     assert "whole model, int4-g32" in capsys.readouterr().err
 
 
+def test_where_the_whole_model_is_best_no_model_of_the_search_stays(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scores do, and the same search then distils nothing."""
+    config = limited(
+        bytes_of_whole(place, "int8"), halving_tokens=64, halving_shapes=2, num_candidates=2
+    )
+    scores = []
+    for _ in range(2):
+        with pytest.raises(UserError, match="pruning does not pay") as raised:
+            search_in(place, tmp_path / "out", config)
+        scores.append(str(raised.value))
+        assert not [path for path in (tmp_path / ".out.search").iterdir() if path.is_dir()]
+        monkeypatch.setattr("regrow.stages.distill.stage.distill", None)
+    assert scores[0] == scores[1]
+
+
 def test_the_distillations_train_for_the_grid(place: Path, tmp_path: Path) -> None:
     limit = 0.9 * bytes_of_whole(place, "int8")
     config = limited(limit, ("int8",), halving_tokens=64, halving_shapes=2, num_candidates=2)

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from regrow.checkpoint import Checkpoint
-from regrow.checkpoint.random_model import on_meta
+from regrow.checkpoint.from_config import on_meta
 from regrow.config import Options
 from regrow.errors import UserError
 from regrow.stages.distill.stage import distill

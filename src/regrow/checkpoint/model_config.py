@@ -8,7 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrow.checkpoint.multimodal import is_multimodal, stock_of, text_config_of
+from regrow.checkpoint.from_config import stock_config
+from regrow.checkpoint.multimodal import is_multimodal, text_config_of
 from regrow.errors import UserError, last_line
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def accept_config(
     refuse_quantized(config, place, quantized)
     if is_multimodal(config):
         raise UserError(f"{place} is multimodal: give the config of its text model alone")
-    stock = _stock_config(config, place)
+    stock = _causal_lm_config(config, place)
     if stock is not None and not hasattr(stock, "num_attention_heads"):
         raise UserError(
             f"{place} is a state-space model ({config['model_type']} has no "
@@ -84,7 +85,7 @@ def text_fields(config: dict[str, Any], place: Path) -> dict[str, Any]:
     if not is_multimodal(config):
         return config
     refuse_quantized(config, place)
-    return text_config_of(stock_of(config, place), place)
+    return text_config_of(stock_config(config, place), place)
 
 
 def is_tied(config: dict[str, Any], stock: PretrainedConfig | None) -> bool:
@@ -107,7 +108,7 @@ def refuse_quantized(config: dict[str, Any], place: Path, quantized: bool = Fals
         )
 
 
-def _stock_config(config: dict[str, Any], place: Path) -> PretrainedConfig | None:
+def _causal_lm_config(config: dict[str, Any], place: Path) -> PretrainedConfig | None:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -137,7 +138,7 @@ def _make(fields: str) -> PretrainedConfig:
     """The transformers config for a config.json, after a model was built from a copy of it."""
     from transformers import CONFIG_MAPPING
 
-    from regrow.checkpoint.random_model import on_meta
+    from regrow.checkpoint.from_config import on_meta
 
     raw = json.loads(fields)
     config: PretrainedConfig = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)

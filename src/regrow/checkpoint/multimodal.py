@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrow.errors import UserError, last_line
+from regrow.checkpoint.from_config import on_meta, stock_config
+from regrow.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -75,8 +76,7 @@ def read_multimodal(
     Raises UserError for a model of which transformers has no text model alone, and for tensors
     among which no text model is found.
     """
-    stock = stock_of(config, folder)
-    text = text_config_of(stock, folder)
+    text = text_config_of(stock_config(config, folder), folder)
     rows = text["vocab_size"], text["hidden_size"]
     found = [name for name in shapes if name.endswith(f".{EMBED}") and shapes[name] == rows]
     if len(found) != 1:
@@ -158,33 +158,9 @@ def open_whole(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> PreT
     return opened
 
 
-def stock_of(config: dict[str, Any], folder: Path) -> PretrainedConfig:
-    """The whole config as its class reads it; raises UserError if there is none, or it refuses."""
-    from transformers import CONFIG_MAPPING
-
-    if config["model_type"] not in CONFIG_MAPPING:
-        raise UserError(
-            f"{folder}: the installed transformers knows no model_type {config['model_type']!r}: "
-            "install a newer transformers"
-        )
-    try:
-        stock: PretrainedConfig = CONFIG_MAPPING[config["model_type"]].from_dict(
-            copy.deepcopy(config)
-        )
-    except Exception as error:  # whatever a config class raises for a value that it refuses
-        raise UserError(
-            f"{folder}: transformers refuses this config: {type(error).__name__} {last_line(error)}"
-        ) from None
-    return stock
-
-
 def _parts_of(text_config: dict[str, Any]) -> set[str]:
     """Names of the modules and parameters directly in the base of the text model."""
-    from transformers import CONFIG_MAPPING
-
-    from regrow.checkpoint.random_model import on_meta
-
-    base = on_meta(CONFIG_MAPPING[text_config["model_type"]].from_dict({**text_config})).base_model
+    base = on_meta(stock_config(text_config)).base_model
     return {*dict(base.named_children()), *dict(base.named_parameters(recurse=False))}
 
 

@@ -13,7 +13,7 @@ from regrow import families, plugins
 from regrow import plan as plans
 from regrow.card import ModelDir
 from regrow.checkpoint import Checkpoint, load
-from regrow.checkpoint.random_model import on_meta
+from regrow.checkpoint.from_config import on_meta
 from regrow.config import Options
 from regrow.data.sequences import VALIDATE_EVERY
 from regrow.errors import UserError

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from regrow import families
 from regrow.checkpoint import Checkpoint
-from regrow.checkpoint.random_model import on_meta
+from regrow.checkpoint.from_config import on_meta
 from regrow.data.sequences import Sequences
 from regrow.layerwise import LayerByLayer
 from regrow.quantization.formats import SCHEMES

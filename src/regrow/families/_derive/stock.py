@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from regrow.errors import UserError, reason_of
+from regrow.checkpoint.from_config import stock_config
+from regrow.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -20,23 +20,12 @@ class UnsupportedError(UserError):
 
 
 def stock(config: dict[str, Any]) -> PretrainedConfig:
-    """The config as its own class reads it; raises UserError when there is no such class."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+    """The config as its own class reads it; raises UserError if it is no causal language model."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    model_type = config["model_type"]
-    if model_type not in CONFIG_MAPPING:
-        raise UserError(
-            f"the installed transformers knows no model_type {model_type!r}: install a newer "
-            "transformers"
-        )
-    kind = CONFIG_MAPPING[model_type]
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{model_type} is no causal language model")
-    try:
-        made: PretrainedConfig = kind.from_dict(copy.deepcopy(config))
-    except Exception as error:  # whatever a config class raises for a value that it refuses
-        reason = reason_of(error)
-        raise UserError(f"transformers refuses this {model_type} config: {reason}") from None
+    made = stock_config(config)
+    if type(made) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{config['model_type']} is no causal language model")
     return made
 
 

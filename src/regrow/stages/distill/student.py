@@ -16,8 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from regrow import families
 from regrow.checkpoint import Checkpoint, load
+from regrow.checkpoint.from_config import on_meta, random_model
 from regrow.checkpoint.model_config import accept_config
-from regrow.checkpoint.random_model import on_meta, random_model
 from regrow.config import Options
 from regrow.errors import UserError
 from regrow.runtime.progress import say

@@ -10,8 +10,8 @@ from regrow import families
 from regrow.card import ModelDir
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
+from regrow.checkpoint.from_config import on_meta, random_model
 from regrow.checkpoint.model_config import accept_config
-from regrow.checkpoint.random_model import on_meta, random_model
 from regrow.errors import UserError, nearest
 from regrow.runtime.progress import say
 from regrow.stage_dir import refuse_input

@@ -306,6 +306,12 @@ class Distillations:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
+def remove_models(scratch: Path) -> None:
+    """Remove the models of a search; its scores stay, so that the same search is fast again."""
+    for path in scratch.glob("*/"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _key(row: Row) -> str:
     sizes = [f"{dim}{size}" for dim, size in sorted(row["sizes"].items())]
     return "-".join([*sizes, row["format"]])

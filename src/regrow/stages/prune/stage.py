@@ -22,7 +22,7 @@ from regrow.search.shapes import check_keep_params, named, to_try
 from regrow.sparsity.zeros import refuse_filling
 from regrow.stage_dir import StageDir, digest, read
 from regrow.stages.prune import FILLS_ZEROS
-from regrow.stages.prune.choose_shape import choose_shape
+from regrow.stages.prune.choose_shape import choose_shape, remove_models
 
 
 def prune(
@@ -69,6 +69,7 @@ def prune(
         table = choose_shape(*given)
     chosen = next(row for row in table if row["chosen"])
     if not chosen["sizes"]:
+        distributed.on_first(partial(remove_models, scratch))
         raise _whole_is_best(table, config)
     sizes = config.with_sizes(chosen["sizes"], chosen["format"])
     extra = dict[str, object](candidates=table)
