@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_job import call, command, recipe_fields, write_job, write_recipe
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from regrow import load
+from regrow.cost import matmul_rate
 from regrow.errors import UserError
 from regrow.runtime import precision
 
@@ -40,6 +43,28 @@ def test_the_variable_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(precision.PRECISION, "float16")
     with pytest.raises(UserError, match="REGROW_PRECISION=float16: give bfloat16 or float32"):
         precision.half(CPU)
+
+
+class Products(TorchDispatchMode):
+    """Collects the data types of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default:
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_times_are_told_for_the_type_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 a CPU without such products is a hundred times as slow as the stages are."""
+    for name in ("bfloat16", "float32"):
+        monkeypatch.setenv(precision.PRECISION, name)
+        with Products() as products:
+            assert matmul_rate.__wrapped__() > 0
+        assert products.dtypes == {getattr(torch, name)}
 
 
 def test_stages_compute_in_float32_and_store_in_bfloat16(
