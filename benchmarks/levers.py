@@ -96,7 +96,6 @@ OTHERS: dict[str, tuple[str, list[Step]]] = {
     "depth: local, then KL 50 k at 5e-5": ("depth", [LOCAL, AFTER]),
     "depth: KL 100 k": ("depth", [kl()]),
     "depth: KL 50 k": ("depth", [kl(**SHORT)]),
-    "depth: layer by layer, KL + hidden, 7 times 7 k": ("29 layers", [BRIEF, *ONE_BY_ONE]),
     "−36 %: repaired": ("third", []),
     "−36 %: KL 100 k": ("third", [kl()]),
     "−36 % in two rounds: KL 50 k, cut, KL 50 k": (
@@ -110,7 +109,9 @@ OTHERS: dict[str, tuple[str, list[Step]]] = {
     "Minitron's scores, no repair": ("minitron", []),
     "Minitron's scores, no repair: KL 100 k": ("minitron", [kl()]),
     "depth, no repair": ("minitron depth", []),
+    "depth, no repair: KL 50 k": ("minitron depth", [kl(**SHORT)]),
     "depth, no repair: KL 100 k": ("minitron depth", [kl()]),
+    "depth, layer by layer: KL + hidden, 7 times 7 k": ("29 layers", [BRIEF, *ONE_BY_ONE]),
 }
 LEVERS = {name: ("width", steps) for name, steps in WIDTH.items()} | OTHERS
 
@@ -170,7 +171,8 @@ def _step(
 def _cut(model: Path, out: Path, fields: dict[str, Any], data: Any) -> None:
     """Profile the model as it is, and cut it."""
     criterion = fields.get("layer_criterion", "activation_l2")
-    config = ProfileConfig(criteria=(criterion,), samples=96)
+    samples = 24 if criterion == "block_influence" else 96  # one number for each layer needs fewer
+    config = ProfileConfig(criteria=(criterion,), samples=samples)
     place = out.with_name(out.name + "-profile")
     measured = profile(model, data, place, config, Options(batch_size=2))
     prune(model, out, PruneConfig(**fields), measured, data)
