@@ -104,7 +104,7 @@ def test_the_assistants_tokens_by_hand_counts(template: str, marks: int) -> None
 
 
 def test_the_first_loss_is_that_of_equal_models_and_the_pairs_are_learned(
-    place: Path, tmp_path: Path
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """ln 2 before any step, by trl; the summed log p of the answers alone, token by token."""
     out = prefer(
@@ -115,6 +115,7 @@ def test_the_first_loss_is_that_of_equal_models_and_the_pairs_are_learned(
         CONFIG.model_copy(update={"epochs": 3}),
         OPTIONS,
     )
+    assert "has hardly changed" not in capsys.readouterr().err
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=2e-3)
     assert rows[-1]["loss"] < rows[0]["loss"]
@@ -128,6 +129,9 @@ def test_the_first_loss_is_that_of_equal_models_and_the_pairs_are_learned(
     figures = {each["name"]: each["value"] for each in manifest["figures"]}
     assert (figures["prompts"], figures["pairs"]) == (12, 12)
     before, after = Checkpoint(place / "student"), Checkpoint(out)
+    old, new = (load_file(each.folder / "model.safetensors") for each in (before, after))
+    changed = sum(int((old[name] != new[name]).sum()) for name in old)
+    assert figures["weights changed"] == changed / sum(weight.numel() for weight in old.values())
     assert before.shapes == after.shapes
     assert before.dtype(before.names()[0]) == after.dtype(before.names()[0])
     assert before.config["pad_token_id"] == after.config["pad_token_id"]
@@ -136,7 +140,9 @@ def test_the_first_loss_is_that_of_equal_models_and_the_pairs_are_learned(
 
 
 @torch.no_grad()
-def test_only_the_answers_tokens_count(place: Path, tmp_path: Path) -> None:
+def test_only_the_answers_tokens_count(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """trl's log-probabilities of a batch against float64, and the mask by hand."""
     pairs = [
         Pair([5, 6, 7], [8, 9], [10], (0.0, -1.0)),
@@ -147,6 +153,7 @@ def test_only_the_answers_tokens_count(place: Path, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"learning_rate": 1e-12})
     with torch.enable_grad():
         dpo.train_pairs(student, pairs, tmp_path / "run", config, OPTIONS)
+    assert "the student has hardly changed: the loss is 0.693" in capsys.readouterr().err
     (row,) = (json.loads(s) for s in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     model = student.model(torch.float64)
     for name in ("chosen", "rejected"):

@@ -75,6 +75,7 @@ def prefer(
         _write(folder, first, pairs, model)
         shutil.rmtree(folder / TRAINER)
         stage.figures += _figures(len(asked), pairs, logged)
+        stage.figures.append(Figure(name="weights changed", value=_changed(first, folder)))
     return out
 
 
@@ -211,6 +212,17 @@ def _write(folder: Path, student: Checkpoint, pairs: list[Pair], model: Any) -> 
     copy_plans(student.folder, folder)
     for name in ("written", "ranked"):
         Rows(folder, name).remove()
+
+
+def _changed(before: Checkpoint, after: Path) -> float:
+    """The share of the weights whose stored value is another one than before.
+
+    A small learning rate and few steps are lost in the rounding to a stored bfloat16.
+    """
+    trained = load(after)
+    pairs = ((before.tensor(name), trained.tensor(name)) for name in before.names())
+    counts = [(int((one != other).sum()), one.numel()) for one, other in pairs]
+    return sum(changed for changed, _ in counts) / sum(size for _, size in counts)
 
 
 def _figures(prompts: int, pairs: list[Pair], logged: dict[str, float]) -> list[Figure]:
