@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from protocol import blend, figures_in
+from protocol import blend, figures_in, interval
 
 from regrow import (
     DataConfig,
@@ -145,18 +145,13 @@ def _table(measured: dict[str, dict[str, dict[str, Any]]]) -> str:
             f"{row['parameters']['value'] / 1e6:.1f} M",
             f"{row['parameters']['value'] / full:.1%}",
             f"{row['bytes']['value'] / 1e6:.1f}",
-            _interval(row["exact_answers/test"]),
-            "–" if kept is None else _interval(kept),
+            interval(row["exact_answers/test"]),
+            "–" if kept is None else interval(kept),
             f"{row['decode']['value']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     rows = measured["teacher"]["exact_answers/test"]["n"]
     return "\n".join([f"{rows} test rows.", "", *lines]) + "\n"
-
-
-def _interval(figure: dict[str, Any]) -> str:
-    low, high = figure["interval"]
-    return f"{figure['value']:.1%} ({low:.1%} to {high:.1%})"
 
 
 def _arguments() -> argparse.Namespace:

@@ -60,6 +60,12 @@ def width_student(out: Path, data: DataConfig) -> Path:
     return prune(DENSE, out / "student", cut, measured)
 
 
+def interval(figure: dict[str, Any]) -> str:
+    """A share with its 95 % interval."""
+    low, high = figure["interval"]
+    return f"{figure['value']:.1%} ({low:.1%} to {high:.1%})"
+
+
 def table(titles: list[str], rows: Mapping[str, list[str]]) -> str:
     """A Markdown table; each row begins with its name."""
     lines = ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(titles) - 1) + "|"]
