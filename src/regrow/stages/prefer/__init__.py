@@ -80,7 +80,7 @@ class PreferStage(Stage):
 
         Args:
             student: The model to train.
-            teacher: The model that ranks the student's answers; it must have all of their tokens.
+            teacher: The model that ranks the answers; it must have all tokens of the student.
             text: The prompts, in rows with `messages`, `prompt` or `question`.
             out: Folder to write the trained model to.
             training: Answers, and the training on their pairs.

@@ -33,10 +33,9 @@ LOGGED = {
     "rewards/accuracies": "accuracy of the pairs",
     "rewards/margins": "margin",
 }
-
-STILL_LOSS = 0.98 * math.log(2)
-"""A final loss above this is that of a student that is still what it was: ln 2 is the loss of equal
-models."""
+STILL = 0.02
+"""A final loss that is within this share of ln 2, the loss of equal models, is that of a student
+that is still what it was."""
 
 
 class PairTrainer(DPOTrainer):
@@ -89,11 +88,12 @@ def train_pairs(
         raise UserError("prefer: the weights are no longer finite: lower the learning rate")
     tail = logged[-max(1, len(logged) // 10) :]
     means = {shown: sum(row[name] for row in tail) / len(tail) for name, shown in LOGGED.items()}
-    if means["DPO loss"] > STILL_LOSS:
+    loss, untrained = means["DPO loss"], math.log(2)
+    if abs(loss / untrained - 1) < STILL:
         say(
-            f"prefer: the student has hardly changed: the loss is {means['DPO loss']:.3f}, and "
-            f"{math.log(2):.3f} without any training: raise learning_rate "
-            f"({config.learning_rate:g}) or epochs ({config.epochs})"
+            f"prefer: the student has hardly changed: the loss is {loss:.3f}, and {untrained:.3f} "
+            f"without any training: raise learning_rate ({config.learning_rate:g}) or epochs "
+            f"({config.epochs})"
         )
     model.config.pad_token_id, model.generation_config = pad, settings
     dtypes = {name: getattr(torch, student.dtype(name)) for name in student.names()}

@@ -75,7 +75,10 @@ def prefer(
         _write(folder, first, pairs, model)
         shutil.rmtree(folder / TRAINER)
         stage.figures += _figures(len(asked), pairs, logged)
-        stage.figures.append(Figure(name="weights changed", value=_changed(first, folder)))
+        share = _changed(first, folder)
+        stage.figures.append(
+            Figure(name="weights changed", value=share, convention="share, in the stored dtype")
+        )
     return out
 
 
