@@ -16,11 +16,10 @@ Resumable: run it again and it goes on. Writes `frontier_to_small.md` into `--ou
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from one_job import CUT, TEACHER, job_recipe
 from protocol import figures_in, interval, table
 
 from regrow import (
@@ -35,11 +34,8 @@ from regrow import (
     prefer,
     run,
 )
-from regrow.recipe.recipe import Recipe, read
+from regrow.recipe.recipe import Recipe
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-TEACHER, STUDENT = "01-distill", "03-prune-repaired"
-"""Folders of the stages of examples/one_job.yaml."""
 HARD: dict[str, Any] = {"losses": {"cross_entropy": 1.0}, "chosen_by": "last"}
 OWN: dict[str, Any] = {"on_policy_new_tokens": 32, "on_policy_prompt_tokens": 32}
 RATES = (1e-6, 1e-5, 5e-5)
@@ -50,9 +46,10 @@ OPTIONS = Options(batch_size=8)
 def main() -> None:
     arguments = _arguments()
     out: Path = arguments.out
-    recipe = _recipe(out)
+    whole = job_recipe(out)
+    recipe = whole.model_copy(update={"stages": whole.stages[:3]})  # to the repaired half
     run(recipe, out / "job", OPTIONS)
-    teacher, student = (out / "job" / "stages" / name for name in (TEACHER, STUDENT))
+    teacher, student = (out / "job" / "stages" / name for name in (TEACHER, CUT))
     asked = GenerateConfig(
         limit=arguments.prompts, greedy=True, chat_template=False, max_new_tokens=32
     )
@@ -95,18 +92,6 @@ def main() -> None:
     written = _table(_evaluated(models, recipe, arguments))
     (out / "frontier_to_small.md").write_text(written)
     print(written)
-
-
-def _recipe(out: Path) -> Recipe:
-    """Data, teacher and student of examples/one_job.yaml."""
-    maker = [sys.executable, str(EXAMPLES / "one_job_data.py"), "--out", str(out / "data")]
-    subprocess.run(maker, check=True)
-    whole = read(
-        EXAMPLES / "one_job.yaml",
-        [f"stages.evaluate.answers.test={out / 'data' / 'test.jsonl'}"],
-        {"DATA": [str(out / "data" / "train.jsonl")]},
-    )
-    return whole.model_copy(update={"stages": whole.stages[:3]})
 
 
 def _evaluated(

@@ -53,13 +53,7 @@ def main() -> None:
     arguments = _arguments()
     out: Path = arguments.out
     options = Options(batch_size=arguments.batch_size)
-    maker = [sys.executable, str(EXAMPLES / "one_job_data.py"), "--out", str(out / "data")]
-    subprocess.run(maker, check=True)
-    recipe = read(
-        EXAMPLES / "one_job.yaml",
-        [f"stages.evaluate.answers.test={out / 'data' / 'test.jsonl'}"],
-        {"DATA": [str(out / "data" / "train.jsonl")]},
-    )
+    recipe = job_recipe(out)
     run(recipe, out / "run", options)
     stages = out / "run" / "stages"
     models: dict[str, str | Path] = {
@@ -78,6 +72,18 @@ def main() -> None:
     measured = _evaluated({**models, **cuts}, recipe, out, arguments, options)
     (out / "one_job.md").write_text(_table(measured))
     print(_table(measured))
+
+
+def job_recipe(out: Path) -> Recipe:
+    """Write the job's data below `out`, and read examples/one_job.yaml for it."""
+    data = out / "data"
+    maker = [sys.executable, str(EXAMPLES / "one_job_data.py"), "--out", str(data)]
+    subprocess.run(maker, check=True)
+    return read(
+        EXAMPLES / "one_job.yaml",
+        [f"stages.evaluate.answers.test={data / 'test.jsonl'}"],
+        {"DATA": [str(data / "train.jsonl")]},
+    )
 
 
 def _general(stages: Path, recipe: Recipe, arguments: argparse.Namespace, options: Options) -> Path:

@@ -32,13 +32,7 @@ from regrow.training.features import FeatureLosses, give_attentions
 from regrow.training.frozen_layers import SharedPrefix
 from regrow.training.loss_weights import LossWeights
 from regrow.training.objective import AnyTeacher
-from regrow.training.shared_tokens import (
-    NONE,
-    check_text,
-    comparable,
-    shared_ids,
-    teacher_ids,
-)
+from regrow.training.shared_tokens import NONE, check_text, comparable, shared_ids, teacher_ids
 from regrow.training.teacher import MixedTeacher, Teacher, TeacherPlacement, place_teacher
 
 if TYPE_CHECKING:

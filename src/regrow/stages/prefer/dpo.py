@@ -88,19 +88,23 @@ def train_pairs(
         raise UserError("prefer: the weights are no longer finite: lower the learning rate")
     tail = logged[-max(1, len(logged) // 10) :]
     means = {shown: sum(row[name] for row in tail) / len(tail) for name, shown in LOGGED.items()}
-    loss, untrained = means["DPO loss"], math.log(2)
-    if abs(loss / untrained - 1) < STILL:
-        say(
-            f"prefer: the student has hardly changed: the loss is {loss:.3f}, and {untrained:.3f} "
-            f"without any training: raise learning_rate ({config.learning_rate:g}) or epochs "
-            f"({config.epochs})"
-        )
+    _say_if_unchanged(means["DPO loss"], config)
     model.config.pad_token_id, model.generation_config = pad, settings
     dtypes = {name: getattr(torch, student.dtype(name)) for name in student.names()}
     for name, weight in model.named_parameters():
         weight.data = weight.data.to(dtypes.get(name, getattr(torch, student.main_dtype)))
     model.config.use_cache = True
     return model, means
+
+
+def _say_if_unchanged(loss: float, config: PreferConfig) -> None:
+    untrained = math.log(2)
+    if abs(loss / untrained - 1) < STILL:
+        say(
+            f"prefer: the student has hardly changed: the loss is {loss:.3f}, and {untrained:.3f} "
+            f"without any training: raise learning_rate ({config.learning_rate:g}) or epochs "
+            f"({config.epochs})"
+        )
 
 
 def _arguments(count: int, folder: Path, config: PreferConfig, options: Options) -> DPOConfig:
