@@ -6,12 +6,13 @@ The students are cuts of SmolLM2-135M-Instruct: `width`, that of protocol P1, ha
 instead of 1,536 channels and is repaired layer after layer; `depth` has 23 of its 30 layers and is
 repaired likewise; `minitron` is the width cut by Minitron's scores and without repair, and
 `minitron depth` is the depth cut without repair. `third` has MLPs of 608 channels, 64 % of the
-parameters, and `29 layers` one layer less. A lever is a student and a list of stages that follow;
+parameters, and `29 layers` one layer less. `--model` names another model, whose students keep the
+same shares of its channels and layers. A lever is a student and a list of stages that follow;
 levers with the same first stages share them. A stage `cut` profiles the model as it then is, and
-cuts and repairs it again. Test: perplexity and KL to the dense model on the first 8,192 tokens of
-WikiText-2, LAMBADA and C4, on which nothing is calibrated or trained. Processor time is that of the
-stages after the first cut and its repair. Resumable: run it again and it goes on. Writes
-`levers.md` into `--out`.
+cuts and repairs it again. Test: perplexity and KL to the dense model on the first `--text-tokens`
+tokens of WikiText-2, LAMBADA and C4, on which nothing is calibrated or trained. Processor time is
+that of the stages after the first cut and its repair. Resumable: run it again and it goes on.
+Writes `levers.md` into `--out`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from regrow import (
     prune,
     reconstruct,
 )
+from regrow.checkpoint.resolve import resolve_model
 
 Step = tuple[str, dict[str, Any]]
 Row = dict[str, float]
@@ -59,18 +61,23 @@ def cut(**fields: Any) -> Step:
 LOCAL = local(tokens=36_864)
 AFTER = kl(**SHORT, learning_rate=5e-5)
 STUDENTS: dict[str, dict[str, Any]] = {
-    "width": {"intermediate_size": 1024},
-    "depth": {"num_layers": 23, "layer_criterion": "block_influence"},
-    "minitron": {"intermediate_size": 1024, "criterion": "minitron", "repair": False},
-    "minitron depth": {"num_layers": 23, "layer_criterion": "block_influence", "repair": False},
-    "third": {"intermediate_size": 608},
-    "29 layers": {"num_layers": 29, "layer_criterion": "block_influence", "repair": False},
+    "width": {"intermediate_size": 1024 / 1536},
+    "depth": {"num_layers": 23 / 30, "layer_criterion": "block_influence"},
+    "minitron": {"intermediate_size": 1024 / 1536, "criterion": "minitron", "repair": False},
+    "minitron depth": {
+        "num_layers": 23 / 30,
+        "layer_criterion": "block_influence",
+        "repair": False,
+    },
+    "third": {"intermediate_size": 608 / 1536},
+    "29 layers": {"num_layers": 29 / 30, "layer_criterion": "block_influence", "repair": False},
 }
+"""Each size is a share of the dense model's."""
 BRIEF = kl(tokens=7_168, feature_losses={"hidden": 0.1}, balance_feature_losses=True)
 ONE_BY_ONE = [
     step
     for layers in range(28, 22, -1)
-    for step in (cut(**STUDENTS["29 layers"] | {"num_layers": layers}), BRIEF)
+    for step in (cut(**STUDENTS["29 layers"] | {"num_layers": layers / 30}), BRIEF)
 ]
 WIDTH: dict[str, list[Step]] = {
     "repaired": [],
@@ -118,25 +125,46 @@ LEVERS = {name: ("width", steps) for name, steps in WIDTH.items()} | OTHERS
 
 def main() -> None:
     arguments = _arguments()
-    out, data = arguments.out, blend(arguments.texts)
+    out, dense, data = arguments.out, arguments.model, blend(arguments.texts)
     criteria = ("activation_l2", "minitron", "block_influence")
     config = ProfileConfig(criteria=criteria, samples=96)
-    measured = profile(DENSE, data, out / "profile", config, Options(batch_size=2))
+    measured = profile(dense, data, out / "profile", config, Options(batch_size=2))
     trained: dict[str, tuple[float, Path]] = {}
     for name in arguments.only or LEVERS:
         kind, steps = LEVERS[name]
         student = out / kind.replace(" ", "-")
-        prune(DENSE, student, PruneConfig(**STUDENTS[kind]), measured, data)
-        trained[name] = _run(student, steps, data, out)
+        prune(dense, student, PruneConfig(**_sized(STUDENTS[kind], dense)), measured, data)
+        steps = [(stage, _sized(fields, dense)) for stage, fields in steps]
+        trained[name] = _run(student, steps, dense, data, out)
     # All at once, because the dense model then reads the texts only once.
     models: dict[str, Path | str] = {model.name: model for _, model in trained.values()}
-    found = measure({"dense": DENSE, **models}, out / "figures", arguments.texts, TESTS, 8192)
+    found = measure(
+        {"dense": dense, **models},
+        out / "figures",
+        arguments.texts,
+        TESTS,
+        arguments.text_tokens,
+        dense,
+    )
     table = _table({name: (s, found[m.name]) for name, (s, m) in trained.items()}, found["dense"])
     (out / "levers.md").write_text(table)
     print(table, flush=True)
 
 
-def _run(student: Path, steps: list[Step], data: Any, out: Path) -> tuple[float, Path]:
+def _sized(fields: dict[str, Any], dense: str) -> dict[str, Any]:
+    """The fields with shares of the dense model's channels (in 32s) and layers as whole numbers."""
+    config = json.loads((resolve_model(dense) / "config.json").read_text())
+    sizes = {"intermediate_size": (config["intermediate_size"], 32)}
+    sizes["num_layers"] = (config["num_hidden_layers"], 1)
+    whole = {
+        name: round(share * sizes[name][0] / sizes[name][1]) * sizes[name][1]
+        for name, share in fields.items()
+        if name in sizes
+    }
+    return fields | whole
+
+
+def _run(student: Path, steps: list[Step], dense: str, data: Any, out: Path) -> tuple[float, Path]:
     """Run the steps that are not there yet; returns all their processor seconds and the model."""
     seconds, model, uncut = 0.0, student, str(student)
     for count, (stage, fields) in enumerate(steps, start=1):
@@ -145,7 +173,7 @@ def _run(student: Path, steps: list[Step], data: Any, out: Path) -> tuple[float,
         if stage == "cut":
             uncut = str(model)
         fields = dict(fields)
-        teacher = uncut if fields.pop("learn_from", None) == "before_prune" else DENSE
+        teacher = uncut if fields.pop("learn_from", None) == "before_prune" else dense
         model, used = _step(model, teacher, folder, stage, fields, data)
         seconds += used
     return seconds, model
@@ -194,6 +222,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=Path, required=True, help="folder with train/ and eval/")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
+    parser.add_argument("--model", default=DENSE, help="the dense model")
+    parser.add_argument("--text-tokens", type=int, default=8192, help="tokens of each test text")
     parser.add_argument("--only", nargs="*", choices=LEVERS, help="names of levers")
     return parser.parse_args()
 

@@ -79,14 +79,15 @@ def measure(
     texts: Path,
     tests: Iterable[str] = ("wikitext2",),
     text_tokens: int = 16384,
+    dense: str = DENSE,
 ) -> Figures:
-    """Parameters, perplexity and KL to the dense model of each, on the first tokens of `tests`."""
+    """Parameters, perplexity and KL to `dense` of each, on the first tokens of `tests`."""
     config = EvaluateConfig(
         metrics=("size", "perplexity", "kl"),
         texts={name: str(texts / TESTS[name]) for name in tests},
         text_tokens=text_tokens,
     )
-    evaluate(dict(models), out, None, DENSE, config, Options(batch_size=4))
+    evaluate(dict(models), out, None, dense, config, Options(batch_size=4))
     return figures(out)
 
 
