@@ -23,6 +23,7 @@ from regrow.config import Options
 from regrow.data.documents import read_row, tokenize
 from regrow.data.prompts import read_prompt
 from regrow.errors import UserError
+from regrow.stage import parse_step
 from regrow.stage_dir import read as read_manifest
 from regrow.stages.prefer import PreferConfig, dpo
 from regrow.stages.prefer.rank import Pair, pair_of, rank
@@ -218,3 +219,14 @@ def test_what_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixt
             OPTIONS,
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_other_prompts_make_a_recipe_train_again(tmp_path: Path) -> None:
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Say 1."}])
+    own = {"sources": [{"source": str(tmp_path / "prompts.jsonl")}]}
+    step = parse_step({"prefer": {"prompts": own}}, 0)
+    before = tuple(step.stage.inputs(step))
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Say 2."}])
+    assert before != tuple(step.stage.inputs(step))
+    plain = parse_step({"prefer": {}}, 0)
+    assert tuple(plain.stage.inputs(plain)) == ()

@@ -14,6 +14,7 @@ from regrow.data.config import DataConfig
 from regrow.errors import UserError
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import Model, OptionalText, open_model, print_lines
+from regrow.stages._prompts import PromptFields, check_prompts, prompt_digests, prompts_of
 
 if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint
@@ -80,13 +81,11 @@ class GenerateConfig(Config):
     derived from it."""
 
 
-class RecipeFields(Config):
+class RecipeFields(PromptFields):
     """The fields that only a recipe has: the answering model and the prompts."""
 
     by: Literal["student", "teacher"] = "student"
     """The model that answers: the current model (student) or the teacher."""
-    prompts: DataConfig | None = None
-    """The prompts to answer, instead of the recipe's data."""
 
 
 class GenerateStage(Stage):
@@ -127,20 +126,12 @@ class GenerateStage(Stage):
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError for prompts that cannot be read, and for a wrong endpoint or licence."""
-        from regrow.data.prompts import prompts
-        from regrow.data.sources import at_hand, check_source
         from regrow.stages.generate.stage import licence_for
 
         check(step.config, step.extra.prompts is not None or not step.config.self_prompts)
         licence_for(step.config, (step.teacher or plan.model) if step.extra.by == "teacher" else "")
-        if step.config.self_prompts:
-            return
-        data = prompts_of(step, plan.data)
-        for source in data.sources:
-            check_source(source)
-        if at_hand(data):
-            template = step.config.chat_template and plan.checkpoint.tokenizer().chat_template
-            next(prompts(data, "all", bool(template)), None)
+        if not step.config.self_prompts:
+            check_prompts(step, plan, "all")
 
     def leave(self, step: Step, plan: RecipePlan) -> None:
         """Record in the plan that answers of the teacher, or of the current model, exist."""
@@ -168,16 +159,7 @@ class GenerateStage(Stage):
 
     def inputs(self, step: Step) -> Iterable[str]:
         """The hash of the prompts."""
-        from regrow.data.sources import data_digest
-
-        return () if step.extra.prompts is None else (data_digest(step.extra.prompts),)
-
-
-def prompts_of(step: Step, data: DataConfig) -> DataConfig:
-    """The prompts that a generate stage answers, split by the same rules as the recipe's data."""
-    if step.extra.prompts is None:
-        return data
-    return data.model_copy(update={"sources": step.extra.prompts.sources})
+        return prompt_digests(step)
 
 
 def check(config: GenerateConfig, prompts: bool) -> None:

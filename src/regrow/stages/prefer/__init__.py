@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +11,10 @@ from pydantic import Field
 from tyro.conf import OmitArgPrefixes, Positional
 
 from regrow.config import Config, Machine
-from regrow.data.config import DataConfig
 from regrow.errors import UserError
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import Text, open_model, print_lines
+from regrow.stages._prompts import PromptFields, check_prompts, prompt_digests, prompts_of
 
 
 class PreferConfig(Config):
@@ -58,13 +59,7 @@ class PreferStage(Stage):
     changes_weights = True
     needs_plain_weights = True
 
-    class Prompts(Config):
-        """The field that only a recipe has: the prompts."""
-
-        prompts: DataConfig | None = None
-        """The prompts to answer, instead of the recipe's data."""
-
-    recipe_fields = Prompts
+    recipe_fields = PromptFields
 
     def command(  # type: ignore[override]
         self,
@@ -102,16 +97,8 @@ class PreferStage(Stage):
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError without trl, and for prompts that cannot be read."""
-        from regrow.data.prompts import prompts
-        from regrow.data.sources import at_hand, check_source
-
         require_trl()
-        data = prompts_of(step, plan.data)
-        for source in data.sources:
-            check_source(source)
-        if at_hand(data):
-            template = step.config.chat_template and plan.checkpoint.tokenizer().chat_template
-            next(prompts(data, "train", bool(template)), None)
+        check_prompts(step, plan, "train")
 
     def dry_run(self, step: Step, plan: RecipePlan) -> list[str]:
         """The number of answers, if it is known."""
@@ -125,12 +112,9 @@ class PreferStage(Stage):
         prefer(run.current, teacher, data, run.folder(folder), step.config, run.options)
         run.add("preferred", run.folder(folder))
 
-
-def prompts_of(step: Step, data: DataConfig) -> DataConfig:
-    """The prompts of the stage, split by the same rules as the recipe's data."""
-    if step.extra.prompts is None:
-        return data
-    return data.model_copy(update={"sources": step.extra.prompts.sources})
+    def inputs(self, step: Step) -> Iterable[str]:
+        """The hash of the prompts."""
+        return prompt_digests(step)
 
 
 def estimate(prompts: int | None, config: PreferConfig) -> list[str]:
