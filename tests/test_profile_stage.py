@@ -237,6 +237,19 @@ def test_gram_matrices_that_a_repair_lacks_are_refused_before_the_profile(
         steps[1].stage.check(steps[1], plan)
 
 
+def test_too_few_sequences_for_a_repair_are_refused_before_the_profile(
+    models: dict[str, Checkpoint], text: Path
+) -> None:
+    entries: list[Any] = [{"profile": {"samples": 7}}, {"prune": {"num_layers": 2}}]
+    entries.append({"prune": {"num_layers": 2, "repair": False}})
+    steps = [parse_step(entry, number) for number, entry in enumerate(entries)]
+    plan = RecipePlan("model", models["llama"], data_of(text), OPTIONS, steps)
+    steps[0].stage.leave(steps[0], plan)
+    with pytest.raises(UserError, match=r"before it has 7 sequences .* takes 8 or more"):
+        steps[1].stage.check(steps[1], plan)
+    steps[2].stage.check(steps[2], plan)
+
+
 def padded(x: Tensor, end: Tensor) -> Tensor:
     return torch.cat([x, end.to(x.dtype)], 1)
 

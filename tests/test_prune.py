@@ -64,7 +64,7 @@ def test_repair_and_choice_need_the_right_profile(place: Path, tmp_path: Path) -
     by_gram = SIZES.model_copy(update={"repair_method": "gram"})
     with pytest.raises(UserError, match="bare has no Gram matrices, which repair by gram needs"):
         prune(place / "model", out, by_gram, bare)
-    with pytest.raises(UserError, match=r"bare has 4 sequences .* takes 8 or more: profile again"):
+    with pytest.raises(UserError, match=r"bare has 4 sequences .* takes 8 or more: profile with"):
         prune(place / "model", out, SIZES, bare)
     unknown = SIZES.model_copy(update={"repair_method": "sequentiel"})
     with pytest.raises(UserError, match=r"no repair named 'sequentiel'.*sequential"):

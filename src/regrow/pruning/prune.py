@@ -225,13 +225,17 @@ def repair_method(config: PruneConfig, profile: Profile | None) -> ModuleType:
         )
     if not module.GRAMS:
         profile.sequences_path()
-        if profile.info["samples"] < VALIDATE_EVERY:
-            raise UserError(
-                f"{profile.folder} has {profile.info['samples']} sequences of text; repair by "
-                f"{config.repair_method} takes {VALIDATE_EVERY} or more: profile again with more "
-                "samples, or prune with --no-repair"
-            )
+        check_sequences(config, profile.info["samples"], str(profile.folder))
     return module
+
+
+def check_sequences(config: PruneConfig, samples: int, profile: str) -> None:
+    """Raise UserError if `profile` has too few sequences of text for a repair that runs them."""
+    if samples < VALIDATE_EVERY:
+        raise UserError(
+            f"{profile} has {samples} sequences of text; repair by {config.repair_method} takes "
+            f"{VALIDATE_EVERY} or more: profile with more samples, or prune without repair"
+        )
 
 
 def check_target(checkpoint: Checkpoint, config: PruneConfig) -> None:

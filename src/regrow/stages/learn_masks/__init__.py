@@ -152,6 +152,7 @@ class LearnMasksStage(Stage):
         plan.profiled = True
         plan.left["criteria"] = (CRITERION,)
         plan.left["gram_tokens"] = 0
+        plan.left["samples"] = step.config.samples
         if not plan.calibration_sequences:
             plan.calibration_sequences = step.config.samples
 

@@ -105,6 +105,7 @@ class ProfileStage(Stage):
         plan.profiled = True
         plan.left["gram_tokens"] = _resolved(step, plan.steps).gram_tokens
         plan.left["criteria"] = step.config.criteria
+        plan.left["samples"] = step.config.samples
         if not plan.calibration_sequences:
             plan.calibration_sequences = step.config.samples
 

@@ -60,7 +60,7 @@ class PruneStage(Stage):
 
     def check(self, step: Step, plan: RecipePlan) -> None:
         """Raise UserError for a missing profile, no target or several, or impossible sizes."""
-        from regrow.pruning.prune import make_plan
+        from regrow.pruning.prune import check_sequences, make_plan
         from regrow.pruning.repair import reads_grams
         from regrow.search.shapes import check_keep_params
         from regrow.sparsity.zeros import NOTE, would_fill
@@ -78,6 +78,8 @@ class PruneStage(Stage):
                 f"repair by {step.config.repair_method} needs Gram matrices, and the profile "
                 "before it gathers none: raise its gram_tokens, or leave that field out"
             )
+        if step.config.repair and not reads_grams(step.config):
+            check_sequences(step.config, plan.left["samples"], "the profile before it")
         _check_criteria(step.config, plan.left.get("criteria", ()))
         if _is_first(step, plan) and step.config.plan is not None:
             make_plan(plan.checkpoint, step.config, None)
