@@ -22,6 +22,7 @@ EXPECTED = {
 SMALL: dict[str, dict[str, Any]] = {
     "profile": {"samples": 12},
     "prune": {"multiple_of": 8, "num_candidates": 1, "repair_tokens": 256},
+    "reconstruct": {"tokens": 256, "validation_sequences": 4},
     "distill": {
         "tokens": 256,
         "batch_tokens": 128,
@@ -43,7 +44,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "export": {"verify_tokens": 64},
 }
 """Fields with which a tiny model and little text do, by stage."""
-QUICK = {"edge-gguf", "frontier-to-small", "minitron-depth", "on-policy", "task-tiny"}
+QUICK = {"budget-1m", "edge-gguf", "frontier-to-small", "minitron-depth", "on-policy", "task-tiny"}
 """Presets that run by default: together they have all stages and all inputs of presets."""
 DEEP = {"iterative-layers"}
 """Presets that remove so few layers at a time that the model needs twelve."""

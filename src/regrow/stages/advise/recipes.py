@@ -36,7 +36,10 @@ def length(tokens: float) -> int:
 def pruned(
     model: str, keep: float, tokens: float, format: str, config: AdviseConfig
 ) -> dict[str, Any]:
-    """Profile, prune and distil, in two rounds for a deep cut, then store in a format."""
+    """Profile, prune and distil, in two rounds for a deep cut, then store in a format.
+
+    Budgets that our own runs come near to also reconstruct before they distil.
+    """
     stages: Stages = []
     rounds = [keep] if keep >= HALF else [round(keep**0.5, 3)] * 2
     for share in rounds:
@@ -44,6 +47,7 @@ def pruned(
         stages += [
             {"profile": {"samples": 1024 if tokens >= LARGE else 128}},
             {"prune": {"keep_params": share, "multiple_of": multiple}},
+            *(["reconstruct"] if tokens < LARGE else []),
             {"distill": schedule(tokens / len(rounds))},
         ]
     return _recipe(model, stages, format, tokens, config)
