@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_folders import data_of, write_text
 from tiny_job import LENGTH, PROFILE, PRUNE, call, recipe_fields, write_model, write_recipe
 from tiny_models import random_plan
@@ -24,7 +25,12 @@ from regrow.stage_dir import read
 from regrow.stages.prune.stage import prune
 from regrow.stages.reconstruct import ReconstructConfig, stage, streams
 from regrow.stages.reconstruct.stage import reconstruct
-from regrow.stages.reconstruct.train_layer import batch_error, relative_error
+from regrow.stages.reconstruct.train_layer import (
+    Target,
+    batch_error,
+    channel_weights,
+    relative_error,
+)
 
 OPTIONS = Options(device="cpu", batch_size=4)
 CONFIG = ReconstructConfig(
@@ -122,14 +128,16 @@ def test_the_error_equals_its_formula(text: Path, tmp_path: Path) -> None:
     both_streams.advance_dense([0], None)
     assert plan.hidden is not None
 
-    def target(number: int) -> torch.Tensor:
+    def stream(number: int) -> torch.Tensor:
         return both_streams.dense(number)[..., plan.hidden]
+
+    target = Target(stream, channel_weights(both_streams, range(3), stream))
 
     dense, cut = (
         AutoModelForCausalLM.from_pretrained(str(checkpoint.folder), dtype=torch.float64)
         for checkpoint in (teacher, student)
     )
-    slow, tokens = [0.0, 0.0, 0.0], [0, 0, 0]
+    pairs: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[], [], []]
     for n in range(3):
         inputs = {
             "input_ids": sequences.input_ids[n : n + 1],
@@ -141,14 +149,47 @@ def test_the_error_equals_its_formula(text: Path, tmp_path: Path) -> None:
             goal, output = (model(**inputs).hidden_states[1][0] for model in (dense, cut))
         for t in range(LENGTH):
             if sequences.real[n, t]:
-                h = goal[t, plan.hidden]
-                slow[n] += float(((output[t] - h) ** 2).sum() / (h**2).sum())
-                tokens[n] += 1
+                pairs[n].append((goal[t, plan.hidden], output[t]))
+    goals = [h for each in pairs for h, _ in each]
+    shares = torch.stack([h**2 / (h**2).sum() for h in goals]).mean(0)
+    c = 1 / (shares + shares.median())
+    slow = [float(sum((c * (o - h) ** 2).sum() / (c * h**2).sum() for h, o in p)) for p in pairs]
+    tokens = [len(each) for each in pairs]
     with torch.no_grad(), shells[1].resident(0):
         fast = [float(batch_error(shells[1], both_streams, n, target)) for n in range(3)]
         mean = relative_error(shells[1], both_streams, range(3), target)
     assert fast == pytest.approx([s / n for s, n in zip(slow, tokens, strict=True)], rel=1e-5)
     assert mean == pytest.approx(sum(slow) / sum(tokens), rel=1e-5)
+
+
+def test_the_rate_follows_the_size_of_a_weight(text: Path, tmp_path: Path) -> None:
+    """up_proj times 16 and down_proj by 16 is the same function, and learns the same."""
+    teacher = write_trained(tmp_path / "teacher", text)
+    plain = cut_of(teacher, tmp_path, mlp=32)
+    scaled = Path(shutil.copytree(plain, tmp_path / "scaled"))
+    tensors = load_file(plain / "model.safetensors")
+    for name in tensors:
+        factor = 16.0 if "up_proj" in name else 1 / 16 if "down_proj" in name else 1.0
+        tensors[name] = tensors[name] * factor
+    save_file(tensors, scaled / "model.safetensors", {"format": "pt"})
+    after = [
+        [row["after"] for row in rows_of(reconstruct_to(folder, teacher, text))]
+        for folder in (plain, scaled)
+    ]
+    assert after[0] == pytest.approx(after[1], rel=0.05)  # clipped gradients differ a little
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """What a reconstruction wrote about each layer."""
+    manifest = read(folder)
+    assert manifest is not None
+    rows: list[dict[str, Any]] = manifest["layers"]
+    return rows
+
+
+def reconstruct_to(student: Path, teacher: Checkpoint, text: Path) -> Path:
+    out = student.with_name(f"{student.name}-out")
+    return reconstruct(student, teacher.folder, data_of(text), out, CONFIG, OPTIONS)
 
 
 def test_a_layer_that_makes_the_model_worse_is_not_kept(

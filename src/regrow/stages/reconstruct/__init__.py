@@ -27,8 +27,9 @@ class ReconstructConfig(Config):
     """How often each layer sees that text."""
     batch_tokens: int = Field(default=512, ge=1)
     """Tokens per optimizer step."""
-    learning_rate: float = Field(default=2e-3, gt=0)
-    """Peak learning rate of AdamW for the matrices of MLPs and experts."""
+    learning_rate: float = Field(default=0.01, gt=0)
+    """Peak learning rate of AdamW for the matrices of MLPs and experts, as a share of the root mean
+    square of each matrix."""
     attention_rate: float = Field(default=0.1, ge=0)
     """Learning rate of attention and norms, as a share of the rate for MLPs; 0 leaves them as they
     are. At the full rate the errors that enter later layers run away."""

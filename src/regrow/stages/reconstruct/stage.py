@@ -5,7 +5,9 @@ output comes near the teacher's residual stream at that depth. One layer of each
 neither the output head nor other layers are run in a step. With ĥ⁺ the layer's output and h⁺ the
 teacher's stream on the channels that the cut kept, the loss is the mean over tokens of
 
-    |ĥ⁺ − h⁺|² / |h⁺|²
+    Σ c (ĥ⁺ − h⁺)² / Σ c h⁺²,     c = 1 / (v + median v),  v the mean of h⁺² / |h⁺|² in a channel
+
+so that a few channels of very large values do not decide it.
 
 A trained layer is kept if its error on text that it was not trained on is lower. The whole model is
 checked several times on the way, by its KL to the teacher on that text. At the end, the layers
@@ -44,7 +46,12 @@ from regrow.sparsity import zeros
 from regrow.stage_dir import Figure, refuse_input, require_space, write_json
 from regrow.stages.reconstruct import ReconstructConfig
 from regrow.stages.reconstruct.streams import Streams
-from regrow.stages.reconstruct.train_layer import Target, relative_error, train_layer
+from regrow.stages.reconstruct.train_layer import (
+    Target,
+    channel_weights,
+    relative_error,
+    train_layer,
+)
 from regrow.training.model_check import check_model
 from regrow.training.shared_tokens import teacher_ids
 from regrow.training.teacher import Teacher, mean_loss, scored
@@ -236,11 +243,11 @@ class Reconstruction:
         hidden = self.plan.hidden
         kept = None if hidden is None else torch.tensor(hidden)
 
-        def target(number: int) -> Tensor:
+        def stream(number: int) -> Tensor:
             stream_BTH = streams.dense(number)
             return stream_BTH if kept is None else stream_BTH[..., kept]
 
-        return target
+        return Target(stream, channel_weights(streams, range(len(self.train)), stream))
 
     def _keep_best(self, checked: list[int]) -> None:
         """Give the layers after the check with the lowest KL their old weights back."""
