@@ -117,7 +117,9 @@ def test_the_cheapest_token_goes_first(parents: dict[str, Checkpoint], kind: str
         free = [t for t in left if ids[t] not in always and not slow_needed(makers, t, left)]
         if not free:
             break
-        cost = {t: count[t] * (len(pieces.parts(t, left)) - 1) for t in free}
+        parts = {t: pieces.parts(t, left) for t in free}
+        bytes_in = {t: sum(part in BYTES for part in parts[t]) for t in free}
+        cost = {t: count[t] * (len(parts[t]) - 1 + bytes_in[t]) for t in free}
         gone = min(free, key=lambda t: (cost[t], -ids[t]))
         left.remove(gone)
         order.append(gone)
@@ -144,6 +146,20 @@ def slow_needed(makers: dict[str, list[tuple[str, str]]], token: str, left: set[
         if merges and all(token in merge for merge in merges):
             return True
     return False
+
+
+def test_a_character_is_worth_more_than_its_bytes() -> None:
+    """7 is one byte and é two: without them a text is no longer, or hardly."""
+    tokens = [*BYTES, "7", "é", "ab", "a", "b"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    model = {"type": "BPE", "vocab": vocab, "merges": [["a", "b"]], "byte_fallback": True}
+    pieces = pieces_of({"model": model})
+    assert {"7", "a", "b"} <= pieces.symbols()
+    assert "é" not in pieces.symbols()
+    counts = [9.0 if token in ("7", "é") else 20.0 if token == "ab" else 1.0 for token in tokens]
+    always = {vocab[token] for token in pieces.symbols()}
+    # é costs 9 · (2 − 1 + 2) = 27, and ab 20 · (2 − 1) = 20.
+    assert set(tokens) - shrink(pieces, vocab, always, counts, len(tokens) - 1) == {"ab"}
 
 
 def test_counts_fall_to_the_parts_by_hand() -> None:
@@ -293,12 +309,14 @@ def test_other_tokenizer_files_are_updated(tmp_path: Path) -> None:
 def test_special_and_config_ids_are_required(
     parents: dict[str, Checkpoint], tmp_path: Path
 ) -> None:
-    """Special tokens, what a config names, and all bytes, but not symbols that bytes can spell."""
+    """Special tokens, what a config names, all bytes, and ASCII: not all that bytes can spell."""
     parent = model_folder(tmp_path / "parent", "byte fallback", eos_token_id=[2, 300])
     (parent.folder / "generation_config.json").write_text('{"pad_token_id": 310}')
     rules = read_rules(parent)
     space = rules["model"]["vocab"]["▁"]  # spelled in bytes it would be read as itself
-    assert required(parent, rules) == {*range(3 + 256), 300, 310, space}
+    letters = {i for t, i in rules["model"]["vocab"].items() if len(t) == 1 and t.isascii()}
+    assert len(letters) > 20
+    assert required(parent, rules) == {*range(3 + 256), 300, 310, space} | letters
     level = parents["byte level"]
     symbols = {i for token, i in read_rules(level)["model"]["vocab"].items() if len(token) == 1}
     assert required(level, read_rules(level)) == {0, 1, 2, 3} | symbols

@@ -3,17 +3,20 @@
 When a token is dropped, the tokenizer splits its string into other tokens, its parts. Tokens are
 dropped one by one. Each step drops the token with the lowest
 
-    cost = count · (parts − 1),        the number of tokens by which the text grows
+    cost = count · (parts − 1 + bytes)
 
 and adds its count to the counts of its parts, which raises their cost. In a BPE vocabulary the
 parts are the two sides of the token's merge. A BPE token is kept as long as a kept token is merged
 from it, so that the kept merges can build every kept token. In a Unigram vocabulary the parts are
-the most likely segmentation into kept pieces. Costs only grow while tokens are dropped, so a heap
-can be updated lazily (as in Minoux, 1978). Among equal costs the higher id is dropped first,
-because ids follow the order of training.
+the most likely segmentation into kept pieces. parts − 1 is the number of tokens by which the text
+grows, and bytes is the number of parts that are byte tokens: a digit that is written as its byte
+is as short, but the model has hardly ever read that byte. Costs only grow while tokens are dropped,
+so a heap can be updated lazily (as in Minoux, 1978). Among equal costs the higher id is dropped
+first, because ids follow the order of training.
 
-Special tokens, added tokens, ids in a config, byte tokens and the symbol for a space are never
-dropped. Other single symbols are dropped only if all byte tokens exist as a fallback.
+Special tokens, added tokens, ids in a config, byte tokens, ASCII characters and the symbol for a
+space are never dropped. Other single symbols are dropped only if all byte tokens exist as a
+fallback.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.pruning.tokenizer import Rules, ids_named, merge_of, product, read_rules, tokens_of
 
-BYTES = tuple(f"<0x{value:02X}>" for value in range(256))
+BYTES = frozenset(f"<0x{value:02X}>" for value in range(256))
 UNKNOWN_PENALTY = 10.0  # log-probability below the worst piece, as in sentencepiece
 
 
@@ -116,7 +119,7 @@ def shrink(
 
     def push(token: str) -> None:
         if token in kept and ids[token] not in always:
-            cost = count[token] * (len(pieces.parts(token, kept)) - 1)
+            cost = count[token] * loss(pieces.parts(token, kept))
             heapq.heappush(heap, (cost, -ids[token], token))
 
     for token in ids:
@@ -126,7 +129,7 @@ def shrink(
         if token not in kept or pieces.needed(token, kept):
             continue
         parts = pieces.parts(token, kept)
-        if count[token] * (len(parts) - 1) > queued_cost:
+        if count[token] * loss(parts) > queued_cost:
             push(token)
             continue
         kept.remove(token)
@@ -136,6 +139,11 @@ def shrink(
         for part in pieces.made_of(token):
             push(part)
     return kept
+
+
+def loss(parts: list[str]) -> int:
+    """What one occurrence of a token costs that these parts replace: parts − 1 + bytes."""
+    return len(parts) - 1 + sum(part in BYTES for part in parts)
 
 
 class _Bpe:
@@ -160,7 +168,7 @@ class _Bpe:
 
     def symbols(self) -> set[str]:
         if self.all_bytes:
-            return set(BYTES) | self.spaces
+            return {*BYTES, *self.spaces, *_ascii(self.vocab)}
         return {t for t in self.vocab if t not in self.makers and len(self._bare(t)) == 1}
 
     def parts(self, token: str, kept: set[str]) -> list[str]:
@@ -195,7 +203,7 @@ class _Unigram:
     def symbols(self) -> set[str]:
         always = set() if self.unk is None else {self.unk}
         if self.all_bytes:
-            return always | set(BYTES) | self.spaces
+            return {*always, *BYTES, *self.spaces, *_ascii(self.scores)}
         return always | {piece for piece in self.scores if len(piece) == 1}
 
     def parts(self, token: str, kept: set[str]) -> list[str]:
@@ -234,8 +242,12 @@ def stand_ins(rules: Rules) -> set[str]:
 
 def _all_bytes(model: Rules, vocab: Iterable[str]) -> bool:
     """Whether every symbol can fall back to the tokens of its UTF-8 bytes."""
-    return bool(model.get("byte_fallback")) and set(BYTES) <= set(vocab)
+    return bool(model.get("byte_fallback")) and set(vocab) >= BYTES
+
+
+def _ascii(vocab: Iterable[str]) -> set[str]:
+    return {token for token in vocab if len(token) == 1 and token.isascii()}
 
 
 def _bytes_of(text: str) -> list[str]:
-    return [BYTES[value] for value in text.encode("utf-8", "replace")]
+    return [f"<0x{value:02X}>" for value in text.encode("utf-8", "replace")]
