@@ -42,7 +42,7 @@ from regrow.stages.evaluate.eval_model import (
 )
 from regrow.stages.evaluate.folder_model import FolderEvalModel
 from regrow.stages.evaluate.gguf_model import GgufEvalModel, GgufFile, open_model
-from regrow.stages.evaluate.table import show
+from regrow.stages.evaluate.table import OWN_TOKENS, show
 from regrow.stages.evaluate.task_rows import Rows, find, read
 from regrow.stages.evaluate.texts import Text, text_files
 from regrow.stages.evaluate.tokenizer_match import (
@@ -366,7 +366,7 @@ def _measure(name: str, metric: ModuleType, model: EvalModel, context: Context) 
         assert teacher is not None, f"{name} has nothing to compare with"
         convention = convention.replace("{teacher}", teacher.label)
         if teacher.restricted:
-            convention += f" (in the model's own tokens, {teacher.label} renormalised over them)"
+            convention += f" ({OWN_TOKENS}, {teacher.label} renormalised over them)"
     figures = []
     for text in model.texts:
         mean, stderr, tokens = mean_per_token(model, text, name)
