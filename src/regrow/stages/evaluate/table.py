@@ -91,8 +91,8 @@ def show(evaluation: dict[str, Any]) -> None:
     for label in fewer_tokens(evaluation):
         console.print(
             _plain(
-                f"note: the KL of {label} is over its own tokens. It does not show that a text takes "
-                "more of them; bits/byte does."
+                f"note: the KL of {label} is over its own tokens. It does not show that a text "
+                "takes more of them; bits/byte does."
             )
         )
     for sentence in evaluation.get("warnings", ()):
