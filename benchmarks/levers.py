@@ -125,7 +125,8 @@ LEVERS = {name: ("width", steps) for name, steps in WIDTH.items()} | OTHERS
 
 def main() -> None:
     arguments = _arguments()
-    out, dense, data = arguments.out, arguments.model, blend(arguments.texts)
+    # The folder, because a GGUF file would be measured by llama.cpp.
+    out, dense, data = arguments.out, str(resolve_model(arguments.model)), blend(arguments.texts)
     criteria = ("activation_l2", "minitron", "block_influence")
     config = ProfileConfig(criteria=criteria, samples=96)
     measured = profile(dense, data, out / "profile", config, Options(batch_size=2))
@@ -153,7 +154,7 @@ def main() -> None:
 
 def _sized(fields: dict[str, Any], dense: str) -> dict[str, Any]:
     """The fields with shares of the dense model's channels (in 32s) and layers as whole numbers."""
-    config = json.loads((resolve_model(dense) / "config.json").read_text())
+    config = json.loads((Path(dense) / "config.json").read_text())
     sizes = {"intermediate_size": (config["intermediate_size"], 32)}
     sizes["num_layers"] = (config["num_hidden_layers"], 1)
     whole = {
