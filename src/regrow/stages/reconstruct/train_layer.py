@@ -23,16 +23,15 @@ if TYPE_CHECKING:
 
 LEAST_SIZE = 1e-3
 """The least root mean square of a weight by which its learning rate is multiplied."""
-
-
 StreamOf = Callable[[int], Tensor]
+"""A stream [B, T, H] by the number of its batch."""
 
 
 class Target(NamedTuple):
     """What the layer's output is compared with."""
 
     stream: StreamOf
-    """The stream [B, T, H] that it should have on a batch, by the batch's number."""
+    """The stream that it should have."""
     weight_H: Tensor
     """c: how much the squared error of each channel counts."""
 
@@ -113,16 +112,14 @@ def channel_weights(streams: Streams, numbers: Iterable[int], stream: StreamOf) 
     """
     total_H, tokens = torch.zeros(()), 0
     for number in numbers:
-        goal_NH = widen(stream(number)[streams.batches[number]["real"]])
-        total_H = total_H + (goal_NH.square() / _square(goal_NH)).sum(0).cpu()
-        tokens += len(goal_NH)
+        goal_BTH = stream(number)
+        square_NH = widen(goal_BTH[streams.batches[number]["real"].to(goal_BTH.device)]).square()
+        # The floors keep a token, and channels, of zeros finite.
+        share_NH = square_NH / square_NH.sum(-1, keepdim=True).clamp_min(1e-6)
+        total_H = total_H + share_NH.sum(0).cpu()
+        tokens += len(square_NH)
     share_H = total_H / tokens
-    return 1 / (share_H + share_H.median())
-
-
-def _square(goal_NH: Tensor) -> Tensor:
-    """|h⁺|² of each token [N, 1], with a floor that keeps the share of an all-zero one finite."""
-    return goal_NH.square().sum(-1, keepdim=True).clamp_min(1e-6)
+    return 1 / (share_H + share_H.median()).clamp_min(1e-3 / len(share_H))
 
 
 def _convert(module: nn.Module, dtypes: dict[str, torch.dtype], trained: bool) -> None:
