@@ -1,4 +1,4 @@
-"""Learning rates of attention and of the embedding, as shares of the learning rate."""
+"""Learning rates of attention and of the embedding, as shares of one that follows the weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from tiny_models import tiny_model
 from tiny_training import arguments, tiny_sequences
 
-from regrow.training.rates import is_attention, scale_rates
+from regrow.checkpoint import Checkpoint
+from regrow.training.rates import is_attention, scale_rates, usual_rate
 from regrow.training.trainer import DistillTrainer
 
 
@@ -58,3 +59,18 @@ def test_the_schedule_keeps_the_shares(tmp_path: Path) -> None:
     rates = sorted({group["lr"] for group in trainer.optimizer.param_groups})
     half = 0.05 / 2  # the first of two warm-up steps
     assert rates == pytest.approx([0.1 * half, 0.25 * half, half])
+
+
+def test_the_usual_rate_follows_the_size_of_the_weights(tmp_path: Path) -> None:
+    """5e-4 times the root mean square of the middle layer's matrices, in float64."""
+    for factor in (1.0, 0.1):
+        model = tiny_model("llama", torch.float32, num_hidden_layers=3)
+        matrices = [p for n, p in model.model.layers[1].named_parameters() if p.ndim == 2]
+        with torch.no_grad():
+            for matrix in matrices:
+                matrix.mul_(factor)
+        values = torch.cat([matrix.detach().double().flatten() for matrix in matrices])
+        folder = tmp_path / str(factor)
+        model.save_pretrained(str(folder))
+        expected = 5e-4 * float(values.square().mean().sqrt())
+        assert usual_rate(Checkpoint(folder)) == pytest.approx(expected, rel=0.05)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from regrow.checkpoint import Checkpoint
+
+SHARE = 5e-4
+"""The peak learning rate as a share of the size of a weight."""
+FIXED = 1e-4
+"""The peak learning rate where there are no weights to follow."""
+LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
 def is_attention(name: str, parameter: nn.Parameter) -> bool:
@@ -18,6 +27,23 @@ def is_attention(name: str, parameter: nn.Parameter) -> bool:
     """
     modules = name.split(".")[:-1]
     return parameter.ndim < 2 or any("attn" in each or "attention" in each for each in modules)
+
+
+def usual_rate(student: Checkpoint) -> float:
+    """5e-4 times the root mean square of the matrices in the middle layer, in two digits.
+
+    The weights of some families are ten times as large as those of others, and a step of AdamW
+    changes each by about the learning rate.
+    """
+    layers = {name: int(found[1]) for name in student.names() if (found := LAYER.search(name))}
+    middle = (max(layers.values(), default=0) + 1) // 2
+    total, count = 0.0, 0
+    for name, layer in layers.items():
+        if layer == middle and len(student.meta(name).shape) > 1:
+            weight = student.tensor(name).float()
+            total += float(weight.square().sum(dtype=torch.float64))
+            count += weight.numel()
+    return float(f"{SHARE * (total / count) ** 0.5:.1e}") if total else FIXED
 
 
 def scale_rates(

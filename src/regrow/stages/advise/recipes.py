@@ -15,14 +15,20 @@ HALF = 0.6
 """Below this share of the parameters, a cut is made in two rounds."""
 LARGE = 50_000_000
 """Tokens from which on the published settings are used instead of our own."""
+OWN_BATCH = 2048
+"""The most tokens of a step in our own runs."""
 
 Stages = list[dict[str, Any] | str]
 
 
 def schedule(tokens: float) -> dict[str, Any]:
-    """Batch and rate for a number of tokens; from a billion on the rate falls to a tenth."""
-    fields: dict[str, Any] = {"tokens": int(tokens), "learning_rate": 1e-4}
-    fields["batch_tokens"] = usual_batch(tokens)
+    """Batch and rate for a number of tokens; from a billion on the rate falls to a tenth.
+
+    Batches of our own runs have the rate of `distill`, which follows the size of the weights.
+    """
+    fields: dict[str, Any] = {"tokens": int(tokens), "batch_tokens": usual_batch(tokens)}
+    if fields["batch_tokens"] > OWN_BATCH:
+        fields["learning_rate"] = 1e-4
     if tokens >= 1e9:
         fields["min_learning_rate_ratio"] = 0.1
     return fields

@@ -25,8 +25,10 @@ class DistillConfig(Config):
     """Tokens to train on; a larger number later extends a finished run."""
     batch_tokens: int = Field(default=512, ge=1)
     """Tokens per optimizer step, over all devices and micro-batches; use more for longer runs."""
-    learning_rate: float = Field(default=1e-4, gt=0)
-    """Peak learning rate of AdamW."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of AdamW. None: 5e-4 times the root mean square of the matrices in the
+    student's middle layer (1e-4 for SmolLM2, 2e-5 for Gemma 3 270M); 1e-4 for adapters and for
+    random weights."""
     attention_rate: float = Field(default=1.0, gt=0)
     """Learning rate of attention and norms, as a share of `learning_rate`."""
     embedding_rate: float = Field(default=1.0, gt=0)

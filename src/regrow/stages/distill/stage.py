@@ -37,7 +37,7 @@ from regrow.stages.distill.domains import Domains, check_domains
 from regrow.stages.distill.on_policy import check_on_policy, writer_of
 from regrow.stages.distill.preflight import advice
 from regrow.stages.distill.setup import TRAINER, DistillSetup, arguments_of
-from regrow.stages.distill.student import compile_layers, open_student
+from regrow.stages.distill.student import Student, compile_layers, open_student
 from regrow.stages.distill.teacher import (
     TeacherSetup,
     freeze,
@@ -55,6 +55,7 @@ from regrow.training.frozen_layers import decoder_layers
 from regrow.training.load_once import load_once
 from regrow.training.objective import bind_loss
 from regrow.training.on_policy import NumberedSequences
+from regrow.training.rates import FIXED, usual_rate
 from regrow.training.trainer import DistillTrainer, NotFiniteError
 
 ADAPTER = "adapter"
@@ -91,6 +92,7 @@ def distill(
     check_on_policy(config, data, options)
     check_domains(config, data, options)
     opened = open_student(student, teacher)
+    config = _with_rate(config, opened)
     text = training_text(data, config)
     loss_weights = loss_weights_of(config, text)
     teachers = TeacherSetup.open(config, opened, teacher, options, text)
@@ -136,6 +138,16 @@ def _too_little_memory(setup: DistillSetup, data: DataConfig, folder: Path) -> U
     return UserError(
         f"memory ran out: {less}; the same command then {again}. --dry-run shows further settings"
     )
+
+
+def _with_rate(config: DistillConfig, student: Student) -> DistillConfig:
+    """The config with a learning rate, if it has none."""
+    if config.learning_rate is not None:
+        return config
+    trained = student.config is None and config.adapter == "none"
+    rate = usual_rate(student.like) if trained else FIXED
+    say(f"distill: peak learning rate {rate:g}")
+    return config.model_copy(update={"learning_rate": rate})
 
 
 def _stage(
