@@ -42,7 +42,7 @@ def usual_rate(student: Checkpoint) -> float:
         if layer == middle and len(student.meta(name).shape) > 1:
             weight = student.tensor(name).float()
             total += float(weight.square().sum(dtype=torch.float64))
-            count += weight.numel()
+            count += int(weight.count_nonzero())  # zeros of a sparse student are no small weights
     return float(f"{SHARE * (total / count) ** 0.5:.1e}") if total else FIXED
 
 
