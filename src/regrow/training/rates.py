@@ -43,7 +43,7 @@ def usual_rate(student: Checkpoint) -> float:
             weight = student.tensor(name).float()
             total += float(weight.square().sum(dtype=torch.float64))
             count += int(weight.count_nonzero())  # zeros of a sparse student are no small weights
-    return float(f"{SHARE * (total / count) ** 0.5:.1e}") if total else FIXED
+    return float(f"{SHARE * (total / count) ** 0.5:.1e}") if total > 0 else FIXED
 
 
 def scale_rates(

@@ -92,7 +92,7 @@ def distill(
     check_on_policy(config, data, options)
     check_domains(config, data, options)
     opened = open_student(student, teacher)
-    config = _with_rate(config, opened)
+    given, config = config, _with_rate(config, opened)
     text = training_text(data, config)
     loss_weights = loss_weights_of(config, text)
     teachers = TeacherSetup.open(config, opened, teacher, options, text)
@@ -115,6 +115,8 @@ def distill(
         setup.sequences(data, text) if domains is None else (domains.train, domains.all_heldout())
     )
     with stage as folder:
+        if given.learning_rate is None:
+            say(f"distill: the peak learning rate is {config.learning_rate:g}")
         if distributed.is_main():
             adopt_finished(out, folder, stage, config)
         distributed.wait()
@@ -146,7 +148,6 @@ def _with_rate(config: DistillConfig, student: Student) -> DistillConfig:
         return config
     trained = student.config is None and config.adapter == "none"
     rate = usual_rate(student.like) if trained else FIXED
-    say(f"distill: peak learning rate {rate:g}")
     return config.model_copy(update={"learning_rate": rate})
 
 
