@@ -32,7 +32,7 @@ def is_attention(name: str, parameter: nn.Parameter) -> bool:
 def usual_rate(student: Checkpoint) -> float:
     """5e-4 times the root mean square of the matrices in the middle layer, in two digits.
 
-    The weights of some families are ten times as large as those of others, and a step of AdamW
+    The weights of some families are several times as large as those of others, and a step of AdamW
     changes each by about the learning rate.
     """
     layers = {name: int(found[1]) for name in student.names() if (found := LAYER.search(name))}

@@ -51,7 +51,7 @@ def train_layer(
 
     Float32 weights under autocast; AdamW with warm-up and linear decay to zero, whose steps are in
     units of each weight's root mean square (Shazeer and Stern, 2018, arXiv:1804.04235), as the
-    weights of some families are ten times as large as those of others. The module is left
+    weights of some families are several times as large as those of others. The module is left
     with the new weights in its own dtype, and these are returned by name. Zeros stay zero in a
     weight whose share of them is `least_share` or more.
     """
