@@ -6,7 +6,7 @@ its only instance, `STAGE`. A new stage is such a folder and nothing else (docs/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial, wraps
 from importlib import import_module
@@ -112,6 +112,12 @@ class RecipePlan:
         from regrow import families
 
         return families.of(self.checkpoint)
+
+    def note_profile(self, criteria: Sequence[str], samples: int, gram_tokens: int | None) -> None:
+        """Record that the current model has a profile of so many sequences."""
+        self.profiled = True
+        self.left |= {"criteria": criteria, "samples": samples, "gram_tokens": gram_tokens}
+        self.calibration_sequences = self.calibration_sequences or samples
 
 
 @dataclass

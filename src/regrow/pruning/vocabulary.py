@@ -119,7 +119,7 @@ def shrink(
 
     def push(token: str) -> None:
         if token in kept and ids[token] not in always:
-            cost = count[token] * loss(pieces.parts(token, kept))
+            cost = count[token] * cost_of(pieces.parts(token, kept))
             heapq.heappush(heap, (cost, -ids[token], token))
 
     for token in ids:
@@ -129,7 +129,7 @@ def shrink(
         if token not in kept or pieces.needed(token, kept):
             continue
         parts = pieces.parts(token, kept)
-        if count[token] * loss(parts) > queued_cost:
+        if count[token] * cost_of(parts) > queued_cost:
             push(token)
             continue
         kept.remove(token)
@@ -141,7 +141,7 @@ def shrink(
     return kept
 
 
-def loss(parts: list[str]) -> int:
+def cost_of(parts: list[str]) -> int:
     """What one occurrence of a token costs that these parts replace: parts − 1 + bytes."""
     return len(parts) - 1 + sum(part in BYTES for part in parts)
 

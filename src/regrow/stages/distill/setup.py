@@ -30,7 +30,6 @@ from regrow.training.callbacks import CHOSEN_BY
 from regrow.training.dynamic_blend import LOSS
 from regrow.training.features import FeatureLosses, LayerMapping, LossBalancer, at_depths, needs_of
 from regrow.training.loss_weights import LossWeights
-from regrow.training.rates import FIXED
 from regrow.training.teacher import TeacherPlacement
 from regrow.training.text import text_for
 
@@ -94,6 +93,7 @@ def arguments_of(
     """The trainer's arguments; the loss `chosen_by` chooses the best checkpoint, unless the last
     one is kept.
     """
+    assert config.learning_rate is not None  # `distill` has chosen one
     steps, micro, accumulation = budget
     every = steps_between_measurements(config)
     arguments = TrainingArguments(
@@ -102,7 +102,7 @@ def arguments_of(
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=micro,
         gradient_accumulation_steps=accumulation,
-        learning_rate=FIXED if config.learning_rate is None else config.learning_rate,
+        learning_rate=config.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": config.min_learning_rate_ratio},
         warmup_steps=max(1, round(config.warmup_ratio * steps)),

@@ -149,12 +149,7 @@ class LearnMasksStage(Stage):
 
     def leave(self, step: Step, plan: RecipePlan) -> None:
         """Record that the current model has a profile."""
-        plan.profiled = True
-        plan.left["criteria"] = (CRITERION,)
-        plan.left["gram_tokens"] = 0
-        plan.left["samples"] = step.config.samples
-        if not plan.calibration_sequences:
-            plan.calibration_sequences = step.config.samples
+        plan.note_profile((CRITERION,), step.config.samples, gram_tokens=0)
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
         """Learn the masks of the current model; the trained model is the current one then."""

@@ -102,12 +102,8 @@ class ProfileStage(Stage):
 
     def leave(self, step: Step, plan: RecipePlan) -> None:
         """Record that the current model has a profile, with or without Gram matrices."""
-        plan.profiled = True
-        plan.left["gram_tokens"] = _resolved(step, plan.steps).gram_tokens
-        plan.left["criteria"] = step.config.criteria
-        plan.left["samples"] = step.config.samples
-        if not plan.calibration_sequences:
-            plan.calibration_sequences = step.config.samples
+        gram_tokens = _resolved(step, plan.steps).gram_tokens
+        plan.note_profile(step.config.criteria, step.config.samples, gram_tokens)
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
         """Profile the current model."""

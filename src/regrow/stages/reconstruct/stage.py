@@ -247,7 +247,8 @@ class Reconstruction:
             stream_BTH = streams.dense(number)
             return stream_BTH if kept is None else stream_BTH[..., kept]
 
-        return Target(stream, channel_weights(streams, range(len(self.train)), stream))
+        weight_H = channel_weights(streams, range(len(self.train)), stream)
+        return Target(stream, weight_H.to(self.device))
 
     def _keep_best(self, checked: list[int]) -> None:
         """Give the layers after the check with the lowest KL their old weights back."""

@@ -33,7 +33,7 @@ class Target(NamedTuple):
     stream: StreamOf
     """The stream that it should have."""
     weight_H: Tensor
-    """c: how much the squared error of each channel counts."""
+    """c: how much the squared error of each channel counts, on the layer's device."""
 
 
 def train_layer(
@@ -96,10 +96,9 @@ def batch_error(model: LayerByLayer, streams: Streams, number: int, target: Targ
     with torch.autocast(model.device.type, torch.bfloat16, model.dtype == torch.bfloat16):
         output_BTH = model.step(batch, streams.cut_input(number))
     real = batch["real"].to(output_BTH.device)
-    weight_H = target.weight_H.to(output_BTH.device)
     goal_NH = widen(target.stream(number).to(output_BTH.device)[real])
-    error_N = (widen(output_BTH[real]) - goal_NH).square() @ weight_H
-    return (error_N / (goal_NH.square() @ weight_H).clamp_min(1e-6)).mean()
+    error_N = (widen(output_BTH[real]) - goal_NH).square() @ target.weight_H
+    return (error_N / (goal_NH.square() @ target.weight_H).clamp_min(1e-6)).mean()
 
 
 @torch.no_grad()
@@ -110,15 +109,15 @@ def channel_weights(streams: Streams, numbers: Iterable[int], stream: StreamOf) 
     arXiv:2208.07339) would otherwise be all that is trained: in Gemma 3 270M four of 640 have 85 to
     97 % of the squares, which the gains of the norms make small again.
     """
-    total_H, tokens = torch.zeros(()), 0
+    totals, tokens = list[Tensor](), 0
     for number in numbers:
         goal_BTH = stream(number)
         square_NH = widen(goal_BTH[streams.batches[number]["real"].to(goal_BTH.device)]).square()
         # The floors keep a token, and channels, of zeros finite.
         share_NH = square_NH / square_NH.sum(-1, keepdim=True).clamp_min(1e-6)
-        total_H = total_H + share_NH.sum(0).cpu()
+        totals.append(share_NH.sum(0))
         tokens += len(square_NH)
-    share_H = total_H / tokens
+    share_H = torch.stack(totals).sum(0) / tokens
     return 1 / (share_H + share_H.median()).clamp_min(1e-3 / len(share_H))
 
 
