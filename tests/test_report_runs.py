@@ -225,6 +225,16 @@ def labels_in(trace: dict[str, Any]) -> list[str]:
     ]
 
 
+def test_notes_of_an_evaluation_stand_above_its_figures(runs: list[Path]) -> None:
+    path = runs[1] / "stages" / "04-evaluate" / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    write_json(path, {**evaluation, "notes": ["the KL of distilled is over its own tokens."]})
+    section = result.section(folders.gather(runs, []))
+    assert section is not None
+    assert "second · The KL of distilled is over its own tokens." in section.note
+    assert "first ·" not in section.note
+
+
 # Quality against size and speed
 
 

@@ -42,7 +42,7 @@ from regrow.stages.evaluate.eval_model import (
 )
 from regrow.stages.evaluate.folder_model import FolderEvalModel
 from regrow.stages.evaluate.gguf_model import GgufEvalModel, GgufFile, open_model
-from regrow.stages.evaluate.table import OWN_TOKENS, show
+from regrow.stages.evaluate.table import show
 from regrow.stages.evaluate.task_rows import Rows, find, read
 from regrow.stages.evaluate.texts import Text, text_files
 from regrow.stages.evaluate.tokenizer_match import (
@@ -99,7 +99,7 @@ def evaluate(
         with stage as folder:
             results = measure_all(setup, folder / PARTS)
             if distributed.is_main():
-                write_json(folder / EVALUATION, _evaluation(results, teacher, config))
+                write_json(folder / EVALUATION, _evaluation(results, setup))
                 if any(result.items for result in results.values()):
                     items = {label: result.items for label, result in results.items()}
                     (folder / ITEMS).write_text(json.dumps(items) + "\n")
@@ -366,7 +366,7 @@ def _measure(name: str, metric: ModuleType, model: EvalModel, context: Context) 
         assert teacher is not None, f"{name} has nothing to compare with"
         convention = convention.replace("{teacher}", teacher.label)
         if teacher.restricted:
-            convention += f" ({OWN_TOKENS}, {teacher.label} renormalised over them)"
+            convention += f" (in the model's own tokens, {teacher.label} renormalised over them)"
     figures = []
     for text in model.texts:
         mean, stderr, tokens = mean_per_token(model, text, name)
@@ -395,22 +395,32 @@ def _teachers(
     return {label: outputs[id(setup.texts[label])] for label in labels}
 
 
-def _evaluation(
-    results: dict[str, MetricResult], teacher: str | None, config: EvaluateConfig
-) -> dict[str, Any]:
+def _evaluation(results: dict[str, MetricResult], setup: EvaluationSetup) -> dict[str, Any]:
     figures = {
         label: [figure.model_dump(mode="json", exclude_none=True) for figure in result.figures]
         for label, result in results.items()
     }
     return {
         "labels": list(results),
-        "teacher": teacher,
-        "metrics": list(config.metrics),
+        "teacher": setup.teacher,
+        "metrics": list(setup.metrics),
         "figures": figures,
         "generations": {label: result.generations for label, result in results.items()},
-        "warnings": contradictions(results, teacher),
+        "notes": _notes(figures, setup),
+        "warnings": contradictions(results, setup.teacher),
         "conventions": conventions(figures),
     }
+
+
+def _notes(figures: dict[str, list[dict[str, Any]]], setup: EvaluationSetup) -> list[str]:
+    """What a reader has to know of a model that has fewer tokens than the teacher."""
+    return [
+        f"the KL of {label} is over its own tokens. It does not show that a text takes more of "
+        "them; bits/byte does."
+        for label, rows in figures.items()
+        if setup.teacher_ids.get(label) is not None
+        and any(row["name"].startswith("kl/") for row in rows)
+    ]
 
 
 def conventions(figures: dict[str, list[dict[str, Any]]]) -> dict[str, str]:

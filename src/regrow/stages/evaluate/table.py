@@ -35,8 +35,6 @@ SPEED = (
     "load_time",
     "peak_memory",
 )
-OWN_TOKENS = "in the model's own tokens"
-"""In the convention of a figure that is over fewer tokens than the teacher has."""
 KEPT = "_kept"
 """Suffix of the kind of a figure that is a share of the teacher's score."""
 TITLES = {
@@ -88,26 +86,10 @@ def show(evaluation: dict[str, Any]) -> None:
     shown = {name for columns in parts.values() for name in columns}
     if tasks := [name for name in names if name not in shown]:
         console.print(task_table(evaluation, tasks))
-    for label in fewer_tokens(evaluation):
-        console.print(
-            _plain(
-                f"note: the KL of {label} is over its own tokens. It does not show that a text "
-                "takes more of them; bits/byte does."
-            )
-        )
+    for sentence in evaluation.get("notes", ()):
+        console.print(_plain(f"note: {sentence}"))
     for sentence in evaluation.get("warnings", ()):
         console.print(_plain(f"warning: {sentence}"))
-
-
-def fewer_tokens(evaluation: dict[str, Any]) -> list[str]:
-    """The models whose KL is over fewer tokens than the teacher has."""
-    return [
-        label
-        for label, rows in evaluation["figures"].items()
-        if any(
-            OWN_TOKENS in row.get("convention", "") for row in rows if _kind(row["name"]) == "kl"
-        )
-    ]
 
 
 def fitting(evaluation: dict[str, Any], columns: list[str], width: int) -> list[list[str]]:

@@ -30,7 +30,13 @@ def section(runs: list[Run]) -> Section | None:
     ]
     marked = frozenset(evaluated.labels.index(label) for label in evaluated.results)
     table = Table(["model", *map(title, names)], rows, marked)
-    return Section("result", "Size, quality and speed", _note(evaluated, names), [table])
+    notes = [
+        run.at(f"{sentence[0].upper()}{sentence[1:]}")
+        for run in runs
+        for sentence in (run.evaluation or {}).get("notes", ())
+    ]
+    note = " ".join([_note(evaluated, names), *notes])
+    return Section("result", "Size, quality and speed", note, [table])
 
 
 def _note(evaluated: Evaluated, names: list[str]) -> str:
