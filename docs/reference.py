@@ -39,6 +39,8 @@ explains how they work together, and `regrow COMMAND --help` prints the same.
 A field of a stage is written with underscores in a recipe (`keep_params: 0.8`) and with hyphens on
 the command line (`--keep-params 0.8`).
 """
+ROUNDING = """These change a result by rounding at most: batch size, kernels, compilation and the
+data type of the device change its last digits."""
 LINKS = {"DataConfig": "[data](#data)", "SourceConfig": "[source](#a-source-of-data)"}
 
 
@@ -47,7 +49,7 @@ def page() -> str:
     parts = [HEAD, _recipe()]
     for name, command in commands().items():
         parts.append(_command(name, command))
-    parts.append("## Machine options\n\nNothing here changes a result.\n\n" + fields(Options))
+    parts.append(f"## Machine options\n\n{ROUNDING}\n\n" + fields(Options))
     parts.append("## Presets\n\n`regrow run preset:NAME --model MODEL --data TEXT --out DIR`\n")
     parts.append(
         table(("preset", "what it is"), [(f"`{n}`", presets.summary(n)) for n in presets.names()])
@@ -103,7 +105,7 @@ def _config_of(hint: Any) -> type[Config] | None:
 
 
 def _first_line(kind: type) -> str:
-    return (inspect.getdoc(kind) or "").splitlines()[0]
+    return " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
 
 
 def fields(kind: type[Config]) -> str:

@@ -101,7 +101,7 @@ def _config_inside(annotation: Any) -> type[BaseModel] | None:
 
 
 class Machine(Config):
-    """Device and batch size; nothing here changes a result."""
+    """Device and batch size, which change a result by rounding at most."""
 
     device: str = "auto"
     """Device to compute on: auto (a GPU when there is one), cpu, cuda, cuda:1, mps."""
@@ -130,7 +130,7 @@ class Machine(Config):
 
 
 class ProfileMachine(Machine):
-    """Device, batch size and execution order of a profile; nothing here changes a result."""
+    """Device, batch size and order of a profile, which change a result by rounding at most."""
 
     order: Literal["auto", "resident", "layer"] = "auto"
     """Execution order of a profile: the whole model in memory (resident), one layer at a time with
@@ -138,7 +138,7 @@ class ProfileMachine(Machine):
 
 
 class Options(ProfileMachine):
-    """Device, batch size and the use of memory; nothing here changes a result."""
+    """Device, batch size and use of memory, which change a result by rounding at most."""
 
     sharding: Literal["none", "fsdp", "fsdp_offload", "hsdp"] = "none"
     """Use of several GPUs in a distillation: each GPU has a full copy of student, optimizer and

@@ -62,7 +62,8 @@ class DataConfig(Config):
     calibration_fraction: float = Field(default=0.15, gt=0, lt=1, validate_default=True)
     """Share of the documents on which importance, repair and quantization are measured."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=1, validate_default=True)
-    """Share of the documents on which `distill` chooses its best checkpoint."""
+    """Share of the documents on which `distill` chooses its best checkpoint, `reconstruct` accepts
+    layers, and `learn_masks` measures its shape."""
     seed: int = 0
     """Seed of the splits and of the document order."""
 

@@ -102,7 +102,8 @@ class PruneConfig(Config):
     """Apply a plan that was made for a sibling: another checkpoint of the same family and sizes,
     such as this model before or after fine-tuning."""
     multiple_of: int = Field(default=32, ge=1)
-    """Round changed widths to a multiple of this (256 for K-quants, 64 or 128 for group int4)."""
+    """Changed widths are multiples of this (256 for K-quants, 64 or 128 for group int4): a search
+    rounds to it, and a given size that is no multiple is refused."""
     criterion: str = "activation_l2"
     """Importance criterion for widths, one of the profile's criteria."""
     expert_criterion: str | None = None
@@ -110,8 +111,9 @@ class PruneConfig(Config):
     layer_criterion: str = "block_influence"
     """Importance criterion for whole layers."""
     repair: bool = True
-    """Re-solve the projections that read a pruned dimension, without training. The result is kept
-    only if it brings the whole model closer to the dense model on validation text."""
+    """Re-solve projections in closed form, without training. The result is kept only if it brings
+    the whole model closer to the dense model, on text of the profile that the repair did not
+    read."""
     repair_method: str = "sequential"
     """sequential: one layer after another, by running the profile's text through the cut model;
     gram: all layers at once, from the profile's Gram matrices."""

@@ -38,7 +38,7 @@ class Recipe(Config):
     """The text, in splits for calibration, training and held-out evaluation."""
     stages: list[dict[str, Any] | str] = Field(min_length=1)
     """The stages in order, each a name or {name: {its fields}}; a stage may occur several times.
-    `iterate` stands for rounds of profile, prune and distill."""
+    `iterate` stands for rounds of profile, prune, reconstruct and distill."""
 
     @field_validator("stages", mode="before")
     @classmethod

@@ -44,7 +44,8 @@ class DistillConfig(Config):
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay."""
     beta2: float = Field(default=0.95, gt=0, lt=1)
-    """AdamW's decay rate of the second moment; short runs need a lower one."""
+    """AdamW's decay rate of the second moment. 0.999 gave the same result in runs of a hundred
+    steps."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Largest gradient norm; larger gradients are scaled down to it."""
     losses: dict[str, float] = Field(default_factory=lambda: {"forward_kl": 1.0})
@@ -114,7 +115,7 @@ class DistillConfig(Config):
     own_share: float = Field(default=0.5, gt=0, lt=1)
     """Share of the student's own answers in the training tokens."""
     on_policy_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of the training tokens in which the student itself writes, during the training: it
+    """Share of the training sequences in which the student itself writes, during the training: it
     continues prompts, and the teacher scores each token that it wrote. 0 trains on text alone."""
     on_policy_losses: dict[str, float] = Field(default_factory=lambda: {"reverse_kl": 1.0})
     """Weight of each loss, by its name, on the tokens that the student writes."""

@@ -81,7 +81,8 @@ def distill(
     of text are compared.
 
     Computes in bfloat16 (or what `precision.half` says) with float32 weights. Keeps the checkpoint
-    with the lowest held-out KL, or with the lowest held-out loss `chosen_by`.
+    with the lowest held-out KL, or with the lowest held-out loss `chosen_by`, or the
+    last one.
     Writes metrics to `metrics.jsonl` in the folder and also to `metrics`, if set. An interrupted
     run continues from its last checkpoint; a larger `tokens` extends a finished run. Raises
     UserError for different tokenizers, too little text, and a loss that becomes NaN or infinite.

@@ -35,7 +35,7 @@ class ProfileConfig(Config):
     grams: tuple[Literal["mlp", "heads"], ...] = ("mlp", "heads")
     """Dimensions for which Gram matrices are computed: those that will be cut."""
     token_weight: Literal["inverse_residual", "uniform"] = "inverse_residual"
-    """Weight of a token in the Gram matrices: 1/|residual|, which measures the error as it counts
+    """Weight of a token in the Gram matrices: 1/|residual|², which measures the error as it counts
     after the next norm (inverse_residual), or the same weight for all tokens (uniform)."""
     vocab_tokens: int = Field(default=2_000_000, ge=1)
     """Number of calibration tokens to count for the vocabulary (token_count), at most the whole

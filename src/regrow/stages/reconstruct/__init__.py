@@ -32,7 +32,8 @@ class ReconstructConfig(Config):
     square of each matrix."""
     attention_rate: float = Field(default=0.1, ge=0)
     """Learning rate of attention and norms, as a share of the rate for MLPs; 0 leaves them as they
-    are. At the full rate the errors that enter later layers run away."""
+    are. At the full rate the errors grow from layer to layer, until the model is worse than
+    before."""
     beta2: float = Field(default=0.99, gt=0, lt=1)
     """AdamW's second-moment decay."""
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
