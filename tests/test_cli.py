@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import regrow
 from regrow.cli.main import main
+from regrow.errors import UserError
 
 SMALL = ["--intermediate-size", "40", "--multiple-of", "8"]
 QUICK = ["--heldout-sequences", "4", "--new-tokens", "4", "--prefill-tokens", "16"]
@@ -210,8 +212,34 @@ def test_an_interrupt_ends_with_one_line_and_exit_code_130(
     monkeypatch.setattr("regrow.pruning.prune.cut_folder", stop)
     prune = ["prune", place / "model", "--profile", place / "profile", *SMALL]
     assert main([str(part) for part in (*prune, "--out", tmp_path / "out")]) == 130
-    assert "regrow: stopped; the same command continues from here" in capsys.readouterr().err
+    assert "regrow: stopped; the same command begins anew" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".out.partial").mkdir()
+    monkeypatch.setattr("regrow.stage_dir.StageDir.__enter__", stop)
+    assert main([*map(str, prune), f"--out={tmp_path / 'out'}"]) == 130
+    assert "regrow: stopped; the same command continues from here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RecursionError, ModuleNotFoundError, UserError, None])
+def test_an_interrupt_that_an_import_turns_into_another_error(
+    error: type[Exception] | None,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def swallow(*_: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            if error is not None:
+                raise error("of an import") from None
+            raise
+
+    monkeypatch.setattr("regrow.cli.inspect_model.describe_model", swallow)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["inspect", str(place / "model")]) == 130
+    assert capsys.readouterr().err == "\nregrow: stopped\n"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_an_assertion_error_keeps_its_traceback(

@@ -67,6 +67,22 @@ def test_the_command_prints_and_writes_the_table(
     assert f"{rows['rows'][0]['kl_repaired']:.3f}" in printed
 
 
+def test_a_foreign_file_is_never_replaced(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "table.json"
+    arguments = ["compare", str(place / "model"), "--profile", str(place / "all"), "--data"]
+    arguments += [str(place / "text.jsonl"), "--sequence-length", "32", "--intermediate-size", "96"]
+    for foreign in ('{"rows": [], "name": "app"}', "notes", "[1]"):
+        out.write_text(foreign)
+        for more in ([], ["--dry-run"]):
+            assert main([*arguments, "--out", str(out), *more]) == 2
+            assert f"{out} exists and was not written by regrow compare" in capsys.readouterr().err
+        assert out.read_text() == foreign
+    out.write_text('{"sizes": {}, "keep": 0.5, "rows": []}')
+    assert main([*arguments, "--out", str(out), "--dry-run"]) == 0
+
+
 def test_bad_comparisons_are_refused(place: Path, tmp_path: Path) -> None:
     data = data_of(place / "text.jsonl")
     with pytest.raises(UserError, match="nothing to compare at"):

@@ -15,6 +15,7 @@ import plotly.graph_objects as go
 import pytest
 from report_run import write_evaluation, write_manifest, write_metrics, write_run
 
+from regrow.cli.main import main
 from regrow.errors import UserError
 from regrow.plan import Plan
 from regrow.stages.report import ReportConfig
@@ -314,3 +315,21 @@ def test_a_folder_without_a_run_is_refused_in_one_line(
         lambda name: None if name == "plotly" else real(name),
     )
     refused(r"pip install 'regrow\[report\]'", folder)
+
+
+def test_a_foreign_file_is_never_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = write_run(tmp_path / "run"), tmp_path / "page.html"
+    foreign = "<!DOCTYPE html>\n<html><body>Mine, with notes on regrow</body></html>"
+    out.write_text(foreign)
+    expected = f"{out} exists and was not written by regrow report: give --out another name"
+    for more in ([], ["--dry-run"]):
+        assert main(["report", str(folder), "--out", str(out), *more]) == 2
+        assert capsys.readouterr().err == f"regrow: error: {expected}\n"
+    assert out.read_text() == foreign
+    earlier = report(folder).read_text().replace('<meta name="generator" content="regrow">\n', "")
+    for own in (earlier, report(folder).read_text(), ""):
+        out.write_text(own)
+        assert report(folder, out) == out
+    assert '<meta name="generator" content="regrow">' in out.read_text()

@@ -10,7 +10,7 @@ import pytest
 import regrow
 from regrow.config import Config
 from regrow.errors import UserError
-from regrow.stage_dir import Figure, StageDir, digest, is_full_disk, read, refuse_foreign
+from regrow.stage_dir import Figure, StageDir, digest, forget, is_full_disk, read, refuse_foreign
 
 
 class Fields(Config):
@@ -273,3 +273,25 @@ def test_killed_while_replacing(moved: bool, out: Path, monkeypatch: pytest.Monk
         shutil.rmtree(out.parent / ".out.partial")
     assert stage_of(out, number=2).complete is moved
     assert (out / "result").read_text() == ("second" if moved else "first")
+
+
+def test_a_finished_result_is_not_replaced_without_a_word(
+    out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(stage: StageDir) -> str:
+        with pytest.raises(KeyboardInterrupt):
+            write_half(stage)
+        return capsys.readouterr().err
+
+    end = ": it will be replaced when this one is complete\n"
+    assert said(stage_of(out)) == ""
+    finish(out)
+    assert said(stage_of(out)) == ""
+    start = f"prune: {out} holds a finished prune "
+    assert said(stage_of(out, number=2)) == f"{start}with other settings (number){end}"
+    changed = {"model": "abd", "profile": "1"}
+    assert said(stage_of(out, inputs=changed)) == f"{start}with other inputs (model, profile){end}"
+    monkeypatch.setattr(regrow, "__version__", "9.9")
+    assert said(stage_of(out)) == f"{start}of another version of regrow{end}"
+    forget(out)
+    assert said(stage_of(out, number=2)) == ""

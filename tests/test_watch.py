@@ -20,6 +20,14 @@ from regrow.cli.watch import RunState, frame, read, sparkline
 NOW = 1_000_000.0
 
 
+@pytest.fixture(autouse=True)
+def held(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The state of the lock of every run."""
+    states = ["held"]
+    monkeypatch.setattr("regrow.runtime.lock.state", lambda path: states[0])
+    return states
+
+
 def aged(folder: Path, seconds: float = 0.0) -> Path:
     """All files as if written so long before NOW."""
     for path in [folder, *folder.rglob("*")]:
@@ -176,6 +184,26 @@ def test_one_frame_where_there_is_no_terminal(
     assert capsys.readouterr().out.count("▶ running") == 1
 
 
+def test_a_run_whose_process_has_ended_is_stopped(
+    tmp_path: Path, held: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time stands still, and watching it ends; nothing is said of a complete run."""
+    folder = running(tmp_path)
+    held[0] = "free"
+    state = read(folder, NOW + 500)
+    assert progress_of(state)["03-distill"] == "stopped"
+    assert [stage.seconds for stage in state.stages] == [61.5, 123.0, 0.0, None]
+    text = shown(state)
+    assert "03-distill   ■ stopped  0:00" in text.splitlines()
+    assert text.endswith("■ stopped; the same command continues it\n")
+    assert "ETA" not in text and "running" not in text and "nothing written" not in text
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    watch.watch(folder, every=60)
+    assert not read(published(tmp_path / "later"), NOW).stopped
+    held[0] = "unknown"
+    assert progress_of(read(folder, NOW))["03-distill"] == "running"
+
+
 @pytest.mark.parametrize("name", ["nowhere", "empty", "stages"])
 def test_a_folder_without_a_run_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
@@ -185,10 +213,12 @@ def test_a_folder_without_a_run_is_refused(
     assert main(["watch", str(tmp_path / name)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"regrow: error: {tmp_path / name} is no run: expected recipe.yaml")
+    assert "it has just been started" in line
 
 
+@pytest.mark.parametrize("every", ["0.0", "nan", "inf"])
 def test_a_frame_each_no_time_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], every: str
 ) -> None:
-    assert main(["watch", str(running(tmp_path)), "--every", "0"]) == 2
-    assert "--every 0.0: give a number of seconds above 0" in capsys.readouterr().err
+    assert main(["watch", str(running(tmp_path)), "--every", every]) == 2
+    assert f"--every {every}: give a number of seconds above 0" in capsys.readouterr().err

@@ -15,26 +15,37 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pydantic import ConfigDict
+
 import regrow
 from regrow.config import Config
 from regrow.errors import UserError
 from regrow.runtime import distributed
 from regrow.runtime.energy import Meter
+from regrow.runtime.lock import Lock
+from regrow.runtime.progress import say
 
 NAME = "manifest.json"
 MARK = ".digest"
 """A file in the hidden folder with the digest of the stage that writes there."""
+LOCK = ".lock"
+"""A file in the folder of a run, which is locked while the run works."""
+SPARSITY = "sparsity"
+"""The entry of a manifest that names the sparsity of a model's weights."""
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
 
 
 class Figure(Config):
     """One measured number, with the unit and the convention that are needed for comparisons."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
 
     name: str
     """Name of the quantity, for instance perplexity."""
@@ -101,7 +112,8 @@ class StageDir:
     finished stage with the same digest need not run again. With `resumable`, an interrupted folder
     with the same `resume_digest` (by default the digest) is kept, and the stage continues in it. If
     `out` is a link to a folder, that folder is replaced and the link is kept. Raises UserError when
-    `out` is not a folder, or contains anything other than a result of this stage.
+    `out` is not a folder, contains anything other than a result of this stage, or is being written
+    by another process.
     """
 
     def __init__(
@@ -124,7 +136,9 @@ class StageDir:
         self.started = time.time()
         self.meter = Meter()
         self.partial = out.parent / f".{out.name}.partial"
+        self.lock = Lock(out.parent / f".{out.name}.lock", out)
         if distributed.is_main():
+            self.lock.refuse()
             recover(out)
         distributed.agree(f"the inputs of {name}", self.digest)
         refuse_foreign(out, name)
@@ -136,13 +150,24 @@ class StageDir:
         return manifest is not None and manifest.get("digest") == self.digest
 
     def __enter__(self) -> Path:
-        if distributed.is_main():
-            self._begin()
-        distributed.wait()
-        distributed.require_shared(self.partial / MARK)
+        try:
+            if distributed.is_main():
+                self._begin()
+            distributed.wait()
+            distributed.require_shared(self.partial / MARK)
+        except BaseException:
+            self.lock.release()
+            raise
         return self.partial
 
     def _begin(self) -> None:
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        self.lock.acquire()
+        if (difference := self._difference()) is not None:
+            say(
+                f"{self.name}: {self.out} holds a finished {self.name} {difference}: it will be "
+                "replaced when this one is complete"
+            )
         self.meter.start()
         mark = self.partial / MARK
         same = mark.exists() and mark.read_text() == self.resume_digest
@@ -152,23 +177,42 @@ class StageDir:
         if not mark.exists():
             mark.write_text(self.resume_digest)
 
+    def _earlier(self) -> dict[str, Any] | None:
+        """The manifest of the result that this one will replace, if there is one."""
+        return read(self.out)
+
+    def _difference(self) -> str | None:
+        """How this stage differs from the finished result in its place, in words."""
+        earlier = self._earlier() or {}
+        if earlier.get("digest") in (None, self.digest):
+            return None
+        config, inputs = earlier.get("config", {}), earlier.get("inputs", {})
+        now = self.config.model_dump(mode="json")
+        if names := [name for name in now if name in config and now[name] != config[name]]:
+            return f"with other settings ({', '.join(names)})"
+        now = self.inputs
+        if names := [name for name in {**now, **inputs} if now.get(name) != inputs.get(name)]:
+            return f"with other inputs ({', '.join(names)})"
+        return "of another version of regrow"
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None:
-            self._abandon(error)
-            return
-        distributed.wait()
-        try:
-            if distributed.is_main():
-                self._finish()
-        except OSError as caught:
-            self._abandon(caught)
-            raise
-        distributed.wait()  # until every process can read the result
+        with self.lock:
+            if error is not None:
+                self._abandon(error)
+                return
+            distributed.wait()
+            try:
+                if distributed.is_main():
+                    self._finish()
+            except OSError as caught:
+                self._abandon(caught)
+                raise
+            distributed.wait()  # until every process can read the result
 
     def _abandon(self, error: BaseException) -> None:
         self.meter.stop()
@@ -219,7 +263,7 @@ def refuse_foreign(out: Path, stage: str | None = None) -> None:
             break
         if os.path.lexists(place):
             raise UserError(f"{place} is {_kind(place)}: give --out a folder that is new or empty")
-    if not out.is_dir() or not any(out.iterdir()):
+    if not out.is_dir() or all(path.name == LOCK for path in out.iterdir()):
         return
     manifest = read(out) or {}
     if "digest" not in manifest or "stage" not in manifest:
@@ -254,16 +298,21 @@ def output_folder(out: Path) -> Path:
     return folder
 
 
-def output_file(path: Path) -> Path:
+def output_file(path: Path, own: tuple[str, Callable[[bytes], bool]] | None = None) -> Path:
     """The file that a result is renamed to: `path`, or its target if `path` is a link.
 
-    Raises UserError for a folder, a device, a socket or a named pipe.
+    `own` has the name of the command and a function that tells its files by their content. Raises
+    UserError for any other file that is not empty, a folder, a device, a socket or a named pipe.
     """
     if path.is_symlink() and path.exists():
         path = path.resolve()
     if os.path.lexists(path) and not path.is_file():
         kind = "a folder" if path.is_dir() else _kind(path)
         raise UserError(f"{path} is {kind}: give --out the name of a file")
+    if own is not None and path.is_file() and path.stat().st_size and not own[1](path.read_bytes()):
+        raise UserError(
+            f"{path} exists and was not written by regrow {own[0]}: give --out another name"
+        )
     return path
 
 
@@ -293,6 +342,12 @@ def recover(out: Path) -> None:
     old, new = out.parent / f".{out.name}.old", out.parent / f".{out.name}.partial"
     if old.exists() and not out.exists():
         (new if read(new) is not None and not (new / MARK).exists() else old).rename(out)
+
+
+def is_begun(out: Path) -> bool:
+    """Whether a stage or a run that was stopped has left work to continue from."""
+    partial = out.resolve().with_name(f".{out.resolve().name}.partial")
+    return partial.exists() or (out / "stages").exists()
 
 
 def require_space(folder: Path, bytes_needed: int) -> None:

@@ -8,11 +8,15 @@ from typing import Annotated
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
+from regrow import stage_dir
 from regrow.config import Options
 from regrow.errors import UserError
 from regrow.recipe.recipe import KeepStages
 from regrow.runtime import distributed
 from regrow.stages._flags import Model, print_lines
+
+DAY = 86_400
+"""Seconds; the longest time from frame to frame of `regrow watch`."""
 
 
 def run(
@@ -50,6 +54,8 @@ def run(
     elif distributed.is_main():
         from regrow.recipe.check import describe
 
+        if not (out / recipes.RECIPE).exists():
+            stage_dir.refuse_foreign(out, "run")
         recipes.check(job, machine)
         print_lines(describe(job.model, job.data, job.steps(), machine))
 
@@ -70,7 +76,7 @@ def watch(
     once: bool = False,
     every: float = 2.0,
 ) -> None:
-    """Show the progress of a run in the terminal, until it is complete.
+    """Show the progress of a run in the terminal, until it is complete or stopped.
 
     Args:
         run: Folder that regrow run writes.
@@ -79,6 +85,6 @@ def watch(
     """
     from regrow.cli.watch import watch as show
 
-    if every <= 0:
-        raise UserError(f"--every {every}: give a number of seconds above 0")
+    if not 0 < every <= DAY:
+        raise UserError(f"--every {every}: give a number of seconds above 0, at most {DAY}")
     show(run, once, every)

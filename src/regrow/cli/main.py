@@ -6,9 +6,12 @@ import functools
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -22,7 +25,7 @@ from regrow import stage
 from regrow.config import reason
 from regrow.errors import UserError, unknown
 from regrow.runtime import distributed
-from regrow.stage_dir import is_full_disk
+from regrow.stage_dir import is_begun, is_full_disk
 
 WEIGHTS = ConstructorRegistry()
 
@@ -59,35 +62,75 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments in (["--version"], ["-V"]):
         print(f"regrow {regrow.__version__}")
         return 0
-    try:
-        _quiet()
-        _run(arguments)
-        sys.stdout.flush()
-    except UserError as error:
+    with _Interrupt() as interrupt:
+        try:
+            _quiet()
+            _run(arguments)
+            sys.stdout.flush()
+        except SystemExit:
+            raise
+        except BaseException as error:
+            if interrupt.noted or isinstance(error, KeyboardInterrupt):
+                return _stopped(arguments)
+            return _explained(error, arguments)
+    return 0
+
+
+class _Interrupt:
+    """Notes Ctrl-C in this block, because an import may turn KeyboardInterrupt into another error.
+
+    A signal that is ignored, or handled by the program that calls regrow, is left as it is.
+    """
+
+    def __init__(self) -> None:
+        self.noted = False
+        self.ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        self.ours = self.ours and threading.current_thread() is threading.main_thread()
+
+    def _note(self, *_: object) -> None:
+        self.noted = True
+        raise KeyboardInterrupt
+
+    def __enter__(self) -> _Interrupt:
+        if self.ours:
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _stopped(arguments: list[str]) -> int:
+    """Say that the command was stopped, and how much of its work the same command would repeat."""
+    flags = [part for argument in arguments for part in argument.split("=", 1)]
+    out = Path(flags[flags.index("--out") + 1]) if "--out" in flags[:-1] else None
+    text = "regrow: stopped"
+    if out is not None:
+        text += f"; the same command {'continues from here' if is_begun(out) else 'begins anew'}"
+    print(f"\n{text}", file=sys.stderr)
+    return 130
+
+
+def _explained(error: BaseException, arguments: list[str]) -> int:
+    """Print an error of the user or the machine in one line; raises every other error again."""
+    if isinstance(error, UserError):
         return _refuse(str(error))
-    except (PermissionError, NotADirectoryError) as error:
+    if isinstance(error, PermissionError | NotADirectoryError):
         return _refuse(f"{error.filename}: {error.strerror}; give a place that can be written to")
-    except BrokenPipeError:  # the reader of the pipe, such as head, has closed it
+    if isinstance(error, BrokenPipeError):  # the reader of the pipe, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if is_full_disk(error):
-            return _refuse(
-                f"no disk space left: {error.filename or error}; free some and run again"
-            )
-        raise
-    except (MemoryError, RuntimeError) as error:
+    if isinstance(error, OSError) and is_full_disk(error):
+        return _refuse(f"no disk space left: {error.filename or error}; free some and run again")
+    if isinstance(error, MemoryError | RuntimeError):
         from regrow.runtime.memory import is_out_of_memory
 
         if distributed.lost_peer(error):
             return _refuse("another process of this job has ended: run the same command again")
-        if not is_out_of_memory(error):
-            raise
-        return _refuse(f"memory ran out: {_less_memory(arguments[0])}, and run again")
-    except KeyboardInterrupt:
-        print("\nregrow: stopped; the same command continues from here", file=sys.stderr)
-        return 130
-    return 0
+        if is_out_of_memory(error):
+            return _refuse(f"memory ran out: {_less_memory(arguments[0])}, and run again")
+    raise error
 
 
 def _less_memory(command: str) -> str:
@@ -167,8 +210,12 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
             sys.stderr.write(messages.getvalue())
             raise
     first = refused.errors()[0]
-    flag = "-".join(map(str, first["loc"])).replace("_", "-")
-    raise UserError(f"--{flag}: {reason(first)}" if flag else reason(first))
+    field, *inside = first["loc"] or ("",)
+    if not field:
+        raise UserError(reason(first))
+    # An index in a list is left out, as the message has the value; the key of a weight is not.
+    names = [f"{name}: " for name in inside if isinstance(name, str)]
+    raise UserError(f"--{str(field).replace('_', '-')}: {''.join(names)}{reason(first)}")
 
 
 def _help() -> None:

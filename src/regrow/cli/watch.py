@@ -1,6 +1,7 @@
 """`regrow watch`: show the progress of a run in another terminal.
 
-The progress comes from the files of the run: recipe, manifests, partial folders and metrics.
+The progress comes from the files of the run: recipe, manifests, partial folders and metrics. The
+lock on the run tells whether its process is still there.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from regrow import stage_dir
 from regrow.errors import UserError
 from regrow.recipe import recipe as recipes
 from regrow.recipe.recipe import RECIPE
+from regrow.runtime import lock
 from regrow.runtime.progress import clock
 from regrow.stage import Step
 from regrow.stages.report.run_folder import METRICS, rows
 
-Progress = Literal["done", "running", "waiting", "earlier"]
+Progress = Literal["done", "running", "stopped", "waiting", "earlier"]
 """`earlier`: completed by an earlier run in this folder, and not yet checked by this run."""
 
 RECENT = 50
@@ -38,7 +40,8 @@ MAKES_MODEL = ("rotate", "prune", "sparsify", "distill", "quantize")
 
 @dataclass(frozen=True)
 class StageState:
-    """State of one stage; `seconds` is its duration, or the time since its start if it runs."""
+    """State of one stage; `seconds` is its duration, or the time since its start if it runs, or
+    from its start to the last write if it was stopped."""
 
     name: str
     progress: Progress
@@ -71,6 +74,8 @@ class RunState:
     stages: list[StageState]
     training: Training | None
     complete: bool
+    stopped: bool
+    """Whether the run is not complete and its process has ended."""
     quiet: float
     """Seconds since the last write."""
 
@@ -83,29 +88,35 @@ def read(folder: Path, now: float | None = None) -> RunState:
     now = time.time() if now is None else now
     if not (folder / RECIPE).is_file():
         raise UserError(
-            f"{folder} is no run: expected {RECIPE} in it; give the folder of regrow run --out"
+            f"{folder} is no run: expected {RECIPE} in it, or it has just been started and is "
+            "still checking its recipe; give the folder of regrow run --out"
         )
+    ended = lock.state(folder / stage_dir.LOCK) == "free"  # before the files that it writes last
     recipe = recipes.read(folder / RECIPE)
     steps = [(f"{n:02d}-{step.name}", step) for n, step in enumerate(recipe.steps(), start=1)]
     quiet = max(0.0, now - _last_write(folder))
     begun = (folder / RECIPE).stat().st_mtime
     stages: list[StageState] = []
     running = False
+    at_work: Progress = "stopped" if ended else "running"
+    until = now - quiet if ended else now
     for name, step in steps:
         done = _done(folder, name, step, quiet)
         if done is None or _partial(folder, name):
-            progress: Progress = "waiting" if running else "running"
-            stages.append(StageState(name, progress, None if running else now - begun))
+            progress: Progress = "waiting" if running else at_work
+            stages.append(StageState(name, progress, None if running else max(0.0, until - begun)))
             running = True
         else:
             stages.append(StageState(name, "earlier" if running else "done", done[0]))
             begun = max(begun, done[1])
+    complete = not running and _published(folder, steps)
     return RunState(
         folder=folder,
         model=recipe.model,
         stages=stages,
         training=_training(folder, dict(steps), stages, now),
-        complete=not running and _published(folder, steps),
+        complete=complete,
+        stopped=ended and not complete,
         quiet=quiet,
     )
 
@@ -169,7 +180,7 @@ def _training(
     path = folder / METRICS
     logged = [row for row in rows(path) if row.get("stage") in steps and "tokens" in row]
     named = dict.fromkeys(row["stage"] for row in logged)
-    running = [stage.name for stage in stages if stage.progress == "running"]
+    running = [stage.name for stage in stages if stage.progress in ("running", "stopped")]
     stage = next((name for name in running if name in named), None) or next(reversed(named), None)
     if stage is None:
         return None
@@ -211,6 +222,7 @@ def _losses(mine: list[dict[str, Any]]) -> dict[str, float]:
 LOOK = {
     "done": ("✓ done", "green"),
     "running": ("▶ running", "bold cyan"),
+    "stopped": ("■ stopped", "yellow"),
     "waiting": ("· waiting", "dim"),
     "earlier": ("↺ by an earlier run", "dim"),
 }
@@ -225,9 +237,11 @@ def frame(state: RunState) -> RenderableType:
     title = Text(f"{plain(str(state.folder))}  ({plain(state.model)})", style="bold")
     parts: list[RenderableType] = [title, _stages(state.stages)]
     if state.training is not None:
-        parts += _training_lines(state.training)
+        parts += _training_lines(state.training, state.stopped)
     if state.complete:
         parts.append(Text("complete", style="bold green"))
+    elif state.stopped:
+        parts.append(Text("■ stopped; the same command continues it", style="yellow"))
     elif state.quiet > QUIET:
         parts.append(Text(f"nothing written for {clock(state.quiet)}", style="yellow"))
     return Group(*parts)
@@ -257,12 +271,13 @@ def _stages(stages: list[StageState]) -> Table:
     return table
 
 
-def _training_lines(training: Training) -> list[RenderableType]:
+def _training_lines(training: Training, stopped: bool) -> list[RenderableType]:
     rate = "–" if training.rate is None else f"{training.rate:,.0f} tokens/s"
     eta = "–" if training.eta is None else clock(training.eta)
     share = training.tokens / training.total
     head = f"{plain(training.stage)}  {share:.0%}  {training.tokens:,}/{training.total:,} tokens"
-    tail = f"  {rate}" + (f"  ETA {eta}" if training.tokens < training.total else "")
+    unfinished = training.tokens < training.total and not stopped
+    tail = f"  {rate}" + (f"  ETA {eta}" if unfinished else "")
     bar = Table.grid()
     bar.add_row(ProgressBar(total=training.total, completed=training.tokens, width=POINTS))
     lines: list[RenderableType] = [Text(""), Text(head + tail), bar]
@@ -281,7 +296,7 @@ WIDTH = 100
 
 
 def watch(folder: str | Path, once: bool = False, every: float = 2.0) -> None:
-    """Show a run on stdout, refreshed every `every` seconds, until it is complete.
+    """Show a run on stdout, refreshed every `every` seconds, until it is complete or stopped.
 
     Shows only one frame if `once` is set or stdout is not a terminal. Raises UserError if the
     folder is not a run.
@@ -293,7 +308,7 @@ def watch(folder: str | Path, once: bool = False, every: float = 2.0) -> None:
         console.print(frame(state))
         return
     with Live(frame(state), console=console, auto_refresh=False) as live:
-        while not state.complete:
+        while not (state.complete or state.stopped):
             time.sleep(every)
             state = read(folder)
             live.update(frame(state), refresh=True)

@@ -90,7 +90,7 @@ def resolve(source: SourceConfig, cache: Path | None = None) -> list[Path]:
             raise UserError(f"{path}: sha256 is for a single file, this is a folder; leave it out")
         return _readable_files(path, source.reader)
     if not path.exists():
-        raise UserError(f"{source.source}: no such file or folder; check the path in `data`")
+        raise UserError(f"{source.source}: no such file or folder; check the path")
     if source.reader is None:
         reader_of(path)
     if source.sha256 is not None:

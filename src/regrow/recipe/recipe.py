@@ -21,6 +21,7 @@ from regrow.errors import UserError
 from regrow.recipe import presets
 from regrow.recipe.iterate import expand
 from regrow.runtime import distributed
+from regrow.runtime.lock import Lock
 from regrow.runtime.progress import clock, say
 from regrow.stage import RecipeRun, Step, parse_step
 
@@ -111,13 +112,14 @@ def run(
 
     If a run is repeated, complete and unchanged stages are skipped, and it continues where it
     stopped. In a job of several processes (torchrun), a stage runs as its `ranks` says. Raises
-    UserError, before any slow work, for a recipe that cannot succeed.
+    UserError, before any slow work, for a recipe that cannot succeed, and while another process
+    runs one in `out`.
     """
     recipe = recipe if isinstance(recipe, Recipe) else read(recipe)
     out, options = Path(out), options or Options()
-    with distributed.together():
+    with distributed.together(), Lock(out / stage_dir.LOCK, out) as lock:
         _agree(recipe)
-        if distributed.on_first(partial(_begin, recipe, out, options)):
+        if distributed.on_first(partial(_begin, recipe, out, options, lock)):
             distributed.require_shared(out / RECIPE)
             _run_stages(recipe, out, options, keep_stages)
     return out
@@ -189,9 +191,15 @@ def _models(recipe: Recipe) -> list[str]:
     return sorted({recipe.model, *(step.teacher for step in recipe.steps() if step.teacher)})
 
 
-def _begin(recipe: Recipe, out: Path, options: Options) -> bool:
-    """Check the recipe and write it to the run folder; return False if the job is complete."""
-    if not (out / RECIPE).exists():
+def _begin(recipe: Recipe, out: Path, options: Options, lock: Lock) -> bool:
+    """Check the recipe and write it to the run folder; return False if the job is complete.
+
+    Raises UserError, before and after the checks, if another process has the run's lock.
+    """
+    if (out / RECIPE).exists():
+        lock.acquire()
+    else:
+        lock.refuse()
         stage_dir.refuse_foreign(out, "run")
     say(f"run: opening {recipe.model} and checking {len(recipe.stages)} stages")
     check(recipe, options)
@@ -199,7 +207,9 @@ def _begin(recipe: Recipe, out: Path, options: Options) -> bool:
         say(f"run: {out} is complete and unchanged")
         return False
     _fingerprints(recipe)  # reads all bytes of the models and rejects broken ones
-    (out / "stages").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    lock.acquire()
+    (out / "stages").mkdir(exist_ok=True)
     (out / stage_dir.NAME).unlink(missing_ok=True)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     (out / RECIPE).write_text(text)

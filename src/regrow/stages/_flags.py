@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from pydantic import ValidationError
 from tyro.conf import Positional
 
-from regrow.config import Config, parse
+from regrow.config import Config, reason
 from regrow.data.config import DataConfig
 from regrow.errors import UserError
 from regrow.stage_dir import refuse_foreign
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint
     from regrow.stages.evaluate.gguf_model import GgufFile
 
+FLAGS: dict[int | str, str] = {
+    "weight": "--data-weights",
+    "sequence_length": "--sequence-length",
+}
+"""The flags of the fields of `data`, except for --data."""
 Model = Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
 
 
@@ -39,7 +45,12 @@ class OptionalText(Config):
         shares = self.data_weights or (1.0,) * count
         blend = [{"source": s, "weight": w} for s, w in zip(self.data, shares, strict=True)]
         fields = {"sources": blend, "sequence_length": self.sequence_length}
-        return parse(DataConfig, fields, "--data")
+        try:
+            return DataConfig.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            flag = next((FLAGS[part] for part in first["loc"] if part in FLAGS), "--data")
+            raise UserError(f"{flag}: {reason(first)}") from None
 
 
 class Text(OptionalText):

@@ -8,6 +8,7 @@ from typing import Any
 from regrow.cost import jobs
 from regrow.cost.devices import Device, find
 from regrow.cost.model import ModelSize
+from regrow.cost.units import size_text
 from regrow.pruning.config import bytes_of
 from regrow.stages.advise.config import AdviseConfig
 from regrow.stages.advise.tables import Points
@@ -119,5 +120,5 @@ def over_budget(cost: jobs.Cost | None, config: AdviseConfig) -> list[str]:
 
 
 def gigabytes(size: float) -> str:
-    """Bytes in GB, or in MB below one GB."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+    """Bytes in GB, or in MB or kB below one GB."""
+    return size_text(size)

@@ -45,9 +45,11 @@ class CompareStage(Stage):
             dry_run: Check everything and print what would be done.
         """
         checkpoint, data = open_model(model), text.blend()
-        from regrow.stages.compare.stage import compare, estimate
+        from regrow.stages.compare.stage import compare, estimate, output_of
 
         if dry_run:
+            if out is not None:
+                output_of(out)
             print_lines(estimate(checkpoint, profile, data, pruning, rounds, heads))
             return
         compare(checkpoint, profile, data, pruning, out, machine.options(), rounds, heads)

@@ -7,6 +7,7 @@ compared with any other cut.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -162,7 +163,7 @@ def compare(
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     measured = profile if isinstance(profile, Profile) else Profile(profile)
     options = options or Options()
-    out = None if out is None else output_file(Path(out))
+    out = None if out is None else output_of(out)
     comparison = comparison_plan(checkpoint, measured, config, rounds, heads)
     scorer = CutScorer(checkpoint, measured, data, options)
     own: dict[str, dict[str, Any]] = {}
@@ -195,6 +196,19 @@ def compare(
         if out is not None:
             write_json(out, table)
     return rows
+
+
+def output_of(out: str | Path) -> Path:
+    """The file to write; raises UserError for a file that is no table of `compare`."""
+    return output_file(Path(out), ("compare", _is_table))
+
+
+def _is_table(content: bytes) -> bool:
+    try:
+        table = json.loads(content)
+    except ValueError:
+        return False
+    return isinstance(table, dict) and {"sizes", "keep", "rows"} <= table.keys()
 
 
 def comparison_plan(

@@ -231,6 +231,9 @@ class FileStageDir(StageDir):
     def _sibling(self, name: str) -> Path:
         return self.file.with_name(f"{self.file.stem}.{name}")
 
+    def _earlier(self) -> dict[str, object] | None:
+        return self._manifest_beside()
+
     def _manifest_beside(self) -> dict[str, object] | None:
         path = self._sibling(stage_dir.NAME)
         return stage_dir.read_file(path) if path.exists() else None

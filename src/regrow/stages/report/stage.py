@@ -85,13 +85,23 @@ def report(
 
 
 def target_of(folders: list[Path], out: str | Path | None) -> Path:
-    """The file to write; raises UserError for no run, and for several runs without `out`."""
+    """The file to write; raises UserError for no run, and for several runs without `out`.
+
+    Also raises it for a file that is no page of regrow. RUN/report.html always counts as one.
+    """
     if not folders:
         raise UserError("nothing to report on: name at least one run")
     if out is None and len(folders) > 1:
         raise UserError(f"{len(folders)} runs on one page: give --out the name of an HTML file")
-    target = folders[0] / NAME if out is None else Path(out)
-    return output_file(target)
+    own = [folder / NAME for folder in folders]
+    target = own[0] if out is None else Path(out)
+    return output_file(target, None if target in own else ("report", is_page))
+
+
+def is_page(content: bytes) -> bool:
+    """Whether the content of a file is a page of `report`; earlier versions wrote no generator."""
+    marks = (b'<meta name="generator" content="regrow">', b"<footer>Made by regrow ")
+    return content.startswith(b"<!DOCTYPE html>") and any(mark in content for mark in marks)
 
 
 def check(config: ReportConfig) -> None:
