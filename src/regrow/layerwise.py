@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel
 
 from regrow.checkpoint import Checkpoint
@@ -103,6 +104,8 @@ class LayerByLayer:
         self.layers: list[nn.Module] = list(self.model.base_model.layers)
         self._input: Tensor | None = None
         self._output: Tensor | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._ahead: Prefetch | None = None
 
     @classmethod
     def of(
@@ -119,12 +122,15 @@ class LayerByLayer:
         return cls(family, config, checkpoint.names(), read, dtype, device)
 
     @contextmanager
-    def resident(self, layer: int) -> Iterator[nn.Module]:
-        """Keep the weights of one layer on the device; the other layers are placeholders."""
+    def resident(self, layer: int, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+        """Keep the weights of one layer on the device; the other layers are placeholders.
+
+        The weights are converted from the stored ones to `dtype`, by default that of the model.
+        """
         own = self.layers[layer]
         stack = [SkippedLayer(other) for other in self.layers]
         self.model.base_model.layers = nn.ModuleList([*stack[:layer], own, *stack[layer + 1 :]])
-        self._fill(layer)
+        self._fill(layer, dtype)
         # Registered before all other hooks, so that those see the hidden states from disk.
         handles = [own.register_forward_pre_hook(self._give), own.register_forward_hook(self._take)]
         yield own
@@ -135,20 +141,31 @@ class LayerByLayer:
     def streamed(self, prefetch: bool = False) -> PreTrainedModel:
         """The model for whole passes: a layer's weights are in memory only while it runs.
 
-        With `prefetch` a GPU gets the next layer meanwhile; a thread then calls `read`.
+        With `prefetch` a GPU gets the next layer meanwhile; a thread then calls `read`. After the
+        last pass, `end_passes` frees what this takes.
         """
         if self.family.head in self.names:
             self._set(self.family.head, self._read(self.family.head), True)
         else:
             self.model.tie_weights()
-        ahead = None
+        self._ahead = ahead = None
         if prefetch and self.device.type == "cuda":
-            ahead = Prefetch(self._on_host, len(self.layers), self.device)
+            self._ahead = ahead = Prefetch(self._on_host, len(self.layers), self.device)
         for number, layer in enumerate(self.layers):
-            layer.register_forward_pre_hook(partial(self._before, number, ahead))
-            layer.register_forward_hook(partial(self._after, number, ahead))
+            self._hooks += [
+                layer.register_forward_pre_hook(partial(self._before, number, ahead)),
+                layer.register_forward_hook(partial(self._after, number, ahead)),
+            ]
         model: PreTrainedModel = self.model
         return model
+
+    def end_passes(self) -> None:
+        """End the whole passes of `streamed`: nothing reads ahead, and the buffers are freed."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._ahead is not None:
+            self._ahead.thread.shutdown(cancel_futures=True)
+        self._hooks, self._ahead = [], None
 
     def _before(self, number: int, ahead: Prefetch | None, layer: nn.Module, inputs: Any) -> None:
         if ahead is None:
@@ -164,9 +181,10 @@ class LayerByLayer:
         if ahead is not None:
             ahead.release(number)
 
-    def _fill(self, layer: int) -> None:
+    def _fill(self, layer: int, dtype: torch.dtype | None = None) -> None:
         """Load a layer's weights onto the device."""
-        for name, value in in_memory(self.family, self._config, layer, self._read):
+        read = partial(self._read, dtype=dtype)
+        for name, value in in_memory(self.family, self._config, layer, read):
             self._set(name, value, True)
 
     def _on_host(self, layer: int) -> dict[str, Tensor]:
@@ -189,9 +207,9 @@ class LayerByLayer:
     def _take(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         self._output = output
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         # Copy: a mapped tensor keeps its whole file mapped, and a layer may be in several files.
-        return self.read(name).to(self.device, self.dtype, copy=True)
+        return self.read(name).to(self.device, dtype or self.dtype, copy=True)
 
     def _set(self, name: str, value: Tensor, as_parameter: bool) -> None:
         path, _, leaf = name.rpartition(".")

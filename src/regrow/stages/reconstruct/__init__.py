@@ -11,11 +11,15 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from regrow.config import Config, Machine
 from regrow.data.config import DataConfig
+from regrow.errors import UserError
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import Text, open_model, print_lines
 
 if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint
+
+USUAL_TOKENS = 512
+"""Tokens per optimizer step, unless the config says otherwise."""
 
 
 class ReconstructConfig(Config):
@@ -25,8 +29,9 @@ class ReconstructConfig(Config):
     """Tokens of training text that each layer is trained on."""
     passes: int = Field(default=2, ge=1)
     """How often each layer sees that text."""
-    batch_tokens: int = Field(default=512, ge=1)
-    """Tokens per optimizer step."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens per optimizer step, a multiple of the sequence length; by default as many whole
+    sequences as 512 tokens hold, and at least one."""
     learning_rate: float = Field(default=0.01, gt=0)
     """Peak learning rate of AdamW for the matrices of MLPs and experts, as a share of the root mean
     square of each matrix."""
@@ -45,6 +50,17 @@ class ReconstructConfig(Config):
     the lowest KL get their old weights back."""
     seed: int = 0
     """Seed of the order of the text."""
+
+    def sequences_in_step(self, sequence_length: int) -> int:
+        """Sequences per optimizer step; raises UserError unless they are whole ones."""
+        if self.batch_tokens is None:
+            return max(1, USUAL_TOKENS // sequence_length)
+        if self.batch_tokens % sequence_length:
+            raise UserError(
+                f"batch_tokens {self.batch_tokens} is no multiple of the sequence_length "
+                f"{sequence_length}: change one of them, or leave batch_tokens out"
+            )
+        return self.batch_tokens // sequence_length
 
 
 class ReconstructStage(Stage):
@@ -86,9 +102,8 @@ class ReconstructStage(Stage):
         reconstruct(cut, known, data, out, training, machine.options())
 
     def check(self, step: Step, plan: RecipePlan) -> None:
-        """Raise UserError where no prune comes before it, or the text is too little."""
-        from regrow.errors import UserError
-
+        """Raise UserError where no prune comes before it, or a step has no whole sequences."""
+        step.config.sequences_in_step(plan.data.sequence_length)
         steps = plan.steps[: plan.steps.index(step)]
         if not any(each.name == "prune" for each in steps):
             raise UserError("there is nothing to reconstruct: put a prune stage before it")
@@ -126,11 +141,12 @@ def lines(
     from regrow.runtime.progress import clock
 
     tokens = config.tokens * config.passes
+    in_step = config.sequences_in_step(data.sequence_length) * data.sequence_length
     operations = (6 * config.passes + 4) * student + 2 * parameters(teacher)
     layers = int(teacher.config["num_hidden_layers"])
     return [
         f"reconstruct: {tokens:,} tokens through each of at most {layers} layers, in steps of "
-        f"{config.batch_tokens:,}; the model is checked {config.checks} times",
+        f"{in_step:,}; the model is checked {config.checks} times",
         f"  time at best {clock(config.tokens * operations / matmul_rate())}",
     ]
 

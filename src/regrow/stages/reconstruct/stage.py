@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +42,13 @@ from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.layerwise import LayerByLayer
 from regrow.plan import Plan, copy_plans, stored_plans
-from regrow.runtime.precision import rounding
+from regrow.runtime.memory import is_out_of_memory
+from regrow.runtime.precision import float32_at_least, rounding
 from regrow.runtime.progress import progress, say
 from regrow.sparsity import zeros
 from regrow.stage_dir import Figure, refuse_input, require_space, write_json
 from regrow.stages.reconstruct import ReconstructConfig
-from regrow.stages.reconstruct.streams import Streams
+from regrow.stages.reconstruct.streams import Streams, spilled_bytes
 from regrow.stages.reconstruct.train_layer import (
     Target,
     channel_weights,
@@ -59,6 +62,10 @@ from regrow.training.text import text_for
 
 STATE = "reconstruction.json"
 LAYERS = "layers"
+STREAMS = "streams"
+VALIDATION_TOKENS = 4096
+"""Tokens of a validation batch, unless a sequence is longer. A check of the model reads all layers
+once for each batch; a batch takes less memory than training, which needs gradients and moments."""
 
 
 def reconstruct(
@@ -77,6 +84,7 @@ def reconstruct(
     out, config, options = Path(out), config or ReconstructConfig(), options or Options()
     cut = student if isinstance(student, Checkpoint) else load(student)
     dense = teacher if isinstance(teacher, Checkpoint) else load(teacher)
+    in_step = config.sequences_in_step(data.sequence_length)
     refuse_input(out, cut.folder, dense.folder)
     plan = plan_between(cut, dense)
     inputs = {"student": cut.fingerprint, "teacher": dense.fingerprint, "data": data_digest(data)}
@@ -87,22 +95,41 @@ def reconstruct(
         say(f"reconstruct: {out} is complete and unchanged")
         return out
     text = _text(data, cut, config)
-    require_space(out, 2 * sum(map(cut.bytes, cut.names())))
+    spilled = spilled_bytes(text, (dense, cut), cut.compute_dtype(options.torch_device()))
+    require_space(out, 2 * sum(map(cut.bytes, cut.names())) + spilled)
     with stage as folder:
-        work = Reconstruction(cut, dense, plan, text, config, options, folder)
-        work.run()
+        with _memory_errors(min(in_step, options.batch_size)):
+            work = Reconstruction(cut, dense, plan, text, config, options, folder, spilled > 0)
+            work.run()
         layout = {name: cut.meta(name) for name in cut.names()}
         tensors = ((name, work.current(name)) for name in layout)
         checkpoints.write(folder, cut.config, layout, tensors, like=cut)
         copy_plans(cut.folder, folder)
         stage.figures += work.figures()
         stage.extra["layers"] = work.rows
-        if (sparsity := zeros.recorded(cut)) is not None:
-            stage.extra[zeros.NOTE] = sparsity
         shutil.rmtree(folder / LAYERS, ignore_errors=True)
-        shutil.rmtree(folder / "streams", ignore_errors=True)
+        shutil.rmtree(folder / STREAMS, ignore_errors=True)
         (folder / STATE).unlink(missing_ok=True)
     return out
+
+
+@contextmanager
+def _memory_errors(micro: int) -> Iterator[None]:
+    """Turn errors of too little memory into a UserError; `micro` is the sequences in a batch."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if micro > 1:
+            raise UserError(
+                f"memory ran out: lower --batch-size, as a batch had {micro} sequences; the same "
+                "command then continues with the layer that it was at"
+            ) from None
+        raise UserError(
+            "memory ran out, with a single sequence in a batch: lower the sequence_length; the "
+            "reconstruction then starts again"
+        ) from None
 
 
 def plan_between(student: Checkpoint, teacher: Checkpoint) -> Plan:
@@ -127,6 +154,22 @@ def _text(data: DataConfig, student: Checkpoint, config: ReconstructConfig) -> l
     ]
 
 
+def micro_batches(
+    text: Sequences, in_step: int, size: int
+) -> tuple[list[dict[str, Tensor]], list[range]]:
+    """Batches of at most `size` sequences, and the numbers of the batches of each optimizer step.
+
+    A step has `in_step` sequences; the last one may have fewer.
+    """
+    batches, steps = list[dict[str, Tensor]](), list[range]()
+    for start in range(0, len(text), in_step):
+        rows = text.select(range(start, min(start + in_step, len(text))))
+        first = len(batches)
+        batches += rows.batches(size)
+        steps.append(range(first, len(batches)))
+    return batches, steps
+
+
 class Reconstruction:
     """Both models, one layer of each in memory, and the layers that were trained so far."""
 
@@ -139,6 +182,7 @@ class Reconstruction:
         config: ReconstructConfig,
         options: Options,
         folder: Path,
+        spills: bool = False,
     ) -> None:
         self.student, self.plan, self.config, self.folder = student, plan, config, folder
         self.family, self.device = families.of(student), options.torch_device()
@@ -151,10 +195,12 @@ class Reconstruction:
         self._new: dict[str, Path] = {}
         """The file that has the new tensor of a name."""
         train, validation = text
-        size = max(1, config.batch_tokens // train.length)
-        self.train = list(train.batches(size))
+        in_step = config.sequences_in_step(train.length)
+        self.train, self._steps = micro_batches(train, in_step, max(1, options.batch_size))
         self._tokens = sum(int(batch["real"].sum()) for batch in self.train)
-        self.validation = list(validation.batches(1))
+        self.validation = list(validation.batches(max(1, VALIDATION_TOKENS // validation.length)))
+        self._validation_sequences = len(validation)
+        self._streams = folder / STREAMS if spills else None
         dtype = student.compute_dtype(self.device)
         self._dense = LayerByLayer.of(teacher, families.of(teacher), self.device, dtype=dtype)
         self._cut = LayerByLayer.of(
@@ -163,7 +209,7 @@ class Reconstruction:
         self._measure_teacher(teacher)
 
     def current(self, name: str) -> Tensor:
-        """A tensor of the student as it is now."""
+        """A tensor of the student as it is now, in the dtype that it is stored in."""
         old = self.student.tensor(name)
         if name not in self._new:
             return old
@@ -178,7 +224,7 @@ class Reconstruction:
             {round((n + 1) * layers / self.config.checks) for n in range(self.config.checks)} - {0}
         )
         done = self._resume()
-        streams = Streams(self.folder / "streams", self._batches(), self._dense, self._cut)
+        streams = Streams(self._streams, self._batches(), self._dense, self._cut)
         if not self.kl:
             self.kl.append(self._kl(check=True))
         tokens = self._tokens * self.config.passes
@@ -208,43 +254,58 @@ class Reconstruction:
 
         Layers without an error, such as those before the first removed layer, are passed over.
         """
-        unseen = range(len(self.train), len(self.train) + len(self.validation))
         target = self._target(streams)
-        with self._cut.resident(layer) as module:
-            before = relative_error(self._cut, streams, unseen, target)
-            if before < rounding(self._cut.dtype):
-                self.rows.append({"layer": layer, "before": before, "after": before, "kept": False})
-                counter.advance(self._tokens * self.config.passes)
-                return
+        before = self._error(layer, streams, target)
+        if before < rounding(self._cut.dtype):
+            self.rows.append({"layer": layer, "before": before, "after": before, "kept": False})
+            counter.advance(self._tokens * self.config.passes)
+            return
+        # Not from the weights in bfloat16: the stored ones may have more digits.
+        with self._cut.resident(layer, float32_at_least(self._cut.dtype)) as module:
             state = train_layer(
                 self._cut,
                 module,
                 streams,
-                len(self.train),
+                self._steps,
                 target,
                 self.config,
                 counter,
                 seed=self.config.seed + layer,
                 least_share=self._least_share,
             )
-            after = relative_error(self._cut, streams, unseen, target)
+        self._store(layer, state)
+        after = self._error(layer, streams, target)
         better = after < before
         self.rows.append({"layer": layer, "before": before, "after": after, "kept": better})
-        if better:
-            prefix = f"model.layers.{layer}."
-            named = {prefix + name: value for name, value in state.items()}
-            path = self.folder / LAYERS / f"{layer}.safetensors"
-            path.parent.mkdir(exist_ok=True)
-            tensors = families.as_on_disk(self.family, named)
-            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, path)
-            self._new |= dict.fromkeys(tensors, path)
+        if not better:
+            self._give_back(range(layer, layer + 1))
+
+    def _error(self, layer: int, streams: Streams, target: Target) -> float:
+        """The error on the validation text of a layer with its weights as they are stored."""
+        unseen = range(len(self.train), len(self.train) + len(self.validation))
+        with self._cut.resident(layer):
+            return relative_error(self._cut, streams, unseen, target)
+
+    def _store(self, layer: int, state: dict[str, Tensor]) -> None:
+        """Write new weights of a layer, rounded to the dtypes that the student has them in."""
+        named = {f"model.layers.{layer}.{name}": value for name, value in state.items()}
+        tensors = families.as_on_disk(self.family, named)
+        path = self.folder / LAYERS / f"{layer}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        dtypes = {name: self.student.meta(name).dtype for name in tensors}
+        save_file({k: v.to(dtypes[k]).contiguous() for k, v in tensors.items()}, path)
+        self._new |= dict.fromkeys(tensors, path)
+
+    def _give_back(self, layers: range) -> None:
+        """Give these layers their old weights back."""
+        self._new = {n: path for n, path in self._new.items() if int(path.stem) not in layers}
 
     def _target(self, streams: Streams) -> Target:
         hidden = self.plan.hidden
-        kept = None if hidden is None else torch.tensor(hidden)
+        kept = None if hidden is None else torch.tensor(hidden, device=self.device)
 
         def stream(number: int) -> Tensor:
-            stream_BTH = streams.dense(number)
+            stream_BTH = streams.dense(number).to(self.device)
             return stream_BTH if kept is None else stream_BTH[..., kept]
 
         weight_H = channel_weights(streams, range(len(self.train)), stream)
@@ -252,6 +313,9 @@ class Reconstruction:
 
     def _keep_best(self, checked: list[int]) -> None:
         """Give the layers after the check with the lowest KL their old weights back."""
+        if not any(row["kept"] for row in self.rows):
+            say("reconstruct: no layer improved, so the student is unchanged: lower learning_rate")
+            return
         best = min(range(len(self.kl)), key=self.kl.__getitem__)
         if best == len(self.kl) - 1:
             return
@@ -260,8 +324,7 @@ class Reconstruction:
             f"ones the model's KL to the teacher is {self.kl[-1]:.4f} instead of "
             f"{self.kl[best]:.4f} nats"
         )
-        for name in [name for name, path in self._new.items() if int(path.stem) >= checked[best]]:
-            del self._new[name]
+        self._give_back(range(checked[best], len(self.rows)))
         for row in self.rows[checked[best] :]:
             row["kept"] = False
 
@@ -271,9 +334,10 @@ class Reconstruction:
         shell = LayerByLayer.of(
             checkpoint, families.of(checkpoint), self.device, dtype=self._cut.dtype
         )
-        teacher = Teacher(shell.streamed(), self.ids_V)
+        teacher = Teacher(shell.streamed(prefetch=True), self.ids_V)
         self._head = teacher.head
         self._reference = [teacher.hidden(batch).final[scored(batch)] for batch in self.validation]
+        shell.end_passes()
 
     @torch.no_grad()
     def _kl(self, check: bool = False) -> float:
@@ -281,10 +345,12 @@ class Reconstruction:
         shell = LayerByLayer.of(
             self.student, self.family, self.device, read=self.current, dtype=self._cut.dtype
         )
-        model = shell.streamed()
+        model = shell.streamed(prefetch=True)
         if check:
             check_model(model)
-        return mean_loss(model, self.validation, self._reference, self._head, "forward_kl")
+        kl = mean_loss(model, self.validation, self._reference, self._head, "forward_kl")
+        shell.end_passes()
+        return kl
 
     def _save_state(self, done: int) -> None:
         kept = sorted({int(path.stem) for path in self._new.values()})
@@ -306,7 +372,7 @@ class Reconstruction:
     def figures(self) -> list[Figure]:
         """Errors of the layers and KL of the model, before and after."""
         convention = (
-            f"{len(self.validation)} validation sequences that no layer was trained on, "
+            f"{self._validation_sequences} validation sequences that no layer was trained on, "
             f"{self._cut.dtype}".replace("torch.", "")
         )
         kept = sum(row["kept"] for row in self.rows)

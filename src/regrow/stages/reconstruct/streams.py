@@ -12,29 +12,41 @@ import psutil
 import torch
 from torch import Tensor
 
+from regrow.checkpoint import Checkpoint
+from regrow.data.sequences import Sequences
 from regrow.layerwise import LayerByLayer, Spill
 
 SHARE_OF_RAM = 0.3
-"""Share of the free memory that streams may take; larger ones go to disk."""
+"""Share of the host's free memory that streams may take; larger ones go to disk."""
+
+
+def spilled_bytes(
+    text: Iterable[Sequences], models: Iterable[Checkpoint], dtype: torch.dtype
+) -> int:
+    """Bytes of the models' streams over the text if they go to disk; 0 if they stay in memory."""
+    tokens = sum(len(sequences) * sequences.length for sequences in text)
+    width = sum(int(model.config["hidden_size"]) for model in models)
+    size = tokens * width * dtype.itemsize
+    return size if size > SHARE_OF_RAM * psutil.virtual_memory().available else 0
 
 
 class Streams:
-    """Per batch, the teacher's and the student's hidden states after the layers run so far."""
+    """Per batch, the teacher's and the student's hidden states after the layers run so far.
+
+    They are kept below `folder` or, if it is None, in the host's memory. A device has those of one
+    batch.
+    """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         batches: list[dict[str, Tensor]],
         dense: LayerByLayer,
         cut: LayerByLayer,
     ) -> None:
         self.batches, self._models = batches, {"dense": dense, "cut": cut}
-        tokens = sum(batch["input_ids"].numel() for batch in batches)
-        width = sum(m.model.config.hidden_size for m in (dense, cut))
-        free = psutil.virtual_memory().available
-        self._spills = tokens * width * cut.dtype.itemsize > SHARE_OF_RAM * free
         self._kept: dict[str, dict[int, Tensor] | Spill] = {
-            name: Spill(folder / name) if self._spills else {} for name in ("dense", "cut")
+            name: {} if folder is None else Spill(folder / name) for name in ("dense", "cut")
         }
         self._begun = {"dense": False, "cut": False}
 
@@ -72,7 +84,7 @@ class Streams:
         if isinstance(kept, Spill):
             kept.put(number, tensor)
         else:
-            kept[number] = tensor
+            kept[number] = tensor.cpu()
 
     def _get(self, name: str, number: int) -> Tensor:
         kept = self._kept[name]

@@ -5,7 +5,7 @@ Shapes: B sequences, T tokens, H hidden channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -40,44 +40,54 @@ def train_layer(
     model: LayerByLayer,
     module: nn.Module,
     streams: Streams,
-    batches: int,
+    steps: Sequence[Sequence[int]],
     target: Target,
     config: ReconstructConfig,
     counter: Progress,
     seed: int,
     least_share: float = zeros.LEAST,
 ) -> dict[str, Tensor]:
-    """Train `module`, the resident layer of `model`, on the first `batches` of the streams.
+    """Train `module`, the resident layer of `model` with float32 weights; returns them by name.
 
-    Float32 weights under autocast; AdamW with warm-up and linear decay to zero, whose steps are in
+    Each of `steps` has the numbers of the batches whose gradients an optimizer step adds up. The
+    layer runs under autocast; AdamW with warm-up and linear decay to zero, whose steps are in
     units of each weight's root mean square (Shazeer and Stern, 2018, arXiv:1804.04235), as the
-    weights of some families are several times as large as those of others. The module is left
-    with the new weights in its own dtype, and these are returned by name. Zeros stay zero in a
+    weights of some families are several times as large as those of others. Zeros stay zero in a
     weight whose share of them is `least_share` or more.
     """
-    dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
-    _convert(module, dict.fromkeys(dtypes, torch.float32), trained=True)
+    module.requires_grad_(True)
     zeros.hold(module, least_share)
     groups = _groups(module, config)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=0.0)
-    steps = batches * config.passes
-    warmup = max(1, round(config.warmup_ratio * steps))
+    count = len(steps) * config.passes
+    warmup = max(1, round(config.warmup_ratio * count))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda n: min((n + 1) / warmup, (steps - n) / max(1, steps - warmup))
+        optimizer, lambda n: min((n + 1) / warmup, (count - n) / max(1, count - warmup))
     )
     order = torch.Generator().manual_seed(seed)
     for _ in range(config.passes):
-        for number in torch.randperm(batches, generator=order).tolist():
-            loss = batch_error(model, streams, number, target)
+        for number in torch.randperm(len(steps), generator=order).tolist():
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            error, tokens = _add_gradients(model, streams, steps[number], target)
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            note = f"layer error {loss.item():.4f}"
-            counter.advance(int(streams.batches[number]["real"].sum()), note)
-    _convert(module, dtypes, trained=False)
-    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+            counter.advance(tokens, f"layer error {error:.4f}")
+    module.requires_grad_(False)
+    return {name: parameter.detach().cpu() for name, parameter in module.named_parameters()}
+
+
+def _add_gradients(
+    model: LayerByLayer, streams: Streams, numbers: Sequence[int], target: Target
+) -> tuple[float, int]:
+    """Add up the gradients of the mean over all tokens of these batches; returns mean and count."""
+    tokens = [int(streams.batches[number]["real"].sum()) for number in numbers]
+    parts = list[Tensor]()
+    for number, own in zip(numbers, tokens, strict=True):
+        part = batch_error(model, streams, number, target) * (own / sum(tokens))
+        part.backward()
+        parts.append(part.detach())
+    return float(torch.stack(parts).sum()), sum(tokens)
 
 
 @torch.no_grad()
@@ -119,14 +129,6 @@ def channel_weights(streams: Streams, numbers: Iterable[int], stream: StreamOf) 
         tokens += len(square_NH)
     share_H = torch.stack(totals).sum(0) / tokens
     return 1 / (share_H + share_H.median()).clamp_min(1e-3 / len(share_H))
-
-
-def _convert(module: nn.Module, dtypes: dict[str, torch.dtype], trained: bool) -> None:
-    """Replace the module's parameters by ones of these dtypes, trained or frozen."""
-    for name, parameter in list(module.named_parameters()):
-        path, _, leaf = name.rpartition(".")
-        value = nn.Parameter(parameter.detach().to(dtypes[name]), requires_grad=trained)
-        setattr(module.get_submodule(path), leaf, value)
 
 
 def _groups(module: nn.Module, config: ReconstructConfig) -> list[dict[str, object]]:
