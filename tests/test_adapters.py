@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from regrow import families, plugins
-from regrow.checkpoint import Checkpoint
+from regrow.checkpoint import Checkpoint, save
 from regrow.errors import UserError
 from regrow.stages.distill import setup
 from regrow.stages.distill.config import DistillConfig
@@ -32,6 +32,8 @@ LORA = CONFIG.model_copy(
         "keep_adapters": True,
     }
 )
+
+PROJECTION = "model.layers.0.mlp.down_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,20 @@ def test_all_linear_projections_of_the_sequences_are_targets(name: str) -> None:
     assert adapter.parameters(model) == sum(2 * (rows + columns) for rows, columns in shapes)
 
 
+def test_a_rank_above_the_smaller_side_is_refused(place: Path) -> None:
+    fields = {**LORA.model_dump(), "lora_rank": 25}
+    with pytest.raises(UserError, match=r"lora_rank 25: the smaller side of .* is 20; give at"):
+        distill(
+            place / "pruned",
+            place / "teacher",
+            data(place),
+            place / "out" / "rank",
+            DistillConfig.model_validate(fields),
+            OPTIONS,
+        )
+    assert not (place / "out" / "rank").exists()
+
+
 def test_the_student_learns_and_is_a_plain_model(done: Path, place: Path) -> None:
     losses = held_out(done)
     assert losses[12] < 0.85 * losses[0]
@@ -107,6 +123,22 @@ def test_merged_is_base_plus_scaled_product(done: Path, place: Path) -> None:
         torch.testing.assert_close(merged.double(), expected, rtol=2**-8, atol=0)
         num_merged += 1
     assert 2 * num_merged == len(pairs) == 2 * 7 * 2
+
+
+def test_float16_weights_are_not_rounded_to_bfloat16(place: Path, tmp_path: Path) -> None:
+    """A learning rate of almost 0 leaves each weight as it was."""
+    student = Checkpoint(place / "pruned").model(torch.float32).half()
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight.mul_(1.01)  # no multiples of bfloat16's steps
+    before = save(student, tmp_path / "student", Checkpoint(place / "pruned"))
+    config = LORA.model_copy(update={"learning_rate": 1e-9})
+    out = distill(before, place / "teacher", data(place), tmp_path / "out", config, OPTIONS)
+    old, new = Checkpoint(before), Checkpoint(out)
+    assert not torch.equal(old.tensor(PROJECTION), old.tensor(PROJECTION).bfloat16().half())
+    for name in old.names():
+        assert new.dtype(name) == "float16"
+        assert torch.equal(old.tensor(name), new.tensor(name)), name
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,18 @@ from regrow.data.documents import read_row, tokenize
 from regrow.data.sequences import IGNORED, Sequences, build_sequences
 from regrow.errors import UserError
 from regrow.recipe.recipe import Recipe, check
+from regrow.stages.distill import estimate
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import distill
-from regrow.training.answer_targets import ANSWERS, TOP_LOGPROBS, AnswerTargets
+from regrow.stages.distill.student import Student
+from regrow.training.answer_targets import (
+    ANSWERS,
+    TOP_LOGPROBS,
+    AnswerTargets,
+    _keys,
+    _places,
+    _Vocabulary,
+)
 from regrow.training.cache.sparse import PADDING
 from regrow.training.teacher import Teacher
 
@@ -163,8 +174,114 @@ def test_what_follows_another_token_is_left_out(place: Path, tmp_path: Path, oth
     checkpoint = Checkpoint(place / "teacher")
     vocabulary = checkpoint.config["vocab_size"]
     found = AnswerTargets(tmp_path / "changed", checkpoint.tokenizer(), vocabulary)
-    assert len(found.keys_N) == 4
-    assert len(targets_of(place, SPELLINGS[0]).keys_N) > 60 * 4
+    assert len(found.read().keys_N) == 4
+    assert len(targets_of(place, SPELLINGS[0]).read().keys_N) > 60 * 4
+
+
+def slow_targets(folder: Path, tokenizer: Any, size: int) -> dict[int, dict[int, float]]:
+    """The distributions by their keys: all rows at once, each distribution a dict."""
+    answers, scored = (
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in (ANSWERS, TOP_LOGPROBS)
+    )
+    said = {row["id"]: row["tokens"] or [] for row in scored}
+    vocabulary, found = _Vocabulary(tokenizer), dict[int, dict[int, float]]()
+    for row in answers:
+        if said.get(row["id"]):
+            (document,) = tokenize([read_row(row, "")], tokenizer)
+            keys = list(_keys(document.ids, range(len(document.ids))))
+            for at, known in _places(document, said[row["id"]], vocabulary, size):
+                found[keys[at]] = known
+    return found
+
+
+def test_files_are_read_row_by_row_into_the_same_arrays(place: Path, tmp_path: Path) -> None:
+    """In any order, with rows that the other file lacks, and of equal texts the later one."""
+    answers, scored = (
+        [json.loads(line) for line in (place / SPELLINGS[0] / name).read_text().splitlines()]
+        for name in (ANSWERS, TOP_LOGPROBS)
+    )
+    again = [{**row, "id": f"again {row['id']}"} for row in answers[:9]]
+    likelier: list[Row] = [
+        {"id": row["id"], "tokens": [{**each, "logprob": -0.01} for each in scored[n]["tokens"]]}
+        for n, row in enumerate(again)
+    ]
+    scored[3]["tokens"] = scored[4]["tokens"] = None
+    random.Random(0).shuffle(scored)
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    rows = {ANSWERS: [*answers[:40], *again], TOP_LOGPROBS: [*likelier, *scored[:50], likelier[2]]}
+    for name, each in rows.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in each))
+    checkpoint = Checkpoint(place / "teacher")
+    given = (checkpoint.tokenizer(), checkpoint.config["vocab_size"])
+    found, expected = AnswerTargets(folder, *given).read(), slow_targets(folder, *given)
+    assert found.keys_N.tolist() == sorted(expected)
+    assert len(expected) > 300
+    assert (
+        max(map(len, expected.values())) == found.ids_NK.shape[1] > min(map(len, expected.values()))
+    )
+    for row, known in enumerate(map(expected.__getitem__, sorted(expected))):
+        rest = found.ids_NK.shape[1] - len(known)
+        assert found.ids_NK[row].tolist() == [*known, *[PADDING] * rest]
+        values = torch.tensor([*known.values(), *[0.0] * rest])
+        assert torch.equal(found.probability_NK[row], values)
+
+
+def test_reading_takes_little_memory(place: Path, tmp_path: Path) -> None:
+    """A few times the arrays that are kept, at most; as lists and dicts it was thirty times."""
+    folder, copies = tmp_path / "many", 8
+    folder.mkdir()
+    for name in (ANSWERS, TOP_LOGPROBS):
+        text = (place / SPELLINGS[0] / name).read_text()
+        with (folder / name).open("w") as file:
+            for copy in range(copies):
+                each = text.replace("Say ", f"Say {copy} ").replace('"id": "', f'"id": "{copy}-')
+                file.write(each)
+    checkpoint = Checkpoint(place / "teacher")
+    tokenizer = checkpoint.tokenizer()
+    tracemalloc.start()
+    stored = AnswerTargets(folder, tokenizer, checkpoint.config["vocab_size"]).read()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    arrays = stored.keys_N.nbytes + stored.ids_NK.nbytes + stored.probability_NK.nbytes
+    assert len(stored.keys_N) > copies * 400
+    assert peak < 10 * arrays
+
+
+def test_a_complete_stage_and_a_dry_run_do_not_read_the_log_probabilities(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = data_of(write_text(tmp_path / "text.jsonl"), sequence_length=64)
+    fields = {"answers": str(place / SPELLINGS[0]), "answer_targets": "top_logprobs"}
+    config = CONFIG.model_copy(update={**fields, "tokens": 256})
+    given = (place / "pruned", place / "teacher", data)
+    out = distill(*given, tmp_path / "out", config, OPTIONS)
+    monkeypatch.setattr(AnswerTargets, "read", lambda _: pytest.fail("reads the answers"))
+    assert distill(*given, out, config, OPTIONS) == out
+    teacher = Checkpoint(place / "teacher")
+    lines = estimate(Student(Checkpoint(place / "pruned")), teacher, data, config, OPTIONS)
+    assert "2 steps of 128 tokens" in lines[0]
+    lacking = folder_without(place, tmp_path, TOP_LOGPROBS)
+    config = config.model_copy(update={"answers": str(lacking)})
+    with pytest.raises(UserError, match=r"has no top_logprobs\.jsonlines"):
+        estimate(Student(teacher), teacher, data, config, OPTIONS)
+
+
+def test_frozen_layers_run_in_the_student_where_the_teacher_does_not(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even if they are the teacher's, as in this student that is the teacher itself."""
+    data = data_of(write_text(tmp_path / "text.jsonl"), sequence_length=64)
+    fields = {"answers": str(place / SPELLINGS[0]), "answer_targets": "top_logprobs"}
+    config = CONFIG.model_copy(update={**fields, "tokens": 256, "freeze_layers": 1})
+    teacher = place / "teacher"
+    out = distill(teacher, teacher, data, tmp_path / "out", config, OPTIONS)
+    assert "run once for both" not in capsys.readouterr().err
+    before, after = Checkpoint(teacher), Checkpoint(out)
+    for name in before.names():
+        fixed = ".layers.0." in name or "embed" in name
+        assert torch.equal(before.tensor(name), after.tensor(name)) == fixed, name
 
 
 def test_a_distillation_learns_the_stored_distributions(
@@ -211,7 +328,11 @@ def test_a_folder_without_fitting_log_probabilities_is_refused(place: Path, tmp_
     foreign = {"token": "Zürich", "logprob": -0.1, "top": [["Zürich", -0.1], ["Bern", -3.0]]}
     (folder / TOP_LOGPROBS).write_text(json.dumps({"id": "0", "tokens": [foreign]}) + "\n")
     with pytest.raises(UserError, match="no token of the answers is a token of this model"):
-        AnswerTargets(folder, *given)
+        AnswerTargets(folder, *given).read()
+    with (folder / TOP_LOGPROBS).open("a") as file:
+        file.write('{"id": "1", "tokens"\n')
+    with pytest.raises(UserError, match=r"top_logprobs.jsonlines is broken"):
+        AnswerTargets(folder, *given).read()
 
 
 @pytest.mark.parametrize(

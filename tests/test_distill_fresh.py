@@ -1,4 +1,4 @@
-"""A student made fresh from a config.json."""
+"""A student made fresh from a config.json, or by initialize."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from tiny_distillation import (
 )
 from transformers import GenerationConfig
 
+from regrow import PruneConfig, SparsifyConfig, prune, sparsify, stage_dir
 from regrow.checkpoint import Checkpoint
 from regrow.errors import UserError
 from regrow.stages.distill.stage import distill
 from regrow.stages.distill.student import open_student
+from regrow.stages.initialize.stage import initialize
+from regrow.training.rates import FIXED, has_random_weights, usual_rate
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,25 @@ def test_a_fresh_student_generates_as_its_teacher(place: Path, tmp_path: Path) -
     out = distill(place / "config.json", teacher, data(place), tmp_path / "out", CONFIG)
     fields = json.loads((out / "generation_config.json").read_text())
     assert (fields["eos_token_id"], fields["temperature"], fields["top_p"]) == ([0, 3], 0.3, 0.9)
+
+
+def test_random_weights_have_the_rate_of_a_config(place: Path, tmp_path: Path) -> None:
+    """Also as a ticket, or after a cut; not after a training."""
+    first = initialize(place / "teacher", tmp_path / "first")
+    rewound = SparsifyConfig(method="magnitude", rewind_to=str(first))
+    ticket = sparsify(place / "teacher", tmp_path / "ticket", rewound)
+    plan = PruneConfig(plan=str(place / "plan.json"), allow_sibling=True, repair=False)
+    cut = prune(first, tmp_path / "cut", plan)
+    config = CONFIG.model_copy(update={"learning_rate": None, "tokens": 256})
+    given = (place / "teacher", data(place))
+    trained = distill(first, *given, tmp_path / "trained", config)
+    again = distill(trained, *given, tmp_path / "again", config)
+    rates = [(stage_dir.read(out) or {})["config"]["learning_rate"] for out in (trained, again)]
+    assert rates == [FIXED, usual_rate(Checkpoint(trained))]
+    assert rates[1] < FIXED / 5
+    models = (first, ticket, cut, trained, place / "teacher")
+    found = [has_random_weights(Checkpoint(each)) for each in models]
+    assert found == [True, True, True, False, False]
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ def test_the_formula() -> None:
     expected = [each / sum(raised) for each in raised]
     assert updated(shares, losses, goals) == pytest.approx(expected, abs=1e-12)
     assert sum(updated(shares, losses, goals)) == pytest.approx(1)
+
+
+def test_the_formula_of_losses_whose_exp_is_no_float() -> None:
+    shares, losses, goals = [0.5, 0.3, 0.2], [3001.5, 3001.4, 2.0], [2.0, 2.4, 1.5]
+    excess = [Decimal(loss) - Decimal(goal) for loss, goal in zip(losses, goals, strict=True)]
+    raised = [Decimal(share) * each.exp() for share, each in zip(shares, excess, strict=True)]
+    expected = [float(each / sum(raised)) for each in raised]
+    assert expected[1] > 0.1
+    assert updated(shares, losses, goals) == pytest.approx(expected, abs=1e-12)
+    assert updated([1.0, 0.0], [2.0, 3001.0], [1.0, 1.0]) == [1.0, 0.0]  # 0 stays 0
 
 
 def test_sequences_follow_the_shares_and_are_read_in_order() -> None:

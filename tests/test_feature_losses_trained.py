@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from pretend_cuda import CPU, CUDA, FakeCuda
 from tiny_feature_losses import NAMES
 from tiny_training import MIX, Watch, arguments, pair, start_ranks, tiny_sequences
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from regrow.training.features import (
     DECAY,
@@ -218,6 +219,37 @@ def test_gradient_of_the_projections_by_finite_differences() -> None:
         assert weight.grad is not None
         slope = float((weight.grad * step).sum())
         assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(slope, rel=1e-5)
+
+
+def test_projections_are_on_the_device_of_the_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step mixes no devices, and the optimizer has the projections that were moved."""
+    given = arguments(tmp_path)
+    assert given.device == CPU  # which sets up what else depends on the device
+    monkeypatch.setattr(TrainingArguments, "device", CUDA)
+    with FakeCuda() as fake:
+        student, teacher, feature_losses = strangers(False, 0.5, "hidden", "embeddings")
+        teacher.model.to(CUDA)
+        trainer = DistillTrainer(
+            model=student,
+            args=given,
+            train_dataset=tiny_sequences(),
+            feature_losses=feature_losses,
+        )
+        student.to(CUDA)
+        optimizer = trainer.create_optimizer()
+        bind_loss(student, teacher, MIX, feature_losses)
+        batch = {key: value.to(CUDA) for key, value in next(tiny_sequences().batches(8)).items()}
+        loss = student(**batch)["loss"]
+        assert fake.is_there(loss)
+        loss.backward()
+        assert len(feature_losses.projections()) == 3
+        trained = {id(each) for group in optimizer.param_groups for each in group["params"]}
+        for projection in feature_losses.projections():
+            assert fake.is_there(projection)
+            assert projection.grad is not None
+            assert id(projection) in trained
 
 
 def _train_share(rank: int, folder: str) -> None:

@@ -128,7 +128,7 @@ def test_the_sampler_divides_by_the_temperature(place: Path) -> None:
     expected, likeliest = (logits / HOT).softmax(-1).max(0)
     assert 0.1 < float(expected) < 0.9
     count = 2_000
-    answerer = BatchGenerator(model, tokenizer, sampling_of(config))
+    answerer = BatchGenerator(model, tokenizer, sampling_of(config, len(tokenizer)))
     answers = answerer.answer([[5, 6, 7]] * count, [str(n) for n in range(count)])
     share = sum(answer.ids == [int(likeliest)] for answer in answers) / count
     assert share == pytest.approx(float(expected), abs=4 * (0.25 / count) ** 0.5)
@@ -193,7 +193,7 @@ def test_an_answer_ends_at_an_end_mark_of_the_folder_or_the_tokenizer(place: Pat
     checkpoint = Checkpoint(place / "model")
     model, tokenizer = checkpoint.model(torch.float32), checkpoint.tokenizer()
     model.generation_config.eos_token_id = [3, 9]
-    answerer = BatchGenerator(model, tokenizer, sampling_of(GREEDY))
+    answerer = BatchGenerator(model, tokenizer, sampling_of(GREEDY, len(tokenizer)))
     assert answerer.ends == [0, 3, 9]
     assert answerer._cut([5, 6, 3, 7, 0]).ids == [5, 6]
     assert answerer._cut([5, 6, 3]).finished
@@ -297,7 +297,7 @@ def test_what_else_is_refused(
     given = ["generate", place / "model", "--data", place / "prompts.jsonl"]
     assert "a folder" in refused(capsys, *given, "--out", tmp_path / "x.jsonl")
     long = refused(capsys, *given, "--out", tmp_path / "x", "--max-new-tokens", 256, at_once=False)
-    assert "no prompt to answer" in long
+    assert "max_new_tokens 256: " in long and "256 positions; give at most 255" in long
     some = [*given, "--split", "all", "--max-new-tokens", 1, "--greedy"]
     ended = refused(capsys, *some, "--out", tmp_path / "x", at_once=False)
     assert "none of 9 answers ended within 1 tokens" in ended

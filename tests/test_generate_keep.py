@@ -21,6 +21,7 @@ from regrow.runtime.batch_generator import BatchGenerator
 from regrow.stage_dir import read as read_manifest
 from regrow.stages.generate import check
 from regrow.stages.generate.keep import diverse, fault, plain, repetition
+from regrow.stages.generate.local import _token
 from regrow.stages.generate.self_prompts import beginning
 from regrow.stages.generate.stage import generate
 from regrow.training.answer_targets import TOP_LOGPROBS
@@ -166,6 +167,70 @@ def test_top_log_probabilities_are_those_of_the_model(place: Path, tmp_path: Pat
             assert each["logprob"] == pytest.approx(float(log_p[at - 1, ids[at]]), abs=1e-3)
             assert [pair[0] for pair in each["top"]] == tokenizer.convert_ids_to_tokens(tops)
             assert [pair[1] for pair in each["top"]] == pytest.approx(values.tolist(), abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def padded(place: Path) -> Checkpoint:
+    """A model with 128 more rows than its tokenizer has ids, which are the most likely ones."""
+    folder = place / "padded"
+    more: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 24, "tie_word_embeddings": False}
+    model = write_model(folder, vocab_size=512, **more).model(torch.float32)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[len(tiny_tokenizer()) :] *= 3
+    model.save_pretrained(str(folder))
+    return Checkpoint(folder)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_rows_without_a_token_are_not_used(
+    place: Path, padded: Checkpoint, tmp_path: Path, greedy: bool
+) -> None:
+    """Neither drawn nor counted: the softmax is that of the rows that the tokenizer names."""
+    tokenizer, size = tiny_tokenizer(), len(tiny_tokenizer())
+    config = ALL.model_copy(update={"top_logprobs": 3, "greedy": greedy, "temperature": 3.0})
+    out = generate(padded, data(place), tmp_path / "out", config, options(4))
+    model, beyond = padded.model(torch.float32), 0
+    rows = [json.loads(line) for line in (out / TOP_LOGPROBS).read_text().splitlines()]
+    for answered, row in zip(rows_of(out), rows, strict=True):
+        prompt = tokenizer.apply_chat_template(
+            answered["messages"][:1], tokenize=False, add_generation_prompt=True
+        )
+        start = tokenizer(prompt)["input_ids"]
+        ids = start + [tokenizer.get_vocab()[each["token"]] for each in row["tokens"]]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0]
+        log_p = logits[:, :size].log_softmax(-1)
+        for at, each in enumerate(row["tokens"], len(start)):
+            values, tops = log_p[at - 1].topk(3)
+            beyond += int(logits[at - 1].argmax()) >= size
+            assert ids[at] == int(tops[0]) or not greedy
+            assert each["logprob"] == pytest.approx(float(log_p[at - 1, ids[at]]), abs=1e-3)
+            assert [pair[0] for pair in each["top"]] == tokenizer.convert_ids_to_tokens(tops)
+            assert [pair[1] for pair in each["top"]] == pytest.approx(values.tolist(), abs=1e-3)
+    assert beyond > 20
+
+
+def test_its_own_prompts_have_no_rows_without_a_token(
+    padded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, ids = BatchGenerator.answer, list[int]()
+
+    def noted(self: BatchGenerator, *given: Any) -> Any:
+        found = original(self, *given)
+        ids.extend(i for answer in found for i in answer.ids)
+        return found
+
+    monkeypatch.setattr(BatchGenerator, "answer", noted)
+    config = ALL.model_copy(update={"self_prompts": 3, "temperature": 30.0, "max_new_tokens": 4})
+    generate(padded, None, tmp_path / "out", config, options())
+    assert len(ids) > 100
+    assert max(ids) < len(tiny_tokenizer())
+
+
+def test_an_id_without_a_token_gets_the_name_of_no_token() -> None:
+    tokenizer = tiny_tokenizer()
+    assert _token(tokenizer, 65) == tokenizer.convert_ids_to_tokens(65)
+    assert _token(tokenizer, 400) == "<no token 400>"
 
 
 def test_prompts_of_its_own_without_data(

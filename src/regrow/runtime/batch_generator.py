@@ -40,7 +40,7 @@ class Sampling:
     greedy: bool = False
     """Use the most likely token instead of drawing one."""
     vocab_size: int | None = None
-    """Only ids below this number are drawn; None allows all rows of the output head."""
+    """Only ids below this number are used; None allows all rows of the output head."""
     top_logprobs: int = 0
     """The number of most likely tokens to keep for each position of an answer."""
 
@@ -49,13 +49,27 @@ class Sampling:
 class Scored:
     """A token of an answer with its log-probability, and the most likely tokens at its place.
 
-    The log-probabilities are those of the model, before temperature and top_p.
+    The log-probabilities are those of the model over the ids that may be used, before temperature
+    and top_p.
     """
 
     id: int
     logprob: float
     top: list[tuple[int, float]]
     """Ids with their log-probabilities, the most likely one first."""
+
+
+class OnlyBelow(LogitsProcessor):
+    """Masks the ids from `vocab_size` on, which are rows of the output head without a token."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        """Return scores [B, V] that are −∞ from `vocab_size` on."""
+        scores = scores.clone()
+        scores[:, self.vocab_size :] = -torch.inf
+        return scores
 
 
 class TopLogprobs(LogitsProcessor):
@@ -195,7 +209,11 @@ class BatchGenerator:
         ]
 
     def _processors(self, keys: Sequence[str], kept: TopLogprobs | None) -> LogitsProcessorList:
-        processors: list[LogitsProcessor] = [] if kept is None else [kept]
+        size, processors = self.sampling.vocab_size, list[LogitsProcessor]()
+        if size is not None:
+            processors.append(OnlyBelow(size))
+        if kept is not None:
+            processors.append(kept)
         if not self.sampling.greedy:
             processors.append(Sampler(keys, self.sampling))
         return LogitsProcessorList(processors)

@@ -39,7 +39,7 @@ class Adapter:
     first_layer: int = 0
 
     def model(self, base: Checkpoint, device: torch.device, seed: int) -> PreTrainedModel:
-        """The stock model with frozen weights in their stored dtype, and new float32 adapters.
+        """The stock model with frozen weights in the compute dtype, and new float32 adapters.
 
         A is drawn with `seed` and B is zero, so the outputs are the same as without the adapters.
         """
@@ -93,6 +93,16 @@ def targets_in(model: PreTrainedModel, wanted: Sequence[str] = ()) -> tuple[str,
     return tuple(name for name in there if not wanted or name in wanted)
 
 
+def check_rank(model: PreTrainedModel, targets: Sequence[str], rank: int) -> None:
+    """Raise UserError for a rank above the smallest side of a projection that gets an adapter."""
+    for name, module in _linear(model):
+        side = min(module.weight.shape)
+        if name.split(".")[-1] in targets and rank > side:
+            raise UserError(
+                f"lora_rank {rank}: the smaller side of {name} is {side}; give at most {side}"
+            )
+
+
 def require(kind: str, device: torch.device) -> None:
     """Raise UserError if a package or a device is missing that this kind of adapters needs."""
     packages = {"lora": ("peft",), "qlora": ("peft", "bitsandbytes")}[kind]
@@ -133,8 +143,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
 def merge_into(plain: PreTrainedModel, trained: PreTrainedModel) -> None:
     """Write W₀ + (alpha / rank) · B · A into the layers of `plain` that have adapters in `trained`.
 
-    The sum is in float32 or float64 and is rounded once, to the dtype of `plain`. W₀ is the frozen
-    weight in `trained`, dequantized if it is in 4 bits.
+    The sum is in float32 or float64 and is rounded once, to the dtype of `plain`. W₀ is the weight
+    in `plain`, because the frozen one in `trained` may be rounded to the dtype to compute in. If
+    the frozen weight is in 4 bits, W₀ is that weight, dequantized.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
@@ -144,9 +155,11 @@ def merge_into(plain: PreTrainedModel, trained: PreTrainedModel) -> None:
             adapted: Any = layer
             target = plain.get_submodule(name).weight
             assert isinstance(target, nn.Parameter)
-            base = dequantize_module_weight(adapted.get_base_layer())
+            frozen, delta = adapted.get_base_layer(), adapted.get_delta_weight(NAME)
+            in_4_bits = not frozen.weight.is_floating_point()
+            base = dequantize_module_weight(frozen) if in_4_bits else target
             wide = float32_at_least(base.dtype)
-            target.copy_(base.to(wide) + adapted.get_delta_weight(NAME).to(wide))
+            target.copy_(base.to(delta.device, wide) + delta.to(wide))
 
 
 def _in_4_bits(base: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -13,9 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from array import array
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,38 +42,56 @@ Distribution = dict[int, float]
 """Probabilities by id; the rest to 1 belongs to all other ids."""
 
 
+class Stored(NamedTuple):
+    """The distributions of a folder, in the order of their keys."""
+
+    keys_N: np.ndarray
+    """The hashes of the text before them, as uint64."""
+    ids_NK: Tensor
+    """The ids, as int32, then PADDING."""
+    probability_NK: Tensor
+    """Their probabilities, as float32, then 0."""
+
+
 class AnswerTargets:
     """The teacher's distributions in a folder of `regrow generate`, by the text before them.
 
     Tokens that are no token of `tokenizer` belong to the rest. Where the answer is tokenized in
     another way than the teacher wrote it, the distributions after that place are left out. Raises
-    UserError for a folder without log-probabilities, and if none of them fits.
+    UserError for a folder without log-probabilities; all of its files are read by `read`, or when
+    a distribution is needed.
     """
 
     def __init__(
         self, folder: str | Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int
     ) -> None:
         self.folder, self.vocab_size = Path(folder).expanduser(), vocab_size
+        self.tokenizer = tokenizer
+        self._stored: Stored | None = None
         check_logprobs(self.folder)
-        found, vocabulary = dict[int, Distribution](), _Vocabulary(tokenizer)
-        for document, entries in _answers(self.folder, tokenizer):
-            places = dict(_places(document, entries, vocabulary, vocab_size))
-            keys = _keys(document.ids, range(len(document.ids)))
-            found |= {key: places[at] for at, key in enumerate(keys) if at in places}
-        if not found:
+
+    def read(self) -> Stored:
+        """The distributions, read from the files the first time.
+
+        Raises UserError for a broken file, and if no distribution fits.
+        """
+        if self._stored is None:
+            self._stored = self._read()
+        return self._stored
+
+    def _read(self) -> Stored:
+        found, vocabulary = _Found(), _Vocabulary(self.tokenizer)
+        for document, entries in _answers(self.folder, self.tokenizer):
+            places = dict(_places(document, entries, vocabulary, self.vocab_size))
+            for at, key in enumerate(_keys(document.ids, range(len(document.ids)))):
+                if at in places:
+                    found.add(key, places[at])
+        if not found.keys:
             raise UserError(
                 f"{self.folder / TOP_LOGPROBS}: no token of the answers is a token of this model: "
                 "its teacher has another tokenizer; leave answer_targets out"
             )
-        order = sorted(found)
-        wide = max(map(len, found.values()))
-        self.keys_N = np.array(order, dtype=np.uint64)
-        ids_NK = np.full((len(order), wide), PADDING, dtype=np.int32)
-        probability_NK = np.zeros((len(order), wide), dtype=np.float32)
-        for row, known in enumerate(map(found.__getitem__, order)):
-            ids_NK[row, : len(known)] = list(known)
-            probability_NK[row, : len(known)] = list(known.values())
-        self.ids_NK, self.probability_NK = map(torch.from_numpy, (ids_NK, probability_NK))
+        return found.stored()
 
     @property
     def fingerprint(self) -> str:
@@ -80,12 +100,12 @@ class AnswerTargets:
 
     def sparse(self, batch: dict[str, Tensor]) -> Sparse:
         """The distributions of a batch's scored tokens; a token without one has probability 1."""
-        rows_N, targets_N = self._rows(batch)
+        stored, (rows_N, targets_N) = self.read(), self._rows(batch)
         there_N = rows_N >= 0
-        ids_NK = torch.full((len(rows_N), self.ids_NK.shape[1]), PADDING)
+        ids_NK = torch.full((len(rows_N), stored.ids_NK.shape[1]), PADDING)
         probability_NK = torch.zeros(ids_NK.shape)
-        ids_NK[there_N] = self.ids_NK[rows_N[there_N]].long()
-        probability_NK[there_N] = self.probability_NK[rows_N[there_N]]
+        ids_NK[there_N] = stored.ids_NK[rows_N[there_N]].long()
+        probability_NK[there_N] = stored.probability_NK[rows_N[there_N]]
         ids_NK[~there_N, 0], probability_NK[~there_N, 0] = targets_N[~there_N], 1.0
         tail_N = (1 - probability_NK.sum(-1)).clamp_min(0)
         return Sparse(self.vocab_size, ids_NK, probability_NK, tail_N).to(batch["labels"].device)
@@ -104,42 +124,85 @@ class AnswerTargets:
                 if at and labels[at] != IGNORED:
                     keys.append(key)
                     targets.append(labels[at])
-        wanted_N = np.array(keys, dtype=np.uint64)
-        at_N = np.searchsorted(self.keys_N, wanted_N).clip(max=len(self.keys_N) - 1)
-        rows_N = np.where(self.keys_N[at_N] == wanted_N, at_N, -1)
+        keys_N, wanted_N = self.read().keys_N, np.array(keys, dtype=np.uint64)
+        at_N = np.searchsorted(keys_N, wanted_N).clip(max=len(keys_N) - 1)
+        rows_N = np.where(keys_N[at_N] == wanted_N, at_N, -1)
         return torch.from_numpy(rows_N), torch.tensor(targets, dtype=torch.long)
 
 
+class _Found:
+    """Distributions in growing arrays of plain numbers, in the order of the answers.
+
+    A distribution takes 8 bytes for each id in it; as a dict it would take twenty times as much.
+    """
+
+    def __init__(self) -> None:
+        self.keys, self.lengths = array("Q"), array("i")
+        self.ids, self.probabilities = array("i"), array("f")
+
+    def add(self, key: int, known: Distribution) -> None:
+        self.keys.append(key)
+        self.lengths.append(len(known))
+        self.ids.extend(known)
+        self.probabilities.extend(known.values())
+
+    def stored(self) -> Stored:
+        """The distributions in the order of their keys; the later one of equal keys counts."""
+        keys_N = np.frombuffer(self.keys, np.uint64)
+        order_N = np.argsort(keys_N, kind="stable")
+        rows_N = order_N[np.append(np.diff(keys_N[order_N]) != 0, True)]
+        lengths_N = np.frombuffer(self.lengths, np.int32)
+        ends_N = lengths_N.cumsum(dtype=np.int64)[rows_N]
+        lengths_N = lengths_N[rows_N]
+        ids_NK = np.full((len(rows_N), lengths_N.max()), PADDING, dtype=np.int32)
+        probability_NK = np.zeros(ids_NK.shape, dtype=np.float32)
+        for k in range(ids_NK.shape[1]):  # column by column, so that no index is as large as these
+            has_N = np.flatnonzero(lengths_N > k)
+            at_N = ends_N[has_N] - lengths_N[has_N] + k
+            ids_NK[has_N, k] = np.frombuffer(self.ids, np.int32)[at_N]
+            probability_NK[has_N, k] = np.frombuffer(self.probabilities, np.float32)[at_N]
+        return Stored(keys_N[rows_N], torch.from_numpy(ids_NK), torch.from_numpy(probability_NK))
+
+
 def check_logprobs(folder: Path) -> None:
-    """Raise UserError for a folder of answers without log-probabilities."""
+    """Raise UserError for a folder of answers without log-probabilities, or with a broken file.
+
+    Only the first row of each file is read.
+    """
     for name in (ANSWERS, TOP_LOGPROBS):
         if not (folder / name).exists():
             raise UserError(
                 f"answer_targets top_logprobs: {folder} has no {name}: generate the answers with "
                 "--top-logprobs 20, or leave answer_targets out"
             )
+        next(_rows_of(folder / name), None)
 
 
 def _answers(
     folder: Path, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[Document, list[Row]]]:
     """The answers as documents, each with what the teacher said of its tokens."""
-    scored = {row["id"]: row["tokens"] or [] for row in _rows_of(folder / TOP_LOGPROBS)}
-    rows = [row for row in _rows_of(folder / ANSWERS) if scored.get(row["id"])]
-    for at in range(0, len(rows), TOKENIZED_AT_ONCE):
-        part = rows[at : at + TOKENIZED_AT_ONCE]
-        passages = [read_row(row, f"{folder / ANSWERS}, answer {row['id']}") for row in part]
-        for row, document in zip(part, tokenize(passages, tokenizer), strict=True):
-            yield document, scored[row["id"]]
+    scored = folder / TOP_LOGPROBS
+    begins = {row["id"]: begin if row["tokens"] else None for begin, row in _rows_of(scored)}
+    rows = (row for _, row in _rows_of(folder / ANSWERS) if begins.get(row["id"]) is not None)
+    with scored.open("rb") as file:
+        while part := list(islice(rows, TOKENIZED_AT_ONCE)):
+            passages = [read_row(row, f"{folder / ANSWERS}, answer {row['id']}") for row in part]
+            for row, document in zip(part, tokenize(passages, tokenizer), strict=True):
+                file.seek(begins[row["id"]] or 0)
+                yield document, json.loads(file.readline())["tokens"]
 
 
-def _rows_of(path: Path) -> list[Row]:
+def _rows_of(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yield each row of a file, one at a time, with the byte at which its line begins."""
+    begin = 0
     try:
-        with path.open(encoding="utf-8") as file:
-            rows: list[Row] = [json.loads(line) for line in file]
+        with path.open("rb") as file:
+            for line in file:
+                yield begin, json.loads(line)
+                begin += len(line)
     except ValueError as error:
         raise UserError(f"{path} is broken ({error}): generate the answers again") from None
-    return rows
 
 
 class _Vocabulary:

@@ -29,7 +29,10 @@ def updated(
 ) -> list[float]:
     """The shares after an evaluation; all lists have one number for each source."""
     excess = [max(0.0, loss - goal) for loss, goal in zip(losses, references, strict=True)]
-    raised = [share * math.exp(each) for share, each in zip(shares, excess, strict=True)]
+    pairs = list(zip(shares, excess, strict=True))
+    # exp of a large excess overflows; a share that has become 0 stays 0.
+    largest = max(each for share, each in pairs if share > 0)
+    raised = [share * math.exp(min(0.0, each - largest)) for share, each in pairs]
     return [each / sum(raised) for each in raised]
 
 

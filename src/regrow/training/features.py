@@ -232,6 +232,11 @@ class FeatureLosses:
         """The learned projections, which are not part of the student."""
         return list(self.mapping.projections.values())
 
+    def to(self, device: torch.device) -> None:
+        """Move the projections, in place, before an optimizer has them."""
+        for projection in self.projections():
+            projection.data = projection.data.to(device)
+
     def state_dict(self) -> dict[str, Any]:
         """The state that a resumed run needs; empty if nothing is learned."""
         projections = self.mapping.projections

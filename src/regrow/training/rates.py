@@ -10,12 +10,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from regrow import stage_dir
 from regrow.checkpoint import Checkpoint
 
 SHARE = 5e-4
 """The peak learning rate as a share of the size of a weight."""
 FIXED = 1e-4
-"""The peak learning rate where there are no weights to follow."""
+"""The peak learning rate where there are no trained weights to follow."""
+RANDOM_WEIGHTS = "random_weights"
+"""The entry of a manifest, true, of a model whose weights are those of a new model."""
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -29,11 +32,17 @@ def is_attention(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim < 2 or any("attn" in each or "attention" in each for each in modules)
 
 
+def has_random_weights(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint's manifest says that its weights have not been trained."""
+    return bool((stage_dir.read(checkpoint.folder) or {}).get(RANDOM_WEIGHTS))
+
+
 def usual_rate(student: Checkpoint) -> float:
     """5e-4 times the root mean square of the matrices in the middle layer, in two digits.
 
     The weights of some families are several times as large as those of others, and a step of AdamW
-    changes each by about the learning rate.
+    changes each by about the learning rate. Random weights are smaller than trained ones, and this
+    rate is too low for them.
     """
     layers = {name: int(found[1]) for name in student.names() if (found := LAYER.search(name))}
     middle = (max(layers.values(), default=0) + 1) // 2

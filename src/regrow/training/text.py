@@ -18,6 +18,7 @@ from regrow import families
 from regrow.checkpoint import Checkpoint
 from regrow.data.config import DataConfig, Split
 from regrow.data.sequences import Sequences, build_sequences
+from regrow.errors import UserError
 from regrow.runtime.progress import say
 
 
@@ -33,8 +34,11 @@ def text_for(
     """Sequences of a split that models of these `configs` can read; see `build_sequences`.
 
     `embedding` is the model whose embedding must have every token id. Raises UserError for too
-    little text.
+    little text, and for sequences that are longer than the positions of a model.
     """
+    configs = list(configs)
+    for config in configs:
+        check_length(data, config)
     reason = next(filter(None, map(families.mixes, configs)), "")
     given = (data, tokenizer, split, num_sequences, embedding, cache)
     sequences = build_sequences(*given, alone=bool(reason))
@@ -45,3 +49,13 @@ def text_for(
             f"other ({reason}); {padding:.0%} of the positions are padding"
         )
     return sequences
+
+
+def check_length(data: DataConfig, config: dict[str, Any]) -> None:
+    """Raise UserError for sequences that are longer than the positions of a model."""
+    positions = config.get("max_position_embeddings")
+    if positions and data.sequence_length > positions:
+        raise UserError(
+            f"sequence_length {data.sequence_length} is longer than the {config['model_type']} "
+            f"model supports ({positions} positions): set it to {positions} or less"
+        )

@@ -58,6 +58,8 @@ class FeatureLossTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.feature_losses, self.this_step = feature_losses, MetricSums()
+        if feature_losses is not None:  # no module has the projections, so nothing else moves them
+            feature_losses.to(self.args.device)
 
     def end_step(self) -> None:
         """Average the projections' gradients over the ranks and update the balancer."""

@@ -97,7 +97,7 @@ class DistillStage(Stage):
         teacher_placement(config, options)
         check_student(Student(plan.checkpoint), config, options)
         if NOTE in plan.left and config.keep_zeros:
-            check_keeps_zeros(f"the weights are sparse after {plan.left[NOTE]}", config, options)
+            check_keeps_zeros(plan.left[NOTE], config, options)
         open_extra_teachers(config, plan.checkpoint)
         text = training_text(plan.data, config)
         _check_targets(step, plan)

@@ -28,7 +28,7 @@ class DistillConfig(Config):
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of AdamW. None: 5e-4 times the root mean square of the matrices in the
     student's middle layer (1e-4 for SmolLM2, 2e-5 for Gemma 3 270M); 1e-4 for adapters and for
-    a student that is a config.json."""
+    a student with random weights: a config.json, or a model from `regrow initialize`."""
     attention_rate: float = Field(default=1.0, gt=0)
     """Learning rate of attention and norms, as a share of `learning_rate`."""
     embedding_rate: float = Field(default=1.0, gt=0)

@@ -55,7 +55,7 @@ from regrow.training.frozen_layers import decoder_layers
 from regrow.training.load_once import load_once
 from regrow.training.objective import bind_loss
 from regrow.training.on_policy import NumberedSequences
-from regrow.training.rates import FIXED, usual_rate
+from regrow.training.rates import FIXED, has_random_weights, usual_rate
 from regrow.training.trainer import DistillTrainer, NotFiniteError
 
 ADAPTER = "adapter"
@@ -111,6 +111,7 @@ def distill(
         return out
     setup = DistillSetup.of(opened, teachers, loss_weights, data, config, options)
     require_space(out, setup.bytes())
+    teachers.read_targets()
     domains = Domains.open(setup, data) if config.dynamic_blend else None
     train, heldout = (
         setup.sequences(data, text) if domains is None else (domains.train, domains.all_heldout())
@@ -147,8 +148,8 @@ def _with_rate(config: DistillConfig, student: Student) -> DistillConfig:
     """The config with a learning rate, if it has none."""
     if config.learning_rate is not None:
         return config
-    trained = student.config is None and config.adapter == "none"
-    rate = usual_rate(student.like) if trained else FIXED
+    new = student.config is not None or has_random_weights(student.like)
+    rate = FIXED if new or config.adapter != "none" else usual_rate(student.like)
     return config.model_copy(update={"learning_rate": rate})
 
 
@@ -246,10 +247,9 @@ def keep_zeros(setup: DistillSetup, model: PreTrainedModel, stage: StageDir) -> 
             f"distill: keep_zeros is off: training fills the zeros of this sparse student "
             f"({sparsity}), and the result is dense"
         )
+        stage.extra[zeros.NOTE] = None
         return
-    least = zeros.least_share(setup.student.like)
-    counts = [zeros.hold(layer, least) for layer in decoder_layers(model)]
-    held, total = (sum(column) for column in zip(*counts, strict=True))
+    held, total = zeros.hold_in(decoder_layers(model), setup.student.like)
     stage.extra[zeros.NOTE] = sparsity
     say(f"distill: the student is sparse ({sparsity}): {held:,} of {total:,} weights stay zero")
 

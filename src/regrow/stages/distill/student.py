@@ -167,7 +167,9 @@ class Student:
                 "must be trained: set adapter to none"
             )
         adapters.require(config.adapter, device)
-        targets = adapters.targets_in(self.on_meta(), config.lora_targets)
+        model = self.on_meta()
+        targets = adapters.targets_in(model, config.lora_targets)
+        adapters.check_rank(model, targets, config.lora_rank)
         quantized = config.adapter == "qlora"
         first = config.freeze_layers
         return Adapter(config.lora_rank, config.lora_alpha, targets, quantized, first)
@@ -181,7 +183,7 @@ class Student:
     ) -> PreTrainedModel:
         """The model in `dtype` and eval mode; random weights are drawn with `seed`.
 
-        With `adapter` the weights are frozen in their stored dtype, and float32 adapters train.
+        With `adapter` the weights are frozen in the compute dtype, and float32 adapters train.
         """
         torch.manual_seed(seed)
         if adapter is not None:

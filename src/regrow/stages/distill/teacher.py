@@ -148,6 +148,8 @@ def freeze(
     frozen_layers.freeze(model, count)
     if placement != "whole" or not isinstance(teacher, Teacher) or teacher.ids_V is not None:
         return None
+    if teacher.targets is not None:  # the teacher does not run in training steps
+        return None
     if config.fake_quantize is not None:  # the teacher's layers are not rounded
         return None
     if config.on_policy_share:  # the student runs all of its layers when it writes
@@ -341,6 +343,14 @@ class TeacherSetup:
         """The tokenizer of the text: the student's, or the teacher's if the tokens are the same."""
         same = self.ids_V is None and self.aligner is None
         return (self.teacher if same else self.student.like).tokenizer()
+
+    def read_targets(self) -> None:
+        """Read the stored log-probabilities, if any; a complete stage does not need them.
+
+        Raises UserError if none of them fits the teacher.
+        """
+        if self.targets is not None:
+            self.targets.read()
 
     def check(self, heldout: Sequences, train: Sequences) -> None:
         """Raise UserError for tokens that a model lacks, and for sequences that a cache lacks."""

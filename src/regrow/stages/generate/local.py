@@ -67,7 +67,8 @@ def _row(key: str, read: int, answer: Answer, tokenizer: PreTrainedTokenizerBase
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    return str(tokenizer.convert_ids_to_tokens(token))
+    """The token as in the vocabulary; an id without a token has a name that no token has."""
+    return str(tokenizer.convert_ids_to_tokens(token) or f"<no token {token}>")
 
 
 def _batches(todo: Asked, size: int) -> Iterator[Asked]:

@@ -146,8 +146,9 @@ def ask(
     says itself what is too long. Raises UserError if there is no prompt, and for a token id beyond
     the model's embedding.
     """
-    room = int(checkpoint.config.get("max_position_embeddings") or 1 << 30) - config.max_new_tokens
+    positions = int(checkpoint.config.get("max_position_embeddings") or 1 << 30)
     local, known, asked = config.endpoint is None, set[str](), Asked()
+    room = positions - config.max_new_tokens
     long, counter = 0, Progress("reading prompts", config.limit or 0, "prompts")
     template = bool(config.chat_template and tokenizer.chat_template)
     for prompt in islice(prompts(data, config.split, template), config.limit):
@@ -160,6 +161,11 @@ def ask(
             known.add(same)
             asked.append((prompt, ids))
         counter.advance(1)
+    if long and room < 1:
+        raise UserError(
+            f"max_new_tokens {config.max_new_tokens}: {checkpoint.folder} has {positions} "
+            f"positions; give at most {positions - 1}"
+        )
     if long:
         say(
             f"generate: {long} prompts are skipped: they are longer than {room} tokens, the room "

@@ -21,6 +21,7 @@ from regrow.stages.generate.keep import fault
 from regrow.stages.generate.local import Asked, answer_locally, judge
 from regrow.stages.generate.remote import answer_remotely
 from regrow.stages.generate.self_prompts import MOST_TOKENS, write_prompts
+from regrow.training.shared_tokens import shared_ids
 
 
 @dataclass
@@ -45,10 +46,21 @@ class Work:
             self.model = self.checkpoint.model(dtype, device)
         return self.model
 
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids that may be in an answer; further rows of the embedding are padding."""
+        return shared_ids(self.checkpoint, self.tokenizer)
+
     def self_written(self, folder: Path) -> Asked:
         """The prompts that the model writes."""
         rows, config = _shared(folder, "prompts"), self.config
-        sampling = Sampling(MOST_TOKENS, config.temperature, config.top_p, config.seed)
+        sampling = Sampling(
+            MOST_TOKENS,
+            config.temperature,
+            config.top_p,
+            config.seed,
+            vocab_size=self.vocab_size,
+        )
         generator = BatchGenerator(self.loaded(), self.tokenizer, sampling)
         found = write_prompts(rows, generator, self.tokenizer, config.self_prompts, config.seed)
         return [(prompt, prompt.ids(self.tokenizer)) for prompt in found]
@@ -66,7 +78,8 @@ class Work:
         elif todo and self.config.backend == "vllm":
             self._ask_vllm(rows, left, total)
         elif todo:
-            generator = BatchGenerator(self.loaded(), self.tokenizer, sampling_of(self.config))
+            sampling = sampling_of(self.config, self.vocab_size)
+            generator = BatchGenerator(self.loaded(), self.tokenizer, sampling)
             answer_locally(rows, generator, self.tokenizer, todo, total, size)
         distributed.wait()
 
@@ -127,13 +140,14 @@ def _shared(folder: Path, name: str) -> Rows:
     return rows
 
 
-def sampling_of(config: GenerateConfig) -> Sampling:
-    """How the tokens are chosen."""
+def sampling_of(config: GenerateConfig, vocab_size: int) -> Sampling:
+    """How the tokens are chosen, of the ids below `vocab_size`."""
     return Sampling(
         config.max_new_tokens,
         config.temperature,
         config.top_p,
         config.seed,
         config.greedy,
+        vocab_size,
         top_logprobs=config.top_logprobs,
     )

@@ -16,6 +16,7 @@ from regrow.errors import UserError, nearest
 from regrow.runtime.progress import say
 from regrow.stage_dir import refuse_input
 from regrow.stages.initialize import InitializeConfig
+from regrow.training.rates import RANDOM_WEIGHTS
 from regrow.training.shared_tokens import token_ids
 
 OF_LAYERS = ("layer_types", "mlp_layer_types")
@@ -41,6 +42,7 @@ def initialize(
     with stage as folder:
         drawn = random_model(stock, config.seed, checkpoint.folder)
         checkpoints.write_model(drawn, folder, checkpoint, whole=False)
+        stage.extra[RANDOM_WEIGHTS] = True
     say(describe(checkpoint, config))
     return out
 
