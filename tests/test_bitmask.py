@@ -14,8 +14,17 @@ from safetensors.torch import load_file, save_file
 from tiny_folders import data_of, write_model, write_text
 from tiny_job import call, refused
 
-from regrow import EvaluateConfig, ExportConfig, SparsifyConfig, UserError, evaluate, export
+from regrow import (
+    EvaluateConfig,
+    ExportConfig,
+    SparsifyConfig,
+    UserError,
+    evaluate,
+    export,
+    stage_dir,
+)
 from regrow.checkpoint import Checkpoint, load
+from regrow.checkpoint.bitmask import Packed
 from regrow.sparsity import zeros
 from regrow.stages.sparsify.stage import sparsify
 
@@ -49,6 +58,26 @@ def test_it_is_smaller_and_read_back_bit_for_bit(sparse: Checkpoint, packed: Pat
     assert back.config == sparse.config
     assert back.tokenizer().get_vocab() == sparse.tokenizer().get_vocab()
     assert zeros.sparsity_of(back) == "0.6"
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_the_bytes_that_are_told_are_those_that_are_written(share: float, tmp_path: Path) -> None:
+    """At a tenth of zeros a bitmask saves nothing, and none is written."""
+    model = write_model(tmp_path / "model", dtype=torch.bfloat16)
+    config = SparsifyConfig(method="magnitude", sparsity=share)
+    sparse = sparsify(model, tmp_path / "sparse", config)
+    size = EvaluateConfig(metrics=("size",))
+    evaluation = evaluate({"it": sparse}, tmp_path / "evaluation", config=size)
+    rows = json.loads((evaluation / "evaluation.json").read_text())["figures"]["it"]
+    told = {row["name"]: row["value"] for row in rows}
+    at_once = {row["name"]: row["value"] for row in stage_dir.read(sparse)["figures"]}
+    assert told["zeros"] == pytest.approx(at_once["zeros of all"])
+    if share < 0.5:
+        assert "bytes_as_bitmask" not in told
+        assert at_once["bytes as bitmask"] == at_once["bytes"]
+        return
+    packed = export(sparse, tmp_path / "packed", TYPE)
+    assert told["bytes_as_bitmask"] == at_once["bytes as bitmask"] == Packed(packed).bytes()
 
 
 def test_only_sparse_weights_are_packed(packed: Path) -> None:

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from regrow import (
     DistillConfig,
+    LearnMasksConfig,
     PruneConfig,
     QuantizeConfig,
     RotateConfig,
     SparsifyConfig,
     UserError,
     distill,
+    learn_masks,
     prune,
     quantize,
     reconstruct,
@@ -61,14 +63,25 @@ def without_manifest(folder: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("kind", ["sparse", "few", "without manifest", "int4", "weight decay"])
+KINDS: dict[str, dict[str, Any]] = {
+    "sparse": {},
+    "few": {},
+    "without manifest": {},
+    "int4": {"fake_quantize": "int4-g32"},
+    "weight decay": {"weight_decay": 0.1},
+    "8 bits": {"optimizer": "adamw_8bit", "weight_decay": 0.1},
+    "bf16": {"optimizer": "adamw_bf16", "weight_decay": 0.1},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_trained_weights_have_the_same_zeros(kind: str, place: Path) -> None:
     student = place / ("few" if kind == "few" else "sparse")
     if kind == "without manifest":
         student = without_manifest(student, place / "foreign")
-    fields: dict[str, Any] = {"int4": {"fake_quantize": "int4-g32"}}.get(kind, {})
-    fields |= {"weight_decay": 0.1} if kind == "weight decay" else {}
-    out = trained(place, student, kind, **fields)
+    if "optimizer" in KINDS[kind]:
+        pytest.importorskip("torchao")
+    out = trained(place, student, kind, **KINDS[kind])
     before, after = matrices(student), matrices(out)
     for name, weight in before.items():
         assert (after[name][weight == 0] == 0).all(), name
@@ -131,6 +144,39 @@ def test_reconstruction_keeps_them(place: Path) -> None:
     assert changed
 
 
+def test_what_leaves_the_zeros_keeps_the_note_on_them(place: Path, tmp_path: Path) -> None:
+    """Without it, training would take a tenth of zeros for chance, and fill them."""
+    sparsify(place / "teacher", tmp_path / "few", HALF.model_copy(update={"sparsity": 0.1}))
+    plan = PruneConfig(plan=str(place / "plan.json"), allow_sibling=True, repair=False)
+    cut = prune(tmp_path / "few", tmp_path / "cut", plan)
+    masks = LearnMasksConfig(
+        intermediate_size=24, multiple_of=4, train_weights=False, tokens=256, batch_tokens=128
+    )
+    learned = learn_masks(cut, data(place), tmp_path / "learned", masks, OPTIONS)
+    assert zeros.recorded(load(learned)) == "0.1"
+    out = trained(place, learned, "few after a cut")
+    for name, weight in matrices(learned).items():
+        assert (weight == 0).any()
+        assert (matrices(out)[name][weight == 0] == 0).all(), name
+
+
+def test_a_cut_of_widths_breaks_the_groups_of_a_pattern(place: Path, tmp_path: Path) -> None:
+    pattern = SparsifyConfig(method="magnitude", pattern="2:4")
+    sparse = sparsify(place / "teacher", tmp_path / "sparse", pattern)
+    plan = PruneConfig(plan=str(place / "plan.json"), allow_sibling=True, repair=False)
+    cut = prune(sparse, tmp_path / "cut", plan)
+    assert zeros.recorded(load(sparse)) == "2:4"
+    assert zeros.recorded(load(cut)) == "0.5"
+
+
+def test_a_layer_without_zeros_gets_no_mask() -> None:
+    layer = nn.Linear(8, 8, bias=False)
+    assert zeros.hold(layer, 0.0) == (0, 0)
+    with torch.no_grad():
+        layer.weight[0, 0] = 0
+    assert zeros.hold(layer, 0.0) == (1, 64)
+
+
 def test_what_would_fill_them_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sparse, and adapter lora would fill their zeros"):
         trained(place, place / "sparse", "lora", adapter="lora")
@@ -174,6 +220,38 @@ def test_recipes_are_refused_before_they_run(
     }
     recipe = write_recipe(tmp_path / "recipe.yaml", fields)
     assert message in refused(capsys, "run", recipe, "--out", tmp_path / "run")
+
+
+OWN: dict[str, tuple[list[Any], str]] = {
+    "rotation": ([{"distill": {"tokens": 256}}, "rotate"], "a rotation would fill"),
+    "repair": (["profile", {"prune": {"intermediate_size": 24}}], "repair would fill"),
+    "masks": ([{"learn_masks": {"hidden_size": 24}}], "training with masks would fill"),
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_a_recipe_whose_own_model_is_sparse_is_refused_before_it_runs(
+    case: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages, message = OWN[case]
+    fields = {
+        "model": str(place / "sparse"),
+        "data": data(place).model_dump(mode="json"),
+        "stages": [{s: {}} if isinstance(s, str) else s for s in stages],
+    }
+    recipe = write_recipe(tmp_path / "recipe.yaml", fields)
+    told = refused(capsys, "run", recipe, "--out", tmp_path / "run", "--dry-run")
+    assert "has sparse weights (0.5)" in told and message in told
+
+
+@pytest.mark.parametrize("command", ["rotate", "learn_masks", "prune"])
+def test_dry_runs_of_what_would_fill_them_are_refused(
+    command: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[Any] = [command, place / "sparse", "--out", tmp_path / "out", "--dry-run"]
+    given += ["--data", place / "text.jsonl"] if command != "prune" else []
+    given += ["--intermediate-size", 24, "--multiple-of", 4] if command != "rotate" else []
+    assert "would fill their zeros" in refused(capsys, *given)
 
 
 def test_a_recipe_in_two_rounds(place: Path, tmp_path: Path) -> None:

@@ -81,6 +81,18 @@ def test_the_masks_reach_the_shape(learned: Path) -> None:
         assert abs(found[f"expected {dim}"] - target) < 0.15 * before[dim], dim
 
 
+def test_it_says_whether_the_shape_was_reached(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = LearnMasksConfig(
+        intermediate_size=32, multiple_of=4, tokens=256, batch_tokens=128, heldout_sequences=2
+    )
+    learn_masks(place / "model", data_of(place / "text.jsonl"), tmp_path / "out", config)
+    told = capsys.readouterr().err
+    assert "expected sizes, and the target: mlp " in told
+    assert "the masks did not reach the shape in mlp: raise tokens" in told
+
+
 def test_prune_cuts_to_that_shape(learned: Path, tmp_path: Path) -> None:
     sizes = PruneConfig(
         **SHAPE,
@@ -177,6 +189,7 @@ REFUSED = {
     "heads": ({"num_attention_heads": 5, "num_key_value_heads": 2}, "5"),
     "the same": ({"hidden_size": 48}, "is the model's own"),
     "batch": ({"hidden_size": 36, "multiple_of": 4, "batch_tokens": 33}, "no multiple"),
+    "rate": ({"hidden_size": 36, "mask_rate": float("inf")}, "finite"),
     "loss": ({"hidden_size": 36, "losses": {"forward_k": 1}}, "did you mean 'forward_kl'"),
 }
 

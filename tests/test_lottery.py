@@ -137,6 +137,32 @@ def test_rounds_keep_the_zeros_of_the_rounds_before(place: Path, tmp_path: Path)
         assert float(masks[1][name].float().mean()) == pytest.approx(0.75, abs=0.01)
 
 
+def test_a_module_that_a_later_round_keeps_has_its_first_zeros(place: Path, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"method": "magnitude", "rewind_to": str(place / "first")}
+    first = SparsifyConfig.model_validate({**fields, "sparsity": 0.5})
+    ticket = sparsify(place / "trained", tmp_path / "first", first)
+    second = SparsifyConfig.model_validate({**fields, "sparsity": 0.75, "keep": ["v_proj"]})
+    again = load(sparsify(ticket, tmp_path / "second", second))
+    for name, weight in zeros.weights(load(ticket)):
+        assert (again.tensor(name)[weight == 0] == 0).all(), name
+        expected = 0.5 if "v_proj" in name else 0.75
+        assert zeros.share(again.tensor(name)) == pytest.approx(expected, abs=0.01)
+
+
+def test_a_ticket_has_the_dtype_of_the_model_and_not_of_the_earlier_one(
+    place: Path, tmp_path: Path
+) -> None:
+    early = load(place / "first").model(torch.float32)
+    early.save_pretrained(tmp_path / "early")
+    half = early.to(torch.bfloat16)
+    half.save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_bytes((place / "first" / name).read_bytes())
+    config = SparsifyConfig(method="magnitude", rewind_to=str(tmp_path / "early"))
+    ticket = load(sparsify(tmp_path / "model", tmp_path / "out", config))
+    assert {ticket.dtype(name) for name in ticket.names()} == {"bfloat16"}
+
+
 @pytest.mark.parametrize("target", [Sparsity(0.7), parse_pattern("2:4")], ids=str)
 def test_random_zeros(target: Sparsity) -> None:
     """The number is exact, the places are even over the matrix, and earlier zeros count."""
@@ -179,6 +205,10 @@ REFUSED = {
         {"num_hidden_layers": 1},
         "model.layers.1.input_layernorm.weight is missing there",
     ),
+    "a head of its own": (
+        {"tie_word_embeddings": False},
+        "lm_head.weight is [384, 48] there and missing in",
+    ),
 }
 
 
@@ -187,8 +217,10 @@ def test_rewinding_to_another_model_is_refused(
     case: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes, message = REFUSED[case]
-    fields = {"num_hidden_layers": 2, "intermediate_size": 48, "hidden_size": 48, **sizes}
-    write_model(tmp_path / "model", **{**fields, "num_hidden_layers": 2, "intermediate_size": 48})
+    fields = {"num_hidden_layers": 2, "intermediate_size": 48, "hidden_size": 48}
+    fields |= {"tie_word_embeddings": True, **sizes}
+    own = {"num_hidden_layers": 2, "intermediate_size": 48, "tie_word_embeddings": True}
+    write_model(tmp_path / "model", **{**fields, **own})
     write_model(tmp_path / "early", **fields)
     out = tmp_path / "out"
     arguments = ["sparsify", tmp_path / "model", "--method", "magnitude", "--out", out]
@@ -219,6 +251,51 @@ def test_a_recipe_refuses_a_stage_that_is_not_there(
     recipe = write_recipe(tmp_path / "recipe.yaml", fields)
     told = refused(capsys, "run", recipe, "--out", tmp_path / "run")
     assert "rewind_to 03-initialize: give an earlier stage that writes a model" in told
+
+
+SIZES: dict[str, tuple[list[Any], str]] = {
+    "another width by then": (
+        [
+            "initialize",
+            "profile",
+            {"prune": {"intermediate_size": 32, "repair": False}},
+            {"sparsify": {"method": "magnitude", "rewind_to": "01-initialize"}},
+        ],
+        "model.layers.0.mlp.down_proj.weight is [48, 56] there and [48, 32]",
+    ),
+    "no such layer by then": (
+        [
+            {"initialize": {"sizes": {"num_hidden_layers": 1}}},
+            {"sparsify": {"method": "magnitude", "keep": ["layers\\.1\\."]}},
+        ],
+        "matches no module",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_a_recipe_knows_the_sizes_at_each_stage(
+    case: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages, message = SIZES[case]
+    fields = recipe_fields(place / "model", place / "text.jsonl", *stages)
+    recipe = write_recipe(tmp_path / "recipe.yaml", fields)
+    assert message in refused(capsys, "run", recipe, "--out", tmp_path / "run", "--dry-run")
+
+
+def test_a_recipe_accepts_what_fits_the_sizes_by_then(place: Path, tmp_path: Path) -> None:
+    three = {"sizes": {"num_hidden_layers": 3}}
+    config = InitializeConfig.model_validate(three)
+    early = initialize(place / "model", tmp_path / "early", config)
+    layer = {"method": "magnitude", "keep": ["layers\\.2\\."]}
+    stages = [
+        {"initialize": three},
+        {"sparsify": {**layer, "rewind_to": str(early)}},
+        {"learn_masks": {"num_layers": 2, "train_weights": False, "batch_tokens": 128}},
+    ]
+    fields = recipe_fields(place / "model", place / "text.jsonl", *stages)
+    recipe = write_recipe(tmp_path / "recipe.yaml", fields)
+    assert main(["run", str(recipe), "--out", str(tmp_path / "run"), "--dry-run"]) == 0
 
 
 def test_the_example_runs(place: Path, tmp_path: Path) -> None:

@@ -18,11 +18,13 @@ from tiny_tokenizer import GENERATION_TEMPLATE, PLAIN_TEMPLATE, tiny_tokenizer
 
 pytest.importorskip("trl")
 
+from regrow import SparsifyConfig, sparsify
 from regrow.checkpoint import Checkpoint
 from regrow.config import Options
 from regrow.data.documents import read_row, tokenize
 from regrow.data.prompts import read_prompt
 from regrow.errors import UserError
+from regrow.sparsity import zeros
 from regrow.stage import parse_step
 from regrow.stage_dir import read as read_manifest
 from regrow.stages.prefer import PreferConfig, dpo
@@ -138,6 +140,22 @@ def test_the_first_loss_is_that_of_equal_models_and_the_pairs_are_learned(
     assert before.config["pad_token_id"] == after.config["pad_token_id"]
     assert after.tokenizer().chat_template == before.tokenizer().chat_template
     assert not {"trainer", "written-0.jsonl"} & {path.name for path in out.iterdir()}
+
+
+def test_the_zeros_of_a_sparse_student_stay(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = SparsifyConfig(method="magnitude", sparsity=0.2)
+    sparse = sparsify(place / "student", tmp_path / "sparse", few)
+    data = data_of(place / "prompts.jsonl")
+    out = prefer(sparse, place / "teacher", data, tmp_path / "out", CONFIG, OPTIONS)
+    before, after = Checkpoint(sparse), Checkpoint(out)
+    for name, weight in zeros.weights(before):
+        assert (weight == 0).any()
+        assert (after.tensor(name)[weight == 0] == 0).all(), name
+        assert not torch.equal(after.tensor(name), weight)
+    assert zeros.recorded(after) == "0.2"
+    assert "prefer: the student is sparse (0.2)" in capsys.readouterr().err
 
 
 @torch.no_grad()

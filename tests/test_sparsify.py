@@ -23,6 +23,7 @@ from regrow import (
 )
 from regrow.checkpoint import Checkpoint, load
 from regrow.cli.main import main
+from regrow.config import parse
 from regrow.sparsity import zeros
 from regrow.stages.sparsify.methods.sparsegpt import sparsify as by_sparsegpt
 
@@ -197,6 +198,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"method": "magnitude", "pattern": "8:32"},
         "pattern 8:32: model.layers.0.mlp.down_proj has 168 columns, which is no multiple of 32",
     ),
+    "no zero in a row": (
+        {"method": "wanda", "sparsity": 0.005},
+        "sparsity 0.005: wanda counts in each row, and of the 64 weights of a row",
+    ),
+    "nothing but zeros": ({"method": "wanda", "sparsity": 0.995}, "all would become zero"),
+    "damping": ({"damping": float("inf")}, "finite"),
     "nothing matches": ({"keep": ("qq_proj",)}, "keep: 'qq_proj' matches no module of this model"),
     "all kept": ({"keep": (".",)}, "nothing is left to sparsify"),
 }
@@ -207,7 +214,7 @@ def test_refused(case: str, tmp_path: Path) -> None:
     fields, message = REFUSED[case]
     checkpoint = tiny(tmp_path, intermediate_size=168)
     with pytest.raises(UserError, match=re.escape(message)) as caught:
-        sparsify(checkpoint, tmp_path / "out", SparsifyConfig.model_validate(fields))
+        sparsify(checkpoint, tmp_path / "out", parse(SparsifyConfig, fields, "sparsify"))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 

@@ -159,6 +159,45 @@ def test_more_sparsity_keeps_the_zeros_there_are(name: str) -> None:
     assert ((third == 0).view(-1, 4).sum(1) >= 2).all()
 
 
+@pytest.mark.parametrize("first_share", [0.2, 0.5])
+@pytest.mark.parametrize("name", plugins.names(METHODS))
+def test_zeros_that_lie_unevenly_stay_and_count(
+    name: str, first_share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most of the first zeros are in the first columns; the share of the second round is exact."""
+    monkeypatch.setattr(compensate, "BLOCK", 24)
+    w = weight()
+    w[:, :32] *= 0.2
+    first = magnitude.sparsify(w, Sparsity(first_share)).double()
+    method, h = plugins.load(METHODS, name), second_moment(inputs())
+    for share in (first_share, 0.7):
+        second = method.sparsify(first, Sparsity(share), h, DAMPING)
+        assert (second[first == 0] == 0).all()
+        if name == "wanda":  # counts in each row: rows with more zeros keep them
+            rows = torch.maximum((first == 0).sum(1), torch.tensor(round(share * COLUMNS)))
+            assert torch.equal((second == 0).sum(1), rows)
+        else:
+            assert zeros.share(second) == pytest.approx(share, abs=0.005)
+
+
+def test_the_zeros_of_a_later_round_are_the_lowest_of_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By lists, for the first block, in which no weight has been changed yet."""
+    monkeypatch.setattr(compensate, "BLOCK", 24)
+    w, h = weight(), second_moment(inputs())
+    w[:, ::3] = 0
+    found = sparsegpt.sparsify(w, Sparsity(0.6), h, DAMPING)
+    damped = h + DAMPING * h.diagonal().mean() * torch.eye(COLUMNS, dtype=torch.float64)
+    cost = [float(torch.linalg.inv(damped[c:, c:])[0, 0]) for c in range(24)]
+    free = [(r, c) for r in range(ROWS) for c in range(24) if c % 3]
+    held = ROWS * len(range(0, COLUMNS, 3))
+    share = (0.6 * ROWS * COLUMNS - held) / (ROWS * COLUMNS - held)
+    order = sorted(free, key=lambda place: float(w[place]) ** 2 / cost[place[1]])
+    lowest_ones = set(order[: round(share * len(free))])
+    assert {place for place in free if found[place] == 0} == lowest_ones
+
+
 def test_equal_scores_and_dead_inputs() -> None:
     assert lowest(torch.ones(2, 4), 2).tolist() == [[True, True, False, False]] * 2
     assert not lowest(torch.ones(2, 4), 0).any()

@@ -75,7 +75,8 @@ class ModelDir(StageDir):
     """The output folder of a stage that writes a model; the finished folder has a model card.
 
     `parent` is the model that the stage starts from, None for random weights; `teachers` are the
-    models that it learns from.
+    models that it learns from. The note on the sparsity of the parent holds for the new model too,
+    unless the stage sets another one; None removes it.
     """
 
     def __init__(
@@ -113,6 +114,10 @@ class ModelDir(StageDir):
             [*before.recipe, {self.name: given} if given else self.name],
             {**before.stages, f"{len(before.stages) + 1:02d}-{self.name}": self.manifest()},
         )
+        if self.parent is not None:
+            noted = stage_dir.read(self.parent.folder) or {}
+            self.extra.setdefault(stage_dir.SPARSITY, noted.get(stage_dir.SPARSITY))
+        self.extra = {key: value for key, value in self.extra.items() if value is not None}
         self.extra[LINEAGE] = lineage.record()
         write(self.partial, lineage)
         super()._finish()

@@ -23,9 +23,14 @@ if TYPE_CHECKING:
 
 
 class Config(BaseModel):
-    """A frozen set of fields. An unknown key is an error; a field's docstring is its help text."""
+    """A frozen set of fields. An unknown key is an error, and so is a number that is not finite.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    A field's docstring is its help text.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -105,7 +110,7 @@ class Machine(Config):
 
     device: str = "auto"
     """Device to compute on: auto (a GPU when there is one), cpu, cuda, cuda:1, mps."""
-    batch_size: int = 4
+    batch_size: int = Field(default=4, ge=1)
     """Sequences per batch on a device; lower it when memory runs out."""
 
     def options(self) -> Options:

@@ -89,6 +89,8 @@ class RecipePlan:
     """Parameters of the current model; the target where the number is not known yet."""
     config_now: dict[str, Any] | None = None
     """Config of the current model; None after a prune whose sizes are searched for."""
+    configs: list[dict[str, Any] | None] = field(default_factory=list)
+    """Config of the current model after each stage so far, as in `config_now`."""
     profiled: bool = False
     """Whether there is a profile of the current model."""
     quantized: str = ""

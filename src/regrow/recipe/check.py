@@ -13,8 +13,10 @@ from regrow.data.config import DataConfig
 from regrow.data.sequences import build_sequences
 from regrow.data.sources import at_hand, check_source
 from regrow.errors import UserError
+from regrow.sparsity import zeros
 from regrow.stage import RecipePlan, Step
 from regrow.training.shared_tokens import teacher_ids
+from regrow.training.text import check_length
 
 
 def check_steps(model: str, data: DataConfig, steps: list[Step], options: Options) -> None:
@@ -50,6 +52,8 @@ def open_plan(model: str, data: DataConfig, steps: list[Step], options: Options)
     families.of(checkpoint)
     plan = RecipePlan(model, checkpoint, data, options, steps)
     plan.parameters, plan.config_now = parameters(checkpoint), checkpoint.config
+    if (note := zeros.note_of(checkpoint)) is not None:
+        plan.left[zeros.NOTE] = note
     return plan
 
 
@@ -59,6 +63,7 @@ def leave(step: Step, plan: RecipePlan) -> None:
         plan.profiled = False
         plan.answers.discard("")
     step.stage.leave(step, plan)
+    plan.configs.append(plan.config_now)
 
 
 @contextmanager
@@ -92,6 +97,7 @@ def _check_teacher(step: Step, plan: RecipePlan) -> None:
 def _check_text(plan: RecipePlan) -> None:
     """Raise UserError if a split has no sequence, or too few sequences to choose a shape."""
     tokenizer = plan.checkpoint.tokenizer()
+    check_length(plan.data, plan.checkpoint.config)
     for split in sorted({split for step in plan.steps for split in step.stage.reads}):
         build_sequences(plan.data, tokenizer, split, 1, plan.checkpoint)
     if not plan.calibration_to_choose:

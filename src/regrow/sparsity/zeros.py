@@ -5,7 +5,7 @@ A weight is a matrix of a decoder layer, or a stack of such matrices (experts).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from regrow import stage_dir
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 LEAST = 0.3
 """A weight with this share of exact zeros counts as sparse. Dense weights have nearly none."""
-NOTE = "sparsity"
-"""The entry of a manifest that names the sparsity of a model's weights."""
+NOTE = stage_dir.SPARSITY
+"""The entry of a manifest that names the sparsity of a model's weights. In a recipe's plan, what
+is known of zeros that a stage would fill: "the weights are sparse after stages.0.sparsify"."""
 
 
 def share(weight: Tensor) -> float:
@@ -83,9 +84,18 @@ def hold(layer: nn.Module, least: float = LEAST) -> tuple[int, int]:
         if parameter.ndim < 2 or not parameter.requires_grad or not is_sparse(parameter, least):
             continue
         mask = parameter.detach() == 0
+        if not mask.any():
+            continue
         parameter.register_hook(_Masked(mask))
         zero, total = zero + int(mask.sum()), total + mask.numel()
     return zero, total
+
+
+def hold_in(layers: Iterable[nn.Module], checkpoint: Checkpoint) -> tuple[int, int]:
+    """Hold the zeros of a sparse checkpoint's layers; returns their number, and of how many."""
+    least = least_share(checkpoint)
+    counts = [hold(layer, least) for layer in layers]
+    return sum(zero for zero, _ in counts), sum(total for _, total in counts)
 
 
 class _Masked:
@@ -100,11 +110,21 @@ class _Masked:
         return gradient.masked_fill(self.mask, 0)
 
 
+def note_of(checkpoint: Checkpoint) -> str | None:
+    """The note on a recipe's own model in its plan; None if it is dense, or quantized."""
+    found = None if checkpoint.quantized else sparsity_of(checkpoint)
+    return None if found is None else _is_sparse_there(checkpoint, found)
+
+
 def refuse_filling(checkpoint: Checkpoint, filler: str, advice: str) -> None:
     """Raise UserError if the model is sparse: `filler` computes new weights and fills zeros."""
     found = sparsity_of(checkpoint)
     if found is not None:
-        raise would_fill(f"{checkpoint.folder} has sparse weights ({found})", filler, advice)
+        raise would_fill(_is_sparse_there(checkpoint, found), filler, advice)
+
+
+def _is_sparse_there(checkpoint: Checkpoint, found: str) -> str:
+    return f"{checkpoint.folder} has sparse weights ({found})"
 
 
 def would_fill(sparse: str, filler: str, advice: str) -> UserError:

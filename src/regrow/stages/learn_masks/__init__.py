@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator, model_validator
 from tyro.conf import OmitArgPrefixes
@@ -126,10 +126,12 @@ class LearnMasksStage(Stage):
             dry_run: Check everything and print what would be done.
         """
         checkpoint, data = open_model(model), text.blend()
+        from regrow.stages.learn_masks.stage import learn_masks, refuse_sparse
+
         if dry_run:
+            refuse_sparse(checkpoint, masks)
             print_lines(estimate(checkpoint, data, masks), out)
             return
-        from regrow.stages.learn_masks.stage import learn_masks
 
         learn_masks(checkpoint, data, out, masks, machine.options())
 
@@ -139,13 +141,12 @@ class LearnMasksStage(Stage):
         from regrow.stages.learn_masks.stage import ADVICE, check
 
         if NOTE in plan.left and step.config.train_weights:
-            sparse = f"the weights are sparse after {plan.left[NOTE]}"
-            raise would_fill(sparse, "training with masks", ADVICE)
+            raise would_fill(plan.left[NOTE], "training with masks", ADVICE)
         check(plan.checkpoint, plan.data, step.config, plan.config_now)
 
     def dry_run(self, step: Step, plan: RecipePlan) -> list[str]:
         """The steps and the time."""
-        return estimate(plan.checkpoint, plan.data, step.config)
+        return estimate(plan.checkpoint, plan.data, step.config, plan.config_now)
 
     def leave(self, step: Step, plan: RecipePlan) -> None:
         """Record that the current model has a profile."""
@@ -161,13 +162,18 @@ class LearnMasksStage(Stage):
         run.profile = out / PROFILE
 
 
-def estimate(checkpoint: Checkpoint, data: DataConfig, config: LearnMasksConfig) -> list[str]:
-    """The masks, the steps and the time."""
+def estimate(
+    checkpoint: Checkpoint,
+    data: DataConfig,
+    config: LearnMasksConfig,
+    config_now: dict[str, Any] | None = None,
+) -> list[str]:
+    """The masks, the steps and the time; `config_now` has other sizes than the model, if given."""
     from regrow.cost import parameters, seconds_for, training_operations
     from regrow.runtime.progress import clock
     from regrow.stages.learn_masks.stage import check
 
-    masks, steps = check(checkpoint, data, config)
+    masks, steps = check(checkpoint, data, config, config_now)
     count = sum(log_alpha.numel() for log_alpha in masks.log_alphas.values())
     operations = training_operations(parameters(checkpoint), 0, "none")
     return [

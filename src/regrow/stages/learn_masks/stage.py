@@ -38,6 +38,8 @@ from regrow.training.teacher import Teacher, place_teacher
 from regrow.training.text import text_for
 
 STATE = "state.pt"
+FAR = 0.05
+"""A shape is missed if an expected size is further from it than this share of the whole size."""
 ADVICE = "set train_weights to false, or learn the masks before you sparsify"
 
 
@@ -61,8 +63,7 @@ def learn_masks(
     masks, steps = check(checkpoint, data, config)
     device = options.torch_device()
     refuse_input(out, checkpoint.folder)
-    if config.train_weights:
-        zeros.refuse_filling(checkpoint, "training with masks", ADVICE)
+    refuse_sparse(checkpoint, config)
     inputs = {"model": checkpoint.fingerprint, "data": data_digest(data)}
     stage = ModelDir(out, "learn_masks", config, inputs, checkpoint, data, resumable=True)
     if stage.complete:
@@ -82,6 +83,12 @@ def learn_masks(
         stage.figures += run.figures(heldout)
         _write(folder, stage, checkpoint, run, text("calibration", config.samples), data)
     return out
+
+
+def refuse_sparse(checkpoint: Checkpoint, config: LearnMasksConfig) -> None:
+    """Raise UserError for sparse weights that training would fill."""
+    if config.train_weights:
+        zeros.refuse_filling(checkpoint, "training with masks", ADVICE)
 
 
 def check(
@@ -243,6 +250,17 @@ class _MaskTraining:
     @torch.no_grad()
     def figures(self, heldout: Sequences) -> list[Figure]:
         """Expected sizes, and the held-out cross-entropy of the whole and of the cut model."""
+        say(f"learn_masks: expected sizes, and the target: {self.describe()}")
+        missed = [
+            dim
+            for dim, (now, goal) in self.sizes().items()
+            if abs(now - goal) > FAR * self.masks.before[dim]
+        ]
+        if missed:
+            say(
+                f"learn_masks: the masks did not reach the shape in {', '.join(missed)}: raise "
+                "tokens, penalty or multiplier_rate"
+            )
         sizes = [
             Figure(name=f"expected {dim}", value=now, convention=f"open masks; target {goal}")
             for dim, (now, goal) in self.sizes().items()

@@ -48,9 +48,12 @@ class PruneStage(Stage):
         open_model(model)  # raises for an unreadable model before the slow imports
         from regrow.checkpoint import load
         from regrow.profile_folder import Profile
+        from regrow.sparsity.zeros import refuse_filling
         from regrow.stages.prune.dry_run import estimate
 
         if dry_run:
+            if pruning.repair:
+                refuse_filling(load(model), "repair", FILLS_ZEROS)
             tokens = Profile(profile).info["tokens"] if profile is not None else None
             print_lines(estimate(load(model), pruning, text.sequence_length, tokens), out)
             return
@@ -67,9 +70,7 @@ class PruneStage(Stage):
         from regrow.stages.prune.dry_run import check_one_target, config_after
 
         if NOTE in plan.left and step.config.repair:
-            raise would_fill(
-                f"the weights are sparse after {plan.left[NOTE]}", "repair", FILLS_ZEROS
-            )
+            raise would_fill(plan.left[NOTE], "repair", FILLS_ZEROS)
         if not plan.profiled:
             raise UserError("put a profile stage of the same model before it")
         check_one_target(step.config)

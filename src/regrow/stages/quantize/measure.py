@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from regrow.calibration.modules import WEIGHT
 from regrow.checkpoint import Checkpoint
 from regrow.families import Family
@@ -28,8 +30,9 @@ def sizes(
     ]
     ancestor = _ancestor_parameters(before, family)
     if ancestor is not None:
-        convention = f"{ancestor:,} parameters in 16 bits, before pruning, ÷ bytes"
-        ratio = 2 * ancestor / new
+        dtype = getattr(torch, before.main_dtype)
+        convention = f"{ancestor:,} parameters in {before.main_dtype}, before pruning, ÷ bytes"
+        ratio = dtype.itemsize * ancestor / new
         name = "times smaller than the first"
         figures.append(Figure(name=name, value=ratio, convention=convention))
     return figures

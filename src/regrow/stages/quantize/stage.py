@@ -74,8 +74,6 @@ def quantize(
                 stage.figures += quality(
                     checkpoint, after, unseen, device, "KL(unquantized || quantized)"
                 )
-            if (sparsity := zeros.recorded(checkpoint)) is not None:
-                stage.extra[zeros.NOTE] = sparsity
             stage.extra["schemes"] = {module: s.name for module, s in job.chosen.items()}
             stage.extra["methods"] = {s.name: method_of(config, s) for s in job.schemes}
     manifest = stage_dir.read(out)

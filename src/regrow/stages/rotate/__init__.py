@@ -16,6 +16,8 @@ from regrow.stages._flags import Model, Text, open_model, print_lines
 if TYPE_CHECKING:
     from regrow.checkpoint import Checkpoint
 
+ADVICE = "rotate before you sparsify"
+
 
 class RotateConfig(Config):
     """The amount of text from which the principal directions are computed."""
@@ -49,8 +51,11 @@ class RotateStage(Stage):
             machine: Device and batch size.
             dry_run: Check everything and print what would be done.
         """
+        from regrow.sparsity.zeros import refuse_filling
+
         checkpoint, data = open_model(model), text.blend()
         if dry_run:
+            refuse_filling(checkpoint, "a rotation", ADVICE)
             print_lines(estimate(checkpoint, data, rotation), out)
             return
         from regrow.stages.rotate.stage import rotate
@@ -65,8 +70,7 @@ class RotateStage(Stage):
 
         check(families.of(plan.checkpoint))
         if NOTE in plan.left:
-            sparse = f"the weights are sparse after {plan.left[NOTE]}"
-            raise would_fill(sparse, "a rotation", "rotate before you sparsify")
+            raise would_fill(plan.left[NOTE], "a rotation", ADVICE)
 
     def dry_run(self, step: Step, plan: RecipePlan) -> list[str]:
         """The tokens, parameters and time of the step."""

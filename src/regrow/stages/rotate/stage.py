@@ -22,7 +22,7 @@ from regrow.runtime.precision import widen
 from regrow.runtime.progress import progress, say
 from regrow.sparsity.zeros import refuse_filling
 from regrow.stage_dir import Figure, refuse_input, require_space
-from regrow.stages.rotate import RotateConfig, basis
+from regrow.stages.rotate import ADVICE, RotateConfig, basis
 from regrow.training.text import text_for
 
 SHOWN = (0.9, 0.99)
@@ -48,7 +48,7 @@ def rotate(
     refuse_input(out, checkpoint.folder)
     family = families.of(checkpoint)
     basis.check(family)
-    refuse_filling(checkpoint, "a rotation", "rotate before you sparsify")
+    refuse_filling(checkpoint, "a rotation", ADVICE)
     inputs = {"model": checkpoint.fingerprint, "data": data_digest(data)}
     stage = ModelDir(out, "rotate", config, inputs, checkpoint, data)
     if stage.complete:

@@ -136,22 +136,40 @@ class SparsifyStage(Stage):
         sparsify(checkpoint, out, sparsification, data, machine.options())
 
     def check(self, step: Step, plan: RecipePlan) -> None:
-        """Raise UserError for modules or widths that do not fit; widths of a cut are not known."""
-        from regrow.stages.sparsify.stage import check, check_width
+        """Raise UserError for modules, widths and an earlier model that do not fit.
 
-        changed: dict[str, Any] = {"pattern": None}
-        if _is_earlier_stage(step, plan):
-            changed["rewind_to"] = None
-        check(plan.checkpoint, step.config.model_copy(update=changed), plan.data)
-        if plan.config_now is not None:
-            for name, shape in plan.family.expected(plan.config_now).items():
-                check_width(step.config, name, shape)
+        Where the sizes of a cut are searched for, only the names of modules are known.
+        """
+        from regrow.stages.sparsify.stage import check_shapes, choose_modules, earlier_shapes
+
+        config, here = step.config, _shapes(plan, plan.config_now)
+        if here is None:
+            patterns = config.model_copy(update={"pattern": None, "sparsity": None})
+            choose_modules(plan.family, patterns, plan.checkpoint.shapes)
+        else:
+            choose_modules(plan.family, config, here)
+        if config.rewind_to is None:
+            return
+        number = _earlier_stage(step, plan)
+        there = (
+            earlier_shapes(config.rewind_to)
+            if number is None
+            else _shapes(plan, plan.configs[number - 1])
+        )
+        if here is not None and there is not None:
+            check_shapes(config.rewind_to, there, here, "the model of this stage")
+
+    def dry_run(self, step: Step, plan: RecipePlan) -> list[str]:
+        """The zeros, the bytes and the time, if the model is the recipe's own."""
+        if plan.config_now != plan.checkpoint.config or step.config.rewind_to is not None:
+            return super().dry_run(step, plan)
+        return estimate(plan.checkpoint, plan.data, step.config)
 
     def leave(self, step: Step, plan: RecipePlan) -> None:
         """Note in the plan that the weights are sparse from here on."""
         from regrow.sparsity.zeros import NOTE
 
-        plan.left[NOTE] = step.location
+        plan.left[NOTE] = f"the weights are sparse after {step.location}"
 
     def run(self, step: Step, run: RecipeRun, folder: str) -> None:
         """Sparsify the current model."""
@@ -164,14 +182,19 @@ class SparsifyStage(Stage):
         run.add("sparse", run.folder(folder))
 
 
-def _is_earlier_stage(step: Step, plan: RecipePlan) -> bool:
-    """Whether `rewind_to` is the folder of an earlier stage of the recipe that writes a model.
+def _shapes(plan: RecipePlan, config: dict[str, Any] | None) -> dict[str, tuple[int, ...]] | None:
+    """The shape of each tensor of a model with this config, which may not be known."""
+    return None if config is None else plan.family.expected(config)
 
-    Raises UserError for the folder of a later stage, or of one that writes none.
+
+def _earlier_stage(step: Step, plan: RecipePlan) -> int | None:
+    """The number of the earlier stage whose folder `rewind_to` is; None if it is another folder.
+
+    Raises UserError for the folder of a later stage, or of one that writes no model.
     """
     name = step.config.rewind_to
     if name is None or not re.fullmatch(r"\d\d-\w+", name):
-        return False
+        return None
     here = next(n for n, each in enumerate(plan.steps) if each is step)
     folders = [
         f"{number:02d}-{each.name}"
@@ -183,7 +206,7 @@ def _is_earlier_stage(step: Step, plan: RecipePlan) -> bool:
         raise UserError(
             f"rewind_to {name}: give an earlier stage that writes a model ({known}), or a folder"
         )
-    return True
+    return int(name[:2])
 
 
 def estimate(checkpoint: Checkpoint, data: DataConfig | None, config: SparsifyConfig) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from regrow.calibration.modules import (
     check_patterns,
     first_match,
     is_router,
-    linear_modules,
 )
 from regrow.calibration.quality import quality, report
 from regrow.calibration.text import calibration_text
@@ -28,6 +27,7 @@ from regrow.card import ModelDir
 from regrow.checkpoint import Checkpoint, load
 from regrow.checkpoint import checkpoint as checkpoints
 from regrow.checkpoint.bitmask import stored_bytes
+from regrow.checkpoint.model_config import HEAD
 from regrow.config import Options
 from regrow.data import DataConfig
 from regrow.data.sources import data_digest
@@ -40,7 +40,9 @@ from regrow.sparsity import zeros
 from regrow.sparsity.pattern import Sparsity
 from regrow.stage_dir import Figure, refuse_input, require_space
 from regrow.stages.sparsify import METHODS, SparsifyConfig
+from regrow.training.rates import RANDOM_WEIGHTS, has_random_weights
 
+Shapes = Mapping[str, tuple[int, ...]]
 FOR_EXPERTS = "magnitude"
 """The method for experts, whose inputs are not recorded."""
 
@@ -84,11 +86,18 @@ def sparsify(
             stage.figures += sizes(after, job.modules)
             if unseen and job.early is None:
                 stage.figures += quality(checkpoint, after, unseen, device, "KL(dense || sparse)")
-            stage.extra[zeros.NOTE] = str(job.target)
+            stage.extra[zeros.NOTE] = _measured(job.target, stage.figures)
+            stage.extra[RANDOM_WEIGHTS] = has_random_weights(job.early or checkpoint) or None
     manifest = stage_dir.read(out)
     assert manifest is not None
     print(report("sparse", out, manifest["figures"]))
     return out
+
+
+def _measured(target: Sparsity, figures: list[Figure]) -> str:
+    """The pattern, or the share of zeros that there is: earlier zeros may be more than asked."""
+    share = next(figure.value for figure in figures if figure.name == "zeros")
+    return str(target) if target.of else f"{share:.3g}"
 
 
 def check(checkpoint: Checkpoint, config: SparsifyConfig, data: DataConfig | None) -> SparsifySetup:
@@ -96,7 +105,24 @@ def check(checkpoint: Checkpoint, config: SparsifyConfig, data: DataConfig | Non
     if checkpoint.quantized:
         raise UserError(f"{checkpoint.folder} is quantized: sparsify first and quantize last")
     family = families.of(checkpoint)
-    inside = [m for m in linear_modules(checkpoint) if m.startswith("model.layers.")]
+    chosen = choose_modules(family, config, checkpoint.shapes)
+    early = None if config.rewind_to is None else earlier(config.rewind_to, checkpoint)
+    setup = SparsifySetup(checkpoint, family, config, chosen, early)
+    if setup.calibrates and data is None:
+        raise UserError(
+            f"{config.method} calibrates on text: give data, or the method magnitude, which loses "
+            "far more"
+        )
+    return setup
+
+
+def choose_modules(family: Family, config: SparsifyConfig, shapes: Shapes) -> list[str]:
+    """The modules of a model with these tensors; raises UserError for what does not fit."""
+    inside = [
+        name.removesuffix(WEIGHT)
+        for name, shape in shapes.items()
+        if len(shape) == 2 and name.startswith("model.layers.")
+    ]
     check_patterns({"keep": config.keep}, inside)
     chosen = [
         module
@@ -108,38 +134,55 @@ def check(checkpoint: Checkpoint, config: SparsifyConfig, data: DataConfig | Non
             f"nothing is left to sparsify: keep {list(config.keep)} matches every module"
         )
     for module in chosen:
-        check_width(config, module + WEIGHT, checkpoint.shapes[module + WEIGHT])
-    early = None if config.rewind_to is None else earlier(config.rewind_to, checkpoint)
-    setup = SparsifySetup(checkpoint, family, config, chosen, early)
-    if setup.calibrates and data is None:
-        raise UserError(
-            f"{config.method} calibrates on text: give data, or the method magnitude, which loses "
-            "far more"
-        )
-    return setup
+        check_width(config, module, shapes[module + WEIGHT][1])
+    return chosen
 
 
 def earlier(model: str, checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint to rewind to; raises UserError if it is none of the same model."""
     early = load(model)
-    for name, shape in checkpoint.shapes.items():
-        if early.shapes.get(name) != shape:
-            there = list(early.shapes[name]) if name in early.shapes else "missing"
-            raise UserError(
-                f"rewind_to {model}: {name} is {there} there and {list(shape)} in "
-                f"{checkpoint.folder}: give an earlier checkpoint of that model"
-            )
+    check_shapes(model, _own_shapes(early), _own_shapes(checkpoint), str(checkpoint.folder))
     return early
 
 
-def check_width(config: SparsifyConfig, name: str, shape: tuple[int, ...]) -> None:
-    """Raise UserError for a matrix of a layer whose rows are not a whole number of groups of M."""
-    group, module = config.target.of, name.removesuffix(WEIGHT)
-    if not group or len(shape) != 2 or not name.startswith("model.layers."):
-        return
-    if shape[1] % group and first_match(config.keep, module) is None:
+def earlier_shapes(model: str) -> Shapes:
+    """The shape of each tensor of the checkpoint to rewind to."""
+    return _own_shapes(load(model))
+
+
+def _own_shapes(checkpoint: Checkpoint) -> Shapes:
+    """The shapes without the head that some folders also store although it is the embedding."""
+    tied = checkpoint.tied
+    return {name: s for name, s in checkpoint.shapes.items() if not (tied and name == HEAD)}
+
+
+def check_shapes(rewind_to: str, early: Shapes, now: Shapes, place: str) -> None:
+    """Raise UserError if the tensors of the two models differ in names or shapes."""
+    for name in sorted({*early, *now}):
+        if early.get(name) != now.get(name):
+            there, here = (
+                list(shapes[name]) if name in shapes else "missing" for shapes in (early, now)
+            )
+            raise UserError(
+                f"rewind_to {rewind_to}: {name} is {there} there and {here} in {place}: give an "
+                "earlier checkpoint of that model"
+            )
+
+
+def check_width(config: SparsifyConfig, module: str, columns: int) -> None:
+    """Raise UserError for rows that are no whole number of groups of M, or that would be empty."""
+    group, share = config.target.of, config.target.share
+    per_row = getattr(plugins.load(METHODS, config.method), "PER_ROW", False)
+    if not group and per_row and round(share * columns) in (0, columns):
+        none = "none" if round(share * columns) == 0 else "all"
         raise UserError(
-            f"pattern {config.pattern}: {module} has {shape[1]} columns, which is no multiple of "
+            f"sparsity {share:g}: {config.method} counts in each row, and of the {columns} weights "
+            f"of a row of {module} {none} would become zero: give another share, or the method "
+            "sparsegpt or magnitude"
+        )
+    if group and columns % group:
+        raise UserError(
+            f"pattern {config.pattern}: {module} has {columns} columns, which is no multiple of "
             f"{group}: give a sparsity instead, prune to a multiple of {group}, or add the module "
             "to keep"
         )
@@ -196,8 +239,7 @@ class SparsifySetup:
                 calibrated = set(self.modules) - set(self.experts)
                 work = (checkpoint, self.family, self.modules, calibrated, batches)
                 LayerPass("sparsify", *work, change, device, Spill(Path(place) / "streams")).run()
-            source = self.early or checkpoint
-            layout = {name: source.meta(name) for name in checkpoint.names()}
+            layout = {name: checkpoint.meta(name) for name in checkpoint.names()}
             tensors = self._tensors(waiting, device)
             checkpoints.write(folder, checkpoint.config, layout, tensors, like=checkpoint)
         copy_plans(checkpoint.folder, folder)
@@ -228,11 +270,15 @@ class SparsifySetup:
                 tensor = waiting.get(module)
             elif module in self.modules:
                 tensor = self.new_weight(module, tensor.to(device), None).cpu()
-            if self.early is not None:
-                zero = tensor == 0 if module in self.modules else None
-                tensor = self.early.tensor(name)
-                tensor = tensor if zero is None else tensor.masked_fill(zero, 0)
-            yield name, tensor
+            yield name, tensor if self.early is None else self._rewound(name, tensor)
+
+    def _rewound(self, name: str, tensor: Tensor) -> Tensor:
+        """The values of the earlier checkpoint, with the zeros of all rounds."""
+        assert self.early is not None
+        early = self.early.tensor(name).to(tensor.dtype)
+        matrix = name.startswith("model.layers.") and tensor.ndim > 1
+        zero = zeros.held(tensor, 0.0) if matrix else None
+        return early if zero is None else early.masked_fill(zero, 0)
 
 
 def sizes(after: Checkpoint, modules: list[str]) -> list[Figure]:
@@ -244,7 +290,8 @@ def sizes(after: Checkpoint, modules: list[str]) -> list[Figure]:
         weight = after.tensor(name)
         values = int((weight != 0).sum())
         zero, count = zero + weight.numel() - values, count + weight.numel()
-        saved += after.bytes(name) - stored_bytes(after.shapes[name], values, weight.itemsize)
+        as_bitmask = stored_bytes(after.shapes[name], values, weight.itemsize)
+        saved += max(0, after.bytes(name) - as_bitmask)
     every = sum(math.prod(shape) for shape in after.shapes.values())
     return [
         Figure(name="zeros", value=zero / count, n=count, convention="of the sparse matrices"),
@@ -254,6 +301,7 @@ def sizes(after: Checkpoint, modules: list[str]) -> list[Figure]:
             name="bytes as bitmask",
             value=total - saved,
             unit="bytes",
-            convention="the values that are not zero, and a bit per weight of the sparse matrices",
+            convention="as export --type bitmask stores them: where that is smaller, a bit per "
+            "weight and the values that are not zero",
         ),
     ]

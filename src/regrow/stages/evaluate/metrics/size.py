@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from transformers import PreTrainedModel
 
 from regrow import families
+from regrow.checkpoint import Checkpoint
 from regrow.checkpoint.bitmask import SERVED, stored_bytes
 from regrow.sparsity import zeros
 from regrow.stage_dir import Figure
@@ -33,34 +34,49 @@ def measure(model: EvalModel, context: Context) -> MetricResult:
     figures = _figures(parameters, stored, "tied weights counted once", convention)
     if checkpoint.quantized:
         figures.append(_bits(stored, parameters))
-    return MetricResult([*figures, *_zeros(model, parameters, stored)])
+    own = _zeros_loaded(model.model) if checkpoint.quantized else _zeros_stored(checkpoint)
+    return MetricResult([*figures, *_zeros(*own, parameters, stored)])
 
 
-def _zeros(model: FolderEvalModel, parameters: int, stored: int) -> list[Figure]:
-    """Share of zeros and bytes as bitmasks; none of these figures for a model that is dense."""
+def _zeros_stored(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Zeros in the sparse matrices of a checkpoint, and the bytes that bitmasks save."""
+    count = saved = 0
+    least = max(zeros.least_share(checkpoint), 1e-9)
+    for _, weight in zeros.weights(checkpoint):
+        if not zeros.is_sparse(weight, least):
+            continue
+        here = int((weight == 0).sum())
+        small = stored_bytes(tuple(weight.shape), weight.numel() - here, weight.itemsize)
+        count, saved = count + here, saved + max(0, weight.nbytes - small)
+    return count, saved
+
+
+def _zeros_loaded(model: PreTrainedModel) -> tuple[int, int]:
+    """Zeros in the sparse matrices of a quantized model, for which there are no bitmasks."""
     sparse = [
         weight
-        for name, weight in model.model.named_parameters()
+        for name, weight in model.named_parameters()
         if ".layers." in name and weight.ndim > 1 and zeros.is_sparse(weight)
     ]
-    if not sparse:
+    return sum(int((weight == 0).sum()) for weight in sparse), 0
+
+
+def _zeros(count: int, saved: int, parameters: int, stored: int) -> list[Figure]:
+    """Share of zeros and bytes as bitmasks; none of these figures for a model that is dense."""
+    if not count:
         return []
-    count = sum(int((weight == 0).sum()) for weight in sparse)
     convention = "exact zeros in the sparse matrices ÷ all parameters"
     figures = [Figure(name="zeros", value=count / parameters, convention=convention)]
-    if model.checkpoint.quantized or any(weight.ndim != 2 for weight in sparse):
-        return figures  # bitmasks are written for plain matrices only
-    size = getattr(torch, model.checkpoint.main_dtype).itemsize
-    saved = sum(
-        weight.numel() * size - stored_bytes(tuple(weight.shape), int((weight != 0).sum()), size)
-        for weight in sparse
-    )
-    convention = f"as regrow export --type bitmask stores them; {SERVED}"
-    name = "bytes_as_bitmask"
-    return [
-        *figures,
-        Figure(name=name, value=stored - saved, unit="bytes", convention=convention),
-    ]
+    if saved:
+        figures.append(
+            Figure(
+                name="bytes_as_bitmask",
+                value=stored - saved,
+                unit="bytes",
+                convention=f"as regrow export --type bitmask stores them; {SERVED}",
+            )
+        )
+    return figures
 
 
 def _of_file(file: GgufFile) -> MetricResult:

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from regrow.sparsity.pattern import Sparsity
 
 NEEDS_GRAM = True
+PER_ROW = True
 
 
 def sparsify(
