@@ -173,6 +173,10 @@ TARGETS: dict[str, tuple[dict[str, Any], str]] = {
     "share": ({"keep_params": 0.02}, "keep_params 0.02: no shape with widths that are multiples"),
     "multiple and share": ({"keep_params": 0.83, "multiple_of": 64}, "keep_params 0.83: no shape"),
     "nothing": ({}, "no target to prune to"),
+    "the same size": (
+        {"num_layers": 3},
+        "num_layers 3: the model has that already, so nothing is cut; give less",
+    ),
     "two targets": ({"keep_params": 0.8, "num_layers": 2}, "keep_params, or sizes"),
     "no plan": ({"plan": "nowhere.json"}, "no plan at nowhere.json"),
     "share over one": ({"keep_params": 1.5}, "less than 1 (given: 1.5)"),
@@ -190,6 +194,28 @@ def test_a_bad_target_is_refused(kind: str, place: Path, untouched: Path, refuse
     recipe = recipe_fields(place / "model", place / "text.jsonl", PROFILE, {"prune": fields})
     write_recipe(place / "recipe.yaml", recipe)
     assert expected in refused("run", place / "recipe.yaml", "--out", untouched)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "inspect"])
+def test_a_batch_of_no_sequences_is_refused(
+    name: str, place: Path, untouched: Path, refused: Refused
+) -> None:
+    given = command(name, place, place / "model", untouched)
+    for size in (0, -1):
+        assert "--batch-size: " in refused(*given, "--batch-size", size)
+
+
+@pytest.mark.parametrize("name", ["profile", "distill", "prune"])
+def test_sequences_beyond_the_models_positions_are_refused(
+    name: str, place: Path, untouched: Path, refused: Refused
+) -> None:
+    given = ["prune", place / "model", "--profile", place / "profile", "--out", untouched]
+    given += ["--keep-params", 0.8, "--multiple-of", 4, "--data", place / "text.jsonl"]
+    if name != "prune":
+        given = [*command(name, place, place / "model", untouched)]
+    given += ["--batch-tokens", 4096] if name == "distill" else []
+    told = refused(*given, "--sequence-length", 4096, at_once=False)
+    assert "sequence_length 4096 is longer than" in told and "positions): set it to" in told
 
 
 def test_allow_sibling_without_a_plan_is_refused(
@@ -250,3 +276,35 @@ def test_a_report_as_first_stage_is_refused(
     )
     message = refused("run", recipe, "--out", untouched, *flags)
     assert message.startswith("stages.0.report: nothing to report on: put it after the stages")
+
+
+WRONG_FLAGS: dict[str, tuple[list[object], str]] = {
+    "no source": (["--data"], "--data: the list is empty"),
+    "a weight": (["--data-weights", -1], "--data-weights: Input should be greater than 0"),
+    "a length": (["--sequence-length", 4], "--sequence-length: Input should be greater than"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_FLAGS)
+def test_errors_name_the_flag(kind: str, place: Path, untouched: Path, refused: Refused) -> None:
+    flags, expected = WRONG_FLAGS[kind]
+    given = command("profile", place, place / "model", untouched)
+    assert refused(*given, *flags).startswith(expected)
+
+
+def test_errors_of_lists_and_weights_name_the_flag(
+    place: Path, untouched: Path, refused: Refused
+) -> None:
+    evaluate = command("evaluate", place, place / "model", untouched)
+    told = refused(*evaluate, "--prefill-tokens", 0)
+    assert told.startswith("--prefill-tokens: Input should be greater than")
+    told = refused(*evaluate, "--texts", "a", "nofile.txt", "--window", 64, at_once=False)
+    assert told.startswith("nofile.txt: no such file or folder; check the path")
+    assert "`data`" not in told
+
+
+def test_a_dry_run_refuses_a_folder_with_other_files(place: Path, refused: Refused) -> None:
+    (place / "out").mkdir()
+    (place / "out" / "mine").write_text("mine")
+    given = command("run", place, place / "model", place / "out")
+    assert "has files that are not from regrow" in refused(*given, "--dry-run")

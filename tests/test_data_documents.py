@@ -165,7 +165,7 @@ def test_templates_that_cannot_be_used_are_refused() -> None:
         ({"body": 1, "titel": 2}, "the row has the keys body, titel; it needs `text`"),
         ({}, "has the keys none"),
         ({"prompt": "only"}, "has the keys prompt;"),
-        ({"text": None}, "`text` is of type NoneType"),
+        ({"text": None}, "`text` is null"),
         ({"question": "a", "answer": 4}, "`answer` is of type int"),
         ({"messages": "hello"}, "`messages` must be a list"),
         ({"messages": []}, "`messages` must be a list"),

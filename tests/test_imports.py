@@ -141,7 +141,7 @@ def test_the_tests_see_every_kind_of_import(tmp_path: Path) -> None:
 
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "plotly", "pandas", "numpy"}
-OWN_FOR_HELP, OWN_FOR_A_REFUSAL = 42, 36
+OWN_FOR_HELP, OWN_FOR_A_REFUSAL = 42, 37
 """How many modules of ours a command may import to print its help, and to refuse a model."""
 LIGHT = {
     "an import": ["-c", "import regrow"],

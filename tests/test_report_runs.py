@@ -390,6 +390,16 @@ def test_costs_equal_hand_computed_values(tmp_path: Path) -> None:
     assert rows[-1][0] == "all" and rows[-1][2] == "434.2 k"
 
 
+def test_the_choice_of_a_shape_has_a_row_of_its_own(tmp_path: Path) -> None:
+    run = folders.gather([write_run(tmp_path / "run")], [])[0]
+    name = next(name for name, each in run.manifests.items() if each["stage"] == "prune")
+    before = sum(each.seconds for each in costs_of(run))
+    run.manifests[name]["figures"].append({"name": "choice of shape", "value": 40.0, "unit": "s"})
+    costs = {each.stage: each.seconds for each in costs_of(run)}
+    assert costs[f"{name}, choice of shape"] == 40.0
+    assert sum(costs.values()) == pytest.approx(before + 40)
+
+
 def test_a_cached_teacher_and_adapters_cost_less(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     path = folder / "stages" / "03-distill" / "manifest.json"

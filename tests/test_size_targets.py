@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from test_choose import SMOLLM2
 
 from regrow import cost, families
+from regrow.cost.units import size_text
 from regrow.errors import UserError
 from regrow.pruning.config import PruneConfig, bytes_of
 from regrow.quantization import formats
@@ -115,7 +116,7 @@ def test_a_share_and_a_limit_are_both_met() -> None:
         assert abs(shape.parameters / 134_515_008 - 0.8) <= 0.01
         assert target.within(shape.sizes)
     tight = config.model_copy(update={"max_bytes": "60MB"})
-    with pytest.raises(UserError, match=r"keep_params 0\.8, max_bytes 60\.0 MB: no shape"):
+    with pytest.raises(UserError, match=r"keep_params 0\.8, max_bytes 60 MB: no shape"):
         candidates(LLAMA, SMOLLM2, target_of(LLAMA, SMOLLM2, tight), 32)
 
 
@@ -129,16 +130,25 @@ def test_small_limits_are_kept_by_cutting_all_axes() -> None:
 def test_a_limit_below_the_minimum_is_refused_with_the_minimum() -> None:
     smallest_shape = smallest(LLAMA, SMOLLM2, 32)
     families.check_sizes(LLAMA, SMOLLM2, smallest_shape, 32)
-    takes = cost.file_bytes(LLAMA, SMOLLM2, "bf16", smallest_shape) / 1e6
+    takes = size_text(cost.file_bytes(LLAMA, SMOLLM2, "bf16", smallest_shape), up=True)
     target = target_of(LLAMA, SMOLLM2, PruneConfig(max_bytes="1MB"))
-    with pytest.raises(
-        UserError, match=rf"max_bytes 1\.0 MB: the smallest .* takes {takes:.1f} MB"
-    ):
+    with pytest.raises(UserError, match=rf"max_bytes 1 MB: the smallest .* takes {takes} in bf16"):
         candidates(LLAMA, SMOLLM2, target, 32)
+    told = PruneConfig(max_bytes=takes)
+    assert candidates(LLAMA, SMOLLM2, target_of(LLAMA, SMOLLM2, told), 32)
     reachable = PruneConfig(max_bytes=str(cost.file_bytes(LLAMA, SMOLLM2, "bf16", smallest_shape)))
     assert candidates(LLAMA, SMOLLM2, target_of(LLAMA, SMOLLM2, reachable), 32)
     target = target_of(LLAMA, SMOLLM2, PruneConfig(max_bytes="900MB"))
-    with pytest.raises(UserError, match=r"the whole model takes 269\.0 MB in bf16: nothing to cut"):
+    with pytest.raises(UserError, match=r"the whole model takes 269 MB in bf16: nothing to cut"):
         candidates(LLAMA, SMOLLM2, target, 32)
     with pytest.raises(UserError, match=r"no format named 'q4_k' — did you mean"):
         target_of(LLAMA, SMOLLM2, PruneConfig(max_bytes="80MB", format="q4_k"))
+
+
+def test_sizes_have_three_digits_by_hand() -> None:
+    shown = {7: "7 bytes", 999: "999 bytes", 1000: "1 kB", 12_340: "12.3 kB", 40_500: "40.5 kB"}
+    shown |= {999_600: "1 MB", 16_381_470_720: "16.4 GB", 1_234_567_890_123: "1,230 GB"}
+    assert {size: size_text(size) for size in shown} == shown
+    up = {12_301: "12.4 kB", 12_300: "12.3 kB", 999_001: "1 MB", 7.2: "8 bytes"}
+    assert {size: size_text(size, up=True) for size in up} == up
+    assert all(bytes_of(text.removesuffix("ytes")) >= size for size, text in up.items())

@@ -278,5 +278,6 @@ def text_in(row: dict[str, Any], key: str, location: str) -> str:
     """The text under a key; raises UserError, which names `location`, if the value is not text."""
     value = row[key]
     if not isinstance(value, str):
-        raise UserError(f"{location}: `{key}` is of type {type(value).__name__}; it must be text")
+        kind = "null" if value is None else f"of type {type(value).__name__}"
+        raise UserError(f"{location}: `{key}` is {kind}; it must be text")
     return str(_without_surrogates(value, location))

@@ -20,15 +20,28 @@ from regrow.errors import UserError
 from regrow.plan import Plan, compose
 from regrow.profile_folder import Profile
 from regrow.pruning.choose import choose, full_sizes
-from regrow.pruning.config import PruneConfig
+from regrow.pruning.config import SEARCH, SIZES, PruneConfig
 from regrow.pruning.cut import check, cut_config, cut_folder
 from regrow.pruning.repair import REPAIR, Repaired, RepairSetup
 from regrow.pruning.vocabulary import check_vocab_size
 from regrow.runtime.progress import say
+from regrow.sparsity import zeros
+from regrow.sparsity.pattern import parse
 from regrow.stage_dir import Figure, digest, refuse_input, require_space, write_json
+from regrow.training.rates import RANDOM_WEIGHTS, has_random_weights
 
 DEEP = 0.6  # below this share of the parameters, one round cuts too much (Minitron: 1/3 a round)
 RUN_BYTES = 500_000_000
+
+
+@dataclass(frozen=True)
+class Search:
+    """The choice of a shape that comes before a cut."""
+
+    digest: str
+    """Hash of what it was asked."""
+    seconds: float | None
+    """The time that it took; None if it was made before."""
 
 
 def prune_to_sizes(
@@ -37,16 +50,16 @@ def prune_to_sizes(
     config: PruneConfig,
     profile: str | Path | Profile | None = None,
     extra: dict[str, object] | None = None,
-    search: str | None = None,
+    search: Search | None = None,
     options: Options | None = None,
 ) -> Path:
     """Cut a checkpoint, tensor by tensor from disk to disk, to explicit sizes or a given plan.
 
     A repair is applied only if it brings the cut model closer to the dense model on text that was
-    not used to fit it. `extra` (the table of a shape search) is written next to the plan; `search`
-    is a digest of the search. If the model is itself the result of a cut, a second plan with the
-    ids of the first model is written. Raises UserError for an impossible shape, a profile or plan
-    of another model, or a missing input.
+    not used to fit it. `extra` (the table of a shape search) is written next to the plan. If the
+    model is itself the result of a cut, a second plan with the ids of the first model is written.
+    Raises UserError for an impossible shape, for sizes that cut nothing, for a profile or plan of
+    another model, and for a missing input.
     """
     out = Path(out)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
@@ -86,20 +99,33 @@ def prune_to_sizes(
         for name, value in (extra or {}).items():
             write_json(folder / f"{name}.json", value)
         stage.figures += _figures(before, after, trial)
+        if search is not None and search.seconds is not None:
+            stage.figures.append(Figure(name=SEARCH, value=search.seconds, unit="s"))
+        stage.extra[zeros.NOTE] = _sparsity_after(checkpoint, plan)
+        stage.extra[RANDOM_WEIGHTS] = has_random_weights(checkpoint) or None
         stage.extra["repair"] = {} if trial.accepted is None else trial.accepted.solutions
         prove_reload(folder)
     return out
 
 
+def _sparsity_after(checkpoint: Checkpoint, plan: Plan) -> str | None:
+    """The note on the zeros; a cut of widths breaks the groups of N:M, and leaves a share."""
+    noted = zeros.recorded(checkpoint)
+    cut = {dim for dim in plan.before if plan.after[dim] != plan.before[dim]}
+    if noted is None or ":" not in noted or not cut - {"layers", "vocab", "experts"}:
+        return noted
+    return f"{parse(noted).share:g}"
+
+
 def _inputs(
-    checkpoint: Checkpoint, plan: Plan, profile: Profile | None, search: str | None
+    checkpoint: Checkpoint, plan: Plan, profile: Profile | None, search: Search | None
 ) -> dict[str, str]:
     """Hashes of all inputs other than the config."""
     hashes = {"model": checkpoint.fingerprint, "plan": plan.digest()}
     if profile is not None:
         hashes["profile"] = digest(profile.info)
     if search is not None:
-        hashes["search"] = search
+        hashes["search"] = search.digest
     return hashes
 
 
@@ -243,9 +269,17 @@ def check_target(checkpoint: Checkpoint, config: PruneConfig) -> None:
     family = families.of(checkpoint)
     before = family.sizes(checkpoint.config)
     after = full_sizes(family, before, config.sizes())
+    check_cuts(config, before, after)
     families.check_sizes(family, checkpoint.config, after, config.multiple_of)
     if after["vocab"] != before["vocab"]:
         check_vocab_size(checkpoint, after["vocab"])
+
+
+def check_cuts(config: PruneConfig, before: dict[str, int], after: dict[str, int]) -> None:
+    """Raise UserError for sizes that are those of the model."""
+    if config.sizes() and after == before:
+        given = ", ".join(f"{SIZES[dim]} {size}" for dim, size in config.sizes().items())
+        raise UserError(f"{given}: the model has that already, so nothing is cut; give less")
 
 
 def describe(plan: Plan) -> str:

@@ -23,6 +23,8 @@ GRID_HIDDEN = (1.0, 0.95, 0.9, 0.85, 0.8)
 SCALES = tuple(n / 20 for n in range(19, 0, -1))
 
 
+FINER = (64, 32, 16, 8, 4, 2, 1)
+"""Steps of the widths that an error suggests, if they meet the target."""
 Fixed = tuple[str, Sizes, tuple[str, ...]]
 """A shape's name, its fixed sizes, and the free dimensions to try in turn to meet the target."""
 
@@ -50,6 +52,18 @@ def candidates(
     meets the target.
     """
     aim = target if isinstance(target, Target) else Target(keep_params=target)
+    shapes = _candidates(family, config, aim, multiple_of)
+    if not shapes:
+        finer = (step for step in FINER if step < multiple_of)
+        works = next((step for step in finer if _candidates(family, config, aim, step)), None)
+        raise refuse(family, config, aim, multiple_of, works)
+    return shapes
+
+
+def _candidates(
+    family: Family, config: dict[str, Any], aim: Target, multiple_of: int
+) -> list[Shape]:
+    """The shapes of `candidates`; none if no shape meets the target."""
     full, model = family.sizes(config), (family, config, multiple_of)
     free = free_dims(family)
     fixed: list[Fixed] = [(dim, {}, (dim,)) for dim in free]
@@ -70,8 +84,6 @@ def candidates(
         alike = _alike(*model)
         tried = (_meet(family, config, aim, multiple_of, *cut, free[-1]) for cut in alike)
         shapes = [shape for shape in tried if shape is not None][:1]
-    if not shapes:
-        raise refuse(family, config, aim, multiple_of)
     return shapes
 
 

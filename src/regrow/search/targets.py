@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from regrow import cost, families
+from regrow.cost.units import size_text
 from regrow.errors import UserError
 from regrow.families import Family
 from regrow.pruning.config import PruneConfig, bytes_of
@@ -30,9 +32,11 @@ class Limit:
     basis: str
     """The weight format and the length that it is computed for, for messages."""
 
-    def show(self, value: float) -> str:
-        """The value with its unit."""
-        return f"{value:.1f} ms" if self.key.endswith("_ms") else f"{value / 1e6:,.1f} MB"
+    def show(self, value: float, up: bool = False) -> str:
+        """The value with its unit; with `up`, a limit of that text is met by the value."""
+        if not self.key.endswith("_ms"):
+            return size_text(value, up)
+        return f"{math.ceil(10 * value) / 10 if up else value:.1f} ms"
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,17 @@ def target_of(family: Family, config: dict[str, Any], prune: PruneConfig) -> Tar
     return Target(prune.keep_params, tuple(limits))
 
 
-def refuse(family: Family, config: dict[str, Any], target: Target, multiple_of: int) -> UserError:
-    """The error for a target that no shape meets, with the reason and the nearest value."""
+def refuse(
+    family: Family,
+    config: dict[str, Any],
+    target: Target,
+    multiple_of: int,
+    works: int | None = None,
+) -> UserError:
+    """The error for a target that no shape meets, with the reason and the nearest value.
+
+    `works` is a smaller step of the widths that meets it.
+    """
     full = family.sizes(config)
     if target.keep_params is None and target.within({}):
         now = ", ".join(f"{x.show(x.value({}))} {x.basis}" for x in target.limits)
@@ -96,20 +109,20 @@ def refuse(family: Family, config: dict[str, Any], target: Target, multiple_of: 
         if limit.value(least) > limit.most:
             return UserError(
                 f"{limit.key} {limit.show(limit.most)}: the smallest shape this model can be cut "
-                f"to takes {limit.show(limit.value(least))} {limit.basis} ({shape}); give at least "
-                "that"
+                f"to takes {limit.show(limit.value(least), up=True)} {limit.basis} ({shape}); "
+                "give at least that"
             )
     share = family.count(config, least) / family.count(config, full)
     if target.keep_params is not None and target.keep_params < share:
         shape = f"; the smallest shape it can be cut to keeps {share:.3f} ({shape})"
     else:
         shape = ""
+    far = "comes near it"
+    if target.keep_params is not None:
+        far = f"keeps that share within {TOLERANCE}"
+    advice = "change it" if works is None else f"give multiple_of {works}, or change it"
     return UserError(
-        f"{target}: no shape with widths that are multiples of {multiple_of} keeps that share "
-        f"within {TOLERANCE}; change it or lower multiple_of{shape}"
-        if target.keep_params is not None
-        else f"{target}: no shape with widths that are multiples of {multiple_of} comes near it; "
-        "change it or lower multiple_of"
+        f"{target}: no shape with widths that are multiples of {multiple_of} {far}; {advice}{shape}"
     )
 
 

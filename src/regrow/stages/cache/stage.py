@@ -273,8 +273,14 @@ def _finish(
         )
     stage.figures += [
         Figure(name="tokens", value=tokens, unit="tokens", convention="scored, to train on"),
-        Figure(name="bytes", value=size + stores["heldout"].bytes(), unit="bytes"),
+        Figure(name="bytes of the training text", value=size, unit="bytes"),
         Figure(name="bytes per token", value=size / tokens, unit="bytes", n=tokens),
+        Figure(
+            name="bytes of the held-out text",
+            value=stores["heldout"].bytes(),
+            unit="bytes",
+            convention="stored exactly",
+        ),
     ]
     figures = {**measured, "bytes per token": size / tokens}
     header = header.model_copy(update={"figures": figures})

@@ -47,7 +47,7 @@ TITLES = {
     "exact_answers_kept": "kept",
     "acceptance": "accepted",
     "accepted_length": "tokens/pass",
-    "draft_speedup": "× speed",
+    "draft_speedup": "× speed by bytes",
     "bytes": "MB",
     "bits_per_weight": "bits/weight",
     "bytes_as_bitmask": "MB as bitmask",

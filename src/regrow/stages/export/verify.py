@@ -87,11 +87,13 @@ class Proof:
     def lines(self) -> list[str]:
         """The lines to print in the terminal."""
         equal = self.greedy_equal == self.greedy_tokens
-        greedy = "equal" if equal else f"differs after {self.greedy_equal} tokens"
+        greedy = f"equal in all {self.greedy_tokens} tokens"
+        if not equal:
+            greedy = f"different from token {self.greedy_equal + 1} of {self.greedy_tokens} on"
         lines = [
             f"verified: llama.cpp against transformers, {self.positions} positions of {self.text}: "
             f"KL {self.kl:.2e} nats (worst {self.worst:.1e}), same top token {self.same_top:.1%}, "
-            f"greedy {greedy} ({self.greedy_tokens})"
+            f"greedy continuation {greedy}"
         ]
         if self.first_difference is not None:
             lines.append(f"  llama.cpp tokenizes this text differently: {self.first_difference}")

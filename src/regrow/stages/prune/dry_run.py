@@ -20,7 +20,7 @@ from regrow.errors import UserError
 from regrow.families import Family
 from regrow.pruning.choose import full_sizes
 from regrow.pruning.config import PLAIN, PruneConfig
-from regrow.pruning.prune import make_plan
+from regrow.pruning.prune import check_cuts, make_plan
 from regrow.pruning.repair import REPAIR
 from regrow.runtime.progress import clock
 from regrow.search.score import SCORER_REPAIR_TOKENS, finalists_for, passes_for, sequences_for
@@ -96,6 +96,7 @@ def config_after(
         return None
     before = family.sizes(now)
     after = full_sizes(family, before, config.sizes())
+    check_cuts(config, before, after)
     families.check_sizes(family, now, after, config.multiple_of)
     sizes = {key: after[dim] for dim, key in family.config_keys.items()}
     return {**now, **sizes, "head_dim": before["head_dim"]}

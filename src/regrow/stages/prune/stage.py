@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from regrow.data.sources import data_digest
 from regrow.errors import UserError
 from regrow.profile_folder import Profile
 from regrow.pruning.config import PLAIN, PruneConfig
-from regrow.pruning.prune import prune_to_sizes, repair_method
+from regrow.pruning.prune import Search, prune_to_sizes, repair_method
 from regrow.runtime import distributed
 from regrow.runtime.progress import say
 from regrow.search.shapes import check_keep_params, named, to_try
@@ -59,7 +60,8 @@ def prune(
     asked = digest(config.model_dump(mode="json"), None if data is None else data_digest(data))
     scratch = out.parent / f".{out.name}.search"
     earlier = partial(_earlier_choice, out, asked, checkpoint, measured, config)
-    table = distributed.from_first(earlier)
+    table, begun = distributed.from_first(earlier), time.monotonic()
+    searched = table is None
     if table is None:
         if to_try(config, shapes) and data is None:
             raise UserError(
@@ -73,7 +75,8 @@ def prune(
         raise _whole_is_best(table, config)
     sizes = config.with_sizes(chosen["sizes"], chosen["format"])
     extra = dict[str, object](candidates=table)
-    cut = partial(prune_to_sizes, checkpoint, out, sizes, measured, extra, asked, options)
+    search = Search(asked, time.monotonic() - begun if searched else None)
+    cut = partial(prune_to_sizes, checkpoint, out, sizes, measured, extra, search, options)
     distributed.on_first(cut)
     if distributed.is_main():
         shutil.rmtree(scratch, ignore_errors=True)

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from regrow.pruning.config import SEARCH
 from regrow.stages.report import charts
 from regrow.stages.report.evaluated import Evaluated, of
 from regrow.stages.report.numbers import SPEED, duration, figure, millions, plain, title
@@ -63,6 +64,9 @@ def costs_of(run: Run) -> list[StageCost]:
         per_token = sizes.flops_per_token(name, manifest)
         flops = None if tokens is None or per_token is None else tokens * per_token
         joules = manifest.get("energy", {}).get("joules")
+        searched = _figure(manifest, SEARCH) if kind == "prune" else None
+        if searched is not None:
+            costs.append(StageCost(f"{name}, {SEARCH}", searched, None, None, None))
         costs.append(StageCost(name, seconds, tokens, flops, joules))
     return costs
 
