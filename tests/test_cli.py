@@ -236,10 +236,13 @@ def test_an_interrupt_that_an_import_turns_into_another_error(
             raise
 
     monkeypatch.setattr("regrow.cli.inspect_model.describe_model", swallow)
-    before = signal.getsignal(signal.SIGINT)
-    assert main(["inspect", str(place / "model")]) == 130
-    assert capsys.readouterr().err == "\nregrow: stopped\n"
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background
+    try:
+        assert main(["inspect", str(place / "model")]) == 130
+        assert capsys.readouterr().err == "\nregrow: stopped\n"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_assertion_error_keeps_its_traceback(

@@ -134,7 +134,7 @@ def test_help_explains_every_flag(name: str, capsys: pytest.CaptureFixture[str])
     summary = str(commands()[name].__doc__).splitlines()[0]
     assert summary in help_text
     if name == "prune":
-        assert "Round changed widths to a multiple of this" in help_text
+        assert "Changed widths are multiples of this" in help_text
 
 
 def test_models_can_be_given_names(

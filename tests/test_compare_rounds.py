@@ -154,7 +154,7 @@ def test_targets_that_cannot_be_re_estimated_are_refused_first(place: Path) -> N
     with pytest.raises(UserError, match="has no 'fisher' scores for mlp"):
         compare(*arguments, fisher, options=OPTIONS, rounds=2)
     depth_only = PruneConfig(num_layers=4)
-    with pytest.raises(UserError, match="has these sizes already"):
+    with pytest.raises(UserError, match="the model has that already"):
         compare(*arguments, depth_only, options=OPTIONS)
 
 

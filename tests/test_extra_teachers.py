@@ -177,7 +177,7 @@ def test_a_recipe_distils_from_two_teachers(place: Path, tmp_path: Path) -> None
         ({"extra_teachers": {"x": 1.0}}, "sum to less than 1"),
         ({"extra_teachers": {"x": 0.6, "y": 0.5}}, "sum to less than 1"),
         ({"extra_teachers": {"x": 0.0}}, "must be above 0"),
-        ({"extra_teachers": {"x": float("nan")}}, "must be above 0"),
+        ({"extra_teachers": {"x": float("nan")}}, "should be a finite number"),
     ],
 )
 def test_bad_teacher_weights_are_refused(fields: dict[str, Any], message: str) -> None:

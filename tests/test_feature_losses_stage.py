@@ -123,7 +123,7 @@ def test_bad_feature_losses_are_refused_before_any_slow_work(place: Path, tmp_pa
             "no feature loss named 'zzz'; there are: attention, embeddings",
         ),
         ({"feature_losses": {"hidden": 0}}, "the weight of hidden must be above 0 and finite"),
-        ({"feature_losses": {"hidden": float("inf")}}, "must be above 0 and finite"),
+        ({"feature_losses": {"hidden": float("inf")}}, "should be a finite number"),
         (
             {"feature_losses": ["hidden"]},
             "stages.1.distill.feature_losses: Input should be a valid dictionary",

@@ -49,7 +49,7 @@ def test_the_quantize_command_writes_figures(
 def test_the_other_stages_refuse_it(place: Path, tmp_path: Path, refused: Refused) -> None:
     out = tmp_path / "out"
     call("quantize", place / "model", "--out", out, "--method", "rtn")
-    text = ["--data", place / "text.jsonl"]
+    text = ["--data", place / "text.jsonl", "--sequence-length", 32]
     expected = f"{out} is quantized (compressed-tensors): prune first and quantize last"
     for arguments in (
         ["prune", out, "--profile", place / "profile", "--intermediate-size", 40],

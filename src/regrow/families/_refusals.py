@@ -122,7 +122,7 @@ def _heads_problem(
     if heads != before["heads"] and heads % multiple:
         return (
             "in this model and for this target format the number of query heads must be a "
-            f"multiple of {multiple} then"
+            f"multiple of {multiple}"
         )
     if (heads, hidden) == (before["heads"], before["hidden"]):
         return None
@@ -165,7 +165,7 @@ def _heads_error(
         advice = _advice(legal("kv_heads", group), before["kv_heads"])
         if options:
             advice += f", or give num_attention_heads {' or '.join(map(str, options))} with it"
-        subject = f"num_key_value_heads {kv_heads} leaves {heads} query heads"
+        subject = f"num_key_value_heads {kv_heads} with {heads} query heads"
         return UserError(f"{subject}: {problem}; {advice}")
     subject = f"num_attention_heads {heads} with {kv_heads} key/value heads"
     if _group_problem(before, after) is not None and options:

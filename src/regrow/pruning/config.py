@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from regrow.config import Config
 from regrow.quantization import formats
 
-SEARCH = "choice of shape"
-"""The figure in the manifest with the seconds that a search took."""
+SEARCH = "search_seconds"
+"""The entry of a manifest with the seconds that the choice of a shape took."""
 SIZES = {
     "layers": "num_layers",
     "hidden": "hidden_size",

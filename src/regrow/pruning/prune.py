@@ -99,8 +99,7 @@ def prune_to_sizes(
         for name, value in (extra or {}).items():
             write_json(folder / f"{name}.json", value)
         stage.figures += _figures(before, after, trial)
-        if search is not None and search.seconds is not None:
-            stage.figures.append(Figure(name=SEARCH, value=search.seconds, unit="s"))
+        stage.extra[SEARCH] = None if search is None else search.seconds
         stage.extra[zeros.NOTE] = _sparsity_after(checkpoint, plan)
         stage.extra[RANDOM_WEIGHTS] = has_random_weights(checkpoint) or None
         stage.extra["repair"] = {} if trial.accepted is None else trial.accepted.solutions

@@ -97,8 +97,10 @@ def _check_teacher(step: Step, plan: RecipePlan) -> None:
 def _check_text(plan: RecipePlan) -> None:
     """Raise UserError if a split has no sequence, or too few sequences to choose a shape."""
     tokenizer = plan.checkpoint.tokenizer()
-    check_length(plan.data, plan.checkpoint.config)
-    for split in sorted({split for step in plan.steps for split in step.stage.reads}):
+    splits = {split for step in plan.steps for split in step.stage.reads}
+    if splits:
+        check_length(plan.data, plan.checkpoint.config)
+    for split in sorted(splits):
         build_sequences(plan.data, tokenizer, split, 1, plan.checkpoint)
     if not plan.calibration_to_choose:
         return

@@ -64,9 +64,8 @@ def costs_of(run: Run) -> list[StageCost]:
         per_token = sizes.flops_per_token(name, manifest)
         flops = None if tokens is None or per_token is None else tokens * per_token
         joules = manifest.get("energy", {}).get("joules")
-        searched = _figure(manifest, SEARCH) if kind == "prune" else None
-        if searched is not None:
-            costs.append(StageCost(f"{name}, {SEARCH}", searched, None, None, None))
+        if SEARCH in manifest:
+            costs.append(StageCost(f"{name}, choice of shape", manifest[SEARCH], None, None, None))
         costs.append(StageCost(name, seconds, tokens, flops, joules))
     return costs
 
