@@ -54,6 +54,15 @@ def trained(place: Path, student: Path, name: str, **fields: Any) -> Path:
     return distill(student, place / "teacher", data(place), place / "out" / name, config, OPTIONS)
 
 
+def recipe_of(place: Path, model: str, stages: list[Any], folder: Path) -> Path:
+    fields = {
+        "model": str(place / model),
+        "data": data(place).model_dump(mode="json"),
+        "stages": [{s: {}} if isinstance(s, str) else s for s in stages],
+    }
+    return write_recipe(folder / "recipe.yaml", fields)
+
+
 def without_manifest(folder: Path, out: Path) -> Path:
     """The same model as another tool would have written it."""
     out.mkdir()
@@ -213,12 +222,7 @@ def test_recipes_are_refused_before_they_run(
     case: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stages, message = RECIPES[case]
-    fields = {
-        "model": str(place / "teacher"),
-        "data": data(place).model_dump(mode="json"),
-        "stages": [{s: {}} if isinstance(s, str) else s for s in stages],
-    }
-    recipe = write_recipe(tmp_path / "recipe.yaml", fields)
+    recipe = recipe_of(place, "teacher", stages, tmp_path)
     assert message in refused(capsys, "run", recipe, "--out", tmp_path / "run")
 
 
@@ -234,12 +238,7 @@ def test_a_recipe_whose_own_model_is_sparse_is_refused_before_it_runs(
     case: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stages, message = OWN[case]
-    fields = {
-        "model": str(place / "sparse"),
-        "data": data(place).model_dump(mode="json"),
-        "stages": [{s: {}} if isinstance(s, str) else s for s in stages],
-    }
-    recipe = write_recipe(tmp_path / "recipe.yaml", fields)
+    recipe = recipe_of(place, "sparse", stages, tmp_path)
     told = refused(capsys, "run", recipe, "--out", tmp_path / "run", "--dry-run")
     assert "has sparse weights (0.5)" in told and message in told
 

@@ -95,6 +95,10 @@ class ModelDir(StageDir):
         self.parent, self.data, self.teachers = parent, data, teachers
 
     def _finish(self) -> None:
+        if self.parent is not None:
+            noted = stage_dir.read(self.parent.folder) or {}
+            self.extra.setdefault(stage_dir.SPARSITY, noted.get(stage_dir.SPARSITY))
+        self.extra = {key: value for key, value in self.extra.items() if value is not None}
         before = _before(self.parent)
         fields = self.config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
         given = _without_paths(fields)
@@ -114,10 +118,6 @@ class ModelDir(StageDir):
             [*before.recipe, {self.name: given} if given else self.name],
             {**before.stages, f"{len(before.stages) + 1:02d}-{self.name}": self.manifest()},
         )
-        if self.parent is not None:
-            noted = stage_dir.read(self.parent.folder) or {}
-            self.extra.setdefault(stage_dir.SPARSITY, noted.get(stage_dir.SPARSITY))
-        self.extra = {key: value for key, value in self.extra.items() if value is not None}
         self.extra[LINEAGE] = lineage.record()
         write(self.partial, lineage)
         super()._finish()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrow import stage_dir
 from regrow.errors import UserError
+from regrow.runtime.progress import say
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -91,11 +92,15 @@ def hold(layer: nn.Module, least: float = LEAST) -> tuple[int, int]:
     return zero, total
 
 
-def hold_in(layers: Iterable[nn.Module], checkpoint: Checkpoint) -> tuple[int, int]:
-    """Hold the zeros of a sparse checkpoint's layers; returns their number, and of how many."""
-    least = least_share(checkpoint)
+def keep(stage: str, layers: Iterable[nn.Module], student: Checkpoint) -> None:
+    """Hold the zeros in the layers of a sparse student, and say how many they are."""
+    sparsity = sparsity_of(student)
+    if sparsity is None:
+        return
+    least = least_share(student)
     counts = [hold(layer, least) for layer in layers]
-    return sum(zero for zero, _ in counts), sum(total for _, total in counts)
+    held, total = (sum(column) for column in zip(*counts, strict=True))
+    say(f"{stage}: the student is sparse ({sparsity}): {held:,} of {total:,} weights stay zero")
 
 
 class _Masked:

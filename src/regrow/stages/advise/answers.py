@@ -83,10 +83,10 @@ class Limits:
         """A few words for each limit that a model in a format does not keep."""
         found = []
         if size.bytes(format) > 1.02 * self.bytes:
-            found.append(f"{gigabytes(size.bytes(format))}, target {gigabytes(self.bytes)}")
+            found.append(f"{size_text(size.bytes(format))}, target {size_text(self.bytes)}")
         ram = size.ram(format, config.context_length)
         if ram > self.ram:
-            found.append(f"needs {gigabytes(ram)} of RAM, there are {gigabytes(self.ram)}")
+            found.append(f"needs {size_text(ram)} of RAM, there are {size_text(self.ram)}")
         decode = 1000 * decode_seconds(size, self.device, format, config.context_length)
         if self.decode_ms is not None and decode > self.decode_ms:
             found.append(f"{decode:.1f} ms a token, target {self.decode_ms:g}")
@@ -117,8 +117,3 @@ def over_budget(cost: jobs.Cost | None, config: AdviseConfig) -> list[str]:
     elif config.money is not None and cost.money is not None and cost.money[1] > config.money:
         found.append(f"${cost.money[1]:,.0f}, budget ${config.money:,.0f}")
     return found
-
-
-def gigabytes(size: float) -> str:
-    """Bytes in GB, or in MB or kB below one GB."""
-    return size_text(size)

@@ -12,11 +12,12 @@ from regrow.cost import jobs
 from regrow.cost.devices import find
 from regrow.cost.memory import TrainingSetup, training_memory
 from regrow.cost.model import ModelSize
+from regrow.cost.units import size_text
 from regrow.errors import UserError
 from regrow.runtime.progress import clock
 from regrow.stage_dir import refuse_foreign
 from regrow.stages.advise import recipes
-from regrow.stages.advise.answers import BITS, Answer, Limits, decode_seconds, gigabytes
+from regrow.stages.advise.answers import BITS, Answer, Limits, decode_seconds
 from regrow.stages.advise.config import AdviseConfig
 from regrow.stages.advise.licence import Permission, licence
 from regrow.stages.advise.source import open_source
@@ -46,7 +47,7 @@ class Advice:
         """What to print."""
         found = [
             f"{self.model}: {self.size.config['model_type']}, {self.size.parameters:,} parameters, "
-            f"{gigabytes(self.size.bytes())} in bf16, KV cache "
+            f"{size_text(self.size.bytes())} in bf16, KV cache "
             f"{self.size.cache_per_token / 1024:,.0f} KiB a token",
             *self.licence.lines(self.config.use),
             "",
@@ -191,7 +192,7 @@ def _described(answer: Answer, before: ModelSize, config: AdviseConfig) -> list[
         loss = f"{low:g} points" if low == high else f"{low:g} to {high:g} points"
     found = [
         f"  [{answer.name}] {answer.title}",
-        f"    becomes {gigabytes(answer.bytes)}, {answer.ratio(before):.1f} × smaller; at best "
+        f"    becomes {size_text(answer.bytes)}, {answer.ratio(before):.1f} × smaller; at best "
         f"{decode:.1f} ms a token on {device.title}; expected loss {loss}",
         f"    why: {answer.reason}",
         f"    source: {answer.source}",
@@ -219,8 +220,8 @@ def _cost_lines(answer: Answer, before: ModelSize, config: AdviseConfig) -> list
     count, size = _training_devices(answer, before, config)
     if count:
         how = "" if count == 1 else " with --sharding fsdp"
-        return [line, f"    trains on {count} of them{how}: {gigabytes(size)} each"]
-    return [line, f"    does not fit 8 of them ({gigabytes(size)} each): teach from a cache"]
+        return [line, f"    trains on {count} of them{how}: {size_text(size)} each"]
+    return [line, f"    does not fit 8 of them ({size_text(size)} each): teach from a cache"]
 
 
 def _training_devices(answer: Answer, before: ModelSize, config: AdviseConfig) -> tuple[int, float]:

@@ -230,8 +230,6 @@ def comparison_plan(
     before = family.sizes(checkpoint.config)
     after = full_sizes(family, before, sizes)
     cut = {dim for dim in before if after[dim] != before[dim]}
-    if not cut:
-        raise UserError(f"nothing to compare at: the model has these sizes already ({sizes})")
     if heads > 0:
         check_heads(profile)
     if config.repair:

@@ -249,9 +249,8 @@ def keep_zeros(setup: DistillSetup, model: PreTrainedModel, stage: StageDir) -> 
         )
         stage.extra[zeros.NOTE] = None
         return
-    held, total = zeros.hold_in(decoder_layers(model), setup.student.like)
+    zeros.keep("distill", decoder_layers(model), setup.student.like)
     stage.extra[zeros.NOTE] = sparsity
-    say(f"distill: the student is sparse ({sparsity}): {held:,} of {total:,} weights stay zero")
 
 
 def _train(

@@ -60,7 +60,7 @@ def train_pairs(
     the loss becomes NaN.
     """
     model, reference = student.model(torch.float32), student.model(torch.float32)
-    keep_zeros(model, student)
+    zeros.keep("prefer", decoder_layers(model), student)
     if model.config.model_type in plugins.names(families.__name__):
         families.accept_disk_names(families.get(model.config.model_type), model)
     tokenizer, settings = student.tokenizer(), copy.deepcopy(model.generation_config)
@@ -98,15 +98,6 @@ def train_pairs(
         weight.data = weight.data.to(dtypes.get(name, getattr(torch, student.main_dtype)))
     model.config.use_cache = True
     return model, means
-
-
-def keep_zeros(model: PreTrainedModel, student: Checkpoint) -> None:
-    """Hold the zeros of a sparse student."""
-    sparsity = zeros.sparsity_of(student)
-    if sparsity is None:
-        return
-    held, total = zeros.hold_in(decoder_layers(model), student)
-    say(f"prefer: the student is sparse ({sparsity}): {held:,} of {total:,} weights stay zero")
 
 
 def _say_if_unchanged(loss: float, config: PreferConfig) -> None:

@@ -45,17 +45,16 @@ class PruneStage(Stage):
             machine: Device and batch size.
             dry_run: Check everything and print what would be done.
         """
-        open_model(model)  # raises for an unreadable model before the slow imports
-        from regrow.checkpoint import load
+        checkpoint = open_model(model)  # raises for an unreadable model before the slow imports
         from regrow.profile_folder import Profile
         from regrow.sparsity.zeros import refuse_filling
         from regrow.stages.prune.dry_run import estimate
 
         if dry_run:
             if pruning.repair:
-                refuse_filling(load(model), "repair", FILLS_ZEROS)
+                refuse_filling(checkpoint, "repair", FILLS_ZEROS)
             tokens = Profile(profile).info["tokens"] if profile is not None else None
-            print_lines(estimate(load(model), pruning, text.sequence_length, tokens), out)
+            print_lines(estimate(checkpoint, pruning, text.sequence_length, tokens), out)
             return
         from regrow.stages.prune.stage import prune
 
