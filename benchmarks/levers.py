@@ -6,7 +6,8 @@ The students are cuts of SmolLM2-135M-Instruct: `width`, that of protocol P1, ha
 instead of 1,536 channels and is repaired layer after layer; `depth` has 23 of its 30 layers and is
 repaired likewise; `minitron` is the width cut by Minitron's scores and without repair, and
 `minitron depth` is the depth cut without repair. `third` has MLPs of 608 channels, 64 % of the
-parameters, and `29 layers` one layer less. `--model` names another model, whose students keep the
+parameters; `half` has 21 layers with MLPs of 576 channels, half of the parameters; and `29 layers`
+has one layer less. `--model` names another model, whose students keep the
 same shares of its channels and layers. A lever is a student and a list of stages that follow;
 levers with the same first stages share them. A stage `cut` profiles the model as it then is, and
 cuts and repairs it again. Test: perplexity and KL to the dense model on the first `--text-tokens`
@@ -70,6 +71,11 @@ STUDENTS: dict[str, dict[str, Any]] = {
         "repair": False,
     },
     "third": {"intermediate_size": 608 / 1536},
+    "half": {
+        "intermediate_size": 576 / 1536,
+        "num_layers": 21 / 30,
+        "layer_criterion": "block_influence",
+    },
     "29 layers": {"num_layers": 29 / 30, "layer_criterion": "block_influence", "repair": False},
 }
 """Each size is a share of the dense model's."""
@@ -92,6 +98,13 @@ WIDTH: dict[str, list[Step]] = {
     "KL 100 k": [kl()],
     "local, 98 k tokens twice": [local()],
     "local, 98 k tokens twice, then KL 100 k at 5e-5": [local(), kl(learning_rate=5e-5)],
+    "local, 37 k tokens twice, then KL 100 k": [LOCAL, kl()],
+    "KL 250 k": [kl(tokens=250_000)],
+    "local, 98 k tokens twice, then KL 250 k at 5e-5": [
+        local(),
+        kl(tokens=250_000, learning_rate=5e-5),
+    ],
+    "local, 98 k tokens twice, then KL 250 k": [local(), kl(tokens=250_000)],
 }
 OTHERS: dict[str, tuple[str, list[Step]]] = {
     "depth: repaired": ("depth", []),
@@ -105,6 +118,15 @@ OTHERS: dict[str, tuple[str, list[Step]]] = {
     "depth: KL 50 k": ("depth", [kl(**SHORT)]),
     "−36 %: repaired": ("third", []),
     "−36 %: KL 100 k": ("third", [kl()]),
+    "−36 %: local, 37 k tokens twice": ("third", [LOCAL]),
+    "−36 %: local, 37 k tokens twice, then KL 50 k at 5e-5": ("third", [LOCAL, AFTER]),
+    "−50 %: repaired": ("half", []),
+    "−50 %: KL 100 k": ("half", [kl()]),
+    "−50 %: local, 37 k tokens twice, then KL 50 k": ("half", [LOCAL, kl(**SHORT)]),
+    "−50 % in two rounds: KL 50 k, cut, KL 50 k": (
+        "width",
+        [kl(**SHORT), cut(**STUDENTS["half"]), kl(**SHORT)],
+    ),
     "−36 % in two rounds: KL 50 k, cut, KL 50 k": (
         "width",
         [kl(**SHORT), cut(**STUDENTS["third"]), kl(**SHORT)],
@@ -115,6 +137,7 @@ OTHERS: dict[str, tuple[str, list[Step]]] = {
     ),
     "Minitron's scores, no repair": ("minitron", []),
     "Minitron's scores, no repair: KL 100 k": ("minitron", [kl()]),
+    "Minitron's scores, no repair: KL 250 k": ("minitron", [kl(tokens=250_000)]),
     "depth, no repair": ("minitron depth", []),
     "depth, no repair: KL 50 k": ("minitron depth", [kl(**SHORT)]),
     "depth, no repair: KL 100 k": ("minitron depth", [kl()]),

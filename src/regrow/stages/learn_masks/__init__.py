@@ -83,7 +83,7 @@ class LearnMasksConfig(Config):
         for name in losses:
             if name not in known:
                 raise unknown("loss", name, known)
-        if not losses or not all(0 < weight < float("inf") for weight in losses.values()):
+        if not losses or not all(weight > 0 for weight in losses.values()):
             raise ValueError("give at least one loss, with a weight above 0")
         return losses
 
