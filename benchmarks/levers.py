@@ -4,7 +4,7 @@
 
 The students are cuts of SmolLM2-135M-Instruct: `width`, that of protocol P1, has MLPs of 1,024
 instead of 1,536 channels and is repaired layer after layer; `depth` has 23 of its 30 layers and is
-repaired likewise; `minitron` is the width cut by Minitron's scores and without repair, and
+repaired likewise; `mixed` has 27 layers with MLPs of 1,184 channels; `minitron` is the width cut by Minitron's scores and without repair, and
 `minitron depth` is the depth cut without repair. `third` has MLPs of 608 channels, 64 % of the
 parameters; `half` has 21 layers with MLPs of 576 channels, half of the parameters; and `29 layers`
 has one layer less. `--model` names another model, whose students keep the
@@ -71,6 +71,11 @@ STUDENTS: dict[str, dict[str, Any]] = {
         "repair": False,
     },
     "third": {"intermediate_size": 608 / 1536},
+    "mixed": {
+        "intermediate_size": 1184 / 1536,
+        "num_layers": 27 / 30,
+        "layer_criterion": "block_influence",
+    },
     "half": {
         "intermediate_size": 576 / 1536,
         "num_layers": 21 / 30,
@@ -114,6 +119,9 @@ OTHERS: dict[str, tuple[str, list[Step]]] = {
         [LOCAL, kl(**SHORT, learning_rate=5e-5, freeze_layers=11)],
     ),
     "depth: local, then KL 50 k at 5e-5": ("depth", [LOCAL, AFTER]),
+    "mixed: repaired": ("mixed", []),
+    "mixed: local, 37 k tokens twice": ("mixed", [LOCAL]),
+    "mixed: local, then KL 50 k at 5e-5": ("mixed", [LOCAL, AFTER]),
     "depth: KL 100 k": ("depth", [kl()]),
     "depth: KL 50 k": ("depth", [kl(**SHORT)]),
     "−36 %: repaired": ("third", []),

@@ -11,6 +11,7 @@ from tiny_job import LENGTH, call, command, recipe_fields, write_job, write_mode
 from transformers import AutoModelForCausalLM
 
 from regrow.cli.main import commands, main
+from regrow.cost.units import size_text
 
 SMALL = ["--intermediate-size", "40", "--multiple-of", "8"]
 
@@ -57,7 +58,7 @@ def test_dry_runs_describe_the_work_and_write_nothing(
         "evaluate", model, f"b={place / 'student'}", *data, "--heldout-sequences", 4
     )
     assert "on 128 tokens" in evaluate
-    assert f"b: {after:,} parameters, 0.1 MB, about 0:0" in evaluate
+    assert f"b: {after:,} parameters, {size_text(2 * after)}, about 0:0" in evaluate
     job = output_of("run", recipe)
     assert [line.split(":")[0] for line in job.splitlines() if line[0] != " "] == [
         *("profile", "prune", "distill", "evaluate")

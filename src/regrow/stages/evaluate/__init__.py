@@ -137,6 +137,7 @@ def dry_run_lines(
     Raises UserError for the same input errors as `evaluate`, before any model is loaded.
     """
     from regrow.cost import forward_seconds, parameters
+    from regrow.cost.units import size_text
     from regrow.llama_cpp import threads
     from regrow.runtime.progress import clock
     from regrow.stages.evaluate.answer_rows import check_answers
@@ -159,13 +160,13 @@ def dry_run_lines(
     open_tokenizers(checkpoints, teacher)
     for label, checkpoint in checkpoints.items():
         if isinstance(checkpoint, GgufFile):
-            size = f"{checkpoint.parameters:,} parameters, {checkpoint.bytes / 1e6:,.1f} MB"
+            size = f"{checkpoint.parameters:,} parameters, {size_text(checkpoint.bytes)}"
             lines.append(f"  {label}: {size}, by llama.cpp with {threads()} threads")
             continue
         stored = sum(map(checkpoint.bytes, checkpoint.names()))
         seconds = forward_seconds(checkpoint, tokens)
         lines.append(
-            f"  {label}: {parameters(checkpoint):,} parameters, {stored / 1e6:,.1f} MB, about "
+            f"  {label}: {parameters(checkpoint):,} parameters, {size_text(stored)}, about "
             f"{clock(seconds)} for the text; speed, tasks and generations on top"
         )
     return lines

@@ -11,6 +11,7 @@ from torch import Tensor
 from regrow.card import ModelDir
 from regrow.checkpoint import Checkpoint, bitmask
 from regrow.checkpoint import checkpoint as checkpoints
+from regrow.cost.units import size_text
 from regrow.errors import UserError
 from regrow.plan import copy_plans
 from regrow.runtime.progress import say
@@ -39,8 +40,8 @@ def write(checkpoint: Checkpoint, out: Path, config: ExportConfig) -> Path:
         stage.extra["verified"] = ["every weight is read back with the same values"]
         if (noted := zeros.recorded(checkpoint)) is not None:
             stage.extra[zeros.NOTE] = noted
-    size, before = (figure.value / 1e6 for figure in stage.figures[:2])
-    say(f"export: {out}, {size:.1f} MB instead of {before:.1f} MB; {READERS}")
+    size, before = (figure.value for figure in stage.figures[:2])
+    say(f"export: {out}, {size_text(size)} instead of {size_text(before)}; {READERS}")
     return out
 
 
@@ -51,8 +52,8 @@ def describe(checkpoint: Checkpoint) -> list[str]:
     weights = [checkpoint.tensor(module + WEIGHT) for module in modules]
     saved = sum(weight.numel() * weight.itemsize - _packed_bytes(weight) for weight in weights)
     return [
-        f"export: {len(modules)} sparse weights as bitmasks, {(size - saved) / 1e6:.1f} MB instead "
-        f"of {size / 1e6:.1f} MB"
+        f"export: {len(modules)} sparse weights as bitmasks, {size_text(size - saved)} instead "
+        f"of {size_text(size)}"
     ]
 
 

@@ -14,6 +14,7 @@ from regrow import card, families, llama_cpp, stage_dir
 from regrow.card import CARD, lineage_of
 from regrow.checkpoint import Checkpoint, load
 from regrow.config import Config
+from regrow.cost.units import size_text
 from regrow.data import DataConfig
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
@@ -191,7 +192,7 @@ def _sizes(stored: list[StoredTensor], path: Path, type_name: str) -> list[Figur
 def _tell(target: Path, figures: list[Figure], extra: dict[str, Any]) -> None:
     sizes = {figure.name: figure.value for figure in figures}
     say(
-        f"export: {target}, {sizes['file_bytes'] / 1e6:.1f} MB, "
+        f"export: {target}, {size_text(sizes['file_bytes'])}, "
         f"{sizes['bits_per_weight']:.2f} bits per weight"
     )
     for line in (*extra["fallbacks"], *extra.get("verified", [])):
@@ -207,7 +208,7 @@ def describe(checkpoint: Checkpoint, config: ExportConfig, model_name: str | Non
     size = sum(tensor.bytes for tensor in stored)
     return [
         f"export: {source.name}-{config.type}.gguf, architecture {source.family.gguf}, "
-        f"{size / 1e6:.1f} MB, {_bits_per_weight(stored):.2f} bits per weight",
+        f"{size_text(size)}, {_bits_per_weight(stored):.2f} bits per weight",
         *(f"  {line}" for line in fallback_lines(stored)),
         f"  tokenizer {source.vocabulary.model} ({source.vocabulary.pre})",
     ]

@@ -11,6 +11,7 @@ from typing import Any
 
 from regrow.checkpoint import Checkpoint, load
 from regrow.config import Options
+from regrow.cost.units import size_text
 from regrow.data import DataConfig
 from regrow.data.sources import data_digest
 from regrow.errors import UserError
@@ -94,7 +95,7 @@ def _whole_is_best(table: list[dict[str, Any]], config: PruneConfig) -> UserErro
 
     def told(row: dict[str, Any]) -> str:
         kl = [row["kl"], *row.get("distilled", {}).values()][-1]
-        return f"{row['name']}, {row['bytes'] / 1e6:,.1f} MB, KL {kl:.3f}"
+        return f"{row['name']}, {size_text(row['bytes'])}, KL {kl:.3f}"
 
     smallest = min(row["bytes"] for row in table if not row["sizes"])
     return UserError(

@@ -134,6 +134,7 @@ def estimate(checkpoint: Checkpoint, data: DataConfig | None, config: QuantizeCo
     """Layers and bytes for each scheme and method, and the time of the passes over the text."""
     from regrow.calibration.modules import WEIGHT
     from regrow.cost import forward_seconds
+    from regrow.cost.units import size_text
     from regrow.runtime.progress import clock
     from regrow.stages.quantize.choose import fallbacks
     from regrow.stages.quantize.stage import check, method_of
@@ -145,10 +146,10 @@ def estimate(checkpoint: Checkpoint, data: DataConfig | None, config: QuantizeCo
         modules = [module for module, own_scheme in job.chosen.items() if own_scheme == scheme]
         size = sum(scheme.type.bytes(*shapes[module + WEIGHT]) for module in modules)
         method = method_of(config, scheme)
-        lines.append(f"  {len(modules)} layers in {scheme.name} by {method}: {size / 1e6:,.1f} MB")
+        lines.append(f"  {len(modules)} layers in {scheme.name} by {method}: {size_text(size)}")
     kept = [name for name in shapes if name.removesuffix(WEIGHT) not in job.chosen]
     size = sum(math.prod(shapes[name]) * job.kept_dtype(name).itemsize for name in kept)
-    lines.append(f"  {len(kept)} tensors not quantized: {size / 1e6:,.1f} MB")
+    lines.append(f"  {len(kept)} tensors not quantized: {size_text(size)}")
     lines += [f"  {line}" for line in (*fallbacks(checkpoint, config, job.chosen), *job.notes())]
     if data is not None:
         tokens = config.samples * data.sequence_length
