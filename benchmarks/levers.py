@@ -4,16 +4,16 @@
 
 The students are cuts of SmolLM2-135M-Instruct: `width`, that of protocol P1, has MLPs of 1,024
 instead of 1,536 channels and is repaired layer after layer; `depth` has 23 of its 30 layers and is
-repaired likewise; `mixed` has 27 layers with MLPs of 1,184 channels; `minitron` is the width cut by Minitron's scores and without repair, and
-`minitron depth` is the depth cut without repair. `third` has MLPs of 608 channels, 64 % of the
-parameters; `half` has 21 layers with MLPs of 576 channels, half of the parameters; and `29 layers`
-has one layer less. `--model` names another model, whose students keep the
-same shares of its channels and layers. A lever is a student and a list of stages that follow;
-levers with the same first stages share them. A stage `cut` profiles the model as it then is, and
-cuts and repairs it again. Test: perplexity and KL to the dense model on the first `--text-tokens`
-tokens of WikiText-2, LAMBADA and C4, on which nothing is calibrated or trained. Processor time is
-that of the stages after the first cut and its repair. Resumable: run it again and it goes on.
-Writes `levers.md` into `--out`.
+repaired likewise; `mixed` has 27 layers with MLPs of 1,184 channels; `minitron` is the width cut by
+Minitron's scores and without repair, and `minitron depth` is the depth cut without repair. `third`
+has MLPs of 608 channels, 64 % of the parameters; `half` has 21 layers with MLPs of 576 channels,
+half of the parameters; and `29 layers` has one layer less. `--model` names another model, whose
+students keep the same shares of its channels and layers. A lever is a student and a list of stages
+that follow; levers with the same first stages share them. A stage `cut` profiles the model as it
+then is, and cuts and repairs it again. Test: perplexity and KL to the dense model on the first
+`--text-tokens` tokens of WikiText-2, LAMBADA and C4, on which nothing is calibrated or trained.
+Processor time is that of the stages after the first cut and its repair. Resumable: run it again and
+it goes on. Writes `levers.md` into `--out`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ from regrow import (
     prune,
     reconstruct,
 )
+from regrow.checkpoint import load
 from regrow.checkpoint.resolve import resolve_model
+from regrow.training.rates import usual_rate
 
 Step = tuple[str, dict[str, Any]]
 Row = dict[str, float]
@@ -83,7 +85,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     },
     "29 layers": {"num_layers": 29 / 30, "layer_criterion": "block_influence", "repair": False},
 }
-"""Each size is a share of the dense model's."""
+"""Each size is a share of the dense model's. A `rate` of a step is one of its usual rate."""
 BRIEF = kl(tokens=7_168, feature_losses={"hidden": 0.1}, balance_feature_losses=True)
 ONE_BY_ONE = [
     step
@@ -104,6 +106,10 @@ WIDTH: dict[str, list[Step]] = {
     "local, 98 k tokens twice": [local()],
     "local, 98 k tokens twice, then KL 100 k at 5e-5": [local(), kl(learning_rate=5e-5)],
     "local, 37 k tokens twice, then KL 100 k": [LOCAL, kl()],
+    "local, 37 k tokens twice, then KL 50 k at half the default rate": [
+        LOCAL,
+        kl(**SHORT, rate=0.5),
+    ],
     "KL 250 k": [kl(tokens=250_000)],
     "local, 98 k tokens twice, then KL 250 k at 5e-5": [
         local(),
@@ -184,16 +190,21 @@ def main() -> None:
 
 
 def _sized(fields: dict[str, Any], dense: str) -> dict[str, Any]:
-    """The fields with shares of the dense model's channels (in 32s) and layers as whole numbers."""
+    """The fields with shares of the dense model's sizes and usual learning rate as numbers.
+
+    Channels are multiples of 32.
+    """
     config = json.loads((Path(dense) / "config.json").read_text())
     sizes = {"intermediate_size": (config["intermediate_size"], 32)}
     sizes["num_layers"] = (config["num_hidden_layers"], 1)
-    whole = {
+    whole: dict[str, Any] = {
         name: round(share * sizes[name][0] / sizes[name][1]) * sizes[name][1]
         for name, share in fields.items()
         if name in sizes
     }
-    return fields | whole
+    if "rate" in fields:
+        whole["learning_rate"] = fields["rate"] * usual_rate(load(dense))
+    return {name: value for name, value in (fields | whole).items() if name != "rate"}
 
 
 def _run(student: Path, steps: list[Step], dense: str, data: Any, out: Path) -> tuple[float, Path]:
