@@ -20,6 +20,7 @@ from regrow.errors import UserError
 from regrow.runtime import lock as locks
 from regrow.runtime.lock import Lock, state
 from regrow.stage_dir import LOCK, StageDir
+from regrow.stages.export.stage import FileStageDir
 
 STAGE = (
     "import sys, time; from pathlib import Path; from regrow.config import Config\n"
@@ -67,6 +68,15 @@ def test_a_stage_in_two_processes(tmp_path: Path) -> None:
     with StageDir(out, "distill", Config(), {}, resumable=True) as folder:
         assert (folder / "half").exists()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["half", "manifest.json", "out"]
+
+
+def test_an_export_in_two_processes_names_its_file(tmp_path: Path) -> None:
+    """Not the hidden folder that it is written in."""
+    file = tmp_path / "small.gguf"
+    other = Lock(tmp_path / "..small.gguf.export.lock", file)
+    other.acquire()
+    with other, pytest.raises(UserError, match=f"{file} is being written by another"):
+        FileStageDir(file, "export", Config(), {})
 
 
 def test_two_processes_that_start_at_once(tmp_path: Path) -> None:

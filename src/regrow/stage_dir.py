@@ -136,12 +136,17 @@ class StageDir:
         self.started = time.time()
         self.meter = Meter()
         self.partial = out.parent / f".{out.name}.partial"
-        self.lock = Lock(out.parent / f".{out.name}.lock", out)
+        self.lock = Lock(out.parent / f".{out.name}.lock", self._result)
         if distributed.is_main():
             self.lock.refuse()
             recover(out)
         distributed.agree(f"the inputs of {name}", self.digest)
         refuse_foreign(out, name)
+
+    @property
+    def _result(self) -> Path:
+        """What the user knows the result as."""
+        return self.out
 
     @property
     def complete(self) -> bool:
@@ -165,8 +170,8 @@ class StageDir:
         self.lock.acquire()
         if (difference := self._difference()) is not None:
             say(
-                f"{self.name}: {self.out} holds a finished {self.name} {difference}: it will be "
-                "replaced when this one is complete"
+                f"{self.name}: {self._result} holds a finished {self.name} {difference}: it will "
+                "be replaced when this one is complete"
             )
         self.meter.start()
         mark = self.partial / MARK

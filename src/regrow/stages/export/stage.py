@@ -229,6 +229,10 @@ class FileStageDir(StageDir):
                 f"{file} exists and was not written by regrow export: give --out another name"
             )
 
+    @property
+    def _result(self) -> Path:
+        return self.file
+
     def _sibling(self, name: str) -> Path:
         return self.file.with_name(f"{self.file.stem}.{name}")
 
