@@ -15,6 +15,7 @@ from regrow.checkpoint import load
 from regrow.config import parse
 from regrow.errors import UserError
 from regrow.plan import Plan
+from regrow.stages.distill import estimate
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.setup import feature_losses_between
 from regrow.stages.distill.stage import distill
@@ -104,6 +105,10 @@ def test_bad_feature_losses_are_refused_before_any_slow_work(place: Path, tmp_pa
                 feature_losses_for(place, student, feature_losses={"embeddings": 1.0, name: 1.0})
     with pytest.raises(UserError, match=r"lens_layers: 1 is not a layer .* \(0 to 0\)"):
         feature_losses_for(place, "pruned", feature_losses={"logit_lens": 1.0}, lens_layers=(1,))
+    config = CONFIG.model_copy(update={"feature_losses": {"logit_lens": 1.0}, "lens_layers": (1,)})
+    teacher = load(place / "teacher")
+    with pytest.raises(UserError, match="lens_layers: 1 is not a layer"):  # what --dry-run does
+        estimate(open_student(place / "pruned", teacher), teacher, data(place), config, OPTIONS)
     write_model(tmp_path / "dropping", attention_dropout=0.1)
     master = load(place / "teacher")
     config = CONFIG.model_copy(update={"feature_losses": {"attention": 1.0}})

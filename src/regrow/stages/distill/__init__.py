@@ -244,20 +244,20 @@ def estimate(
     from regrow.stages.distill.domains import check_domains
     from regrow.stages.distill.on_policy import check_on_policy
     from regrow.stages.distill.preflight import memory_lines
-    from regrow.stages.distill.student import check_student
+    from regrow.stages.distill.setup import DistillSetup
     from regrow.stages.distill.teacher import TeacherSetup
     from regrow.stages.distill.text import answer_digests, loss_weights_of, training_text
 
     check_on_policy(config, data, options)
     check_domains(config, data, options)
     text = training_text(data, config)
-    loss_weights_of(config, text)
+    loss_weights = loss_weights_of(config, text)
     answer_digests(config)
-    setup = TeacherSetup.open(config, student, teacher, options, text)
-    check_student(student, config, options)
-    teachers = sum(map(parameters, setup.checkpoints))
-    lines = training_lines(student.parameters, teachers, data, config, options)
-    configs = [each.config for each in setup.checkpoints]
+    teachers = TeacherSetup.open(config, student, teacher, options, text)
+    DistillSetup.of(student, teachers, loss_weights, data, config, options)
+    count = sum(map(parameters, teachers.checkpoints))
+    lines = training_lines(student.parameters, count, data, config, options)
+    configs = [each.config for each in teachers.checkpoints]
     return lines + memory_lines(student.fields, configs, config, data, options)
 
 
