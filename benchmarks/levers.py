@@ -110,11 +110,7 @@ WIDTH: dict[str, list[Step]] = {
         LOCAL,
         kl(**SHORT, rate=0.5),
     ],
-    "KL 250 k": [kl(tokens=250_000)],
-    "local, 98 k tokens twice, then KL 250 k at 5e-5": [
-        local(),
-        kl(tokens=250_000, learning_rate=5e-5),
-    ],
+    "KL 150 k": [kl(tokens=150_000)],
     "local, 98 k tokens twice, then KL 250 k": [local(), kl(tokens=250_000)],
 }
 OTHERS: dict[str, tuple[str, list[Step]]] = {
@@ -151,7 +147,7 @@ OTHERS: dict[str, tuple[str, list[Step]]] = {
     ),
     "Minitron's scores, no repair": ("minitron", []),
     "Minitron's scores, no repair: KL 100 k": ("minitron", [kl()]),
-    "Minitron's scores, no repair: KL 250 k": ("minitron", [kl(tokens=250_000)]),
+    "Minitron's scores, no repair: KL 150 k": ("minitron", [kl(tokens=150_000)]),
     "depth, no repair": ("minitron depth", []),
     "depth, no repair: KL 50 k": ("minitron depth", [kl(**SHORT)]),
     "depth, no repair: KL 100 k": ("minitron depth", [kl()]),

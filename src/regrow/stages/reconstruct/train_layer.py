@@ -58,7 +58,7 @@ def train_layer(
     module.requires_grad_(True)
     zeros.hold(module, least_share)
     groups = _groups(module, config)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=0.0, fused=True)
     count = len(steps) * config.passes
     warmup = max(1, round(config.warmup_ratio * count))
     schedule = torch.optim.lr_scheduler.LambdaLR(
