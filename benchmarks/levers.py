@@ -237,9 +237,10 @@ def _step(
 
 def _cut(model: Path, out: Path, fields: dict[str, Any], data: Any) -> None:
     """Profile the model as it is, and cut it."""
-    criterion = fields.get("layer_criterion", "activation_l2")
-    samples = 24 if criterion == "block_influence" else 96  # one number for each layer needs fewer
-    config = ProfileConfig(criteria=(criterion,), samples=samples)
+    layers = (fields["layer_criterion"],) if "layer_criterion" in fields else ()
+    widths = ("activation_l2",) if "intermediate_size" in fields else ()
+    samples = 96 if widths else 24  # one number for each layer needs fewer
+    config = ProfileConfig(criteria=(*widths, *layers), samples=samples)
     place = out.with_name(out.name + "-profile")
     measured = profile(model, data, place, config, Options(batch_size=2))
     prune(model, out, PruneConfig(**fields), measured, data)
