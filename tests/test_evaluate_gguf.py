@@ -273,7 +273,7 @@ def test_the_command_line_evaluates_a_gguf_file(
     arguments = ["evaluate", f"q8={place / 'q8.gguf'}", "--against", str(place / "teacher")]
     arguments += ["--metrics", "size", "--out", str(tmp_path / "out")]
     assert main([*arguments, "--dry-run"]) == 0
-    assert "MB, by llama.cpp with " in capsys.readouterr().out
+    assert " parameters, 156 kB, by llama.cpp with " in capsys.readouterr().out
     assert main(arguments) == 0
     assert "bits/weight" in capsys.readouterr().out
 
