@@ -4,16 +4,16 @@
 
 The students are cuts of SmolLM2-135M-Instruct: `width`, that of protocol P1, has MLPs of 1,024
 instead of 1,536 channels and is repaired layer after layer; `depth` has 23 of its 30 layers and is
-repaired likewise; `mixed` has 27 layers with MLPs of 1,184 channels; `minitron` is the width cut by
-Minitron's scores and without repair, and `minitron depth` is the depth cut without repair. `third`
-has MLPs of 608 channels, 64 % of the parameters; `half` has 21 layers with MLPs of 576 channels,
-half of the parameters; and `29 layers` has one layer less. `--model` names another model, whose
-students keep the same shares of its channels and layers. A lever is a student and a list of stages
-that follow; levers with the same first stages share them. A stage `cut` profiles the model as it
-then is, and cuts and repairs it again. Test: perplexity and KL to the dense model on the first
-`--text-tokens` tokens of WikiText-2, LAMBADA and C4, on which nothing is calibrated or trained.
-Processor time is that of the stages after the first cut and its repair. Resumable: run it again and
-it goes on. Writes `levers.md` into `--out`.
+repaired likewise; `minitron` is the width cut by Minitron's scores and without repair, and
+`minitron depth` is the depth cut without repair. `third` has MLPs of 608 channels, 64 % of the
+parameters; `half` has 21 layers with MLPs of 576 channels, half of the parameters; and `29 layers`
+has one layer less. `--model` names another model, whose students keep the same shares of its
+channels and layers. A lever is a student and a list of stages that follow; levers with the same
+first stages share them. A stage `cut` profiles the model as it then is, and cuts and repairs it
+again. Test: perplexity and KL to the dense model on the first `--text-tokens` tokens of WikiText-2,
+LAMBADA and C4, on which nothing is calibrated or trained. Processor time is that of the stages
+after the first cut and its repair. Resumable: run it again and it goes on. Writes `levers.md` into
+`--out`.
 """
 
 from __future__ import annotations
@@ -73,11 +73,6 @@ STUDENTS: dict[str, dict[str, Any]] = {
         "repair": False,
     },
     "third": {"intermediate_size": 608 / 1536},
-    "mixed": {
-        "intermediate_size": 1184 / 1536,
-        "num_layers": 27 / 30,
-        "layer_criterion": "block_influence",
-    },
     "half": {
         "intermediate_size": 576 / 1536,
         "num_layers": 21 / 30,
@@ -121,9 +116,6 @@ OTHERS: dict[str, tuple[str, list[Step]]] = {
         [LOCAL, kl(**SHORT, learning_rate=5e-5, freeze_layers=11)],
     ),
     "depth: local, then KL 50 k at 5e-5": ("depth", [LOCAL, AFTER]),
-    "mixed: repaired": ("mixed", []),
-    "mixed: local, 37 k tokens twice": ("mixed", [LOCAL]),
-    "mixed: local, then KL 50 k at 5e-5": ("mixed", [LOCAL, AFTER]),
     "depth: KL 100 k": ("depth", [kl()]),
     "depth: KL 50 k": ("depth", [kl(**SHORT)]),
     "−36 %: repaired": ("third", []),
