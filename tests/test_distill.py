@@ -32,7 +32,6 @@ from regrow.stages.distill import setup
 from regrow.stages.distill.config import DistillConfig
 from regrow.stages.distill.stage import distill, rescue
 from regrow.stages.distill.student import open_student
-from regrow.stages.distill.text import loss_weights_of
 from regrow.stages.evaluate.config import EvaluateConfig
 from regrow.stages.evaluate.texts import build_texts
 from regrow.training.callbacks import ProgressCallback
@@ -167,9 +166,7 @@ def test_the_checkpoint_is_chosen_on_text_that_evaluate_does_not_read(place: Pat
     student = open_student(place / "pruned", teacher)
     text = data(place)
     teachers = setup.TeacherSetup.open(CONFIG, student, teacher, OPTIONS, text)
-    weights = loss_weights_of(CONFIG, text)
-    job = setup.DistillSetup.of(student, teachers, weights, text, CONFIG, OPTIONS)
-    train, chosen_on = job.sequences(text, text)
+    train, chosen_on = setup.DistillSetup.of(student, teachers, text, CONFIG, OPTIONS).sequences()
     config = EvaluateConfig(heldout_sequences=10_000)
     (evaluated,) = build_texts(text, tiny_tokenizer(), config)
     runs = [

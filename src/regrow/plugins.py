@@ -16,6 +16,22 @@ def names(package: str) -> list[str]:
     return sorted(name for name in files if not name.startswith("_"))
 
 
+def check_weights(package: str, kind: str, weights: dict[str, float]) -> dict[str, float]:
+    """Return `weights`, by the names of plug-ins in `package`; a `kind` is "loss", for example.
+
+    Raises ValueError if there is none, and for an unknown name or a weight that is not above 0.
+    """
+    known = names(package)
+    if not weights:
+        raise ValueError(f"name one at least, with its weight; there are: {', '.join(known)}")
+    for name, weight in weights.items():
+        if name not in known:
+            raise unknown(kind, name, known)
+        if weight <= 0:
+            raise ValueError(f"the weight of {name} must be above 0; leave the {kind} out instead")
+    return weights
+
+
 def load(package: str, name: str) -> ModuleType:
     """Import the plug-in `name` of `package`.
 

@@ -246,15 +246,14 @@ def estimate(
     from regrow.stages.distill.preflight import memory_lines
     from regrow.stages.distill.setup import DistillSetup
     from regrow.stages.distill.teacher import TeacherSetup
-    from regrow.stages.distill.text import answer_digests, loss_weights_of, training_text
+    from regrow.stages.distill.text import answer_digests, training_text
 
     check_on_policy(config, data, options)
     check_domains(config, data, options)
-    text = training_text(data, config)
-    loss_weights = loss_weights_of(config, text)
     answer_digests(config)
+    text = training_text(data, config)
     teachers = TeacherSetup.open(config, student, teacher, options, text)
-    DistillSetup.of(student, teachers, loss_weights, data, config, options)
+    DistillSetup.of(student, teachers, data, config, options)
     count = sum(map(parameters, teachers.checkpoints))
     lines = training_lines(student.parameters, count, data, config, options)
     configs = [each.config for each in teachers.checkpoints]

@@ -8,7 +8,6 @@ from pydantic import Field, field_validator, model_validator
 
 from regrow import plugins
 from regrow.config import Config
-from regrow.errors import unknown
 from regrow.quantization import formats
 
 LOSSES = "regrow.training.losses"
@@ -170,18 +169,14 @@ class DistillConfig(Config):
     @field_validator("losses", "own_losses", "on_policy_losses")
     @classmethod
     def _known_losses(cls, losses: dict[str, float]) -> dict[str, float]:
-        return known_losses(losses)
+        return plugins.check_weights(LOSSES, "loss", losses)
 
     @field_validator("feature_losses")
     @classmethod
     def _known_feature_losses(cls, feature_losses: dict[str, float]) -> dict[str, float]:
-        known = plugins.names(FEATURE_LOSSES)
-        for name, weight in feature_losses.items():
-            if name not in known:
-                raise unknown("feature loss", name, known)
-            if weight <= 0:
-                raise ValueError(f"the weight of {name} must be above 0")
-        return feature_losses
+        if not feature_losses:
+            return feature_losses
+        return plugins.check_weights(FEATURE_LOSSES, "feature loss", feature_losses)
 
     @field_validator("fake_quantize")
     @classmethod
@@ -214,19 +209,3 @@ class DistillConfig(Config):
         if not depths:
             raise ValueError("give at least one depth, or leave out the logit_lens feature losses")
         return depths
-
-
-def known_losses(losses: dict[str, float]) -> dict[str, float]:
-    """Return `losses`; raises ValueError if it is empty, or has an unknown loss or a bad weight."""
-    known = plugins.names(LOSSES)
-    if not losses:
-        raise ValueError(f"name one at least, with its weight; there are: {', '.join(known)}")
-    for name, weight in losses.items():
-        if name not in known:
-            raise unknown("loss", name, known)
-        if weight <= 0:
-            raise ValueError(
-                f"the weight of {name} must be above 0; leave the loss out instead "
-                "(held-out forward KL is always measured)"
-            )
-    return losses

@@ -62,12 +62,12 @@ class Domains:
     """Sequences in an optimizer step."""
 
     @classmethod
-    def open(cls, setup: DistillSetup, data: DataConfig) -> Domains:
+    def open(cls, setup: DistillSetup) -> Domains:
         """Read the text of each source; each could fill the whole training.
 
         Raises UserError for too little text, and for tokens that one of the models lacks.
         """
-        config, tokenizer = setup.config, setup.teachers.tokenizer()
+        data, config, tokenizer = setup.data, setup.config, setup.teachers.tokenizer()
         in_step = config.batch_tokens // data.sequence_length
         total = setup.budget.steps * in_step
         each_heldout = max(1, round(config.heldout_sequences / len(data.sources)))

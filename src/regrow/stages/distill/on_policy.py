@@ -59,7 +59,7 @@ def prompt_source(config: DistillConfig) -> SourceConfig | None:
 
 
 def writer_of(
-    setup: DistillSetup, student: PreTrainedModel, train: Sequences, data: DataConfig
+    setup: DistillSetup, student: PreTrainedModel, train: Sequences
 ) -> StudentWriter | None:
     """The writer of the student's rows of `train`, if there are any.
 
@@ -75,7 +75,7 @@ def writer_of(
         )
     tokenizer = like.tokenizer()
     rows = own_rows(len(train), config.on_policy_share)
-    asked = _prompts(tokenizer, train, rows, data, config)
+    asked = _prompts(tokenizer, train, rows, setup.data, config)
     sampling = Sampling(
         config.on_policy_new_tokens,
         config.on_policy_temperature,
@@ -84,8 +84,8 @@ def writer_of(
     )
     return StudentWriter(
         BatchGenerator(student, tokenizer, sampling),
-        share_out(asked, rows, data.sequence_length, config.on_policy_new_tokens),
-        data.sequence_length,
+        share_out(asked, rows, setup.data.sequence_length, config.on_policy_new_tokens),
+        setup.data.sequence_length,
         len(setup.loss_weights.by_source) - 1,
         config.on_policy_steps,
         PROMPTS_AT_ONCE * setup.options.batch_size,

@@ -24,6 +24,7 @@ from regrow.runtime.progress import say
 from regrow.stages.distill.config import LAST, DistillConfig
 from regrow.stages.distill.student import Student, check_student
 from regrow.stages.distill.teacher import TeacherSetup, teacher_placement
+from regrow.stages.distill.text import loss_weights_of, training_text
 from regrow.training import optimizers, sharding
 from regrow.training.adapters import Adapter
 from regrow.training.callbacks import CHOSEN_BY
@@ -172,10 +173,13 @@ def fake_quantize_scheme(student: Student, config: DistillConfig, sharded: bool)
 
 @dataclass(frozen=True)
 class DistillSetup:
-    """Student, teachers, losses, and how they are trained and placed."""
+    """Student, teachers, text, losses, and how they are trained and placed."""
 
     student: Student
     teachers: TeacherSetup
+    data: DataConfig
+    text: DataConfig
+    """The text to train on: `data`, or what replaces it or is added to it."""
     loss_weights: LossWeights
     feature_losses: FeatureLosses | None
     adapter: Adapter | None
@@ -191,12 +195,13 @@ class DistillSetup:
         cls,
         student: Student,
         teachers: TeacherSetup,
-        loss_weights: LossWeights,
         data: DataConfig,
         config: DistillConfig,
         options: Options,
     ) -> DistillSetup:
-        """Raises UserError if student, teachers, config and options are not compatible."""
+        """Raises UserError if student, teachers, text, config and options are not compatible."""
+        text = training_text(data, config)
+        loss_weights = loss_weights_of(config, text)
         placement = teacher_placement(config, options)
         if placement == "disk":  # reading layer by layer needs the family's table
             for each in teachers.checkpoints:
@@ -208,6 +213,8 @@ class DistillSetup:
         return cls(
             student,
             teachers,
+            data,
+            text,
             loss_weights,
             feature_losses,
             adapter,
@@ -257,7 +264,7 @@ class DistillSetup:
         """The configs of all models that read the text."""
         return [self.student.fields, *(each.config for each in self.teachers.checkpoints)]
 
-    def sequences(self, data: DataConfig, text: DataConfig) -> tuple[Sequences, Sequences]:
+    def sequences(self) -> tuple[Sequences, Sequences]:
         """The training sequences, from `text`, and the validation sequences, from `data`.
 
         The validation sequences choose the best checkpoint; `evaluate` does not read their split.
@@ -265,9 +272,9 @@ class DistillSetup:
         """
         tokenizer, configs = self.teachers.tokenizer(), self.configs
         count = self.config.heldout_sequences
-        heldout = text_for(configs, data, tokenizer, "validation", count)
-        count = self.budget.steps * self.config.batch_tokens // data.sequence_length
-        train = text_for(configs, text, tokenizer, "train", count)
+        heldout = text_for(configs, self.data, tokenizer, "validation", count)
+        count = self.budget.steps * self.config.batch_tokens // self.data.sequence_length
+        train = text_for(configs, self.text, tokenizer, "train", count)
         self.teachers.check(heldout, train)
         return train, heldout
 

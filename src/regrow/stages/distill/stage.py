@@ -45,7 +45,7 @@ from regrow.stages.distill.teacher import (
     mass_lost,
     show_attentions,
 )
-from regrow.stages.distill.text import answer_digests, loss_weights_of, training_text
+from regrow.stages.distill.text import answer_digests, training_text
 from regrow.training import adapters, optimizers, sharding
 from regrow.training.attention import set_attention
 from regrow.training.callbacks import CHOSEN_BY, MetricsWriter, ProgressCallback
@@ -94,9 +94,7 @@ def distill(
     check_domains(config, data, options)
     opened = open_student(student, teacher)
     given, config = config, _with_rate(config, opened)
-    text = training_text(data, config)
-    loss_weights = loss_weights_of(config, text)
-    teachers = TeacherSetup.open(config, opened, teacher, options, text)
+    teachers = TeacherSetup.open(config, opened, teacher, options, training_text(data, config))
     refuse_input(out, opened.like.folder, *(each.folder for each in teachers.checkpoints))
     inputs = {
         "student": opened.fingerprint,
@@ -109,12 +107,12 @@ def distill(
     if stage.complete:
         say(f"distill: {out} is complete and unchanged")
         return out
-    setup = DistillSetup.of(opened, teachers, loss_weights, data, config, options)
+    setup = DistillSetup.of(opened, teachers, data, config, options)
     require_space(out, setup.bytes())
     teachers.read_targets()
-    domains = Domains.open(setup, data) if config.dynamic_blend else None
+    domains = Domains.open(setup) if config.dynamic_blend else None
     train, heldout = (
-        setup.sequences(data, text) if domains is None else (domains.train, domains.all_heldout())
+        setup.sequences() if domains is None else (domains.train, domains.all_heldout())
     )
     with stage as folder:
         if given.learning_rate is None:
@@ -125,19 +123,19 @@ def distill(
         if device.index is not None:
             torch.cuda.set_device(device)  # the trainer uses the current device
         try:
-            _run(setup, stage, folder, train, heldout, device, data, metrics, domains)
+            _run(setup, stage, folder, train, heldout, device, metrics, domains)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise _too_little_memory(setup, data, folder) from None
+            raise _too_little_memory(setup, folder) from None
     return out
 
 
-def _too_little_memory(setup: DistillSetup, data: DataConfig, folder: Path) -> UserError:
+def _too_little_memory(setup: DistillSetup, folder: Path) -> UserError:
     """The error of a run that needed more memory than there is, with settings that need less."""
     last = last_checkpoint(folder / TRAINER) if (folder / TRAINER).exists() else None
     configs = [each.config for each in setup.teachers.checkpoints]
-    less = advice(setup.student.fields, configs, setup.config, data, setup.options)
+    less = advice(setup.student.fields, configs, setup.config, setup.data, setup.options)
     again = "starts again" if last is None else f"continues from {last.name}"
     return UserError(
         f"memory ran out: {less}; the same command then {again}. --dry-run shows further settings"
@@ -177,7 +175,6 @@ def _run(
     train: Sequences | BlendedSequences,
     heldout: Sequences,
     device: torch.device,
-    data: DataConfig,
     metrics: Path | None,
     domains: Domains | None = None,
 ) -> None:
@@ -202,7 +199,7 @@ def _run(
     dataset: Sequences | BlendedSequences | NumberedSequences = train
     writer = None
     if isinstance(train, Sequences):
-        writer = writer_of(setup, model, train, data)
+        writer = writer_of(setup, model, train)
         dataset = train if writer is None else NumberedSequences(train)
     blend = None if domains is None else domains.trained(teacher_model, budget.micro)
     trainer = DistillTrainer(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from regrow import stage_dir
+from regrow import plugins, stage_dir
 from regrow.data.config import DataConfig, SourceConfig
 from regrow.data.files import sha256_of
 from regrow.data.sources import resolve
 from regrow.errors import UserError
-from regrow.stages.distill.config import DistillConfig, known_losses
+from regrow.stages.distill.config import LOSSES, DistillConfig
 from regrow.training.loss_weights import LossWeights
 
 
@@ -54,7 +54,8 @@ def loss_weights_of(config: DistillConfig, data: DataConfig) -> LossWeights:
     """
     for source in data.sources:
         try:
-            known_losses(config.losses if source.losses is None else source.losses)
+            losses = config.losses if source.losses is None else source.losses
+            plugins.check_weights(LOSSES, "loss", losses)
         except ValueError as error:
             raise UserError(f"{source.source}: losses: {error}") from None
     by_source = tuple(source.losses or config.losses for source in data.sources)

@@ -11,7 +11,6 @@ from tyro.conf import OmitArgPrefixes
 from regrow import plugins
 from regrow.config import Config, Machine
 from regrow.data.config import DataConfig
-from regrow.errors import unknown
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
 from regrow.stages._flags import Model, Text, open_model, print_lines
 
@@ -79,13 +78,7 @@ class LearnMasksConfig(Config):
     @field_validator("losses")
     @classmethod
     def _known_losses(cls, losses: dict[str, float]) -> dict[str, float]:
-        known = plugins.names(LOSSES)
-        for name in losses:
-            if name not in known:
-                raise unknown("loss", name, known)
-        if not losses or not all(weight > 0 for weight in losses.values()):
-            raise ValueError("give at least one loss, with a weight above 0")
-        return losses
+        return plugins.check_weights(LOSSES, "loss", losses)
 
     @model_validator(mode="after")
     def _some_size(self) -> LearnMasksConfig:
