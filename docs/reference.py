@@ -19,7 +19,7 @@ from pydantic_core import PydanticUndefined
 
 from regrow import stage
 from regrow.cli.main import commands
-from regrow.config import Config, Machine, Options, ProfileMachine
+from regrow.config import Config, Machine, Options, ProfileMachine, ReconstructMachine
 from regrow.data.config import DataConfig, SourceConfig
 from regrow.recipe import presets
 from regrow.recipe.recipe import Recipe
@@ -28,6 +28,7 @@ PAGE = Path(__file__).with_name("reference.md")
 SHARED: dict[type, str] = {
     Machine: "machine-options",
     ProfileMachine: "machine-options",
+    ReconstructMachine: "machine-options",
     Options: "machine-options",
 }
 HEAD = """# Reference

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch._dynamo
 from pretend_cuda import FakeCuda
 from pretend_streams import FakeStreams
 from safetensors.torch import load_file
@@ -112,6 +113,34 @@ def test_a_check_reads_each_layer_once_for_each_batch(
     monkeypatch.setattr(LayerByLayer, "_fill", counted)
     work._kl()
     assert filled == [*range(LAYERS)] * batches
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about its own parts
+def test_compiled_layers_give_the_same_weights(both: Place, tmp_path: Path) -> None:
+    """Layers of one kind share a graph, in float32, where fused products round alike."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    plain = both.reconstruct(tmp_path / "plain", CONFIG)
+    assert counters["stats"]["unique_graphs"] == 0
+    options = OPTIONS.model_copy(update={"torch_compile": True})
+    compiled = both.reconstruct(tmp_path / "compiled", CONFIG, options)
+    assert 0 < counters["stats"]["unique_graphs"] < LAYERS
+    old, new = (load_file(folder / "model.safetensors") for folder in (plain, compiled))
+    before = load_file(both.student.folder / "model.safetensors")
+    for name, tensor in old.items():
+        moved = (tensor - before[name]).norm()
+        assert (new[name] - tensor).norm() <= 0.02 * moved, name
+    assert not all(torch.equal(old[name], before[name]) for name in old)
+
+
+def test_a_missing_compiler_is_refused(
+    both: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    options = OPTIONS.model_copy(update={"torch_compile": True})
+    with pytest.raises(UserError, match=r"torch_compile needs a C\+\+ compiler"):
+        both.reconstruct(tmp_path / "out", CONFIG, options)
 
 
 def test_the_figures_count_sequences(both: Place, tmp_path: Path) -> None:

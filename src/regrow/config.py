@@ -142,7 +142,15 @@ class ProfileMachine(Machine):
     hidden states on disk (layer: for models larger than the device), or whichever fits (auto)."""
 
 
-class Options(ProfileMachine):
+class ReconstructMachine(Machine):
+    """Device, batch size and compilation, which change a result by rounding at most."""
+
+    torch_compile: bool = False
+    """Compile the layers of a distillation's models, and those that a reconstruction trains: faster
+    steps with less memory, after a minute or two of compilation."""
+
+
+class Options(ReconstructMachine, ProfileMachine):
     """Device, batch size and use of memory, which change a result by rounding at most."""
 
     sharding: Literal["none", "fsdp", "fsdp_offload", "hsdp"] = "none"
@@ -155,9 +163,6 @@ class Options(ProfileMachine):
     offload_teacher: bool = False
     """Distill with one layer of the teacher in memory at a time, loaded from its file when it runs.
     This needs less memory and more time, and is for teachers larger than a device."""
-    torch_compile: bool = False
-    """Compile the layers of a distillation's models: faster steps with less memory, after a minute
-    or two of compilation."""
     attention: Literal["sdpa", "flex_attention"] = "sdpa"
     """Kernel of attention in a distillation. sdpa reads a mask of tokens × tokens where documents
     are packed; flex_attention, on a GPU, skips the blocks between two documents and is for long

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,15 +25,13 @@ from regrow.stage_dir import digest
 from regrow.stages.distill.config import DistillConfig
 from regrow.training import adapters, frozen_layers, optimizers, sharding
 from regrow.training.adapters import Adapter
+from regrow.training.compile import allow_graphs, require_compiler
 from regrow.training.features import needs_of
 from regrow.training.frozen_layers import decoder_layers
 from regrow.training.model_check import check_model
 from regrow.training.objective import AnyTeacher
 from regrow.training.shared_tokens import token_ids
 from regrow.training.teacher import Teacher, TeacherPlacement
-
-COMPILED_GRAPHS = 64
-"""An upper bound for kinds of layers × modes of running them (train, eval, smaller last batch)."""
 
 
 def check_compile(config: DistillConfig, options: Options) -> None:
@@ -51,10 +47,7 @@ def check_compile(config: DistillConfig, options: Options) -> None:
     for name, given in incompatible.items():
         if given:
             raise UserError(f"torch_compile with {name}: not supported; leave out one of them")
-    if options.torch_device().type == "cpu" and not any(
-        map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))
-    ):
-        raise UserError("torch_compile needs a C++ compiler, and there is no g++: install it")
+    require_compiler(options)
 
 
 def compile_layers(
@@ -65,11 +58,7 @@ def compile_layers(
     Skips the student's first `shared` layers, which the teacher runs for both models, and all
     layers of a teacher whose weights are read from disk layer by layer.
     """
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = max(
-        torch._dynamo.config.recompile_limit, COMPILED_GRAPHS
-    )
+    allow_graphs()
     models = [student]
     if isinstance(teacher, Teacher) and placement != "disk":
         models.append(teacher.model)

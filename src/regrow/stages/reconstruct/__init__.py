@@ -9,7 +9,7 @@ import tyro
 from pydantic import Field
 from tyro.conf import OmitArgPrefixes, Positional
 
-from regrow.config import Config, Machine
+from regrow.config import Config, ReconstructMachine
 from regrow.data.config import DataConfig
 from regrow.errors import UserError
 from regrow.stage import RecipePlan, RecipeRun, Stage, Step
@@ -79,7 +79,7 @@ class ReconstructStage(Stage):
         text: OmitArgPrefixes[Text],
         out: Path,
         training: OmitArgPrefixes[ReconstructConfig] = ReconstructConfig(),
-        machine: OmitArgPrefixes[Machine] = Machine(),
+        machine: OmitArgPrefixes[ReconstructMachine] = ReconstructMachine(),
         dry_run: bool = False,
     ) -> None:
         """Train a cut model layer after layer towards its teacher's residual stream.
@@ -89,20 +89,25 @@ class ReconstructStage(Stage):
             teacher: The model that it was cut from.
             out: Folder to write the reconstructed model to.
             training: How much text each layer is trained on, and at which rates.
-            machine: Device and batch size.
+            machine: Device, batch size and compilation.
             dry_run: Check everything and print what would be done.
         """
         from regrow.stages.reconstruct.stage import plan_between, reconstruct
+        from regrow.training.compile import require_compiler
 
         cut, known, data = open_model(student), open_model(teacher), text.blend()
         if dry_run:
+            require_compiler(machine)
             plan_between(cut, known)
             print_lines(estimate(cut, known, data, training), out)
             return
         reconstruct(cut, known, data, out, training, machine.options())
 
     def check(self, step: Step, plan: RecipePlan) -> None:
-        """Raise UserError where no prune comes before it, or a step has no whole sequences."""
+        """Raise UserError for no prune before it, no whole sequences in a step, or no compiler."""
+        from regrow.training.compile import require_compiler
+
+        require_compiler(plan.options)
         step.config.sequences_in_step(plan.data.sequence_length)
         steps = plan.steps[: plan.steps.index(step)]
         if not any(each.name == "prune" for each in steps):

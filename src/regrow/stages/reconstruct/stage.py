@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ from regrow.stages.reconstruct.train_layer import (
     relative_error,
     train_layer,
 )
+from regrow.training.compile import compiled, require_compiler
 from regrow.training.model_check import check_model
 from regrow.training.shared_tokens import teacher_ids
 from regrow.training.teacher import Teacher, mean_loss, scored
@@ -85,6 +86,7 @@ def reconstruct(
     cut = student if isinstance(student, Checkpoint) else load(student)
     dense = teacher if isinstance(teacher, Checkpoint) else load(teacher)
     in_step = config.sequences_in_step(data.sequence_length)
+    require_compiler(options)
     refuse_input(out, cut.folder, dense.folder)
     plan = plan_between(cut, dense)
     inputs = {"student": cut.fingerprint, "teacher": dense.fingerprint, "data": data_digest(data)}
@@ -201,6 +203,7 @@ class Reconstruction:
         self.validation = list(validation.batches(max(1, VALIDATION_TOKENS // validation.length)))
         self._validation_sequences = len(validation)
         self._streams = folder / STREAMS if spills else None
+        self._compiled = compiled if options.torch_compile else nullcontext
         dtype = student.compute_dtype(self.device)
         self._dense = LayerByLayer.of(teacher, families.of(teacher), self.device, dtype=dtype)
         self._cut = LayerByLayer.of(
@@ -261,7 +264,8 @@ class Reconstruction:
             counter.advance(self._tokens * self.config.passes)
             return
         # Not from the weights in bfloat16: the stored ones may have more digits.
-        with self._cut.resident(layer, float32_at_least(self._cut.dtype)) as module:
+        dtype = float32_at_least(self._cut.dtype)
+        with self._cut.resident(layer, dtype) as module, self._compiled(module):
             state = train_layer(
                 self._cut,
                 module,
