@@ -107,6 +107,9 @@ WIDTH: dict[str, list[Step]] = {
     ],
     "KL 150 k": [kl(tokens=150_000)],
     "local, 98 k tokens twice, then KL 250 k": [local(), kl(tokens=250_000)],
+    "local, 98 k tokens twice, then KL 1 M": [local(), kl(tokens=1_000_000)],
+    "local, 147 k tokens twice": [local(tokens=147_456)],
+    "local, 37 k tokens twice, then KL 25 k": [LOCAL, kl(tokens=25_000)],
 }
 OTHERS: dict[str, tuple[str, list[Step]]] = {
     "depth: repaired": ("depth", []),
@@ -155,13 +158,14 @@ def main() -> None:
     criteria = ("activation_l2", "minitron", "block_influence")
     config = ProfileConfig(criteria=criteria, samples=96)
     measured = profile(dense, data, out / "profile", config, Options(batch_size=2))
+    options = Options(torch_compile=arguments.torch_compile)
     trained: dict[str, tuple[float, Path]] = {}
     for name in arguments.only or LEVERS:
         kind, steps = LEVERS[name]
         student = out / kind.replace(" ", "-")
         prune(dense, student, PruneConfig(**_sized(STUDENTS[kind], dense)), measured, data)
         steps = [(stage, _sized(fields, dense)) for stage, fields in steps]
-        trained[name] = _run(student, steps, dense, data, out)
+        trained[name] = _run(student, steps, dense, data, out, options)
     # All at once, because the dense model then reads the texts only once.
     models: dict[str, Path | str] = {model.name: model for _, model in trained.values()}
     found = measure(
@@ -195,7 +199,9 @@ def _sized(fields: dict[str, Any], dense: str) -> dict[str, Any]:
     return {name: value for name, value in (fields | whole).items() if name != "rate"}
 
 
-def _run(student: Path, steps: list[Step], dense: str, data: Any, out: Path) -> tuple[float, Path]:
+def _run(
+    student: Path, steps: list[Step], dense: str, data: Any, out: Path, options: Options
+) -> tuple[float, Path]:
     """Run the steps that are not there yet; returns all their processor seconds and the model."""
     seconds, model, uncut = 0.0, student, str(student)
     for count, (stage, fields) in enumerate(steps, start=1):
@@ -205,25 +211,34 @@ def _run(student: Path, steps: list[Step], dense: str, data: Any, out: Path) -> 
             uncut = str(model)
         fields = dict(fields)
         teacher = uncut if fields.pop("learn_from", None) == "before_prune" else dense
-        model, used = _step(model, teacher, folder, stage, fields, data)
+        model, used = _step(model, teacher, folder, stage, fields, data, options)
         seconds += used
     return seconds, model
 
 
 def _step(
-    model: Path, teacher: str, folder: Path, stage: str, fields: dict[str, Any], data: Any
+    model: Path,
+    teacher: str,
+    folder: Path,
+    stage: str,
+    fields: dict[str, Any],
+    data: Any,
+    options: Options,
 ) -> tuple[Path, float]:
     calls: dict[str, Callable[..., Path]] = {"distill": distill, "reconstruct": reconstruct}
     configs: dict[str, Any] = {"distill": DistillConfig, "reconstruct": ReconstructConfig}
     times = folder.with_name(folder.name + ".json")
-    before = json.loads(times.read_text()) if times.exists() else 0.0
+    used, finished = json.loads(times.read_text()) if times.exists() else 0.0, folder.exists()
     start = time.process_time()
-    if stage == "cut":
-        _cut(model, folder, fields, data)
-    else:
-        calls[stage](model, teacher, data, folder, configs[stage](**fields), Options())
-    used = before if folder.exists() and before else time.process_time() - start
-    times.write_text(json.dumps(used))
+    try:
+        if stage == "cut":
+            _cut(model, folder, fields, data)
+        else:
+            calls[stage](model, teacher, data, folder, configs[stage](**fields), options)
+    finally:  # also when it is stopped, so that the times of all runs are summed up
+        if not finished:
+            used += time.process_time() - start
+            times.write_text(json.dumps(used))
     return folder, used
 
 
@@ -256,6 +271,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
     parser.add_argument("--model", default=DENSE, help="the dense model")
     parser.add_argument("--text-tokens", type=int, default=8192, help="tokens of each test text")
+    parser.add_argument("--torch-compile", action="store_true", help="compile layers for the KL")
     parser.add_argument("--only", nargs="*", choices=LEVERS, help="names of levers")
     return parser.parse_args()
 

