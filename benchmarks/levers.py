@@ -108,7 +108,6 @@ WIDTH: dict[str, list[Step]] = {
     "KL 150 k": [kl(tokens=150_000)],
     "local, 98 k tokens twice, then KL 250 k": [local(), kl(tokens=250_000)],
     "local, 98 k tokens twice, then KL 1 M": [local(), kl(tokens=1_000_000)],
-    "local, 147 k tokens twice": [local(tokens=147_456)],
     "local, 37 k tokens twice, then KL 25 k": [LOCAL, kl(tokens=25_000)],
 }
 OTHERS: dict[str, tuple[str, list[Step]]] = {
