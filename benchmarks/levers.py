@@ -107,6 +107,10 @@ WIDTH: dict[str, list[Step]] = {
     ],
     "KL 150 k": [kl(tokens=150_000)],
     "local, 98 k tokens twice, then KL 250 k": [local(), kl(tokens=250_000)],
+    "local, 98 k tokens twice, then KL 250 k, 0.3 cross-entropy": [
+        local(),
+        kl(tokens=250_000, losses={"forward_kl": 0.7, "cross_entropy": 0.3}),
+    ],
     "local, 98 k tokens twice, then KL 1 M": [local(), kl(tokens=1_000_000)],
     "local, 37 k tokens twice, then KL 25 k": [LOCAL, kl(tokens=25_000)],
 }
