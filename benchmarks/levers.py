@@ -274,7 +274,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
     parser.add_argument("--model", default=DENSE, help="the dense model")
     parser.add_argument("--text-tokens", type=int, default=8192, help="tokens of each test text")
-    parser.add_argument("--torch-compile", action="store_true", help="compile layers for the KL")
+    parser.add_argument("--torch-compile", action="store_true", help="compile the layers")
     parser.add_argument("--only", nargs="*", choices=LEVERS, help="names of levers")
     return parser.parse_args()
 

@@ -86,7 +86,6 @@ def reconstruct(
     cut = student if isinstance(student, Checkpoint) else load(student)
     dense = teacher if isinstance(teacher, Checkpoint) else load(teacher)
     in_step = config.sequences_in_step(data.sequence_length)
-    require_compiler(options)
     refuse_input(out, cut.folder, dense.folder)
     plan = plan_between(cut, dense)
     inputs = {"student": cut.fingerprint, "teacher": dense.fingerprint, "data": data_digest(data)}
@@ -96,6 +95,7 @@ def reconstruct(
     if stage.complete:
         say(f"reconstruct: {out} is complete and unchanged")
         return out
+    require_compiler(options)
     text = _text(data, cut, config)
     spilled = spilled_bytes(text, (dense, cut), cut.compute_dtype(options.torch_device()))
     require_space(out, 2 * sum(map(cut.bytes, cut.names())) + spilled)
